@@ -1,1 +1,10 @@
-//! (being built)
+//! The client side of volnode.
+//!
+//! - [`device`]: the process that owns one attachment: its ublk device, its queues, its connections (the data path).
+//! - [`contract`]: what the node daemon and a device process tell each other: spec file, status file, control socket.
+//!
+//! One block request is followed by file name: `device/queue_loop.rs` → `ublk-core/src/tag.rs` →
+//! `device/connection.rs` → `proto/src/nbd/` → TCP → the server.
+
+pub mod contract;
+pub mod device;

@@ -1,1 +1,20 @@
-//! (being built)
+//! Both contracts of volnode, and nothing that does I/O.
+//!
+//! - [`v1`]: the gRPC API (`volnode/v1/*.proto`): management of a storage server, and of a client machine.
+//! - [`nbd`]: the NBD wire protocol: codec, request validation, and the handshake of both sides as state machines that
+//!   take bytes and give bytes.
+//! - [`export_name`]: the name under which an attachment's export is opened; it carries identity, secret, epoch and slot.
+//!
+//! Never here: sockets, clocks, unsafe code.
+
+pub mod export_name;
+pub mod nbd;
+
+/// The gRPC API `volnode.v1`, generated from `proto/volnode/v1/*.proto`.
+pub mod v1 {
+    #![allow(missing_docs, unreachable_pub, clippy::all)]
+    tonic::include_proto!("volnode.v1");
+
+    /// The compiled descriptors, for gRPC reflection (`google.protobuf.FileDescriptorSet`).
+    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/volnode.v1.bin"));
+}

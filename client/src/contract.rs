@@ -1,0 +1,364 @@
+//! What `volclient serve` and a device process tell each other, and where it lies.
+//!
+//! One folder for each attachment, `<run-dir>/attachments/<attachment-id>/`:
+//!
+//! | file | written by | what |
+//! | --- | --- | --- |
+//! | `spec.json` | serve, before it starts the process | [`DeviceSpec`]; holds the secret, mode 0600 |
+//! | `status.json` | the device process, by rename | [`DeviceStatus`] |
+//! | `control.sock` | the device process | one [`ControlRequest`] line in, one [`ControlResponse`] line out |
+//!
+//! Every one of them carries a version, because serve and the device processes are upgraded at different times: a
+//! reader takes its own version, and refuses a newer one by name. Fixtures of each version are in this file's tests.
+
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use proto::export_name::Secret;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Version of [`DeviceSpec`], [`DeviceStatus`] and the control socket's lines.
+pub const CONTRACT_VERSION: u32 = 1;
+
+/// Why a spec, a status or a control line cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ContractError {
+    /// The file or socket cannot be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// The text is not what it should be.
+    #[error("{path} is not valid: {source}")]
+    Syntax {
+        /// Which file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// Written by a newer program.
+    #[error("{path} has format version {version}, this program knows {CONTRACT_VERSION}: upgrade volclient")]
+    Version {
+        /// Which file.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+    },
+}
+
+/// The folder of one attachment.
+#[derive(Debug, Clone)]
+pub struct AttachmentDir(PathBuf);
+
+impl AttachmentDir {
+    /// Where attachment folders lie under a run directory.
+    pub fn parent(run_dir: &Path) -> PathBuf {
+        run_dir.join("attachments")
+    }
+
+    /// The folder of this attachment; it need not exist.
+    pub fn new(run_dir: &Path, attachment_id: Uuid) -> Self {
+        Self(Self::parent(run_dir).join(attachment_id.to_string()))
+    }
+
+    /// A folder found in the file system or given on a command line.
+    pub fn from_path(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Where the spec lies.
+    pub fn spec(&self) -> PathBuf {
+        self.0.join("spec.json")
+    }
+
+    /// Where the status lies.
+    pub fn status(&self) -> PathBuf {
+        self.0.join("status.json")
+    }
+
+    /// Where the control socket lies.
+    pub fn control_socket(&self) -> PathBuf {
+        self.0.join("control.sock")
+    }
+}
+
+/// What is opened on the server.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum ExportSpec {
+    /// An attachment of a volnode server.
+    Attachment {
+        /// 64 hexadecimal digits.
+        secret: String,
+        /// Epoch of this process's session: higher than any before.
+        session_epoch: u64,
+        /// Who must answer.
+        server_id: Uuid,
+        /// For which volume.
+        volume_uid: Uuid,
+    },
+    /// An export of any NBD server.
+    Nbd {
+        /// Its name; may be empty (the default export).
+        export_name: String,
+    },
+}
+
+impl std::fmt::Debug for ExportSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Attachment { session_epoch, volume_uid, .. } => {
+                write!(f, "Attachment {{ volume_uid: {volume_uid}, session_epoch: {session_epoch}, .. }}")
+            }
+            Self::Nbd { export_name } => write!(f, "Nbd {{ export_name: {export_name:?} }}"),
+        }
+    }
+}
+
+/// Everything a device process needs to know; it asks nobody else.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceSpec {
+    /// [`CONTRACT_VERSION`]
+    pub format_version: u32,
+    /// Names the folder; its hash is kept in the device's `ublksrv_flags`.
+    pub attachment_id: Uuid,
+    /// What the user attached: a volume's name or an NBD URI.
+    pub target: String,
+    /// The server's data addresses, `host:port`, tried in order.
+    pub addresses: Vec<String>,
+    /// What is opened there.
+    pub export: ExportSpec,
+    /// No writes.
+    pub read_only: bool,
+    /// auto, fused or mapped.
+    pub data_path: String,
+    /// Hardware queues, each with one connection (one slot).
+    pub nr_hw_queues: u16,
+    /// Requests in flight on each queue.
+    pub queue_depth: u16,
+    /// Logical block size to announce, in bytes; 0 takes what the server tells.
+    pub block_size_bytes: u32,
+    /// Stable name to make for the device.
+    pub device_link: PathBuf,
+}
+
+impl DeviceSpec {
+    /// The secret, where there is one.
+    pub fn secret(&self) -> Option<Secret> {
+        match &self.export {
+            ExportSpec::Attachment { secret, .. } => Secret::parse(secret),
+            ExportSpec::Nbd { .. } => None,
+        }
+    }
+}
+
+/// What the device process is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceState {
+    /// The device is being made.
+    Starting,
+    /// It serves I/O.
+    Live,
+    /// Its connection is gone: I/O gets EIO until it is detached.
+    Failed,
+    /// It goes away.
+    Stopping,
+}
+
+/// What a device process tells of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// [`CONTRACT_VERSION`]
+    pub format_version: u32,
+    /// The boot in which this was written (`/proc/sys/kernel/random/boot_id`); of another one, it means nothing.
+    pub boot_id: String,
+    /// The device process.
+    pub pid: u32,
+    /// As in the spec.
+    pub attachment_id: Uuid,
+    /// As in the spec.
+    pub target: String,
+    /// What it is doing.
+    pub state: DeviceState,
+    /// Why, for people; empty when live.
+    pub state_reason: String,
+    /// Since when, in milliseconds since the Unix epoch.
+    pub state_since_ms: i64,
+    /// `N` of /dev/ublkbN; `None` before the device exists.
+    pub dev_id: Option<u32>,
+    /// Stable name.
+    pub device_link: PathBuf,
+    /// In bytes.
+    pub capacity_bytes: u64,
+    /// Logical block size in bytes.
+    pub block_size_bytes: u32,
+    /// No writes.
+    pub read_only: bool,
+    /// fused or mapped.
+    pub data_path: String,
+    /// Why it was chosen.
+    pub data_path_reason: String,
+    /// Hardware queues.
+    pub nr_hw_queues: u16,
+    /// Requests in flight on each queue.
+    pub queue_depth: u16,
+    /// The data address in use.
+    pub server_address: String,
+    /// 0 for a foreign server.
+    pub session_epoch: u64,
+}
+
+/// A line to a device process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControlRequest {
+    /// [`CONTRACT_VERSION`]
+    pub version: u32,
+    /// What to do.
+    pub command: ControlCommand,
+}
+
+/// What a device process can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ControlCommand {
+    /// Tell the status.
+    Status,
+    /// Stop the device, flush, and end the process; refused while the device is open.
+    Stop,
+}
+
+/// A device process's answer. To `Stop`, [`ControlResponse::Ok`] means that the device is gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ControlResponse {
+    /// Done.
+    Ok(Box<DeviceStatus>),
+    /// Refused: somebody has the device open.
+    Busy {
+        /// Who, for people, such as "mounted on /mnt/data".
+        holders: Vec<String>,
+    },
+    /// It could not be done.
+    Error {
+        /// Why, for people.
+        message: String,
+    },
+}
+
+/// A number of the attachment for the device's `ublksrv_flags`, so that a device in the kernel is recognised as this
+/// attachment's: the first half of its id, never 0.
+pub fn attachment_hash(attachment_id: Uuid) -> u64 {
+    attachment_id.as_u64_pair().0.max(1)
+}
+
+/// This boot's id.
+///
+/// # Errors
+/// [`ContractError::Io`]: /proc is not there.
+pub fn boot_id() -> Result<String, ContractError> {
+    let path = PathBuf::from("/proc/sys/kernel/random/boot_id");
+    let text = std::fs::read_to_string(&path).map_err(|source| ContractError::Io { path, source })?;
+    Ok(text.trim().to_owned())
+}
+
+/// Milliseconds since the Unix epoch, now.
+pub fn now_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// Reads a spec or a status.
+///
+/// # Errors
+/// [`ContractError`], by cause. A newer version is told before any other fault of the text.
+pub fn read_file<T: DeserializeOwned>(path: &Path) -> Result<T, ContractError> {
+    let text = std::fs::read(path).map_err(|source| ContractError::Io { path: path.into(), source })?;
+    parse(&text, path)
+}
+
+fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, ContractError> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        format_version: u32,
+    }
+    let syntax = |source| ContractError::Syntax { path: path.into(), source };
+    let Versioned { format_version } = serde_json::from_slice(text).map_err(syntax)?;
+    if format_version > CONTRACT_VERSION {
+        return Err(ContractError::Version { path: path.into(), version: format_version });
+    }
+    serde_json::from_slice(text).map_err(syntax)
+}
+
+/// Writes a spec or a status: mode 0600, whole or not at all.
+///
+/// # Errors
+/// [`ContractError::Io`]
+pub fn write_file<T: Serialize>(path: &Path, value: &T) -> Result<(), ContractError> {
+    let io_error = |source| ContractError::Io { path: path.into(), source };
+    let text = serde_json::to_vec_pretty(value).map_err(|e| io_error(io::Error::other(e)))?;
+    let new_path = path.with_extension("json.new");
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(&new_path).map_err(io_error)?;
+    io::Write::write_all(&mut file, &text).map_err(io_error)?;
+    std::fs::rename(&new_path, path).map_err(io_error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPEC_V1: &str = r#"{
+        "format_version": 1, "attachment_id": "00000000-0000-0000-0000-000000000007", "target": "vol-123",
+        "addresses": ["127.0.0.1:10809"],
+        "export": {"kind": "attachment",
+            "secret": "0000000000000000000000000000000000000000000000000000000000000000", "session_epoch": 3,
+            "server_id": "00000000-0000-0000-0000-000000000001",
+            "volume_uid": "00000000-0000-0000-0000-000000000002"},
+        "read_only": false, "data_path": "auto", "nr_hw_queues": 1, "queue_depth": 128, "block_size_bytes": 4096,
+        "device_link": "/dev/volnode/vol-123"
+    }"#;
+
+    #[test]
+    fn spec_of_version_1_is_read() {
+        let spec: DeviceSpec = parse(SPEC_V1.as_bytes(), Path::new("spec.json")).unwrap();
+        assert!(spec.secret().is_some());
+        assert_eq!(spec.queue_depth, 128);
+        let again: DeviceSpec = parse(&serde_json::to_vec(&spec).unwrap(), Path::new("spec.json")).unwrap();
+        assert_eq!(again, spec);
+    }
+
+    #[test]
+    fn a_newer_version_is_refused_by_name() {
+        let newer = r#"{"format_version": 2, "something": "else"}"#;
+        let error = parse::<DeviceSpec>(newer.as_bytes(), Path::new("spec.json")).unwrap_err();
+        assert!(matches!(error, ContractError::Version { version: 2, .. }), "{error}");
+    }
+
+    #[test]
+    fn debug_hides_the_secret() {
+        let spec: DeviceSpec = parse(SPEC_V1.as_bytes(), Path::new("spec.json")).unwrap();
+        assert!(!format!("{spec:?}").contains(&"0".repeat(64)));
+    }
+
+    #[test]
+    fn control_lines_of_version_1_are_read() {
+        let request: ControlRequest = serde_json::from_str(r#"{"version":1,"command":"stop"}"#).unwrap();
+        assert_eq!(request.command, ControlCommand::Stop);
+        let busy: ControlResponse =
+            serde_json::from_str(r#"{"busy":{"holders":["mounted on /mnt"]}}"#).unwrap();
+        assert_eq!(busy, ControlResponse::Busy { holders: vec!["mounted on /mnt".into()] });
+    }
+}

@@ -1,0 +1,3 @@
+//! volclient: the node daemon (`serve`) and the device processes (`device`).
+
+fn main() {}

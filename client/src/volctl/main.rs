@@ -1,0 +1,3 @@
+//! volctl: the command line of volnode.
+
+fn main() {}

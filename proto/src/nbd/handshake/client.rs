@@ -1,0 +1,293 @@
+//! The client's side of the handshake.
+//!
+//! ```text
+//!   Greeting ──► Going ──ACK──► done
+//!                  │
+//!                  └─ERR_UNSUP──► ExportName ──► done        (servers from before GO)
+//! ```
+//!
+//! Owned by `client/src/dial.rs`. Asks for nothing that would change the replies: neither structured replies nor
+//! extended headers, because a simple reply is the whole payload or an error (DESIGN: "Reading what is there").
+
+use super::super::{
+    BlockSizes, ExportInfo, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_BYTES_MAX,
+    TransmissionFlags, handshake_flags, info, option, reply,
+};
+use super::{OPTION_BYTES_MAX, be_u16, be_u32, be_u64, take};
+
+/// Most replies to one option; a server that sends more is not answering.
+const REPLIES_MAX: u32 = 64;
+
+/// The handshake cannot go on: close the connection.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ClientHandshakeError {
+    /// The name is longer than the protocol allows.
+    #[error("an export name has at most {STRING_BYTES_MAX} bytes")]
+    NameTooLong,
+    /// What answers is not an NBD server.
+    #[error("this is not an NBD server: it greets with {0:#018x}")]
+    NotNbd(u64),
+    /// An NBD server of the oldstyle protocol, or newstyle without "fixed".
+    #[error("the NBD server does not speak the fixed newstyle protocol")]
+    NotFixedNewstyle,
+    /// The server breaks the protocol.
+    #[error("the NBD server breaks the protocol: {0}")]
+    Protocol(&'static str),
+    /// The server does not give us the export.
+    #[error("the NBD server refuses the export: {text} (reply {reply:#x})")]
+    Refused {
+        /// `NBD_REP_ERR_*`
+        reply: u32,
+        /// Its words, or ours for the number.
+        text: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Greeting,
+    Going,
+    ExportName,
+    Done,
+}
+
+/// The client's side of one connection's handshake.
+#[derive(Debug)]
+pub struct ClientHandshake {
+    state: State,
+    name: String,
+    no_zeroes: bool,
+    replies_seen: u32,
+    input: Vec<u8>,
+    size_and_flags: Option<(u64, TransmissionFlags)>,
+    block_sizes: Option<BlockSizes>,
+    description: Option<String>,
+}
+
+impl ClientHandshake {
+    /// Begins: nothing is sent before the server's greeting.
+    ///
+    /// # Errors
+    /// [`ClientHandshakeError::NameTooLong`]
+    pub fn new(export_name: &str) -> Result<Self, ClientHandshakeError> {
+        if export_name.len() > STRING_BYTES_MAX {
+            return Err(ClientHandshakeError::NameTooLong);
+        }
+        Ok(Self {
+            state: State::Greeting,
+            name: export_name.to_owned(),
+            no_zeroes: false,
+            replies_seen: 0,
+            input: Vec::new(),
+            size_and_flags: None,
+            block_sizes: None,
+            description: None,
+        })
+    }
+
+    /// Takes bytes that arrived and appends what has to be sent to `out`; gives the export once it is open.
+    ///
+    /// # Errors
+    /// [`ClientHandshakeError`], by cause.
+    pub fn handle_bytes(
+        &mut self,
+        arrived: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<Option<ExportInfo>, ClientHandshakeError> {
+        self.input.extend_from_slice(arrived);
+        loop {
+            let progressed = match self.state {
+                State::Greeting => self.take_greeting(out)?,
+                State::Going => self.take_reply(out)?,
+                State::ExportName => self.take_export_name_answer(),
+                State::Done => return self.finish().map(Some),
+            };
+            if !progressed {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Bytes that arrived after the handshake's end. An honest server sends none: nothing was asked of it yet.
+    pub fn leftover(&self) -> &[u8] {
+        &self.input
+    }
+
+    fn take_greeting(&mut self, out: &mut Vec<u8>) -> Result<bool, ClientHandshakeError> {
+        if let Some(magic) = take::<8>(&self.input).map(u64::from_be_bytes)
+            && magic != INIT_MAGIC
+        {
+            return Err(ClientHandshakeError::NotNbd(magic));
+        }
+        let Some(greeting) = take::<18>(&self.input) else { return Ok(false) };
+        let flags = be_u16(&greeting, 16);
+        if be_u64(&greeting, 8) != OPTION_MAGIC || flags & handshake_flags::FIXED_NEWSTYLE == 0 {
+            return Err(ClientHandshakeError::NotFixedNewstyle);
+        }
+        self.input.drain(..greeting.len());
+        self.no_zeroes = flags & handshake_flags::NO_ZEROES != 0;
+        let zeroes_flag = if self.no_zeroes { handshake_flags::NO_ZEROES } else { 0 };
+        out.extend_from_slice(&u32::from(handshake_flags::FIXED_NEWSTYLE | zeroes_flag).to_be_bytes());
+
+        let mut data = (self.name.len() as u32).to_be_bytes().to_vec();
+        data.extend_from_slice(self.name.as_bytes());
+        data.extend_from_slice(&2u16.to_be_bytes());
+        data.extend_from_slice(&info::BLOCK_SIZE.to_be_bytes());
+        data.extend_from_slice(&info::DESCRIPTION.to_be_bytes());
+        put_option(out, option::GO, &data);
+        self.state = State::Going;
+        Ok(true)
+    }
+
+    fn take_reply(&mut self, out: &mut Vec<u8>) -> Result<bool, ClientHandshakeError> {
+        let Some(header) = take::<20>(&self.input) else { return Ok(false) };
+        if be_u64(&header, 0) != OPTION_REPLY_MAGIC || be_u32(&header, 8) != option::GO {
+            return Err(ClientHandshakeError::Protocol("an option reply has a wrong magic or option"));
+        }
+        let (kind, length_bytes) = (be_u32(&header, 12), be_u32(&header, 16) as usize);
+        if length_bytes > OPTION_BYTES_MAX {
+            return Err(ClientHandshakeError::Protocol("an option reply is too long"));
+        }
+        let end = header.len() + length_bytes;
+        if self.input.len() < end {
+            return Ok(false);
+        }
+        self.replies_seen += 1;
+        if self.replies_seen > REPLIES_MAX {
+            return Err(ClientHandshakeError::Protocol("too many replies to one option"));
+        }
+        let data: Vec<u8> = self.input.drain(..end).skip(header.len()).collect();
+        match kind {
+            reply::INFO => self.take_info(&data)?,
+            reply::ACK => self.state = State::Done,
+            reply::ERR_UNSUP => {
+                put_option(out, option::EXPORT_NAME, self.name.as_bytes());
+                self.state = State::ExportName;
+            }
+            error if error & reply::ERROR_BIT != 0 => return Err(refused(error, &data)),
+            _ => return Err(ClientHandshakeError::Protocol("an option reply of an unknown kind")),
+        }
+        Ok(true)
+    }
+
+    fn take_info(&mut self, data: &[u8]) -> Result<(), ClientHandshakeError> {
+        let kind = take::<2>(data).map(u16::from_be_bytes);
+        match (kind, data.len()) {
+            (Some(info::EXPORT), 12) => {
+                self.size_and_flags = Some((be_u64(data, 2), TransmissionFlags(be_u16(data, 10))));
+            }
+            (Some(info::BLOCK_SIZE), 14) => {
+                let sizes = BlockSizes {
+                    minimum_bytes: be_u32(data, 2),
+                    preferred_bytes: be_u32(data, 6),
+                    maximum_bytes: be_u32(data, 10),
+                };
+                let valid = sizes.minimum_bytes.is_power_of_two()
+                    && sizes.minimum_bytes <= 64 << 10
+                    && sizes.maximum_bytes >= sizes.minimum_bytes;
+                if !valid {
+                    return Err(ClientHandshakeError::Protocol("the block sizes make no sense"));
+                }
+                self.block_sizes = Some(sizes);
+            }
+            (Some(info::EXPORT | info::BLOCK_SIZE) | None, _) => {
+                return Err(ClientHandshakeError::Protocol("an information item has a wrong length"));
+            }
+            (Some(info::DESCRIPTION), _) => self.description = String::from_utf8(data[2..].to_vec()).ok(),
+            (Some(_), _) => {}
+        }
+        Ok(())
+    }
+
+    fn take_export_name_answer(&mut self) -> bool {
+        let answer_bytes = if self.no_zeroes { 10 } else { 134 };
+        if self.input.len() < answer_bytes {
+            return false;
+        }
+        let flags = TransmissionFlags(be_u16(&self.input, 8));
+        self.size_and_flags = Some((be_u64(&self.input, 0), flags));
+        self.input.drain(..answer_bytes);
+        self.state = State::Done;
+        true
+    }
+
+    fn finish(&self) -> Result<ExportInfo, ClientHandshakeError> {
+        let (size_bytes, flags) = self
+            .size_and_flags
+            .ok_or(ClientHandshakeError::Protocol("the export was opened without telling its size"))?;
+        let description = self.description.clone();
+        Ok(ExportInfo { size_bytes, flags, block_sizes: self.block_sizes, description })
+    }
+}
+
+fn refused(reply: u32, data: &[u8]) -> ClientHandshakeError {
+    let words = String::from_utf8_lossy(data);
+    let text = if words.is_empty() { "no reason given".into() } else { words.into_owned() };
+    ClientHandshakeError::Refused { reply, text }
+}
+
+fn put_option(out: &mut Vec<u8>, number: u32, data: &[u8]) {
+    out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
+    out.extend_from_slice(&number.to_be_bytes());
+    out.extend_from_slice(&(data.len() as u32).to_be_bytes());
+    out.extend_from_slice(data);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn greeting(flags: u16) -> Vec<u8> {
+        [&INIT_MAGIC.to_be_bytes()[..], &OPTION_MAGIC.to_be_bytes(), &flags.to_be_bytes()].concat()
+    }
+
+    fn reply_bytes(kind: u32, data: &[u8]) -> Vec<u8> {
+        let length = (data.len() as u32).to_be_bytes();
+        [&OPTION_REPLY_MAGIC.to_be_bytes()[..], &option::GO.to_be_bytes(), &kind.to_be_bytes(), &length, data]
+            .concat()
+    }
+
+    #[test]
+    fn servers_from_before_go_are_asked_by_export_name() {
+        for (server_flags, answer_bytes) in [(3u16, 10usize), (1, 134)] {
+            let mut client = ClientHandshake::new("x").unwrap();
+            let mut out = Vec::new();
+            assert_eq!(client.handle_bytes(&greeting(server_flags), &mut out), Ok(None));
+            out.clear();
+            assert_eq!(client.handle_bytes(&reply_bytes(reply::ERR_UNSUP, b""), &mut out), Ok(None));
+            assert_eq!(be_u32(&out, 8), option::EXPORT_NAME);
+            let mut answer = vec![0u8; answer_bytes];
+            answer[7] = 9;
+            answer[9] = 1;
+            let info = client.handle_bytes(&answer, &mut out).unwrap().unwrap();
+            assert_eq!(info.size_bytes, 9);
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_server_of_ours_is_named() {
+        let mut out = Vec::new();
+        let http = ClientHandshake::new("x").unwrap().handle_bytes(b"HTTP/1.1 400 Bad", &mut out);
+        assert!(matches!(http, Err(ClientHandshakeError::NotNbd(_))));
+        let old = ClientHandshake::new("x").unwrap().handle_bytes(&greeting(0), &mut out);
+        assert_eq!(old, Err(ClientHandshakeError::NotFixedNewstyle));
+    }
+
+    #[test]
+    fn lying_servers_are_refused() {
+        let lies: [(u32, &[u8]); 5] = [
+            (reply::ACK, b""),
+            (reply::INFO, b""),
+            (reply::INFO, b"\0\0short"),
+            (reply::INFO, b"\0\x03\0\0\0\x03\0\0\0\x03\0\0\0\x03"),
+            (12345, b""),
+        ];
+        for (kind, data) in lies {
+            let mut client = ClientHandshake::new("x").unwrap();
+            let mut out = Vec::new();
+            client.handle_bytes(&greeting(3), &mut out).unwrap();
+            let result = client.handle_bytes(&reply_bytes(kind, data), &mut out);
+            assert!(matches!(result, Err(ClientHandshakeError::Protocol(_))), "{kind} {data:?}: {result:?}");
+        }
+    }
+}

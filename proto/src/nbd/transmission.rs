@@ -1,0 +1,305 @@
+//! Requests and simple replies of the transmission phase, encoded and decoded.
+//!
+//! Used by the client's `connection.rs` (encodes requests, decodes replies) and the server's `session.rs` (the other
+//! way round). Source: NBD `doc/proto.md`, "Transmission phase". Nothing here allocates.
+
+use super::{REQUEST_MAGIC, SIMPLE_REPLY_MAGIC};
+
+/// Length of a request's header on the wire, in bytes.
+pub const REQUEST_BYTES: usize = 28;
+/// Length of a simple reply's header on the wire, in bytes.
+pub const SIMPLE_REPLY_BYTES: usize = 16;
+
+/// Command flags (`NBD_CMD_FLAG_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CommandFlags(pub u16);
+
+impl CommandFlags {
+    /// No flag.
+    pub const NONE: Self = Self(0);
+    /// The data is on stable storage before the reply.
+    pub const FUA: Self = Self(1 << 0);
+    /// WRITE_ZEROES may not make a hole.
+    pub const NO_HOLE: Self = Self(1 << 1);
+    /// A structured read may not be split.
+    pub const DF: Self = Self(1 << 2);
+    /// BLOCK_STATUS gives one extent.
+    pub const REQ_ONE: Self = Self(1 << 3);
+    /// WRITE_ZEROES fails rather than be as slow as a write.
+    pub const FAST_ZERO: Self = Self(1 << 4);
+
+    /// Whether every flag of `other` is set here.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// The flags of both.
+    #[must_use]
+    pub const fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// Commands (`NBD_CMD_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Read `length` bytes.
+    Read,
+    /// Write `length` bytes, which follow the header.
+    Write,
+    /// End the session; has no reply.
+    Disconnect,
+    /// Put every answered write on stable storage.
+    Flush,
+    /// The bytes are not needed any more.
+    Trim,
+    /// Prefetch.
+    Cache,
+    /// Make the bytes read as zeroes.
+    WriteZeroes,
+    /// Tell holes from data.
+    BlockStatus,
+    /// A number this program does not know.
+    Unknown(u16),
+}
+
+impl Command {
+    /// From its number on the wire.
+    pub const fn from_wire(number: u16) -> Self {
+        match number {
+            0 => Self::Read,
+            1 => Self::Write,
+            2 => Self::Disconnect,
+            3 => Self::Flush,
+            4 => Self::Trim,
+            5 => Self::Cache,
+            6 => Self::WriteZeroes,
+            7 => Self::BlockStatus,
+            other => Self::Unknown(other),
+        }
+    }
+
+    /// Its number on the wire.
+    pub const fn to_wire(self) -> u16 {
+        match self {
+            Self::Read => 0,
+            Self::Write => 1,
+            Self::Disconnect => 2,
+            Self::Flush => 3,
+            Self::Trim => 4,
+            Self::Cache => 5,
+            Self::WriteZeroes => 6,
+            Self::BlockStatus => 7,
+            Self::Unknown(other) => other,
+        }
+    }
+}
+
+/// The peer does not speak the protocol: its connection must be closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum TransmissionError {
+    /// A request does not begin with the request magic.
+    #[error("a request begins with {0:#010x}, not with the request magic")]
+    RequestMagic(u32),
+    /// A reply does not begin with the simple reply magic.
+    #[error("a reply begins with {0:#010x}, not with the simple reply magic")]
+    ReplyMagic(u32),
+}
+
+/// A request's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// Flags of the command.
+    pub flags: CommandFlags,
+    /// What to do.
+    pub command: Command,
+    /// Chosen by the client, returned by the reply.
+    pub cookie: u64,
+    /// First byte concerned.
+    pub offset_bytes: u64,
+    /// How many bytes are concerned.
+    pub length_bytes: u32,
+}
+
+impl Request {
+    /// The header as it goes on the wire.
+    pub fn encode(&self) -> [u8; REQUEST_BYTES] {
+        let mut wire = [0u8; REQUEST_BYTES];
+        wire[0..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        wire[4..6].copy_from_slice(&self.flags.0.to_be_bytes());
+        wire[6..8].copy_from_slice(&self.command.to_wire().to_be_bytes());
+        wire[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+        wire[16..24].copy_from_slice(&self.offset_bytes.to_be_bytes());
+        wire[24..28].copy_from_slice(&self.length_bytes.to_be_bytes());
+        wire
+    }
+
+    /// Reads a header off the wire.
+    ///
+    /// # Errors
+    /// [`TransmissionError::RequestMagic`]: the stream is out of step; close it.
+    pub fn decode(wire: &[u8; REQUEST_BYTES]) -> Result<Self, TransmissionError> {
+        let magic = be_u32(wire, 0);
+        if magic != REQUEST_MAGIC {
+            return Err(TransmissionError::RequestMagic(magic));
+        }
+        Ok(Self {
+            flags: CommandFlags(be_u16(wire, 4)),
+            command: Command::from_wire(be_u16(wire, 6)),
+            cookie: be_u64(wire, 8),
+            offset_bytes: be_u64(wire, 16),
+            length_bytes: be_u32(wire, 24),
+        })
+    }
+
+    /// Bytes that follow the header on the wire.
+    pub const fn payload_bytes(&self) -> u32 {
+        match self.command {
+            Command::Write => self.length_bytes,
+            _ => 0,
+        }
+    }
+}
+
+/// A simple reply's header; a successful READ's payload follows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SimpleReply {
+    /// 0, or an error number of [`NbdError`]'s.
+    pub error: u32,
+    /// The request's.
+    pub cookie: u64,
+}
+
+impl SimpleReply {
+    /// The header as it goes on the wire.
+    pub fn encode(&self) -> [u8; SIMPLE_REPLY_BYTES] {
+        let mut wire = [0u8; SIMPLE_REPLY_BYTES];
+        wire[0..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
+        wire[4..8].copy_from_slice(&self.error.to_be_bytes());
+        wire[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+        wire
+    }
+
+    /// Reads a header off the wire.
+    ///
+    /// # Errors
+    /// [`TransmissionError::ReplyMagic`]: the stream is out of step; close it.
+    pub fn decode(wire: &[u8; SIMPLE_REPLY_BYTES]) -> Result<Self, TransmissionError> {
+        let magic = be_u32(wire, 0);
+        if magic != SIMPLE_REPLY_MAGIC {
+            return Err(TransmissionError::ReplyMagic(magic));
+        }
+        Ok(Self { error: be_u32(wire, 4), cookie: be_u64(wire, 8) })
+    }
+}
+
+/// Error numbers that NBD allows in a reply. They are Linux's, but only these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum NbdError {
+    /// Not permitted: a write to a read-only export.
+    Eperm = 1,
+    /// Input/output error.
+    Eio = 5,
+    /// Out of memory.
+    Enomem = 12,
+    /// The request is not valid.
+    Einval = 22,
+    /// No space left, or a write past the end.
+    Enospc = 28,
+    /// The request is too large.
+    Eoverflow = 75,
+    /// Not supported.
+    Enotsup = 95,
+    /// The server is shutting down.
+    Eshutdown = 108,
+}
+
+impl NbdError {
+    /// The NBD error for a Linux errno (positive); what NBD cannot say becomes EIO.
+    pub const fn from_errno(errno: i32) -> Self {
+        match errno {
+            1 => Self::Eperm,
+            12 => Self::Enomem,
+            22 => Self::Einval,
+            28 | 122 | 27 => Self::Enospc, // ENOSPC, EDQUOT, EFBIG
+            75 => Self::Eoverflow,
+            95 => Self::Enotsup,
+            108 => Self::Eshutdown,
+            _ => Self::Eio,
+        }
+    }
+
+    /// The Linux errno (positive) for an error number off the wire; an unknown number is EINVAL, as the specification
+    /// asks.
+    pub const fn errno_from_wire(number: u32) -> i32 {
+        match number {
+            1 | 5 | 12 | 22 | 28 | 75 | 95 | 108 => number as i32,
+            _ => 22,
+        }
+    }
+}
+
+fn be_u16(wire: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes([wire[at], wire[at + 1]])
+}
+
+fn be_u32(wire: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([wire[at], wire[at + 1], wire[at + 2], wire[at + 3]])
+}
+
+fn be_u64(wire: &[u8], at: usize) -> u64 {
+    u64::from(be_u32(wire, at)) << 32 | u64::from(be_u32(wire, at + 4))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_has_the_specified_layout() {
+        let request = Request {
+            flags: CommandFlags::FUA,
+            command: Command::Write,
+            cookie: 0x0102_0304_0506_0708,
+            offset_bytes: 0x1112_1314_1516_1718,
+            length_bytes: 0x2122_2324,
+        };
+        let wire = request.encode();
+        let expected: [u8; REQUEST_BYTES] = [
+            0x25, 0x60, 0x95, 0x13, 0, 1, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16,
+            0x17, 0x18, 0x21, 0x22, 0x23, 0x24,
+        ];
+        assert_eq!(wire, expected);
+        assert_eq!(Request::decode(&wire), Ok(request));
+    }
+
+    #[test]
+    fn simple_reply_has_the_specified_layout() {
+        let reply = SimpleReply { error: 28, cookie: 0x0102_0304_0506_0708 };
+        let wire = reply.encode();
+        assert_eq!(wire, [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 28, 1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(SimpleReply::decode(&wire), Ok(reply));
+    }
+
+    #[test]
+    fn wrong_magic_is_an_error() {
+        assert_eq!(Request::decode(&[0; 28]), Err(TransmissionError::RequestMagic(0)));
+        assert_eq!(SimpleReply::decode(&[0xff; 16]), Err(TransmissionError::ReplyMagic(u32::MAX)));
+    }
+
+    #[test]
+    fn command_numbers_survive_a_round_trip() {
+        for number in 0..=u16::MAX {
+            assert_eq!(Command::from_wire(number).to_wire(), number);
+        }
+    }
+
+    #[test]
+    fn errors_outside_the_specification_are_mapped() {
+        assert_eq!(NbdError::from_errno(122), NbdError::Enospc);
+        assert_eq!(NbdError::from_errno(9), NbdError::Eio);
+        assert_eq!(NbdError::errno_from_wire(4096), 22);
+        assert_eq!(NbdError::errno_from_wire(5), 5);
+    }
+}

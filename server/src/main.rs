@@ -1,0 +1,3 @@
+//! volserver: the storage node.
+
+fn main() {}
