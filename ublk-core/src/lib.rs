@@ -1,1 +1,28 @@
-//! (being built)
+//! The kernel's block interface in user space: ublk, as a library.
+//!
+//! Owns: the ABI, control commands, device parameters, a queue with its tags, and buffers. Never: networking, an async
+//! runtime, or a thread that serves I/O; the caller's queue loop does that with these parts.
+//!
+//! Reading path: [`device`] shows the life of a device, [`queue`] and [`tag`] that of a request, [`ring`] the two
+//! opcodes that make the `fused` data path, [`data_path`] how it is proved before use, [`abi`] the kernel's header.
+
+pub mod abi;
+pub mod buffers;
+mod command;
+pub mod control;
+pub mod data_path;
+pub mod device;
+mod mapping;
+pub mod params;
+pub mod queue;
+pub mod ring;
+pub mod tag;
+
+pub use abi::{IoDesc, IoOp};
+pub use buffers::UserBuffers;
+pub use control::{ControlDevice, ControlError, DevInfo, DeviceSpec, DeviceState, Features};
+pub use data_path::{DataPath, ProbeReport, probe};
+pub use device::{Device, DeviceError};
+pub use params::{DeviceParams, Discard, ParamsError};
+pub use queue::{Queue, TagBuffer};
+pub use tag::{TagError, TagState, TagTable};

@@ -1,0 +1,133 @@
+//! Memory maps: the driver's request descriptors, and the daemon's own data buffers.
+//!
+//! Owns: the life of one `mmap` region and every access to its bytes. Never: knows tags or queues.
+//! Called by: `queue` (shared, read-only, written by the driver) and `buffers` (private, written by the daemon and
+//! by the kernel on its behalf).
+//! Invariants: the region stays mapped from construction to drop; no Rust reference to its bytes is ever made,
+//! because the kernel may write them at any time, so all access is by raw pointer and bounds are asserted.
+#![allow(unsafe_code)] // mmap, munmap and raw access to memory that the kernel shares.
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::io;
+use std::ptr::{self, NonNull};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use crate::abi::IoDesc;
+
+/// One mapped region.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    start: NonNull<u8>,
+    len_bytes: usize,
+}
+
+// SAFETY: the region belongs to the process, not to a thread, and this value is its only owner.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    /// Maps `len_bytes` of `file` from `offset_bytes`, readable only, with its pages present from the start.
+    pub(crate) fn shared_read_only(file: &File, offset_bytes: u64, len_bytes: usize) -> io::Result<Self> {
+        let flags = MapFlags::SHARED | MapFlags::POPULATE;
+        // SAFETY: without a fixed address the kernel picks unused address space, so no existing memory changes.
+        let start = unsafe { mmap(ptr::null_mut(), len_bytes, ProtFlags::READ, flags, file, offset_bytes) }?;
+        Self::adopt(start, len_bytes)
+    }
+
+    /// Maps `len_bytes` of zeroes, private to this process, with its pages present from the start.
+    pub(crate) fn anonymous(len_bytes: usize) -> io::Result<Self> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
+        // SAFETY: without a fixed address the kernel picks unused address space, so no existing memory changes.
+        let start = unsafe { mmap_anonymous(ptr::null_mut(), len_bytes, protection, flags) }?;
+        Self::adopt(start, len_bytes)
+    }
+
+    fn adopt(start: *mut c_void, len_bytes: usize) -> io::Result<Self> {
+        let start = NonNull::new(start.cast::<u8>()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { start, len_bytes })
+    }
+
+    /// Length, bytes.
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.len_bytes
+    }
+
+    /// Address of the byte at `offset_bytes`, for the kernel's use.
+    pub(crate) fn address(&self, offset_bytes: usize) -> u64 {
+        self.at(offset_bytes, 0).expose_provenance() as u64
+    }
+
+    /// Reads the `index`th of an array of descriptors that the driver writes.
+    pub(crate) fn load_io_desc(&self, index: usize) -> IoDesc {
+        let place = self.at(index * size_of::<IoDesc>(), size_of::<IoDesc>()).cast::<IoDesc>();
+        // SAFETY: `at` asserted that the descriptor lies inside the live region; the region is page-aligned and 24 is
+        // a multiple of 8, so it is aligned; any bytes are a valid `IoDesc`. The read is volatile because the driver
+        // writes it; the acquire load of the completion queue's tail ordered that write before this read.
+        unsafe { place.cast_const().read_volatile() }
+    }
+
+    /// Copies `data` into the region.
+    pub(crate) fn copy_in(&mut self, offset_bytes: usize, data: &[u8]) {
+        let place = self.at(offset_bytes, data.len());
+        // SAFETY: `at` asserted that the target lies inside the live region, which is writable (only `buffers` calls
+        // this, on an anonymous map); `data` is outside it, as no reference into the region exists.
+        unsafe { ptr::copy_nonoverlapping(data.as_ptr(), place, data.len()) };
+    }
+
+    /// Copies from the region to `data`.
+    pub(crate) fn copy_out(&self, offset_bytes: usize, data: &mut [u8]) {
+        let place = self.at(offset_bytes, data.len());
+        // SAFETY: `at` asserted that the source lies inside the live region; `data` is outside it, as no reference
+        // into the region exists.
+        unsafe { ptr::copy_nonoverlapping(place.cast_const(), data.as_mut_ptr(), data.len()) };
+    }
+
+    /// The place of `len_bytes` at `offset_bytes`; asserts that they are inside the region.
+    fn at(&self, offset_bytes: usize, len_bytes: usize) -> *mut u8 {
+        let end_bytes = offset_bytes.checked_add(len_bytes);
+        assert!(
+            end_bytes.is_some_and(|end| end <= self.len_bytes),
+            "{len_bytes} bytes at {offset_bytes} are outside a map of {} bytes",
+            self.len_bytes
+        );
+        self.start.as_ptr().wrapping_add(offset_bytes)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the region was mapped by a constructor with this start and length and is unmapped only here; the
+        // owners drop it after the ring whose operations used its addresses.
+        let result = unsafe { munmap(self.start.as_ptr().cast::<c_void>(), self.len_bytes) };
+        debug_assert!(result.is_ok(), "munmap of a region we mapped: {result:?}");
+    }
+}
+
+/// `bytes` rounded up to whole pages.
+pub(crate) fn round_up_to_pages(bytes: usize) -> usize {
+    bytes.next_multiple_of(rustix::param::page_size())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_land_where_they_were_put() {
+        let mut mapping = Mapping::anonymous(8192).unwrap();
+        mapping.copy_in(4090, b"straddles a page");
+        let mut seen = [0; 16];
+        mapping.copy_out(4090, &mut seen);
+        assert_eq!(&seen, b"straddles a page");
+        assert_eq!(mapping.address(4096) - mapping.address(0), 4096);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside a map")]
+    fn access_past_the_end_is_refused() {
+        let mapping = Mapping::anonymous(4096).unwrap();
+        mapping.copy_out(4090, &mut [0; 7]);
+    }
+}
