@@ -3,10 +3,12 @@
 //! - [`v1`]: the gRPC API (`volnode/v1/*.proto`): management of a storage server, and of a client machine.
 //! - [`nbd`]: the NBD wire protocol: codec, request validation, and the handshake of both sides as state machines that
 //!   take bytes and give bytes.
+//! - [`error_reason`]: the stable reasons that gRPC errors carry.
 //! - [`export_name`]: the name under which an attachment's export is opened; it carries identity, secret, epoch and slot.
 //!
 //! Never here: sockets, clocks, unsafe code.
 
+pub mod error_reason;
 pub mod export_name;
 pub mod nbd;
 
