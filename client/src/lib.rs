@@ -1,6 +1,7 @@
 //! The client side of volnode.
 //!
 //! - [`device`]: the process that owns one attachment: its ublk device, its queues, its connections (the data path).
+//! - [`node`]: the node daemon: the node API, and the supervision of device processes.
 //! - [`contract`]: what the node daemon and a device process tell each other: spec file, status file, control socket.
 //!
 //! One block request is followed by file name: `device/queue_loop.rs` → `ublk-core/src/tag.rs` →
@@ -8,3 +9,4 @@
 
 pub mod contract;
 pub mod device;
+pub mod node;
