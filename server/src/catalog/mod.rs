@@ -1,0 +1,210 @@
+//! The catalog: which volumes and attachments there are, kept in `<data-dir>/catalog.sqlite`.
+//!
+//! Owns the SQLite database, the data directory's lock, and the formats of both. It holds identities, states, secrets,
+//! generations, epochs and incarnations; it never touches a volume's data and never talks to a peer.
+//! Called by the management side (`management/`, `lifecycle.rs`) and by the data side when a connection is opened, an
+//! epoch is raised or an fsync has failed. Every call blocks; tokio tasks go through `spawn_blocking`.
+//!
+//! Invariants:
+//! - A change that was returned as done is durable: WAL with `synchronous=FULL`, one fsync for each commit.
+//! - Only volumes in state `ready` and attachments in state `active` are visible to the data side.
+//! - A volume has at most one attachment (all access modes are single-node), kept by a UNIQUE constraint.
+//! - Session epochs, attach generations and incarnations never go down.
+//! - No error and no `Debug` text of this module holds a secret.
+
+mod attachments;
+mod data_dir;
+mod records;
+mod schema;
+mod volumes;
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rusqlite::Connection;
+use uuid::Uuid;
+
+pub use data_dir::{DataDirError, VOLUMES_DIR_NAME};
+pub use records::{
+    AttachmentFilter, AttachmentRecord, AttachmentState, BackendKind, NewAttachment, NewVolume, VolumeRecord,
+    VolumeState,
+};
+pub use schema::FORMAT_VERSION;
+pub use volumes::Concealed;
+
+/// File name of the database inside the data directory.
+pub const CATALOG_FILE_NAME: &str = "catalog.sqlite";
+
+/// Why the catalog could not be opened, read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogError {
+    /// The data directory cannot be used, or another server uses it.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    /// The database file could not be made or its access rights set.
+    #[error("cannot prepare {path}: {source}")]
+    File {
+        /// The database file.
+        path: PathBuf,
+        /// The system's own error.
+        source: std::io::Error,
+    },
+    /// SQLite failed: no space, an I/O error, a damaged file.
+    #[error("catalog: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// The file is a database, but not a volnode catalog.
+    #[error("{0} is not a volnode catalog: choose another --data-dir, or move that file away")]
+    Foreign(PathBuf),
+    /// A newer program wrote the catalog in a format that this one cannot read.
+    #[error(
+        "the catalog has format version {found}, which needs a program that knows version {needed}; \
+         this one knows {FORMAT_VERSION}: upgrade volserver"
+    )]
+    NewerFormat {
+        /// Version of the format found.
+        found: u32,
+        /// Oldest version that can read it, as the file says.
+        needed: u32,
+    },
+    /// A row holds a value that no version of this program writes.
+    #[error(
+        "the catalog is damaged: {table}.{column} holds an unreadable value; restore {CATALOG_FILE_NAME} from a backup"
+    )]
+    Damaged {
+        /// Table of the row.
+        table: &'static str,
+        /// Column of the value.
+        column: &'static str,
+    },
+    /// No volume has that identity (or it is being made or deleted).
+    #[error("no volume {0}")]
+    VolumeNotFound(Uuid),
+    /// The name is taken by another volume.
+    #[error("a volume of that name exists")]
+    VolumeExists,
+    /// The volume has an attachment already.
+    #[error("volume {0} is attached")]
+    VolumeAttached(Uuid),
+    /// No attachment has that identity, or it is ending.
+    #[error("no attachment {0}")]
+    AttachmentNotFound(Uuid),
+    /// A higher session epoch was opened before.
+    #[error("session epoch {epoch} is over: epoch {current} has been opened")]
+    StaleEpoch {
+        /// The epoch asked for.
+        epoch: u64,
+        /// The epoch kept.
+        current: u64,
+    },
+    /// A number does not fit the database's signed 64 bits.
+    #[error("{0} is more than the catalog can keep (2^63 - 1)")]
+    TooLarge(&'static str),
+    /// The operating system's random source failed, so no secret could be made.
+    #[error("no random bytes for a secret: {0}")]
+    Random(String),
+}
+
+impl CatalogError {
+    /// True where the cause is a full file system under the data directory.
+    pub fn is_out_of_space(&self) -> bool {
+        matches!(self, Self::Sqlite(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull))
+    }
+}
+
+/// The catalog of one server; clones share it.
+#[derive(Clone)]
+pub struct Catalog {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    state: Mutex<State>,
+    server_id: Uuid,
+    data_dir: PathBuf,
+    is_new: bool,
+    /// Held as long as the catalog is open: no second server uses the directory.
+    _lock: File,
+}
+
+struct State {
+    db: Connection,
+    /// Volumes that a deletion has hidden from the data side while it looks whether anybody has them open. In memory
+    /// only: a deletion that is refused leaves nothing behind, whenever the process dies.
+    concealed: HashSet<Uuid>,
+}
+
+impl std::fmt::Debug for Catalog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Catalog").field("data_dir", &self.inner.data_dir).finish_non_exhaustive()
+    }
+}
+
+impl Catalog {
+    /// Locks `data_dir` and opens its catalog; makes both (directory 0700, file 0600) where they are missing.
+    ///
+    /// # Errors
+    /// The directory cannot be made or written, another process holds it, the catalog is foreign, damaged or of a newer
+    /// format, or SQLite failed.
+    pub fn open(data_dir: &Path) -> Result<Self, CatalogError> {
+        let lock = data_dir::prepare(data_dir)?;
+        let path = data_dir.join(CATALOG_FILE_NAME);
+        create_private_file(&path).map_err(|source| CatalogError::File { path: path.clone(), source })?;
+        let mut db = Connection::open(&path)?;
+        db.pragma_update(None, "journal_mode", "WAL")?;
+        db.pragma_update(None, "synchronous", "FULL")?;
+        db.pragma_update(None, "foreign_keys", true)?;
+        let is_new = schema::prepare(&mut db, &path)?;
+        let server_id = schema::server_id(&db)?;
+        // The entries of the directory (database, lock, volumes) are durable before anything is answered.
+        data_dir::sync(data_dir)?;
+        let state = Mutex::new(State { db, concealed: HashSet::new() });
+        let inner = Inner { state, server_id, data_dir: data_dir.to_owned(), is_new, _lock: lock };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Identity of this server, made once with the catalog.
+    pub fn server_id(&self) -> Uuid {
+        self.inner.server_id
+    }
+
+    /// Where the backing files of the volumes are.
+    pub fn volumes_dir(&self) -> PathBuf {
+        self.inner.data_dir.join(VOLUMES_DIR_NAME)
+    }
+
+    /// True where this [`Catalog::open`] made the tables: volume files that are there then have lost theirs.
+    pub fn is_new(&self) -> bool {
+        self.inner.is_new
+    }
+
+    /// The database, for one call. A panic elsewhere rolled its transaction back, so the state is sound even then.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes the file with access for its owner only, or takes such access away from an existing one; SQLite gives its WAL
+/// the same rights.
+fn create_private_file(path: &Path) -> std::io::Result<()> {
+    let file =
+        OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(path)?;
+    file.set_permissions(Permissions::from_mode(0o600))
+}
+
+/// Milliseconds since the Unix epoch; 0 on a machine whose clock is before it.
+fn now_ms() -> i64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// A number as the database keeps it.
+fn to_db(value: u64, name: &'static str) -> Result<i64, CatalogError> {
+    i64::try_from(value).map_err(|_| CatalogError::TooLarge(name))
+}
+
+#[cfg(test)]
+mod tests;
