@@ -1,1 +1,11 @@
-//! (being built)
+//! What the lab (the `lab` binary) and the tests inside its virtual machine (`vm/main.rs`) share.
+//!
+//! Owns the names of the kernels we test on, the event lines by which a test process tells the lab what it
+//! does, and the harness that runs the VM tests one by one with a deadline each. It starts no virtual machine
+//! (that is the binary's part) and holds no test of the product (those are in `vm/`).
+
+pub mod events;
+pub mod harness;
+pub mod kernel_series;
+mod left_behind;
+pub mod stuck_tasks;

@@ -1,0 +1,191 @@
+//! What each subcommand does, in order: prepare (packages, kernel, build), run, say what came of it.
+//!
+//! Called by `main`. Each returns the exit code of the lab.
+
+use std::io::{IsTerminal, Write, stderr, stdin, stdout};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use testlab::kernel_series::KernelSeries;
+
+use crate::lab::guest_command::GuestCommand;
+use crate::lab::report::Report;
+use crate::lab::vm::{Follower, Stream, Terminal, Vm};
+use crate::lab::workspace::{PROFILE, Workspace};
+use crate::lab::{host_tests, kernels, packages, this_machine, tool, vm_tests};
+
+/// The demo's promise: a fresh machine, builds included, within 15 minutes; the machine's part of it.
+const DEMO_DEADLINE: Duration = Duration::from_secs(15 * 60);
+
+/// A shell ends when its user wants; a week means never.
+const SHELL_DEADLINE: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// A build of everything from nothing on two slow cores.
+const BUILD_DEADLINE: Duration = Duration::from_secs(45 * 60);
+
+/// Options of `cargo lab test`.
+#[derive(Args)]
+pub(crate) struct TestOptions {
+    /// Run only tests whose name contains this
+    #[arg(long)]
+    filter: Option<String>,
+    /// Run only one part
+    #[arg(long, value_enum, conflicts_with_all = ["kernel", "host"])]
+    only: Option<Part>,
+    /// The kernel to boot, instead of all of them
+    #[arg(long, value_enum, conflicts_with = "host")]
+    kernel: Option<KernelSeries>,
+    /// Run the VM tests on this machine's own kernel and ublk driver
+    #[arg(long)]
+    host: bool,
+    /// Show what passing tests print, too
+    #[arg(long)]
+    show_output: bool,
+}
+
+/// A part of `cargo lab test`.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Unit and integration tests that need no VM
+    Host,
+    /// The VM tests on kernel 7
+    #[value(name = "7")]
+    V7,
+    /// The VM tests on kernel 6.12
+    #[value(name = "6.12")]
+    V6_12,
+}
+
+/// Copies the command's output to ours.
+struct PassThrough;
+
+impl Follower for PassThrough {
+    fn output(&mut self, stream: Stream, bytes: &[u8]) -> Result<()> {
+        match stream {
+            Stream::Stdout => stdout().write_all(bytes).and_then(|()| stdout().flush()),
+            Stream::Stderr => stderr().write_all(bytes),
+        }
+        .context("passing on the command's output")
+    }
+}
+
+/// Runs one command in the VM or, without a series, on this machine.
+pub(crate) fn run(series: Option<KernelSeries>, deadline_seconds: u64, words: Vec<String>) -> Result<u8> {
+    let workspace = Workspace::locate()?;
+    let command = GuestCommand::new(&workspace, words)?;
+    run_command(&workspace, series, &command, Duration::from_secs(deadline_seconds))
+}
+
+/// Runs the demo.
+pub(crate) fn demo(series: Option<KernelSeries>) -> Result<u8> {
+    let workspace = Workspace::locate()?;
+    let program = workspace.programs().join("lab").display().to_string();
+    let command = GuestCommand::new(&workspace, vec![program, "guest-demo".to_owned()])?;
+    let command = command.in_directory(&workspace.root);
+    build(&workspace)?;
+    let exit_code = run_command(&workspace, series, &command, DEMO_DEADLINE)?;
+    Ok(u8::from(exit_code != 0))
+}
+
+/// Gives the terminal to a shell in the VM.
+pub(crate) fn shell(series: KernelSeries) -> Result<u8> {
+    ensure!(stdin().is_terminal() && stdout().is_terminal(), "shell needs a terminal: use `run -- CMD`");
+    let workspace = Workspace::locate()?;
+    let words = vec!["bash".to_owned(), "-i".to_owned()];
+    let command = GuestCommand::new(&workspace, words)?.with_variable("PS1", "volnode-lab:\\w# ");
+    packages::ensure_installed(&workspace)?;
+    let kernel = kernels::ensure_cached(&workspace, series)?;
+    let saved = TerminalSettings::save()?;
+    let vm = Vm::start(&workspace, &kernel, &command, Terminal::Interactive)?;
+    let ended = vm.run_to_end(SHELL_DEADLINE, &mut PassThrough);
+    drop(saved);
+    Ok(ended?.exit_code)
+}
+
+/// Builds everything and runs the tests.
+pub(crate) fn test(options: &TestOptions) -> Result<u8> {
+    let workspace = Workspace::locate()?;
+    if options.host {
+        this_machine::ensure_ublk()?;
+    }
+    let started = Instant::now();
+    let wants = |part| options.only.is_none_or(|only| only == part);
+    let series: Vec<KernelSeries> = KernelSeries::ALL
+        .into_iter()
+        .filter(|series| options.kernel.is_none_or(|only| only == *series))
+        .filter(|series| wants(if *series == KernelSeries::V7 { Part::V7 } else { Part::V6_12 }))
+        .collect();
+    let mut report = Report::new(options.filter.clone(), options.show_output);
+    if !options.host && !series.is_empty() {
+        packages::ensure_installed(&workspace)?;
+    }
+    build(&workspace)?;
+    if wants(Part::Host) && options.kernel.is_none() {
+        host_tests::run(&workspace, &mut report)?;
+    }
+    if options.host || !series.is_empty() {
+        let binary = vm_tests::build(&workspace)?;
+        if options.host {
+            vm_tests::run_on_this_machine(&workspace, &binary, &mut report)?;
+        } else {
+            for series in series {
+                vm_tests::run_in_vm(&workspace, series, &binary, &mut report)?;
+            }
+        }
+    }
+    Ok(u8::from(!report.close(started.elapsed())))
+}
+
+fn run_command(
+    workspace: &Workspace,
+    series: Option<KernelSeries>,
+    command: &GuestCommand,
+    deadline: Duration,
+) -> Result<u8> {
+    let Some(series) = series else {
+        this_machine::ensure_ublk()?;
+        let mut child =
+            command.on_this_machine()?.stdin(Stdio::null()).spawn().context("cannot run the command")?;
+        let status = tool::wait(&mut child, deadline)?;
+        // As shells do: a command killed by signal N ends with 128 + N.
+        let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+        return u8::try_from(code).context("the command's exit code");
+    };
+    packages::ensure_installed(workspace)?;
+    let kernel = kernels::ensure_cached(workspace, series)?;
+    let vm = Vm::start(workspace, &kernel, command, Terminal::Streams)?;
+    Ok(vm.run_to_end(deadline, &mut PassThrough)?.exit_code)
+}
+
+/// Builds every program of the workspace with the lab's profile.
+fn build(workspace: &Workspace) -> Result<()> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["build", "--quiet", "--profile", PROFILE, "--workspace", "--bins"]).stdin(Stdio::null());
+    let mut child = cargo.spawn().context("cannot run cargo")?;
+    let status = tool::wait(&mut child, BUILD_DEADLINE).context("cargo build")?;
+    ensure!(status.success(), "the workspace does not build");
+    Ok(())
+}
+
+/// The terminal's settings, put back when dropped: QEMU sets raw mode, and may die before it can undo that.
+struct TerminalSettings(String);
+
+impl TerminalSettings {
+    fn save() -> Result<Self> {
+        let output =
+            Command::new("stty").arg("-g").stdin(Stdio::inherit()).output().context("cannot run stty")?;
+        ensure!(output.status.success(), "stty: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(Self(String::from_utf8_lossy(&output.stdout).trim().to_owned()))
+    }
+}
+
+impl Drop for TerminalSettings {
+    fn drop(&mut self) {
+        if let Err(error) = Command::new("stty").arg(&self.0).status() {
+            eprintln!("lab: cannot restore the terminal: {error}");
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The lab: a throw-away virtual machine, put together from this machine's own root file system and Debian's
+//! kernels, in which everything that needs `/dev/ublkbN` runs.
+//!
+//! Read in this order: `workspace` (where things are) → `packages` and `apt` (the tools) → `kernels` →
+//! `initramfs` → `vm` (one machine, from boot to its exit code) → `vm_tests` and `host_tests` (what runs) →
+//! `report` (what came of it). `tool` and `interrupt` bound every wait.
+
+pub(crate) mod apt;
+pub(crate) mod guest_command;
+pub(crate) mod host_tests;
+pub(crate) mod initramfs;
+pub(crate) mod interrupt;
+pub(crate) mod kernels;
+pub(crate) mod packages;
+pub(crate) mod report;
+pub(crate) mod this_machine;
+pub(crate) mod tool;
+pub(crate) mod vm;
+pub(crate) mod vm_directory;
+pub(crate) mod vm_tests;
+pub(crate) mod workspace;

@@ -1,0 +1,326 @@
+//! One virtual machine from boot to its command's exit code: QEMU under software emulation, Debian's kernel, this
+//! machine's root file system.
+//!
+//! Called by the subcommands. The guest says three things on its console: `up`, `exit N` and `failed: why`. Only
+//! `exit N` is success: a panic (`panic=-1` ends QEMU), an oops (made a panic), a hang (a deadline here) or a
+//! dead QEMU all come out as an error that carries the console log. What the command prints arrives over two
+//! virtio ports, apart from the console. QEMU never outlives the lab: it is killed when this value is
+//! dropped, and by the kernel (parent-death signal, `prctl(2)`) if the lab is killed outright.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+
+use super::guest_command::GuestCommand;
+use super::kernels::Kernel;
+use super::vm_directory::VmDirectory;
+use super::workspace::Workspace;
+use super::{initramfs, interrupt, tool};
+
+/// Runs as process 1 of the guest's real root.
+const SECOND_STAGE: &str = include_str!("guest/second_stage.sh");
+
+/// Directories that are the guest's own; see `guest/first_stage.sh`.
+const GUEST_OWN_DIRECTORIES: [&str; 4] = ["/tmp", "/run", "/mnt", "/dev"];
+
+/// From QEMU's start to the guest's `up`: 10–20 s are usual on two cores, others may be building on them.
+const BOOT_DEADLINE: Duration = Duration::from_secs(180);
+
+/// From the guest's `exit` to QEMU's end.
+const POWER_OFF_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Silence after which a dead machine has nothing more to say.
+const DRAIN_SILENCE: Duration = Duration::from_millis(500);
+
+/// The scratch disk, `/dev/vda`. It is sparse: only what the guest writes takes space.
+const SCRATCH_DISK_BYTES: u64 = 4 << 30;
+
+/// What the guest writes to its console before its own messages.
+const CONSOLE_PREFIX: &str = "lab-guest: ";
+
+/// Console lines shown with a failure; a boot has some fifty, a panic some hundred.
+const CONSOLE_LINES_SHOWN: usize = 300;
+
+/// Which of the two output streams of the command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stream {
+    Stdout,
+    Stderr,
+}
+
+/// How the command and the terminal are joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Terminal {
+    /// Output arrives in pieces, stdin is empty.
+    Streams,
+    /// The terminal is the guest's: QEMU has it in raw mode.
+    Interactive,
+}
+
+/// Watches a command from outside the machine.
+pub(crate) trait Follower {
+    /// Takes a piece of output as it comes. An error ends the machine.
+    fn output(&mut self, stream: Stream, bytes: &[u8]) -> Result<()>;
+
+    /// Called several times a second: the place for deadlines. An error ends the machine.
+    fn tick(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A running machine.
+pub(crate) struct Vm {
+    qemu: Child,
+    output: Receiver<(Stream, Vec<u8>)>,
+    started: Instant,
+    boot_time: Option<Duration>,
+    directory: VmDirectory,
+}
+
+/// How a machine ended whose command ended.
+pub(crate) struct Ended {
+    /// The command's.
+    pub(crate) exit_code: u8,
+    /// From QEMU's start to the guest's `up`.
+    pub(crate) boot_time: Duration,
+    /// What the kernel said on the console, without the guest's own messages.
+    pub(crate) kernel_messages: String,
+}
+
+impl Vm {
+    /// Starts a machine that will run `command`.
+    ///
+    /// # Errors
+    /// The machine's files cannot be written, or QEMU cannot be started.
+    pub(crate) fn start(
+        workspace: &Workspace,
+        kernel: &Kernel,
+        command: &GuestCommand,
+        terminal: Terminal,
+    ) -> Result<Self> {
+        let directory = VmDirectory::create(&workspace.cache)?;
+        write_share(workspace, command, terminal, &directory.path().join("share"))?;
+        let initramfs = initramfs::build(kernel, directory.path()).context("building the initramfs")?;
+        let scratch =
+            File::create(directory.path().join("scratch.raw")).context("creating the scratch disk")?;
+        scratch.set_len(SCRATCH_DISK_BYTES).context("sizing the scratch disk")?;
+        let (sender, output) = mpsc::channel();
+        for (stream, name) in [(Stream::Stdout, "stdout"), (Stream::Stderr, "stderr")] {
+            let listener = UnixListener::bind(directory.path().join(format!("{name}.sock")))
+                .context("listening for the guest's output")?;
+            let sender = sender.clone();
+            thread::spawn(move || forward(&listener, stream, &sender));
+        }
+        let started = Instant::now();
+        let mut qemu = qemu_command(kernel, &initramfs, directory.path(), terminal);
+        let qemu = qemu.spawn().context("cannot run QEMU")?;
+        Ok(Self { qemu, output, started, boot_time: None, directory })
+    }
+
+    /// Passes the command's output to `follower` until the machine has powered off.
+    ///
+    /// # Errors
+    /// The machine did not come up, died, or did not end in time; the follower gave up; the lab was interrupted. In
+    /// all but the last two the error ends with the console log.
+    pub(crate) fn run_to_end(mut self, deadline: Duration, follower: &mut dyn Follower) -> Result<Ended> {
+        let result = self.follow(deadline, follower);
+        if result.is_err() {
+            tool::kill_and_reap(&mut self.qemu);
+            // What the command said last is worth as much as the console.
+            self.drain(follower)?;
+        }
+        result
+    }
+
+    /// Follows the machine to its end, or to the reason why it has to be ended.
+    fn follow(&mut self, deadline: Duration, follower: &mut dyn Follower) -> Result<Ended> {
+        let mut exit_seen_at = None;
+        loop {
+            interrupt::check()?;
+            follower.tick()?;
+            match self.output.recv_timeout(tool::POLL_INTERVAL) {
+                Ok((stream, bytes)) => follower.output(stream, &bytes)?,
+                // Both ports are closed: QEMU is going away, and polling it must not spin.
+                Err(RecvTimeoutError::Disconnected) => thread::sleep(tool::POLL_INTERVAL),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let console = Console::read(self.directory.path());
+            if self.boot_time.is_none() && console.is_up() {
+                self.boot_time = Some(self.started.elapsed());
+            }
+            if let Some(status) = self.qemu.try_wait().context("waiting for QEMU")? {
+                self.drain(follower)?;
+                let console = Console::read(self.directory.path());
+                let said = console.exit_code();
+                let exit_code =
+                    said.ok_or_else(|| console.failure(&format!("the machine died ({status})")))?;
+                let boot_time = self.boot_time.unwrap_or_else(|| self.started.elapsed());
+                return Ok(Ended { exit_code, boot_time, kernel_messages: console.kernel_messages() });
+            }
+            if console.exit_code().is_some() {
+                let since = *exit_seen_at.get_or_insert_with(Instant::now);
+                if since.elapsed() > POWER_OFF_DEADLINE {
+                    return Err(console.failure("the command ended, but the machine did not power off"));
+                }
+            } else if self.boot_time.is_none() && self.started.elapsed() > BOOT_DEADLINE {
+                return Err(console.failure(&format!("not up after {} s", BOOT_DEADLINE.as_secs())));
+            } else if self.started.elapsed() > deadline {
+                return Err(console.failure(&format!("still running after {} s", deadline.as_secs())));
+            }
+        }
+    }
+
+    /// Passes on what is still on its way. QEMU has ended, so what it sent can be read at once; a stream it never
+    /// opened stays silent.
+    fn drain(&mut self, follower: &mut dyn Follower) -> Result<()> {
+        while let Ok((stream, bytes)) = self.output.recv_timeout(DRAIN_SILENCE) {
+            follower.output(stream, &bytes)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        tool::kill_and_reap(&mut self.qemu);
+    }
+}
+
+/// What the guest has said on its console so far.
+struct Console {
+    text: String,
+}
+
+impl Console {
+    fn read(directory: &Path) -> Self {
+        let bytes = fs::read(directory.join("console.log")).unwrap_or_default();
+        Self { text: String::from_utf8_lossy(&bytes).into_owned() }
+    }
+
+    /// The guest's own messages, without the kernel's time stamps.
+    fn messages(&self) -> impl Iterator<Item = &str> {
+        self.text
+            .lines()
+            .filter_map(|line| line.split_once(CONSOLE_PREFIX))
+            .map(|(_, message)| message.trim())
+    }
+
+    fn is_up(&self) -> bool {
+        self.messages().any(|message| message == "up")
+    }
+
+    fn exit_code(&self) -> Option<u8> {
+        self.messages().find_map(|message| message.strip_prefix("exit ")?.parse().ok())
+    }
+
+    /// What the kernel printed by itself.
+    fn kernel_messages(&self) -> String {
+        let lines =
+            self.text.lines().filter(|line| !line.contains(CONSOLE_PREFIX) && !line.trim().is_empty());
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// An error for `what` that shows the end of the log.
+    fn failure(&self, what: &str) -> anyhow::Error {
+        let lines: Vec<&str> = self.text.lines().collect();
+        let shown = &lines[lines.len().saturating_sub(CONSOLE_LINES_SHOWN)..];
+        anyhow!("{what}\n---- console log ----\n{}\n---- end of console log ----", shown.join("\n"))
+    }
+}
+
+/// Writes what the guest reads at `/run/lab`.
+fn write_share(
+    workspace: &Workspace,
+    command: &GuestCommand,
+    terminal: Terminal,
+    share: &Path,
+) -> Result<()> {
+    fs::create_dir(share).context("creating the share")?;
+    let mut environment = command.environment_script();
+    if terminal == Terminal::Interactive {
+        fs::write(share.join("interactive"), "").context("writing the share")?;
+        environment.push_str(&terminal_size_script());
+    }
+    let visible = [command.directory(), &workspace.root, &workspace.target]
+        .iter()
+        .filter(|path| GUEST_OWN_DIRECTORIES.iter().any(|own| path.starts_with(own)))
+        .map(|path| format!("{}\n", path.display()))
+        .collect::<String>();
+    let files = [
+        ("second_stage.sh", SECOND_STAGE.to_owned()),
+        ("command.sh", command.script()),
+        ("environment", environment),
+        ("visible", visible),
+    ];
+    for (name, text) in files {
+        fs::write(share.join(name), text).context("writing the share")?;
+    }
+    Ok(())
+}
+
+/// A line that gives the guest's console the size of our terminal, if we have one.
+fn terminal_size_script() -> String {
+    let mut stty = Command::new("stty");
+    let size = stty.arg("size").stdin(Stdio::inherit()).stderr(Stdio::null()).output();
+    let size = size.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    match size.split_whitespace().collect::<Vec<_>>()[..] {
+        [rows, columns] => format!("stty rows {rows} columns {columns} < /dev/hvc0\n"),
+        _ => String::new(),
+    }
+}
+
+/// Forwards one output stream of the guest until QEMU closes it.
+fn forward(listener: &UnixListener, stream: Stream, sender: &Sender<(Stream, Vec<u8>)>) {
+    let Ok((mut connection, _)) = listener.accept() else { return };
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(length @ 1..) = connection.read(&mut buffer) {
+        if sender.send((stream, buffer[..length].to_vec())).is_err() {
+            return;
+        }
+    }
+}
+
+/// The machine: two emulated processors on as many threads, nothing that is not needed.
+fn qemu_command(kernel: &Kernel, initramfs: &Path, directory: &Path, terminal: Terminal) -> Command {
+    let file = |name: &str| directory.join(name).display().to_string();
+    let mut command = tool::command("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]);
+    command.arg(tool::find("qemu-system-x86_64").unwrap_or_else(|| PathBuf::from("qemu-system-x86_64")));
+    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot"]);
+    command.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4G"]);
+    command.args(["-nic", "none", "-serial"]).arg(format!("file:{}", file("console.log")));
+    command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
+    command.args(["-append", "console=ttyS0 panic=-1 oops=panic quiet mitigations=off"]);
+    let read_only = "security_model=none,readonly=on,multidevs=remap";
+    command.arg("-virtfs").arg(format!("local,path=/,mount_tag=host,{read_only}"));
+    let modules = kernel.modules.display();
+    command.arg("-virtfs").arg(format!("local,path={modules},mount_tag=modules,{read_only}"));
+    let share = file("share");
+    command
+        .arg("-virtfs")
+        .arg(format!("local,path={share},mount_tag=lab,security_model=none,multidevs=remap"));
+    // The disk is scratch: nobody needs its writes on the host's disk, so flushes may cost nothing.
+    let scratch = file("scratch.raw");
+    let drive = format!("if=none,id=scratch,file={scratch},format=raw,cache=unsafe,discard=unmap");
+    command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=scratch,serial=lab-scratch"]);
+    command.args(["-device", "virtio-serial-pci"]);
+    for name in ["stdout", "stderr"] {
+        let socket = file(&format!("{name}.sock"));
+        command.args(["-chardev", &format!("socket,id={name},path={socket}")]);
+        command.args(["-device", &format!("virtserialport,chardev={name},name=lab.{name}")]);
+    }
+    if terminal == Terminal::Interactive {
+        command.args(["-chardev", "stdio,id=terminal,signal=off"]);
+        command.args(["-device", "virtconsole,chardev=terminal"]);
+    } else {
+        command.stdin(Stdio::null());
+    }
+    command
+}

@@ -1,0 +1,165 @@
+//! The VM tests (`tests/vm/`): builds their binary and runs it in a machine, or on this one, under the report.
+//!
+//! One boot runs all tests of a kernel. The binary and the lab talk by event lines (`testlab::events`).
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use testlab::harness::{KERNEL_VARIABLE, LAB_VARIABLE, MACHINE_VARIABLE, RUN_HERE};
+use testlab::kernel_series::KernelSeries;
+
+use super::guest_command::GuestCommand;
+use super::report::{EventReader, PartReport, Report};
+use super::vm::{Follower, Stream, Terminal, Vm};
+use super::workspace::{PROFILE, Workspace};
+use super::{interrupt, kernels, this_machine, tool};
+
+/// Building one test binary whose dependencies are built.
+const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
+
+/// From the end of a test process's output to its own.
+const EXIT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// All tests of one kernel; each test has its own, shorter deadline.
+const PART_DEADLINE: Duration = Duration::from_secs(40 * 60);
+
+/// Builds the binary and returns where it is.
+///
+/// # Errors
+/// It does not build; cargo has said why.
+pub(crate) fn build(workspace: &Workspace) -> Result<PathBuf> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["test", "--quiet", "--profile", PROFILE, "--package", "tests", "--test", "vm", "--no-run"]);
+    cargo.arg("--message-format=json-render-diagnostics");
+    let messages = tool::output(&mut cargo, BUILD_DEADLINE).context("building the VM tests")?;
+    executable_in(&String::from_utf8_lossy(&messages)).context("cargo named no executable for the VM tests")
+}
+
+/// Runs the tests in a machine with a kernel of `series`.
+///
+/// # Errors
+/// The lab was interrupted, or cannot prepare the machine. A machine that fails is part of the report.
+pub(crate) fn run_in_vm(
+    workspace: &Workspace,
+    series: KernelSeries,
+    binary: &Path,
+    report: &mut Report,
+) -> Result<()> {
+    let kernel = kernels::ensure_cached(workspace, series)?;
+    let mut part = report.begin(&format!("kernel {series} ({})", kernel.release));
+    let command = test_command(workspace, binary, report, series, "vm")?;
+    let vm = Vm::start(workspace, &kernel, &command, Terminal::Streams)?;
+    let mut follower = TestFollower(EventReader::new(&mut part, report.show_output));
+    let ended = vm.run_to_end(PART_DEADLINE, &mut follower);
+    let finished = follower.0.close();
+    interrupt::check()?;
+    match ended {
+        Err(error) => part.fail("the machine", &format!("{error:#}")),
+        Ok(ended) => {
+            println!("(up after {:.1} s)", ended.boot_time.as_secs_f64());
+            check_exit(&mut part, finished, &format!("exit code {}", ended.exit_code), ended.exit_code == 0);
+            if part.has_failed() && !ended.kernel_messages.is_empty() {
+                println!("---- console log ----\n{}\n---- end of console log ----", ended.kernel_messages);
+            }
+        }
+    }
+    report.add(part);
+    Ok(())
+}
+
+/// Runs the tests on this machine's own kernel.
+///
+/// # Errors
+/// The lab was interrupted, or the binary cannot be run.
+pub(crate) fn run_on_this_machine(workspace: &Workspace, binary: &Path, report: &mut Report) -> Result<()> {
+    let release = this_machine::release();
+    let series = KernelSeries::nearest_to_release(&release);
+    let mut part = report.begin(&format!("this machine's kernel {release}"));
+    let mut command = test_command(workspace, binary, report, series, "host")?.on_this_machine()?;
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("running the tests")?;
+    let stdout = child.stdout.take().context("the tests' output")?;
+    let mut reader = EventReader::new(&mut part, report.show_output);
+    let followed = tool::follow_lines(stdout, PART_DEADLINE, &mut |line| match line {
+        Some(line) => reader.read(format!("{line}\n").as_bytes()),
+        None => reader.check_deadlines(),
+    });
+    let finished = reader.close();
+    if let Err(error) = followed {
+        tool::kill_and_reap(&mut child);
+        interrupt::check()?;
+        part.fail("the test process", &format!("{error:#}"));
+    }
+    let status = tool::wait(&mut child, EXIT_DEADLINE)?;
+    check_exit(&mut part, finished, &status.to_string(), status.success());
+    report.add(part);
+    Ok(())
+}
+
+struct TestFollower<'a>(EventReader<'a>);
+
+impl Follower for TestFollower<'_> {
+    fn output(&mut self, _stream: Stream, bytes: &[u8]) -> Result<()> {
+        self.0.read(bytes)
+    }
+
+    fn tick(&mut self) -> Result<()> {
+        self.0.check_deadlines()
+    }
+}
+
+/// A test process must say that it finished, and end with 0 exactly if no test failed.
+fn check_exit(part: &mut PartReport, finished: bool, status: &str, success: bool) {
+    if !finished {
+        part.fail("the test process", &format!("ended before its tests did ({status})"));
+    } else if !success && !part.has_failed() {
+        part.fail("the test process", &format!("every test passed, and yet it ended with {status}"));
+    }
+}
+
+/// The command that runs the tests, with stderr in stdout so that lines keep their order.
+fn test_command(
+    workspace: &Workspace,
+    binary: &Path,
+    report: &Report,
+    series: KernelSeries,
+    machine: &str,
+) -> Result<GuestCommand> {
+    let mut words: Vec<String> = ["sh", "-c", "exec \"$0\" \"$@\" 2>&1"].map(str::to_owned).into();
+    words.push(binary.display().to_string());
+    words.extend(report.filter.clone());
+    Ok(GuestCommand::new(workspace, words)?
+        .in_directory(&workspace.root)
+        .with_variable(LAB_VARIABLE, RUN_HERE)
+        .with_variable(KERNEL_VARIABLE, series.name())
+        .with_variable(MACHINE_VARIABLE, machine)
+        .with_variable("VOLNODE_LAB_PROGRAMS", &workspace.programs().display().to_string())
+        .with_variable("RUST_BACKTRACE", "0"))
+}
+
+/// The executable of the last artifact message that has one.
+fn executable_in(messages: &str) -> Option<PathBuf> {
+    #[derive(Deserialize)]
+    struct Artifact {
+        executable: Option<PathBuf>,
+    }
+    let artifacts = messages.lines().filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
+    artifacts.filter_map(|artifact| artifact.executable).last()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::executable_in;
+
+    #[test]
+    fn the_executable_is_found_among_cargos_messages() {
+        let messages = "{\"reason\":\"compiler-artifact\",\"executable\":null}\nnot json\n\
+                        {\"reason\":\"compiler-artifact\",\"executable\":\"/t/vm-1\"}\n\
+                        {\"reason\":\"build-finished\",\"success\":true}\n";
+        assert_eq!(executable_in(messages).unwrap().to_str(), Some("/t/vm-1"));
+        assert!(executable_in("{\"reason\":\"build-finished\",\"success\":true}").is_none());
+    }
+}

@@ -1,0 +1,92 @@
+//! Where things are: the workspace, its target directory, the lab's cache, and how to call cargo.
+//!
+//! Reads the environment and `cargo metadata`; creates only the cache directory.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use super::tool;
+
+/// The cargo profile of everything that runs in the lab: optimised, with assertions.
+pub(crate) const PROFILE: &str = "lab";
+
+/// `cargo metadata` may have to download the index once.
+const METADATA_DEADLINE: Duration = Duration::from_secs(300);
+
+/// The directories the lab works with.
+pub(crate) struct Workspace {
+    /// The repository's root.
+    pub(crate) root: PathBuf,
+    /// Cargo's target directory.
+    pub(crate) target: PathBuf,
+    /// Kernels, package lists and the directories of running machines.
+    pub(crate) cache: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    workspace_root: PathBuf,
+    target_directory: PathBuf,
+}
+
+impl Workspace {
+    /// Asks cargo and the environment.
+    ///
+    /// # Errors
+    /// Cargo cannot be run, there is no home directory for the cache, or the cache cannot be created.
+    pub(crate) fn locate() -> Result<Self> {
+        // Of the machine this was built on; correct because the lab is only ever run by `cargo lab`.
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+        let mut metadata = cargo();
+        metadata.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]).arg(manifest);
+        let metadata: Metadata = serde_json::from_slice(&tool::output(&mut metadata, METADATA_DEADLINE)?)
+            .context("reading cargo metadata")?;
+        let cache = cache_directory()?;
+        std::fs::create_dir_all(&cache).with_context(|| format!("creating {}", cache.display()))?;
+        Ok(Self { root: metadata.workspace_root, target: metadata.target_directory, cache })
+    }
+
+    /// Where the programs built with [`PROFILE`] are.
+    pub(crate) fn programs(&self) -> PathBuf {
+        self.target.join(PROFILE)
+    }
+
+    /// A cargo command that runs in the workspace.
+    pub(crate) fn cargo(&self) -> Command {
+        let mut command = cargo();
+        command.current_dir(&self.root);
+        command
+    }
+
+    /// PATH with the programs of this build first.
+    pub(crate) fn search_path(&self) -> Result<String> {
+        let inherited = env::var_os("PATH").unwrap_or_default();
+        let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+        let path = env::join_paths(
+            std::iter::once(self.programs()).chain(env::split_paths(&inherited)).chain(system),
+        )
+        .context("the target directory's name contains ':'")?;
+        path.into_string().map_err(|path| anyhow::anyhow!("PATH is not UTF-8: {}", path.display()))
+    }
+}
+
+/// The cargo that runs us, or the one in PATH.
+fn cargo() -> Command {
+    Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+fn cache_directory() -> Result<PathBuf> {
+    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(own) = set("VOLNODE_LAB_CACHE") {
+        return std::path::absolute(own).context("VOLNODE_LAB_CACHE");
+    }
+    let base = set("XDG_CACHE_HOME").or_else(|| set("HOME").map(|home| home.join(".cache"))).context(
+        "neither VOLNODE_LAB_CACHE nor XDG_CACHE_HOME nor HOME is set: where may the lab keep kernels?",
+    )?;
+    Ok(base.join("volnode-lab"))
+}

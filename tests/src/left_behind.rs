@@ -1,0 +1,105 @@
+//! Puts the VM back into the state a test found it in: mounts and processes the test left are removed.
+//!
+//! Called by the harness between tests, and only in a VM, where every new process and mount is the test's. It is
+//! what keeps one failed test from failing those after it; a test that passes cleans up after itself, and
+//! what it does leave is named in its output.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// An unmount that takes longer is stuck on a device whose daemon does not answer; killing the daemon frees it.
+const UNMOUNT_DEADLINE: Duration = Duration::from_secs(20);
+
+/// A killed process takes this long only if the kernel cannot let go of it.
+const DEATH_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How often a wait looks.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What the machine looked like before a test.
+pub(crate) struct Machine {
+    processes: BTreeSet<i32>,
+    mount_points: Vec<String>,
+}
+
+impl Machine {
+    /// Looks at the machine as it is.
+    pub(crate) fn remember() -> Result<Self> {
+        Ok(Self { processes: user_processes()?, mount_points: mount_points()? })
+    }
+
+    /// Undoes what was added since. What cannot be undone is printed: it will show in the next test.
+    pub(crate) fn restore(self) {
+        if let Err(error) = self.unmount_new().and_then(|()| self.kill_new()) {
+            println!("cleaning up after the test: {error:#}");
+        }
+    }
+
+    fn unmount_new(&self) -> Result<()> {
+        // The last mount may be on top of one before it.
+        for mount_point in mount_points()?.iter().rev().filter(|point| !self.mount_points.contains(point)) {
+            println!("left behind: {mount_point} mounted");
+            let mut umount =
+                Command::new("umount").arg(mount_point).stdin(Stdio::null()).spawn().context("umount")?;
+            let ended =
+                wait_until(UNMOUNT_DEADLINE, || umount.try_wait().is_ok_and(|status| status.is_some()));
+            if !ended {
+                println!("umount {mount_point} does not end");
+            }
+        }
+        Ok(())
+    }
+
+    fn kill_new(&self) -> Result<()> {
+        let new =
+            || -> Result<Vec<i32>> { Ok(user_processes()?.difference(&self.processes).copied().collect()) };
+        for process in new()? {
+            let name = fs::read_to_string(format!("/proc/{process}/comm")).unwrap_or_default();
+            println!("left behind: process {process} {}", name.trim_end());
+            if let Some(process) = Pid::from_raw(process) {
+                // Fails only if it has ended meanwhile.
+                let _ = kill_process(process, Signal::KILL);
+            }
+        }
+        if !wait_until(DEATH_DEADLINE, || new().is_ok_and(|rest| rest.is_empty())) {
+            println!("cannot be killed: {:?}", new()?);
+        }
+        Ok(())
+    }
+}
+
+fn wait_until(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let started = Instant::now();
+    while !condition() {
+        if started.elapsed() > deadline {
+            return false;
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+    true
+}
+
+/// Every process with memory of its own: not the kernel's threads, not the dead that await their parent.
+fn user_processes() -> Result<BTreeSet<i32>> {
+    let mut processes = BTreeSet::new();
+    for entry in fs::read_dir("/proc").context("reading /proc")? {
+        let Ok(process) = entry?.file_name().to_string_lossy().parse() else { continue };
+        let command_line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+        if !command_line.is_empty() {
+            processes.insert(process);
+        }
+    }
+    Ok(processes)
+}
+
+/// Where something is mounted in this process's namespace, in the order of mounting (`proc_pid_mountinfo(5)`).
+fn mount_points() -> Result<Vec<String>> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("reading the mount table")?;
+    Ok(table.lines().filter_map(|line| line.split(' ').nth(4)).map(str::to_owned).collect())
+}

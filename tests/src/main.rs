@@ -1,0 +1,93 @@
+//! `cargo lab`: the test VM, its demo and every test.
+//!
+//! Reads the command line and hands over to `lab/` (the machine and what runs in it) and `demo` (what the demo
+//! shows, run inside the machine). Exit codes: `run` and `shell` pass on the command's; 125 means that the
+//! lab itself failed; `test` and `demo` end with 1 if anything failed.
+
+mod commands;
+mod demo;
+mod lab;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use testlab::kernel_series::KernelSeries;
+
+/// Exit code of `run` and `shell` when the machine failed rather than the command (as `timeout(1)` and docker do).
+const LAB_FAILED: u8 = 125;
+
+#[derive(Parser)]
+#[command(
+    name = "cargo lab",
+    about = "The test VM: QEMU without KVM, Debian's kernels, this machine's files"
+)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: LabCommand,
+}
+
+#[derive(Subcommand)]
+enum LabCommand {
+    /// A file system on a network disk, from nothing to a checked copy of it
+    Demo(Machine),
+    /// Run every test: on this machine, and in the VM on every kernel
+    Test(commands::TestOptions),
+    /// An interactive prompt in the VM (Ctrl-D ends it)
+    Shell {
+        /// The kernel to boot
+        #[arg(long, value_enum, default_value = "7")]
+        kernel: KernelSeries,
+    },
+    /// Run one command in the VM; its exit code is passed on
+    Run {
+        #[command(flatten)]
+        machine: Machine,
+        /// Seconds after which the machine is killed
+        #[arg(long, default_value_t = 3600)]
+        deadline_seconds: u64,
+        /// The command and its arguments
+        #[arg(required = true, last = true)]
+        command: Vec<String>,
+    },
+    /// What `demo` runs inside the VM
+    #[command(hide = true)]
+    GuestDemo,
+}
+
+/// Where to run.
+#[derive(Args)]
+struct Machine {
+    /// The kernel to boot
+    #[arg(long, value_enum, default_value = "7")]
+    kernel: KernelSeries,
+    /// Use this machine's own kernel and ublk driver instead of a VM
+    #[arg(long, conflicts_with = "kernel")]
+    host: bool,
+}
+
+impl Machine {
+    /// The kernel to boot, or none for this machine's own.
+    fn series(&self) -> Option<KernelSeries> {
+        (!self.host).then_some(self.kernel)
+    }
+}
+
+fn main() -> ExitCode {
+    let command_line = CommandLine::parse();
+    let result = lab::interrupt::install().and_then(|()| match command_line.command {
+        LabCommand::Demo(machine) => commands::demo(machine.series()),
+        LabCommand::Test(options) => commands::test(&options),
+        LabCommand::Shell { kernel } => commands::shell(kernel),
+        LabCommand::Run { machine, deadline_seconds, command } => {
+            commands::run(machine.series(), deadline_seconds, command)
+        }
+        LabCommand::GuestDemo => demo::run().map(|()| 0),
+    });
+    match result {
+        Ok(exit_code) => ExitCode::from(exit_code),
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::from(LAB_FAILED)
+        }
+    }
+}
