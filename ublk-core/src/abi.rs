@@ -389,9 +389,12 @@ impl IoDesc {
         self.op_flags & UBLK_IO_F_NEED_REG_BUF != 0
     }
 
-    /// Position on the device, bytes.
+    /// Position on the device, bytes. Zero for FLUSH, which has no range: the driver gives it sector 2^64 - 1.
     pub const fn offset_bytes(&self) -> u64 {
-        self.start_sector * SECTOR_BYTES
+        match self.op() {
+            IoOp::Flush => 0,
+            _ => self.start_sector.saturating_mul(SECTOR_BYTES),
+        }
     }
 
     /// Length, bytes. DISCARD and WRITE_ZEROES may exceed the largest data request by far.
@@ -728,6 +731,10 @@ mod tests {
         let desc = IoDesc { op_flags: u32::from(UBLK_IO_OP_WRITE) | UBLK_IO_F_FUA, ..IoDesc::default() };
         assert_eq!(desc.op(), IoOp::Write);
         assert!(desc.fua());
+
+        let op_flags = u32::from(UBLK_IO_OP_FLUSH);
+        let desc = IoDesc { op_flags, start_sector: u64::MAX, ..IoDesc::default() };
+        assert_eq!((desc.offset_bytes(), desc.len_bytes()), (0, 0));
         assert_eq!(IoDesc { op_flags: 13, ..IoDesc::default() }.op(), IoOp::Other(13));
     }
 

@@ -384,13 +384,15 @@ impl ControlDevice {
         self.plain(UBLK_U_CMD_DEL_DEV_ASYNC, "DEL_DEV_ASYNC", dev_id, 0, self.deadlines.stop)
     }
 
-    /// What the device is; `None` when there is none of that number.
+    /// What the device is; `None` when there is none of that number, or only its number is left.
     pub fn get_dev_info2(&self, dev_id: u32) -> Result<Option<DevInfo>, ControlError> {
         let buffer = Box::new(DevInfo2Buffer::new(dev_id));
         let cmd = CtrlCmd { dev_path_len: DevInfo2Buffer::PATH_BYTES, ..CtrlCmd::for_device(dev_id) };
         match self.read(UBLK_U_CMD_GET_DEV_INFO2, "GET_DEV_INFO2", cmd, buffer) {
             Ok((_, buffer)) => Ok(Some(buffer.info.into())),
             Err(ControlError::NoSuchDevice { .. }) => Ok(None),
+            // Deleted, and its number kept only until the last descriptor of the character device is closed.
+            Err(ControlError::Failed { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
