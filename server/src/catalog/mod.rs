@@ -59,6 +59,12 @@ pub enum CatalogError {
     /// The file is a database, but not a volnode catalog.
     #[error("{0} is not a volnode catalog: choose another --data-dir, or move that file away")]
     Foreign(PathBuf),
+    /// There is no catalog, but volumes that one must have known: making a new one would orphan them.
+    #[error(
+        "{CATALOG_FILE_NAME} is missing, but {0} holds volumes: restore it from a backup, or move the volumes away if \
+         they are not wanted"
+    )]
+    Lost(PathBuf),
     /// A newer program wrote the catalog in a format that this one cannot read.
     #[error(
         "the catalog has format version {found}, which needs a program that knows version {needed}; \
@@ -125,7 +131,6 @@ struct Inner {
     state: Mutex<State>,
     server_id: Uuid,
     data_dir: PathBuf,
-    is_new: bool,
     /// Held as long as the catalog is open: no second server uses the directory.
     _lock: File,
 }
@@ -147,8 +152,8 @@ impl Catalog {
     /// Locks `data_dir` and opens its catalog; makes both (directory 0700, file 0600) where they are missing.
     ///
     /// # Errors
-    /// The directory cannot be made or written, another process holds it, the catalog is foreign, damaged or of a newer
-    /// format, or SQLite failed.
+    /// The directory cannot be made or written, another process holds it, the catalog is foreign, damaged, lost or of a
+    /// newer format, or SQLite failed.
     pub fn open(data_dir: &Path) -> Result<Self, CatalogError> {
         let lock = data_dir::prepare(data_dir)?;
         let path = data_dir.join(CATALOG_FILE_NAME);
@@ -157,12 +162,12 @@ impl Catalog {
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "foreign_keys", true)?;
-        let is_new = schema::prepare(&mut db, &path)?;
+        schema::prepare(&mut db, &path, &data_dir.join(VOLUMES_DIR_NAME))?;
         let server_id = schema::server_id(&db)?;
         // The entries of the directory (database, lock, volumes) are durable before anything is answered.
         data_dir::sync(data_dir)?;
         let state = Mutex::new(State { db, concealed: HashSet::new() });
-        let inner = Inner { state, server_id, data_dir: data_dir.to_owned(), is_new, _lock: lock };
+        let inner = Inner { state, server_id, data_dir: data_dir.to_owned(), _lock: lock };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -174,11 +179,6 @@ impl Catalog {
     /// Where the backing files of the volumes are.
     pub fn volumes_dir(&self) -> PathBuf {
         self.inner.data_dir.join(VOLUMES_DIR_NAME)
-    }
-
-    /// True where this [`Catalog::open`] made the tables: volume files that are there then have lost theirs.
-    pub fn is_new(&self) -> bool {
-        self.inner.is_new
     }
 
     /// The database, for one call. A panic elsewhere rolled its transaction back, so the state is sound even then.

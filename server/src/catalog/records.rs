@@ -19,7 +19,8 @@ pub enum BackendKind {
 }
 
 impl BackendKind {
-    pub(super) fn as_str(self) -> &'static str {
+    /// The word for it, in the catalog and in messages.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::File => "file",
             Self::Memory => "memory",

@@ -52,13 +52,19 @@ CREATE TABLE attachments (
 ) STRICT;
 ";
 
-/// Makes the tables in an empty database (true), or checks that the ones there can be used (false).
-pub(super) fn prepare(db: &mut Connection, path: &Path) -> Result<bool, CatalogError> {
+/// Makes the tables in an empty database, unless there are volumes already; or checks that the ones there can be used.
+pub(super) fn prepare(db: &mut Connection, path: &Path, volumes_dir: &Path) -> Result<(), CatalogError> {
     let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let found: u32 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
     let application_id: i32 = transaction.pragma_query_value(None, "application_id", |row| row.get(0))?;
     let tables: u32 = transaction.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
     if tables == 0 && found == 0 {
+        let is_empty = |dir: &Path| std::fs::read_dir(dir).map(|mut entries| entries.next().is_none());
+        if !is_empty(volumes_dir)
+            .map_err(|source| CatalogError::File { path: volumes_dir.to_owned(), source })?
+        {
+            return Err(CatalogError::Lost(volumes_dir.to_owned()));
+        }
         transaction.execute_batch(SCHEMA_V1)?;
         transaction.execute(
             "INSERT INTO server (only_row, server_id, oldest_reader, created_at_ms) VALUES (1, ?1, ?2, ?3)",
@@ -66,8 +72,7 @@ pub(super) fn prepare(db: &mut Connection, path: &Path) -> Result<bool, CatalogE
         )?;
         transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
         transaction.pragma_update(None, "user_version", FORMAT_VERSION)?;
-        transaction.commit()?;
-        return Ok(true);
+        return Ok(transaction.commit()?);
     }
     if application_id != APPLICATION_ID || found == 0 {
         return Err(CatalogError::Foreign(path.to_owned()));
@@ -84,7 +89,7 @@ pub(super) fn prepare(db: &mut Connection, path: &Path) -> Result<bool, CatalogE
             "the catalog was written by a newer volserver; its additions are left alone"
         );
     }
-    Ok(false)
+    Ok(())
 }
 
 /// The server's identity.

@@ -41,7 +41,6 @@ fn what_was_returned_is_there_after_opening_again() {
     let dir = tempfile::tempdir().unwrap();
     let data_dir = dir.path().join("made/with/parents");
     let catalog = Catalog::open(&data_dir).unwrap();
-    assert!(catalog.is_new());
     let server_id = catalog.server_id();
     let volume = ready_volume(&catalog, "vol-1");
     let attachment = attach(&catalog, &volume, "node-a");
@@ -50,7 +49,6 @@ fn what_was_returned_is_there_after_opening_again() {
     drop(catalog);
 
     let catalog = Catalog::open(&data_dir).unwrap();
-    assert!(!catalog.is_new());
     assert_eq!(catalog.server_id(), server_id);
     let expected = VolumeRecord { incarnation: 2, ..volume };
     assert_eq!(catalog.volume_by_name("vol-1").unwrap(), Some(expected.clone()));
@@ -154,6 +152,20 @@ fn another_database_or_file_is_not_taken_for_a_catalog() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join(CATALOG_FILE_NAME), [b'x'; 4096]).unwrap();
     assert!(matches!(Catalog::open(dir.path()).unwrap_err(), CatalogError::Sqlite(_)));
+}
+
+#[test]
+fn a_new_catalog_is_not_made_beside_volumes_that_an_old_one_knew() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(Catalog::open(dir.path()).unwrap());
+    std::fs::write(dir.path().join(VOLUMES_DIR_NAME).join("some-volume"), "data").unwrap();
+    std::fs::remove_file(dir.path().join(CATALOG_FILE_NAME)).unwrap();
+    // Refused however often it is tried: a supervisor that restarts the server must not get past it.
+    for _ in 0..2 {
+        assert!(matches!(Catalog::open(dir.path()).unwrap_err(), CatalogError::Lost(_)));
+    }
+    std::fs::remove_file(dir.path().join(VOLUMES_DIR_NAME).join("some-volume")).unwrap();
+    Catalog::open(dir.path()).unwrap();
 }
 
 #[test]

@@ -1,0 +1,134 @@
+//! Attaching and detaching: a holder ends before another begins.
+//!
+//! See the module's text for the order and its reason. A row `ending` whose I/O did not finish in time stays, and is taken
+//! up again by the next call on the volume: no second attachment, and no deletion, gets past it. Called by `management/`
+//! with the volume's name locked. Never hands out a secret but in [`Attached`].
+
+use uuid::Uuid;
+
+use super::{DataSide, Lifecycle, LifecycleError, NameLock};
+use crate::catalog::{AttachmentRecord, AttachmentState, NewAttachment, VolumeRecord, VolumeState};
+
+/// An attachment as it is answered.
+#[derive(Debug)]
+pub struct Attached {
+    /// The attachment, with its secret.
+    pub attachment: AttachmentRecord,
+    /// Its volume.
+    pub volume: VolumeRecord,
+    /// The node held it before this call.
+    pub existed: bool,
+}
+
+/// Which attachment of the locked volume to end; every field that is given must agree.
+#[derive(Debug, Clone, Default)]
+pub struct DetachWanted {
+    /// The attachment itself.
+    pub attachment_id: Option<Uuid>,
+    /// The node that holds it.
+    pub node_id: Option<String>,
+}
+
+impl DetachWanted {
+    fn matches(&self, attachment: &AttachmentRecord) -> bool {
+        self.attachment_id.is_none_or(|id| id == attachment.attachment_id)
+            && self.node_id.as_ref().is_none_or(|node_id| *node_id == attachment.node_id)
+    }
+}
+
+impl<D: DataSide> Lifecycle<D> {
+    /// Gives the volume to the node, or returns what the node holds already. With `force`, whatever holds it now is fenced
+    /// first.
+    ///
+    /// # Errors
+    /// [`LifecycleError::VolumeNotFound`]; without force [`LifecycleError::VolumeAttached`] (another node) and
+    /// [`LifecycleError::AttachedDifferently`] (this node, another mode); [`LifecycleError::Unfenced`]: repeat the call;
+    /// the catalog's failure.
+    pub fn attach_volume(
+        &self,
+        lock: &NameLock,
+        node_id: &str,
+        read_only: bool,
+        force: bool,
+    ) -> Result<Attached, LifecycleError> {
+        let volume = self.volume(lock.name())?;
+        self.finish_ending(&volume)?;
+        if let Some((held, _)) = self.catalog.attachment_of_volume(volume.volume_uid)? {
+            let name = || volume.name.clone();
+            if held.node_id == node_id && held.read_only == read_only {
+                return Ok(Attached { attachment: held, volume, existed: true });
+            }
+            match (force, held.node_id == node_id) {
+                (true, _) => self.end(&volume, &held, true)?,
+                (false, true) => {
+                    return Err(LifecycleError::AttachedDifferently { name: name(), node_id: held.node_id });
+                }
+                (false, false) => {
+                    return Err(LifecycleError::VolumeAttached { name: name(), node_id: held.node_id });
+                }
+            }
+        }
+        let new = NewAttachment { volume_uid: volume.volume_uid, node_id: node_id.to_owned(), read_only };
+        let attachment = self.catalog.add_attachment(&new)?;
+        // With the row there, no new writer by name gets in; those that are in end before anybody is told the secret.
+        if let Err(reason) = self.data_side.fence_named_writers(volume.volume_uid) {
+            self.catalog.end_attachment(attachment.attachment_id, false)?;
+            return Err(LifecycleError::Unfenced { name: volume.name, reason });
+        }
+        let attachment_id = attachment.attachment_id;
+        tracing::info!(name = %volume.name, %attachment_id, node_id, generation = attachment.generation, "volume attached");
+        Ok(Attached { attachment, volume, existed: false })
+    }
+
+    /// Ends the attachment of the volume that is wanted; false where there is none such.
+    ///
+    /// # Errors
+    /// [`LifecycleError::Unfenced`]: its I/O has not finished in time, repeat the call; the catalog's failure.
+    pub fn detach_volume(&self, lock: &NameLock, wanted: &DetachWanted) -> Result<bool, LifecycleError> {
+        let Some((volume, VolumeState::Ready)) = self.catalog.volume_in_any_state(lock.name())? else {
+            return Ok(false);
+        };
+        let held = self.catalog.attachment_of_volume(volume.volume_uid)?;
+        let Some((held, _)) = held.filter(|(held, _)| wanted.matches(held)) else {
+            return Ok(false);
+        };
+        self.end(&volume, &held, false)?;
+        Ok(true)
+    }
+
+    /// Finishes what a former call on the volume began and could not end in time.
+    pub(super) fn finish_ending(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
+        match self.catalog.attachment_of_volume(volume.volume_uid)? {
+            Some((held, AttachmentState::Ending)) => self.end(volume, &held, false),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refused from now on, then fenced, then gone.
+    fn end(
+        &self,
+        volume: &VolumeRecord,
+        held: &AttachmentRecord,
+        by_force: bool,
+    ) -> Result<(), LifecycleError> {
+        let attachment_id = held.attachment_id;
+        self.catalog.end_attachment(attachment_id, by_force)?;
+        self.data_side
+            .fence_attachment(attachment_id)
+            .map_err(|reason| LifecycleError::Unfenced { name: volume.name.clone(), reason })?;
+        self.catalog.remove_attachment(attachment_id)?;
+        tracing::info!(name = %volume.name, %attachment_id, node_id = %held.node_id, by_force, "attachment ended");
+        Ok(())
+    }
+
+    /// The name of the volume that an attachment is of, to lock it; `None` where there is no such attachment.
+    ///
+    /// # Errors
+    /// The catalog's failure.
+    pub fn volume_name_of(&self, attachment_id: Uuid) -> Result<Option<String>, LifecycleError> {
+        let Some((attachment, _)) = self.catalog.attachment_in_any_state(attachment_id)? else {
+            return Ok(None);
+        };
+        Ok(self.catalog.volume_by_uid(attachment.volume_uid)?.map(|volume| volume.name))
+    }
+}

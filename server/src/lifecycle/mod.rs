@@ -1,0 +1,198 @@
+//! How volumes and attachments come into being and end: the order of the steps, so that a crash between any two of them
+//! leaves nothing half-made behind and nothing answered is lost.
+//!
+//! Owns that order, and the lock that serializes the calls on one volume name. It keeps no state of its own beyond that:
+//! the catalog is the truth, storage follows it. It knows nothing of gRPC (`management/` calls it) and nothing of NBD: what
+//! it needs of the data side is the trait [`DataSide`]. Every method blocks.
+//!
+//! ```text
+//! create:  row creating → storage durable → row ready → answer
+//! delete:  hidden, nobody has it open → row deleting → storage gone → row gone → answer
+//! attach:  (former holder: row ending → fenced → row gone) → row active → writers by name fenced → answer
+//! detach:  row ending → connections closed and their I/O finished → row gone → answer
+//! ```
+//! A row `creating`, `deleting` or `ending` is work that somebody has to finish: the next call on that volume, or
+//! [`Lifecycle::recover`] at the next start.
+
+mod attachments;
+mod name_locks;
+mod recovery;
+mod volumes;
+
+use std::io;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+pub use attachments::{Attached, DetachWanted};
+pub use name_locks::{NameLock, NameLocks};
+pub use recovery::Recovered;
+
+use crate::catalog::{Catalog, CatalogError, VolumeRecord};
+
+/// A volume that cannot be released: somebody has it open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{connections} connections have the volume open")]
+pub struct StillOpen {
+    /// How many.
+    pub connections: u32,
+}
+
+/// What the lifecycle needs of the data side. All calls block, for a bounded time.
+pub trait DataSide: Send + Sync + 'static {
+    /// Makes the volume's storage, durable when it returns; what a killed server left half-made is made anew.
+    ///
+    /// # Errors
+    /// The system's: `StorageFull`, `FileTooLarge` and others.
+    fn create_storage(&self, volume: &VolumeRecord) -> io::Result<()>;
+
+    /// Removes a volume's storage, durably; storage that is not there is a success.
+    ///
+    /// # Errors
+    /// The system's.
+    fn delete_storage(&self, volume_uid: Uuid) -> io::Result<()>;
+
+    /// Every volume that has storage on this server, catalogued or not.
+    ///
+    /// # Errors
+    /// The system's.
+    fn stored_volumes(&self) -> io::Result<Vec<Uuid>>;
+
+    /// Closes every connection of the attachment and waits until their submitted I/O has finished; from the call on, no
+    /// new one is opened. The catalog does not show the attachment as active any more.
+    ///
+    /// # Errors
+    /// Why it could not be done in time; the call may be repeated.
+    fn fence_attachment(&self, attachment_id: Uuid) -> Result<(), String>;
+
+    /// The same for connections that write to the volume by its plain name.
+    ///
+    /// # Errors
+    /// As [`DataSide::fence_attachment`].
+    fn fence_named_writers(&self, volume_uid: Uuid) -> Result<(), String>;
+
+    /// Closes the volume's storage, which the catalog hides meanwhile, if nobody has it open.
+    ///
+    /// # Errors
+    /// [`StillOpen`] where somebody has.
+    fn release_volume(&self, volume_uid: Uuid) -> Result<(), StillOpen>;
+
+    /// Connections that the attachment has open now.
+    fn connections_of(&self, attachment_id: Uuid) -> u32;
+
+    /// Bytes of storage that the volume takes now.
+    fn allocated_bytes(&self, volume: &VolumeRecord) -> u64;
+
+    /// A word that changes whenever acknowledged, unflushed writes of the volume may have been lost.
+    fn storage_incarnation(&self, volume: &VolumeRecord) -> String;
+}
+
+/// Why a volume or attachment was not made or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum LifecycleError {
+    /// No volume of that name.
+    #[error("there is no volume {0}")]
+    VolumeNotFound(String),
+    /// A volume of that name has other properties than those asked for.
+    #[error("volume {name} exists with another {property}: {existing}, not {wanted}")]
+    VolumeDiffers {
+        /// Its name.
+        name: String,
+        /// Which property differs first.
+        property: &'static str,
+        /// What it is.
+        existing: String,
+        /// What was asked for.
+        wanted: String,
+    },
+    /// The volume is attached to a node.
+    #[error("volume {name} is attached to node {node_id}")]
+    VolumeAttached {
+        /// Its name.
+        name: String,
+        /// The node that holds it.
+        node_id: String,
+    },
+    /// The node holds the volume in another access mode.
+    #[error("volume {name} is attached to node {node_id} in another access mode")]
+    AttachedDifferently {
+        /// Its name.
+        name: String,
+        /// The node.
+        node_id: String,
+    },
+    /// Connections by plain name have the volume open.
+    #[error("volume {name} is open: {still_open}")]
+    VolumeOpen {
+        /// Its name.
+        name: String,
+        /// By how many.
+        still_open: StillOpen,
+    },
+    /// The file system under the data directory cannot hold a file of that size.
+    #[error("the server's file system cannot hold a file of {capacity_bytes} bytes")]
+    TooLarge {
+        /// The size asked for.
+        capacity_bytes: u64,
+    },
+    /// No space under the data directory.
+    #[error("no space left on the server to {0}")]
+    NoSpace(&'static str),
+    /// The former connections are refused everything new, but their I/O has not finished in time.
+    #[error("connections of volume {name} were closed, but their I/O has not finished yet: {reason}")]
+    Unfenced {
+        /// The volume's name.
+        name: String,
+        /// What the data side said.
+        reason: String,
+    },
+    /// The volume's storage failed.
+    #[error("cannot {action} the storage of volume {volume_uid}: {source}")]
+    Storage {
+        /// What was tried.
+        action: &'static str,
+        /// Whose storage.
+        volume_uid: Uuid,
+        /// The system's own error.
+        source: io::Error,
+    },
+    /// The storage directory cannot be listed.
+    #[error("cannot list the volumes' storage: {0}")]
+    Listing(io::Error),
+    /// The catalog failed.
+    #[error(transparent)]
+    Catalog(CatalogError),
+}
+
+impl From<CatalogError> for LifecycleError {
+    fn from(error: CatalogError) -> Self {
+        if error.is_out_of_space() { Self::NoSpace("write the catalog") } else { Self::Catalog(error) }
+    }
+}
+
+/// The lifecycle of one server's volumes and attachments; see the module's text.
+#[derive(Debug)]
+pub struct Lifecycle<D> {
+    catalog: Catalog,
+    data_side: Arc<D>,
+}
+
+impl<D: DataSide> Lifecycle<D> {
+    /// Over an open catalog and a running data side.
+    pub fn new(catalog: Catalog, data_side: Arc<D>) -> Self {
+        Self { catalog, data_side }
+    }
+
+    /// The catalog, for reading.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// The data side, for reading.
+    pub fn data_side(&self) -> &D {
+        &self.data_side
+    }
+}
+
+#[cfg(test)]
+mod tests;
