@@ -1,1 +1,19 @@
-//! The device process.
+//! The device process: owns one attachment's ublk device, its queues and its sockets.
+//!
+//! Reading path: [`attachment`] (the life of the process) → [`queue_loop`] (the data path) → [`connection`] (NBD, without
+//! I/O) and [`queue_ring`] (the ring, without decisions). Beside it: [`dial`], [`block_request`], [`protections`],
+//! [`control_socket`], [`status_file`].
+//!
+//! No gRPC and no async runtime here: plain threads, so that nothing stands between a block request and the wire.
+
+pub mod attachment;
+pub mod block_request;
+pub mod connection;
+pub mod control_socket;
+pub mod dial;
+pub mod protections;
+pub mod queue_loop;
+pub mod queue_ring;
+pub mod status_file;
+
+pub use attachment::{AttachmentError, run};

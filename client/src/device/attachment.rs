@@ -1,0 +1,481 @@
+//! The life of one attachment's device process, on its main thread.
+//!
+//! ```text
+//!   spec ─► protect ─► connect every slot ─► choose data path ─► ADD_DEV ─► queue threads ─► START_DEV ─► live
+//!   live ─ Stop ─► TRY_STOP_DEV ─► queues flush and end ─► DEL_DEV ─► answer ─► exit
+//!          │            └─ open: Busy, live as before
+//!          └ connection lost ─► failed: I/O gets EIO until Stop
+//! ```
+//!
+//! Called by `volclient device`. The data path is in `queue_loop.rs`; nothing here touches a request. If this process
+//! dies, the kernel ends its device with errors, and `volclient serve` clears up what is left.
+
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use proto::export_name::{AttachmentExportName, DescriptionError, ExportDescription};
+use proto::nbd::{ExportInfo, TransmissionFlags};
+use ublk_core::{ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec};
+
+use super::block_request::{self, GeometryError};
+use super::control_socket::{self, PendingRequest};
+use super::dial::{self, DialError, Dialled};
+use super::protections::{self, ProtectionError};
+use super::queue_loop::{self, QueueError, QueueEvent, QueueParts};
+use super::status_file::StatusFile;
+use crate::contract::{
+    self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState, ExportSpec,
+};
+use crate::node::error::with_sources;
+use crate::node::holders::holders;
+
+/// How long the queue threads may take to be ready for START_DEV.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Device managers open a device for a moment now and then: busy for less than this is not busy.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+const BUSY_RETRY_INTERVAL: Duration = Duration::from_millis(50);
+/// How long the queues may take to flush and end after the device stopped; above `queue_loop`'s own bounds.
+const QUEUES_END_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Why there is no device.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachmentError {
+    /// The spec, status or control socket.
+    #[error(transparent)]
+    Contract(#[from] ContractError),
+    /// The spec holds something this program cannot use.
+    #[error("the device spec has an invalid {0}")]
+    Spec(&'static str),
+    /// The process cannot be protected from its own device.
+    #[error(transparent)]
+    Protection(#[from] ProtectionError),
+    /// The export cannot be opened.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// Another server, or another volume, answered.
+    #[error("the server at {address} does not serve this attachment's volume: {reason}")]
+    WrongServer {
+        /// `host:port`
+        address: String,
+        /// What differs.
+        reason: String,
+    },
+    /// The server's description of the export cannot be understood.
+    #[error("the server at {address}: {source}")]
+    Description {
+        /// `host:port`
+        address: String,
+        /// What is off.
+        source: DescriptionError,
+    },
+    /// More than one connection was asked for.
+    #[error("the server does not allow several connections to one export: attach with --queues 1")]
+    NoMultiConn,
+    /// The export cannot be a disk.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// The driver.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The device cannot be made.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The data path that was asked for does not work here.
+    #[error("data path {data_path} cannot be used on this kernel: {reason}; `--data-path auto` takes the best that can")]
+    DataPath {
+        /// Its name.
+        data_path: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A queue thread did not get ready.
+    #[error("a queue could not start: {0}")]
+    Queue(String),
+    /// The stable name cannot be made.
+    #[error("cannot make {path}: {source}")]
+    Link {
+        /// The stable name.
+        path: std::path::PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// Threads or sockets of our own.
+    #[error("cannot set up the device process: {0}")]
+    Setup(io::Error),
+}
+
+/// What the main thread is woken by.
+enum Event {
+    Queue(QueueEvent),
+    Control(PendingRequest),
+    Terminate,
+}
+
+/// Serves one attachment until it is stopped. On an error its reason is in the status file, too.
+///
+/// # Errors
+/// [`AttachmentError`]: there is no device, or it ended without its data being safe.
+pub fn run(dir: &AttachmentDir) -> Result<(), AttachmentError> {
+    let spec: DeviceSpec = contract::read_file(&dir.spec())?;
+    let mut status = StatusFile::create(dir, &spec)?;
+    match Attachment::start(dir, &spec, &mut status) {
+        Ok(attachment) => attachment.serve(&mut status),
+        Err(error) => {
+            status.enter(DeviceState::Failed, &with_sources(&error));
+            Err(error)
+        }
+    }
+}
+
+/// A device that serves I/O.
+struct Attachment {
+    device: Device,
+    device_link: std::path::PathBuf,
+    queues: Vec<JoinHandle<()>>,
+    queues_live: usize,
+    /// The worst that a queue ended with.
+    queue_error: Option<QueueError>,
+    events: Receiver<Event>,
+}
+
+impl Attachment {
+    fn start(dir: &AttachmentDir, spec: &DeviceSpec, status: &mut StatusFile) -> Result<Self, AttachmentError> {
+        protections::protect_process()?;
+        let (sender, events) = mpsc::channel();
+        listen_for_signals(&sender)?;
+        let control = ControlDevice::open()?;
+        let (data_path, data_path_reason) = choose_data_path(&control, &spec.data_path)?;
+        let dialled = dial_slots(spec)?;
+        let export = dialled[0].export.clone();
+        let params = block_request::device_params(&export, spec.block_size_bytes, spec.read_only)?;
+
+        let device = add_device(&control, spec, &params, data_path)?;
+        status.update(|status| {
+            status.dev_id = Some(device.dev_id());
+            status.capacity_bytes = params.capacity_bytes;
+            status.block_size_bytes = params.logical_block_bytes;
+            status.read_only = params.read_only;
+            status.data_path = data_path.to_string();
+            status.data_path_reason = data_path_reason;
+            status.server_address.clone_from(&dialled[0].address);
+            status.nr_hw_queues = device.info().nr_hw_queues;
+            status.queue_depth = device.info().queue_depth;
+        })?;
+        let mut attachment = Self {
+            device,
+            device_link: spec.device_link.clone(),
+            queues: Vec::new(),
+            queues_live: 0,
+            queue_error: None,
+            events,
+        };
+        attachment.start_queues(dialled, &params, data_path, &sender)?;
+        attachment.device.start()?;
+        attachment.make_link()?;
+        let on_request = move |request| drop(sender.send(Event::Control(request)));
+        control_socket::listen(&dir.control_socket(), on_request).map_err(AttachmentError::Setup)?;
+        status.enter(DeviceState::Live, "");
+        tracing::info!(target = spec.target, dev_id = attachment.device.dev_id(), %data_path, "live");
+        Ok(attachment)
+    }
+
+    fn start_queues(
+        &mut self,
+        dialled: Vec<Dialled>,
+        params: &DeviceParams,
+        data_path: DataPath,
+        sender: &Sender<Event>,
+    ) -> Result<(), AttachmentError> {
+        for (queue_id, dialled) in dialled.into_iter().enumerate() {
+            let parts = QueueParts {
+                queue: self.device.queue(queue_id as u16)?,
+                data_path,
+                max_io_bytes: params.max_io_bytes,
+                volatile_cache: params.volatile_cache && !params.read_only,
+                socket: dialled.socket,
+            };
+            let sender = sender.clone();
+            // The main thread ends only with the process, so nobody is left to miss an event.
+            let on_event = move |event| drop(sender.send(Event::Queue(event)));
+            let thread = std::thread::Builder::new()
+                .name(format!("ublk-q{queue_id}"))
+                .spawn(move || queue_loop::run(parts, &on_event))
+                .map_err(AttachmentError::Setup)?;
+            self.queues.push(thread);
+            self.queues_live += 1;
+        }
+        self.wait_until_ready()
+    }
+
+    /// START_DEV waits until every tag is fetched, so a queue that cannot start has to be noticed before.
+    fn wait_until_ready(&mut self) -> Result<(), AttachmentError> {
+        let deadline = Instant::now() + READY_TIMEOUT;
+        let mut ready = 0;
+        while ready < self.queues.len() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.events.recv_timeout(left) {
+                Ok(Event::Queue(QueueEvent::Ready)) => ready += 1,
+                Ok(Event::Queue(QueueEvent::Ended { outcome: Err(error), .. })) => {
+                    return Err(AttachmentError::Queue(with_sources(&error)));
+                }
+                Ok(_) => {}
+                Err(_) => return Err(AttachmentError::Queue("it was not ready in time".into())),
+            }
+        }
+        Ok(())
+    }
+
+    fn serve(mut self, status: &mut StatusFile) -> Result<(), AttachmentError> {
+        loop {
+            // Every sender lives as long as the process, so this ends by an event.
+            let Ok(event) = self.events.recv() else { return Ok(()) };
+            match event {
+                Event::Queue(event) => self.queue_event(event, status),
+                Event::Control(request) if request.command == ControlCommand::Status => {
+                    request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
+                }
+                Event::Control(request) => match self.try_stop(status) {
+                    Ok(()) => return self.end(status, Some(request)),
+                    Err(refusal) => request.answer(&refusal),
+                },
+                Event::Terminate => match self.try_stop(status) {
+                    Ok(()) => return self.end(status, None),
+                    Err(refusal) => tracing::warn!(?refusal, "told to terminate, but the device is in use"),
+                },
+            }
+            if self.queues_live == 0 {
+                // Every queue ended though nobody stopped the device: the driver took it away, or broke.
+                return self.end(status, None);
+            }
+        }
+    }
+
+    fn queue_event(&mut self, event: QueueEvent, status: &mut StatusFile) {
+        match event {
+            QueueEvent::Ready => {}
+            QueueEvent::ConnectionFailed { queue_id, reason } => {
+                let address = status.status().server_address.clone();
+                let reason = format!("connection {queue_id} to {address} is lost ({reason}): I/O gets EIO until detach");
+                if status.status().state == DeviceState::Live {
+                    status.enter(DeviceState::Failed, &reason);
+                }
+            }
+            QueueEvent::Ended { queue_id, outcome } => {
+                self.queues_live -= 1;
+                if let Err(error) = outcome {
+                    tracing::error!(queue_id, error = with_sources(&error), "a queue ended badly");
+                    self.queue_error = Some(error);
+                }
+            }
+        }
+    }
+
+    /// Takes the disk away unless somebody has it open.
+    fn try_stop(&mut self, status: &mut StatusFile) -> Result<(), ControlResponse> {
+        let before = (status.status().state, status.status().state_reason.clone());
+        status.enter(DeviceState::Stopping, "");
+        let deadline = Instant::now() + BUSY_PATIENCE;
+        let stopped = loop {
+            match self.try_stop_once() {
+                Err(ControlError::Busy { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(BUSY_RETRY_INTERVAL);
+                }
+                other => break other,
+            }
+        };
+        let Err(error) = stopped else { return Ok(()) };
+        status.enter(before.0, &before.1);
+        match error {
+            ControlError::Busy { .. } => {
+                Err(ControlResponse::Busy { holders: holders(self.device.dev_id()) })
+            }
+            error => Err(ControlResponse::Error { message: with_sources(&error) }),
+        }
+    }
+
+    fn try_stop_once(&mut self) -> Result<(), ControlError> {
+        match self.device.try_stop() {
+            Err(ControlError::Unsupported { .. }) => {}
+            other => return other,
+        }
+        // Before TRY_STOP_DEV (Linux 6.18) nothing stops the device only if it is closed: look first. What is opened
+        // between the look and the stop gets an I/O error, never a wrong byte.
+        let dev_id = self.device.dev_id();
+        if !holders(dev_id).is_empty() {
+            return Err(ControlError::Busy { command: "STOP_DEV", dev_id });
+        }
+        self.device.stop()
+    }
+
+    /// The device is stopped: wait for the queues to flush and end, delete it, answer.
+    fn end(mut self, status: &mut StatusFile, request: Option<PendingRequest>) -> Result<(), AttachmentError> {
+        let deadline = Instant::now() + QUEUES_END_TIMEOUT;
+        while self.queues_live > 0 {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Queue(event)) => self.queue_event(event, status),
+                Ok(Event::Control(other)) => {
+                    other.answer(&ControlResponse::Error { message: "the device is being detached".into() });
+                }
+                Ok(Event::Terminate) => {}
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        let outcome = match self.queue_error.take() {
+            Some(error) => Err(AttachmentError::Queue(with_sources(&error))),
+            None if self.queues_live > 0 => Err(AttachmentError::Queue("it did not end in time".into())),
+            None => Ok(()),
+        };
+        if self.queues_live == 0 {
+            for queue in self.queues.drain(..) {
+                // A thread that panicked has aborted the process.
+                let _ = queue.join();
+            }
+        }
+        remove_link(&self.device_link, status);
+        let deleted = self.device.delete().map_err(AttachmentError::from);
+        let outcome = outcome.and(deleted);
+        if let Some(request) = request {
+            let response = match &outcome {
+                Ok(()) => ControlResponse::Ok(Box::new(status.status().clone())),
+                Err(error) => ControlResponse::Error { message: with_sources(error) },
+            };
+            request.answer(&response);
+        }
+        outcome
+    }
+
+    fn make_link(&self) -> Result<(), AttachmentError> {
+        let link = &self.device_link;
+        let link_error = |source| AttachmentError::Link { path: link.clone(), source };
+        if let Some(folder) = link.parent() {
+            std::fs::create_dir_all(folder).map_err(link_error)?;
+        }
+        // Made beside and renamed over, so that a leftover of an earlier device is replaced at once.
+        let new_link = link.with_file_name(format!(".{}.new", self.device.dev_id()));
+        let _ = std::fs::remove_file(&new_link);
+        let target = ublk_core::control::block_device_path(self.device.dev_id());
+        symlink(target, &new_link).map_err(link_error)?;
+        std::fs::rename(&new_link, link).map_err(link_error)
+    }
+}
+
+/// Removes the stable name if it still points to this device.
+fn remove_link(link: &Path, status: &StatusFile) {
+    if std::fs::read_link(link).ok() == status.device_path() {
+        let _ = std::fs::remove_file(link);
+    }
+}
+
+fn listen_for_signals(sender: &Sender<Event>) -> Result<(), AttachmentError> {
+    use signal_hook::consts::SIGTERM;
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM]).map_err(AttachmentError::Setup)?;
+    let sender = sender.clone();
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for _ in signals.forever() {
+                let _ = sender.send(Event::Terminate);
+            }
+        })
+        .map(drop)
+        .map_err(AttachmentError::Setup)
+}
+
+/// The data path to use, and why.
+fn choose_data_path(control: &ControlDevice, wanted: &str) -> Result<(DataPath, String), AttachmentError> {
+    let report = ublk_core::probe(control.get_features()?);
+    if wanted != "auto" && !wanted.is_empty() {
+        let data_path: DataPath = wanted.parse().map_err(|_| AttachmentError::Spec("data_path"))?;
+        if let Err(error) = report.check(data_path) {
+            let reason = with_sources(error);
+            return Err(AttachmentError::DataPath { data_path: data_path.to_string(), reason });
+        }
+        return Ok((data_path, "asked for".into()));
+    }
+    let best = report.best().ok_or_else(|| AttachmentError::DataPath {
+        data_path: "auto".into(),
+        reason: "no data path works here".into(),
+    })?;
+    let passed_over: Vec<String> = report
+        .rungs
+        .iter()
+        .take_while(|rung| rung.data_path != best)
+        .filter_map(|rung| rung.usable.as_ref().err().map(|e| format!("not {}: {}", rung.data_path, with_sources(e))))
+        .collect();
+    let reason = if passed_over.is_empty() {
+        "the best there is, proved by trial".to_owned()
+    } else {
+        passed_over.join("; ")
+    };
+    Ok((best, reason))
+}
+
+/// Opens one connection for each queue, and checks that all of them lead to the right volume.
+fn dial_slots(spec: &DeviceSpec) -> Result<Vec<Dialled>, AttachmentError> {
+    let mut dialled: Vec<Dialled> = Vec::new();
+    for slot in 0..u32::from(spec.nr_hw_queues.max(1)) {
+        let next = dial::dial(&spec.addresses, &export_name(spec, slot)?)?;
+        check_identity(spec, &next)?;
+        if let Some(first) = dialled.first() {
+            if !first.export.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
+                return Err(AttachmentError::NoMultiConn);
+            }
+            if !is_same_export(&first.export, &next.export) {
+                let reason = "its connections tell different sizes or flags".into();
+                return Err(AttachmentError::WrongServer { address: next.address, reason });
+            }
+        }
+        dialled.push(next);
+    }
+    Ok(dialled)
+}
+
+fn export_name(spec: &DeviceSpec, slot: u32) -> Result<String, AttachmentError> {
+    match &spec.export {
+        ExportSpec::Nbd { export_name } => Ok(export_name.clone()),
+        ExportSpec::Attachment { session_epoch, .. } => {
+            let secret = spec.secret().ok_or(AttachmentError::Spec("secret"))?;
+            let attachment_id = spec.attachment_id;
+            Ok(AttachmentExportName { attachment_id, secret, epoch: *session_epoch, slot }.expose())
+        }
+    }
+}
+
+fn check_identity(spec: &DeviceSpec, dialled: &Dialled) -> Result<(), AttachmentError> {
+    let ExportSpec::Attachment { server_id, volume_uid, .. } = &spec.export else { return Ok(()) };
+    let address = dialled.address.clone();
+    let text = dialled.export.description.as_deref().unwrap_or_default();
+    match text.parse::<ExportDescription>() {
+        Ok(told) if told.server_id == *server_id && told.volume_uid == *volume_uid => Ok(()),
+        Ok(told) => {
+            let reason = format!("server {} volume {}", told.server_id, told.volume_uid);
+            Err(AttachmentError::WrongServer { address, reason })
+        }
+        Err(source) => Err(AttachmentError::Description { address, source }),
+    }
+}
+
+fn is_same_export(one: &ExportInfo, other: &ExportInfo) -> bool {
+    one.size_bytes == other.size_bytes && one.flags == other.flags && one.block_sizes == other.block_sizes
+}
+
+fn add_device(
+    control: &ControlDevice,
+    spec: &DeviceSpec,
+    params: &DeviceParams,
+    data_path: DataPath,
+) -> Result<Device, AttachmentError> {
+    let ublk_spec = UblkSpec {
+        dev_id: None,
+        nr_hw_queues: spec.nr_hw_queues.max(1),
+        queue_depth: spec.queue_depth,
+        max_io_buf_bytes: params.max_io_bytes,
+        flags: data_path.device_flags(),
+        ublksrv_flags: contract::attachment_hash(spec.attachment_id),
+    };
+    Ok(Device::add(control, &ublk_spec, params)?)
+}

@@ -1,0 +1,185 @@
+//! What a block request asks of the server, and what the device says of itself: the two translations between ublk's
+//! words and NBD's.
+//!
+//! Pure functions, called by `queue_loop.rs` (each request) and `attachment.rs` (once). Sources: `ublk_cmd.h`, Linux 7.3;
+//! NBD `doc/proto.md`.
+
+use proto::nbd::transmission::{Command, CommandFlags};
+use proto::nbd::{ExportInfo, PAYLOAD_BYTES_MAX_DEFAULT, TransmissionFlags};
+use ublk_core::{DeviceParams, Discard, IoDesc, IoOp};
+
+use super::connection::Operation;
+
+/// Largest READ or WRITE of a device, in bytes, where the server takes that much.
+pub const IO_BYTES_MAX: u32 = 1 << 20;
+/// Largest DISCARD, in bytes: it carries no data, and NBD's length has 32 bits.
+const DISCARD_BYTES_MAX: u64 = 1 << 30;
+/// Largest WRITE_ZEROES, in bytes: a server that has to write them all shall answer in good time.
+const WRITE_ZEROES_BYTES_MAX: u64 = 32 << 20;
+/// Block devices are counted in these, in bytes.
+const SECTOR_BYTES: u32 = 512;
+/// Largest logical block that every kernel takes, in bytes.
+const LOGICAL_BLOCK_BYTES_MAX: u32 = 4096;
+
+/// The NBD operation for a block request; a positive errno where there is none.
+///
+/// # Errors
+/// `EOPNOTSUPP`: an operation that the device did not announce. `EINVAL`: a length that NBD cannot say.
+pub fn operation(descriptor: &IoDesc) -> Result<Operation, i32> {
+    let fua = if descriptor.fua() { CommandFlags::FUA } else { CommandFlags::NONE };
+    let (command, flags) = match descriptor.op() {
+        IoOp::Read => (Command::Read, CommandFlags::NONE),
+        IoOp::Write => (Command::Write, fua),
+        IoOp::Flush => {
+            let flush = Command::Flush;
+            return Ok(Operation {
+                command: flush,
+                flags: CommandFlags::NONE,
+                offset_bytes: 0,
+                length_bytes: 0,
+            });
+        }
+        IoOp::Discard => (Command::Trim, fua),
+        IoOp::WriteZeroes if descriptor.no_unmap() => (Command::WriteZeroes, fua.with(CommandFlags::NO_HOLE)),
+        IoOp::WriteZeroes => (Command::WriteZeroes, fua),
+        IoOp::Other(_) => return Err(libc::EOPNOTSUPP),
+    };
+    let length_bytes = u32::try_from(descriptor.len_bytes()).map_err(|_| libc::EINVAL)?;
+    Ok(Operation { command, flags, offset_bytes: descriptor.offset_bytes(), length_bytes })
+}
+
+/// What COMMIT says of a request that ended: the full length of one with data, 0 for one without, or a negative errno.
+pub fn commit_result(operation: &Operation, result: Result<(), i32>) -> i32 {
+    match (result, operation.command) {
+        (Err(errno), _) => -errno,
+        (Ok(()), Command::Read | Command::Write) => operation.length_bytes as i32,
+        (Ok(()), _) => 0,
+    }
+}
+
+/// Why an export cannot be a disk here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum GeometryError {
+    /// The server wants larger blocks than the kernel takes.
+    #[error("the server takes requests of {0} bytes at least; a Linux disk has blocks of at most {LOGICAL_BLOCK_BYTES_MAX}")]
+    BlockTooLarge(u32),
+    /// There is not one whole block.
+    #[error("the export has {0} bytes: less than one block")]
+    TooSmall(u64),
+}
+
+/// The device for an export.
+///
+/// A capacity that is not a whole number of blocks is rounded down. What the server does not announce is not announced
+/// by the device: without FLUSH there is no volatile cache, without FUA the block layer follows a write by a FLUSH,
+/// without WRITE_ZEROES it writes pages of zeroes.
+///
+/// # Errors
+/// [`GeometryError`], by cause.
+pub fn device_params(
+    export: &ExportInfo,
+    block_size_bytes: u32,
+    read_only: bool,
+) -> Result<DeviceParams, GeometryError> {
+    let has = |flag| export.flags.contains(flag);
+    let minimum_bytes = export.block_sizes.map_or(1, |sizes| sizes.minimum_bytes);
+    let logical_block_bytes = minimum_bytes.max(block_size_bytes).max(SECTOR_BYTES);
+    if logical_block_bytes > LOGICAL_BLOCK_BYTES_MAX {
+        return Err(GeometryError::BlockTooLarge(logical_block_bytes));
+    }
+    let capacity_bytes = export.size_bytes - export.size_bytes % u64::from(logical_block_bytes);
+    if capacity_bytes == 0 {
+        return Err(GeometryError::TooSmall(export.size_bytes));
+    }
+    let payload_max = export.block_sizes.map_or(PAYLOAD_BYTES_MAX_DEFAULT, |sizes| sizes.maximum_bytes);
+    let preferred_bytes = export.block_sizes.map_or(4096, |sizes| sizes.preferred_bytes).clamp(4096, 64 << 10);
+    let mut params = DeviceParams::new(capacity_bytes);
+    params.logical_block_bytes = logical_block_bytes;
+    params.physical_block_bytes = logical_block_bytes.max(4096);
+    params.io_min_bytes = params.physical_block_bytes;
+    params.io_opt_bytes = if preferred_bytes.is_power_of_two() { preferred_bytes } else { 4096 };
+    params.max_io_bytes = IO_BYTES_MAX.min(payload_max - payload_max % 4096).max(4096);
+    params.read_only = read_only || has(TransmissionFlags::READ_ONLY);
+    params.volatile_cache = has(TransmissionFlags::SEND_FLUSH);
+    params.fua = params.volatile_cache && has(TransmissionFlags::SEND_FUA);
+    params.rotational = has(TransmissionFlags::ROTATIONAL);
+    if has(TransmissionFlags::SEND_TRIM) {
+        let granularity_bytes = params.physical_block_bytes;
+        params.discard = Some(Discard { granularity_bytes, max_bytes: DISCARD_BYTES_MAX });
+    }
+    if has(TransmissionFlags::SEND_WRITE_ZEROES) {
+        params.write_zeroes_max_bytes = WRITE_ZEROES_BYTES_MAX;
+    }
+    Ok(params)
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::nbd::BlockSizes;
+    use ublk_core::abi::{
+        UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_OP_DISCARD, UBLK_IO_OP_FLUSH, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE,
+        UBLK_IO_OP_WRITE_ZEROES,
+    };
+
+    use super::*;
+
+    fn descriptor(op: u8, flags: u32) -> IoDesc {
+        IoDesc { op_flags: u32::from(op) | flags, nr_sectors: 8, start_sector: 16, addr: 0 }
+    }
+
+    fn export(flags: TransmissionFlags) -> ExportInfo {
+        ExportInfo { size_bytes: (1 << 20) + 700, flags, block_sizes: None, description: None }
+    }
+
+    #[test]
+    fn block_requests_become_nbd_operations() {
+        let cases = [
+            (descriptor(UBLK_IO_OP_READ, 0), Command::Read, CommandFlags::NONE),
+            (descriptor(UBLK_IO_OP_WRITE, 0), Command::Write, CommandFlags::NONE),
+            (descriptor(UBLK_IO_OP_WRITE, UBLK_IO_F_FUA), Command::Write, CommandFlags::FUA),
+            (descriptor(UBLK_IO_OP_DISCARD, 0), Command::Trim, CommandFlags::NONE),
+            (descriptor(UBLK_IO_OP_WRITE_ZEROES, 0), Command::WriteZeroes, CommandFlags::NONE),
+            (descriptor(UBLK_IO_OP_WRITE_ZEROES, UBLK_IO_F_NOUNMAP), Command::WriteZeroes, CommandFlags::NO_HOLE),
+        ];
+        for (descriptor, command, flags) in cases {
+            let expected = Operation { command, flags, offset_bytes: 8192, length_bytes: 4096 };
+            assert_eq!(operation(&descriptor), Ok(expected));
+        }
+        let flush = operation(&descriptor(UBLK_IO_OP_FLUSH, 0)).unwrap();
+        assert_eq!((flush.command, flush.offset_bytes, flush.length_bytes), (Command::Flush, 0, 0));
+        assert_eq!(operation(&descriptor(200, 0)), Err(libc::EOPNOTSUPP));
+    }
+
+    #[test]
+    fn a_commit_says_the_full_length_or_an_error() {
+        let read = operation(&descriptor(UBLK_IO_OP_READ, 0)).unwrap();
+        assert_eq!(commit_result(&read, Ok(())), 4096);
+        assert_eq!(commit_result(&read, Err(28)), -28);
+        let trim = operation(&descriptor(UBLK_IO_OP_DISCARD, 0)).unwrap();
+        assert_eq!(commit_result(&trim, Ok(())), 0);
+    }
+
+    #[test]
+    fn a_device_announces_what_its_server_announces() {
+        let bare = device_params(&export(TransmissionFlags::HAS_FLAGS), 0, false).unwrap();
+        assert_eq!((bare.capacity_bytes, bare.logical_block_bytes), ((1 << 20) + 512, 512));
+        assert!(!bare.volatile_cache && !bare.fua && bare.discard.is_none() && bare.write_zeroes_max_bytes == 0);
+
+        let all = TransmissionFlags(0xffff);
+        let full = device_params(&export(all), 4096, false).unwrap();
+        assert_eq!((full.capacity_bytes, full.logical_block_bytes), (1 << 20, 4096));
+        assert!(full.volatile_cache && full.fua && full.read_only && full.discard.is_some());
+        full.to_abi().unwrap();
+    }
+
+    #[test]
+    fn impossible_exports_are_refused() {
+        let mut large = export(TransmissionFlags::HAS_FLAGS);
+        large.block_sizes =
+            Some(BlockSizes { minimum_bytes: 65536, preferred_bytes: 65536, maximum_bytes: 1 << 20 });
+        assert_eq!(device_params(&large, 0, false), Err(GeometryError::BlockTooLarge(65536)));
+        let mut small = export(TransmissionFlags::HAS_FLAGS);
+        small.size_bytes = 511;
+        assert_eq!(device_params(&small, 0, false), Err(GeometryError::TooSmall(511)));
+    }
+}

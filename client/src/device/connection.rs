@@ -1,0 +1,450 @@
+//! One connection's transmission phase as a state machine: requests by tag in, pieces to send out; reply headers in,
+//! completions out.
+//!
+//! ```text
+//!            submit            take_batch            batch_sent
+//!   Idle ───────────► Queued ───────────► Sending ───────────► Sent
+//!    ▲                                       │ reply              │ reply
+//!    │                                       ▼                    ▼
+//!    └───────── completion, once it is neither sending nor receiving ◄──┘
+//! ```
+//!
+//! It sees no socket, no ring and no pages: `queue_loop.rs` moves the bytes and tells what happened. What it owes its
+//! caller, whatever the peer does:
+//! - a request completes once, and never while an operation that touches its pages (payload SEND or RECV) is out;
+//! - a READ completes without an error only when its whole payload was received;
+//! - a reply belongs to a request only if its cookie, tag and sequence number, is that request's: a late reply never
+//!   matches a reused tag;
+//! - after [`Connection::fail`] nothing completes until the caller says that every operation was reaped.
+//!
+//! Nothing here allocates after [`Connection::new`].
+
+use std::collections::VecDeque;
+
+use proto::nbd::transmission::{
+    Command, CommandFlags, NbdError, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply, TransmissionError,
+};
+
+/// Bits of a cookie that hold the tag; the sequence number is above them.
+const COOKIE_TAG_BITS: u32 = 16;
+
+/// The peer broke the protocol: shut the connection down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PeerError {
+    /// The stream is out of step.
+    #[error(transparent)]
+    Stream(#[from] TransmissionError),
+    /// A reply to nothing that is in flight.
+    #[error("a reply carries cookie {0:#x}, which no request in flight has")]
+    UnknownCookie(u64),
+}
+
+/// What a request is; the cookie is the connection's to choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operation {
+    /// What to do.
+    pub command: Command,
+    /// Flags of the command.
+    pub flags: CommandFlags,
+    /// First byte concerned.
+    pub offset_bytes: u64,
+    /// How many bytes are concerned; a READ's and a WRITE's is that of the tag's pages.
+    pub length_bytes: u32,
+}
+
+/// What to send, in order; every piece but the last of a batch has more behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece {
+    /// These bytes of the header buffer.
+    Headers {
+        /// First byte in the buffer.
+        start: usize,
+        /// How many.
+        len: usize,
+    },
+    /// The whole of the tag's pages.
+    Payload {
+        /// Whose.
+        tag: u16,
+        /// How many bytes.
+        len_bytes: u32,
+    },
+}
+
+/// What follows a reply's header on the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follows {
+    /// The next reply's header.
+    Header,
+    /// The tag's payload, then the next header.
+    Payload {
+        /// Whose pages.
+        tag: u16,
+        /// How many bytes.
+        len_bytes: u32,
+    },
+}
+
+/// A request's end: `Ok`, or a positive errno.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Completion {
+    /// Which.
+    pub tag: u16,
+    /// How it went.
+    pub result: Result<(), i32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Idle,
+    Queued,
+    /// In the batch that is being sent.
+    Sending,
+    Sent,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    stage: Stage,
+    cookie: u64,
+    operation: Operation,
+    receiving: bool,
+    reply: Option<Result<(), i32>>,
+}
+
+/// The transmission phase of one connection.
+#[derive(Debug)]
+pub struct Connection {
+    entries: Box<[Entry]>,
+    to_send: VecDeque<u16>,
+    sending: Vec<u16>,
+    completions: VecDeque<Completion>,
+    sequence: u64,
+    in_flight: usize,
+    failed: bool,
+}
+
+impl Connection {
+    /// A connection for tags `0..tags`.
+    pub fn new(tags: u16) -> Self {
+        let operation =
+            Operation { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };
+        let idle = Entry { stage: Stage::Idle, cookie: 0, operation, receiving: false, reply: None };
+        let capacity = usize::from(tags);
+        Self {
+            entries: vec![idle; capacity].into_boxed_slice(),
+            to_send: VecDeque::with_capacity(capacity),
+            sending: Vec::with_capacity(capacity),
+            completions: VecDeque::with_capacity(capacity),
+            sequence: 0,
+            in_flight: 0,
+            failed: false,
+        }
+    }
+
+    /// Takes a request. On a connection that failed it completes with EIO.
+    ///
+    /// # Panics
+    /// When the tag already has a request in flight: the caller is wrong.
+    pub fn submit(&mut self, tag: u16, operation: Operation) {
+        let entry = &mut self.entries[usize::from(tag)];
+        assert_eq!(entry.stage, Stage::Idle, "tag {tag} has a request in flight");
+        if self.failed {
+            self.completions.push_back(Completion { tag, result: Err(NbdError::Eio as i32) });
+            return;
+        }
+        self.sequence += 1;
+        *entry = Entry {
+            stage: Stage::Queued,
+            cookie: self.sequence << COOKIE_TAG_BITS | u64::from(tag),
+            operation,
+            receiving: false,
+            reply: None,
+        };
+        self.in_flight += 1;
+        self.to_send.push_back(tag);
+    }
+
+    /// Fills `headers` and `pieces` with what is to be sent next; both stay empty when there is nothing, when a batch
+    /// is still out, or when the connection failed. Headers without a payload behind them lie together in one piece.
+    pub fn take_batch(&mut self, headers: &mut [u8], pieces: &mut Vec<Piece>, pieces_max: usize) {
+        pieces.clear();
+        if self.failed || !self.sending.is_empty() {
+            return;
+        }
+        let (mut start, mut end) = (0, 0);
+        // A request adds at most two pieces: the headers up to its own, and its payload.
+        while pieces.len() + 2 <= pieces_max && headers.len() - end >= REQUEST_BYTES {
+            let Some(tag) = self.to_send.pop_front() else { break };
+            let entry = &mut self.entries[usize::from(tag)];
+            let request = entry.request();
+            headers[end..end + REQUEST_BYTES].copy_from_slice(&request.encode());
+            end += REQUEST_BYTES;
+            entry.stage = Stage::Sending;
+            self.sending.push(tag);
+            let len_bytes = request.payload_bytes();
+            if len_bytes > 0 {
+                pieces.push(Piece::Headers { start, len: end - start });
+                pieces.push(Piece::Payload { tag, len_bytes });
+                start = end;
+            }
+        }
+        if start < end {
+            pieces.push(Piece::Headers { start, len: end - start });
+        }
+    }
+
+    /// The whole batch was sent, and no operation of it is out any more.
+    pub fn batch_sent(&mut self) {
+        while let Some(tag) = self.sending.pop() {
+            let entry = &mut self.entries[usize::from(tag)];
+            debug_assert_eq!(entry.stage, Stage::Sending);
+            entry.stage = Stage::Sent;
+            self.complete_if_done(tag);
+        }
+    }
+
+    /// A reply's header was received.
+    ///
+    /// # Errors
+    /// [`PeerError`]: shut the connection down and call [`Connection::fail`].
+    pub fn header_received(&mut self, wire: &[u8; SIMPLE_REPLY_BYTES]) -> Result<Follows, PeerError> {
+        let reply = SimpleReply::decode(wire)?;
+        let tag = (reply.cookie & ((1 << COOKIE_TAG_BITS) - 1)) as u16;
+        let entry = self
+            .entries
+            .get_mut(usize::from(tag))
+            .filter(|entry| entry.awaits(reply.cookie))
+            .ok_or(PeerError::UnknownCookie(reply.cookie))?;
+        if reply.error == 0 && entry.operation.command == Command::Read {
+            entry.receiving = true;
+            return Ok(Follows::Payload { tag, len_bytes: entry.operation.length_bytes });
+        }
+        let errno = NbdError::errno_from_wire(reply.error);
+        entry.reply = Some(if reply.error == 0 { Ok(()) } else { Err(errno) });
+        self.complete_if_done(tag);
+        Ok(Follows::Header)
+    }
+
+    /// The tag's whole payload was received.
+    pub fn payload_received(&mut self, tag: u16) {
+        let entry = &mut self.entries[usize::from(tag)];
+        debug_assert!(entry.receiving);
+        entry.receiving = false;
+        entry.reply = Some(Ok(()));
+        self.complete_if_done(tag);
+    }
+
+    /// The connection is of no use any more. Nothing completes until [`Connection::reaped`].
+    pub fn fail(&mut self) {
+        self.failed = true;
+    }
+
+    /// After [`Connection::fail`]: no operation on this connection is out any more, so that no late byte can reach a
+    /// page. Every request in flight completes with EIO.
+    ///
+    /// # Panics
+    /// When the connection did not fail: the caller is wrong.
+    pub fn reaped(&mut self) {
+        assert!(self.failed, "only a connection that failed is reaped");
+        self.to_send.clear();
+        self.sending.clear();
+        for (tag, entry) in self.entries.iter_mut().enumerate() {
+            if entry.stage != Stage::Idle {
+                entry.stage = Stage::Idle;
+                self.in_flight -= 1;
+                self.completions.push_back(Completion { tag: tag as u16, result: Err(NbdError::Eio as i32) });
+            }
+        }
+    }
+
+    /// The next request that ended, if any.
+    pub fn take_completion(&mut self) -> Option<Completion> {
+        self.completions.pop_front()
+    }
+
+    /// Requests that were submitted and have not completed.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Whether it failed.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    fn complete_if_done(&mut self, tag: u16) {
+        let entry = &mut self.entries[usize::from(tag)];
+        let Some(result) = entry.reply else { return };
+        // A peer may answer before its last byte was sent, or rather before we were told so: the pages are still in
+        // use, so the request waits for `batch_sent`.
+        if self.failed || entry.stage != Stage::Sent || entry.receiving {
+            return;
+        }
+        entry.stage = Stage::Idle;
+        self.in_flight -= 1;
+        self.completions.push_back(Completion { tag, result });
+    }
+}
+
+impl Entry {
+    fn request(&self) -> Request {
+        Request {
+            flags: self.operation.flags,
+            command: self.operation.command,
+            cookie: self.cookie,
+            offset_bytes: self.operation.offset_bytes,
+            length_bytes: self.operation.length_bytes,
+        }
+    }
+
+    /// Whether a reply with this cookie is this request's first.
+    fn awaits(&self, cookie: u64) -> bool {
+        let was_sent = matches!(self.stage, Stage::Sending | Stage::Sent);
+        was_sent && self.cookie == cookie && self.reply.is_none() && !self.receiving
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn operation(command: Command, length_bytes: u32) -> Operation {
+        Operation { command, flags: CommandFlags::NONE, offset_bytes: 4096, length_bytes }
+    }
+
+    fn reply(error: u32, cookie: u64) -> [u8; SIMPLE_REPLY_BYTES] {
+        SimpleReply { error, cookie }.encode()
+    }
+
+    /// Takes the next batch; gives its pieces and the cookies of its headers.
+    fn batch(connection: &mut Connection) -> (Vec<Piece>, Vec<u64>) {
+        let (mut headers, mut pieces) = ([0u8; 4096], Vec::new());
+        connection.take_batch(&mut headers, &mut pieces, 16);
+        let mut cookies = Vec::new();
+        for piece in &pieces {
+            if let Piece::Headers { start, len } = *piece {
+                for header in headers[start..start + len].chunks_exact(REQUEST_BYTES) {
+                    cookies.push(Request::decode(header.try_into().unwrap()).unwrap().cookie);
+                }
+            }
+        }
+        (pieces, cookies)
+    }
+
+    fn completions(connection: &mut Connection) -> Vec<Completion> {
+        std::iter::from_fn(|| connection.take_completion()).collect()
+    }
+
+    #[test]
+    fn headers_up_to_a_write_leave_together_with_its_payload() {
+        let mut connection = Connection::new(8);
+        connection.submit(0, operation(Command::Read, 4096));
+        connection.submit(1, operation(Command::Flush, 0));
+        connection.submit(2, operation(Command::Write, 8192));
+        connection.submit(3, operation(Command::Read, 512));
+        let (pieces, cookies) = batch(&mut connection);
+        let expected = [
+            Piece::Headers { start: 0, len: 3 * REQUEST_BYTES },
+            Piece::Payload { tag: 2, len_bytes: 8192 },
+            Piece::Headers { start: 3 * REQUEST_BYTES, len: REQUEST_BYTES },
+        ];
+        assert_eq!(pieces, expected);
+        assert_eq!(cookies.len(), 4);
+        connection.submit(4, operation(Command::Read, 512));
+        assert_eq!(batch(&mut connection).0, [], "one batch at a time");
+        connection.batch_sent();
+        assert_eq!(batch(&mut connection).0.len(), 1);
+    }
+
+    #[test]
+    fn a_batch_is_bounded_and_nothing_is_lost() {
+        let mut connection = Connection::new(64);
+        for tag in 0..64 {
+            connection.submit(tag, operation(Command::Write, 512));
+        }
+        let mut sent = 0;
+        loop {
+            let (pieces, cookies) = batch(&mut connection);
+            assert!(pieces.len() <= 16);
+            if cookies.is_empty() {
+                break;
+            }
+            sent += cookies.len();
+            connection.batch_sent();
+        }
+        assert_eq!(sent, 64);
+    }
+
+    #[test]
+    fn a_read_completes_after_its_payload_only() {
+        let mut connection = Connection::new(1);
+        connection.submit(0, operation(Command::Read, 4096));
+        let (_, cookies) = batch(&mut connection);
+        connection.batch_sent();
+        let follows = connection.header_received(&reply(0, cookies[0])).unwrap();
+        assert_eq!(follows, Follows::Payload { tag: 0, len_bytes: 4096 });
+        assert_eq!(completions(&mut connection), []);
+        connection.payload_received(0);
+        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Ok(()) }]);
+        assert_eq!(connection.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_reply_before_the_end_of_the_send_waits_for_it() {
+        let mut connection = Connection::new(1);
+        connection.submit(0, operation(Command::Write, 4096));
+        let (_, cookies) = batch(&mut connection);
+        assert_eq!(connection.header_received(&reply(28, cookies[0])), Ok(Follows::Header));
+        assert_eq!(completions(&mut connection), [], "its pages are still being sent");
+        connection.batch_sent();
+        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Err(28) }]);
+    }
+
+    #[test]
+    fn a_late_reply_never_matches_a_reused_tag() {
+        let mut connection = Connection::new(1);
+        connection.submit(0, operation(Command::Write, 512));
+        let (_, first) = batch(&mut connection);
+        connection.batch_sent();
+        connection.header_received(&reply(0, first[0])).unwrap();
+        connection.submit(0, operation(Command::Write, 512));
+        let (_, second) = batch(&mut connection);
+        connection.batch_sent();
+        assert_ne!(first, second);
+        assert_eq!(connection.header_received(&reply(0, first[0])), Err(PeerError::UnknownCookie(first[0])));
+    }
+
+    #[test]
+    fn replies_to_nothing_are_the_peers_fault() {
+        let mut connection = Connection::new(2);
+        connection.submit(0, operation(Command::Read, 512));
+        let queued = connection.header_received(&reply(0, 1 << COOKIE_TAG_BITS));
+        assert!(queued.is_err(), "it was not sent yet");
+        let (_, cookies) = batch(&mut connection);
+        connection.batch_sent();
+        assert!(connection.header_received(&reply(0, cookies[0] | 7)).is_err(), "no such tag");
+        connection.header_received(&reply(0, cookies[0])).unwrap();
+        assert!(connection.header_received(&reply(0, cookies[0])).is_err(), "its payload is being received");
+        assert!(connection.header_received(&[0; 16]).is_err(), "no magic");
+    }
+
+    #[test]
+    fn a_failed_connection_completes_with_eio_once_it_is_reaped() {
+        let mut connection = Connection::new(4);
+        connection.submit(0, operation(Command::Read, 512));
+        connection.submit(1, operation(Command::Write, 512));
+        let (_, cookies) = batch(&mut connection);
+        connection.header_received(&reply(0, cookies[0])).unwrap();
+        connection.submit(2, operation(Command::Flush, 0));
+        connection.fail();
+        connection.batch_sent();
+        assert_eq!(completions(&mut connection), [], "late bytes may still come");
+        connection.reaped();
+        let ended = completions(&mut connection);
+        assert_eq!(ended.len(), 3);
+        assert!(ended.iter().all(|completion| completion.result == Err(5)));
+        connection.submit(0, operation(Command::Read, 512));
+        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Err(5) }]);
+    }
+}
