@@ -1,3 +1,111 @@
 //! volclient: the node daemon (`serve`) and the device processes (`device`).
+//!
+//! Owns: the command line and the log. Never: does anything itself; see `node` and `device` of the library.
 
-fn main() {}
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use client::contract::AttachmentDir;
+use client::node::device_process;
+use client::node::serve::{ServeOptions, serve};
+use tracing_subscriber::EnvFilter;
+
+/// Turns network volumes into local disks (/dev/ublkbN).
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// What to log on stderr: error, warn, info, debug or trace; or a filter such as client::node=debug
+    #[arg(long, global = true, env = "VOLCLIENT_LOG", default_value = "info", value_name = "LEVEL")]
+    log: String,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node daemon: attach and detach volumes at the request of volctl
+    ///
+    /// Prints "volclient ready: SOCKET" once it can be used. It may be stopped and started at any time: attached
+    /// volumes are served by processes of their own.
+    Serve(ServeArgs),
+    /// Serve one attachment; started by `volclient serve`, or by a service manager
+    Device(DeviceArgs),
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// Management API of the storage server
+    #[arg(long, env = "VOLCLIENT_SERVER", default_value = "http://127.0.0.1:10810", value_name = "URI")]
+    server: String,
+    /// Where the state of attachments is kept; gone with a reboot
+    #[arg(long, env = "VOLCLIENT_RUN_DIR", default_value = "/run/volnode", value_name = "DIR")]
+    run_dir: PathBuf,
+    /// Socket of the node API [default: volclient.sock in the run directory]
+    #[arg(long, env = "VOLCLIENT_SOCKET", value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Name of this machine to the server [default: /etc/machine-id, else the host name]
+    #[arg(long, env = "VOLCLIENT_NODE_ID", value_name = "ID")]
+    node_id: Option<String>,
+    /// Where stable device names are made
+    #[arg(long, env = "VOLCLIENT_DEVICE_DIR", default_value = "/dev/volnode", value_name = "DIR")]
+    device_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct DeviceArgs {
+    /// The attachment's folder, with its spec.json
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = start_log(&cli.log) {
+        return fail(&error);
+    }
+    let outcome = match cli.command {
+        Command::Serve(args) => run_serve(args),
+        Command::Device(args) => run_device(args),
+    };
+    outcome.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("volclient: {error:#}");
+    ExitCode::FAILURE
+}
+
+fn start_log(filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter:?}"))?;
+    let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(is_terminal)
+        .init();
+    Ok(())
+}
+
+fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
+    // The daemon's paths reach device processes, whose working directory is another.
+    let run_dir = std::path::absolute(&args.run_dir).context("--run-dir")?;
+    let device_dir = std::path::absolute(&args.device_dir).context("--device-dir")?;
+    let socket = match args.socket {
+        Some(socket) => std::path::absolute(socket).context("--socket")?,
+        None => run_dir.join("volclient.sock"),
+    };
+    let options = ServeOptions { server: args.server, run_dir, socket, node_id: args.node_id, device_dir };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    Ok(runtime.block_on(serve(options))?)
+}
+
+fn run_device(args: DeviceArgs) -> anyhow::Result<()> {
+    let dir = AttachmentDir::from_path(OsString::from(args.dir));
+    // Held until the process ends: it tells the daemon that, and which, process works on the folder.
+    let _claim = device_process::claim(&dir)
+        .with_context(|| format!("{}: no such folder, or another process serves it", dir.path().display()))?;
+    Ok(client::device::run(&dir)?)
+}

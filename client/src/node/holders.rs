@@ -244,7 +244,8 @@ mod tests {
     #[test]
     fn a_mount_of_a_removed_disk_is_found_by_its_source() {
         let devices = [BlockDevice { number: None, ..device("ublkb0", 0, 0) }];
-        let mountinfo = "29 1 259:3 / /mnt rw - ext4 /dev/ublkb0 rw\n29 1 259:3 / /a rw - ext4 /dev/ublkb01 rw\n";
+        let mountinfo =
+            "29 1 259:3 / /mnt rw - ext4 /dev/ublkb0 rw\n29 1 259:3 / /a rw - ext4 /dev/ublkb01 rw\n";
         assert_eq!(mount_points(mountinfo, &devices).collect::<Vec<_>>(), ["/mnt"]);
     }
 
@@ -257,7 +258,8 @@ mod tests {
 
     #[test]
     fn swap_areas_are_found() {
-        let swaps = "Filename Type Size Used Priority\n/dev/ublkb3p2 partition 1 0 -2\n/swapfile file 1 0 -3\n";
+        let swaps =
+            "Filename Type Size Used Priority\n/dev/ublkb3p2 partition 1 0 -2\n/swapfile file 1 0 -3\n";
         let devices = [device("ublkb3", 259, 0), device("ublkb3p2", 259, 2)];
         assert_eq!(swap_areas(swaps, &devices), ["swap area /dev/ublkb3p2"]);
         assert!(swap_areas(swaps, &devices[..1]).is_empty());

@@ -1,5 +1,27 @@
 //! The node daemon, `volclient serve`: the node API on a Unix socket, over one device process for each attachment.
 //!
+//! - [`serve`]: start-up: the run directory, its lock, the socket, the gRPC server.
+//! - [`node_service`]: the node API (`volnode.v1.Node`) in terms of the supervisor.
+//! - [`supervisor`]: attach, detach and list: the order of steps, and what is undone when one fails.
+//! - [`target`]: what can be attached (a volume's name, an NBD URI), and how a detach names it.
+//! - [`attachment_record`]: an attachment as its folder tells it.
+//! - [`device_process`]: one device process: claim, start, wait, stop.
+//! - [`leftovers`]: the device and the link that a dead device process left.
 //! - [`holders`]: who has a block device open.
+//! - [`management_client`]: the storage server's management API.
+//! - [`error`]: every error of the daemon, and the one place that makes a gRPC status of it.
+//!
+//! The daemon keeps no state of its own: an attachment is its folder under the run directory, its device process, its
+//! device in the kernel, and the server's record. So it may be killed and started again at any moment.
 
+pub mod attachment_record;
+pub mod device_process;
+pub mod error;
 pub mod holders;
+pub mod leftovers;
+pub mod management_client;
+pub mod node_service;
+pub mod serve;
+pub mod supervisor;
+pub mod target;
+pub mod target_locks;

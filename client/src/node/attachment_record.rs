@@ -1,0 +1,259 @@
+//! An attachment as its folder tells it: the spec, the status, and whether its device process lives.
+//!
+//! Reads folders, never writes them. A folder without a spec is one that was being made when the daemon was killed: it
+//! is no attachment. A folder whose spec cannot be read is an attachment nobody can work on: it is logged and passed
+//! over, and found again by its id when the server gives the same attachment out.
+//! Called by: `supervisor`.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use proto::v1;
+use rustix::process::Pid;
+use ublk_core::control::block_device_path;
+
+use super::device_process;
+use super::error::NodeError;
+use super::target::{DetachSelector, Target};
+use crate::contract::{self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus};
+
+/// One attachment of this node.
+#[derive(Debug)]
+pub struct AttachmentRecord {
+    /// Its folder.
+    pub dir: AttachmentDir,
+    /// What its device process was told.
+    pub spec: DeviceSpec,
+    /// What it says; `None` before its first word, and of an earlier boot.
+    pub status: Option<DeviceStatus>,
+    /// Its device process; `None`: dead.
+    pub pid: Option<Pid>,
+}
+
+impl AttachmentRecord {
+    /// Reads a folder; `None` if it holds no spec.
+    ///
+    /// # Errors
+    /// [`NodeError::StateFile`], [`NodeError::Io`]
+    pub fn read(dir: AttachmentDir) -> Result<Option<Self>, NodeError> {
+        let spec = match contract::read_file(&dir.spec()) {
+            Ok(spec) => spec,
+            Err(ContractError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let pid = device_process::running_pid(&dir)?;
+        let boot_id = contract::boot_id()?;
+        let status = device_process::status(&dir)?.filter(|status| status.boot_id == boot_id);
+        Ok(Some(Self { dir, spec, status, pid }))
+    }
+
+    /// Every attachment of a run directory, in order of target.
+    ///
+    /// # Errors
+    /// [`NodeError::Io`]: the run directory cannot be read.
+    pub fn read_all(run_dir: &Path) -> Result<Vec<Self>, NodeError> {
+        let parent = AttachmentDir::parent(run_dir);
+        let io_error = |source| NodeError::Io { what: format!("cannot read {}", parent.display()), source };
+        let entries = match fs::read_dir(&parent) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error(error)),
+        };
+        let mut records = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(io_error)?.path();
+            match Self::read(AttachmentDir::from_path(&path)) {
+                Ok(record) => records.extend(record),
+                Err(error) => {
+                    tracing::error!(folder = %path.display(), %error, "an attachment cannot be read")
+                }
+            }
+        }
+        records.sort_by(|a: &Self, b| a.spec.target.cmp(&b.spec.target));
+        Ok(records)
+    }
+
+    /// The target, if its spelling is one that this program knows.
+    pub fn target(&self) -> Option<Target> {
+        Target::parse(&self.spec.target).ok()
+    }
+
+    /// The attachment's state: a process that is gone leaves a dead device, whatever its status says.
+    pub fn state(&self) -> v1::DeviceState {
+        match (self.pid, self.status.as_ref().map(|status| status.state)) {
+            (None, _) => v1::DeviceState::Dead,
+            (Some(_), None | Some(DeviceState::Starting)) => v1::DeviceState::Starting,
+            (Some(_), Some(DeviceState::Live)) => v1::DeviceState::Live,
+            (Some(_), Some(DeviceState::Failed)) => v1::DeviceState::Failed,
+            (Some(_), Some(DeviceState::Stopping)) => v1::DeviceState::Stopping,
+        }
+    }
+
+    /// `/dev/ublkbN`, once the device exists.
+    pub fn device_path(&self) -> Option<PathBuf> {
+        self.status.as_ref().and_then(|status| status.dev_id).map(block_device_path)
+    }
+
+    /// Whether a detach means this attachment.
+    pub fn is_meant_by(&self, selector: &DetachSelector) -> bool {
+        match selector {
+            DetachSelector::DevId(dev_id) => {
+                self.status.as_ref().and_then(|status| status.dev_id) == Some(*dev_id)
+            }
+            DetachSelector::Path(path) => {
+                let leads_to = fs::canonicalize(path).ok();
+                self.spec.device_link == *path || (leads_to.is_some() && leads_to == self.device_path())
+            }
+            DetachSelector::Name { attachment_id, target } => {
+                *attachment_id == Some(self.spec.attachment_id) || self.target().as_ref() == Some(target)
+            }
+        }
+    }
+
+    /// As the node API tells it.
+    pub fn to_proto(&self) -> v1::NodeAttachment {
+        let spec = &self.spec;
+        let mut attachment = v1::NodeAttachment {
+            attachment_id: spec.attachment_id.to_string(),
+            target: spec.target.clone(),
+            device_path: self.device_path().map(|path| path.display().to_string()).unwrap_or_default(),
+            device_link: spec.device_link.display().to_string(),
+            block_size_bytes: spec.block_size_bytes,
+            read_only: spec.read_only,
+            state: self.state().into(),
+            data_path: spec.data_path.clone(),
+            nr_hw_queues: spec.nr_hw_queues.into(),
+            queue_depth: spec.queue_depth.into(),
+            server_address: spec.addresses.first().cloned().unwrap_or_default(),
+            pid: self.pid.map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
+            ..Default::default()
+        };
+        if let Some(status) = &self.status {
+            attachment.capacity_bytes = status.capacity_bytes;
+            attachment.block_size_bytes = status.block_size_bytes;
+            attachment.state_reason.clone_from(&status.state_reason);
+            attachment.state_since_ms = status.state_since_ms;
+            attachment.data_path.clone_from(&status.data_path);
+            attachment.data_path_reason.clone_from(&status.data_path_reason);
+            attachment.nr_hw_queues = status.nr_hw_queues.into();
+            attachment.queue_depth = status.queue_depth.into();
+            attachment.server_address.clone_from(&status.server_address);
+            attachment.session_epoch = status.session_epoch;
+        }
+        if self.pid.is_none() && attachment.state_reason.is_empty() {
+            let why =
+                if self.status.is_some() { "the device process died" } else { "left by an earlier boot" };
+            attachment.state_reason = format!("{why}; detach cleans up");
+        }
+        attachment
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::contract::{CONTRACT_VERSION, ExportSpec, write_file};
+
+    /// A spec for a volume, as the supervisor would write it.
+    pub(crate) fn spec(attachment_id: Uuid, target: &str) -> DeviceSpec {
+        DeviceSpec {
+            format_version: CONTRACT_VERSION,
+            attachment_id,
+            target: target.to_owned(),
+            addresses: vec!["127.0.0.1:10809".to_owned()],
+            export: ExportSpec::Nbd { export_name: String::new() },
+            read_only: false,
+            data_path: "auto".to_owned(),
+            nr_hw_queues: 1,
+            queue_depth: 128,
+            block_size_bytes: 4096,
+            device_link: PathBuf::from("/dev/volnode").join(target),
+        }
+    }
+
+    /// A status of that spec's device process.
+    pub(crate) fn status(spec: &DeviceSpec, state: DeviceState, boot_id: &str) -> DeviceStatus {
+        DeviceStatus {
+            format_version: CONTRACT_VERSION,
+            boot_id: boot_id.to_owned(),
+            pid: 1,
+            attachment_id: spec.attachment_id,
+            target: spec.target.clone(),
+            state,
+            state_reason: String::new(),
+            state_since_ms: 1,
+            dev_id: Some(4_000_000),
+            device_link: spec.device_link.clone(),
+            capacity_bytes: 1 << 30,
+            block_size_bytes: 4096,
+            read_only: false,
+            data_path: "mapped".to_owned(),
+            data_path_reason: "asked for".to_owned(),
+            nr_hw_queues: 1,
+            queue_depth: 128,
+            server_address: "127.0.0.1:10809".to_owned(),
+            session_epoch: 3,
+        }
+    }
+
+    fn write(run_dir: &Path, id: u128, target: &str, boot_id: &str) -> DeviceSpec {
+        let dir = AttachmentDir::new(run_dir, Uuid::from_u128(id));
+        fs::create_dir_all(dir.path()).unwrap();
+        let spec = spec(Uuid::from_u128(id), target);
+        write_file(&dir.spec(), &spec).unwrap();
+        write_file(&dir.status(), &status(&spec, DeviceState::Live, boot_id)).unwrap();
+        spec
+    }
+
+    #[test]
+    fn an_attachment_without_its_process_is_dead_whatever_its_status_says() {
+        let run_dir = tempfile::tempdir().unwrap();
+        write(run_dir.path(), 7, "vol-7", &contract::boot_id().unwrap());
+        let records = AttachmentRecord::read_all(run_dir.path()).unwrap();
+        let attachment = records[0].to_proto();
+        assert_eq!(attachment.state(), v1::DeviceState::Dead);
+        assert_eq!(attachment.state_reason, "the device process died; detach cleans up");
+        assert_eq!(attachment.device_path, "/dev/ublkb4000000");
+    }
+
+    #[test]
+    fn the_status_of_another_boot_means_nothing() {
+        let run_dir = tempfile::tempdir().unwrap();
+        write(run_dir.path(), 7, "vol-7", "another");
+        let attachment = AttachmentRecord::read_all(run_dir.path()).unwrap()[0].to_proto();
+        assert_eq!(attachment.device_path, "");
+        assert_eq!(attachment.state_reason, "left by an earlier boot; detach cleans up");
+    }
+
+    #[test]
+    fn folders_that_are_no_attachments_are_passed_over() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let parent = AttachmentDir::parent(run_dir.path());
+        fs::create_dir_all(parent.join("half-made")).unwrap();
+        fs::create_dir_all(parent.join("newer")).unwrap();
+        fs::write(parent.join("newer/spec.json"), r#"{"format_version": 99}"#).unwrap();
+        write(run_dir.path(), 2, "vol-b", "x");
+        write(run_dir.path(), 1, "vol-a", "x");
+        let records = AttachmentRecord::read_all(run_dir.path()).unwrap();
+        let targets: Vec<&str> = records.iter().map(|record| record.spec.target.as_str()).collect();
+        assert_eq!(targets, ["vol-a", "vol-b"]);
+    }
+
+    #[test]
+    fn every_name_of_an_attachment_means_it() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let spec = write(run_dir.path(), 7, "vol-7", &contract::boot_id().unwrap());
+        let record = AttachmentRecord::read_all(run_dir.path()).unwrap().remove(0);
+        for text in ["vol-7", "/dev/ublkb4000000", "/dev/volnode/vol-7", &spec.attachment_id.to_string()] {
+            assert!(record.is_meant_by(&DetachSelector::parse(text).unwrap()), "{text}");
+        }
+        for text in ["vol-8", "/dev/ublkb1", "/dev/volnode/vol-8", "nbd://h/vol-7"] {
+            assert!(!record.is_meant_by(&DetachSelector::parse(text).unwrap()), "{text}");
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Every error of the node daemon, and the one place that makes a gRPC status of it.
+//!
+//! A message says what happened; `ErrorInfo` carries a stable reason (`proto::error_reason`) and, in its metadata, what
+//! to do next. A refusal of the storage server is passed on as it came. Nothing here holds a secret.
+//! Called by: `node_service`.
+
+use std::collections::HashMap;
+use std::io;
+use std::time::Duration;
+
+use proto::error_reason as reason;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
+use ublk_core::ControlError;
+
+use crate::contract::ContractError;
+
+/// Why the node daemon could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// A field of the request is off.
+    #[error("{field}: {message}")]
+    InvalidField {
+        /// Its name in the API.
+        field: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The storage server refused.
+    #[error("the storage server refused: {}", .0.message())]
+    Refused(Box<Status>),
+    /// The storage server does not answer.
+    #[error("cannot reach the storage server at {server}: {cause}")]
+    ServerUnreachable {
+        /// Its URI.
+        server: String,
+        /// What was seen.
+        cause: String,
+    },
+    /// The storage server answers nonsense.
+    #[error("the storage server at {server} answered with {what}")]
+    ServerAnswer {
+        /// Its URI.
+        server: String,
+        /// What is wrong with the answer.
+        what: &'static str,
+    },
+    /// The device is gone; the server could not be told.
+    #[error("the device of {target} is gone, but the storage server still holds the attachment: {cause}")]
+    DetachUnfinished {
+        /// What was to be detached.
+        target: String,
+        /// Why the server could not be told.
+        cause: String,
+    },
+    /// This kernel cannot do what was asked for.
+    #[error("data path {data_path} cannot be used on this machine: {why}")]
+    DataPathUnsupported {
+        /// fused or mapped.
+        data_path: String,
+        /// The trial's outcome.
+        why: String,
+    },
+    /// The ublk driver refuses, or is not there.
+    #[error("{}", with_sources(.0))]
+    Ublk(#[from] ControlError),
+    /// Somebody has the device open.
+    #[error("{target} is in use: {}", .holders.join(", "))]
+    DeviceOpen {
+        /// What was to be detached.
+        target: String,
+        /// Who, for people.
+        holders: Vec<String>,
+    },
+    /// The attachment is there, but its device answers EIO.
+    #[error("{target} is attached, but its device has failed: {why}")]
+    DeviceFailed {
+        /// What was to be attached.
+        target: String,
+        /// Its state's reason.
+        why: String,
+    },
+    /// The device process could not make the device.
+    #[error("cannot attach {target}: {why}")]
+    StartFailed {
+        /// What was to be attached.
+        target: String,
+        /// Its last words.
+        why: String,
+    },
+    /// The device process could not take the device away.
+    #[error("cannot detach {target}: {why}")]
+    StopFailed {
+        /// What was to be detached.
+        target: String,
+        /// Its answer.
+        why: String,
+    },
+    /// The device process did not do its part in time.
+    #[error("{target}: {what} took more than {} s", .after.as_secs())]
+    TimedOut {
+        /// What was to be attached or detached.
+        target: String,
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        after: Duration,
+    },
+    /// The target is attached here, otherwise than asked for.
+    #[error("{target} is attached already, with {}", .differences.join(", "))]
+    AttachedDifferently {
+        /// What was to be attached.
+        target: String,
+        /// Such as "read_only false instead of true".
+        differences: Vec<String>,
+    },
+    /// A spec or a status cannot be read or written.
+    #[error(transparent)]
+    StateFile(#[from] ContractError),
+    /// The operating system refuses something that should work.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A task of this daemon panicked: a fault of the program.
+    #[error("internal error of the node daemon; its log tells more")]
+    Panicked,
+}
+
+impl NodeError {
+    fn code_and_reason(&self) -> (Code, &'static str) {
+        match self {
+            Self::InvalidField { .. } => (Code::InvalidArgument, reason::INVALID_FIELD),
+            Self::Refused(status) => (status.code(), ""),
+            Self::ServerUnreachable { .. } => (Code::Unavailable, reason::SERVER_UNREACHABLE),
+            Self::DetachUnfinished { .. } => (Code::Unavailable, reason::DETACH_UNFINISHED),
+            Self::DataPathUnsupported { .. } => (Code::FailedPrecondition, reason::DATA_PATH_UNSUPPORTED),
+            Self::Ublk(ControlError::NoDriver) => (Code::FailedPrecondition, reason::NO_UBLK_DRIVER),
+            Self::Ublk(ControlError::PermissionDenied { .. }) => {
+                (Code::FailedPrecondition, reason::NOT_PERMITTED)
+            }
+            Self::Ublk(ControlError::TimedOut { .. }) | Self::TimedOut { .. } => {
+                (Code::DeadlineExceeded, reason::DEVICE_TIMED_OUT)
+            }
+            Self::DeviceOpen { .. } => (Code::FailedPrecondition, reason::DEVICE_OPEN),
+            Self::DeviceFailed { .. } => (Code::FailedPrecondition, reason::DEVICE_FAILED),
+            Self::StartFailed { .. } => (Code::FailedPrecondition, reason::DEVICE_START_FAILED),
+            Self::AttachedDifferently { .. } => (Code::AlreadyExists, reason::ATTACHED_DIFFERENTLY),
+            Self::StateFile(ContractError::Version { .. }) => {
+                (Code::FailedPrecondition, reason::NEWER_FORMAT)
+            }
+            Self::ServerAnswer { .. }
+            | Self::Ublk(_)
+            | Self::StopFailed { .. }
+            | Self::StateFile(_)
+            | Self::Io { .. }
+            | Self::Panicked => (Code::Internal, "INTERNAL"),
+        }
+    }
+
+    /// What to do next, for people; empty where there is nothing to say beyond the message.
+    fn next(&self) -> String {
+        match self {
+            Self::ServerUnreachable { server, .. } => format!(
+                "check that volserver runs and listens at {server}; another address is given to \
+                 `volclient serve --server URI`"
+            ),
+            Self::DetachUnfinished { .. } => "repeat the detach once the server can be reached".to_owned(),
+            Self::DataPathUnsupported { .. } => {
+                "leave the choice to the program (--data-path auto), or see `volctl doctor`".to_owned()
+            }
+            Self::Ublk(ControlError::NoDriver) => "load it with `modprobe ublk_drv`; it needs Linux 6.0 or later \
+                                                   with CONFIG_BLK_DEV_UBLK (Ubuntu: package linux-modules-extra)"
+                .to_owned(),
+            Self::Ublk(ControlError::PermissionDenied { .. }) => "run `volclient serve` as root".to_owned(),
+            Self::DeviceOpen { .. } => "close it (unmount, swapoff, stop the process), then detach again".to_owned(),
+            Self::DeviceFailed { .. } => "detach it, then attach it again".to_owned(),
+            Self::StartFailed { .. } | Self::StopFailed { .. } | Self::TimedOut { .. } | Self::Panicked => {
+                "see the log of `volclient serve` and the kernel's (dmesg)".to_owned()
+            }
+            Self::AttachedDifferently { .. } => {
+                "detach it first, or ask for the properties it has".to_owned()
+            }
+            Self::StateFile(ContractError::Version { .. }) => "upgrade volclient on this machine".to_owned(),
+            _ => String::new(),
+        }
+    }
+}
+
+/// An error and what caused it, in one line.
+pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some libraries print their source themselves; it is not said twice.
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+impl From<NodeError> for Status {
+    fn from(error: NodeError) -> Self {
+        let error = match error {
+            NodeError::Refused(status) => return *status,
+            error => error,
+        };
+        let (code, reason) = error.code_and_reason();
+        let mut metadata = HashMap::new();
+        let next = error.next();
+        if !next.is_empty() {
+            metadata.insert(reason::METADATA_NEXT.to_owned(), next);
+        }
+        let mut details = ErrorDetails::with_error_info(reason, reason::DOMAIN, metadata);
+        if let NodeError::InvalidField { field, message } = &error {
+            details.add_bad_request_violation(*field, message);
+        }
+        Self::with_error_details(code, error.to_string(), details)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_carries_reason_and_advice() {
+        let error =
+            NodeError::DeviceOpen { target: "vol-123".into(), holders: vec!["mounted on /mnt".into()] };
+        let status = Status::from(error);
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        assert_eq!(status.message(), "vol-123 is in use: mounted on /mnt");
+        let info = status.get_details_error_info().unwrap();
+        assert_eq!((info.reason.as_str(), info.domain.as_str()), ("DEVICE_OPEN", "volnode"));
+        assert!(info.metadata["next"].contains("unmount"));
+    }
+
+    #[test]
+    fn a_refusal_of_the_server_is_passed_on_as_it_came() {
+        let details = ErrorDetails::with_error_info(reason::VOLUME_NOT_FOUND, reason::DOMAIN, HashMap::new());
+        let refusal = Status::with_error_details(Code::NotFound, "no volume x", details);
+        let status = Status::from(NodeError::Refused(Box::new(refusal)));
+        assert_eq!((status.code(), status.message()), (Code::NotFound, "no volume x"));
+        assert_eq!(status.get_details_error_info().unwrap().reason, "VOLUME_NOT_FOUND");
+    }
+
+    #[test]
+    fn sources_are_told_once() {
+        let error = NodeError::Io { what: "cannot read x".into(), source: io::Error::other("broken") };
+        assert_eq!(with_sources(&error), "cannot read x: broken");
+    }
+}

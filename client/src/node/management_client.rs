@@ -1,0 +1,196 @@
+//! The storage server's management API, as the node daemon uses it.
+//!
+//! Owns: the channel, the deadline of each call, and the difference between a refusal (passed on) and a server that
+//! cannot be reached. Never: retries; every call of the node API may be repeated by its caller.
+//! Called by: `supervisor`.
+
+use std::future::Future;
+use std::str::FromStr as _;
+use std::time::Duration;
+
+use proto::export_name::Secret;
+use proto::v1::management_client::ManagementClient as Stub;
+use proto::v1::{
+    AccessMode, AttachVolumeRequest, DetachVolumeRequest, GetServerInfoRequest, ListAttachmentsRequest,
+};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Response, Status};
+use tonic_types::StatusExt as _;
+use uuid::Uuid;
+
+use super::error::{NodeError, with_sources};
+
+/// TCP and HTTP/2 to the server.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// A call: a detach waits there for the I/O of fenced connections.
+const CALL_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A volume that this node may open.
+#[derive(Debug)]
+pub struct GrantedAttachment {
+    /// Public id.
+    pub attachment_id: Uuid,
+    /// Opens the export.
+    pub secret: Secret,
+    /// Highest epoch that has opened the export.
+    pub session_epoch: u64,
+    /// Who serves the volume.
+    pub server_id: Uuid,
+    /// The volume.
+    pub volume_uid: Uuid,
+    /// Where to open the export, `host:port`.
+    pub data_addresses: Vec<String>,
+    /// Logical block size in bytes.
+    pub block_size_bytes: u32,
+    /// This node held it before the call.
+    pub existed: bool,
+}
+
+/// A connection to one storage server, made when first used and again when lost.
+#[derive(Debug, Clone)]
+pub struct ManagementClient {
+    server: String,
+    stub: Stub<Channel>,
+}
+
+impl ManagementClient {
+    /// For the server at this URI, such as `http://127.0.0.1:10810`. Does not connect yet; within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`NodeError::InvalidField`]: not such a URI.
+    pub fn new(server: &str) -> Result<Self, NodeError> {
+        let off = |message: String| NodeError::InvalidField { field: "server", message };
+        if !server.starts_with("http://") {
+            return Err(off(format!("{server:?} is not of the form http://host:port")));
+        }
+        let endpoint = Endpoint::from_shared(server.to_owned());
+        let endpoint = endpoint.map_err(|e| off(format!("{server:?}: {}", with_sources(&e))))?;
+        let channel = endpoint.connect_timeout(CONNECT_DEADLINE).connect_lazy();
+        Ok(Self { server: server.to_owned(), stub: Stub::new(channel) })
+    }
+
+    /// The server's URI.
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// Lets this node open the volume.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`], [`NodeError::ServerAnswer`]
+    pub async fn attach_volume(
+        &self,
+        volume_name: &str,
+        node_id: &str,
+        read_only: bool,
+        force: bool,
+    ) -> Result<GrantedAttachment, NodeError> {
+        let access_mode =
+            if read_only { AccessMode::SingleNodeReaderOnly } else { AccessMode::SingleNodeWriter };
+        let request = AttachVolumeRequest {
+            volume_name: volume_name.to_owned(),
+            node_id: node_id.to_owned(),
+            access_mode: access_mode.into(),
+            force,
+        };
+        let mut stub = self.stub.clone();
+        let answer = self.call(stub.attach_volume(request)).await?;
+        let off = |what| NodeError::ServerAnswer { server: self.server.clone(), what };
+        let uuid = |text: &str, what| Uuid::from_str(text).map_err(|_| off(what));
+        let attachment = answer.attachment.ok_or_else(|| off("no attachment"))?;
+        if answer.data_addresses.is_empty() {
+            return Err(off("no data address"));
+        }
+        Ok(GrantedAttachment {
+            attachment_id: uuid(&attachment.attachment_id, "an attachment_id that is no UUID")?,
+            secret: Secret::parse(&answer.secret).ok_or_else(|| off("a secret of another form"))?,
+            session_epoch: attachment.session_epoch,
+            server_id: uuid(&answer.server_id, "a server_id that is no UUID")?,
+            volume_uid: uuid(&attachment.volume_uid, "a volume_uid that is no UUID")?,
+            data_addresses: answer.data_addresses,
+            block_size_bytes: answer.block_size_bytes,
+            existed: answer.existed,
+        })
+    }
+
+    /// Ends an attachment; tells whether there was one.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`]
+    pub async fn detach_volume(&self, attachment_id: &str) -> Result<bool, NodeError> {
+        let request = DetachVolumeRequest { attachment_id: attachment_id.to_owned(), ..Default::default() };
+        let mut stub = self.stub.clone();
+        Ok(self.call(stub.detach_volume(request)).await?.existed)
+    }
+
+    /// Makes sure that the server is the one that gave an attachment out.
+    ///
+    /// # Errors
+    /// [`NodeError::ServerAnswer`]: it is another. [`NodeError::Refused`], [`NodeError::ServerUnreachable`].
+    pub async fn expect_server(&self, server_id: Uuid) -> Result<(), NodeError> {
+        let mut stub = self.stub.clone();
+        let info = self.call(stub.get_server_info(GetServerInfoRequest {})).await?;
+        if info.server_id == server_id.to_string() {
+            return Ok(());
+        }
+        let what = "another server_id than the one that gave the attachment out";
+        Err(NodeError::ServerAnswer { server: self.server.clone(), what })
+    }
+
+    /// Ids of this node's attachments of a volume that no connection uses.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`]
+    pub async fn idle_attachments(&self, volume_name: &str, node_id: &str) -> Result<Vec<String>, NodeError> {
+        let request = ListAttachmentsRequest {
+            volume_name: volume_name.to_owned(),
+            node_id: node_id.to_owned(),
+            ..Default::default()
+        };
+        let mut stub = self.stub.clone();
+        let answer = self.call(stub.list_attachments(request)).await?;
+        let idle = answer.attachments.into_iter().filter(|attachment| attachment.connections == 0);
+        Ok(idle.map(|attachment| attachment.attachment_id).collect())
+    }
+
+    async fn call<T>(
+        &self,
+        answer: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, NodeError> {
+        let unreachable = |cause| NodeError::ServerUnreachable { server: self.server.clone(), cause };
+        match tokio::time::timeout(CALL_DEADLINE, answer).await {
+            Err(_) => Err(unreachable(format!("no answer within {} s", CALL_DEADLINE.as_secs()))),
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            // A status that the server did not make (it would say why) is the channel's.
+            Ok(Err(status))
+                if matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown)
+                    && status.get_details_error_info().is_none() =>
+            {
+                Err(unreachable(with_sources(&status)))
+            }
+            Ok(Err(status)) => Err(NodeError::Refused(Box::new(status))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_is_not_there_is_named() {
+        // Port 9 of the loopback interface: nothing listens there.
+        let client = ManagementClient::new("http://127.0.0.1:9").unwrap();
+        let error = client.detach_volume("x").await.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, NodeError::ServerUnreachable { .. }), "{error:?}");
+        assert!(text.contains("http://127.0.0.1:9") && text.contains("refused"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_uri_of_another_form_is_refused() {
+        for bad in ["127.0.0.1:10810", "https://h:1", "http://", "unix:/x"] {
+            assert!(ManagementClient::new(bad).is_err(), "{bad}");
+        }
+    }
+}

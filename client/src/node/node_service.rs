@@ -1,0 +1,100 @@
+//! The node API (`volnode.v1.Node`) in terms of the supervisor.
+//!
+//! Invariant: a call that has begun is finished, whether or not its caller waits for it: it runs as a task of its own,
+//! so that a client that hangs up cannot leave an attachment half made.
+//! Called by: tonic, for `volctl` and other users of the node socket.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use proto::v1;
+use proto::v1::node_server::Node;
+use tonic::{Request, Response, Status};
+use ublk_core::DataPath;
+
+use super::error::{NodeError, with_sources};
+use super::supervisor::{Supervisor, probe_data_paths};
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct NodeService {
+    supervisor: Arc<Supervisor>,
+}
+
+impl NodeService {
+    /// Over this supervisor.
+    pub fn new(supervisor: Arc<Supervisor>) -> Self {
+        Self { supervisor }
+    }
+}
+
+/// Runs a call to its end, and logs its failure.
+async fn finish<T: Send + 'static>(
+    call: &'static str,
+    target: String,
+    work: impl Future<Output = Result<T, NodeError>> + Send + 'static,
+) -> Result<Response<T>, Status> {
+    let outcome = tokio::spawn(work).await.unwrap_or(Err(NodeError::Panicked));
+    outcome.map(Response::new).map_err(|error| {
+        tracing::warn!(call, target, error = with_sources(&error), "call failed");
+        Status::from(error)
+    })
+}
+
+#[tonic::async_trait]
+impl Node for NodeService {
+    async fn get_node_info(
+        &self,
+        _: Request<v1::GetNodeInfoRequest>,
+    ) -> Result<Response<v1::GetNodeInfoResponse>, Status> {
+        let supported = |data_path: DataPath, reason: String| v1::DataPathSupport {
+            data_path: data_path.to_string(),
+            supported: reason.is_empty(),
+            reason,
+        };
+        let data_paths = match probe_data_paths().await {
+            Ok(report) => report
+                .rungs
+                .iter()
+                .map(|rung| {
+                    let why_not = rung.usable.as_ref().err().map(|error| with_sources(error));
+                    supported(rung.data_path, why_not.unwrap_or_default())
+                })
+                .collect(),
+            Err(error) => DataPath::LADDER.map(|path| supported(path, error.to_string())).into(),
+        };
+        Ok(Response::new(v1::GetNodeInfoResponse {
+            node_id: self.supervisor.config().node_id.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            server: self.supervisor.server().to_owned(),
+            data_paths,
+        }))
+    }
+
+    async fn attach(
+        &self,
+        request: Request<v1::AttachRequest>,
+    ) -> Result<Response<v1::AttachResponse>, Status> {
+        let (supervisor, request) = (Arc::clone(&self.supervisor), request.into_inner());
+        finish("Attach", request.target.clone(), async move { supervisor.attach(request).await }).await
+    }
+
+    async fn detach(
+        &self,
+        request: Request<v1::DetachRequest>,
+    ) -> Result<Response<v1::DetachResponse>, Status> {
+        let (supervisor, request) = (Arc::clone(&self.supervisor), request.into_inner());
+        finish("Detach", request.target.clone(), async move {
+            supervisor.detach(&request).await.map(|existed| v1::DetachResponse { existed })
+        })
+        .await
+    }
+
+    async fn list_node_attachments(
+        &self,
+        _: Request<v1::ListNodeAttachmentsRequest>,
+    ) -> Result<Response<v1::ListNodeAttachmentsResponse>, Status> {
+        let attachments = self.supervisor.list()?;
+        Ok(Response::new(v1::ListNodeAttachmentsResponse { attachments }))
+    }
+}

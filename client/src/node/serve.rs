@@ -1,0 +1,245 @@
+//! Starting the node daemon: the run directory, its lock, the socket, the gRPC server; and its end.
+//!
+//! Invariants: one daemon for each run directory (a lock held for its life). The socket has mode 0600 before anybody
+//! can connect. The end of the daemon ends no device process.
+//! Called by: `volclient serve`.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use proto::v1::FILE_DESCRIPTOR_SET;
+use proto::v1::node_server::NodeServer;
+use rustix::fs::FlockOperation;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use uuid::Uuid;
+
+use super::error::{NodeError, with_sources};
+use super::management_client::ManagementClient;
+use super::node_service::NodeService;
+use super::supervisor::{Supervisor, SupervisorConfig};
+use crate::contract::AttachmentDir;
+
+/// Longest path of a Unix socket, in bytes: `sun_path` less its final zero.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// What `volclient serve` is told.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// The storage server's management API.
+    pub server: String,
+    /// Run directory.
+    pub run_dir: PathBuf,
+    /// The node API's socket.
+    pub socket: PathBuf,
+    /// This machine's id; `None` takes the machine's own.
+    pub node_id: Option<String>,
+    /// Where stable links are made.
+    pub device_dir: PathBuf,
+}
+
+/// Why the daemon cannot start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Another daemon has the run directory or the socket.
+    #[error("another volclient serves {} already; stop it, or give this one a run directory of its own", .0.display())]
+    Taken(PathBuf),
+    /// A socket below the run directory, or the given one, would not fit.
+    #[error("{} is too long for a Unix socket (at most {SOCKET_PATH_BYTES_MAX} bytes); choose a shorter path", .0.display())]
+    PathTooLong(PathBuf),
+    /// A file or folder cannot be used.
+    #[error("{path}: {source}", path = .path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// No name for this machine.
+    #[error("this machine has neither /etc/machine-id nor a host name; give --node-id")]
+    NoNodeId,
+    /// The server's URI is off, or the attachments cannot be read.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// The gRPC server ended by itself.
+    #[error("the node API ended: {0}")]
+    Grpc(String),
+}
+
+impl ServeError {
+    fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        |source| Self::Io { path: path.to_owned(), source }
+    }
+}
+
+/// Serves until SIGTERM or SIGINT; calls in progress are finished first.
+///
+/// # Errors
+/// [`ServeError`], by cause.
+pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
+    check_path_lengths(&options)?;
+    let parent = AttachmentDir::parent(&options.run_dir);
+    for folder in [&options.run_dir, &parent] {
+        make_private_folder(folder)?;
+    }
+    let _lock = lock_run_dir(&options.run_dir)?;
+    let node_id = options.node_id.clone().map_or_else(default_node_id, Ok)?;
+    let management = ManagementClient::new(&options.server)?;
+    let config = SupervisorConfig {
+        run_dir: options.run_dir.clone(),
+        device_dir: options.device_dir.clone(),
+        node_id,
+    };
+    tracing::info!(node_id = config.node_id, server = options.server, "volclient starts");
+    let supervisor = Arc::new(Supervisor::new(config, management));
+    supervisor.log_found_attachments()?;
+    let listener = listen(&options.socket)?;
+    announce(&options.socket).map_err(ServeError::io(&options.socket))?;
+    let served = run_grpc(listener, supervisor).await;
+    fs::remove_file(&options.socket).ok();
+    tracing::info!("volclient ends; device processes go on");
+    served
+}
+
+async fn run_grpc(listener: UnixListener, supervisor: Arc<Supervisor>) -> Result<(), ServeError> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<NodeServer<NodeService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|error| ServeError::Grpc(error.to_string()))?;
+    Server::builder()
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(NodeServer::new(NodeService::new(supervisor)))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), ended_by_signal())
+        .await
+        .map_err(|error| ServeError::Grpc(with_sources(&error)))
+}
+
+async fn ended_by_signal() {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        // Without handlers, the signals' own effect ends the process.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    // Whoever asks for the daemon again is not served by this one.
+    sd_notify::notify(&[sd_notify::NotifyState::Stopping]).ok();
+}
+
+/// The sockets of device processes lie below the run directory: a path that is too long is told now, not at attach.
+fn check_path_lengths(options: &ServeOptions) -> Result<(), ServeError> {
+    let control_socket = AttachmentDir::new(&options.run_dir, Uuid::nil()).control_socket();
+    for path in [&options.socket, &control_socket] {
+        if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            return Err(ServeError::PathTooLong(path.clone()));
+        }
+    }
+    Ok(())
+}
+
+fn make_private_folder(folder: &Path) -> Result<(), ServeError> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(ServeError::io(folder))
+}
+
+/// Only this program takes the lock; the kernel drops it with the process. Children do not inherit it.
+fn lock_run_dir(run_dir: &Path) -> Result<File, ServeError> {
+    let path = run_dir.join("volclient.lock");
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(&path).map_err(ServeError::io(&path))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(ServeError::Taken(run_dir.to_owned())),
+        Err(errno) => Err(ServeError::Io { path, source: errno.into() }),
+    }
+}
+
+/// Binds the socket under another name, closes it to others, then gives it its name.
+fn listen(socket: &Path) -> Result<UnixListener, ServeError> {
+    // Outside the run directory, a socket may be another daemon's.
+    if StdUnixStream::connect(socket).is_ok() {
+        return Err(ServeError::Taken(socket.to_owned()));
+    }
+    let mut new_name = socket.as_os_str().to_owned();
+    new_name.push("~");
+    let new_socket = PathBuf::from(new_name);
+    fs::remove_file(&new_socket).ok();
+    let listener = UnixListener::bind(&new_socket).map_err(ServeError::io(socket))?;
+    let closed = fs::set_permissions(&new_socket, fs::Permissions::from_mode(0o600));
+    closed.and_then(|()| fs::rename(&new_socket, socket)).map_err(ServeError::io(socket))?;
+    Ok(listener)
+}
+
+/// Tells whoever started the daemon that it can be used.
+fn announce(socket: &Path) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "volclient ready: {}", socket.display())?;
+    stdout.flush()?;
+    sd_notify::notify(&[sd_notify::NotifyState::Ready])
+}
+
+/// `/etc/machine-id`, which is made once for each installation; else the host name.
+fn default_node_id() -> Result<String, ServeError> {
+    let machine_id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let host_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    // "uninitialized" stands there until the first boot has ended.
+    let candidates = [machine_id.trim(), host_name.trim()];
+    let usable = |name: &&&str| !name.is_empty() && **name != "uninitialized" && **name != "(none)";
+    candidates.iter().find(usable).map(|name| (*name).to_owned()).ok_or(ServeError::NoNodeId)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_directory_has_one_daemon() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let first = lock_run_dir(run_dir.path()).unwrap();
+        assert!(matches!(lock_run_dir(run_dir.path()), Err(ServeError::Taken(_))));
+        drop(first);
+        lock_run_dir(run_dir.path()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_socket_is_its_owners_alone_and_a_stale_one_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let first = listen(&socket).unwrap();
+        assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(matches!(listen(&socket), Err(ServeError::Taken(_))));
+        drop(first);
+        listen(&socket).unwrap();
+    }
+
+    #[test]
+    fn a_run_directory_too_deep_for_sockets_is_refused() {
+        let run_dir = PathBuf::from("/").join("x".repeat(60));
+        let options = ServeOptions {
+            server: String::new(),
+            socket: run_dir.join("s"),
+            run_dir,
+            node_id: None,
+            device_dir: PathBuf::new(),
+        };
+        assert!(matches!(check_path_lengths(&options), Err(ServeError::PathTooLong(_))));
+    }
+
+    #[test]
+    fn this_machine_has_a_name() {
+        assert!(!default_node_id().unwrap().is_empty());
+    }
+}

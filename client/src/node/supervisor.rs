@@ -1,0 +1,549 @@
+//! Attach, detach and list: the order of steps, and what is undone when one fails.
+//!
+//! ```text
+//! attach:  server grants ──▶ spec written ──▶ device process started ──▶ live
+//!             │ any failure: process killed, device and link removed, grant given back, folder removed
+//! detach:  device process stops ──▶ server told ──▶ folder removed
+//! ```
+//!
+//! Invariants: calls on one target run one after the other. A folder is removed last, so that whatever was left half
+//! done by a crash is found again. The session epoch in a spec is higher than any that the server or an earlier spec
+//! has told. A secret goes into the spec and nowhere else.
+//! Called by: `node_service`.
+
+use std::fs;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::PathBuf;
+
+use proto::v1;
+use tonic::Code;
+use ublk_core::abi::{UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH};
+use ublk_core::{ControlDevice, ControlError, DataPath, Features, ProbeReport};
+use uuid::Uuid;
+
+use super::attachment_record::AttachmentRecord;
+use super::device_process::{self, Started};
+use super::error::NodeError;
+use super::leftovers;
+use super::management_client::ManagementClient;
+use super::target::{DetachSelector, NbdUri, Target};
+use super::target_locks::TargetLocks;
+use crate::contract::{
+    AttachmentDir, CONTRACT_VERSION, ControlResponse, DeviceSpec, DeviceState, ExportSpec, now_ms, write_file,
+};
+
+const NR_HW_QUEUES_DEFAULT: u16 = 1;
+const QUEUE_DEPTH_DEFAULT: u16 = 128;
+/// Lets the device process choose the data path.
+const DATA_PATH_AUTO: &str = "auto";
+
+/// What the daemon was started with.
+#[derive(Debug, Clone)]
+pub struct SupervisorConfig {
+    /// Attachment folders lie below it.
+    pub run_dir: PathBuf,
+    /// Stable links are made in it.
+    pub device_dir: PathBuf,
+    /// This machine, to the server.
+    pub node_id: String,
+}
+
+/// The attachments of this node.
+#[derive(Debug)]
+pub struct Supervisor {
+    config: SupervisorConfig,
+    management: ManagementClient,
+    locks: TargetLocks,
+}
+
+/// How a target is to be attached; `None` where any will do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Wishes {
+    read_only: bool,
+    data_path: Option<DataPath>,
+    nr_hw_queues: Option<u16>,
+    queue_depth: Option<u16>,
+}
+
+impl Wishes {
+    fn of(request: &v1::AttachRequest) -> Result<Self, NodeError> {
+        let data_path = match request.data_path.as_str() {
+            "" | DATA_PATH_AUTO => None,
+            name => Some(name.parse().map_err(|error| NodeError::InvalidField {
+                field: "data_path",
+                message: format!("{error}; auto chooses"),
+            })?),
+        };
+        Ok(Self {
+            read_only: request.read_only,
+            data_path,
+            nr_hw_queues: limited("nr_hw_queues", request.nr_hw_queues, UBLK_MAX_NR_QUEUES)?,
+            queue_depth: limited("queue_depth", request.queue_depth, UBLK_MAX_QUEUE_DEPTH)?,
+        })
+    }
+
+    /// In what an attachment is otherwise than wished, for people.
+    fn differences(&self, spec: &DeviceSpec, data_path_in_use: &str) -> Vec<String> {
+        let mut differences = Vec::new();
+        let mut compare = |name: &str, is: &dyn ToString, wished: Option<&dyn ToString>| {
+            if let Some(wished) = wished.filter(|wished| wished.to_string() != is.to_string()) {
+                differences.push(format!("{name} {} instead of {}", is.to_string(), wished.to_string()));
+            }
+        };
+        compare("read_only", &spec.read_only, Some(&self.read_only));
+        compare("data_path", &data_path_in_use, self.data_path.as_ref().map(|path| path as &dyn ToString));
+        compare("nr_hw_queues", &spec.nr_hw_queues, self.nr_hw_queues.as_ref().map(|n| n as &dyn ToString));
+        compare("queue_depth", &spec.queue_depth, self.queue_depth.as_ref().map(|n| n as &dyn ToString));
+        differences
+    }
+}
+
+/// 0 leaves the choice; anything else must be within what the driver takes.
+fn limited(field: &'static str, value: u32, max: u16) -> Result<Option<u16>, NodeError> {
+    match u16::try_from(value) {
+        Ok(0) => Ok(None),
+        Ok(value) if value <= max => Ok(Some(value)),
+        _ => Err(NodeError::InvalidField { field, message: format!("{value} is more than {max}") }),
+    }
+}
+
+/// An attachment on its way: its spec, and what its failure has to give back.
+#[derive(Debug)]
+struct NewAttachment {
+    spec: DeviceSpec,
+    /// The server's grant came with this call.
+    is_granted_now: bool,
+}
+
+impl Supervisor {
+    /// A supervisor for the attachments below `config.run_dir`.
+    pub fn new(config: SupervisorConfig, management: ManagementClient) -> Self {
+        Self { config, management, locks: TargetLocks::default() }
+    }
+
+    /// What the daemon was started with.
+    pub fn config(&self) -> &SupervisorConfig {
+        &self.config
+    }
+
+    /// The storage server's URI.
+    pub fn server(&self) -> &str {
+        self.management.server()
+    }
+
+    /// Every attachment, in order of target.
+    ///
+    /// # Errors
+    /// [`NodeError::Io`]
+    pub fn list(&self) -> Result<Vec<v1::NodeAttachment>, NodeError> {
+        let records = AttachmentRecord::read_all(&self.config.run_dir)?;
+        Ok(records.iter().map(AttachmentRecord::to_proto).collect())
+    }
+
+    /// Tells the log what was found at the start of the daemon.
+    ///
+    /// # Errors
+    /// [`NodeError::Io`]
+    pub fn log_found_attachments(&self) -> Result<(), NodeError> {
+        for record in AttachmentRecord::read_all(&self.config.run_dir)? {
+            let attachment = record.to_proto();
+            let (target, state) = (&attachment.target, record.state());
+            if record.pid.is_some() {
+                tracing::info!(target, pid = attachment.pid, ?state, "attachment found running");
+            } else {
+                tracing::warn!(target, reason = attachment.state_reason, "attachment found dead");
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a target a local disk; tells whether it was one before.
+    ///
+    /// # Errors
+    /// [`NodeError`], by cause; nothing of a new attachment is left then.
+    pub async fn attach(&self, request: v1::AttachRequest) -> Result<v1::AttachResponse, NodeError> {
+        let target = Target::parse(&request.target)?;
+        let wishes = Wishes::of(&request)?;
+        let _guard = self.locks.lock(&target.to_string()).await;
+        let found = AttachmentRecord::read_all(&self.config.run_dir)?;
+        let found = found.into_iter().find(|record| record.target().as_ref() == Some(&target));
+        if let Some(record) = &found {
+            if let Some(attachment) = self.reuse(record, &wishes).await? {
+                return Ok(v1::AttachResponse { attachment: Some(attachment), existed: true });
+            }
+            remove_leftovers(record).await?;
+        }
+        check_machine(wishes.data_path).await?;
+        let new = match &target {
+            Target::Volume(name) => self.prepare_volume(name, &wishes, request.force, found.as_ref()).await?,
+            Target::Nbd(uri) => self.prepare_nbd(uri, &request.target, &wishes, found.as_ref()),
+        };
+        if let Some(old) = found.filter(|old| old.spec.attachment_id != new.spec.attachment_id) {
+            remove_folder(&old.dir)?;
+        }
+        let attachment = self.start(new).await?;
+        Ok(v1::AttachResponse { attachment: Some(attachment), existed: false })
+    }
+
+    /// The attachment that is there, if it serves; `None` if it is dead.
+    async fn reuse(
+        &self,
+        record: &AttachmentRecord,
+        wishes: &Wishes,
+    ) -> Result<Option<v1::NodeAttachment>, NodeError> {
+        let target = &record.spec.target;
+        match record.state() {
+            v1::DeviceState::Dead | v1::DeviceState::Unspecified => return Ok(None),
+            v1::DeviceState::Stopping => {
+                device_process::wait_until_gone(&record.dir, target).await?;
+                return Ok(None);
+            }
+            v1::DeviceState::Failed => {
+                let why = record.to_proto().state_reason;
+                return Err(NodeError::DeviceFailed { target: target.clone(), why });
+            }
+            v1::DeviceState::Starting | v1::DeviceState::Live => {}
+        }
+        let status = match device_process::wait_until_live(&record.dir, target, None).await? {
+            Started::Live(status) => status,
+            Started::Failed(why) => return Err(NodeError::StartFailed { target: target.clone(), why }),
+        };
+        let differences = wishes.differences(&record.spec, &status.data_path);
+        if !differences.is_empty() {
+            return Err(NodeError::AttachedDifferently { target: target.clone(), differences });
+        }
+        Ok(AttachmentRecord::read(record.dir.clone())?.map(|record| record.to_proto()))
+    }
+
+    /// Asks the server for the volume. The epoch is higher than that of any device process before.
+    async fn prepare_volume(
+        &self,
+        name: &str,
+        wishes: &Wishes,
+        force: bool,
+        previous: Option<&AttachmentRecord>,
+    ) -> Result<NewAttachment, NodeError> {
+        let granted =
+            self.management.attach_volume(name, &self.config.node_id, wishes.read_only, force).await?;
+        let previous_epoch = previous.map_or(0, |record| match record.spec.export {
+            ExportSpec::Attachment { session_epoch, .. } => session_epoch,
+            ExportSpec::Nbd { .. } => 0,
+        });
+        let export = ExportSpec::Attachment {
+            secret: granted.secret.expose().to_owned(),
+            session_epoch: granted.session_epoch.max(previous_epoch) + 1,
+            server_id: granted.server_id,
+            volume_uid: granted.volume_uid,
+        };
+        let target = Target::Volume(name.to_owned());
+        let mut spec = self.spec(granted.attachment_id, &target, export, wishes);
+        spec.addresses = granted.data_addresses;
+        spec.block_size_bytes = granted.block_size_bytes;
+        Ok(NewAttachment { spec, is_granted_now: !granted.existed })
+    }
+
+    /// An NBD server grants nothing: the attachment is this node's own, under an id that it keeps.
+    fn prepare_nbd(
+        &self,
+        uri: &NbdUri,
+        as_given: &str,
+        wishes: &Wishes,
+        previous: Option<&AttachmentRecord>,
+    ) -> NewAttachment {
+        let attachment_id = previous.map_or_else(Uuid::new_v4, |record| record.spec.attachment_id);
+        let export = ExportSpec::Nbd { export_name: uri.export_name.clone() };
+        let mut spec = self.spec(attachment_id, &Target::Nbd(uri.clone()), export, wishes);
+        spec.target = as_given.to_owned();
+        spec.addresses = vec![uri.address()];
+        NewAttachment { spec, is_granted_now: false }
+    }
+
+    fn spec(&self, attachment_id: Uuid, target: &Target, export: ExportSpec, wishes: &Wishes) -> DeviceSpec {
+        DeviceSpec {
+            format_version: CONTRACT_VERSION,
+            attachment_id,
+            target: target.to_string(),
+            addresses: Vec::new(),
+            export,
+            read_only: wishes.read_only,
+            data_path: wishes.data_path.map_or(DATA_PATH_AUTO, DataPath::as_str).to_owned(),
+            nr_hw_queues: wishes.nr_hw_queues.unwrap_or(NR_HW_QUEUES_DEFAULT),
+            queue_depth: wishes.queue_depth.unwrap_or(QUEUE_DEPTH_DEFAULT),
+            block_size_bytes: 0,
+            device_link: self.config.device_dir.join(target.link_name(attachment_id)),
+        }
+    }
+
+    /// Writes the spec, starts the device process and waits for its device; undoes all of it on failure.
+    async fn start(&self, new: NewAttachment) -> Result<v1::NodeAttachment, NodeError> {
+        let dir = AttachmentDir::new(&self.config.run_dir, new.spec.attachment_id);
+        match self.start_device(&dir, &new.spec).await {
+            Ok(attachment) => Ok(attachment),
+            // The folder is a newer program's: not ours to undo.
+            Err(error @ NodeError::StateFile(_)) => Err(error),
+            Err(error) => {
+                self.undo(&dir, &new).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_device(
+        &self,
+        dir: &AttachmentDir,
+        spec: &DeviceSpec,
+    ) -> Result<v1::NodeAttachment, NodeError> {
+        // Fails if a newer program wrote what is there.
+        AttachmentRecord::read(dir.clone())?;
+        let io_error =
+            |source| NodeError::Io { what: format!("cannot make {}", dir.path().display()), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir.path()).map_err(io_error)?;
+        // What the process before said must not be taken for this one's word.
+        for path in [dir.status(), dir.control_socket()] {
+            if path.exists() {
+                fs::remove_file(path).map_err(io_error)?;
+            }
+        }
+        write_file(&dir.spec(), spec)?;
+        let mut child = device_process::spawn(dir)?;
+        let pid = child.id();
+        match device_process::wait_until_live(dir, &spec.target, Some(&mut child)).await? {
+            Started::Failed(why) => Err(NodeError::StartFailed { target: spec.target.clone(), why }),
+            Started::Live(status) => {
+                tracing::info!(target = spec.target, pid, dev_id = status.dev_id, "attached");
+                let target = spec.target.clone();
+                tokio::spawn(async move {
+                    // Takes the exit status, so that no zombie stays.
+                    let end = child.wait().await.map_or_else(|e| e.to_string(), |status| status.to_string());
+                    tracing::info!(target, pid, end, "device process ended");
+                });
+                let record = AttachmentRecord::read(dir.clone())?;
+                record.map(|record| record.to_proto()).ok_or(NodeError::StartFailed {
+                    target: spec.target.clone(),
+                    why: "its folder was removed".to_owned(),
+                })
+            }
+        }
+    }
+
+    /// Takes back a failed attach. What cannot be taken back stays in its folder, for a detach to finish.
+    async fn undo(&self, dir: &AttachmentDir, new: &NewAttachment) {
+        let spec = &new.spec;
+        let undone = async {
+            device_process::kill(dir, &spec.target).await?;
+            remove_device_and_link(spec).await?;
+            if new.is_granted_now {
+                self.management.detach_volume(&spec.attachment_id.to_string()).await?;
+            }
+            remove_folder(dir)
+        };
+        if let Err(error) = undone.await {
+            tracing::error!(target = spec.target, %error, "a failed attach could not be undone; detach cleans up");
+        }
+    }
+
+    /// Takes a disk away; tells whether there was one.
+    ///
+    /// # Errors
+    /// [`NodeError`], by cause; repeating the call goes on where it stopped.
+    pub async fn detach(&self, request: &v1::DetachRequest) -> Result<bool, NodeError> {
+        let selector = DetachSelector::parse(&request.target)?;
+        let named_target = match &selector {
+            DetachSelector::Name { target, .. } => Some(target.clone()),
+            DetachSelector::DevId(_) | DetachSelector::Path(_) => None,
+        };
+        let found = self.find(&selector)?.and_then(|record| record.target()).or(named_target.clone());
+        let Some(target) = found else { return Ok(false) };
+        let _guard = self.locks.lock(&target.to_string()).await;
+        // Another call may have ended it meanwhile.
+        match (self.find(&selector)?, named_target) {
+            (Some(record), _) => {
+                self.stop_device(&record).await?;
+                self.release(&record).await?;
+                remove_folder(&record.dir)?;
+                tracing::info!(target = record.spec.target, "detached");
+                Ok(true)
+            }
+            (None, Some(Target::Volume(name))) => self.release_forgotten(&name).await,
+            (None, _) => Ok(false),
+        }
+    }
+
+    fn find(&self, selector: &DetachSelector) -> Result<Option<AttachmentRecord>, NodeError> {
+        let records = AttachmentRecord::read_all(&self.config.run_dir)?;
+        Ok(records.into_iter().find(|record| record.is_meant_by(selector)))
+    }
+
+    /// Has the device process take its device away, or removes what a dead one left.
+    async fn stop_device(&self, record: &AttachmentRecord) -> Result<(), NodeError> {
+        let target = &record.spec.target;
+        if record.pid.is_some() {
+            match device_process::stop(&record.dir, target).await? {
+                Some(ControlResponse::Busy { holders }) => {
+                    let holders =
+                        if holders.is_empty() { vec!["somebody has it open".to_owned()] } else { holders };
+                    return Err(NodeError::DeviceOpen { target: target.clone(), holders });
+                }
+                Some(ControlResponse::Error { message }) => {
+                    return Err(NodeError::StopFailed { target: target.clone(), why: message });
+                }
+                // It ends after its answer; without an answer, it must have been ending.
+                Some(ControlResponse::Ok(_)) | None => {}
+            }
+            device_process::wait_until_gone(&record.dir, target).await?;
+        }
+        remove_leftovers(record).await
+    }
+
+    /// Tells the server that the volume is no longer used here.
+    async fn release(&self, record: &AttachmentRecord) -> Result<(), NodeError> {
+        let ExportSpec::Attachment { server_id, .. } = &record.spec.export else { return Ok(()) };
+        let told = async {
+            self.management.expect_server(*server_id).await?;
+            self.management.detach_volume(&record.spec.attachment_id.to_string()).await
+        };
+        match told.await {
+            Ok(_) => Ok(()),
+            Err(NodeError::Refused(status)) if status.code() == Code::NotFound => Ok(()),
+            Err(NodeError::ServerUnreachable { cause, server }) => {
+                let cause = format!("cannot reach {server}: {cause}");
+                note_unfinished_detach(record, &cause)?;
+                Err(NodeError::DetachUnfinished { target: record.spec.target.clone(), cause })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives back an attachment that the server holds for this node and no folder knows: an attach was cut short. One
+    /// that has connections is in use by another daemon of the same node id.
+    async fn release_forgotten(&self, volume_name: &str) -> Result<bool, NodeError> {
+        let idle = match self.management.idle_attachments(volume_name, &self.config.node_id).await {
+            Ok(idle) => idle,
+            Err(NodeError::Refused(status)) if status.code() == Code::NotFound => Vec::new(),
+            // It is not attached here, and that is all a detach promises.
+            Err(error @ NodeError::ServerUnreachable { .. }) => {
+                tracing::warn!(target = volume_name, %error, "not attached here; the server was not asked");
+                Vec::new()
+            }
+            Err(error) => return Err(error),
+        };
+        let mut existed = false;
+        for attachment_id in idle {
+            existed |= self.management.detach_volume(&attachment_id).await?;
+        }
+        Ok(existed)
+    }
+}
+
+/// Finds out whether this machine can do what is asked, before the server is asked for anything.
+async fn check_machine(data_path: Option<DataPath>) -> Result<(), NodeError> {
+    let report = probe_data_paths().await?;
+    let Some(data_path) = data_path else { return Ok(()) };
+    report.check(data_path).map_err(|why| NodeError::DataPathUnsupported {
+        data_path: data_path.to_string(),
+        why: super::error::with_sources(why),
+    })
+}
+
+/// Tries every data path on this machine.
+///
+/// # Errors
+/// [`NodeError::Ublk`]: no driver, or no right to use it.
+pub async fn probe_data_paths() -> Result<ProbeReport, NodeError> {
+    blocking(|| {
+        let features = match ControlDevice::open()?.get_features() {
+            // A driver that cannot tell its features has none of the newer ones.
+            Err(ControlError::Unsupported { .. }) => Features(0),
+            features => features?,
+        };
+        Ok(ublk_core::probe(features))
+    })
+    .await
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
+) -> Result<T, NodeError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::Panicked)?
+}
+
+/// Removes what a dead device process left in the kernel and in /dev. Of an earlier boot there is nothing.
+async fn remove_leftovers(record: &AttachmentRecord) -> Result<(), NodeError> {
+    remove_device_and_link(&record.spec).await
+}
+
+async fn remove_device_and_link(spec: &DeviceSpec) -> Result<(), NodeError> {
+    let (attachment_id, target, link) = (spec.attachment_id, spec.target.clone(), spec.device_link.clone());
+    blocking(move || {
+        leftovers::remove_devices(attachment_id, &target)?;
+        leftovers::remove_link(&link)
+    })
+    .await
+}
+
+/// The device process is gone, so the status is the daemon's to write: it says what is left to do.
+fn note_unfinished_detach(record: &AttachmentRecord, cause: &str) -> Result<(), NodeError> {
+    let Some(mut status) = record.status.clone() else { return Ok(()) };
+    status.state = DeviceState::Stopping;
+    status.state_reason = format!("the storage server still holds the attachment ({cause}); detach again");
+    status.state_since_ms = now_ms();
+    status.dev_id = None;
+    Ok(write_file(&record.dir.status(), &status)?)
+}
+
+fn remove_folder(dir: &AttachmentDir) -> Result<(), NodeError> {
+    match fs::remove_dir_all(dir.path()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(NodeError::Io { what: format!("cannot remove {}", dir.path().display()), source: error })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::attachment_record::tests::spec;
+
+    fn request() -> v1::AttachRequest {
+        v1::AttachRequest { target: "vol-1".to_owned(), ..Default::default() }
+    }
+
+    #[test]
+    fn what_is_not_asked_for_differs_from_nothing() {
+        let spec = spec(Uuid::from_u128(7), "vol-1");
+        let wishes = Wishes::of(&v1::AttachRequest { data_path: "auto".into(), ..request() }).unwrap();
+        assert!(wishes.differences(&spec, "fused").is_empty());
+    }
+
+    #[test]
+    fn every_difference_is_told() {
+        let spec = spec(Uuid::from_u128(7), "vol-1");
+        let asked = v1::AttachRequest {
+            data_path: "fused".into(),
+            read_only: true,
+            nr_hw_queues: 2,
+            queue_depth: 64,
+            ..request()
+        };
+        let differences = Wishes::of(&asked).unwrap().differences(&spec, "mapped");
+        let expected = [
+            "read_only false instead of true",
+            "data_path mapped instead of fused",
+            "nr_hw_queues 1 instead of 2",
+            "queue_depth 128 instead of 64",
+        ];
+        assert_eq!(differences, expected);
+    }
+
+    #[test]
+    fn what_the_driver_does_not_take_is_refused() {
+        for bad in [
+            v1::AttachRequest { data_path: "fast".into(), ..request() },
+            v1::AttachRequest { nr_hw_queues: 4097, ..request() },
+            v1::AttachRequest { queue_depth: 70_000, ..request() },
+        ] {
+            assert!(matches!(Wishes::of(&bad), Err(NodeError::InvalidField { .. })), "{bad:?}");
+        }
+    }
+}
