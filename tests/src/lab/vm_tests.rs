@@ -147,7 +147,7 @@ fn executable_in(messages: &str) -> Option<PathBuf> {
         executable: Option<PathBuf>,
     }
     let artifacts = messages.lines().filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
-    artifacts.filter_map(|artifact| artifact.executable).last()
+    artifacts.filter_map(|artifact| artifact.executable).next_back()
 }
 
 #[cfg(test)]
