@@ -21,6 +21,10 @@ pub const VOLUME_ATTACHED: &str = "VOLUME_ATTACHED";
 pub const VOLUME_OPEN: &str = "VOLUME_OPEN";
 /// RESOURCE_EXHAUSTED: no space left on the server.
 pub const NO_SPACE: &str = "NO_SPACE";
+/// UNAVAILABLE: former connections are closed, but their I/O has not finished; repeating the call goes on from there.
+pub const FENCE_UNFINISHED: &str = "FENCE_UNFINISHED";
+/// INTERNAL: the server failed; its log says why.
+pub const SERVER_FAILED: &str = "SERVER_FAILED";
 
 /// FAILED_PRECONDITION: this machine has no ublk driver.
 pub const NO_UBLK_DRIVER: &str = "NO_UBLK_DRIVER";

@@ -1,0 +1,190 @@
+//! The management API `volnode.v1.Management` over gRPC.
+//!
+//! Owns the translation between messages and the lifecycle: fields checked (`fields.rs`), calls on one volume put in line
+//! (`NameLocks`), blocking work moved off tokio's threads, records turned into messages (`messages.rs`), errors into
+//! statuses (`status.rs`). It decides nothing itself; the semantics are those written in
+//! `proto/volnode/v1/management.proto`. Called by tonic.
+//!
+//! A call whose caller hangs up is finished all the same: the blocking work owns the lock and runs to its end.
+
+mod fields;
+mod messages;
+mod page_token;
+
+use std::sync::Arc;
+
+use proto::v1;
+use proto::v1::management_server::{Management, ManagementServer};
+use tonic::{Request, Response, Status};
+
+use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLocks};
+use crate::status;
+use fields::Fields;
+use page_token::PageToken;
+
+/// Answers the calls; see the module's text.
+#[derive(Debug)]
+pub struct ManagementService<D> {
+    lifecycle: Arc<Lifecycle<D>>,
+    locks: NameLocks,
+    data_addresses: Vec<String>,
+}
+
+impl<D: DataSide> ManagementService<D> {
+    /// The service as tonic takes it. `data_addresses` ("host:port") is what clients are told.
+    pub fn new(lifecycle: Arc<Lifecycle<D>>, data_addresses: Vec<String>) -> ManagementServer<Self> {
+        ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), data_addresses })
+    }
+
+    /// Runs a blocking call on the lifecycle and answers with what it returned.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        let lifecycle = Arc::clone(&self.lifecycle);
+        match tokio::task::spawn_blocking(move || call(&lifecycle)).await {
+            Ok(Ok(answer)) => Ok(Response::new(answer)),
+            Ok(Err(error)) => Err(status::from_lifecycle(&error)),
+            Err(panicked) => Err(status::failed(&panicked.to_string())),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl<D: DataSide> Management for ManagementService<D> {
+    async fn get_server_info(
+        &self,
+        _request: Request<v1::GetServerInfoRequest>,
+    ) -> Result<Response<v1::GetServerInfoResponse>, Status> {
+        Ok(Response::new(v1::GetServerInfoResponse {
+            server_id: self.lifecycle.catalog().server_id().to_string(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            data_addresses: self.data_addresses.clone(),
+        }))
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<v1::CreateVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        let new = fields::new_volume(request.into_inner())?;
+        let lock = self.locks.lock(&new.name).await;
+        self.blocking(move |lifecycle| {
+            let volume = lifecycle.create_volume(&lock, &new)?;
+            messages::volume(lifecycle, &volume)
+        })
+        .await
+    }
+
+    async fn get_volume(
+        &self,
+        request: Request<v1::GetVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        let mut fields = Fields::default();
+        let name = fields.volume_name("name", request.into_inner().name);
+        fields.finish()?;
+        self.blocking(move |lifecycle| messages::volume(lifecycle, &lifecycle.volume(&name)?)).await
+    }
+
+    async fn list_volumes(
+        &self,
+        request: Request<v1::ListVolumesRequest>,
+    ) -> Result<Response<v1::ListVolumesResponse>, Status> {
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let token = PageToken::new("volumes", self.lifecycle.catalog().server_id());
+        let after = fields.page_token("page_token", &token, &request.page_token);
+        fields.finish()?;
+        let limit = page_token::page_limit(request.page_size);
+        self.blocking(move |lifecycle| {
+            // One more than the page tells whether there is another.
+            let mut found = lifecycle.catalog().list_volumes(&after, limit + 1)?;
+            let next_page_token = token.next(&mut found, limit, |volume| &volume.name);
+            let volumes =
+                found.iter().map(|volume| messages::volume(lifecycle, volume)).collect::<Result<_, _>>()?;
+            Ok(v1::ListVolumesResponse { volumes, next_page_token })
+        })
+        .await
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<v1::DeleteVolumeRequest>,
+    ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
+        let mut fields = Fields::default();
+        let name = fields.volume_name("name", request.into_inner().name);
+        fields.finish()?;
+        let lock = self.locks.lock(&name).await;
+        self.blocking(move |lifecycle| {
+            let existed = lifecycle.delete_volume(&lock)?;
+            Ok(v1::DeleteVolumeResponse { existed })
+        })
+        .await
+    }
+
+    async fn attach_volume(
+        &self,
+        request: Request<v1::AttachVolumeRequest>,
+    ) -> Result<Response<v1::AttachVolumeResponse>, Status> {
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let name = fields.volume_name("volume_name", request.volume_name);
+        let node_id = fields.node_id("node_id", request.node_id);
+        let read_only = fields.read_only("access_mode", request.access_mode);
+        fields.finish()?;
+        let force = request.force;
+        let data_addresses = self.data_addresses.clone();
+        let lock = self.locks.lock(&name).await;
+        self.blocking(move |lifecycle| {
+            let attached = lifecycle.attach_volume(&lock, &node_id, read_only, force)?;
+            Ok(messages::attached(lifecycle, &attached, data_addresses))
+        })
+        .await
+    }
+
+    async fn detach_volume(
+        &self,
+        request: Request<v1::DetachVolumeRequest>,
+    ) -> Result<Response<v1::DetachVolumeResponse>, Status> {
+        let (named, wanted) = fields::detach_wanted(request.into_inner())?;
+        let name = match (named, wanted.attachment_id) {
+            (Some(name), _) => Some(name),
+            (None, Some(id)) => {
+                self.blocking(move |lifecycle| lifecycle.volume_name_of(id)).await?.into_inner()
+            }
+            (None, None) => None,
+        };
+        let Some(name) = name else {
+            return Ok(Response::new(v1::DetachVolumeResponse { existed: false }));
+        };
+        let lock = self.locks.lock(&name).await;
+        self.blocking(move |lifecycle| {
+            let existed = lifecycle.detach_volume(&lock, &wanted)?;
+            Ok(v1::DetachVolumeResponse { existed })
+        })
+        .await
+    }
+
+    async fn list_attachments(
+        &self,
+        request: Request<v1::ListAttachmentsRequest>,
+    ) -> Result<Response<v1::ListAttachmentsResponse>, Status> {
+        let request = request.into_inner();
+        let mut fields = Fields::default();
+        let filter = fields.attachment_filter(request.volume_name, request.node_id);
+        let token = PageToken::new("attachments", self.lifecycle.catalog().server_id());
+        let after = fields.page_token("page_token", &token, &request.page_token);
+        fields.finish()?;
+        let limit = page_token::page_limit(request.page_size);
+        self.blocking(move |lifecycle| {
+            let mut found = lifecycle.catalog().list_attachments(&filter, &after, limit + 1)?;
+            let next_page_token = token.next(&mut found, limit, |(volume_name, _)| volume_name);
+            let attachments = found
+                .iter()
+                .map(|(name, attachment)| messages::attachment(lifecycle, name, attachment))
+                .collect();
+            Ok(v1::ListAttachmentsResponse { attachments, next_page_token })
+        })
+        .await
+    }
+}
