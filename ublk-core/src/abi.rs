@@ -162,8 +162,11 @@ pub const UBLK_F_NO_AUTO_PART_SCAN: u64 = 1 << 18;
 /// Pages shared with the daemon are recognised in requests.
 pub const UBLK_F_SHMEM_ZC: u64 = 1 << 19;
 
+/// The size of an [`IoDesc`] is chosen by `CtrlDevInfo::io_desc_size`.
+pub const UBLK_F_IO_DESC_SIZE: u64 = 1 << 20;
+
 /// Every device flag with its name, lowest bit first, for messages.
-pub const UBLK_F_NAMES: [(u64, &str); 20] = [
+pub const UBLK_F_NAMES: [(u64, &str); 21] = [
     (UBLK_F_SUPPORT_ZERO_COPY, "SUPPORT_ZERO_COPY"),
     (UBLK_F_URING_CMD_COMP_IN_TASK, "URING_CMD_COMP_IN_TASK"),
     (UBLK_F_NEED_GET_DATA, "NEED_GET_DATA"),
@@ -184,6 +187,7 @@ pub const UBLK_F_NAMES: [(u64, &str); 20] = [
     (UBLK_F_SAFE_STOP_DEV, "SAFE_STOP_DEV"),
     (UBLK_F_NO_AUTO_PART_SCAN, "NO_AUTO_PART_SCAN"),
     (UBLK_F_SHMEM_ZC, "SHMEM_ZC"),
+    (UBLK_F_IO_DESC_SIZE, "IO_DESC_SIZE"),
 ];
 
 /// `CtrlDevInfo::state`: added, never started, or its daemon is gone for good.
@@ -297,8 +301,8 @@ pub struct CtrlDevInfo {
     pub queue_depth: u16,
     /// `UBLK_S_DEV_*`.
     pub state: u16,
-    /// Zero.
-    pub pad0: u16,
+    /// Bytes of an [`IoDesc`] under `UBLK_F_IO_DESC_SIZE`; otherwise zero.
+    pub io_desc_size: u16,
     /// Largest request, bytes; the kernel rounds it down to whole pages.
     pub max_io_buf_bytes: u32,
     /// N of `/dev/ublkbN`; `u32::MAX` asks for any.
@@ -614,6 +618,7 @@ const _: () = {
     assert!(size_of::<CtrlDevInfo>() == 64);
     assert!(offset_of!(CtrlDevInfo, queue_depth) == 2);
     assert!(offset_of!(CtrlDevInfo, state) == 4);
+    assert!(offset_of!(CtrlDevInfo, io_desc_size) == 6);
     assert!(offset_of!(CtrlDevInfo, max_io_buf_bytes) == 8);
     assert!(offset_of!(CtrlDevInfo, dev_id) == 12);
     assert!(offset_of!(CtrlDevInfo, ublksrv_pid) == 16);
@@ -679,14 +684,32 @@ mod tests {
 
     #[test]
     fn command_numbers_are_the_headers_ioctl_encoding() {
-        // Written out by hand: direction (2 read, 3 read and write), size of the argument, `u`, number.
-        assert_eq!(UBLK_U_CMD_GET_FEATURES, 0x8020_7513);
-        assert_eq!(UBLK_U_CMD_ADD_DEV, 0xc020_7504);
-        assert_eq!(UBLK_U_CMD_DEL_DEV_ASYNC, 0x8020_7514);
-        assert_eq!(UBLK_U_CMD_TRY_STOP_DEV, 0xc020_7517);
-        assert_eq!(UBLK_U_IO_FETCH_REQ, 0xc010_7520);
-        assert_eq!(UBLK_U_IO_COMMIT_AND_FETCH_REQ, 0xc010_7521);
-        assert_eq!(UBLK_U_IO_UNREGISTER_IO_BUF, 0xc010_7524);
+        // As a C program prints them that includes the header of Linux 7.3.4.
+        let printed = [
+            (UBLK_U_CMD_GET_QUEUE_AFFINITY, 0x8020_7501),
+            (UBLK_U_CMD_GET_DEV_INFO, 0x8020_7502),
+            (UBLK_U_CMD_ADD_DEV, 0xc020_7504),
+            (UBLK_U_CMD_DEL_DEV, 0xc020_7505),
+            (UBLK_U_CMD_START_DEV, 0xc020_7506),
+            (UBLK_U_CMD_STOP_DEV, 0xc020_7507),
+            (UBLK_U_CMD_SET_PARAMS, 0xc020_7508),
+            (UBLK_U_CMD_GET_PARAMS, 0x8020_7509),
+            (UBLK_U_CMD_START_USER_RECOVERY, 0xc020_7510),
+            (UBLK_U_CMD_END_USER_RECOVERY, 0xc020_7511),
+            (UBLK_U_CMD_GET_DEV_INFO2, 0x8020_7512),
+            (UBLK_U_CMD_GET_FEATURES, 0x8020_7513),
+            (UBLK_U_CMD_DEL_DEV_ASYNC, 0x8020_7514),
+            (UBLK_U_CMD_UPDATE_SIZE, 0xc020_7515),
+            (UBLK_U_CMD_QUIESCE_DEV, 0xc020_7516),
+            (UBLK_U_CMD_TRY_STOP_DEV, 0xc020_7517),
+            (UBLK_U_IO_FETCH_REQ, 0xc010_7520),
+            (UBLK_U_IO_COMMIT_AND_FETCH_REQ, 0xc010_7521),
+            (UBLK_U_IO_REGISTER_IO_BUF, 0xc010_7523),
+            (UBLK_U_IO_UNREGISTER_IO_BUF, 0xc010_7524),
+        ];
+        for (ours, theirs) in printed {
+            assert_eq!(ours, theirs);
+        }
     }
 
     #[test]

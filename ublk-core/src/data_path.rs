@@ -89,6 +89,9 @@ pub struct UnknownDataPath {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DataPathError {
+    /// The report is not from [`probe`], or the path is missing in [`DataPath::LADDER`].
+    #[error("this data path was not tried")]
+    Untried,
     /// The driver does not know the flags.
     #[error("this kernel's ublk driver lacks {missing}")]
     Features {
@@ -143,10 +146,8 @@ impl ProbeReport {
 
     /// Whether a path is usable; `Err` says why not, for humans.
     pub fn check(&self, data_path: DataPath) -> Result<(), &DataPathError> {
-        match self.rungs.iter().find(|rung| rung.data_path == data_path) {
-            Some(Rung { usable: Err(error), .. }) => Err(error),
-            _ => Ok(()),
-        }
+        let rung = self.rungs.iter().find(|rung| rung.data_path == data_path);
+        rung.map_or(Err(&DataPathError::Untried), |rung| rung.usable.as_ref().copied())
     }
 }
 
