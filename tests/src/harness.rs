@@ -175,7 +175,7 @@ fn run_all(tests: &[Test], filter: Option<&str>) -> Result<ExitCode> {
             Outcome::Returned(Err(error)) if !in_vm && error.is::<Lacking>() => {
                 Event::Skipped { name, reason: format!("{error:#}") }
             }
-            Outcome::Returned(Err(error)) => Event::Failed { name, seconds, reason: format!("{error:?}") },
+            Outcome::Returned(Err(error)) => Event::Failed { name, seconds, reason: format!("{error:#}") },
             Outcome::Hung => return give_up(test, seconds, &tests[index + 1..]),
         };
         failed |= matches!(event, Event::Failed { .. });

@@ -4,7 +4,7 @@
 //! what keeps one failed test from failing those after it; a test that passes cleans up after itself, and
 //! what it does leave is named in its output.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -25,13 +25,14 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// What the machine looked like before a test.
 pub(crate) struct Machine {
     processes: BTreeSet<i32>,
-    mount_points: Vec<String>,
+    /// By the kernel's own number: what is mounted over another mount has the same mount point.
+    mounts: BTreeMap<u64, String>,
 }
 
 impl Machine {
     /// Looks at the machine as it is.
     pub(crate) fn remember() -> Result<Self> {
-        Ok(Self { processes: user_processes()?, mount_points: mount_points()? })
+        Ok(Self { processes: user_processes()?, mounts: mounts()? })
     }
 
     /// Undoes what was added since. What cannot be undone is printed: it will show in the next test.
@@ -43,7 +44,7 @@ impl Machine {
 
     fn unmount_new(&self) -> Result<()> {
         // The last mount may be on top of one before it.
-        for mount_point in mount_points()?.iter().rev().filter(|point| !self.mount_points.contains(point)) {
+        for (_, mount_point) in mounts()?.iter().rev().filter(|(id, _)| !self.mounts.contains_key(id)) {
             println!("left behind: {mount_point} mounted");
             let mut umount =
                 Command::new("umount").arg(mount_point).stdin(Stdio::null()).spawn().context("umount")?;
@@ -98,8 +99,17 @@ fn user_processes() -> Result<BTreeSet<i32>> {
     Ok(processes)
 }
 
-/// Where something is mounted in this process's namespace, in the order of mounting (`proc_pid_mountinfo(5)`).
-fn mount_points() -> Result<Vec<String>> {
+/// What is mounted where in this process's namespace, by mount ID (`proc_pid_mountinfo(5)`).
+fn mounts() -> Result<BTreeMap<u64, String>> {
     let table = fs::read_to_string("/proc/self/mountinfo").context("reading the mount table")?;
-    Ok(table.lines().filter_map(|line| line.split(' ').nth(4)).map(str::to_owned).collect())
+    let mut mounts = BTreeMap::new();
+    for line in table.lines() {
+        let mut fields = line.split(' ');
+        let id = fields.next().and_then(|id| id.parse().ok());
+        let mount_point = fields.nth(3);
+        if let (Some(id), Some(mount_point)) = (id, mount_point) {
+            mounts.insert(id, mount_point.to_owned());
+        }
+    }
+    Ok(mounts)
 }

@@ -8,4 +8,6 @@ pub mod events;
 pub mod harness;
 pub mod kernel_series;
 mod left_behind;
+pub mod shell;
+pub mod storage_node;
 pub mod stuck_tasks;

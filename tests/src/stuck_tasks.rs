@@ -32,10 +32,13 @@ pub fn describe(also: &[&str]) -> String {
     report
 }
 
-/// Asks the kernel to log every blocked task. It lands in the kernel log, so on a VM's console.
+/// Asks the kernel to log every blocked task, on the console too. It lands in a VM's console log.
 pub fn log_blocked_tasks() {
-    if let Err(error) = fs::write("/proc/sysrq-trigger", "w") {
-        eprintln!("sysrq-w: {error}");
+    // First everything down to debug messages is let through to the console: the stacks are of level info.
+    for request in ["8", "w"] {
+        if let Err(error) = fs::write("/proc/sysrq-trigger", request) {
+            eprintln!("sysrq-{request}: {error}");
+        }
     }
 }
 

@@ -1,0 +1,325 @@
+//! A storage server and a node daemon of a test's own, driven as users drive them: by their programs.
+//!
+//! Used by the VM tests. Both daemons listen on free loopback ports and keep everything under the test's directory; they
+//! end when the value is dropped, and what they logged is printed then, so that a failed test shows it.
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::harness::Env;
+use crate::kernel_series::KernelSeries;
+use crate::shell::{run, wait_for};
+
+/// A daemon that is not ready by then is not coming.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
+/// A daemon that was asked to end has ended by then.
+const END_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a run of volctl gave.
+#[derive(Debug)]
+pub struct Volctl {
+    /// Its exit code.
+    pub exit_code: i32,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained of.
+    pub stderr: String,
+}
+
+impl Volctl {
+    /// Its stdout, if it succeeded.
+    ///
+    /// # Errors
+    /// It failed: with what it said.
+    pub fn succeeded(self) -> Result<String> {
+        ensure!(self.exit_code == 0, "volctl: exit code {}\n{}", self.exit_code, self.stderr);
+        Ok(self.stdout)
+    }
+
+    /// What it complained of, if it failed with this exit code and told what to do next.
+    ///
+    /// # Errors
+    /// It succeeded, failed otherwise, or left the user without a next step.
+    pub fn failed_with(self, exit_code: i32) -> Result<String> {
+        ensure!(self.exit_code == exit_code, "want exit code {exit_code}: {self:?}");
+        ensure!(self.stderr.starts_with("volctl: "), "an error names its program: {self:?}");
+        ensure!(self.stderr.contains("next: "), "an error says what to do next: {self:?}");
+        ensure!(self.stdout.is_empty(), "an error prints nothing on stdout: {self:?}");
+        Ok(self.stderr)
+    }
+}
+
+/// A server, a node daemon, and where they keep what.
+pub struct StorageNode {
+    /// The server's data directory.
+    pub data_dir: PathBuf,
+    /// `host:port` of the server's NBD port.
+    pub data_address: String,
+    /// `http://host:port` of the server's management API.
+    pub management_uri: String,
+    /// The node daemon's run directory.
+    pub run_dir: PathBuf,
+    /// Where stable device names are made.
+    pub device_dir: PathBuf,
+    programs: PathBuf,
+    logs: PathBuf,
+    series: KernelSeries,
+    server_options: Vec<String>,
+    server: Option<Child>,
+    client: Option<Child>,
+}
+
+impl StorageNode {
+    /// Starts both; the server keeps its data in the test's directory.
+    ///
+    /// # Errors
+    /// One of them does not get ready.
+    pub fn start(env: &Env) -> Result<Self> {
+        Self::start_with(env, &env.directory.join("data"), &[])
+    }
+
+    /// Starts both; the server keeps its data on a new XFS on the scratch disk, where O_DIRECT and hole punching work.
+    ///
+    /// # Errors
+    /// There is no scratch disk, or one of them does not get ready.
+    pub fn start_on_xfs(env: &Env) -> Result<Self> {
+        let mount_point = mount_xfs(env)?;
+        Self::start_with(env, &mount_point.join("data"), &[])
+    }
+
+    /// Starts both with a data directory and further options for the server.
+    ///
+    /// # Errors
+    /// One of them does not get ready.
+    pub fn start_with(env: &Env, data_dir: &Path, server_options: &[&str]) -> Result<Self> {
+        if env.in_vm {
+            run("modprobe", &["ublk_drv"])?;
+        }
+        let logs = env.directory.join("logs");
+        fs::create_dir_all(&logs)?;
+        let device_dir = if env.in_vm { PathBuf::from("/dev/volnode") } else { env.directory.join("by-name") };
+        let mut node = Self {
+            data_dir: data_dir.to_owned(),
+            data_address: "127.0.0.1:0".into(),
+            management_uri: "http://127.0.0.1:0".into(),
+            run_dir: env.directory.join("run"),
+            device_dir,
+            programs: env.programs.clone(),
+            logs,
+            series: env.series,
+            server_options: server_options.iter().map(|&option| option.to_owned()).collect(),
+            server: None,
+            client: None,
+        };
+        node.start_server()?;
+        node.start_client()?;
+        Ok(node)
+    }
+
+    /// Starts the server, on the ports it had before if it ran before.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_server(&mut self) -> Result<()> {
+        let mut server = Command::new(self.programs.join("volserver"));
+        server.arg("--data-dir").arg(&self.data_dir).args(["--listen", &self.data_address]);
+        server.args(["--management", self.management_uri.trim_start_matches("http://")]);
+        server.args(&self.server_options);
+        let (child, ready) = self.spawn(server, "volserver")?;
+        self.server = Some(child);
+        let address_after = |word: &str| -> Result<String> {
+            let (_, rest) = ready.split_once(word).with_context(|| ready.clone())?;
+            Ok(rest.split([',', ' ']).next().unwrap_or_default().to_owned())
+        };
+        self.data_address = address_after("data ")?;
+        self.management_uri = format!("http://{}", address_after("management ")?);
+        Ok(())
+    }
+
+    /// Starts the node daemon.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_client(&mut self) -> Result<()> {
+        let mut client = Command::new(self.programs.join("volclient"));
+        client.arg("serve").args(["--server", &self.management_uri, "--node-id", "node-1"]);
+        client.arg("--run-dir").arg(&self.run_dir).arg("--device-dir").arg(&self.device_dir);
+        let (child, _) = self.spawn(client, "volclient")?;
+        self.client = Some(child);
+        Ok(())
+    }
+
+    /// Kills the server (kill -9) and waits until it is gone.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be killed.
+    pub fn kill_server(&mut self) -> Result<()> {
+        kill_and_wait(self.server.take().context("the server does not run")?)
+    }
+
+    /// Kills the node daemon (kill -9) and waits until it is gone.
+    ///
+    /// # Errors
+    /// It does not run, or cannot be killed.
+    pub fn kill_client(&mut self) -> Result<()> {
+        kill_and_wait(self.client.take().context("the node daemon does not run")?)
+    }
+
+    /// Whether the server runs.
+    ///
+    /// # Errors
+    /// wait(2) fails.
+    pub fn server_is_alive(&mut self) -> Result<bool> {
+        Ok(self.server.as_mut().context("never started")?.try_wait()?.is_none())
+    }
+
+    /// Runs volctl against these daemons.
+    ///
+    /// # Errors
+    /// It cannot be run; its own failure is in the value.
+    pub fn volctl(&self, arguments: &[&str]) -> Result<Volctl> {
+        let mut volctl = Command::new(self.programs.join("volctl"));
+        volctl.args(["--server", &self.management_uri, "--socket"]).arg(self.run_dir.join("volclient.sock"));
+        let output = volctl.args(arguments).stdin(Stdio::null()).output().context("volctl")?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let exit_code = output.status.code().context("volctl was killed")?;
+        Ok(Volctl { exit_code, stdout: text(&output.stdout), stderr: text(&output.stderr) })
+    }
+
+    /// Makes a volume and attaches it over the data path this kernel is tested for; gives the device.
+    ///
+    /// # Errors
+    /// volctl failed, or another data path was chosen.
+    pub fn create_and_attach(&self, name: &str, size: &str, create_options: &[&str]) -> Result<PathBuf> {
+        self.volctl(&[&["create", name, "--size", size], create_options].concat())?.succeeded()?;
+        let device = self.attach(&[name])?;
+        let data_path = self.attachment(name)?["data_path"].as_str().unwrap_or_default().to_owned();
+        let expected = match self.series {
+            KernelSeries::V7 => "fused",
+            KernelSeries::V6_12 => "mapped",
+        };
+        ensure!(data_path == expected, "kernel {} was given data path {data_path}", self.series);
+        Ok(device)
+    }
+
+    /// Attaches; gives the device, which is all that volctl may print.
+    ///
+    /// # Errors
+    /// volctl failed, or printed something else.
+    pub fn attach(&self, arguments: &[&str]) -> Result<PathBuf> {
+        let stdout = self.volctl(&[&["attach"], arguments].concat())?.succeeded()?;
+        let device = stdout.strip_suffix('\n').unwrap_or(&stdout);
+        let number = device.strip_prefix("/dev/ublkb").and_then(|number| number.parse::<u32>().ok());
+        ensure!(number.is_some(), "attach printed {stdout:?}");
+        Ok(PathBuf::from(device))
+    }
+
+    /// Detaches what must be detachable.
+    ///
+    /// # Errors
+    /// volctl failed.
+    pub fn detach(&self, target: &str) -> Result<()> {
+        self.volctl(&["detach", target])?.succeeded().map(drop)
+    }
+
+    /// One attachment as `volctl attachments --output json` shows it.
+    ///
+    /// # Errors
+    /// There is none for that target.
+    pub fn attachment(&self, target: &str) -> Result<serde_json::Value> {
+        let all = self.volctl(&["attachments", "--output", "json"])?.succeeded()?;
+        let all: serde_json::Value = serde_json::from_str(&all).context("volctl's JSON")?;
+        let found = all.as_array().into_iter().flatten().find(|attachment| attachment["target"] == target);
+        found.cloned().with_context(|| format!("{target} is not in {all}"))
+    }
+
+    /// The server's file of a volume.
+    ///
+    /// # Errors
+    /// There is no such volume.
+    pub fn volume_file(&self, name: &str) -> Result<PathBuf> {
+        let shown = self.volctl(&["show", name, "--output", "json"])?.succeeded()?;
+        let shown: serde_json::Value = serde_json::from_str(&shown).context("volctl's JSON")?;
+        let uid = shown["volume_uid"].as_str().context("volume_uid")?.to_owned();
+        let files = fs::read_dir(self.data_dir.join("volumes"))?;
+        for file in files {
+            let path = file?.path();
+            if path.to_string_lossy().contains(&uid) {
+                return Ok(path);
+            }
+        }
+        bail!("no file of volume {uid}")
+    }
+
+    fn spawn(&self, mut command: Command, name: &str) -> Result<(Child, String)> {
+        let log_path = self.logs.join(name);
+        let log = File::options().create(true).append(true).open(&log_path)?;
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn().context(name.to_owned())?;
+        let stdout = child.stdout.take().context("stdout")?;
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                // Only the first line, the ready line, is waited for.
+                let _ = sender.send(line);
+            }
+        });
+        match receiver.recv_timeout(READY_DEADLINE) {
+            Ok(ready) => Ok((child, ready)),
+            Err(error) => {
+                kill_and_wait(child)?;
+                let log = fs::read_to_string(&log_path).unwrap_or_default();
+                bail!("{name} did not get ready ({error}):\n{log}")
+            }
+        }
+    }
+}
+
+impl Drop for StorageNode {
+    fn drop(&mut self) {
+        // The client first: its detaching may still need the server.
+        for child in [self.client.take(), self.server.take()].into_iter().flatten() {
+            if let Err(error) = end(child) {
+                println!("ending a daemon: {error:#}");
+            }
+        }
+        for name in ["volserver", "volclient"] {
+            let log = fs::read_to_string(self.logs.join(name)).unwrap_or_default();
+            println!("--- log of {name}\n{log}");
+        }
+    }
+}
+
+/// Makes an XFS on the scratch disk and mounts it in the test's directory; gives the mount point.
+///
+/// # Errors
+/// There is no scratch disk, or a tool failed.
+pub fn mount_xfs(env: &Env) -> Result<PathBuf> {
+    let disk = env.scratch_disk()?.to_string_lossy().into_owned();
+    let mount_point = env.directory.join("xfs");
+    fs::create_dir_all(&mount_point)?;
+    run("mkfs.xfs", &["-q", "-f", &disk])?;
+    run("mount", &[disk.as_ref(), mount_point.as_os_str()])?;
+    Ok(mount_point)
+}
+
+fn end(mut child: Child) -> Result<()> {
+    let pid = Pid::from_child(&child);
+    kill_process(pid, Signal::TERM).context("SIGTERM")?;
+    let ended = wait_for("a daemon to end", END_DEADLINE, || Ok(child.try_wait()?));
+    if ended.is_err() {
+        kill_and_wait(child)?;
+    }
+    ended.map(drop)
+}
+
+fn kill_and_wait(mut child: Child) -> Result<()> {
+    child.kill()?;
+    child.wait().map(drop).context("waiting for a killed daemon")
+}

@@ -1,0 +1,97 @@
+//! Data comes back as it was written: fio with checksums, over every data path the kernel has.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use testlab::harness::{Env, Test};
+use testlab::kernel_series::KernelSeries;
+use testlab::shell::run;
+use testlab::storage_node::StorageNode;
+
+pub(crate) const TESTS: &[Test] = &[
+    Test::new("fio::mixed_sizes_and_depths_verify", mixed_sizes_and_depths_verify).within(600),
+    Test::new("fio::the_copying_path_verifies_where_it_is_not_the_best", the_copying_path_verifies)
+        .on(&[KernelSeries::V7])
+        .within(300),
+    Test::new("fio::several_queues_verify", several_queues_verify).within(300),
+    Test::new("fio::a_memory_volume_verifies", a_memory_volume_verifies).within(300),
+    Test::new("fio::a_path_the_kernel_lacks_is_refused", a_path_the_kernel_lacks_is_refused)
+        .on(&[KernelSeries::V6_12]),
+];
+
+/// Random writes and reads of 4k to 1M with fsyncs, then everything read back and compared.
+fn verify(device: &Path, offset_mib: u32, size_mib: u32, depth: u32) -> Result<()> {
+    let filename = format!("--filename={}", device.display());
+    let (offset, size) = (format!("--offset={offset_mib}M"), format!("--size={size_mib}M"));
+    let depth = format!("--iodepth={depth}");
+    let arguments = [
+        "--name=verify",
+        &filename,
+        &offset,
+        &size,
+        &depth,
+        "--direct=1",
+        "--ioengine=io_uring",
+        "--rw=randrw",
+        "--rwmixwrite=70",
+        "--bsrange=4k-1M",
+        "--bs_unaligned=0",
+        "--blockalign=4k",
+        "--fsync=16",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--randrepeat=1",
+        "--output-format=json",
+    ];
+    let report: serde_json::Value = serde_json::from_str(&run("fio", &arguments)?)?;
+    let job = &report["jobs"][0];
+    ensure!(job["error"] == 0, "fio: {job}");
+    let written = job["write"]["io_bytes"].as_u64().unwrap_or(0);
+    ensure!(written >= u64::from(size_mib) << 19, "fio wrote {written} bytes only");
+    Ok(())
+}
+
+fn mixed_sizes_and_depths_verify(env: &Env) -> Result<()> {
+    let node = StorageNode::start_on_xfs(env)?;
+    let device = node.create_and_attach("vol-1", "256M", &[])?;
+    for (index, depth) in [1, 4, 16, 32].into_iter().enumerate() {
+        verify(&device, index as u32 * 64, 64, depth)?;
+    }
+    node.detach("vol-1")
+}
+
+fn the_copying_path_verifies(env: &Env) -> Result<()> {
+    let node = StorageNode::start_on_xfs(env)?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    let device = node.attach(&["vol-1", "--data-path", "mapped"])?;
+    ensure!(node.attachment("vol-1")?["data_path"] == "mapped");
+    verify(&device, 0, 32, 16)?;
+    node.detach("vol-1")
+}
+
+fn several_queues_verify(env: &Env) -> Result<()> {
+    let node = StorageNode::start_on_xfs(env)?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    let device = node.attach(&["vol-1", "--queues", "2", "--queue-depth", "16"])?;
+    ensure!(node.attachment("vol-1")?["nr_hw_queues"] == 2);
+    verify(&device, 0, 32, 32)?;
+    node.detach("vol-1")
+}
+
+fn a_memory_volume_verifies(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let device = node.create_and_attach("vol-1", "64M", &["--backend", "memory", "--block-size", "512"])?;
+    verify(&device, 0, 48, 16)?;
+    node.detach("vol-1")
+}
+
+fn a_path_the_kernel_lacks_is_refused(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    let refused = node.volctl(&["attach", "vol-1", "--data-path", "fused"])?;
+    ensure!(refused.exit_code != 0 && refused.stderr.contains("auto"), "{refused:?}");
+    // Nothing half-made is in the way of the path that works.
+    node.attach(&["vol-1"])?;
+    node.detach("vol-1")
+}
