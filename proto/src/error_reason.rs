@@ -48,3 +48,5 @@ pub const SERVER_UNREACHABLE: &str = "SERVER_UNREACHABLE";
 pub const DETACH_UNFINISHED: &str = "DETACH_UNFINISHED";
 /// FAILED_PRECONDITION: a state file was written by a newer program.
 pub const NEWER_FORMAT: &str = "NEWER_FORMAT";
+/// INTERNAL: the node daemon failed; its log says why.
+pub const NODE_FAILED: &str = "NODE_FAILED";

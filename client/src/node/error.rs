@@ -157,7 +157,7 @@ impl NodeError {
             | Self::StopFailed { .. }
             | Self::StateFile(_)
             | Self::Io { .. }
-            | Self::Panicked => (Code::Internal, "INTERNAL"),
+            | Self::Panicked => (Code::Internal, reason::NODE_FAILED),
         }
     }
 
