@@ -1,3 +1,71 @@
 //! volctl: the command line of volnode.
+//!
+//! Owns: running one command, printing its report, and turning its failure into two lines on stderr and an exit code.
+//! Never: state; secrets (the programs it talks to give it none). stdout carries the result and nothing else, so that it
+//! can be piped; a reader that stops reading is no error.
 
-fn main() {}
+mod attachments;
+mod cli;
+mod connect;
+mod doctor;
+mod exit_code;
+mod failure;
+mod report;
+mod size;
+mod volumes;
+
+use std::io::{self, Write as _};
+use std::process::ExitCode as ProcessExitCode;
+
+use clap::Parser as _;
+
+use crate::cli::{Cli, Command, OutputFormat};
+use crate::failure::Failure;
+use crate::report::Report;
+
+fn main() -> ProcessExitCode {
+    let cli = Cli::parse();
+    let output = cli.output;
+    let outcome = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(run(cli)),
+        Err(error) => Err(Failure::other(format!("cannot start: {error}"))),
+    };
+    let outcome = outcome.and_then(|report| print(&report, output).map(|()| report.exit_code));
+    match outcome {
+        Ok(exit_code) => exit_code.into(),
+        Err(failure) => {
+            // Whoever closed stderr does not want to know.
+            io::stderr().write_all(failure.to_string().as_bytes()).ok();
+            failure.exit_code.into()
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<Report, Failure> {
+    let (server, socket) = (cli.server.as_str(), cli.socket.as_path());
+    match cli.command {
+        Command::Create(args) => volumes::create(server, args).await,
+        Command::List => volumes::list(server).await,
+        Command::Show { name } => volumes::show(server, name).await,
+        Command::Delete { name } => volumes::delete(server, name).await,
+        Command::Attach(args) => attachments::attach(socket, args).await,
+        Command::Detach { target } => attachments::detach(socket, target).await,
+        Command::Attachments => attachments::list(socket).await,
+        Command::Version => Ok(doctor::version(server, socket).await),
+        Command::Doctor => Ok(doctor::doctor(server, socket).await),
+    }
+}
+
+fn print(report: &Report, output: OutputFormat) -> Result<(), Failure> {
+    let text = match output {
+        OutputFormat::Table => report.text.clone(),
+        OutputFormat::Json => format!("{:#}\n", report.json),
+    };
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::other(format!("cannot write the result: {error}")))
+        }
+        _ => Ok(()),
+    }
+}

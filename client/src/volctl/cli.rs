@@ -1,0 +1,170 @@
+//! The commands and options of volctl.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::exit_code::EXIT_CODES_HELP;
+use crate::size::parse_size;
+
+/// Manage network volumes, and attach them to this machine as local disks.
+#[derive(Debug, Parser)]
+#[command(name = "volctl", version, max_term_width = 100, after_help = EXIT_CODES_HELP)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Management API of the storage server
+    #[arg(
+        long,
+        global = true,
+        env = "VOLNODE_SERVER",
+        default_value = "http://127.0.0.1:10810",
+        value_name = "URI"
+    )]
+    pub(crate) server: String,
+    /// Socket of this machine's node daemon, `volclient serve`
+    #[arg(
+        long,
+        global = true,
+        env = "VOLNODE_SOCKET",
+        default_value = "/run/volnode/volclient.sock",
+        value_name = "PATH"
+    )]
+    pub(crate) socket: PathBuf,
+    /// How to print the result; JSON has the field names of the volnode.v1 API, bytes and milliseconds
+    #[arg(long, global = true, value_enum, default_value_t = OutputFormat::Table, value_name = "FORMAT")]
+    pub(crate) output: OutputFormat,
+}
+
+/// How a result is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputFormat {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a volume, or find that it is there with the same properties
+    Create(CreateArgs),
+    /// List all volumes
+    List,
+    /// Show one volume and its attachments
+    Show {
+        /// The volume's name
+        name: String,
+    },
+    /// Delete a volume and its data; one that is not there is a success
+    Delete {
+        /// The volume's name
+        name: String,
+    },
+    /// Make a volume, or an export of any NBD server, a local disk; prints its path
+    Attach(AttachArgs),
+    /// Take a local disk away; what is not attached is a success
+    Detach {
+        /// What was attached: a volume's name or an NBD URI; or /dev/ublkbN, its stable name, or the attachment's id
+        target: String,
+    },
+    /// List the disks that are attached to this machine
+    Attachments,
+    /// Print the versions of volctl, the storage server and the node daemon
+    Version,
+    /// Check that this machine can attach volumes, and say what to do where it cannot
+    Doctor,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// 1 to 128 letters, digits, '-', '_' and '.', beginning with a letter or digit
+    pub(crate) name: String,
+    /// Capacity: bytes, or with K, M, G or T (powers of 1024; KiB, MiB ... mean the same), such as 2G
+    #[arg(long, value_parser = parse_size)]
+    pub(crate) size: u64,
+    /// Logical block size in bytes: 512 or 4096
+    #[arg(long, default_value_t = 4096, value_name = "BYTES")]
+    pub(crate) block_size: u32,
+    /// Where the data is kept
+    #[arg(long, value_enum, default_value_t = Backend::File)]
+    pub(crate) backend: Backend,
+    /// off: every write is durable before it is acknowledged
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub(crate) write_cache: Switch,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Backend {
+    /// A sparse file on the storage server
+    File,
+    /// Memory of the storage server; gone with its process
+    Memory,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// A volume's name, or nbd://host[:port]/export for any NBD server
+    pub(crate) target: String,
+    /// How data moves between the kernel and the network; auto takes the best that this kernel proves it can do
+    #[arg(long, value_enum, default_value_t = DataPathArg::Auto)]
+    pub(crate) data_path: DataPathArg,
+    /// Attach without the right to write
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Hardware queues, each with a connection of its own [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) queues: Option<u32>,
+    /// Requests in flight on each queue [default: 128]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) queue_depth: Option<u32>,
+    /// Take the volume from the node that holds it; that node's I/O fails from then on
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DataPathArg {
+    /// The best usable one
+    Auto,
+    /// The request's own pages are the socket's buffer (Linux 7.2)
+    Fused,
+    /// Through a buffer of the device process (Linux 6.0)
+    Mapped,
+}
+
+impl DataPathArg {
+    /// As in the node API.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Fused => "fused",
+            Self::Mapped => "mapped",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_options_may_follow_the_command() {
+        let cli =
+            Cli::try_parse_from(["volctl", "list", "--output", "json", "--server", "http://h:1"]).unwrap();
+        assert_eq!((cli.output, cli.server.as_str()), (OutputFormat::Json, "http://h:1"));
+    }
+}

@@ -1,0 +1,87 @@
+//! Connections to the storage server and the node daemon, and what to do when there is none.
+//!
+//! A connection is made before the first call, so that "nobody is there" is told apart from a call that failed.
+
+use std::error::Error;
+use std::future::Future;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use proto::v1::management_client::ManagementClient;
+use proto::v1::node_client::NodeClient;
+use tonic::transport::{self, Channel, Endpoint};
+use tonic::{Response, Status};
+
+use crate::exit_code::ExitCode;
+use crate::failure::Failure;
+
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// Longer than the longest call of the node daemon (a detach: stopping the device, then the server).
+const CALL_DEADLINE: Duration = Duration::from_secs(300);
+
+/// The storage server at this URI.
+pub(crate) async fn server(uri: &str) -> Result<ManagementClient<Channel>, Failure> {
+    let off = |what: &str| {
+        let next = "write --server http://host:port (or set VOLNODE_SERVER)";
+        Failure::new(ExitCode::Usage, format!("{uri:?} {what}"), next)
+    };
+    if !uri.starts_with("http://") {
+        return Err(off("is not of the form http://host:port"));
+    }
+    let endpoint = Endpoint::from_shared(uri.to_owned()).map_err(|_| off("is not a valid URI"))?;
+    let connected = endpoint.connect_timeout(CONNECT_DEADLINE).connect().await;
+    connected.map(ManagementClient::new).map_err(|error| {
+        Failure::new(
+            ExitCode::Unreachable,
+            format!("cannot reach the storage server at {uri}: {}", root_cause(&error)),
+            "check that volserver runs and listens there; another address is given with --server \
+             (or VOLNODE_SERVER)",
+        )
+    })
+}
+
+/// The node daemon behind this socket.
+pub(crate) async fn node(socket: &Path) -> Result<NodeClient<Channel>, Failure> {
+    let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()));
+    let endpoint = endpoint.map_err(|error| Failure::other(format!("--socket: {error}")))?;
+    let connected = endpoint.connect_timeout(CONNECT_DEADLINE).connect().await;
+    connected.map(NodeClient::new).map_err(|error| {
+        let what = format!("cannot reach the node daemon at {}: {}", socket.display(), root_cause(&error));
+        match io_error_kind(&error) {
+            Some(io::ErrorKind::PermissionDenied) => {
+                Failure::new(ExitCode::MachineCannot, what, "run volctl as root (sudo volctl ...)")
+            }
+            _ => Failure::new(
+                ExitCode::Unreachable,
+                what,
+                "start it: `volclient serve`, as root; another socket is given with --socket (or VOLNODE_SOCKET)",
+            ),
+        }
+    })
+}
+
+/// Waits for an answer, but not for ever.
+pub(crate) async fn call<T>(answer: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Failure> {
+    match tokio::time::timeout(CALL_DEADLINE, answer).await {
+        Ok(answer) => Ok(answer?.into_inner()),
+        Err(_) => Err(Failure::new(
+            ExitCode::TimedOut,
+            format!("no answer within {} s", CALL_DEADLINE.as_secs()),
+            "see the log of the program that did not answer; the call may be repeated",
+        )),
+    }
+}
+
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |error| <dyn Error>::source(*error))
+}
+
+fn io_error_kind(error: &transport::Error) -> Option<io::ErrorKind> {
+    causes(error).find_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind)
+}
+
+/// The innermost cause, which says what the system saw; those around it only say that connecting failed.
+fn root_cause(error: &transport::Error) -> String {
+    causes(error).last().map_or_else(String::new, ToString::to_string)
+}

@@ -1,0 +1,154 @@
+//! `doctor` and `version`: what is there, and what stands in the way of an attachment.
+//!
+//! Every check is made, whatever the others found; the exit code is that of the first that failed. The checks are in
+//! the order in which one would mend things: this machine, then the node daemon, then the storage server.
+
+use std::path::Path;
+
+use proto::v1;
+use serde_json::{Value, json};
+use ublk_core::{ControlDevice, ControlError, DataPath, Features};
+
+use crate::connect::{self, call};
+use crate::exit_code::ExitCode;
+use crate::failure::Failure;
+use crate::report::{Report, properties};
+
+/// One line of the doctor: what was looked at, and what was found.
+#[derive(Debug)]
+struct Check {
+    name: &'static str,
+    outcome: Result<String, Failure>,
+}
+
+pub(crate) async fn doctor(server: &str, socket: &Path) -> Report {
+    let control = ControlDevice::open();
+    let checks = [
+        Check { name: "root", outcome: check_root() },
+        Check { name: "ublk driver", outcome: check_driver(&control) },
+        Check { name: "data paths", outcome: check_data_paths(&control) },
+        Check { name: "node daemon", outcome: check_node(socket).await },
+        Check { name: "storage server", outcome: check_server(server).await },
+    ];
+    let exit_code =
+        checks.iter().find_map(|check| check.outcome.as_ref().err()).map(|failure| failure.exit_code);
+    Report {
+        text: checks.iter().map(Check::text).collect(),
+        json: checks.iter().map(Check::json).collect(),
+        exit_code: exit_code.unwrap_or(ExitCode::Done),
+    }
+}
+
+impl Check {
+    fn text(&self) -> String {
+        let Self { name, outcome } = self;
+        match outcome {
+            Ok(found) => format!("ok    {name}: {found}\n"),
+            Err(Failure { what, next, .. }) if next.is_empty() => format!("FAIL  {name}: {what}\n"),
+            Err(Failure { what, next, .. }) => format!("FAIL  {name}: {what}\n      next: {next}\n"),
+        }
+    }
+
+    fn json(&self) -> Value {
+        let (detail, next) = match &self.outcome {
+            Ok(found) => (found, ""),
+            Err(failure) => (&failure.what, failure.next.as_str()),
+        };
+        json!({ "check": self.name, "ok": self.outcome.is_ok(), "detail": detail, "next": next })
+    }
+}
+
+fn check_root() -> Result<String, Failure> {
+    let user_id = rustix::process::geteuid();
+    if user_id.is_root() {
+        return Ok("yes".to_owned());
+    }
+    let what = format!("running as user {}", user_id.as_raw());
+    Err(Failure::new(ExitCode::MachineCannot, what, "run it as root (sudo volctl doctor)"))
+}
+
+fn check_driver(control: &Result<ControlDevice, ControlError>) -> Result<String, Failure> {
+    let control = control.as_ref().map_err(driver_failure)?;
+    match control.get_features() {
+        Ok(features) => Ok(format!("features {features}")),
+        Err(ControlError::Unsupported { .. }) => Ok("older than its feature query (Linux 6.5)".to_owned()),
+        Err(error) => Err(driver_failure(&error)),
+    }
+}
+
+fn driver_failure(error: &ControlError) -> Failure {
+    match error {
+        ControlError::NoDriver => Failure::new(
+            ExitCode::MachineCannot,
+            "/dev/ublk-control is missing",
+            "load the driver with `modprobe ublk_drv`; it needs Linux 6.0 or later with CONFIG_BLK_DEV_UBLK \
+             (Ubuntu: package linux-modules-extra)",
+        ),
+        ControlError::PermissionDenied { .. } => {
+            Failure::new(ExitCode::MachineCannot, error.to_string(), "run it as root")
+        }
+        _ => Failure::new(ExitCode::MachineCannot, error.to_string(), "see the kernel's log (dmesg)"),
+    }
+}
+
+fn check_data_paths(control: &Result<ControlDevice, ControlError>) -> Result<String, Failure> {
+    let control = control.as_ref().map_err(|_| {
+        Failure::new(ExitCode::MachineCannot, "none without the ublk driver", "see the line above")
+    })?;
+    let report = ublk_core::probe(control.get_features().unwrap_or(Features(0)));
+    let told: Vec<String> = DataPath::LADDER
+        .into_iter()
+        .map(|path| match report.check(path) {
+            Ok(()) => path.to_string(),
+            Err(why) => format!("not {path} ({why})"),
+        })
+        .collect();
+    match report.best() {
+        Some(_) => Ok(told.join(", ")),
+        None => {
+            let next = "allow io_uring (kernel.io_uring_disabled, a container's seccomp profile)";
+            Err(Failure::new(ExitCode::MachineCannot, told.join(", "), next))
+        }
+    }
+}
+
+async fn check_node(socket: &Path) -> Result<String, Failure> {
+    let info = node_info(socket).await?;
+    Ok(format!(
+        "version {} at {}, node {}, server {}",
+        info.version,
+        socket.display(),
+        info.node_id,
+        info.server
+    ))
+}
+
+async fn check_server(server: &str) -> Result<String, Failure> {
+    let info = server_info(server).await?;
+    Ok(format!("version {} at {server}, data at {}", info.version, info.data_addresses.join(", ")))
+}
+
+async fn node_info(socket: &Path) -> Result<v1::GetNodeInfoResponse, Failure> {
+    call(connect::node(socket).await?.get_node_info(v1::GetNodeInfoRequest {})).await
+}
+
+async fn server_info(server: &str) -> Result<v1::GetServerInfoResponse, Failure> {
+    call(connect::server(server).await?.get_server_info(v1::GetServerInfoRequest {})).await
+}
+
+/// Prints what answers; a program that does not is told as such, and is no failure.
+pub(crate) async fn version(server: &str, socket: &Path) -> Report {
+    let volctl = env!("CARGO_PKG_VERSION");
+    let (volserver, volclient) = (server_info(server).await.ok(), node_info(socket).await.ok());
+    let (volserver, volclient) = (volserver.map(|info| info.version), volclient.map(|info| info.version));
+    let or_not = |version: &Option<String>, place: String| match version {
+        Some(version) => format!("{version} ({place})"),
+        None => format!("not reachable ({place})"),
+    };
+    let text = properties([
+        ("volctl", volctl.to_owned()),
+        ("volserver", or_not(&volserver, server.to_owned())),
+        ("volclient", or_not(&volclient, socket.display().to_string())),
+    ]);
+    Report::new(text, json!({ "volctl": volctl, "volserver": volserver, "volclient": volclient }))
+}

@@ -1,0 +1,167 @@
+//! What a command has to say: as text for people and as JSON for programs.
+//!
+//! The JSON field names are those of the volnode.v1 messages; sizes are bytes, times milliseconds since the Unix epoch,
+//! enumerations lower-case words (`file`, `single_node_writer`, `live`). They are stable: fields may be added, none is
+//! renamed or removed.
+
+use comfy_table::Table;
+use comfy_table::presets::NOTHING;
+use proto::v1;
+use serde_json::{Value, json};
+
+use crate::exit_code::ExitCode;
+
+/// The result of a command that did what it could.
+#[derive(Debug)]
+pub(crate) struct Report {
+    /// Ends with a line feed, or is empty.
+    pub(crate) text: String,
+    pub(crate) json: Value,
+    pub(crate) exit_code: ExitCode,
+}
+
+impl Report {
+    /// A success.
+    pub(crate) fn new(text: impl Into<String>, json: Value) -> Self {
+        Self { text: text.into(), json, exit_code: ExitCode::Done }
+    }
+}
+
+/// A table without lines; nothing at all where there are no rows, but for the header.
+pub(crate) fn table<const COLUMNS: usize>(
+    header: [&str; COLUMNS],
+    rows: impl IntoIterator<Item = [String; COLUMNS]>,
+) -> String {
+    let mut table = Table::new();
+    table.load_style(NOTHING).set_header(header);
+    table.add_rows(rows);
+    lines_of(&mut table)
+}
+
+/// One property to a line.
+pub(crate) fn properties(rows: impl IntoIterator<Item = (&'static str, String)>) -> String {
+    let mut table = Table::new();
+    table.load_style(NOTHING);
+    table.add_rows(rows.into_iter().map(|(name, value)| [format!("{name}:"), value]));
+    lines_of(&mut table)
+}
+
+fn lines_of(table: &mut Table) -> String {
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
+}
+
+/// A volume, with its attachments.
+pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
+    json!({
+        "name": volume.name,
+        "volume_uid": volume.volume_uid,
+        "capacity_bytes": volume.capacity_bytes,
+        "block_size_bytes": volume.block_size_bytes,
+        "backend": backend_word(volume.backend()),
+        "write_cache": write_cache_word(volume.write_cache()),
+        "allocated_bytes": volume.allocated_bytes,
+        "storage_incarnation": volume.storage_incarnation,
+        "created_at_ms": volume.created_at_ms,
+        "attachments": volume.attachments.iter().map(attachment_json).collect::<Vec<_>>(),
+    })
+}
+
+/// The server's record of an attachment.
+pub(crate) fn attachment_json(attachment: &v1::Attachment) -> Value {
+    json!({
+        "attachment_id": attachment.attachment_id,
+        "volume_name": attachment.volume_name,
+        "volume_uid": attachment.volume_uid,
+        "node_id": attachment.node_id,
+        "access_mode": access_mode_word(attachment.access_mode()),
+        "generation": attachment.generation,
+        "session_epoch": attachment.session_epoch,
+        "connections": attachment.connections,
+        "created_at_ms": attachment.created_at_ms,
+    })
+}
+
+/// A disk of this machine.
+pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
+    json!({
+        "attachment_id": attachment.attachment_id,
+        "target": attachment.target,
+        "device_path": attachment.device_path,
+        "device_link": attachment.device_link,
+        "capacity_bytes": attachment.capacity_bytes,
+        "block_size_bytes": attachment.block_size_bytes,
+        "read_only": attachment.read_only,
+        "state": state_word(attachment.state()),
+        "state_reason": attachment.state_reason,
+        "state_since_ms": attachment.state_since_ms,
+        "data_path": attachment.data_path,
+        "data_path_reason": attachment.data_path_reason,
+        "nr_hw_queues": attachment.nr_hw_queues,
+        "queue_depth": attachment.queue_depth,
+        "server_address": attachment.server_address,
+        "pid": attachment.pid,
+        "session_epoch": attachment.session_epoch,
+    })
+}
+
+/// `file` or `memory`.
+pub(crate) fn backend_word(backend: v1::Backend) -> &'static str {
+    match backend {
+        v1::Backend::Unspecified => "unknown",
+        v1::Backend::File => "file",
+        v1::Backend::Memory => "memory",
+    }
+}
+
+/// `on` or `off`.
+pub(crate) fn write_cache_word(write_cache: v1::WriteCache) -> &'static str {
+    match write_cache {
+        v1::WriteCache::Unspecified => "unknown",
+        v1::WriteCache::On => "on",
+        v1::WriteCache::Off => "off",
+    }
+}
+
+/// `single_node_writer` or `single_node_reader_only`.
+pub(crate) fn access_mode_word(access_mode: v1::AccessMode) -> &'static str {
+    match access_mode {
+        v1::AccessMode::Unspecified => "unknown",
+        v1::AccessMode::SingleNodeWriter => "single_node_writer",
+        v1::AccessMode::SingleNodeReaderOnly => "single_node_reader_only",
+    }
+}
+
+/// `starting`, `live`, `failed`, `stopping` or `dead`.
+pub(crate) fn state_word(state: v1::DeviceState) -> &'static str {
+    match state {
+        v1::DeviceState::Unspecified => "unknown",
+        v1::DeviceState::Starting => "starting",
+        v1::DeviceState::Live => "live",
+        v1::DeviceState::Failed => "failed",
+        v1::DeviceState::Stopping => "stopping",
+        v1::DeviceState::Dead => "dead",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_has_no_lines_and_no_trailing_blanks() {
+        let text = table(["NAME", "SIZE"], [["vol-123".into(), "2G".into()], ["b".into(), String::new()]]);
+        assert_eq!(text, "NAME     SIZE\nvol-123  2G\nb\n");
+    }
+
+    #[test]
+    fn json_names_are_those_of_the_api() {
+        let volume =
+            v1::Volume { name: "vol-1".into(), backend: v1::Backend::File.into(), ..Default::default() };
+        let json = volume_json(&volume);
+        assert_eq!((json["name"].as_str(), json["backend"].as_str()), (Some("vol-1"), Some("file")));
+        assert_eq!(json["capacity_bytes"], 0);
+    }
+}
