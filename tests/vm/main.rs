@@ -3,11 +3,23 @@
 //! To add one, write a function in its module and a line in the module's `TESTS`. The harness
 //! (`testlab::harness`) gives each test a directory, a deadline and a machine in the state it found it in.
 
+mod bad_input;
+mod daemons;
+mod file_systems;
+mod fio;
+mod foreign;
 mod smoke;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let modules: [&[testlab::harness::Test]; 1] = [smoke::TESTS];
+    let modules = [
+        smoke::TESTS,
+        fio::TESTS,
+        file_systems::TESTS,
+        foreign::TESTS,
+        bad_input::TESTS,
+        daemons::TESTS,
+    ];
     testlab::harness::main(&modules.concat())
 }

@@ -95,6 +95,9 @@ pub enum AttachmentError {
     /// A queue thread did not get ready.
     #[error("a queue could not start: {0}")]
     Queue(String),
+    /// The device is gone, but a queue did not end well.
+    #[error("the device is gone, but {0}")]
+    Ended(String),
     /// The stable name cannot be made.
     #[error("cannot make {path}: {source}")]
     Link {
@@ -325,8 +328,10 @@ impl Attachment {
             }
         }
         let outcome = match self.queue_error.take() {
-            Some(error) => Err(AttachmentError::Queue(with_sources(&error))),
-            None if self.queues_live > 0 => Err(AttachmentError::Queue("it did not end in time".into())),
+            Some(error) => Err(AttachmentError::Ended(with_sources(&error))),
+            None if self.queues_live > 0 => {
+                Err(AttachmentError::Ended("a queue did not end in time: what was not flushed may be lost".into()))
+            }
             None => Ok(()),
         };
         if self.queues_live == 0 {

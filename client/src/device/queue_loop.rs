@@ -360,7 +360,8 @@ impl<'a> QueueLoop<'a> {
     /// The device is gone: put everything on stable storage, say goodbye, and reap the rest.
     fn finish(mut self) -> Result<(), QueueError> {
         let mut outcome = Ok(());
-        if self.volatile_cache {
+        // On a connection that was lost before there is nothing to ask: its users were told by EIO.
+        if self.volatile_cache && !self.connection.has_failed() {
             outcome = self.flush_finally();
         }
         if !self.connection.has_failed() {
