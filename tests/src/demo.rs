@@ -115,7 +115,8 @@ impl Stage {
 
     /// In the VM the daemons run with their defaults; on somebody's machine the server keeps its data apart.
     fn start_daemons(&mut self) -> Result<()> {
-        let data_dir = if self.data_mounted { PathBuf::from("/var/lib/volnode") } else { self.directory.join("data") };
+        let data_dir =
+            if self.data_mounted { PathBuf::from("/var/lib/volnode") } else { self.directory.join("data") };
         self.start(&format!("volserver --data-dir {}", data_dir.display()))?;
         self.start("volclient serve")
     }
@@ -153,7 +154,11 @@ impl Stage {
             run_quietly("umount", &[&mount_point])?;
         }
         // Without a daemon there is nothing to detach from; with one, detaching what is not attached is no error.
-        let detached = if self.daemons.len() == 2 { run_quietly("volctl", &["detach", "vol-123"]).map(drop) } else { Ok(()) };
+        let detached = if self.daemons.len() == 2 {
+            run_quietly("volctl", &["detach", "vol-123"]).map(drop)
+        } else {
+            Ok(())
+        };
         while let Some(mut daemon) = self.daemons.pop() {
             kill_process(Pid::from_child(&daemon), Signal::TERM).context("SIGTERM")?;
             wait_for("a daemon to end", DAEMON_DEADLINE, || Ok(daemon.try_wait()?))?;
@@ -188,8 +193,11 @@ fn show(command: &str) -> Result<()> {
 /// As [`show`]; while the command runs, says now and then how far it is.
 fn show_with_progress(command: &str, progress: impl Fn() -> Result<String>) -> Result<()> {
     println!("$ {command}");
-    let mut shell =
-        Command::new("bash").args(["-euo", "pipefail", "-c", command]).stdin(Stdio::null()).spawn().context("bash")?;
+    let mut shell = Command::new("bash")
+        .args(["-euo", "pipefail", "-c", command])
+        .stdin(Stdio::null())
+        .spawn()
+        .context("bash")?;
     let started = Instant::now();
     let mut said = started;
     let status = loop {

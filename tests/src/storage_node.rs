@@ -103,7 +103,8 @@ impl StorageNode {
         }
         let logs = env.directory.join("logs");
         fs::create_dir_all(&logs)?;
-        let device_dir = if env.in_vm { PathBuf::from("/dev/volnode") } else { env.directory.join("by-name") };
+        let device_dir =
+            if env.in_vm { PathBuf::from("/dev/volnode") } else { env.directory.join("by-name") };
         let mut node = Self {
             data_dir: data_dir.to_owned(),
             data_address: "127.0.0.1:0".into(),
@@ -260,8 +261,12 @@ impl StorageNode {
     fn spawn(&self, mut command: Command, name: &str) -> Result<(Child, String)> {
         let log_path = self.logs.join(name);
         let log = File::options().create(true).append(true).open(&log_path)?;
-        let mut child =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn().context(name.to_owned())?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .context(name.to_owned())?;
         let stdout = child.stdout.take().context("stdout")?;
         let (sender, receiver) = std::sync::mpsc::channel();
         std::thread::spawn(move || {

@@ -27,6 +27,9 @@ const KERNEL_PACKAGES: [&str; 4] = ["linux-image-", "linux-binary-", "linux-modu
 /// How long a cached kernel is used without asking the mirror for a newer one.
 const CHECK_INTERVAL: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long a mirror that could not be reached is left alone: asking one that does not answer takes a minute.
+const RETRY_INTERVAL: Duration = Duration::from_secs(60 * 60);
+
 /// Unpacking 120 MB of compressed modules.
 const UNPACK_DEADLINE: Duration = Duration::from_secs(300);
 
@@ -63,6 +66,9 @@ pub(crate) fn ensure_cached(workspace: &Workspace, series: KernelSeries) -> Resu
                 return Err(error).with_context(|| format!("there is no {series} kernel in the cache"));
             };
             eprintln!("lab: using the cached kernel {}: {error:#}", cached.release);
+            let last_check = SystemTime::now() - CHECK_INTERVAL + RETRY_INTERVAL;
+            let checked = fs::File::create(&checked).context("noting when the mirror was asked")?;
+            checked.set_modified(last_check).context("noting when the mirror was asked")?;
             Ok(cached)
         }
     }

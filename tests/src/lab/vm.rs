@@ -248,21 +248,32 @@ fn write_share(
         fs::write(share.join("interactive"), "").context("writing the share")?;
         environment.push_str(&terminal_size_script());
     }
-    let visible = [command.directory(), &workspace.root, &workspace.target]
-        .iter()
-        .filter(|path| GUEST_OWN_DIRECTORIES.iter().any(|own| path.starts_with(own)))
-        .map(|path| format!("{}\n", path.display()))
-        .collect::<String>();
+    let visible = hidden_by_the_guest(&[command.directory(), &workspace.root, &workspace.target]);
     let files = [
         ("second_stage.sh", SECOND_STAGE.to_owned()),
         ("command.sh", command.script()),
         ("environment", environment),
-        ("visible", visible),
+        ("visible", visible.iter().map(|path| format!("{}\n", path.display())).collect()),
     ];
     for (name, text) in files {
         fs::write(share.join(name), text).context("writing the share")?;
     }
     Ok(())
+}
+
+/// Those of `paths` that exist and would be hidden behind a directory of the guest's own, none inside another.
+fn hidden_by_the_guest(paths: &[&Path]) -> Vec<PathBuf> {
+    let mut hidden: Vec<PathBuf> = Vec::new();
+    let mut paths: Vec<&Path> = paths.to_vec();
+    // A directory sorts before what is in it.
+    paths.sort();
+    for path in paths.into_iter().filter(|path| path.exists()) {
+        let own = GUEST_OWN_DIRECTORIES.iter().any(|own| path.starts_with(own));
+        if own && !hidden.iter().any(|shown| path.starts_with(shown)) {
+            hidden.push(path.to_owned());
+        }
+    }
+    hidden
 }
 
 /// A line that gives the guest's console the size of our terminal, if we have one.
@@ -323,4 +334,39 @@ fn qemu_command(kernel: &Kernel, initramfs: &Path, directory: &Path, terminal: T
         command.stdin(Stdio::null());
     }
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn console(text: &str) -> Console {
+        Console { text: text.to_owned() }
+    }
+
+    #[test]
+    fn only_an_exit_line_is_an_exit_code() {
+        let up = "[    7.4] lab-guest: up\r\n";
+        assert!(console(up).is_up() && console(up).exit_code().is_none());
+        assert_eq!(console(&format!("{up}[    9.1] lab-guest: exit 7\r\n")).exit_code(), Some(7));
+        assert_eq!(console(&format!("{up}[    9.1] Kernel panic - not syncing\r\n")).exit_code(), None);
+    }
+
+    #[test]
+    fn a_failure_shows_the_console_and_a_success_only_the_kernels_words() {
+        let text = "[    1.0] EXT4-fs error\n[    7.4] lab-guest: up\n";
+        assert!(console(text).failure("it died").to_string().contains("EXT4-fs error"));
+        assert_eq!(console(text).kernel_messages(), "[    1.0] EXT4-fs error");
+    }
+
+    #[test]
+    fn a_path_below_tmp_is_shown_once_and_only_if_it_exists() {
+        let outer = std::env::temp_dir().join(format!("lab-visible-{}", std::process::id()));
+        let inner = outer.join("target");
+        fs::create_dir_all(&inner).unwrap();
+        let absent = outer.with_extension("absent");
+        let expected = if outer.starts_with("/tmp") { vec![outer.clone()] } else { Vec::new() };
+        assert_eq!(hidden_by_the_guest(&[&inner, &absent, Path::new("/usr"), &outer]), expected);
+        fs::remove_dir_all(&outer).unwrap();
+    }
 }

@@ -40,8 +40,9 @@ impl Workspace {
     /// # Errors
     /// Cargo cannot be run, there is no home directory for the cache, or the cache cannot be created.
     pub(crate) fn locate() -> Result<Self> {
-        // Of the machine this was built on; correct because the lab is only ever run by `cargo lab`.
-        let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+        // Set by `cargo lab`; called in another way, the lab belongs to the workspace it was built from.
+        let package = env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+        let manifest = Path::new(&package).join("Cargo.toml");
         let mut metadata = cargo();
         metadata.args(["metadata", "--no-deps", "--format-version", "1", "--manifest-path"]).arg(manifest);
         let metadata: Metadata = serde_json::from_slice(&tool::output(&mut metadata, METADATA_DEADLINE)?)
