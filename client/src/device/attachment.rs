@@ -24,6 +24,7 @@ use ublk_core::{ControlDevice, ControlError, DataPath, Device, DeviceError, Devi
 use super::block_request::{self, GeometryError};
 use super::control_socket::{self, PendingRequest};
 use super::dial::{self, DialError, Dialled};
+use super::mount_namespace;
 use super::protections::{self, ProtectionError};
 use super::queue_loop::{self, QueueError, QueueEvent, QueueParts};
 use super::status_file::StatusFile;
@@ -53,6 +54,9 @@ pub enum AttachmentError {
     /// The process cannot be protected from its own device.
     #[error(transparent)]
     Protection(#[from] ProtectionError),
+    /// The process cannot be kept apart from what is mounted on its device.
+    #[error("cannot enter a mount namespace (needs root or CAP_SYS_ADMIN): {0}")]
+    MountNamespace(io::Error),
     /// The export cannot be opened.
     #[error(transparent)]
     Dial(#[from] DialError),
@@ -148,6 +152,8 @@ struct Attachment {
 impl Attachment {
     fn start(dir: &AttachmentDir, spec: &DeviceSpec, status: &mut StatusFile) -> Result<Self, AttachmentError> {
         protections::protect_process()?;
+        let link_dir = spec.device_link.parent().unwrap_or(&spec.device_link);
+        mount_namespace::enter(&[dir.path(), link_dir]).map_err(AttachmentError::MountNamespace)?;
         let (sender, events) = mpsc::channel();
         listen_for_signals(&sender)?;
         let control = ControlDevice::open()?;

@@ -1,7 +1,7 @@
 //! The device process: owns one attachment's ublk device, its queues and its sockets.
 //!
 //! Reading path: [`attachment`] (the life of the process) → [`queue_loop`] (the data path) → [`connection`] (NBD, without
-//! I/O) and [`queue_ring`] (the ring, without decisions). Beside it: [`dial`], [`block_request`], [`protections`],
+//! I/O) and [`queue_ring`] (the ring, without decisions). Beside it: [`dial`], [`block_request`], [`protections`], [`mount_namespace`],
 //! [`control_socket`], [`status_file`].
 //!
 //! No gRPC and no async runtime here: plain threads, so that nothing stands between a block request and the wire.
@@ -11,6 +11,7 @@ pub mod block_request;
 pub mod connection;
 pub mod control_socket;
 pub mod dial;
+pub mod mount_namespace;
 pub mod protections;
 pub mod queue_loop;
 pub mod queue_ring;

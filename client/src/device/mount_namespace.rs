@@ -1,0 +1,82 @@
+//! A mount namespace of the device process's own, with only the mounts it needs.
+//!
+//! Called once by `attachment.rs`, before any thread starts. A daemon that can see a file system mounted on its own device
+//! can hang on its way out, when the last reference to that mount goes and wants to write; and one that copies the
+//! mounts of others keeps them from being unmounted for good. So: mounts made later do not reach us (private), and of
+//! those that are there only the ones that hold what we use stay. Source: KERNEL facts on ublk daemons;
+//! mount_namespaces(7).
+#![allow(unsafe_code)] // unshare, which is unsafe for what it could do to other threads; there are none.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+use rustix::thread::UnshareFlags;
+
+/// Where the kernel and its devices are looked up.
+const ALWAYS_NEEDED: [&str; 3] = ["/dev", "/proc", "/sys"];
+
+/// Enters a new mount namespace that keeps only the mounts on the way to `needed` (absolute paths), `/dev`, `/proc` and
+/// `/sys`.
+///
+/// Errors: `EPERM` without CAP_SYS_ADMIN; those of reading `/proc/self/mountinfo`.
+pub fn enter(needed: &[&Path]) -> io::Result<()> {
+    let needed: Vec<&Path> = ALWAYS_NEEDED.iter().map(Path::new).chain(needed.iter().copied()).collect();
+    // SAFETY: only the mount namespace (and the file-system context) is unshared, no file descriptors and no memory;
+    // the process has one thread.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    std::env::set_current_dir("/")?;
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo")?;
+    // Children come after their parents, so the last goes first.
+    for mount_point in mount_points(&mountinfo).iter().rev() {
+        if !needed.iter().any(|path| path.starts_with(mount_point)) {
+            // One that cannot go (it went with its parent, say) is no reason not to serve.
+            if let Err(error) = unmount(mount_point, UnmountFlags::DETACH) {
+                tracing::debug!(mount_point = %mount_point.display(), %error, "a mount stays in our namespace");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The mount points of a mountinfo file, in its order.
+fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
+    mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).collect()
+}
+
+/// Undoes the kernel's escapes of white space and backslash (`\040` and so on).
+fn unescape(field: &str) -> PathBuf {
+    let mut text = String::with_capacity(field.len());
+    let mut rest = field;
+    while let Some(at) = rest.find('\\') {
+        text.push_str(&rest[..at]);
+        let code = rest.get(at + 1..at + 4).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(code) => {
+                text.push(char::from(code));
+                rest = &rest[at + 4..];
+            }
+            None => {
+                text.push('\\');
+                rest = &rest[at + 1..];
+            }
+        }
+    }
+    text.push_str(rest);
+    PathBuf::from(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_read_in_order_and_unescaped() {
+        let mountinfo = "21 1 0:20 / / rw - ext4 /dev/sda1 rw\n\
+                         22 21 0:21 / /proc rw shared:3 - proc proc rw\n\
+                         23 21 259:0 / /mnt/my\\040disk rw - ext4 /dev/ublkb0 rw\n";
+        let expected = [PathBuf::from("/"), PathBuf::from("/proc"), PathBuf::from("/mnt/my disk")];
+        assert_eq!(mount_points(mountinfo), expected);
+    }
+}
