@@ -13,7 +13,8 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("bad_input::attach_and_detach_can_be_repeated", attach_and_detach_can_be_repeated),
     Test::new("bad_input::what_is_in_use_stays", what_is_in_use_stays).within(300),
     Test::new("bad_input::an_unreachable_server_is_named", an_unreachable_server_is_named),
-    Test::new("bad_input::a_full_server_fails_the_writer_only", a_full_server_fails_the_writer_only).within(300),
+    Test::new("bad_input::a_full_server_fails_the_writer_only", a_full_server_fails_the_writer_only)
+        .within(300),
 ];
 
 /// volctl's exit codes, as `volctl --help` documents them.
@@ -29,9 +30,15 @@ fn volumes_that_cannot_be_are_refused(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
     let create = |name: &str, size: &str| node.volctl(&["create", name, "--size", size]);
     let long = "x".repeat(300);
-    for (name, size) in
-        [("zero", "0"), ("uneven", "1000"), ("a/b", "1M"), (&long, "1M"), ("", "1M"), ("..", "1M"), ("vast", "9E")]
-    {
+    for (name, size) in [
+        ("zero", "0"),
+        ("uneven", "1000"),
+        ("a/b", "1M"),
+        (&long, "1M"),
+        ("", "1M"),
+        ("..", "1M"),
+        ("vast", "9E"),
+    ] {
         let refused = create(name, size)?;
         ensure!(refused.exit_code == exit_code::USAGE, "{name:?} of {size}: {refused:?}");
         ensure!(refused.stderr.starts_with("volctl: ") && refused.stdout.is_empty(), "{refused:?}");
@@ -121,7 +128,10 @@ fn a_full_server_fails_the_writer_only(env: &Env) -> Result<()> {
     ))?;
     let mut node = StorageNode::start_with(env, &small.join("data"), &[])?;
     let other = node.create_and_attach("other", "16M", &[])?;
-    sh(&format!("head -c 16M /dev/zero | tr '\\0' o | dd of={} bs=1M oflag=direct iflag=fullblock", other.display()))?;
+    sh(&format!(
+        "head -c 16M /dev/zero | tr '\\0' o | dd of={} bs=1M oflag=direct iflag=fullblock",
+        other.display()
+    ))?;
     let device = node.create_and_attach("vol-1", "1G", &[])?;
     let full = run(
         "dd",
@@ -135,7 +145,10 @@ fn a_full_server_fails_the_writer_only(env: &Env) -> Result<()> {
     // Nothing else is harmed: the other volume reads back, and is written where it has its space.
     sh(&format!("head -c 16M /dev/zero | tr '\\0' o | cmp - {}", other.display()))?;
     // What is freed can be written again.
-    sh(&format!("blkdiscard {0}; dd if=/dev/urandom of={0} bs=1M count=4 oflag=direct status=none", device.display()))?;
+    sh(&format!(
+        "blkdiscard {0}; dd if=/dev/urandom of={0} bs=1M count=4 oflag=direct status=none",
+        device.display()
+    ))?;
     node.detach("vol-1")?;
     node.detach("other")?;
     node.volctl(&["delete", "vol-1"])?.succeeded().map(drop)

@@ -35,7 +35,8 @@ fn a_device_process_is_protected(env: &Env) -> Result<()> {
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let stat = fs::read_to_string(thread?.path().join("stat"))?;
         // Behind the name in parentheses: state, ppid, pgrp, session, tty, tpgid, flags.
-        let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)).context("flags")?;
+        let flags =
+            stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)).context("flags")?;
         let flags: u64 = flags.parse()?;
         ensure!(flags & IO_FLUSHER_FLAGS == IO_FLUSHER_FLAGS, "a thread is no I/O flusher: {stat}");
     }
@@ -74,11 +75,15 @@ fn a_lost_server_gives_errors_and_a_way_out(env: &Env) -> Result<()> {
     let mut node = StorageNode::start(env)?;
     let device = node.create_and_attach("vol-1", "64M", &[])?;
     node.kill_server()?;
-    let read = run("dd", &[&format!("if={}", device.display()), "of=/dev/null", "bs=4k", "count=1", "iflag=direct"]);
+    let read =
+        run("dd", &[&format!("if={}", device.display()), "of=/dev/null", "bs=4k", "count=1", "iflag=direct"]);
     ensure!(read.is_err(), "a read without a server succeeded");
     let attachment = node.attachment("vol-1")?;
     ensure!(attachment["state"] == "failed", "{attachment}");
-    ensure!(attachment["state_reason"].as_str().is_some_and(|reason| reason.contains("lost")), "{attachment}");
+    ensure!(
+        attachment["state_reason"].as_str().is_some_and(|reason| reason.contains("lost")),
+        "{attachment}"
+    );
     // Back again, the device can go and a new one can come.
     node.start_server()?;
     node.detach("vol-1")?;
@@ -112,7 +117,8 @@ fn an_old_session_is_fenced_by_a_new_one(env: &Env) -> Result<()> {
     let newer = open_export(&node, epoch + 1)?;
     ensure!(newer.status.success(), "{}", String::from_utf8_lossy(&newer.stderr));
     // The session before is closed: its device answers with errors, never late writes.
-    let written = run("dd", &["if=/dev/zero", &format!("of={}", device.display()), "bs=4k", "count=1", "oflag=direct"]);
+    let written =
+        run("dd", &["if=/dev/zero", &format!("of={}", device.display()), "bs=4k", "count=1", "oflag=direct"]);
     ensure!(written.is_err(), "a fenced session wrote");
     ensure!(node.attachment("vol-1")?["state"] == "failed");
     node.detach("vol-1")

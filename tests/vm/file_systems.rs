@@ -12,7 +12,8 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("file_systems::ext4_keeps_a_tree_across_detach", ext4_keeps_a_tree_across_detach).within(400),
     Test::new("file_systems::xfs_keeps_a_tree_across_detach", xfs_keeps_a_tree_across_detach).within(400),
     Test::new("file_systems::fstrim_frees_the_servers_space", fstrim_frees_the_servers_space).within(300),
-    Test::new("file_systems::zeroed_ranges_read_back_as_zeroes", zeroed_ranges_read_back_as_zeroes).within(300),
+    Test::new("file_systems::zeroed_ranges_read_back_as_zeroes", zeroed_ranges_read_back_as_zeroes)
+        .within(300),
 ];
 
 /// A real tree of small and large files, in every VM: the C library's headers and programs.
