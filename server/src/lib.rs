@@ -3,11 +3,28 @@
 //! - [`catalog`]: what volumes and attachments there are, durable in SQLite.
 //! - [`lifecycle`]: the order of steps in which they are made and ended.
 //! - [`management`]: the gRPC API over it.
+//! - [`data_server`]: the data side: [`io_loop`] and [`connection`] move bytes, [`session`] speaks NBD, [`volume`] and
+//!   [`backend`] know what a request needs, [`gate`] and [`fence`] decide who is served; [`ring`], [`buffers`] and
+//!   [`mailbox`] carry it.
 //!
 //! Control (catalog, management API, on tokio) and data (sessions and volumes, on one ring thread for each core) meet only
 //! where the catalog is asked about a connection that opens, and where the management side has an attachment fenced.
 
+pub mod backend;
+pub mod buffers;
 pub mod catalog;
+pub mod config;
+pub mod connection;
+pub mod data_server;
+mod data_side;
+pub mod fence;
+pub mod gate;
+pub mod io_loop;
 pub mod lifecycle;
+pub mod mailbox;
 pub mod management;
+pub mod ring;
+pub mod serve;
+pub mod session;
 mod status;
+pub mod volume;

@@ -1,0 +1,293 @@
+//! A volume in a sparse file named by its `volume_uid`.
+//!
+//! Owns: making, opening, measuring and deleting the file. The I/O itself is the ring's, on the descriptor opened here.
+//! Never: reads, modifies and writes part of a sector; that is the client's or the file system's.
+//! Called by: the control side ([`create`], [`delete`], [`list_uids`], [`allocated_bytes`]) and `gate.rs` ([`open`]).
+//! Invariants: `create` and `delete` are durable when they return; a file is served only under `flock(LOCK_EX)` on the
+//! very description that its I/O uses. The kernel keeps that description, and so the lock, until the last operation
+//! submitted on it has finished, even if the process was killed: a successor that gets the lock sees no late write.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags};
+use uuid::Uuid;
+
+/// Whether volumes are read and written past the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheMode {
+    /// `O_DIRECT` where `statx(STATX_DIOALIGN)` says that the file can, else the page cache.
+    #[default]
+    Auto,
+    /// Always through the page cache.
+    Buffered,
+}
+
+impl FromStr for CacheMode {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "buffered" => Ok(Self::Buffered),
+            _ => Err("the cache mode is `auto` or `buffered`"),
+        }
+    }
+}
+
+/// Why a backing file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// A system call failed.
+    #[error("{action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's own error.
+        source: io::Error,
+    },
+    /// The file is not as long as the catalog says the volume is.
+    #[error("{path} has {found_bytes} bytes, the catalog says {expected_bytes}")]
+    WrongSize {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        found_bytes: u64,
+        /// The volume's capacity.
+        expected_bytes: u64,
+    },
+}
+
+/// A backing file, open and locked (or about to be).
+#[derive(Debug)]
+pub struct FileVolume {
+    file: File,
+    direct_alignment_bytes: Option<u32>,
+}
+
+impl FileVolume {
+    /// The descriptor that the I/O uses.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether the page cache is passed by.
+    pub fn is_direct(&self) -> bool {
+        self.direct_alignment_bytes.is_some()
+    }
+
+    /// What offsets and lengths of requests have to be multiples of.
+    pub fn alignment_bytes(&self) -> u32 {
+        self.direct_alignment_bytes.unwrap_or(1)
+    }
+
+    /// Waits for the lock for as long as a predecessor's process, or its last I/O, holds it. On a thread that may wait.
+    ///
+    /// # Errors
+    /// The file system's own.
+    pub fn lock(&self) -> io::Result<()> {
+        loop {
+            match rustix::fs::flock(&self.file, FlockOperation::LockExclusive) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+
+    /// Takes the lock if nobody holds it. False: a predecessor's process, or its last I/O, still does.
+    ///
+    /// # Errors
+    /// The file system's own.
+    pub fn try_lock(&self) -> io::Result<bool> {
+        match rustix::fs::flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Where the file of a volume is.
+pub fn path(volumes_dir: &Path, volume_uid: Uuid) -> PathBuf {
+    volumes_dir.join(volume_uid.to_string())
+}
+
+/// Makes the file of a new volume: sparse, all zeroes, durable when this returns. A file of the right size that is
+/// already there is taken over as it is: it can only be what an interrupted call of the same volume left.
+///
+/// # Errors
+/// [`FileError`]: no space for the entry, a capacity that the file system cannot hold (`EFBIG`), or another size.
+pub fn create(volumes_dir: &Path, volume_uid: Uuid, capacity_bytes: u64) -> Result<(), FileError> {
+    let path = path(volumes_dir, volume_uid);
+    let fail = |action| move |path: &Path, source| FileError::Io { action, path: path.into(), source };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|e| fail("cannot make")(&path, e))?;
+    let found_bytes = file.metadata().map_err(|e| fail("cannot look at")(&path, e))?.len();
+    if found_bytes != 0 && found_bytes != capacity_bytes {
+        return Err(FileError::WrongSize { path, found_bytes, expected_bytes: capacity_bytes });
+    }
+    file.set_len(capacity_bytes).map_err(|e| fail("cannot size")(&path, e))?;
+    file.sync_all().map_err(|e| fail("cannot sync")(&path, e))?;
+    sync_directory(volumes_dir)
+}
+
+/// Deletes the file of a volume, durably. One that is not there is a success.
+///
+/// # Errors
+/// [`FileError::Io`]
+pub fn delete(volumes_dir: &Path, volume_uid: Uuid) -> Result<(), FileError> {
+    let path = path(volumes_dir, volume_uid);
+    match std::fs::remove_file(&path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(source) => return Err(FileError::Io { action: "cannot delete", path, source }),
+    }
+    sync_directory(volumes_dir)
+}
+
+/// The volumes that have a file; names that are not of a volume's form are passed over.
+///
+/// # Errors
+/// [`FileError::Io`]
+pub fn list_uids(volumes_dir: &Path) -> Result<Vec<Uuid>, FileError> {
+    let fail = |source| FileError::Io { action: "cannot list", path: volumes_dir.into(), source };
+    let mut uids = Vec::new();
+    for entry in std::fs::read_dir(volumes_dir).map_err(fail)? {
+        let name = entry.map_err(fail)?.file_name();
+        let uid =
+            name.to_str().and_then(|text| Uuid::from_str(text).ok().filter(|uid| uid.to_string() == text));
+        uids.extend(uid);
+    }
+    Ok(uids)
+}
+
+/// Bytes of storage that the file takes up now; 0 if there is none.
+pub fn allocated_bytes(volumes_dir: &Path, volume_uid: Uuid) -> u64 {
+    // st_blocks counts units of 512 bytes whatever the file system's block size.
+    std::fs::metadata(path(volumes_dir, volume_uid)).map_or(0, |metadata| metadata.blocks() * 512)
+}
+
+/// Opens the file of a volume for serving. The caller has to take the lock before any I/O.
+///
+/// # Errors
+/// [`FileError`]: it is not there, may not be opened, or is not of the volume's size.
+pub fn open(
+    volumes_dir: &Path,
+    volume_uid: Uuid,
+    capacity_bytes: u64,
+    cache: CacheMode,
+) -> Result<FileVolume, FileError> {
+    let path = path(volumes_dir, volume_uid);
+    let fail = |action| move |path: &Path, source| FileError::Io { action, path: path.into(), source };
+    let file =
+        OpenOptions::new().read(true).write(true).open(&path).map_err(|e| fail("cannot open")(&path, e))?;
+    let found_bytes = file.metadata().map_err(|e| fail("cannot look at")(&path, e))?.len();
+    if found_bytes != capacity_bytes {
+        return Err(FileError::WrongSize { path, found_bytes, expected_bytes: capacity_bytes });
+    }
+    let direct_alignment_bytes = match cache {
+        CacheMode::Auto => use_direct(&file, capacity_bytes),
+        CacheMode::Buffered => None,
+    };
+    Ok(FileVolume { file, direct_alignment_bytes })
+}
+
+/// Largest alignment that is announced; buffers are aligned to pages, so it cannot be more.
+const DIRECT_ALIGNMENT_BYTES_MAX: u32 = 4096;
+
+/// Switches the file to `O_DIRECT` where it can; gives the alignment of offsets and lengths.
+fn use_direct(file: &File, capacity_bytes: u64) -> Option<u32> {
+    let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    let told = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    // Both are 0 where the file cannot do direct I/O at all.
+    let (memory_bytes, offset_bytes) = (stat.stx_dio_mem_align, stat.stx_dio_offset_align);
+    let usable = told
+        && (1..=DIRECT_ALIGNMENT_BYTES_MAX).contains(&memory_bytes)
+        && (1..=DIRECT_ALIGNMENT_BYTES_MAX).contains(&offset_bytes)
+        && offset_bytes.is_power_of_two()
+        && capacity_bytes.is_multiple_of(u64::from(offset_bytes));
+    if !usable {
+        return None;
+    }
+    let flags = rustix::fs::fcntl_getfl(file).ok()?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).ok()?;
+    Some(offset_bytes)
+}
+
+fn sync_directory(directory: &Path) -> Result<(), FileError> {
+    File::open(directory).and_then(|opened| opened.sync_all()).map_err(|source| FileError::Io {
+        action: "cannot sync",
+        path: directory.into(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct TempDir(PathBuf);
+
+    impl TempDir {
+        fn new() -> Self {
+            let path = std::env::temp_dir().join(format!("volnode-file-{}", Uuid::new_v4()));
+            std::fs::create_dir(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for TempDir {
+        fn drop(&mut self) {
+            std::fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    #[test]
+    fn created_files_are_sparse_listed_and_deleted() {
+        let dir = TempDir::new();
+        let uid = Uuid::new_v4();
+        create(&dir.0, uid, 1 << 30).unwrap();
+        create(&dir.0, uid, 1 << 30).unwrap();
+        assert!(matches!(create(&dir.0, uid, 1 << 20), Err(FileError::WrongSize { .. })));
+        assert!(allocated_bytes(&dir.0, uid) < 1 << 20);
+        std::fs::write(dir.0.join("lost+found"), "").unwrap();
+        assert_eq!(list_uids(&dir.0).unwrap(), [uid]);
+        delete(&dir.0, uid).unwrap();
+        delete(&dir.0, uid).unwrap();
+        assert!(list_uids(&dir.0).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_file_is_locked_by_one_description_at_a_time() {
+        let dir = TempDir::new();
+        let uid = Uuid::new_v4();
+        create(&dir.0, uid, 1 << 20).unwrap();
+        let first = open(&dir.0, uid, 1 << 20, CacheMode::Auto).unwrap();
+        let second = open(&dir.0, uid, 1 << 20, CacheMode::Buffered).unwrap();
+        assert!(first.try_lock().unwrap());
+        assert!(!second.try_lock().unwrap());
+        drop(first);
+        assert!(second.try_lock().unwrap());
+        assert_eq!(second.alignment_bytes(), 1);
+    }
+
+    #[test]
+    fn a_file_of_another_size_is_not_served() {
+        let dir = TempDir::new();
+        let uid = Uuid::new_v4();
+        create(&dir.0, uid, 1 << 20).unwrap();
+        assert!(matches!(open(&dir.0, uid, 2 << 20, CacheMode::Auto), Err(FileError::WrongSize { .. })));
+        assert!(matches!(open(&dir.0, Uuid::nil(), 1, CacheMode::Auto), Err(FileError::Io { .. })));
+    }
+}

@@ -1,0 +1,538 @@
+//! One connection on its ring: moves bytes between the socket, the session and the volume.
+//!
+//! Owns: which operation of the socket is in flight, which buffer each request holds, and when the connection is over.
+//! Never: parses (`session.rs` does), decides what a request needs (`volume.rs` does), or waits.
+//! Called by: `io_loop.rs`, with the results of operations and, once in a pass, [`Connection::advance`].
+//!
+//! ```text
+//!   Open ──DISC, EOF, refused EXPORT_NAME, protocol error──► Finishing ──all replies sent──► Closing ──drained──► (gone)
+//!     └──────────────── fenced, socket error ──────────────────────┴───────────────────────────▲
+//! ```
+//! Invariants: at most one receive and one send in flight; nothing is received while a request waits for a buffer, while
+//! all slots are in use, or while the export is being opened, so the peer is held back by TCP; once Closing, no operation
+//! is submitted any more, and the connection is gone only when all that were have completed.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proto::nbd::handshake::server::{Open, Refusal};
+use proto::nbd::transmission::{Command, NbdError};
+use tracing::{debug, info};
+
+use crate::buffers::Buffer;
+use crate::fence::ConnectionId;
+use crate::mailbox::Opened;
+use crate::ring::{BULK_BYTES, Completion, OpKind, PayloadPlace, Ring};
+use crate::session::{Action, IN_FLIGHT_REQUESTS_MAX, Session, SlotId};
+use crate::volume::{Next, RequestProgress, Volume};
+
+/// From this many missing bytes on, a payload is received straight into its place; below, one bulk receive that may bring
+/// the next requests along is cheaper.
+const DIRECT_RECEIVE_BYTES_MIN: u32 = 16 << 10;
+
+/// A WRITE of this many bytes makes the next receive a short one: what a bulk receive takes of the next payload has to be
+/// copied.
+const LARGE_WRITE_BYTES: u32 = 64 << 10;
+/// Enough for the headers that may stand between two large payloads.
+const SHORT_RECEIVE_BYTES: usize = 4 << 10;
+
+/// Bytes of buffers that one connection may hold, beyond its first request: what keeps one client from taking all.
+const HELD_BYTES_MAX: usize = 64 << 20;
+
+/// What the session wants from the rest of the server.
+#[derive(Debug)]
+pub enum Ask {
+    /// An export is to be opened.
+    Open(Open),
+    /// The public exports are to be listed.
+    List,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Open,
+    Finishing,
+    Closing,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Receiving {
+    Nothing,
+    Bulk,
+    Payload,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Held {
+    /// No request waits for a buffer.
+    No,
+    /// This one waits in the pool's queue.
+    ByPool(SlotId),
+    /// This one waits until the connection itself holds less.
+    ByOwnShare(SlotId),
+}
+
+#[derive(Debug, Default)]
+struct InFlight {
+    buffer: Option<Buffer>,
+    buffer_bytes: usize,
+    progress: Option<RequestProgress>,
+}
+
+/// One connection.
+pub struct Connection {
+    id: ConnectionId,
+    index: u32,
+    peer: SocketAddr,
+    phase: Phase,
+    session: Session,
+    volume: Option<Arc<Volume>>,
+    bulk_start: usize,
+    bulk_end: usize,
+    receive_bytes: usize,
+    receiving: Receiving,
+    is_paused: bool,
+    is_sending: bool,
+    sending: Vec<SlotId>,
+    requests: Box<[InFlight]>,
+    held: Held,
+    held_bytes: usize,
+    handshake_deadline: Instant,
+    progressed_at: Instant,
+    /// Set while the connection is in the loop's list of connections to advance.
+    pub is_listed: bool,
+}
+
+impl Connection {
+    /// A connection that was just accepted, in the place `index` of its ring.
+    pub fn new(
+        id: ConnectionId,
+        index: u32,
+        peer: SocketAddr,
+        now: Instant,
+        handshake_limit: Duration,
+    ) -> Self {
+        Self {
+            id,
+            index,
+            peer,
+            phase: Phase::Open,
+            session: Session::new(),
+            volume: None,
+            bulk_start: 0,
+            bulk_end: 0,
+            receive_bytes: BULK_BYTES,
+            receiving: Receiving::Nothing,
+            is_paused: false,
+            is_sending: false,
+            sending: Vec::with_capacity(IN_FLIGHT_REQUESTS_MAX),
+            requests: (0..IN_FLIGHT_REQUESTS_MAX).map(|_| InFlight::default()).collect(),
+            held: Held::No,
+            held_bytes: 0,
+            handshake_deadline: now + handshake_limit,
+            progressed_at: now,
+            is_listed: false,
+        }
+    }
+
+    /// Its identity.
+    pub fn id(&self) -> ConnectionId {
+        self.id
+    }
+
+    /// Whether it is over: nothing of it is in flight any more.
+    pub fn is_drained(&self, ring: &Ring) -> bool {
+        self.phase == Phase::Closing && ring.ops_in_flight(self.index) == 0
+    }
+
+    /// Whether it has taken too long to get to the transmission phase.
+    pub fn is_late(&self, now: Instant) -> bool {
+        self.phase != Phase::Closing && !self.session.is_transmitting() && now >= self.handshake_deadline
+    }
+
+    /// Whether the handshake still goes on.
+    pub fn is_in_handshake(&self) -> bool {
+        self.phase != Phase::Closing && !self.session.is_transmitting()
+    }
+
+    /// For how long the peer has neither taken nor sent a byte while buffers are held for it; `None` if none are.
+    pub fn stalled_for(&self, now: Instant) -> Option<Duration> {
+        let waits_for_peer = self.is_sending || self.receiving == Receiving::Payload;
+        let is_stalled = self.phase != Phase::Closing && self.held_bytes > 0 && waits_for_peer;
+        is_stalled.then(|| now.saturating_duration_since(self.progressed_at))
+    }
+
+    /// Takes the result of one of its operations.
+    pub fn completed(&mut self, ring: &mut Ring, completion: Completion, now: Instant) {
+        match completion.kind {
+            OpKind::ReceiveBulk => {
+                self.receiving = Receiving::Nothing;
+                if self.received(ring, completion.result, now) {
+                    self.bulk_end += completion.result as usize;
+                }
+            }
+            OpKind::ReceivePayload => {
+                self.receiving = Receiving::Nothing;
+                if self.received(ring, completion.result, now)
+                    && self.session.payload_received(completion.result as u32)
+                {
+                    self.begin(ring, completion.slot);
+                }
+            }
+            OpKind::Send => self.sent(ring, completion.result, now),
+            OpKind::Volume => self.volume_completed(ring, completion.slot, completion.result),
+            OpKind::Cancel | OpKind::Wakeup => {}
+        }
+    }
+
+    /// The pool has found a buffer for the request that waited.
+    pub fn granted(&mut self, ring: &mut Ring, buffer: Buffer) {
+        match self.held {
+            Held::ByPool(slot) => {
+                self.held = Held::No;
+                self.give_buffer(ring, slot, buffer);
+            }
+            Held::No | Held::ByOwnShare(_) => ring.pool().release(buffer),
+        }
+    }
+
+    /// The open was answered.
+    pub fn opened(&mut self, ring: &mut Ring, answer: Result<Opened, Refusal>) {
+        if self.phase != Phase::Open {
+            return;
+        }
+        let result = match &answer {
+            Ok(opened) => self.session.opened(Ok((&opened.export, opened.limits))),
+            Err(refusal) => self.session.opened(Err(refusal.clone())),
+        };
+        match (result, answer) {
+            (Ok(false), _) => {}
+            (Ok(true), Ok(Opened { volume: Some(volume), .. })) => {
+                ring.set_volume(self.index, Arc::clone(&volume));
+                self.volume = Some(volume);
+                self.put_back_leftover(ring);
+            }
+            (Err(error), _) => {
+                info!(peer = %self.peer, %error, "connection ends");
+                self.finish(ring);
+            }
+            // A GO is never answered without a volume.
+            (Ok(true), _) => self.close(ring),
+        }
+    }
+
+    /// The list was answered.
+    pub fn listed(&mut self, names: &[String]) {
+        if self.phase == Phase::Open {
+            self.session.listed(names);
+        }
+    }
+
+    /// Takes no more requests; what is in flight is finished and answered, then the connection closes.
+    pub fn finish(&mut self, ring: &mut Ring) {
+        if self.phase != Phase::Open {
+            return;
+        }
+        self.phase = Phase::Finishing;
+        // A request that waits for its buffer was accepted and is still answered, unless its payload has yet to come.
+        let dropped = self.session.end_input();
+        if dropped.is_some_and(|slot| self.held == Held::ByPool(slot) || self.held == Held::ByOwnShare(slot))
+        {
+            ring.pool().forget_waiter(self.index);
+            self.held = Held::No;
+        }
+        // While a receive is in flight the payload's place is lent to the kernel: `release_all` gives it back.
+        if let Some(slot) = dropped.filter(|_| self.receiving != Receiving::Payload) {
+            self.release_buffer(ring, slot);
+        }
+    }
+
+    /// Closes at once: nothing more is submitted, and what is in flight is waited for.
+    pub fn close(&mut self, ring: &mut Ring) {
+        if self.phase == Phase::Closing {
+            return;
+        }
+        debug!(peer = %self.peer, connection = self.id.0, "connection closes");
+        self.phase = Phase::Closing;
+        ring.push_cancel(self.index);
+        ring.pool().forget_waiter(self.index);
+    }
+
+    /// Gives back every buffer; the connection is drained and about to be dropped.
+    pub fn release_all(&mut self, ring: &mut Ring) {
+        for request in &mut self.requests {
+            if let Some(buffer) = request.buffer.take() {
+                ring.pool().release(buffer);
+            }
+        }
+    }
+
+    /// Does all that can be done now: parses, sends what is due, receives more, closes when finished.
+    pub fn advance(&mut self, ring: &mut Ring) -> Option<Ask> {
+        let ask = self.parse(ring);
+        self.send(ring);
+        self.receive(ring);
+        if self.phase == Phase::Finishing && self.session.is_idle() && !self.is_sending {
+            self.close(ring);
+        }
+        ask
+    }
+
+    fn parse(&mut self, ring: &mut Ring) -> Option<Ask> {
+        self.is_paused = false;
+        if let Held::ByOwnShare(slot) = self.held {
+            self.held = Held::No;
+            self.prepare(ring, slot);
+        }
+        while self.phase == Phase::Open && self.held == Held::No && self.receiving == Receiving::Nothing {
+            if let Some((slot, missing_bytes)) = self.session.missing_payload() {
+                if !self.store_payload(ring, slot, missing_bytes) {
+                    break;
+                }
+                continue;
+            }
+            let parsed = self.session.advance(ring.bulk(self.index, self.bulk_start..self.bulk_end));
+            let (used_bytes, action) = match parsed {
+                Ok(parsed) => parsed,
+                Err(error) => {
+                    info!(peer = %self.peer, %error, "connection ends");
+                    self.finish(ring);
+                    break;
+                }
+            };
+            self.bulk_start += used_bytes;
+            match action {
+                Action::NextBytes => {}
+                Action::NeedsBytes => break,
+                Action::Paused => {
+                    self.is_paused = true;
+                    break;
+                }
+                Action::Begin(slot) | Action::TakePayload(slot) => self.prepare(ring, slot),
+                Action::End => self.finish(ring),
+                Action::Open(open) => {
+                    self.is_paused = true;
+                    return Some(Ask::Open(open));
+                }
+                Action::List => {
+                    self.is_paused = true;
+                    return Some(Ask::List);
+                }
+            }
+        }
+        None
+    }
+
+    /// Sends all that is due in one message.
+    fn send(&mut self, ring: &mut Ring) {
+        if self.is_sending || self.phase == Phase::Closing || !self.session.has_output() {
+            return;
+        }
+        let text = self.session.take_output();
+        if !text.is_empty() {
+            ring.add_text(self.index, text);
+        }
+        while let Some(reply) = self.session.next_reply() {
+            ring.add_header(self.index, &reply.header);
+            if reply.payload_bytes > 0 {
+                ring.add_payload(self.index, self.place(reply.slot), reply.payload_bytes);
+            }
+            self.sending.push(reply.slot);
+        }
+        ring.push_send(self.index);
+        self.is_sending = true;
+    }
+
+    fn sent(&mut self, ring: &mut Ring, result: i32, now: Instant) {
+        self.is_sending = false;
+        self.progressed_at = now;
+        if self.phase == Phase::Closing {
+            return;
+        }
+        if result <= 0 && result != -libc::EINTR {
+            debug!(peer = %self.peer, errno = -result, "cannot send");
+            self.close(ring);
+            return;
+        }
+        if !ring.advance_send(self.index, result.max(0) as usize) {
+            ring.push_send(self.index);
+            self.is_sending = true;
+            return;
+        }
+        let mut sent = std::mem::take(&mut self.sending);
+        for slot in sent.drain(..) {
+            self.release_buffer(ring, slot);
+            self.session.reply_sent(slot);
+        }
+        self.sending = sent;
+    }
+
+    /// Starts the next receive, unless the peer has to be held back.
+    fn receive(&mut self, ring: &mut Ring) {
+        let is_held_back = self.held != Held::No || self.is_paused;
+        if self.phase != Phase::Open || self.receiving != Receiving::Nothing || is_held_back {
+            return;
+        }
+        if let Some((slot, missing_bytes)) = self.session.missing_payload()
+            && missing_bytes >= DIRECT_RECEIVE_BYTES_MIN
+        {
+            let done_bytes = self.session.request(slot).length_bytes - missing_bytes;
+            ring.push_receive_payload(self.index, slot, self.place(slot), done_bytes, missing_bytes);
+            self.receiving = Receiving::Payload;
+            return;
+        }
+        // What is left is less than a header, so moving it to the front costs nothing.
+        let left_bytes = self.bulk_end - self.bulk_start;
+        if self.bulk_start > 0 {
+            ring.bulk_mut(self.index).copy_within(self.bulk_start..self.bulk_end, 0);
+            (self.bulk_start, self.bulk_end) = (0, left_bytes);
+        }
+        let end = (left_bytes + self.receive_bytes).min(BULK_BYTES);
+        ring.push_receive_bulk(self.index, left_bytes..end);
+        self.receiving = Receiving::Bulk;
+    }
+
+    /// Looks at a receive's result. True: bytes have arrived and belong to somebody.
+    fn received(&mut self, ring: &mut Ring, result: i32, now: Instant) -> bool {
+        self.progressed_at = now;
+        if self.phase != Phase::Open {
+            return false;
+        }
+        match result {
+            1.. => true,
+            0 => {
+                self.finish(ring);
+                false
+            }
+            errno if errno == -libc::EINTR => false,
+            errno => {
+                debug!(peer = %self.peer, errno = -errno, "cannot receive");
+                self.close(ring);
+                false
+            }
+        }
+    }
+
+    /// Bytes that the handshake took in and that belong to the transmission phase go back to where they are parsed.
+    fn put_back_leftover(&mut self, ring: &mut Ring) {
+        let leftover = self.session.leftover();
+        if leftover.len() > BULK_BYTES {
+            // Cannot be: they came in one receive, the last before the open.
+            self.close(ring);
+            return;
+        }
+        ring.bulk_mut(self.index)[..leftover.len()].copy_from_slice(&leftover);
+        (self.bulk_start, self.bulk_end) = (0, leftover.len());
+    }
+
+    /// Copies what has arrived of a payload to its place. False: more has to be received.
+    fn store_payload(&mut self, ring: &mut Ring, slot: SlotId, missing_bytes: u32) -> bool {
+        let taken_bytes = (self.bulk_end - self.bulk_start).min(missing_bytes as usize);
+        if taken_bytes == 0 {
+            return false;
+        }
+        let range = self.bulk_start..self.bulk_start + taken_bytes;
+        self.bulk_start = range.end;
+        let done_bytes = self.session.request(slot).length_bytes - missing_bytes;
+        ring.store_payload(self.index, range, self.place(slot), done_bytes);
+        let is_complete = self.session.payload_received(taken_bytes as u32);
+        if is_complete {
+            self.begin(ring, slot);
+        }
+        is_complete
+    }
+
+    /// Finds the place of a request's payload; begins it if none of it has to arrive first.
+    fn prepare(&mut self, ring: &mut Ring, slot: SlotId) {
+        let request = self.session.request(slot);
+        let length_bytes = request.length_bytes;
+        let has_payload = matches!(request.command, Command::Read | Command::Write);
+        if has_payload {
+            let is_large = request.command == Command::Write && length_bytes >= LARGE_WRITE_BYTES;
+            self.receive_bytes = if is_large { SHORT_RECEIVE_BYTES } else { BULK_BYTES };
+        }
+        if !has_payload || self.volume.as_deref().is_some_and(|volume| volume.memory().is_some()) {
+            self.begin_unless_payload_is_missing(ring, slot);
+            return;
+        }
+        if self.held_bytes > 0 && self.held_bytes + length_bytes as usize > HELD_BYTES_MAX {
+            self.held = Held::ByOwnShare(slot);
+            return;
+        }
+        match ring.pool().take(length_bytes as usize, self.index) {
+            Some(buffer) => self.give_buffer(ring, slot, buffer),
+            None => self.held = Held::ByPool(slot),
+        }
+    }
+
+    fn give_buffer(&mut self, ring: &mut Ring, slot: SlotId, buffer: Buffer) {
+        let buffer_bytes = self.session.request(slot).length_bytes as usize;
+        self.held_bytes += buffer_bytes;
+        let request = &mut self.requests[usize::from(slot.0)];
+        (request.buffer, request.buffer_bytes) = (Some(buffer), buffer_bytes);
+        self.begin_unless_payload_is_missing(ring, slot);
+    }
+
+    fn begin_unless_payload_is_missing(&mut self, ring: &mut Ring, slot: SlotId) {
+        if self.session.missing_payload().is_none_or(|(missing, _)| missing != slot) {
+            self.begin(ring, slot);
+        }
+    }
+
+    fn begin(&mut self, ring: &mut Ring, slot: SlotId) {
+        if self.phase == Phase::Closing {
+            return;
+        }
+        let Some(volume) = self.volume.clone() else { panic!("a request without a volume") };
+        let (progress, next) = RequestProgress::begin(&volume, self.session.request(slot));
+        self.requests[usize::from(slot.0)].progress = Some(progress);
+        self.follow(ring, slot, next);
+    }
+
+    fn volume_completed(&mut self, ring: &mut Ring, slot: SlotId, result: i32) {
+        let (Some(volume), Some(progress)) =
+            (self.volume.as_deref(), self.requests[usize::from(slot.0)].progress.as_mut())
+        else {
+            panic!("a result for a request that was not begun");
+        };
+        // Even when nobody wants the answer any more: a failed sync has to be noticed.
+        let next = progress.completed(volume, result);
+        if self.phase != Phase::Closing {
+            self.follow(ring, slot, next);
+        }
+    }
+
+    fn follow(&mut self, ring: &mut Ring, slot: SlotId, next: Next) {
+        match next {
+            Next::Submit(op) => {
+                ring.push_volume_op(self.index, slot, op, self.requests[usize::from(slot.0)].buffer.as_ref());
+            }
+            Next::Done(result) => self.done(ring, slot, result),
+        }
+    }
+
+    fn done(&mut self, ring: &mut Ring, slot: SlotId, result: Result<(), NbdError>) {
+        let is_read = self.session.request(slot).command == Command::Read;
+        if !is_read || result.is_err() {
+            self.release_buffer(ring, slot);
+        }
+        self.session.complete(slot, result);
+    }
+
+    fn release_buffer(&mut self, ring: &mut Ring, slot: SlotId) {
+        let request = &mut self.requests[usize::from(slot.0)];
+        request.progress = None;
+        if let Some(buffer) = request.buffer.take() {
+            self.held_bytes -= request.buffer_bytes;
+            ring.pool().release(buffer);
+        }
+    }
+
+    fn place(&self, slot: SlotId) -> PayloadPlace<'_> {
+        match &self.requests[usize::from(slot.0)].buffer {
+            Some(buffer) => PayloadPlace::Buffer(buffer),
+            None => PayloadPlace::Volume(self.session.request(slot).offset_bytes),
+        }
+    }
+}

@@ -1,0 +1,494 @@
+//! The data side as a whole: starts and stops its threads, and is what the control side talks to.
+//!
+//! Owns: the listening sockets, the acceptor thread, the gate thread and one ring thread for each core. Never: handles a
+//! request or an open itself.
+//! Called by: `serve.rs` (start, shutdown) and `data_side.rs` (fencing, volumes). Every method blocks, for a bounded time;
+//! none may be called with a lock of the catalog held, because the gate uses the catalog.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use crate::backend::file::{self, CacheMode};
+use crate::catalog::{BackendKind, Catalog, VolumeRecord};
+use crate::fence::ConnectionId;
+use crate::gate::{self, Gate, GateMessage};
+use crate::io_loop::IoLoop;
+use crate::mailbox::{Mailbox, RingMessage};
+use crate::volume::Faults;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
+/// How long the control side waits for an answer of the gate beyond any deadline that the gate itself keeps: it answers
+/// at once, but may be in an fsync of the catalog.
+const GATE_ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// How long the threads have to end; the rings close what is left after five seconds, this leaves time for its I/O.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
+
+/// Bounds of the data side.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Connections at once; more are closed as they come.
+    pub connections_max: u32,
+    /// From the first byte to the transmission phase.
+    pub handshake_timeout: Duration,
+    /// How long an open may wait for a former session's I/O, or for the lock of a backing file.
+    pub open_timeout: Duration,
+    /// How long a fence may wait for the connections' I/O.
+    pub fence_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            // Each takes some 150 KiB of memory once it is used.
+            connections_max: 1024,
+            // Longer than an open may take, so that it gets its answer.
+            handshake_timeout: Duration::from_secs(60),
+            // A disk that retries takes tens of seconds; a client has given up after more.
+            open_timeout: Duration::from_secs(40),
+            fence_timeout: Duration::from_secs(40),
+        }
+    }
+}
+
+/// What the data side is started with.
+#[derive(Debug, Clone)]
+pub struct DataServerConfig {
+    /// Addresses to listen on; port 0 is one of the system's choice.
+    pub listen: Vec<SocketAddr>,
+    /// Ring threads; 0 is one for each core.
+    pub threads: usize,
+    /// Where the backing files are.
+    pub volumes_dir: PathBuf,
+    /// Whether they are read and written past the page cache.
+    pub cache: CacheMode,
+    /// Whether volumes can be opened by their plain name.
+    pub export_by_name: bool,
+    /// For tests only.
+    pub faults: Faults,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+impl Default for DataServerConfig {
+    fn default() -> Self {
+        Self {
+            listen: Vec::new(),
+            threads: 0,
+            volumes_dir: PathBuf::new(),
+            cache: CacheMode::default(),
+            export_by_name: false,
+            faults: Faults::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// Why the data side does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum DataServerError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} (NBD): {source}; stop what uses it or choose another --listen")]
+    Address {
+        /// The address.
+        address: SocketAddr,
+        /// The system's own error.
+        source: io::Error,
+    },
+    /// io_uring is switched off or the kernel is too old.
+    #[error(
+        "cannot make an io_uring: {0}; it needs Linux 6.1 or later, kernel.io_uring_disabled = 0, and a container profile that allows it"
+    )]
+    Ring(io::Error),
+    /// A thread, an eventfd or the boot id.
+    #[error("cannot {action}: {source}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// The system's own error.
+        source: io::Error,
+    },
+}
+
+impl DataServerError {
+    /// True where an address is the cause.
+    pub fn is_address(&self) -> bool {
+        matches!(self, Self::Address { .. })
+    }
+}
+
+/// Why connections are not known to be gone.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FenceError {
+    /// Their submitted I/O has not finished in time; the call may be repeated, and they stay refused meanwhile.
+    #[error("their I/O has not finished within {0:?}")]
+    NotDrained(Duration),
+    /// The catalog cannot be read.
+    #[error("the catalog failed: {0}")]
+    Catalog(String),
+    /// The data side is shutting down, or its gate does not answer.
+    #[error("the data side does not answer")]
+    NoAnswer,
+}
+
+/// A volume that somebody has open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("volume {volume_uid} is open on {connections} connections")]
+pub struct VolumeBusy {
+    /// Which.
+    pub volume_uid: Uuid,
+    /// On how many connections; 0 while it is being opened.
+    pub connections: u32,
+}
+
+/// A running data side.
+#[derive(Debug)]
+pub struct DataServer {
+    local_addrs: Vec<SocketAddr>,
+    volumes_dir: PathBuf,
+    boot_id: String,
+    process_id: String,
+    gate: Sender<GateMessage>,
+    rings: Vec<Arc<Mailbox>>,
+    stop_accepting: Arc<OwnedFd>,
+    threads: Mutex<Threads>,
+}
+
+#[derive(Debug, Default)]
+struct Threads {
+    acceptor: Option<JoinHandle<()>>,
+    rings: Vec<JoinHandle<()>>,
+    gate: Option<JoinHandle<()>>,
+}
+
+impl DataServer {
+    /// Listens and starts the threads.
+    ///
+    /// # Errors
+    /// [`DataServerError`], by cause; nothing is left running.
+    pub fn start(config: DataServerConfig, catalog: Catalog) -> Result<Arc<Self>, DataServerError> {
+        if config.faults != Faults::default() {
+            warn!(faults = ?config.faults, "THIS SERVER LIES about what is durable: it is for tests only");
+        }
+        let listeners =
+            config.listen.iter().map(|address| listen(*address)).collect::<Result<Vec<_>, _>>()?;
+        let local_addrs = local_addrs(&listeners)?;
+        let boot_id =
+            std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("read the boot id"))?;
+        let boot_id = boot_id.trim().to_owned();
+        let process_id = Uuid::new_v4().simple().to_string();
+        let stop_accepting = Arc::new(
+            eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from).map_err(system("make an eventfd"))?,
+        );
+        let (gate_sender, gate_receiver) = channel();
+
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let ring_count = if config.threads == 0 { cores } else { config.threads };
+        let (rings, ring_threads) = start_rings(ring_count, &gate_sender, config.limits)?;
+        let limits = config.limits;
+        let volumes_dir = config.volumes_dir.clone();
+        let identity = (boot_id.clone(), process_id.clone());
+        let gate = Gate::new(catalog, config, identity, rings.clone(), gate_sender.clone());
+        let server = Arc::new(Self {
+            local_addrs,
+            volumes_dir,
+            boot_id,
+            process_id,
+            gate: gate_sender,
+            rings: rings.clone(),
+            stop_accepting: Arc::clone(&stop_accepting),
+            threads: Mutex::new(Threads { acceptor: None, rings: ring_threads, gate: None }),
+        });
+        // From here on a failure shuts down what is running.
+        let started =
+            server.start_gate_and_acceptor(gate, gate_receiver, Acceptor { listeners, rings, limits });
+        if let Err(error) = started {
+            server.shutdown();
+            return Err(error);
+        }
+        info!(addresses = ?server.local_addrs, threads = ring_count, "data side ready");
+        Ok(server)
+    }
+
+    fn start_gate_and_acceptor(
+        &self,
+        gate: Gate,
+        messages: Receiver<GateMessage>,
+        acceptor: Acceptor,
+    ) -> Result<(), DataServerError> {
+        let gate = spawn("gate".into(), move || gate.run(&messages))?;
+        self.threads().gate = Some(gate);
+        let stop = Arc::clone(&self.stop_accepting);
+        let acceptor = spawn("acceptor".into(), move || acceptor.run(&stop))?;
+        self.threads().acceptor = Some(acceptor);
+        Ok(())
+    }
+
+    /// Where clients can connect, in the order of the configuration.
+    pub fn local_addrs(&self) -> &[SocketAddr] {
+        &self.local_addrs
+    }
+
+    /// Closes every connection of the attachment and waits until their submitted I/O has finished. From the call on, no
+    /// GO of it is answered unless the catalog has it active with a higher generation than it had at the call.
+    ///
+    /// # Errors
+    /// [`FenceError`]; the call may be repeated.
+    pub fn fence_attachment(&self, attachment_id: Uuid) -> Result<(), FenceError> {
+        self.ask(|reply| GateMessage::FenceAttachment { attachment_id, reply })
+            .unwrap_or(Err(FenceError::NoAnswer))
+    }
+
+    /// Closes every connection that opened the volume for writing by its plain name, and waits in the same way. Call it
+    /// when the attachment is in the catalog: those who come after that may only read.
+    ///
+    /// # Errors
+    /// As [`Self::fence_attachment`].
+    pub fn fence_named_writers(&self, volume_uid: Uuid) -> Result<(), FenceError> {
+        self.ask(|reply| GateMessage::FenceNamedWriters { volume_uid, reply })
+            .unwrap_or(Err(FenceError::NoAnswer))
+    }
+
+    /// Closes the storage of a volume that nobody has open; a memory volume's content is gone.
+    ///
+    /// # Errors
+    /// [`VolumeBusy`], also when the data side does not answer.
+    pub fn release_volume(&self, volume_uid: Uuid) -> Result<(), VolumeBusy> {
+        self.ask(|reply| GateMessage::ReleaseVolume { volume_uid, reply })
+            .unwrap_or(Err(VolumeBusy { volume_uid, connections: 0 }))
+    }
+
+    /// Connections that are served on the attachment now.
+    pub fn connections_of(&self, attachment_id: Uuid) -> u32 {
+        self.ask(|reply| GateMessage::ConnectionsOf { attachment_id, reply }).unwrap_or(0)
+    }
+
+    /// Connections that have the volume open, or are about to, now.
+    pub fn connections_of_volume(&self, volume_uid: Uuid) -> u32 {
+        self.ask(|reply| GateMessage::ConnectionsOfVolume { volume_uid, reply }).unwrap_or(0)
+    }
+
+    /// Bytes of storage that the volume takes up now.
+    pub fn allocated_bytes(&self, volume: &VolumeRecord) -> u64 {
+        let volume_uid = volume.volume_uid;
+        match volume.backend {
+            BackendKind::File => file::allocated_bytes(&self.volumes_dir, volume_uid),
+            BackendKind::Memory => {
+                self.ask(|reply| GateMessage::MemoryAllocated { volume_uid, reply }).unwrap_or(0)
+            }
+        }
+    }
+
+    /// A word that changes whenever acknowledged, unflushed writes of the volume may have been lost.
+    pub fn storage_incarnation(&self, volume: &VolumeRecord) -> String {
+        gate::incarnation(volume, &self.boot_id, &self.process_id)
+    }
+
+    /// Ends everything: requests in flight are finished and answered, connections closed, threads joined. True: all of
+    /// it in time; false: some I/O still hangs in the kernel. A second call does nothing.
+    pub fn shutdown(&self) -> bool {
+        let threads = std::mem::take(&mut *self.threads());
+        let deadline = Instant::now() + SHUTDOWN_LIMIT;
+        let _ = rustix::io::write(&*self.stop_accepting, &1u64.to_ne_bytes());
+        let mut in_time = threads.acceptor.is_none_or(|thread| join_until(thread, deadline));
+        for ring in &self.rings {
+            ring.post(RingMessage::Shutdown);
+        }
+        for thread in threads.rings {
+            in_time &= join_until(thread, deadline);
+        }
+        let _ = self.gate.send(GateMessage::Shutdown);
+        in_time & threads.gate.is_none_or(|thread| join_until(thread, deadline))
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(Sender<T>) -> GateMessage) -> Option<T> {
+        let (reply, answer) = channel();
+        self.gate.send(question(reply)).ok()?;
+        answer.recv_timeout(GATE_ANSWER_LIMIT + Limits::default().fence_timeout).ok()
+    }
+
+    fn threads(&self) -> std::sync::MutexGuard<'_, Threads> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for DataServer {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+fn system(action: &'static str) -> impl FnOnce(io::Error) -> DataServerError {
+    move |source| DataServerError::System { action, source }
+}
+
+fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, DataServerError> {
+    std::thread::Builder::new().name(name).spawn(run).map_err(system("start a thread"))
+}
+
+/// Waits for a thread to end, until the deadline.
+fn join_until(thread: JoinHandle<()>, deadline: Instant) -> bool {
+    while !thread.is_finished() {
+        if Instant::now() >= deadline {
+            warn!(thread = thread.thread().name(), "a thread does not end");
+            return false;
+        }
+        // There is no join with a deadline; this runs once in a process's life.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    thread.join().is_ok()
+}
+
+type Rings = (Vec<Arc<Mailbox>>, Vec<JoinHandle<()>>);
+
+fn start_rings(count: usize, gate: &Sender<GateMessage>, limits: Limits) -> Result<Rings, DataServerError> {
+    let (mut mailboxes, mut threads) = (Vec::new(), Vec::new());
+    for number in 0..count {
+        match start_ring(number, gate.clone(), limits) {
+            Ok((mailbox, thread)) => {
+                mailboxes.push(mailbox);
+                threads.push(thread);
+            }
+            Err(error) => {
+                mailboxes.iter().for_each(|mailbox: &Arc<Mailbox>| mailbox.post(RingMessage::Shutdown));
+                return Err(error);
+            }
+        }
+    }
+    Ok((mailboxes, threads))
+}
+
+fn start_ring(
+    number: usize,
+    gate: Sender<GateMessage>,
+    limits: Limits,
+) -> Result<(Arc<Mailbox>, JoinHandle<()>), DataServerError> {
+    let mailbox = Arc::new(Mailbox::new().map_err(system("make an eventfd"))?);
+    let (ready_sender, ready) = channel();
+    let own_mailbox = Arc::clone(&mailbox);
+    let thread = spawn(format!("ring-{number}"), move || {
+        // Made here because a ring belongs to the thread that makes it.
+        match IoLoop::new(number, own_mailbox, gate, limits) {
+            Ok(io_loop) => {
+                let _ = ready_sender.send(Ok(()));
+                io_loop.run();
+            }
+            Err(error) => {
+                let _ = ready_sender.send(Err(error));
+            }
+        }
+    })?;
+    match ready.recv() {
+        Ok(Ok(())) => Ok((mailbox, thread)),
+        Ok(Err(error)) => Err(DataServerError::Ring(error)),
+        Err(_) => Err(DataServerError::Ring(io::ErrorKind::Other.into())),
+    }
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener, DataServerError> {
+    let open = || {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        Ok(socket.into())
+    };
+    open().map_err(|source| DataServerError::Address { address, source })
+}
+
+fn local_addrs(listeners: &[TcpListener]) -> Result<Vec<SocketAddr>, DataServerError> {
+    listeners
+        .iter()
+        .map(TcpListener::local_addr)
+        .collect::<io::Result<_>>()
+        .map_err(system("read an address"))
+}
+
+/// The thread that accepts connections and gives each to the ring that has the fewest.
+struct Acceptor {
+    listeners: Vec<TcpListener>,
+    rings: Vec<Arc<Mailbox>>,
+    limits: Limits,
+}
+
+/// Source of connection identities.
+static NEXT_CONNECTION: AtomicU64 = AtomicU64::new(1);
+
+/// How long nothing is accepted when the process or the system has run out of descriptors.
+const ACCEPT_PAUSE: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+
+impl Acceptor {
+    fn run(self, stop: &OwnedFd) {
+        loop {
+            let mut waits: Vec<PollFd<'_>> = vec![PollFd::new(stop, PollFlags::IN)];
+            waits.extend(self.listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
+            if poll(&mut waits, None).is_err() {
+                continue; // Interrupted.
+            }
+            if !waits[0].revents().is_empty() {
+                return;
+            }
+            let ready: Vec<bool> = waits[1..].iter().map(|wait| !wait.revents().is_empty()).collect();
+            for (listener, _) in self.listeners.iter().zip(ready).filter(|(_, is_ready)| *is_ready) {
+                self.accept(listener, stop);
+            }
+        }
+    }
+
+    fn accept(&self, listener: &TcpListener, stop: &OwnedFd) {
+        match listener.accept() {
+            Ok((stream, peer)) => self.hand_over(stream, peer),
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) =>
+            {
+                warn!(%error, "cannot accept connections");
+                let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(&ACCEPT_PAUSE));
+            }
+            // The peer has gone again, or another wake-up took it.
+            Err(_) => {}
+        }
+    }
+
+    fn hand_over(&self, stream: TcpStream, peer: SocketAddr) {
+        let total: u32 = self.rings.iter().map(|ring| ring.connections()).sum();
+        if total >= self.limits.connections_max {
+            warn!(%peer, total, "too many connections: one is closed");
+            return;
+        }
+        let Some(ring) = self.rings.iter().min_by_key(|ring| ring.connections()) else { return };
+        if let Err(error) = set_options(&stream) {
+            warn!(%peer, %error, "a connection cannot be set up");
+            return;
+        }
+        let connection = ConnectionId(NEXT_CONNECTION.fetch_add(1, Ordering::Relaxed));
+        ring.connection_added();
+        ring.post(RingMessage::Accept { connection, socket: stream.into(), peer });
+    }
+}
+
+/// Small replies leave at once; a peer that vanished is noticed within about a minute even when nothing is sent.
+fn set_options(stream: &TcpStream) -> io::Result<()> {
+    let socket = socket2::SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(30))
+        .with_interval(Duration::from_secs(10))
+        .with_retries(3);
+    socket.set_tcp_keepalive(&keepalive)
+}

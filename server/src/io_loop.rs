@@ -1,0 +1,253 @@
+//! A ring thread: completions in, submissions out, one system call a pass.
+//!
+//! Owns: the connections of one ring. Never: looks anything up, takes a lock that somebody holds for long, or blocks
+//! anywhere but in `submit_and_wait`; opening an export is the gate's, and its answer comes through the mailbox.
+//! Called by: `data_server.rs`, which starts one thread for each core.
+//!
+//! A pass: **reap** (results to their connections) → **advance** (each connection with news parses, sends, receives,
+//! which pushes submissions) → **submit and wait**.
+//! Invariants: after start-up no pass allocates for a request; a connection is dropped, and reported to the gate as
+//! closed, only when every operation that was submitted for it has completed.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, error, warn};
+
+use crate::connection::{Ask, Connection};
+use crate::data_server::Limits;
+use crate::fence::ConnectionId;
+use crate::gate::GateMessage;
+use crate::mailbox::{Mailbox, RingMessage};
+use crate::ring::{Completion, OpKind, Ring};
+
+/// Results taken in one pass; what is left waits for the next.
+const COMPLETIONS_PER_PASS: usize = 1024;
+/// How often deadlines are looked at while there are any.
+const TICK: Duration = Duration::from_millis(500);
+/// How long a peer may stand still with buffers that others wait for.
+const STALL_LIMIT: Duration = Duration::from_secs(5);
+/// How long connections have to finish when the server shuts down.
+const FINISH_LIMIT: Duration = Duration::from_secs(5);
+
+/// The state of a ring thread.
+pub struct IoLoop {
+    ring_number: usize,
+    ring: Ring,
+    mailbox: Arc<Mailbox>,
+    gate: Sender<GateMessage>,
+    limits: Limits,
+    connections: Vec<Option<Box<Connection>>>,
+    by_id: HashMap<ConnectionId, u32>,
+    completions: Vec<Completion>,
+    /// Connections with news in this pass.
+    news: Vec<u32>,
+    shutdown_deadline: Option<Instant>,
+}
+
+impl IoLoop {
+    /// Makes the ring, on the thread that will run it.
+    ///
+    /// # Errors
+    /// What [`Ring::new`] says.
+    pub fn new(
+        ring_number: usize,
+        mailbox: Arc<Mailbox>,
+        gate: Sender<GateMessage>,
+        limits: Limits,
+    ) -> io::Result<Self> {
+        let mut ring = Ring::new()?;
+        ring.push_wakeup(mailbox.wakeup());
+        Ok(Self {
+            ring_number,
+            ring,
+            mailbox,
+            gate,
+            limits,
+            connections: Vec::new(),
+            by_id: HashMap::new(),
+            completions: Vec::with_capacity(COMPLETIONS_PER_PASS),
+            news: Vec::with_capacity(1024),
+            shutdown_deadline: None,
+        })
+    }
+
+    /// Serves until told to shut down and every connection is gone.
+    pub fn run(mut self) {
+        while self.shutdown_deadline.is_none() || !self.by_id.is_empty() {
+            if let Err(error) = self.ring.submit_and_wait(self.tick()) {
+                error!(%error, ring = self.ring_number, "the ring is broken");
+                // A data thread without its ring can serve nobody and can not tell what was written: better none.
+                std::process::abort();
+            }
+            let now = Instant::now();
+            self.reap(now);
+            self.advance();
+            if self.tick().is_some() {
+                self.check_deadlines(now);
+            }
+        }
+    }
+
+    fn tick(&self) -> Option<Duration> {
+        let has_deadlines = self.shutdown_deadline.is_some()
+            || self.ring.has_waiters()
+            || self.connections.iter().flatten().any(|connection| connection.is_in_handshake());
+        has_deadlines.then_some(TICK)
+    }
+
+    fn reap(&mut self, now: Instant) {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.ring.reap(&mut completions);
+        for completion in completions.drain(..) {
+            if completion.kind == OpKind::Wakeup {
+                self.take_mail(now);
+                self.ring.push_wakeup(self.mailbox.wakeup());
+                continue;
+            }
+            let index = completion.connection;
+            let Some(connection) = self.connections[index as usize].as_mut() else { continue };
+            connection.completed(&mut self.ring, completion, now);
+            self.note(index);
+        }
+        self.completions = completions;
+    }
+
+    fn advance(&mut self) {
+        loop {
+            while let Some((index, buffer)) = self.ring.pool().next_grant() {
+                match self.connections[index as usize].as_mut() {
+                    Some(connection) => connection.granted(&mut self.ring, buffer),
+                    None => self.ring.pool().release(buffer),
+                }
+                self.note(index);
+            }
+            let Some(index) = self.news.pop() else { return };
+            let Some(connection) = self.connections[index as usize].as_mut() else { continue };
+            connection.is_listed = false;
+            if let Some(ask) = connection.advance(&mut self.ring) {
+                let connection = connection.id();
+                let ring = self.ring_number;
+                let message = match ask {
+                    Ask::Open(open) => GateMessage::Open { connection, ring, open },
+                    Ask::List => GateMessage::List { connection, ring },
+                };
+                self.tell_gate(message);
+            }
+            if self.connections[index as usize].as_ref().is_some_and(|c| c.is_drained(&self.ring)) {
+                self.remove(index);
+            }
+        }
+    }
+
+    fn take_mail(&mut self, now: Instant) {
+        for message in self.mailbox.take() {
+            match message {
+                RingMessage::Accept { connection, socket, peer } => {
+                    self.accept(connection, socket, peer, now)
+                }
+                RingMessage::Opened { connection, answer } => {
+                    self.with(connection, |connection, ring| connection.opened(ring, answer));
+                }
+                RingMessage::Listed { connection, names } => {
+                    self.with(connection, |connection, _| connection.listed(&names));
+                }
+                RingMessage::Close { connection } => {
+                    self.with(connection, |connection, ring| connection.close(ring));
+                }
+                RingMessage::Shutdown => {
+                    self.shutdown_deadline = Some(now + FINISH_LIMIT);
+                    for index in 0..self.connections.len() as u32 {
+                        if let Some(connection) = self.connections[index as usize].as_mut() {
+                            connection.finish(&mut self.ring);
+                            self.note(index);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn accept(&mut self, id: ConnectionId, socket: OwnedFd, peer: SocketAddr, now: Instant) {
+        if self.shutdown_deadline.is_some() {
+            self.mailbox.connection_removed();
+            return;
+        }
+        let index = match self.ring.add_connection(socket) {
+            Ok(index) => index,
+            Err(error) => {
+                warn!(%peer, %error, "no memory for a connection");
+                self.mailbox.connection_removed();
+                return;
+            }
+        };
+        debug!(%peer, connection = id.0, ring = self.ring_number, "connection begins");
+        if index as usize == self.connections.len() {
+            self.connections.push(None);
+        }
+        let connection = Connection::new(id, index, peer, now, self.limits.handshake_timeout);
+        self.connections[index as usize] = Some(Box::new(connection));
+        self.by_id.insert(id, index);
+        self.note(index);
+    }
+
+    fn with(&mut self, id: ConnectionId, act: impl FnOnce(&mut Connection, &mut Ring)) {
+        // One that is gone was reported as closed; the message crossed the report.
+        let Some(index) = self.by_id.get(&id).copied() else { return };
+        if let Some(connection) = self.connections[index as usize].as_mut() {
+            act(connection, &mut self.ring);
+            self.note(index);
+        }
+    }
+
+    /// Has the connection advanced in this pass.
+    fn note(&mut self, index: u32) {
+        if let Some(connection) = self.connections[index as usize].as_mut()
+            && !std::mem::replace(&mut connection.is_listed, true)
+        {
+            self.news.push(index);
+        }
+    }
+
+    fn check_deadlines(&mut self, now: Instant) {
+        let is_over = self.shutdown_deadline.is_some_and(|deadline| now >= deadline);
+        for connection in self.connections.iter_mut().flatten() {
+            if is_over || connection.is_late(now) {
+                connection.close(&mut self.ring);
+            }
+        }
+        if self.ring.has_waiters() {
+            let stalled = self.connections.iter_mut().flatten();
+            let worst = stalled.max_by_key(|connection| connection.stalled_for(now));
+            if let Some(connection) = worst
+                && connection.stalled_for(now).is_some_and(|stalled| stalled >= STALL_LIMIT)
+            {
+                warn!(
+                    connection = connection.id().0,
+                    "closing a connection that stands still with what others need"
+                );
+                connection.close(&mut self.ring);
+            }
+        }
+    }
+
+    fn remove(&mut self, index: u32) {
+        let Some(mut connection) = self.connections[index as usize].take() else { return };
+        connection.release_all(&mut self.ring);
+        self.ring.remove_connection(index);
+        self.by_id.remove(&connection.id());
+        self.mailbox.connection_removed();
+        debug!(connection = connection.id().0, "connection is gone");
+        self.tell_gate(GateMessage::Closed { connection: connection.id() });
+    }
+
+    fn tell_gate(&self, message: GateMessage) {
+        // The gate outlives the rings; if it does not, the process is ending.
+        let _ = self.gate.send(message);
+    }
+}

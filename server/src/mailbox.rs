@@ -1,0 +1,116 @@
+//! How other threads reach a ring thread: a list of messages and an eventfd that the ring waits for.
+//!
+//! Owns: the messages on their way and the number of connections that the ring was given. Never: used on the hot path; a
+//! ring that is not posted to never takes the lock.
+//! Called by: the acceptor and the gate (post), `io_loop.rs` (take).
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use proto::nbd::ExportInfo;
+use proto::nbd::handshake::server::Refusal;
+use proto::nbd::validate::RequestLimits;
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::fence::ConnectionId;
+use crate::volume::Volume;
+
+/// An export that was opened, or that INFO asked about.
+#[derive(Debug)]
+pub struct Opened {
+    /// What the peer is told.
+    pub export: ExportInfo,
+    /// What its requests are checked against.
+    pub limits: RequestLimits,
+    /// The volume; `None` for INFO.
+    pub volume: Option<Arc<Volume>>,
+}
+
+/// What a ring thread can be told.
+#[derive(Debug)]
+pub enum RingMessage {
+    /// Serve this socket.
+    Accept {
+        /// Its identity from now on.
+        connection: ConnectionId,
+        /// The socket, with its options set.
+        socket: OwnedFd,
+        /// Where it comes from, for the log.
+        peer: SocketAddr,
+    },
+    /// The answer to an open.
+    Opened {
+        /// Whose.
+        connection: ConnectionId,
+        /// The export, or why not.
+        answer: Result<Opened, Refusal>,
+    },
+    /// The answer to a list.
+    Listed {
+        /// Whose.
+        connection: ConnectionId,
+        /// Names of the public exports.
+        names: Vec<String>,
+    },
+    /// Close it now; report it closed when its submitted I/O has finished.
+    Close {
+        /// Which.
+        connection: ConnectionId,
+    },
+    /// Take no more requests; end when every connection has.
+    Shutdown,
+}
+
+/// A ring thread's letter box.
+#[derive(Debug)]
+pub struct Mailbox {
+    messages: Mutex<Vec<RingMessage>>,
+    wakeup: OwnedFd,
+    connections: AtomicU32,
+}
+
+impl Mailbox {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// `EMFILE` and the like.
+    pub fn new() -> io::Result<Self> {
+        let wakeup = eventfd(0, EventfdFlags::CLOEXEC)?;
+        Ok(Self { messages: Mutex::default(), wakeup, connections: AtomicU32::new(0) })
+    }
+
+    /// Leaves a message and wakes the ring.
+    pub fn post(&self, message: RingMessage) {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner).push(message);
+        // It can only fail when the counter is full, and then the ring is awake.
+        let _ = rustix::io::write(&self.wakeup, &1u64.to_ne_bytes());
+    }
+
+    /// Takes all messages, in the order they came.
+    pub fn take(&self) -> Vec<RingMessage> {
+        std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What the ring has to wait for.
+    pub fn wakeup(&self) -> &OwnedFd {
+        &self.wakeup
+    }
+
+    /// Connections that the ring has, or is about to get.
+    pub fn connections(&self) -> u32 {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// One more.
+    pub fn connection_added(&self) {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One less.
+    pub fn connection_removed(&self) {
+        self.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,559 @@
+//! One io_uring, with all the memory its operations use.
+//!
+//! Owns: the ring, the payload buffers, and for each connection its socket, its receive memory, its send vectors and a
+//! hold on its volume. Never: decides what to do; `connection.rs` and `io_loop.rs` do, in safe code.
+//! Called by: `io_loop.rs` and `connection.rs`, on the ring's own thread only (`SINGLE_ISSUER`).
+//! Invariants, which make the safe methods sound:
+//! - every address in a submission lies in memory that this value owns, or in a volume that the connection holds;
+//! - operations in flight are counted for each connection, and nothing of a connection is freed before its count is 0;
+//! - receive memory is lent out as a slice only while no receive into it is in flight;
+//! - if the ring is dropped with operations in flight, its memory is leaked rather than freed under the kernel.
+//!
+//! Source: `include/uapi/linux/io_uring.h`; needs Linux 6.1 for `DEFER_TASKRUN`.
+#![allow(unsafe_code)] // Submissions carry addresses; see the invariants above.
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::ops::Range;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
+use crate::buffers::{Buffer, BufferPool, Region};
+use crate::session::{IN_FLIGHT_REQUESTS_MAX, SlotId};
+use crate::volume::{Backend, Volume};
+use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
+
+/// Submissions that fit between two system calls. A pass with more submits twice.
+const SQ_ENTRIES: u32 = 512;
+/// Completions that fit; the kernel keeps more aside, at a cost.
+const CQ_ENTRIES: u32 = 4096;
+
+/// Receive memory of a connection: a queue of 32 small writes in one receive.
+pub const BULK_BYTES: usize = 128 << 10;
+
+/// What an operation was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpKind {
+    /// Somebody posted to the mailbox.
+    Wakeup,
+    /// Bytes into the connection's receive memory.
+    ReceiveBulk,
+    /// Bytes of a WRITE's payload into its place.
+    ReceivePayload,
+    /// Replies.
+    Send,
+    /// An operation of a volume.
+    Volume,
+    /// The cancellation of a connection's socket operations.
+    Cancel,
+}
+
+impl OpKind {
+    const ALL: [Self; 6] =
+        [Self::Wakeup, Self::ReceiveBulk, Self::ReceivePayload, Self::Send, Self::Volume, Self::Cancel];
+}
+
+/// A finished operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Completion {
+    /// What it was.
+    pub kind: OpKind,
+    /// Whose: an index of this ring. Not meaningful for a wakeup.
+    pub connection: u32,
+    /// For which request, where there is one.
+    pub slot: SlotId,
+    /// Bytes or 0, or a negative errno.
+    pub result: i32,
+}
+
+impl Completion {
+    fn user_data(kind: OpKind, connection: u32, slot: SlotId) -> u64 {
+        let number = OpKind::ALL.iter().position(|other| *other == kind).unwrap_or(0) as u64;
+        number << 40 | u64::from(slot.0) << 32 | u64::from(connection)
+    }
+
+    fn from_cqe(user_data: u64, result: i32) -> Self {
+        let kind = OpKind::ALL[(user_data >> 40) as usize];
+        Self { kind, connection: user_data as u32, slot: SlotId((user_data >> 32) as u8), result }
+    }
+}
+
+/// Where a payload is, or belongs.
+#[derive(Debug, Clone, Copy)]
+pub enum PayloadPlace<'a> {
+    /// In a buffer, from its first byte.
+    Buffer(&'a Buffer),
+    /// In the memory of the connection's volume, from this byte.
+    Volume(u64),
+}
+
+struct SendArea {
+    headers: Region,
+    headers_used_bytes: usize,
+    text: Vec<u8>,
+    vectors: Vec<libc::iovec>,
+    first_vector: usize,
+    message: libc::msghdr,
+    is_in_flight: bool,
+}
+
+struct ConnectionMemory {
+    socket: OwnedFd,
+    bulk: Region,
+    bulk_is_lent_to_kernel: bool,
+    send: SendArea,
+    volume: Option<Arc<Volume>>,
+    ops_in_flight: u32,
+}
+
+/// Everything that submissions point into.
+struct Memory {
+    pool: BufferPool,
+    zeroes: Region,
+    connections: Vec<Option<Box<ConnectionMemory>>>,
+    wakeup_value: Box<u64>,
+}
+
+/// A ring and its memory.
+pub struct Ring {
+    io: IoUring,
+    memory: ManuallyDrop<Memory>,
+    free_indices: Vec<u32>,
+    ops_in_flight: u32,
+}
+
+impl Ring {
+    /// Makes the ring; on the thread that will use it.
+    ///
+    /// # Errors
+    /// `EPERM` or `ENOSYS`: io_uring is switched off (sysctl, container profile) or missing; `EINVAL`: a kernel before
+    /// 6.1; `ENOMEM`.
+    pub fn new() -> io::Result<Self> {
+        let io = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_submit_all()
+            .setup_cqsize(CQ_ENTRIES)
+            .build(SQ_ENTRIES)?;
+        let memory = Memory {
+            pool: BufferPool::new()?,
+            zeroes: Region::new(ZEROES_BYTES_MAX as usize)?,
+            connections: Vec::new(),
+            wakeup_value: Box::new(0),
+        };
+        Ok(Self { io, memory: ManuallyDrop::new(memory), free_indices: Vec::new(), ops_in_flight: 0 })
+    }
+
+    /// The payload buffers.
+    pub fn pool(&mut self) -> &mut BufferPool {
+        &mut self.memory.pool
+    }
+
+    /// Whether a request waits for a buffer.
+    pub fn has_waiters(&self) -> bool {
+        self.memory.pool.has_waiters()
+    }
+
+    /// Takes a connection in; gives its index here. Allocates.
+    ///
+    /// # Errors
+    /// `ENOMEM`
+    pub fn add_connection(&mut self, socket: OwnedFd) -> io::Result<u32> {
+        let memory = Box::new(ConnectionMemory {
+            socket,
+            bulk: Region::new(BULK_BYTES)?,
+            bulk_is_lent_to_kernel: false,
+            send: SendArea::new()?,
+            volume: None,
+            ops_in_flight: 0,
+        });
+        let index = self.free_indices.pop().unwrap_or(self.memory.connections.len() as u32);
+        if index as usize == self.memory.connections.len() {
+            self.memory.connections.push(None);
+        }
+        self.memory.connections[index as usize] = Some(memory);
+        Ok(index)
+    }
+
+    /// Lets a connection go: closes its socket and its hold on the volume.
+    ///
+    /// # Panics
+    /// While operations of it are in flight.
+    pub fn remove_connection(&mut self, connection: u32) {
+        assert_eq!(self.connection(connection).ops_in_flight, 0, "operations are in flight");
+        self.memory.connections[connection as usize] = None;
+        self.free_indices.push(connection);
+    }
+
+    /// The connection's requests are for this volume from now on.
+    pub fn set_volume(&mut self, connection: u32, volume: Arc<Volume>) {
+        self.connection_mut(connection).volume = Some(volume);
+    }
+
+    /// Operations of the connection that have not finished.
+    pub fn ops_in_flight(&self, connection: u32) -> u32 {
+        self.connection(connection).ops_in_flight
+    }
+
+    /// What was received in bulk.
+    ///
+    /// # Panics
+    /// While a bulk receive is in flight.
+    pub fn bulk(&self, connection: u32, range: Range<usize>) -> &[u8] {
+        let memory = self.connection(connection);
+        assert!(!memory.bulk_is_lent_to_kernel, "a receive is in flight");
+        let start = memory.bulk.address(range.start, range.len());
+        // SAFETY: `address` checked the range; the region outlives the borrow of `self`; no receive into it is in flight
+        // and every Rust access goes through this method or `bulk_mut`, under the borrow of `self`.
+        unsafe { std::slice::from_raw_parts(start, range.len()) }
+    }
+
+    /// The receive memory, to be written.
+    ///
+    /// # Panics
+    /// While a bulk receive is in flight.
+    pub fn bulk_mut(&mut self, connection: u32) -> &mut [u8] {
+        let memory = self.connection_mut(connection);
+        assert!(!memory.bulk_is_lent_to_kernel, "a receive is in flight");
+        let start = memory.bulk.address(0, BULK_BYTES);
+        // SAFETY: as in `bulk`, and the borrow of `self` is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(start, BULK_BYTES) }
+    }
+
+    /// Copies received bytes to where a payload belongs, `done_bytes` into it.
+    pub fn store_payload(
+        &mut self,
+        connection: u32,
+        range: Range<usize>,
+        place: PayloadPlace<'_>,
+        done_bytes: u32,
+    ) {
+        let source = self.bulk(connection, range);
+        match place {
+            PayloadPlace::Buffer(buffer) => {
+                let target = self.memory.pool.address(buffer, done_bytes as usize, source.len());
+                // SAFETY: `address` checked the target's range; the buffer belongs to this request, for which no
+                // operation is in flight while its payload is being copied; the two memories are distinct mappings.
+                unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), target, source.len()) };
+            }
+            PayloadPlace::Volume(offset_bytes) => {
+                if let Some(memory) = self.connection(connection).volume.as_deref().and_then(Volume::memory) {
+                    memory.write(offset_bytes + u64::from(done_bytes), source);
+                }
+            }
+        }
+    }
+
+    /// Receives up to the end of `range` into the receive memory.
+    pub fn push_receive_bulk(&mut self, connection: u32, range: Range<usize>) {
+        let memory = self.connection_mut(connection);
+        let target = memory.bulk.address(range.start, range.len());
+        memory.bulk_is_lent_to_kernel = true;
+        let op = opcode::Recv::new(types::Fd(memory.socket.as_raw_fd()), target, range.len() as u32).build();
+        self.push(op, OpKind::ReceiveBulk, connection, SlotId(0));
+    }
+
+    /// Receives exactly `length_bytes` of a payload (fewer only at the stream's end), `done_bytes` into its place.
+    pub fn push_receive_payload(
+        &mut self,
+        connection: u32,
+        slot: SlotId,
+        place: PayloadPlace<'_>,
+        done_bytes: u32,
+        length_bytes: u32,
+    ) {
+        let target = self.payload_address(connection, place, done_bytes, length_bytes);
+        let socket = types::Fd(self.connection(connection).socket.as_raw_fd());
+        let op = opcode::Recv::new(socket, target, length_bytes).flags(libc::MSG_WAITALL).build();
+        self.push(op, OpKind::ReceivePayload, connection, slot);
+    }
+
+    /// Adds bytes to what the next [`Self::push_send`] sends, before any reply.
+    ///
+    /// # Panics
+    /// While a send is in flight, as in the next three.
+    pub fn add_text(&mut self, connection: u32, text: Vec<u8>) {
+        let send = self.idle_send(connection);
+        send.text = text;
+        let (start, length) = (send.text.as_mut_ptr(), send.text.len());
+        send.add(start, length);
+    }
+
+    /// Adds a reply's header.
+    pub fn add_header(&mut self, connection: u32, header: &[u8; SIMPLE_REPLY_BYTES]) {
+        let send = self.idle_send(connection);
+        let target = send.headers.address(send.headers_used_bytes, header.len());
+        send.headers_used_bytes += header.len();
+        // SAFETY: `address` checked the target's range; no send is in flight, so nobody else uses the headers.
+        unsafe { std::ptr::copy_nonoverlapping(header.as_ptr(), target, header.len()) };
+        send.add(target, header.len());
+    }
+
+    /// Adds a READ's payload.
+    pub fn add_payload(&mut self, connection: u32, place: PayloadPlace<'_>, length_bytes: u32) {
+        let source = self.payload_address(connection, place, 0, length_bytes);
+        self.idle_send(connection).add(source, length_bytes as usize);
+    }
+
+    /// Sends what was added; completes when all of it has been taken by the socket, or fails.
+    pub fn push_send(&mut self, connection: u32) {
+        let memory = self.connection_mut(connection);
+        let send = &mut memory.send;
+        send.is_in_flight = true;
+        send.message.msg_iov = send.vectors[send.first_vector..].as_mut_ptr();
+        send.message.msg_iovlen = (send.vectors.len() - send.first_vector) as _;
+        let socket = types::Fd(memory.socket.as_raw_fd());
+        let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
+        let op = opcode::SendMsg::new(socket, &raw const send.message).flags(flags).build();
+        self.push(op, OpKind::Send, connection, SlotId(0));
+    }
+
+    /// Takes off what was sent. True: all of it, and the next send may be put together. False: push again.
+    pub fn advance_send(&mut self, connection: u32, sent_bytes: usize) -> bool {
+        let send = &mut self.connection_mut(connection).send;
+        assert!(!send.is_in_flight, "a send is in flight");
+        send.advance(sent_bytes)
+    }
+
+    /// Does an operation of the connection's volume for a request.
+    ///
+    /// # Panics
+    /// When the connection has no volume, or a READ or WRITE of a file no buffer.
+    pub fn push_volume_op(&mut self, connection: u32, slot: SlotId, op: VolumeOp, buffer: Option<&Buffer>) {
+        let Some(volume) = &self.connection(connection).volume else {
+            panic!("the connection has no volume")
+        };
+        let entry = match &volume.backend {
+            Backend::File(file) => self.file_op(types::Fd(file.file().as_raw_fd()), op, buffer),
+            Backend::Memory(memory) => {
+                let VolumeOp::Advise { advice, offset_bytes, length_bytes } = op else {
+                    panic!("not an operation of a memory volume: {op:?}");
+                };
+                let start = memory.address(offset_bytes, length_bytes);
+                opcode::Madvise::new(start.cast(), i64::from(length_bytes), advice).build()
+            }
+        };
+        self.push(entry, OpKind::Volume, connection, slot);
+    }
+
+    /// Ends the connection's socket operations, now or soon: shuts the socket down and cancels what waits for it.
+    pub fn push_cancel(&mut self, connection: u32) {
+        let memory = self.connection(connection);
+        // An error means that it is not connected any more, which is what is wanted.
+        let _ = rustix::net::shutdown(&memory.socket, rustix::net::Shutdown::Both);
+        let target = types::CancelBuilder::fd(types::Fd(memory.socket.as_raw_fd())).all();
+        self.push(opcode::AsyncCancel2::new(target).build(), OpKind::Cancel, connection, SlotId(0));
+    }
+
+    /// Waits for the mailbox's eventfd.
+    pub fn push_wakeup(&mut self, eventfd: &OwnedFd) {
+        let target = (&raw mut *self.memory.wakeup_value).cast::<u8>();
+        let op = opcode::Read::new(types::Fd(eventfd.as_raw_fd()), target, 8).offset(u64::MAX).build();
+        let user_data = Completion::user_data(OpKind::Wakeup, 0, SlotId(0));
+        self.push_entry(op.user_data(user_data));
+    }
+
+    /// Submits what was pushed and waits for a completion, or for the time to pass.
+    ///
+    /// # Errors
+    /// What `io_uring_enter` says, but for interruptions, the time-out and a full completion queue.
+    pub fn submit_and_wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        let result = match timeout {
+            None => self.io.submit_and_wait(1),
+            Some(timeout) => {
+                let timespec = types::Timespec::from(timeout);
+                let args = types::SubmitArgs::new().timespec(&timespec);
+                self.io.submitter().submit_with_args(1, &args)
+            }
+        };
+        match result {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME | libc::EBUSY)) => {
+                Err(error)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Moves all finished operations into `completions`, as far as its capacity goes.
+    pub fn reap(&mut self, completions: &mut Vec<Completion>) {
+        let room = completions.capacity() - completions.len();
+        let finished =
+            self.io.completion().take(room).map(|cqe| Completion::from_cqe(cqe.user_data(), cqe.result()));
+        completions.extend(finished);
+        for completion in completions.iter() {
+            self.ops_in_flight -= 1;
+            if completion.kind == OpKind::Wakeup {
+                continue;
+            }
+            let memory = self.memory.connections[completion.connection as usize].as_deref_mut();
+            let Some(memory) = memory else {
+                panic!("a completion of a connection that is gone: {completion:?}")
+            };
+            memory.ops_in_flight -= 1;
+            match completion.kind {
+                OpKind::ReceiveBulk => memory.bulk_is_lent_to_kernel = false,
+                OpKind::Send => memory.send.is_in_flight = false,
+                _ => {}
+            }
+        }
+    }
+
+    fn file_op(&self, file: types::Fd, op: VolumeOp, buffer: Option<&Buffer>) -> squeue::Entry {
+        let address = |at: u32, length: u32| match buffer {
+            Some(buffer) => self.memory.pool.address(buffer, at as usize, length as usize),
+            None => panic!("the request has no buffer"),
+        };
+        match op {
+            VolumeOp::Read { offset_bytes, length_bytes, buffer_offset_bytes } => {
+                let target = address(buffer_offset_bytes, length_bytes);
+                opcode::Read::new(file, target, length_bytes).offset(offset_bytes).build()
+            }
+            VolumeOp::Write { offset_bytes, length_bytes, buffer_offset_bytes, durable } => {
+                let source = address(buffer_offset_bytes, length_bytes);
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                opcode::Write::new(file, source, length_bytes).offset(offset_bytes).rw_flags(flags).build()
+            }
+            VolumeOp::WriteZeroes { offset_bytes, length_bytes } => {
+                let source = self.memory.zeroes.address(0, length_bytes as usize);
+                opcode::Write::new(file, source, length_bytes).offset(offset_bytes).build()
+            }
+            VolumeOp::Sync { metadata } => {
+                let flags = if metadata { types::FsyncFlags::empty() } else { types::FsyncFlags::DATASYNC };
+                opcode::Fsync::new(file).flags(flags).build()
+            }
+            VolumeOp::Allocate { mode, offset_bytes, length_bytes } => {
+                opcode::Fallocate::new(file, u64::from(length_bytes)).offset(offset_bytes).mode(mode).build()
+            }
+            VolumeOp::Advise { .. } => panic!("not an operation of a file: {op:?}"),
+        }
+    }
+
+    fn payload_address(
+        &self,
+        connection: u32,
+        place: PayloadPlace<'_>,
+        done_bytes: u32,
+        length_bytes: u32,
+    ) -> *mut u8 {
+        match place {
+            PayloadPlace::Buffer(buffer) => {
+                self.memory.pool.address(buffer, done_bytes as usize, length_bytes as usize)
+            }
+            PayloadPlace::Volume(offset_bytes) => {
+                let volume = self.connection(connection).volume.as_deref();
+                match volume.and_then(Volume::memory) {
+                    Some(memory) => memory.address(offset_bytes + u64::from(done_bytes), length_bytes),
+                    None => panic!("the connection's volume is not in memory"),
+                }
+            }
+        }
+    }
+
+    fn push(&mut self, entry: squeue::Entry, kind: OpKind, connection: u32, slot: SlotId) {
+        self.connection_mut(connection).ops_in_flight += 1;
+        self.push_entry(entry.user_data(Completion::user_data(kind, connection, slot)));
+    }
+
+    fn push_entry(&mut self, entry: squeue::Entry) {
+        self.ops_in_flight += 1;
+        loop {
+            // SAFETY: every entry is built in this file from memory that stays valid until its completion was reaped:
+            // see the invariants at the top.
+            let pushed = unsafe { self.io.submission().push(&entry) };
+            if pushed.is_ok() {
+                return;
+            }
+            // The queue is full. EBUSY and EINTR pass: the kernel takes entries as soon as it can.
+            if let Err(error) = self.io.submit()
+                && !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN))
+            {
+                panic!("io_uring_enter: {error}");
+            }
+        }
+    }
+
+    fn connection(&self, connection: u32) -> &ConnectionMemory {
+        match self.memory.connections.get(connection as usize).and_then(Option::as_deref) {
+            Some(memory) => memory,
+            None => panic!("connection {connection} is gone"),
+        }
+    }
+
+    fn connection_mut(&mut self, connection: u32) -> &mut ConnectionMemory {
+        match self.memory.connections.get_mut(connection as usize).and_then(Option::as_deref_mut) {
+            Some(memory) => memory,
+            None => panic!("connection {connection} is gone"),
+        }
+    }
+
+    fn idle_send(&mut self, connection: u32) -> &mut SendArea {
+        let send = &mut self.connection_mut(connection).send;
+        assert!(!send.is_in_flight, "a send is in flight");
+        send
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The wakeup alone is let go: an eventfd's read completes only when somebody writes, and its 8 bytes are leaked.
+        let others_in_flight =
+            self.memory.connections.iter().flatten().any(|memory| memory.ops_in_flight > 0);
+        if others_in_flight {
+            tracing::warn!(self.ops_in_flight, "a ring ends with operations in flight; its memory stays");
+            return;
+        }
+        // SAFETY: taken once, here; `memory` is not used again.
+        let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
+        Box::leak(memory.wakeup_value);
+    }
+}
+
+impl SendArea {
+    fn new() -> io::Result<Self> {
+        // SAFETY: all zeroes is a valid `msghdr`: null pointers with zero lengths.
+        let message = unsafe { std::mem::zeroed::<libc::msghdr>() };
+        Ok(Self {
+            headers: Region::new(IN_FLIGHT_REQUESTS_MAX * SIMPLE_REPLY_BYTES)?,
+            headers_used_bytes: 0,
+            text: Vec::new(),
+            // A header and a payload for each request, and the text; below IOV_MAX (1024).
+            vectors: Vec::with_capacity(2 * IN_FLIGHT_REQUESTS_MAX + 1),
+            first_vector: 0,
+            message,
+            is_in_flight: false,
+        })
+    }
+
+    /// Adds a range; one that follows the last directly only makes that longer.
+    fn add(&mut self, start: *mut u8, length_bytes: usize) {
+        if let Some(last) = self.vectors.last_mut()
+            && last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == start
+        {
+            last.iov_len += length_bytes;
+            return;
+        }
+        self.vectors.push(libc::iovec { iov_base: start.cast(), iov_len: length_bytes });
+    }
+
+    fn advance(&mut self, mut sent_bytes: usize) -> bool {
+        for vector in &mut self.vectors[self.first_vector..] {
+            let taken_bytes = sent_bytes.min(vector.iov_len);
+            vector.iov_base = vector.iov_base.cast::<u8>().wrapping_add(taken_bytes).cast();
+            vector.iov_len -= taken_bytes;
+            sent_bytes -= taken_bytes;
+            if vector.iov_len > 0 {
+                return false;
+            }
+            self.first_vector += 1;
+        }
+        self.vectors.clear();
+        self.first_vector = 0;
+        self.headers_used_bytes = 0;
+        self.text.clear();
+        true
+    }
+}

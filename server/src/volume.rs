@@ -1,0 +1,496 @@
+//! A volume that is being served, and the way of one request through it.
+//!
+//! Owns: what is announced of a volume, and for each request the order of operations ([`VolumeOp`]) with the meaning of
+//! each result. Never: does an operation itself (`ring.rs` does), touches a socket, or checks a request's range
+//! (`session.rs` did).
+//! Called by: `gate.rs` (opens volumes, shares them with the rings) and `connection.rs` (requests).
+//!
+//! ```text
+//!   READ            Read…                                          WRITE   Write… ─(FUA, buffered)─► Sync
+//!   FLUSH           Sync
+//!   TRIM            Allocate(punch) ─(FUA)─► Sync
+//!   WRITE_ZEROES    Allocate(punch or zero) ─(not supported)─► WriteZeroes… ─(FUA)─► Sync
+//! ```
+//! Invariants: a request is reported done only when every byte of it is; where the write cache is off every writing
+//! request is treated as FUA; after a failed sync nothing is acknowledged as durable until the volume was opened anew.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use proto::nbd::transmission::{Command, CommandFlags, NbdError, Request};
+use proto::nbd::validate::RequestLimits;
+use proto::nbd::{BlockSizes, PAYLOAD_BYTES_MAX_DEFAULT, TransmissionFlags};
+use tracing::{error, warn};
+use uuid::Uuid;
+
+use crate::backend::file::FileVolume;
+use crate::backend::memory::MemoryVolume;
+use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
+
+/// Below this, requests make the file system handle parts of a page.
+const PREFERRED_BLOCK_BYTES: u32 = 4096;
+
+/// Ways in which this server can be made to fail, for tests only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Faults {
+    /// FLUSH and FUA are acknowledged although nothing was synced.
+    pub skip_flush: bool,
+}
+
+impl std::str::FromStr for Faults {
+    type Err = String;
+
+    /// Reads the hidden `--fault` option: `skip-flush`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "skip-flush" => Ok(Self { skip_flush: true }),
+            other => Err(format!("unknown fault {other:?}; there is `skip-flush`")),
+        }
+    }
+}
+
+/// Where a volume's bytes are.
+#[derive(Debug)]
+pub enum Backend {
+    /// A file.
+    File(FileVolume),
+    /// This process's memory.
+    Memory(MemoryVolume),
+}
+
+/// A volume that is being served.
+#[derive(Debug)]
+pub struct Volume {
+    /// Its identity.
+    pub volume_uid: Uuid,
+    /// Its size in bytes.
+    pub capacity_bytes: u64,
+    /// Its bytes.
+    pub backend: Backend,
+    write_cache_on: bool,
+    faults: Faults,
+    sync_failed: AtomicBool,
+}
+
+impl Volume {
+    /// A volume over a backend that is open, and locked if it is a file.
+    pub fn new(
+        volume_uid: Uuid,
+        capacity_bytes: u64,
+        backend: Backend,
+        write_cache_on: bool,
+        faults: Faults,
+    ) -> Self {
+        let sync_failed = AtomicBool::new(false);
+        Self { volume_uid, capacity_bytes, backend, write_cache_on, faults, sync_failed }
+    }
+
+    /// Whether a sync has failed: what was acknowledged before may be lost.
+    pub fn has_lost_writes(&self) -> bool {
+        self.sync_failed.load(Ordering::Acquire)
+    }
+
+    /// What requests are checked against and what is announced. `block_size_bytes` is the smallest block that this
+    /// export's clients were promised; the backend may need more.
+    pub fn limits(&self, read_only: bool, block_size_bytes: u32) -> RequestLimits {
+        let alignment_bytes = match &self.backend {
+            Backend::File(file) => file.alignment_bytes(),
+            Backend::Memory(_) => 1,
+        };
+        let minimum_bytes = alignment_bytes.max(block_size_bytes);
+        let mut flags = TransmissionFlags::HAS_FLAGS
+            .with(TransmissionFlags::SEND_FUA)
+            .with(TransmissionFlags::SEND_TRIM)
+            .with(TransmissionFlags::SEND_WRITE_ZEROES)
+            .with(TransmissionFlags::CAN_MULTI_CONN);
+        if self.write_cache_on {
+            // Announcing FLUSH is how NBD says that there is a volatile cache.
+            flags = flags.with(TransmissionFlags::SEND_FLUSH);
+        }
+        if read_only {
+            flags = flags.with(TransmissionFlags::READ_ONLY);
+        }
+        let block_sizes = BlockSizes {
+            minimum_bytes,
+            preferred_bytes: minimum_bytes.max(PREFERRED_BLOCK_BYTES),
+            maximum_bytes: PAYLOAD_BYTES_MAX_DEFAULT,
+        };
+        RequestLimits { size_bytes: self.capacity_bytes, flags, block_sizes }
+    }
+
+    /// The volume's memory, when payloads go straight into and out of it.
+    pub fn memory(&self) -> Option<&MemoryVolume> {
+        match &self.backend {
+            Backend::File(_) => None,
+            Backend::Memory(memory) => Some(memory),
+        }
+    }
+
+    fn report_failed_sync(&self, errno: i32) {
+        if !self.sync_failed.swap(true, Ordering::AcqRel) {
+            error!(volume_uid = %self.volume_uid, errno, "a sync failed: FLUSH and FUA fail until all clients have left");
+        }
+    }
+
+    fn is_direct(&self) -> bool {
+        matches!(&self.backend, Backend::File(file) if file.is_direct())
+    }
+}
+
+/// What comes next for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Have this done and bring the result to [`RequestProgress::completed`].
+    Submit(VolumeOp),
+    /// The request is over.
+    Done(Result<(), NbdError>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Reading,
+    Writing,
+    Allocating,
+    Zeroing,
+    Advising,
+    Populating,
+    Syncing,
+}
+
+/// How far a request has come. Plain data: it lives in the connection's slot for the request.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestProgress {
+    request: Request,
+    stage: Stage,
+    durable: bool,
+    done_bytes: u32,
+}
+
+impl RequestProgress {
+    /// Begins a request that was validated, and, if it is a WRITE, whose payload is there: in the request's buffer, or
+    /// for a memory volume in its place already.
+    pub fn begin(volume: &Volume, request: &Request) -> (Self, Next) {
+        let writes = matches!(request.command, Command::Write | Command::Trim | Command::WriteZeroes);
+        let wants_durable = request.flags.contains(CommandFlags::FUA) || !volume.write_cache_on;
+        let durable = writes && wants_durable && !volume.faults.skip_flush;
+        let mut progress = Self { request: *request, stage: Stage::Syncing, durable, done_bytes: 0 };
+        let next = match &volume.backend {
+            Backend::File(_) => progress.begin_file(volume),
+            Backend::Memory(memory) => progress.begin_memory(memory),
+        };
+        (progress, next)
+    }
+
+    /// Takes the result of the operation before: bytes, or a negative errno.
+    pub fn completed(&mut self, volume: &Volume, result: i32) -> Next {
+        if result == -libc::EINTR {
+            return self.repeat(volume);
+        }
+        if result < 0 {
+            return self.failed(volume, -result);
+        }
+        match self.stage {
+            Stage::Reading | Stage::Writing | Stage::Zeroing => self.transferred(volume, result as u32),
+            Stage::Allocating => self.data_done(volume),
+            Stage::Advising => self.advised(volume),
+            Stage::Populating => Next::Done(Ok(())),
+            Stage::Syncing => self.synced(volume),
+        }
+    }
+
+    fn begin_file(&mut self, volume: &Volume) -> Next {
+        if self.durable && volume.has_lost_writes() {
+            return Next::Done(Err(NbdError::Eio));
+        }
+        self.stage = match self.request.command {
+            Command::Read => Stage::Reading,
+            Command::Write => Stage::Writing,
+            Command::Trim | Command::WriteZeroes => Stage::Allocating,
+            _ => return self.sync(volume),
+        };
+        self.repeat(volume)
+    }
+
+    /// A memory volume has no sync and no file: only giving memory back takes an operation.
+    fn begin_memory(&mut self, memory: &MemoryVolume) -> Next {
+        if !matches!(self.request.command, Command::Trim | Command::WriteZeroes) {
+            return Next::Done(Ok(()));
+        }
+        let split = memory.split_at_pages(self.request.offset_bytes, self.request.length_bytes);
+        if self.request.command == Command::WriteZeroes {
+            memory.zero_edge(split.head);
+            memory.zero_edge(split.tail);
+        }
+        if split.pages.1 == 0 {
+            return Next::Done(Ok(()));
+        }
+        self.stage = Stage::Advising;
+        Next::Submit(advise(split.pages, libc::MADV_DONTNEED))
+    }
+
+    /// The operation of the current stage, from where it has got to.
+    fn repeat(&mut self, volume: &Volume) -> Next {
+        let offset_bytes = self.request.offset_bytes + u64::from(self.done_bytes);
+        let length_bytes = self.request.length_bytes - self.done_bytes;
+        let buffer_offset_bytes = self.done_bytes;
+        let op = match self.stage {
+            Stage::Reading => VolumeOp::Read { offset_bytes, length_bytes, buffer_offset_bytes },
+            Stage::Writing => {
+                // Through the page cache, ENOSPC of the write could not be told from a failed sync in one result.
+                let durable = self.durable && volume.is_direct();
+                VolumeOp::Write { offset_bytes, length_bytes, buffer_offset_bytes, durable }
+            }
+            Stage::Zeroing => {
+                VolumeOp::WriteZeroes { offset_bytes, length_bytes: length_bytes.min(ZEROES_BYTES_MAX) }
+            }
+            Stage::Allocating => {
+                VolumeOp::Allocate { mode: self.allocate_mode(), offset_bytes, length_bytes }
+            }
+            // What a hole or a preallocation changed is metadata through and through.
+            Stage::Syncing => VolumeOp::Sync {
+                metadata: matches!(self.request.command, Command::Trim | Command::WriteZeroes),
+            },
+            Stage::Advising | Stage::Populating => return self.repeat_advice(volume),
+        };
+        Next::Submit(op)
+    }
+
+    fn repeat_advice(&self, volume: &Volume) -> Next {
+        let Backend::Memory(memory) = &volume.backend else { return Next::Done(Err(NbdError::Eio)) };
+        let split = memory.split_at_pages(self.request.offset_bytes, self.request.length_bytes);
+        let advice =
+            if self.stage == Stage::Advising { libc::MADV_DONTNEED } else { libc::MADV_POPULATE_WRITE };
+        Next::Submit(advise(split.pages, advice))
+    }
+
+    fn allocate_mode(&self) -> i32 {
+        let no_hole = self.request.flags.contains(CommandFlags::NO_HOLE);
+        if self.request.command == Command::WriteZeroes && no_hole {
+            libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
+        } else {
+            libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
+        }
+    }
+
+    fn transferred(&mut self, volume: &Volume, bytes: u32) -> Next {
+        self.done_bytes = self.done_bytes.saturating_add(bytes);
+        if self.done_bytes < self.request.length_bytes && bytes > 0 {
+            return self.repeat(volume);
+        }
+        if self.done_bytes != self.request.length_bytes {
+            // The file has the volume's length, so an end of file inside it means that somebody cut it.
+            error!(volume_uid = %volume.volume_uid, request = ?self.request, "the backing file ends too early");
+            return Next::Done(Err(NbdError::Eio));
+        }
+        match self.stage {
+            Stage::Reading => Next::Done(Ok(())),
+            Stage::Writing if self.durable && volume.is_direct() => durable_answer(volume),
+            _ => self.data_done(volume),
+        }
+    }
+
+    /// The data is where it belongs; what is left is to make it durable if that was asked for.
+    fn data_done(&mut self, volume: &Volume) -> Next {
+        if self.durable { self.sync(volume) } else { Next::Done(Ok(())) }
+    }
+
+    fn sync(&mut self, volume: &Volume) -> Next {
+        if volume.faults.skip_flush {
+            return Next::Done(Ok(()));
+        }
+        if volume.has_lost_writes() {
+            return Next::Done(Err(NbdError::Eio));
+        }
+        self.stage = Stage::Syncing;
+        self.repeat(volume)
+    }
+
+    fn synced(&self, volume: &Volume) -> Next {
+        durable_answer(volume)
+    }
+
+    fn advised(&mut self, volume: &Volume) -> Next {
+        if !self.request.flags.contains(CommandFlags::NO_HOLE) {
+            return Next::Done(Ok(()));
+        }
+        self.stage = Stage::Populating;
+        self.repeat_advice(volume)
+    }
+
+    fn failed(&mut self, volume: &Volume, errno: i32) -> Next {
+        let no_space = matches!(errno, libc::ENOSPC | libc::EDQUOT | libc::EFBIG);
+        match self.stage {
+            Stage::Allocating if errno == libc::EOPNOTSUPP => {
+                if self.request.command == Command::Trim {
+                    return Next::Done(Ok(())); // Only advice: a file system without holes keeps the bytes.
+                }
+                self.stage = Stage::Zeroing;
+                return self.repeat(volume);
+            }
+            Stage::Syncing => volume.report_failed_sync(errno),
+            Stage::Writing if self.durable && volume.is_direct() && !no_space => {
+                volume.report_failed_sync(errno)
+            }
+            _ => {}
+        }
+        warn!(volume_uid = %volume.volume_uid, errno, stage = ?self.stage, request = ?self.request, "a request failed");
+        // Whatever a failed sync says, what it means to the client is that the data may be lost.
+        let error = if self.stage == Stage::Syncing { NbdError::Eio } else { NbdError::from_errno(errno) };
+        Next::Done(Err(error))
+    }
+}
+
+/// A sync worked; but if another failed meanwhile, its error may be about what this one should have covered.
+fn durable_answer(volume: &Volume) -> Next {
+    Next::Done(if volume.has_lost_writes() { Err(NbdError::Eio) } else { Ok(()) })
+}
+
+fn advise((offset_bytes, length_bytes): (u64, u32), advice: i32) -> VolumeOp {
+    VolumeOp::Advise { advice, offset_bytes, length_bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::backend::file::{self, CacheMode};
+
+    struct Fixture {
+        dir: PathBuf,
+        volume: Volume,
+    }
+
+    impl Fixture {
+        fn new(cache: CacheMode, write_cache_on: bool, faults: Faults) -> Self {
+            let dir = std::env::temp_dir().join(format!("volnode-volume-{}", Uuid::new_v4()));
+            std::fs::create_dir(&dir).unwrap();
+            let uid = Uuid::new_v4();
+            file::create(&dir, uid, 16 << 20).unwrap();
+            let backend = Backend::File(file::open(&dir, uid, 16 << 20, cache).unwrap());
+            Self { dir, volume: Volume::new(uid, 16 << 20, backend, write_cache_on, faults) }
+        }
+
+        fn begin(&self, command: Command, flags: CommandFlags) -> (RequestProgress, Next) {
+            let length_bytes = if command == Command::Flush { 0 } else { 8192 };
+            let request = Request { flags, command, cookie: 1, offset_bytes: 4096, length_bytes };
+            RequestProgress::begin(&self.volume, &request)
+        }
+    }
+
+    impl Drop for Fixture {
+        fn drop(&mut self) {
+            std::fs::remove_dir_all(&self.dir).unwrap();
+        }
+    }
+
+    fn buffered() -> Fixture {
+        Fixture::new(CacheMode::Buffered, true, Faults::default())
+    }
+
+    const SYNC_DATA: Next = Next::Submit(VolumeOp::Sync { metadata: false });
+    const SYNC_ALL: Next = Next::Submit(VolumeOp::Sync { metadata: true });
+    const OK: Next = Next::Done(Ok(()));
+    const EIO: Next = Next::Done(Err(NbdError::Eio));
+
+    #[test]
+    fn short_transfers_are_continued() {
+        let fixture = buffered();
+        let (mut read, next) = fixture.begin(Command::Read, CommandFlags::NONE);
+        let op = |offset, length, at| {
+            Next::Submit(VolumeOp::Read {
+                offset_bytes: offset,
+                length_bytes: length,
+                buffer_offset_bytes: at,
+            })
+        };
+        assert_eq!(next, op(4096, 8192, 0));
+        assert_eq!(read.completed(&fixture.volume, 4096), op(8192, 4096, 4096));
+        assert_eq!(read.completed(&fixture.volume, -libc::EINTR), op(8192, 4096, 4096));
+        assert_eq!(read.completed(&fixture.volume, 4096), OK);
+    }
+
+    #[test]
+    fn a_file_that_was_cut_is_an_error_and_not_zeroes() {
+        let fixture = buffered();
+        let (mut read, _) = fixture.begin(Command::Read, CommandFlags::NONE);
+        assert_eq!(read.completed(&fixture.volume, 0), EIO);
+    }
+
+    #[test]
+    fn fua_is_answered_after_the_sync() {
+        let fixture = buffered();
+        for command in [Command::Trim, Command::WriteZeroes] {
+            let (mut request, _) = fixture.begin(command, CommandFlags::FUA);
+            assert_eq!(request.completed(&fixture.volume, 0), SYNC_ALL);
+            assert_eq!(request.completed(&fixture.volume, 0), OK);
+        }
+        let (mut write, _) = fixture.begin(Command::Write, CommandFlags::FUA);
+        assert_eq!(write.completed(&fixture.volume, 8192), SYNC_DATA);
+        let (_, next) = fixture.begin(Command::Flush, CommandFlags::NONE);
+        assert_eq!(next, SYNC_DATA);
+    }
+
+    #[test]
+    fn without_a_write_cache_every_write_is_durable() {
+        let fixture = Fixture::new(CacheMode::Buffered, false, Faults::default());
+        let (mut write, _) = fixture.begin(Command::Write, CommandFlags::NONE);
+        assert_eq!(write.completed(&fixture.volume, 8192), SYNC_DATA);
+        let limits = fixture.volume.limits(false, 512);
+        assert!(!limits.flags.contains(TransmissionFlags::SEND_FLUSH), "no volatile cache is announced");
+    }
+
+    #[test]
+    fn nothing_is_acknowledged_as_flushed_after_a_failed_sync() {
+        let fixture = buffered();
+        let (mut earlier, _) = fixture.begin(Command::Flush, CommandFlags::NONE);
+        let (mut failing, _) = fixture.begin(Command::Flush, CommandFlags::NONE);
+        assert_eq!(failing.completed(&fixture.volume, -libc::ENOSPC), EIO);
+        assert!(fixture.volume.has_lost_writes());
+        assert_eq!(earlier.completed(&fixture.volume, 0), EIO, "its writes may be the lost ones");
+        assert_eq!(fixture.begin(Command::Flush, CommandFlags::NONE).1, EIO);
+        assert_eq!(fixture.begin(Command::Write, CommandFlags::FUA).1, EIO);
+        let (mut write, _) = fixture.begin(Command::Write, CommandFlags::NONE);
+        assert_eq!(write.completed(&fixture.volume, 8192), OK, "nothing durable is promised here");
+    }
+
+    #[test]
+    fn no_space_is_the_writers_problem_alone() {
+        let fixture = buffered();
+        let (mut write, _) = fixture.begin(Command::Write, CommandFlags::FUA);
+        assert_eq!(write.completed(&fixture.volume, -libc::ENOSPC), Next::Done(Err(NbdError::Enospc)));
+        assert!(!fixture.volume.has_lost_writes());
+    }
+
+    #[test]
+    fn file_systems_without_holes_get_zeroes_written() {
+        let fixture = buffered();
+        let (mut zeroes, _) = fixture.begin(Command::WriteZeroes, CommandFlags::NONE);
+        let next = zeroes.completed(&fixture.volume, -libc::EOPNOTSUPP);
+        assert_eq!(next, Next::Submit(VolumeOp::WriteZeroes { offset_bytes: 4096, length_bytes: 8192 }));
+        assert_eq!(zeroes.completed(&fixture.volume, 8192), OK);
+        let (mut trim, _) = fixture.begin(Command::Trim, CommandFlags::NONE);
+        assert_eq!(trim.completed(&fixture.volume, -libc::EOPNOTSUPP), OK);
+    }
+
+    #[test]
+    fn the_skip_flush_fault_skips_every_sync() {
+        let fixture = Fixture::new(CacheMode::Buffered, true, "skip-flush".parse().unwrap());
+        assert_eq!(fixture.begin(Command::Flush, CommandFlags::NONE).1, OK);
+        let (mut write, _) = fixture.begin(Command::Write, CommandFlags::FUA);
+        assert_eq!(write.completed(&fixture.volume, 8192), OK);
+    }
+
+    #[test]
+    fn memory_gives_whole_pages_back_and_zeroes_the_edges() {
+        let backend = Backend::Memory(MemoryVolume::new(1 << 20).unwrap());
+        let volume = Volume::new(Uuid::nil(), 1 << 20, backend, true, Faults::default());
+        let command = Command::WriteZeroes;
+        let flags = CommandFlags::NO_HOLE;
+        let request = Request { flags, command, cookie: 1, offset_bytes: 512, length_bytes: 8192 };
+        let (mut zeroes, next) = RequestProgress::begin(&volume, &request);
+        assert_eq!(next, Next::Submit(advise((4096, 4096), libc::MADV_DONTNEED)));
+        let next = zeroes.completed(&volume, 0);
+        assert_eq!(next, Next::Submit(advise((4096, 4096), libc::MADV_POPULATE_WRITE)));
+        assert_eq!(zeroes.completed(&volume, 0), OK);
+    }
+}
