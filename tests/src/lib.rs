@@ -4,10 +4,13 @@
 //! does, and the harness that runs the VM tests one by one with a deadline each. It starts no virtual machine
 //! (that is the binary's part) and holds no test of the product (those are in `vm/`).
 
+pub mod block_history;
 pub mod events;
 pub mod harness;
 pub mod kernel_series;
 mod left_behind;
+pub mod lying_disk;
+pub mod nbd_client;
 pub mod shell;
 pub mod storage_node;
 pub mod stuck_tasks;

@@ -1,0 +1,343 @@
+//! What every block of a volume may hold after a power cut, by what was written and answered.
+//!
+//! Owns the history of writes to a range of blocks, the contents that each of them put there, and the verdict on what is
+//! found later. Never does I/O; its user tells it what it sends and which replies came. Used by the tests on the lying disk.
+//!
+//! What may be found, for each 512-byte sector of a block by itself:
+//! - A write is *pinned* once it was answered with FUA, or was answered before a FLUSH was sent that was answered too (where
+//!   the write cache is off: once it was answered). A sector holds the contents of the block's newest pinned write, or of one
+//!   that was sent after that; without a pinned write also what it held when the history began.
+//! - Nothing else: no older contents, no other block's or sector's, no mixture inside a sector. Sectors of one block may hold
+//!   different writes of those allowed, because a disk that loses power may have written any of them.
+//!
+//! Invariant: never two writes of one block in flight, because nothing orders those.
+
+use anyhow::{Result, bail, ensure};
+
+use crate::lying_disk::SECTOR_BYTES;
+
+/// Size of a block: 8 sectors, so that one block's write can be torn.
+pub const BLOCK_BYTES: usize = 4096;
+
+/// Marks a sector that a history wrote.
+const SECTOR_MAGIC: u64 = 0x766f_6c6e_6f64_6531;
+
+/// What a write puts into its blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pattern {
+    /// Sectors stamped with block, sector, sequence number and seed, filled by a generator that these four determine.
+    Stamped,
+    /// Zeroes (WRITE_ZEROES).
+    Zeroes,
+}
+
+/// A range of blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Blocks {
+    /// The first.
+    pub first: usize,
+    /// How many.
+    pub count: usize,
+}
+
+impl Blocks {
+    /// Offset of the first one, in bytes.
+    pub fn offset_bytes(&self) -> u64 {
+        (self.first * BLOCK_BYTES) as u64
+    }
+
+    /// Their length, in bytes.
+    pub fn length_bytes(&self) -> u32 {
+        (self.count * BLOCK_BYTES) as u32
+    }
+
+    fn numbers(&self) -> std::ops::Range<usize> {
+        self.first..self.first + self.count
+    }
+}
+
+/// A write that was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SentWrite {
+    blocks: Blocks,
+    sequence: u64,
+}
+
+/// A flush that was sent, with what had been answered by then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SentFlush {
+    answers_before: u64,
+}
+
+/// The history of a volume's blocks; see the head of the file.
+pub struct BlockHistory {
+    seed: u64,
+    blocks: Vec<Vec<Version>>,
+    sequence: u64,
+    answers: u64,
+}
+
+/// Contents that a block may hold, oldest first in its list; the first one of the list is pinned.
+struct Version {
+    sequence: u64,
+    content: Content,
+    /// Its place among all answers; `None` while it has none.
+    answer: Option<u64>,
+}
+
+enum Content {
+    Pattern(Pattern),
+    /// What was found when the history began, or began anew.
+    Found(Box<[u8]>),
+}
+
+impl BlockHistory {
+    /// The history of `block_count` blocks that read as zeroes and are stable.
+    pub fn new(seed: u64, block_count: usize) -> Self {
+        let zeroes =
+            || vec![Version { sequence: 0, content: Content::Pattern(Pattern::Zeroes), answer: Some(0) }];
+        Self { seed, blocks: (0..block_count).map(|_| zeroes()).collect(), sequence: 0, answers: 0 }
+    }
+
+    /// How many blocks there are.
+    pub fn block_count(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether no write of any of these blocks is in flight.
+    pub fn is_idle(&self, blocks: Blocks) -> bool {
+        self.blocks[blocks.numbers()]
+            .iter()
+            .all(|versions| versions.last().is_none_or(|last| last.answer.is_some()))
+    }
+
+    /// Notes a write that is about to be sent; gives its payload (empty for zeroes).
+    ///
+    /// # Panics
+    /// Another write of one of the blocks is in flight.
+    pub fn send_write(&mut self, blocks: Blocks, pattern: Pattern) -> (SentWrite, Vec<u8>) {
+        assert!(self.is_idle(blocks), "two writes of one block in flight: {blocks:?}");
+        self.sequence += 1;
+        let sequence = self.sequence;
+        let mut payload = Vec::new();
+        for block in blocks.numbers() {
+            self.blocks[block].push(Version { sequence, content: Content::Pattern(pattern), answer: None });
+            if pattern == Pattern::Stamped {
+                (0..BLOCK_BYTES / SECTOR_BYTES).for_each(|sector| {
+                    payload.extend_from_slice(&stamped_sector(self.seed, block, sector, sequence));
+                });
+            }
+        }
+        (SentWrite { blocks, sequence }, payload)
+    }
+
+    /// Notes that a write was answered without an error; `durable` if it was sent with FUA or the write cache is off.
+    pub fn write_answered(&mut self, write: SentWrite, durable: bool) {
+        self.answers += 1;
+        for block in write.blocks.numbers() {
+            let versions = &mut self.blocks[block];
+            let Some(at) = versions.iter().position(|version| version.sequence == write.sequence) else {
+                panic!("{write:?} was never sent");
+            };
+            versions[at].answer = Some(self.answers);
+            if durable {
+                versions.drain(..at);
+            }
+        }
+    }
+
+    /// Notes a FLUSH that is about to be sent.
+    pub fn send_flush(&self) -> SentFlush {
+        SentFlush { answers_before: self.answers }
+    }
+
+    /// Notes that a FLUSH was answered without an error.
+    pub fn flush_answered(&mut self, flush: SentFlush) {
+        for versions in &mut self.blocks {
+            let covered =
+                |version: &Version| version.answer.is_some_and(|answer| answer <= flush.answers_before);
+            if let Some(newest_covered) = versions.iter().rposition(covered) {
+                versions.drain(..newest_covered);
+            }
+        }
+    }
+
+    /// Checks what was found in a range of blocks, and takes it as the pinned contents from now on.
+    ///
+    /// # Errors
+    /// Names the first sector that holds what it may not.
+    pub fn check_and_adopt(&mut self, blocks: Blocks, found: &[u8]) -> Result<()> {
+        ensure!(found.len() == blocks.length_bytes() as usize, "{} bytes for {blocks:?}", found.len());
+        for (block, bytes) in blocks.numbers().zip(found.chunks(BLOCK_BYTES)) {
+            for (sector, bytes) in bytes.chunks(SECTOR_BYTES).enumerate() {
+                self.check_sector(block, sector, bytes)?;
+            }
+            let content = Content::Found(bytes.into());
+            self.blocks[block] =
+                vec![Version { sequence: self.sequence, content, answer: Some(self.answers) }];
+        }
+        Ok(())
+    }
+
+    fn check_sector(&self, block: usize, sector: usize, found: &[u8]) -> Result<()> {
+        let versions = &self.blocks[block];
+        let matches = |version: &Version| match &version.content {
+            Content::Pattern(Pattern::Zeroes) => found.iter().all(|&byte| byte == 0),
+            Content::Pattern(Pattern::Stamped) => {
+                found == stamped_sector(self.seed, block, sector, version.sequence)
+            }
+            Content::Found(bytes) => found == &bytes[sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES],
+        };
+        if versions.iter().any(matches) {
+            return Ok(());
+        }
+        let allowed: Vec<String> = versions.iter().map(Version::describe).collect();
+        bail!(
+            "block {block}, sector {sector}: found {}; allowed: {}",
+            describe_sector(found),
+            allowed.join(", ")
+        )
+    }
+}
+
+impl Version {
+    fn describe(&self) -> String {
+        let answered = if self.answer.is_some() { "answered" } else { "in flight" };
+        match &self.content {
+            Content::Pattern(pattern) => format!("write {} ({pattern:?}, {answered})", self.sequence),
+            Content::Found(_) => "what the last power cut left".to_owned(),
+        }
+    }
+}
+
+/// A sector that says whose it is, in its first 40 bytes; the rest follows from those, so every byte is checked.
+fn stamped_sector(seed: u64, block: usize, sector: usize, sequence: u64) -> [u8; SECTOR_BYTES] {
+    let mut bytes = [0; SECTOR_BYTES];
+    let words = [SECTOR_MAGIC, seed, block as u64, sector as u64, sequence];
+    let mixed = words.iter().fold(0, |mixed: u64, &word| mixed.rotate_left(23).wrapping_add(word));
+    for (to, word) in bytes.chunks_mut(8).zip(words) {
+        to.copy_from_slice(&word.to_be_bytes());
+    }
+    fastrand::Rng::with_seed(mixed).fill(&mut bytes[words.len() * 8..]);
+    bytes
+}
+
+/// What a sector says of itself; for the report only.
+fn describe_sector(bytes: &[u8]) -> String {
+    let words: Vec<u64> = bytes
+        .chunks_exact(8)
+        .take(5)
+        .map(|word| word.iter().fold(0, |value, &byte| value << 8 | u64::from(byte)))
+        .collect();
+    match words[..] {
+        _ if bytes.iter().all(|&byte| byte == 0) => "zeroes".to_owned(),
+        [SECTOR_MAGIC, seed, block, sector, sequence] => {
+            let whole = stamped_sector(seed, block as usize, sector as usize, sequence) == bytes;
+            let rest = if whole { "" } else { ", but the rest of the sector does not belong to it" };
+            format!("write {sequence} of block {block}, sector {sector}, seed {seed}{rest}")
+        }
+        _ => format!("garbage beginning with {:02x?}", &bytes[..16]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: Blocks = Blocks { first: 0, count: 1 };
+    const BOTH: Blocks = Blocks { first: 0, count: 2 };
+
+    fn history() -> BlockHistory {
+        BlockHistory::new(7, 2)
+    }
+
+    fn refused(history: &mut BlockHistory, found: &[u8]) -> String {
+        history.check_and_adopt(ONE, found).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_unflushed_write_may_be_there_torn_or_not_at_all() {
+        for kept_sectors in 0..=8 {
+            let mut history = history();
+            let (write, payload) = history.send_write(ONE, Pattern::Stamped);
+            history.write_answered(write, false);
+            let mut found = vec![0; BLOCK_BYTES];
+            found[..kept_sectors * 512].copy_from_slice(&payload[..kept_sectors * 512]);
+            history.check_and_adopt(ONE, &found).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_write_answered_with_fua_must_be_there() {
+        let mut history = history();
+        let (write, payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(write, true);
+        let text = refused(&mut history, &[0; BLOCK_BYTES]);
+        assert!(text.contains("block 0, sector 0: found zeroes; allowed: write 1"), "{text}");
+        let mut torn = payload.clone();
+        torn[BLOCK_BYTES - 512..].fill(0);
+        assert!(refused(&mut history, &torn).contains("sector 7"));
+        history.check_and_adopt(ONE, &payload).unwrap();
+    }
+
+    #[test]
+    fn a_flush_pins_what_was_answered_before_it_was_sent_and_no_more() {
+        let mut history = history();
+        let (first, first_payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(first, false);
+        let flush = history.send_flush();
+        let (second, second_payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(second, false);
+        history.flush_answered(flush);
+        assert!(refused(&mut history, &[0; BLOCK_BYTES]).contains("found zeroes"));
+        let mut mixed = first_payload;
+        mixed[512..1024].copy_from_slice(&second_payload[512..1024]);
+        history.check_and_adopt(ONE, &mixed).unwrap();
+    }
+
+    #[test]
+    fn an_unanswered_flush_pins_nothing() {
+        let mut history = history();
+        let (write, _) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(write, false);
+        history.send_flush();
+        history.check_and_adopt(ONE, &[0; BLOCK_BYTES]).unwrap();
+    }
+
+    #[test]
+    fn a_write_in_flight_may_be_there_and_a_pinned_older_one_may_not() {
+        let mut history = history();
+        let (old, old_payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(old, true);
+        let (zeroes, empty) = history.send_write(ONE, Pattern::Zeroes);
+        assert!(empty.is_empty());
+        history.write_answered(zeroes, true);
+        let (_, new_payload) = history.send_write(ONE, Pattern::Stamped);
+        assert!(!history.is_idle(BOTH));
+        assert!(refused(&mut history, &old_payload).contains("found write 1 of block 0"));
+        let mut found = new_payload;
+        found[..512].fill(0);
+        history.check_and_adopt(ONE, &found).unwrap();
+    }
+
+    #[test]
+    fn another_blocks_contents_and_garbage_are_refused() {
+        let mut history = history();
+        let (_, payload) = history.send_write(BOTH, Pattern::Stamped);
+        assert!(refused(&mut history, &payload[BLOCK_BYTES..]).contains("found write 1 of block 1"));
+        assert!(refused(&mut history, &[0x55; BLOCK_BYTES]).contains("garbage"));
+        let mut damaged = payload;
+        damaged[511] ^= 1;
+        assert!(refused(&mut history, &damaged[..BLOCK_BYTES]).contains("does not belong to it"));
+    }
+
+    #[test]
+    fn what_was_found_once_has_to_stay() {
+        let mut history = history();
+        let (_, payload) = history.send_write(ONE, Pattern::Stamped);
+        let mut torn = payload.clone();
+        torn[..512].fill(0);
+        history.check_and_adopt(ONE, &torn).unwrap();
+        assert!(refused(&mut history, &payload).contains("what the last power cut left"));
+    }
+}
