@@ -23,6 +23,8 @@ pub const VOLUME_OPEN: &str = "VOLUME_OPEN";
 pub const NO_SPACE: &str = "NO_SPACE";
 /// UNAVAILABLE: former connections are closed, but their I/O has not finished; repeating the call goes on from there.
 pub const FENCE_UNFINISHED: &str = "FENCE_UNFINISHED";
+/// UNAVAILABLE: the server is stopping; nothing was done.
+pub const SERVER_STOPPING: &str = "SERVER_STOPPING";
 /// INTERNAL: the server failed; its log says why.
 pub const SERVER_FAILED: &str = "SERVER_FAILED";
 

@@ -1,3 +1,54 @@
-//! volserver: the storage node.
+//! volserver: the storage node's one process.
+//!
+//! Reads the options, starts the log and the runtime, and turns the outcome into one line on stderr and an exit code. All
+//! else is in the library: `serve.rs` has the order of start and stop.
 
-fn main() {}
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use server::config::Config;
+use server::serve::{ServeError, serve};
+use tracing_subscriber::EnvFilter;
+
+/// Threads for blocking calls: each does one catalog commit or one fence at a time.
+const BLOCKING_THREADS_MAX: usize = 64;
+
+fn main() -> ExitCode {
+    let config = Config::parse();
+    match run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("volserver: {error:#}");
+            ExitCode::from(error.downcast_ref::<ServeError>().map_or(1, ServeError::exit_code))
+        }
+    }
+}
+
+fn run(config: Config) -> anyhow::Result<()> {
+    start_log(&config.log)?;
+    // The management API is light work; the cores belong to the data side.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .thread_name("management")
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let outcome = runtime.block_on(serve(config));
+    // What did not end in time was reported; it must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    Ok(outcome?)
+}
+
+fn start_log(filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter:?}"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    Ok(())
+}

@@ -96,6 +96,12 @@ pub(crate) fn failed(cause: &str) -> Status {
     Status::with_error_details(Code::Internal, "the server failed: its log says why", details)
 }
 
+/// UNAVAILABLE: the call came after the server began to stop; nothing was done.
+pub(crate) fn stopping() -> Status {
+    let details = error_info(reason::SERVER_STOPPING, "repeat the call once the server is there again", []);
+    Status::with_error_details(Code::Unavailable, "the server is stopping", details)
+}
+
 fn error_info<const N: usize>(word: &str, next: &str, metadata: [(&str, &str); N]) -> ErrorDetails {
     let metadata: HashMap<String, String> = metadata
         .into_iter()

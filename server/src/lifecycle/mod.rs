@@ -30,11 +30,11 @@ pub use recovery::Recovered;
 
 use crate::catalog::{Catalog, CatalogError, VolumeRecord};
 
-/// A volume that cannot be released: somebody has it open.
+/// A volume that cannot be released: somebody has it open, or is opening it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{connections} connections have the volume open")]
+#[error("connections: {connections}")]
 pub struct StillOpen {
-    /// How many.
+    /// How many; 0 while the first is being opened.
     pub connections: u32,
 }
 
@@ -122,7 +122,7 @@ pub enum LifecycleError {
         node_id: String,
     },
     /// Connections by plain name have the volume open.
-    #[error("volume {name} is open: {still_open}")]
+    #[error("volume {name} is open ({still_open})")]
     VolumeOpen {
         /// Its name.
         name: String,

@@ -43,6 +43,7 @@ impl<D: DataSide> Lifecycle<D> {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 LifecycleError::NoSpace("make the volume")
             }
+            io::ErrorKind::OutOfMemory => LifecycleError::NoSpace("hold the volume in memory"),
             io::ErrorKind::FileTooLarge => LifecycleError::TooLarge { capacity_bytes: volume.capacity_bytes },
             _ => LifecycleError::Storage { action: "make", volume_uid, source },
         })

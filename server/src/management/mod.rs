@@ -5,7 +5,8 @@
 //! statuses (`status.rs`). It decides nothing itself; the semantics are those written in
 //! `proto/volnode/v1/management.proto`. Called by tonic.
 //!
-//! A call whose caller hangs up is finished all the same: the blocking work owns the lock and runs to its end.
+//! A call whose caller hangs up is finished all the same: the blocking work owns the lock and runs to its end, which a
+//! stop of the server waits for ([`Calls`]).
 
 mod fields;
 mod messages;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 use proto::v1;
 use proto::v1::management_server::{Management, ManagementServer};
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLocks};
@@ -22,18 +24,45 @@ use crate::status;
 use fields::Fields;
 use page_token::PageToken;
 
+/// Blocking calls at once; more wait. Each takes a thread, for one commit or one fence.
+const CALLS_MAX: u32 = 32;
+
+/// The blocking calls in progress: bounded, and finished before the server stops.
+#[derive(Debug, Clone)]
+pub struct Calls {
+    permits: Arc<Semaphore>,
+}
+
+impl Default for Calls {
+    fn default() -> Self {
+        Self { permits: Arc::new(Semaphore::new(CALLS_MAX as usize)) }
+    }
+}
+
+impl Calls {
+    /// Waits until every call in progress has finished, and lets no other begin.
+    pub async fn finish(&self) {
+        if let Ok(all) = self.permits.acquire_many(CALLS_MAX).await {
+            self.permits.close();
+            all.forget();
+        }
+    }
+}
+
 /// Answers the calls; see the module's text.
 #[derive(Debug)]
 pub struct ManagementService<D> {
     lifecycle: Arc<Lifecycle<D>>,
     locks: NameLocks,
+    calls: Calls,
     data_addresses: Vec<String>,
 }
 
 impl<D: DataSide> ManagementService<D> {
     /// The service as tonic takes it. `data_addresses` ("host:port") is what clients are told.
-    pub fn new(lifecycle: Arc<Lifecycle<D>>, data_addresses: Vec<String>) -> ManagementServer<Self> {
-        ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), data_addresses })
+    pub fn new(lifecycle: Lifecycle<D>, calls: Calls, data_addresses: Vec<String>) -> ManagementServer<Self> {
+        let lifecycle = Arc::new(lifecycle);
+        ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), calls, data_addresses })
     }
 
     /// Runs a blocking call on the lifecycle and answers with what it returned.
@@ -42,7 +71,13 @@ impl<D: DataSide> ManagementService<D> {
         call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
     ) -> Result<Response<T>, Status> {
         let lifecycle = Arc::clone(&self.lifecycle);
-        match tokio::task::spawn_blocking(move || call(&lifecycle)).await {
+        let permit = Arc::clone(&self.calls.permits).acquire_owned().await.map_err(|_| status::stopping())?;
+        let work = move || {
+            let outcome = call(&lifecycle);
+            drop(permit);
+            outcome
+        };
+        match tokio::task::spawn_blocking(work).await {
             Ok(Ok(answer)) => Ok(Response::new(answer)),
             Ok(Err(error)) => Err(status::from_lifecycle(&error)),
             Err(panicked) => Err(status::failed(&panicked.to_string())),

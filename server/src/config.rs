@@ -1,0 +1,158 @@
+//! What volserver can be told, on its command line or in its environment.
+//!
+//! Owns the options, their defaults and their rules; the one rule that needs more than one option is that an address
+//! beyond loopback needs `--insecure`, until there is TLS. Opens and starts nothing. Called by `main.rs`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::builder::BoolishValueParser;
+use clap::{Parser, ValueEnum};
+
+use crate::backend::file::CacheMode;
+use crate::volume::Faults;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  stopped by SIGTERM or SIGINT, everything ended in order
+  1  failed unexpectedly
+  2  bad options, or an address beyond loopback without --insecure
+  3  the data directory or its catalog cannot be used
+  4  an address cannot be listened on
+  5  stopped, but connections or their I/O did not end in time";
+
+/// A storage server: keeps volumes, serves them over NBD, and is managed over gRPC.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "volserver", version, max_term_width = 100, after_help = EXIT_CODES)]
+pub struct Config {
+    /// Where the catalog and the volumes are kept; made if missing
+    #[arg(long, env = "VOLSERVER_DATA_DIR", value_name = "DIR")]
+    pub data_dir: PathBuf,
+
+    /// Where NBD clients connect; may be given more than once, or separated by commas
+    #[arg(
+        long,
+        env = "VOLSERVER_LISTEN",
+        value_name = "ADDR:PORT",
+        default_value = "127.0.0.1:10809",
+        value_delimiter = ','
+    )]
+    pub listen: Vec<SocketAddr>,
+
+    /// Where the gRPC management API listens
+    #[arg(long, env = "VOLSERVER_MANAGEMENT", value_name = "ADDR:PORT", default_value = "127.0.0.1:10810")]
+    pub management: SocketAddr,
+
+    /// Threads that serve connections [default: one for each processor]
+    #[arg(long, env = "VOLSERVER_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+
+    /// Whether volumes go through this machine's page cache
+    #[arg(long, env = "VOLSERVER_CACHE", value_enum, value_name = "MODE", default_value = "none")]
+    pub cache: Cache,
+
+    /// Also let any NBD client open a volume by its plain name (writing only while it is not attached)
+    #[arg(long, env = "VOLSERVER_EXPORT_BY_NAME", value_parser = BoolishValueParser::new())]
+    pub export_by_name: bool,
+
+    /// Allow addresses beyond loopback, although nothing is encrypted and the API asks for no password
+    #[arg(long, env = "VOLSERVER_INSECURE", value_parser = BoolishValueParser::new())]
+    pub insecure: bool,
+
+    /// Where clients are told to connect, if not where --listen says (behind NAT, or with a wildcard address)
+    #[arg(long, env = "VOLSERVER_ADVERTISE", value_name = "HOST:PORT", value_delimiter = ',', value_parser = host_and_port)]
+    pub advertise: Vec<String>,
+
+    /// What to log on stderr: error, warn, info, debug or trace; or a filter such as server::lifecycle=debug
+    #[arg(long, env = "VOLSERVER_LOG", value_name = "LEVEL", default_value = "info")]
+    pub log: String,
+
+    /// Makes the server fail on purpose; for tests of the tests
+    #[arg(long, env = "VOLSERVER_FAULT", value_name = "FAULT", hide = true)]
+    pub fault: Option<Faults>,
+}
+
+/// Values of `--cache`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// Past the page cache (O_DIRECT), where the file system can
+    None,
+    /// Through the page cache
+    Writeback,
+}
+
+impl From<Cache> for CacheMode {
+    fn from(cache: Cache) -> Self {
+        match cache {
+            Cache::None => Self::Auto,
+            Cache::Writeback => Self::Buffered,
+        }
+    }
+}
+
+impl Config {
+    /// The addresses that other machines can reach.
+    pub fn beyond_loopback(&self) -> impl Iterator<Item = SocketAddr> {
+        self.listen
+            .iter()
+            .copied()
+            .chain([self.management])
+            .filter(|address| !address.ip().to_canonical().is_loopback())
+    }
+}
+
+/// Takes `host:port` with a host that is a name, an IPv4 address or an IPv6 address in brackets.
+fn host_and_port(text: &str) -> Result<String, String> {
+    let wrong =
+        || format!("{text:?} is not HOST:PORT, such as storage-1.example:10809 or [2001:db8::1]:10809");
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    let is_port = port.parse::<u16>().is_ok_and(|port| port != 0);
+    let in_brackets = host.starts_with('[') && host.ends_with(']') && host.len() > 2;
+    let is_plain =
+        !host.is_empty() && !host.contains([':', '[', ']']) && host.bytes().all(|b| b.is_ascii_graphic());
+    if is_port && (in_brackets || is_plain) { Ok(text.to_owned()) } else { Err(wrong()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &[&str]) -> Result<Config, clap::Error> {
+        Config::try_parse_from(["volserver", "--data-dir", "/d"].iter().chain(args))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        <Config as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn both_ports_are_on_loopback_by_default() {
+        let config = parse(&[]).unwrap();
+        assert_eq!(config.listen, ["127.0.0.1:10809".parse().unwrap()]);
+        assert_eq!(config.beyond_loopback().count(), 0);
+        assert!(!config.export_by_name && !config.insecure);
+    }
+
+    #[test]
+    fn every_address_is_looked_at() {
+        let beyond =
+            |args: &[&str]| parse(args).unwrap().beyond_loopback().map(|a| a.to_string()).collect::<Vec<_>>();
+        assert_eq!(beyond(&["--listen", "[::1]:1,0.0.0.0:2"]), ["0.0.0.0:2"]);
+        assert_eq!(beyond(&["--listen", "127.0.0.1:1", "--listen", "[::]:2"]), ["[::]:2"]);
+        assert_eq!(beyond(&["--management", "192.0.2.1:2"]), ["192.0.2.1:2"]);
+        assert_eq!(beyond(&["--listen", "[::ffff:127.0.0.1]:1,127.8.9.1:2"]), [""; 0]);
+    }
+
+    #[test]
+    fn advertised_addresses_name_a_host_and_a_port() {
+        for good in ["storage-1.example:10809", "192.0.2.1:1", "[2001:db8::1]:10809"] {
+            assert_eq!(host_and_port(good).as_deref(), Ok(good));
+        }
+        for bad in
+            ["storage-1", "storage-1:", ":1", "storage-1:0", "2001:db8::1:10809", "[]:1", "a b:1", "a:65536"]
+        {
+            assert!(host_and_port(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! The data side as the lifecycle sees it: the data server, and the backing files it serves.
+//!
+//! Owns no state: it translates. A `memory` volume has no storage to make or remove; it begins when it is first opened and
+//! ends when it is released. Called by `lifecycle/`.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::backend::file::{self, FileError};
+use crate::catalog::{BackendKind, VolumeRecord};
+use crate::data_server::DataServer;
+use crate::lifecycle::{DataSide, StillOpen};
+
+/// A running data server with the directory of its backing files.
+#[derive(Debug)]
+pub(crate) struct ServedData {
+    server: Arc<DataServer>,
+    volumes_dir: PathBuf,
+}
+
+impl ServedData {
+    /// `volumes_dir` is the one that the server was started with.
+    pub(crate) fn new(server: Arc<DataServer>, volumes_dir: PathBuf) -> Self {
+        Self { server, volumes_dir }
+    }
+}
+
+/// The system's error behind a file's, with its kind; what has no such is `InvalidData`.
+fn io_error(error: FileError) -> io::Error {
+    match &error {
+        FileError::Io { source, .. } => io::Error::new(source.kind(), error.to_string()),
+        _ => io::Error::new(io::ErrorKind::InvalidData, error.to_string()),
+    }
+}
+
+impl DataSide for ServedData {
+    fn create_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        match volume.backend {
+            BackendKind::File => {
+                file::create(&self.volumes_dir, volume.volume_uid, volume.capacity_bytes).map_err(io_error)
+            }
+            BackendKind::Memory => {
+                let info = rustix::system::sysinfo();
+                let memory_bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
+                if volume.capacity_bytes > memory_bytes {
+                    Err(io::ErrorKind::OutOfMemory.into())
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    fn delete_storage(&self, volume_uid: Uuid) -> io::Result<()> {
+        file::delete(&self.volumes_dir, volume_uid).map_err(io_error)
+    }
+
+    fn stored_volumes(&self) -> io::Result<Vec<Uuid>> {
+        file::list_uids(&self.volumes_dir).map_err(io_error)
+    }
+
+    fn fence_attachment(&self, attachment_id: Uuid) -> Result<(), String> {
+        self.server.fence_attachment(attachment_id).map_err(|error| error.to_string())
+    }
+
+    fn fence_named_writers(&self, volume_uid: Uuid) -> Result<(), String> {
+        self.server.fence_named_writers(volume_uid).map_err(|error| error.to_string())
+    }
+
+    fn release_volume(&self, volume_uid: Uuid) -> Result<(), StillOpen> {
+        self.server.release_volume(volume_uid).map_err(|busy| StillOpen { connections: busy.connections })
+    }
+
+    fn connections_of(&self, attachment_id: Uuid) -> u32 {
+        self.server.connections_of(attachment_id)
+    }
+
+    fn allocated_bytes(&self, volume: &VolumeRecord) -> u64 {
+        self.server.allocated_bytes(volume)
+    }
+
+    fn storage_incarnation(&self, volume: &VolumeRecord) -> String {
+        self.server.storage_incarnation(volume)
+    }
+}

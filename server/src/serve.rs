@@ -1,0 +1,275 @@
+//! One volserver process from start to stop.
+//!
+//! Owns the order of both. Start: addresses allowed → catalog open (directory locked) → management port bound → data side
+//! running → what a killed server left is finished → API answering → "ready". Stop, each step bounded in time: API stops
+//! taking calls and finishes those it has → data side closes its connections and waits for their I/O → catalog closed.
+//! Never decides what a call does. Called by `main.rs`.
+
+use std::fmt::Display;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::v1;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+
+use crate::catalog::{Catalog, CatalogError};
+use crate::config::Config;
+use crate::data_server::{DataServer, DataServerConfig, DataServerError};
+use crate::data_side::ServedData;
+use crate::lifecycle::{Lifecycle, LifecycleError};
+use crate::management::{Calls, ManagementService};
+
+/// Calls in progress get this long at stop: a fence takes less.
+const CALLS_STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Answers of finished calls get this long to leave, and clients to close their connections.
+const ANSWERS_TIMEOUT: Duration = Duration::from_secs(1);
+/// The data side bounds its own stop at 20 s; this is for the case that it cannot.
+const DATA_STOP_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// Why the server did not start, or did not stop in order.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// An address beyond loopback, without the word for it.
+    #[error(
+        "{0} can be reached from other machines, where nothing is encrypted and the API asks for no password: \
+         listen on 127.0.0.1, or say --insecure if that network is trusted"
+    )]
+    BeyondLoopback(SocketAddr),
+    /// The data directory or the catalog cannot be used.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// What a former process left cannot be finished.
+    #[error("cannot finish what a former volserver left: {0}")]
+    Recovery(LifecycleError),
+    /// The management address cannot be listened on.
+    #[error(
+        "cannot listen on {address} (management): {source}; stop what uses it or choose another --management"
+    )]
+    ManagementAddress {
+        /// The address.
+        address: SocketAddr,
+        /// The system's own error.
+        source: std::io::Error,
+    },
+    /// The data side did not start.
+    #[error(transparent)]
+    Data(#[from] DataServerError),
+    /// Signals cannot be caught, or reflection not built.
+    #[error("cannot set up {what}: {reason}")]
+    SetUp {
+        /// What failed.
+        what: &'static str,
+        /// How.
+        reason: String,
+    },
+    /// The management API ended by itself.
+    #[error("the management API failed: {0}")]
+    Management(tonic::transport::Error),
+    /// Not everything ended in time.
+    #[error("stopped, but {0} did not end in time")]
+    Unclean(&'static str),
+}
+
+impl ServeError {
+    /// The process's exit code, as `--help` lists them.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::BeyondLoopback(_) => 2,
+            Self::Catalog(_) | Self::Recovery(_) => 3,
+            Self::ManagementAddress { .. } => 4,
+            Self::Data(error) if error.is_address() => 4,
+            Self::Data(_) | Self::SetUp { .. } | Self::Management(_) => 1,
+            Self::Unclean(_) => 5,
+        }
+    }
+}
+
+fn set_up<E: Display>(what: &'static str) -> impl FnOnce(E) -> ServeError {
+    move |error| ServeError::SetUp { what, reason: error.to_string() }
+}
+
+/// Runs the server until SIGTERM or SIGINT.
+///
+/// # Errors
+/// Why it did not start, or what did not end in time.
+pub async fn serve(config: Config) -> Result<(), ServeError> {
+    let mut stop = StopSignals::new()?;
+    check_addresses(&config)?;
+    let catalog = Catalog::open(&config.data_dir)?;
+    let (management, management_address) = bind_management(config.management).await?;
+    let data_server = DataServer::start(data_server_config(&config, &catalog), catalog.clone())?;
+    let lifecycle = Lifecycle::new(
+        catalog.clone(),
+        Arc::new(ServedData::new(Arc::clone(&data_server), catalog.volumes_dir())),
+    );
+    let recovered = lifecycle.recover().map_err(ServeError::Recovery)?;
+    tracing::info!(server_id = %catalog.server_id(), ?recovered, "catalog open");
+
+    let addresses = data_addresses(&config, data_server.local_addrs());
+    let (stop_api, stopped) = oneshot::channel::<()>();
+    let calls = Calls::default();
+    let service = ManagementService::new(lifecycle, calls.clone(), addresses);
+    let mut api = tokio::spawn(answer(service, management, stopped)?);
+    announce(data_server.local_addrs(), management_address);
+
+    let failure = tokio::select! {
+        signal = stop.next() => {
+            tracing::info!(signal, "stopping");
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+            None
+        }
+        ended = &mut api => Some(match ended {
+            Ok(Ok(())) => set_up("the management API")("it ended without being told to"),
+            Ok(Err(error)) => ServeError::Management(error),
+            Err(panicked) => set_up("the management API")(panicked),
+        }),
+    };
+    let in_time = tokio::select! {
+        stopped = stop_in_order(calls, stop_api, api, data_server) => stopped,
+        signal = stop.next() => {
+            tracing::warn!(signal, "told again to stop: not waiting any longer");
+            Err(ServeError::Unclean("connections or calls"))
+        }
+    };
+    failure.map_or(in_time, Err)
+}
+
+/// Takes no more calls, finishes those there are, then ends the connections of both sides.
+async fn stop_in_order(
+    calls: Calls,
+    stop_api: oneshot::Sender<()>,
+    mut api: JoinHandle<Result<(), tonic::transport::Error>>,
+    data_server: Arc<DataServer>,
+) -> Result<(), ServeError> {
+    // The receiver is gone only where the API has ended already.
+    let _ = stop_api.send(());
+    let calls_finished = tokio::time::timeout(CALLS_STOP_TIMEOUT, calls.finish()).await.is_ok();
+    // A client that keeps an idle connection open must not keep the server.
+    if !api.is_finished() && tokio::time::timeout(ANSWERS_TIMEOUT, &mut api).await.is_err() {
+        api.abort();
+    }
+    let stopping = tokio::task::spawn_blocking(move || data_server.shutdown());
+    let data_stopped = matches!(tokio::time::timeout(DATA_STOP_TIMEOUT, stopping).await, Ok(Ok(true)));
+    match (calls_finished, data_stopped) {
+        (true, true) => Ok(()),
+        (false, _) => Err(ServeError::Unclean("calls of the management API")),
+        (true, false) => Err(ServeError::Unclean("connections or their I/O")),
+    }
+}
+
+/// Refuses, or warns of, what other machines can reach.
+fn check_addresses(config: &Config) -> Result<(), ServeError> {
+    for address in config.beyond_loopback() {
+        if !config.insecure {
+            return Err(ServeError::BeyondLoopback(address));
+        }
+        tracing::warn!(
+            %address,
+            "--insecure: whoever reaches this address can read what passes, and manage volumes without a password"
+        );
+    }
+    Ok(())
+}
+
+async fn bind_management(address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServeError> {
+    let failed = |source| ServeError::ManagementAddress { address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let local = listener.local_addr().map_err(failed)?;
+    Ok((listener, local))
+}
+
+fn data_server_config(config: &Config, catalog: &Catalog) -> DataServerConfig {
+    DataServerConfig {
+        listen: config.listen.clone(),
+        threads: config.threads.map_or(0, usize::from),
+        volumes_dir: catalog.volumes_dir(),
+        cache: config.cache.into(),
+        export_by_name: config.export_by_name,
+        faults: config.fault.unwrap_or_default(),
+        ..DataServerConfig::default()
+    }
+}
+
+/// What clients are told: as configured, else where the data side listens.
+fn data_addresses(config: &Config, local: &[SocketAddr]) -> Vec<String> {
+    if !config.advertise.is_empty() {
+        return config.advertise.clone();
+    }
+    for address in local.iter().filter(|address| address.ip().is_unspecified()) {
+        tracing::warn!(%address, "clients on other machines cannot connect to this address: give theirs with --advertise");
+    }
+    local.iter().map(SocketAddr::to_string).collect()
+}
+
+/// The API with health and reflection, as a future that ends some time after `stopped` is told.
+fn answer<D: crate::lifecycle::DataSide>(
+    service: v1::management_server::ManagementServer<ManagementService<D>>,
+    listener: TcpListener,
+    stopped: oneshot::Receiver<()>,
+) -> Result<impl Future<Output = Result<(), tonic::transport::Error>>, ServeError> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(v1::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .with_service_name("volnode.v1.Management")
+        .with_service_name("grpc.health.v1.Health")
+        .with_service_name("grpc.reflection.v1.ServerReflection")
+        .build_v1()
+        .map_err(set_up("gRPC reflection"))?;
+    Ok(async move {
+        reporter.set_serving::<v1::management_server::ManagementServer<ManagementService<D>>>().await;
+        Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(30)))
+            .add_service(health)
+            .add_service(reflection)
+            .add_service(service)
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+                // An error says that the sender is gone: stop as well.
+                let _ = stopped.await;
+                reporter
+                    .set_not_serving::<v1::management_server::ManagementServer<ManagementService<D>>>()
+                    .await;
+            })
+            .await
+    })
+}
+
+/// Says on stdout, and to systemd, that the server can be used.
+fn announce(data: &[SocketAddr], management: SocketAddr) {
+    let data: Vec<String> = data.iter().map(SocketAddr::to_string).collect();
+    let line = format!("volserver ready: data {}, management {management}", data.join(" "));
+    let mut stdout = std::io::stdout();
+    if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+        tracing::warn!(%error, "nobody reads stdout");
+    }
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "the service manager cannot be told that the server is ready");
+    }
+}
+
+/// The signals that stop the server.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn new() -> Result<Self, ServeError> {
+        let catch = |kind| signal(kind).map_err(set_up("signals"));
+        Ok(Self { terminate: catch(SignalKind::terminate())?, interrupt: catch(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Starting, refusing to start, and stopping the real volserver: what an administrator sees.
+#![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
+
+mod volserver;
+
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixDatagram;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use proto::v1;
+use rustix::process::Signal;
+use volserver::{Volserver, command, create_request, refused};
+
+/// Stopping takes no longer than this, whatever clients keep open.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Two options of `command` are given again, so start from the bare program.
+fn bare(data_dir: &std::path::Path) -> Command {
+    let mut bare = Command::new(env!("CARGO_BIN_EXE_volserver"));
+    bare.env_clear().arg("--data-dir").arg(data_dir);
+    bare
+}
+
+/// What is on stderr beside the log: one line, which begins with the program's name.
+fn complaint(stderr: &str) -> &str {
+    let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("volserver: ")).collect();
+    let [line] = lines[..] else { panic!("not one line of complaint:\n{stderr}") };
+    line
+}
+
+#[test]
+fn an_address_beyond_loopback_is_refused_without_the_word_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    for option in [["--listen", "0.0.0.0:0"], ["--listen", "[::]:0"], ["--management", "0.0.0.0:0"]] {
+        let mut command = bare(&dir.path().join("data"));
+        command.args(option);
+        let (code, stderr) = refused(command);
+        assert_eq!(code, 2, "{stderr}");
+        let line = complaint(&stderr);
+        assert!(line.contains(option[1]) && line.contains("--insecure"), "{line}");
+    }
+    assert!(!dir.path().join("data").exists(), "nothing was made");
+}
+
+#[test]
+fn with_the_word_for_it_the_log_warns_of_each_address() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = bare(&dir.path().join("data"));
+    command.args(["--insecure", "--listen", "0.0.0.0:0", "--management", "0.0.0.0:0"]);
+    let server = Volserver::start_with(command, &dir.path().join("log"));
+    assert!(server.data[0].ip().is_unspecified() && server.management.ip().is_unspecified());
+    let log = server.log();
+    let warnings = log.lines().filter(|line| line.contains("WARN") && line.contains("--insecure"));
+    assert_eq!(warnings.count(), 2, "{log}");
+    assert!(log.contains("--advertise"), "clients cannot connect to a wildcard: {log}");
+}
+
+#[test]
+fn a_port_in_use_is_named_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    for (option, other) in [("--listen", "--management"), ("--management", "--listen")] {
+        let mut command = bare(&dir.path().join("data"));
+        command.args([option, &address, other, "127.0.0.1:0"]);
+        let (code, stderr) = refused(command);
+        assert_eq!(code, 4, "{stderr}");
+        let line = complaint(&stderr);
+        assert!(line.contains(&address) && line.contains(option) && line.contains("in use"), "{line}");
+    }
+}
+
+#[test]
+fn a_data_directory_has_one_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let data_dir = dir.path().join("data");
+    let server = Volserver::start(&data_dir);
+    let (code, stderr) = refused(command(&data_dir));
+    assert_eq!(code, 3, "{stderr}");
+    assert!(complaint(&stderr).contains(&format!("pid {}", server.pid())), "{stderr}");
+    server.kill();
+    Volserver::start(&data_dir);
+}
+
+#[test]
+fn a_data_directory_that_cannot_be_used_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let (code, stderr) = refused(command(&file));
+    assert_eq!(code, 3, "{stderr}");
+    let line = complaint(&stderr);
+    assert!(line.contains(file.to_str().unwrap()) && line.contains("--data-dir"), "{line}");
+}
+
+#[test]
+fn a_catalog_of_a_newer_format_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let data_dir = dir.path().join("data");
+    assert!(Volserver::start(&data_dir).stop(Signal::TERM).success());
+    let db = rusqlite::Connection::open(data_dir.join("catalog.sqlite")).unwrap();
+    db.execute_batch("PRAGMA user_version = 9; UPDATE server SET oldest_reader = 9;").unwrap();
+    drop(db);
+    let (code, stderr) = refused(command(&data_dir));
+    assert_eq!(code, 3, "{stderr}");
+    assert!(complaint(&stderr).contains("upgrade volserver"), "{stderr}");
+}
+
+#[test]
+fn bad_options_are_refused_and_help_lists_the_exit_codes() {
+    let dir = tempfile::tempdir().unwrap();
+    for option in
+        [["--threads", "0"], ["--listen", "localhost"], ["--cache", "maybe"], ["--advertise", "here"]]
+    {
+        let mut command = bare(&dir.path().join("data"));
+        command.args(option);
+        let (code, stderr) = refused(command);
+        assert_eq!((code, stderr.contains(option[0])), (2, true), "{stderr}");
+    }
+    let mut command = bare(&dir.path().join("data"));
+    command.args(["--log", "no=such=level"]);
+    assert_ne!(refused(command).0, 0);
+    let help = Command::new(env!("CARGO_BIN_EXE_volserver")).arg("--help").output().unwrap();
+    let text = String::from_utf8(help.stdout).unwrap();
+    assert!(help.status.success() && text.contains("Exit codes:"), "{text}");
+    assert!(!text.contains("--fault"), "not for users: {text}");
+}
+
+#[tokio::test]
+async fn options_may_come_from_the_environment() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_volserver"));
+    command.env_clear().envs([
+        ("VOLSERVER_DATA_DIR", dir.path().join("data").to_str().unwrap()),
+        ("VOLSERVER_LISTEN", "127.0.0.1:0,[::1]:0"),
+        ("VOLSERVER_MANAGEMENT", "[::1]:0"),
+        ("VOLSERVER_THREADS", "1"),
+        ("VOLSERVER_CACHE", "writeback"),
+        ("VOLSERVER_EXPORT_BY_NAME", "yes"),
+        ("VOLSERVER_ADVERTISE", "storage-1.example:10809,192.0.2.1:10809"),
+        ("VOLSERVER_LOG", "warn"),
+    ]);
+    let server = Volserver::start_with(command, &dir.path().join("log"));
+    assert!(server.data.iter().all(|address| address.port() != 0));
+    assert_eq!(server.data.iter().map(SocketAddr::is_ipv6).collect::<Vec<_>>(), [false, true]);
+    let info = server.client().await.get_server_info(v1::GetServerInfoRequest {}).await.unwrap().into_inner();
+    assert_eq!(info.data_addresses, ["storage-1.example:10809", "192.0.2.1:10809"]);
+    assert!(!server.log().contains("INFO"), "{}", server.log());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_stops_it_in_order_and_soon_whatever_clients_keep_open() {
+    use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+    for signal in [Signal::TERM, Signal::INT] {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Volserver::start(&dir.path().join("data"));
+        let mut client = server.client().await;
+        client.create_volume(create_request("vol-1")).await.unwrap();
+        // A stream that ends only with its connection, and a peer that never says anything.
+        let mut health = HealthClient::new(server.channel().await);
+        let _watch = health.watch(HealthCheckRequest::default()).await.unwrap();
+        let _silent_api = std::net::TcpStream::connect(server.management).unwrap();
+        let _silent_data = std::net::TcpStream::connect(server.data[0]).unwrap();
+        let began = Instant::now();
+        let status = tokio::task::spawn_blocking(move || server.stop(signal)).await.unwrap();
+        assert_eq!(status.code(), Some(0), "{signal:?}");
+        assert!(began.elapsed() < STOP_LIMIT, "{signal:?} took {:?}", began.elapsed());
+    }
+}
+
+#[test]
+fn the_service_manager_is_told_when_it_is_ready_and_when_it_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(volserver::DEADLINE)).unwrap();
+    let mut command = command(&dir.path().join("data"));
+    command.env("NOTIFY_SOCKET", &path);
+    let server = Volserver::start_with(command, &dir.path().join("log"));
+    let receive = || {
+        let mut buffer = [0; 256];
+        let length = socket.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..length]).trim().to_owned()
+    };
+    assert_eq!(receive(), "READY=1");
+    assert!(server.stop(Signal::TERM).success());
+    assert_eq!(receive(), "STOPPING=1");
+}
