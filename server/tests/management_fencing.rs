@@ -1,0 +1,214 @@
+//! What the management API promises of connections, seen from connections: a holder that loses the volume is cut off before
+//! the call that takes it is answered, and nobody opens what is not theirs.
+#![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
+
+mod volserver;
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Instant;
+
+use proto::error_reason as reason;
+use proto::export_name::{AttachmentExportName, ExportDescription, Secret};
+use proto::nbd::ExportInfo;
+use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
+use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply};
+use proto::v1::{self, management_client::ManagementClient};
+use tonic::Code;
+use tonic::transport::Channel;
+use tonic_types::StatusExt as _;
+use volserver::{DEADLINE, Volserver, attach_request, create_request};
+
+/// One NBD connection in its transmission phase.
+#[derive(Debug)]
+struct Export {
+    stream: TcpStream,
+    info: ExportInfo,
+}
+
+impl Export {
+    fn open(address: SocketAddr, name: &str) -> Result<Self, ClientHandshakeError> {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut handshake = ClientHandshake::new(name)?;
+        let mut received = [0; 4096];
+        loop {
+            let length = stream.read(&mut received).unwrap();
+            assert_ne!(length, 0, "closed in the handshake");
+            let mut answer = Vec::new();
+            let done = handshake.handle_bytes(&received[..length], &mut answer)?;
+            stream.write_all(&answer).unwrap();
+            if let Some(info) = done {
+                return Ok(Self { stream, info });
+            }
+        }
+    }
+
+    /// Writes one block; what the server said, or the error of the connection.
+    fn write_block(&mut self) -> std::io::Result<SimpleReply> {
+        let request = Request {
+            flags: CommandFlags(0),
+            command: Command::Write,
+            cookie: 7,
+            offset_bytes: 0,
+            length_bytes: 4096,
+        };
+        self.stream.write_all(&request.encode())?;
+        self.stream.write_all(&[0x5a; 4096])?;
+        let mut reply = [0; SIMPLE_REPLY_BYTES];
+        self.stream.read_exact(&mut reply)?;
+        Ok(SimpleReply::decode(&reply).unwrap())
+    }
+
+    /// True where the server has closed the connection already: no byte is waited for.
+    fn is_closed(&self) -> bool {
+        self.stream.set_nonblocking(true).unwrap();
+        let closed = match (&self.stream).read(&mut [0; 1]) {
+            Ok(0) => true,
+            Ok(_) => panic!("a byte that nothing asked for"),
+            Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
+        };
+        self.stream.set_nonblocking(false).unwrap();
+        closed
+    }
+}
+
+/// A server with one volume, and whatever arguments.
+struct Bench {
+    _dir: tempfile::TempDir,
+    server: Volserver,
+    client: ManagementClient<Channel>,
+}
+
+impl Bench {
+    async fn with_volume(args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = volserver::command(&dir.path().join("data"));
+        command.args(args);
+        let server = Volserver::start_with(command, &dir.path().join("log"));
+        let mut client = server.client().await;
+        client.create_volume(create_request("vol-1")).await.unwrap();
+        Self { _dir: dir, server, client }
+    }
+
+    async fn attach(&mut self, node_id: &str, force: bool) -> v1::AttachVolumeResponse {
+        self.client.attach_volume(attach_request("vol-1", node_id, force)).await.unwrap().into_inner()
+    }
+
+    fn open(&self, attached: &v1::AttachVolumeResponse, epoch: u64) -> Result<Export, ClientHandshakeError> {
+        let name = AttachmentExportName {
+            attachment_id: attached.attachment.as_ref().unwrap().attachment_id.parse().unwrap(),
+            secret: Secret::parse(&attached.secret).unwrap(),
+            epoch,
+            slot: 0,
+        };
+        Export::open(self.server.data[0], &name.expose())
+    }
+
+    async fn attachment(&mut self) -> v1::Attachment {
+        let listed =
+            self.client.list_attachments(v1::ListAttachmentsRequest::default()).await.unwrap().into_inner();
+        let [attachment] = <[_; 1]>::try_from(listed.attachments).unwrap();
+        attachment
+    }
+}
+
+#[tokio::test]
+async fn an_attachment_opens_its_volume_and_is_seen_to() {
+    let mut bench = Bench::with_volume(&[]).await;
+    let attached = bench.attach("node-a", false).await;
+    let mut export = bench.open(&attached, 3).unwrap();
+    assert_eq!(export.info.size_bytes, 1 << 20);
+    assert_eq!(export.write_block().unwrap().error, 0);
+    let attachment = bench.attachment().await;
+    assert_eq!((attachment.connections, attachment.session_epoch), (1, 3));
+    let volume = bench
+        .client
+        .get_volume(v1::GetVolumeRequest { name: "vol-1".to_owned() })
+        .await
+        .unwrap()
+        .into_inner();
+    let description: ExportDescription = export.info.description.unwrap().parse().unwrap();
+    assert_eq!(description.incarnation, volume.storage_incarnation, "API and export tell the same");
+    assert_eq!(description.server_id.to_string(), attached.server_id);
+    assert_eq!(description.volume_uid.to_string(), volume.volume_uid);
+}
+
+#[tokio::test]
+async fn force_cuts_the_former_holder_off_before_it_is_answered() {
+    let mut bench = Bench::with_volume(&[]).await;
+    let first = bench.attach("node-a", false).await;
+    let mut export = bench.open(&first, 1).unwrap();
+    assert_eq!(export.write_block().unwrap().error, 0);
+    let second = bench.attach("node-b", true).await;
+    assert!(export.is_closed(), "its connection ended before the answer");
+    assert!(export.write_block().is_err());
+    assert!(
+        matches!(bench.open(&first, 2), Err(ClientHandshakeError::Refused { .. })),
+        "and it gets no other"
+    );
+    assert_eq!(bench.open(&second, 1).unwrap().write_block().unwrap().error, 0);
+}
+
+#[tokio::test]
+async fn detach_cuts_the_holder_off_before_it_is_answered() {
+    let mut bench = Bench::with_volume(&[]).await;
+    let attached = bench.attach("node-a", false).await;
+    let mut export = bench.open(&attached, 1).unwrap();
+    let request = v1::DetachVolumeRequest { volume_name: "vol-1".to_owned(), ..Default::default() };
+    assert!(bench.client.detach_volume(request).await.unwrap().into_inner().existed);
+    assert!(export.is_closed() && export.write_block().is_err());
+    assert!(matches!(bench.open(&attached, 2), Err(ClientHandshakeError::Refused { .. })));
+    bench.client.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".to_owned() }).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_attachment_that_is_asked_for_again_is_not_disturbed() {
+    let mut bench = Bench::with_volume(&[]).await;
+    let attached = bench.attach("node-a", false).await;
+    let mut export = bench.open(&attached, 1).unwrap();
+    assert!(bench.attach("node-a", false).await.existed);
+    assert!(bench.attach("node-a", true).await.existed);
+    let refused = bench.client.attach_volume(attach_request("vol-1", "node-b", false)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let refused =
+        bench.client.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".to_owned() }).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert_eq!(export.write_block().unwrap().error, 0);
+}
+
+#[tokio::test]
+async fn a_volume_that_is_open_by_name_is_not_deleted() {
+    let mut bench = Bench::with_volume(&["--export-by-name"]).await;
+    let mut export = Export::open(bench.server.data[0], "vol-1").unwrap();
+    let request = v1::DeleteVolumeRequest { name: "vol-1".to_owned() };
+    let refused = bench.client.delete_volume(request.clone()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert_eq!(refused.get_details_error_info().unwrap().reason, reason::VOLUME_OPEN);
+    assert_eq!(export.write_block().unwrap().error, 0, "the refusal changed nothing");
+    drop(export);
+    // The server notices a closed connection in its own time.
+    let deadline = Instant::now() + DEADLINE;
+    while let Err(refused) = bench.client.delete_volume(request.clone()).await {
+        assert_eq!(refused.get_details_error_info().unwrap().reason, reason::VOLUME_OPEN);
+        assert!(Instant::now() < deadline, "{refused}");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert!(matches!(Export::open(bench.server.data[0], "vol-1"), Err(ClientHandshakeError::Refused { .. })));
+}
+
+#[tokio::test]
+async fn attaching_cuts_off_who_writes_by_name() {
+    let mut bench = Bench::with_volume(&["--export-by-name"]).await;
+    let mut export = Export::open(bench.server.data[0], "vol-1").unwrap();
+    assert_eq!(export.write_block().unwrap().error, 0);
+    bench.attach("node-a", false).await;
+    assert!(export.is_closed() && export.write_block().is_err());
+}
+
+#[tokio::test]
+async fn a_plain_name_opens_nothing_unless_configured() {
+    let bench = Bench::with_volume(&[]).await;
+    let refused = Export::open(bench.server.data[0], "vol-1");
+    assert!(matches!(refused, Err(ClientHandshakeError::Refused { .. })), "{refused:?}");
+}
