@@ -37,8 +37,9 @@ const LARGE_WRITE_BYTES: u32 = 64 << 10;
 /// Enough for the headers that may stand between two large payloads.
 const SHORT_RECEIVE_BYTES: usize = 4 << 10;
 
-/// Bytes of buffers that one connection may hold, beyond its first request: what keeps one client from taking all.
-const HELD_BYTES_MAX: usize = 64 << 20;
+/// Bytes of buffers that one connection may hold, beyond its first request: at most a third of any class (but the largest),
+/// so that one client that stands still does not take what others need.
+const HELD_BYTES_MAX: usize = 16 << 20;
 
 /// What the session wants from the rest of the server.
 #[derive(Debug)]

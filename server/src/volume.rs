@@ -216,10 +216,8 @@ impl RequestProgress {
             return Next::Done(Ok(()));
         }
         let split = memory.split_at_pages(self.request.offset_bytes, self.request.length_bytes);
-        if self.request.command == Command::WriteZeroes {
-            memory.zero_edge(split.head);
-            memory.zero_edge(split.tail);
-        }
+        memory.zero_edge(split.head);
+        memory.zero_edge(split.tail);
         if split.pages.1 == 0 {
             return Next::Done(Ok(()));
         }

@@ -1,0 +1,127 @@
+//! A small blocking NBD client on proto's codec: one request at a time, or many with replies in any order.
+
+use std::collections::HashMap;
+use std::io::{self, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use proto::nbd::ExportInfo;
+use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
+use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply};
+
+/// No answer of a healthy server takes longer.
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// What came back for a request.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) cookie: u64,
+    pub(crate) error: u32,
+    pub(crate) payload: Vec<u8>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenFailed {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Handshake(#[from] ClientHandshakeError),
+}
+
+/// One connection in the transmission phase.
+pub(crate) struct Client {
+    pub(crate) stream: TcpStream,
+    pub(crate) info: ExportInfo,
+    next_cookie: u64,
+    /// READs whose payload is to come with the reply.
+    reads: HashMap<u64, u32>,
+}
+
+impl Client {
+    pub(crate) fn open(address: SocketAddr, name: &str) -> Result<Self, OpenFailed> {
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(ANSWER_LIMIT))?;
+        stream.set_write_timeout(Some(ANSWER_LIMIT))?;
+        let mut handshake = ClientHandshake::new(name)?;
+        let mut input = [0u8; 4096];
+        loop {
+            let bytes = stream.read(&mut input)?;
+            if bytes == 0 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            let mut out = Vec::new();
+            let opened = handshake.handle_bytes(&input[..bytes], &mut out)?;
+            stream.write_all(&out)?;
+            if let Some(info) = opened {
+                return Ok(Self { stream, info, next_cookie: 1, reads: HashMap::new() });
+            }
+        }
+    }
+
+    /// Sends a request, with a WRITE's payload; gives its cookie.
+    pub(crate) fn send(
+        &mut self,
+        command: Command,
+        flags: CommandFlags,
+        offset_bytes: u64,
+        length_bytes: u32,
+        payload: &[u8],
+    ) -> u64 {
+        let cookie = self.next_cookie;
+        self.next_cookie += 1;
+        let request = Request { flags, command, cookie, offset_bytes, length_bytes };
+        if command == Command::Read {
+            self.reads.insert(cookie, length_bytes);
+        }
+        // One write, so that a peer that answers at once and closes does not leave us half-way.
+        self.stream.write_all(&[&request.encode()[..], payload].concat()).unwrap();
+        cookie
+    }
+
+    /// Takes the next reply, whichever it is for.
+    pub(crate) fn receive(&mut self) -> io::Result<Answer> {
+        let mut header = [0u8; SIMPLE_REPLY_BYTES];
+        self.stream.read_exact(&mut header)?;
+        let reply = SimpleReply::decode(&header).map_err(io::Error::other)?;
+        let length_bytes = self.reads.remove(&reply.cookie).unwrap_or(0);
+        let mut payload = vec![0; if reply.error == 0 { length_bytes as usize } else { 0 }];
+        self.stream.read_exact(&mut payload)?;
+        Ok(Answer { cookie: reply.cookie, error: reply.error, payload })
+    }
+
+    /// One request and its reply: the payload, or the error number.
+    pub(crate) fn call(
+        &mut self,
+        command: Command,
+        flags: CommandFlags,
+        offset_bytes: u64,
+        length_bytes: u32,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, u32> {
+        let cookie = self.send(command, flags, offset_bytes, length_bytes, payload);
+        let answer = self.receive().unwrap();
+        assert_eq!(answer.cookie, cookie);
+        if answer.error == 0 { Ok(answer.payload) } else { Err(answer.error) }
+    }
+
+    pub(crate) fn read(&mut self, offset_bytes: u64, length_bytes: u32) -> Result<Vec<u8>, u32> {
+        self.call(Command::Read, CommandFlags::NONE, offset_bytes, length_bytes, &[])
+    }
+
+    pub(crate) fn write(&mut self, offset_bytes: u64, payload: &[u8]) -> Result<(), u32> {
+        self.call(Command::Write, CommandFlags::NONE, offset_bytes, payload.len() as u32, payload).map(drop)
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<(), u32> {
+        self.call(Command::Flush, CommandFlags::NONE, 0, 0, &[]).map(drop)
+    }
+
+    /// Whether the server has closed the connection; waits for it.
+    pub(crate) fn is_closed_by_server(&mut self) -> bool {
+        match self.receive() {
+            Ok(answer) => panic!("a reply instead of the end: {} {}", answer.cookie, answer.error),
+            Err(error) => !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut),
+        }
+    }
+}

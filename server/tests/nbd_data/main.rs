@@ -1,0 +1,14 @@
+//! The data side, spoken to over loopback: by a small client of the tests' own, and by foreign NBD clients.
+//!
+//! Every test starts its own data server in this process, with a real catalog in a directory of its own. What needs root,
+//! a loop device or a program that is not here says `SKIP why`; with `VOLNODE_LAB_TOOLS=1` that is a failure.
+#![allow(missing_docs)]
+
+mod client;
+mod fencing;
+mod foreign;
+mod hostile;
+mod model;
+mod protocol;
+mod storage;
+mod support;

@@ -1,0 +1,97 @@
+//! What depends on the file system below: O_DIRECT, space, and file systems that lack what we would use.
+
+use proto::nbd::transmission::{Command, CommandFlags, NbdError};
+use server::backend::file::{self, CacheMode};
+
+use super::support::{LoopFs, Server, TempDir, run, skip};
+
+#[test]
+fn xfs_is_used_past_the_page_cache() {
+    let Some(fs) = LoopFs::new("xfs", 320 << 20) else { return };
+    let server = Server::start_with(|config| config.volumes_dir = fs.mount.clone());
+    let (volume, mut client) = server.open_new("vol", 16 << 20);
+    let opened = file::open(&fs.mount, volume.volume_uid, 16 << 20, CacheMode::Auto).unwrap();
+    assert!(opened.is_direct());
+    let sizes = client.info.block_sizes.unwrap();
+    assert_eq!(sizes.minimum_bytes, opened.alignment_bytes().max(512));
+    client.call(Command::Write, CommandFlags::FUA, 0, 4096, &[8; 4096]).unwrap();
+    assert_eq!(client.read(0, 4096), Ok(vec![8; 4096]));
+}
+
+#[test]
+fn a_full_file_system_is_the_writers_problem_alone() {
+    let Some(fs) = LoopFs::new("ext4", 24 << 20) else { return };
+    for cache in [CacheMode::Auto, CacheMode::Buffered] {
+        let server = Server::start_with(|config| {
+            config.volumes_dir = fs.mount.clone();
+            config.cache = cache;
+        });
+        let (volume, mut client) = server.open_new("big", 256 << 20);
+        let (other_volume, mut other) = server.open_new("small", 1 << 20);
+        other.write(0, &vec![4; 1 << 20]).unwrap();
+        other.flush().unwrap();
+        let mut refused = None;
+        for number in 0..64u64 {
+            if let Err(error) = client.write(number << 20, &vec![number as u8 + 1; 1 << 20]) {
+                refused = Some((number, error));
+                break;
+            }
+        }
+        let (number, error) = refused.expect("64 MiB do not fit into 24");
+        assert_eq!(error, NbdError::Enospc as u32, "{cache:?}");
+        assert_eq!(client.read(0, 1 << 20), Ok(vec![1; 1 << 20]));
+        assert_eq!(other.read(0, 1 << 20), Ok(vec![4; 1 << 20]));
+        other.write(0, &vec![5; 1 << 20]).unwrap();
+        other.flush().unwrap();
+        let zeroes = client.call(Command::WriteZeroes, CommandFlags::NO_HOLE, 128 << 20, 64 << 20, &[]);
+        assert_eq!(zeroes, Err(NbdError::Enospc as u32), "{cache:?}");
+        client.call(Command::Trim, CommandFlags::FUA, 0, (number as u32) << 20, &[]).unwrap();
+        client.write(0, &vec![6; 1 << 20]).unwrap();
+        client.flush().unwrap();
+        drop((client, other));
+        drop(server);
+        for volume in [volume, other_volume] {
+            file::delete(&fs.mount, volume.volume_uid).unwrap();
+        }
+    }
+}
+
+/// tmpfs has no ZERO_RANGE: zeroes that may not be a hole are written.
+#[test]
+fn zeroes_are_written_where_the_file_system_cannot_make_them() {
+    if !rustix::process::geteuid().is_root() {
+        return skip("mounting needs root");
+    }
+    let dir = TempDir::new();
+    let mount = dir.0.to_str().unwrap();
+    run("mount", &["-t", "tmpfs", "-o", "size=64m", "tmpfs", mount]);
+    {
+        let server = Server::start_with(|config| config.volumes_dir = dir.0.clone());
+        let (_, mut client) = server.open_new("vol", 32 << 20);
+        client.write(0, &vec![1; 8 << 20]).unwrap();
+        let flags = CommandFlags::NO_HOLE.with(CommandFlags::FUA);
+        client.call(Command::WriteZeroes, flags, 4096, 5 << 20, &[]).unwrap();
+        let read = client.read(0, 8 << 20).unwrap();
+        let is_zero = |at: usize| (4096..4096 + (5 << 20)).contains(&at);
+        assert!((0..read.len()).all(|at| read[at] == u8::from(!is_zero(at))));
+    }
+    run("umount", &[mount]);
+}
+
+#[test]
+fn data_survives_the_server() {
+    let dir = TempDir::new();
+    let open = || Server::start_with(|config| config.volumes_dir = dir.0.clone());
+    let (uid, incarnation) = {
+        let server = open();
+        let (volume, mut client) = server.open_new("vol", 1 << 20);
+        client.write(8192, &[7; 4096]).unwrap();
+        client.flush().unwrap();
+        (volume.volume_uid, server.data.storage_incarnation(&volume))
+    };
+    let bytes = std::fs::read(file::path(&dir.0, uid)).unwrap();
+    assert_eq!(bytes[8192..12288], [7; 4096]);
+    let server = open();
+    let (volume, _client) = server.open_new("other", 1 << 20);
+    assert_eq!(server.data.storage_incarnation(&volume), incarnation, "a restart is not a loss");
+}
