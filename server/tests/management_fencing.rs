@@ -14,6 +14,7 @@ use proto::nbd::ExportInfo;
 use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
 use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply};
 use proto::v1::{self, management_client::ManagementClient};
+use rustix::process::Signal;
 use tonic::Code;
 use tonic::transport::Channel;
 use tonic_types::StatusExt as _;
@@ -75,7 +76,7 @@ impl Export {
 
 /// A server with one volume, and whatever arguments.
 struct Bench {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     server: Volserver,
     client: ManagementClient<Channel>,
 }
@@ -88,7 +89,7 @@ impl Bench {
         let server = Volserver::start_with(command, &dir.path().join("log"));
         let mut client = server.client().await;
         client.create_volume(create_request("vol-1")).await.unwrap();
-        Self { _dir: dir, server, client }
+        Self { dir, server, client }
     }
 
     async fn attach(&mut self, node_id: &str, force: bool) -> v1::AttachVolumeResponse {
@@ -204,6 +205,23 @@ async fn attaching_cuts_off_who_writes_by_name() {
     assert_eq!(export.write_block().unwrap().error, 0);
     bench.attach("node-a", false).await;
     assert!(export.is_closed() && export.write_block().is_err());
+}
+
+#[tokio::test]
+async fn a_stop_closes_idle_exports_and_what_was_acknowledged_is_in_the_file() {
+    let mut bench = Bench::with_volume(&["--cache", "writeback"]).await;
+    let attached = bench.attach("node-a", false).await;
+    let mut export = bench.open(&attached, 1).unwrap();
+    assert_eq!(export.write_block().unwrap().error, 0);
+    let volume_uid = attached.attachment.unwrap().volume_uid;
+    drop(bench.client);
+    let began = Instant::now();
+    let status = tokio::task::spawn_blocking(move || bench.server.stop(Signal::TERM)).await.unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert!(began.elapsed() < std::time::Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(export.is_closed());
+    let file = std::fs::read(bench.dir.path().join("data/volumes").join(volume_uid)).unwrap();
+    assert_eq!(file[..4097], [&[0x5a; 4096][..], &[0]].concat());
 }
 
 #[tokio::test]

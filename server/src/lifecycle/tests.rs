@@ -229,6 +229,13 @@ fn an_open_volume_is_not_deleted_and_stays_as_it_was() {
 }
 
 #[test]
+fn a_volume_is_there_for_callers_until_its_deletion_is_certain() {
+    let (bench, volume) = Bench::with_volume();
+    let _concealed = bench.lifecycle.catalog().conceal_volume(volume.volume_uid);
+    assert_eq!(bench.lifecycle.volume("vol-1").unwrap(), volume);
+}
+
+#[test]
 fn an_attached_volume_is_not_deleted() {
     let (bench, _) = Bench::with_volume();
     bench.attach("vol-1", "node-a", false).unwrap();

@@ -96,12 +96,15 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(self.catalog.forget_volume(volume_uid)?)
     }
 
-    /// The ready volume of that name.
+    /// The ready volume of that name; also while a deletion that may yet be refused hides it from the data side.
     ///
     /// # Errors
     /// [`LifecycleError::VolumeNotFound`]; the catalog's failure.
     pub fn volume(&self, name: &str) -> Result<VolumeRecord, LifecycleError> {
-        self.catalog.volume_by_name(name)?.ok_or_else(|| LifecycleError::VolumeNotFound(name.to_owned()))
+        match self.catalog.volume_in_any_state(name)? {
+            Some((volume, VolumeState::Ready)) => Ok(volume),
+            _ => Err(LifecycleError::VolumeNotFound(name.to_owned())),
+        }
     }
 }
 
