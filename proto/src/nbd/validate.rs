@@ -127,7 +127,8 @@ fn validate_range(request: &Request, limits: &RequestLimits, writes: bool) -> Re
         });
     }
     let alignment_bytes = u64::from(limits.block_sizes.minimum_bytes);
-    if request.offset_bytes % alignment_bytes != 0 || length_bytes % alignment_bytes != 0 {
+    if !request.offset_bytes.is_multiple_of(alignment_bytes) || !length_bytes.is_multiple_of(alignment_bytes)
+    {
         return Err(Refused::Unaligned);
     }
     Ok(())

@@ -38,9 +38,13 @@ fn nbdinfo_tells_what_was_announced() {
     let volume = server.create("vol", 8 << 20);
     let attachment = server.attach(&volume, false);
     let told = run("nbdinfo", &["--json", &server.uri(&attachment, 1, 0)]);
-    for word in
-        ["\"export-size\": 8388608", "\"can_multi_conn\": true", "\"can_trim\": true", "\"can_fua\": true", "volnode/1"]
-    {
+    for word in [
+        "\"export-size\": 8388608",
+        "\"can_multi_conn\": true",
+        "\"can_trim\": true",
+        "\"can_fua\": true",
+        "volnode/1",
+    ] {
         assert!(told.contains(word), "{word} is not in {told}");
     }
     assert_eq!(run("nbdinfo", &["--size", &server.uri(&attachment, 1, 0)]).trim(), "8388608");

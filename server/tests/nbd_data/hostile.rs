@@ -123,12 +123,18 @@ fn clients_that_vanish_under_load_leave_no_connection_behind() {
     let mut random = Random::new(seed());
     for round in 0..60u32 {
         let mut client = server.open(&attachment, 1, round % 4);
-        for _ in 0..random.below(40) {
+        for _ in 0..=random.below(40) {
             let (offset, length) = (random.below(32) << 20, 4096 << random.below(9));
             if random.below(2) == 0 {
                 client.send(Command::Read, CommandFlags::NONE, offset, length as u32, &[]);
             } else if length <= 64 << 10 {
-                client.send(Command::Write, CommandFlags::NONE, offset, length as u32, &vec![1; length as usize]);
+                client.send(
+                    Command::Write,
+                    CommandFlags::NONE,
+                    offset,
+                    length as u32,
+                    &vec![1; length as usize],
+                );
             }
         }
         if random.below(3) == 0 {

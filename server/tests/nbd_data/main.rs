@@ -2,7 +2,7 @@
 //!
 //! Every test starts its own data server in this process, with a real catalog in a directory of its own. What needs root,
 //! a loop device or a program that is not here says `SKIP why`; with `VOLNODE_LAB_TOOLS=1` that is a failure.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
 mod client;
 mod fencing;

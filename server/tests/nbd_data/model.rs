@@ -86,7 +86,8 @@ fn finish_one(client: &mut Client, in_flight: &mut HashMap<u64, InFlight>, model
 }
 
 fn check_backend(server: &Server, backend: BackendKind, connections: u32, seed: u64) {
-    let volume = server.create_with(&format!("model-{connections}"), CAPACITY_BYTES, |new| new.backend = backend);
+    let volume =
+        server.create_with(&format!("model-{connections}"), CAPACITY_BYTES, |new| new.backend = backend);
     let attachment = server.attach(&volume, false);
     let mut clients: Vec<Client> = (0..connections).map(|slot| server.open(&attachment, 1, slot)).collect();
     check(&mut clients, seed);
