@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use client::contract::AttachmentDir;
 use client::node::device_process;
+use client::node::error::with_sources;
 use client::node::serve::{ServeOptions, serve};
 use tracing_subscriber::EnvFilter;
 
@@ -74,7 +75,7 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("volclient: {error:#}");
+    eprintln!("volclient: {}", with_sources(error.as_ref()));
     ExitCode::FAILURE
 }
 

@@ -37,6 +37,16 @@ pub enum NodeError {
         /// What was seen.
         cause: String,
     },
+    /// Nothing accepts connections where the device process was to connect.
+    #[error("cannot attach {target}: {why}")]
+    DataUnreachable {
+        /// What was to be attached.
+        target: String,
+        /// The data addresses.
+        addresses: Vec<String>,
+        /// The device process's last words.
+        why: String,
+    },
     /// The storage server answers nonsense.
     #[error("the storage server at {server} answered with {what}")]
     ServerAnswer {
@@ -135,7 +145,9 @@ impl NodeError {
         match self {
             Self::InvalidField { .. } => (Code::InvalidArgument, reason::INVALID_FIELD),
             Self::Refused(status) => (status.code(), ""),
-            Self::ServerUnreachable { .. } => (Code::Unavailable, reason::SERVER_UNREACHABLE),
+            Self::ServerUnreachable { .. } | Self::DataUnreachable { .. } => {
+                (Code::Unavailable, reason::SERVER_UNREACHABLE)
+            }
             Self::DetachUnfinished { .. } => (Code::Unavailable, reason::DETACH_UNFINISHED),
             Self::DataPathUnsupported { .. } => (Code::FailedPrecondition, reason::DATA_PATH_UNSUPPORTED),
             Self::Ublk(ControlError::NoDriver) => (Code::FailedPrecondition, reason::NO_UBLK_DRIVER),
@@ -168,6 +180,9 @@ impl NodeError {
                 "check that volserver runs and listens at {server}; another address is given to \
                  `volclient serve --server URI`"
             ),
+            Self::DataUnreachable { addresses, .. } => {
+                format!("check that the NBD server runs and listens at {}", addresses.join(" or "))
+            }
             Self::DetachUnfinished { .. } => "repeat the detach once the server can be reached".to_owned(),
             Self::DataPathUnsupported { .. } => {
                 "leave the choice to the program (--data-path auto), or see `volctl doctor`".to_owned()
@@ -191,7 +206,7 @@ impl NodeError {
 }
 
 /// An error and what caused it, in one line.
-pub(crate) fn with_sources(error: &dyn std::error::Error) -> String {
+pub fn with_sources(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

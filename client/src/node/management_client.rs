@@ -4,6 +4,7 @@
 //! cannot be reached. Never: retries; every call of the node API may be repeated by its caller.
 //! Called by: `supervisor`.
 
+use std::error::Error;
 use std::future::Future;
 use std::str::FromStr as _;
 use std::time::Duration;
@@ -166,11 +167,17 @@ impl ManagementClient {
                 if matches!(status.code(), Code::Unavailable | Code::Cancelled | Code::Unknown)
                     && status.get_details_error_info().is_none() =>
             {
-                Err(unreachable(with_sources(&status)))
+                Err(unreachable(innermost_cause(&status)))
             }
             Ok(Err(status)) => Err(NodeError::Refused(Box::new(status))),
         }
     }
+}
+
+/// What the system saw, such as "Connection refused"; the layers around it only say that connecting failed.
+fn innermost_cause(status: &Status) -> String {
+    let causes = std::iter::successors(status.source(), |cause| <dyn Error>::source(*cause));
+    causes.last().map_or_else(|| status.message().to_owned(), ToString::to_string)
 }
 
 #[cfg(test)]
@@ -184,7 +191,10 @@ mod tests {
         let error = client.detach_volume("x").await.unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, NodeError::ServerUnreachable { .. }), "{error:?}");
-        assert!(text.contains("http://127.0.0.1:9") && text.contains("refused"), "{text}");
+        assert!(
+            text.starts_with("cannot reach the storage server at http://127.0.0.1:9: Connection refused"),
+            "{text}"
+        );
     }
 
     #[tokio::test]

@@ -14,8 +14,11 @@
 use std::fs;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use proto::v1;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tonic::Code;
 use ublk_core::abi::{UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH};
 use ublk_core::{ControlDevice, ControlError, DataPath, Features, ProbeReport};
@@ -36,6 +39,8 @@ const NR_HW_QUEUES_DEFAULT: u16 = 1;
 const QUEUE_DEPTH_DEFAULT: u16 = 128;
 /// Lets the device process choose the data path.
 const DATA_PATH_AUTO: &str = "auto";
+/// For a connection that only shows whether somebody is there.
+const DIAGNOSIS_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What the daemon was started with.
 #[derive(Debug, Clone)]
@@ -308,7 +313,7 @@ impl Supervisor {
         let mut child = device_process::spawn(dir)?;
         let pid = child.id();
         match device_process::wait_until_live(dir, &spec.target, Some(&mut child)).await? {
-            Started::Failed(why) => Err(NodeError::StartFailed { target: spec.target.clone(), why }),
+            Started::Failed(why) => Err(start_failure(spec, why).await),
             Started::Live(status) => {
                 tracing::info!(target = spec.target, pid, dev_id = status.dev_id, "attached");
                 let target = spec.target.clone();
@@ -433,6 +438,17 @@ impl Supervisor {
         }
         Ok(existed)
     }
+}
+
+/// Tells a server that is not there from any other reason of a device process to give up.
+async fn start_failure(spec: &DeviceSpec, why: String) -> NodeError {
+    let target = spec.target.clone();
+    for address in &spec.addresses {
+        if let Ok(Ok(_)) = timeout(DIAGNOSIS_DEADLINE, TcpStream::connect(address)).await {
+            return NodeError::StartFailed { target, why };
+        }
+    }
+    NodeError::DataUnreachable { target, addresses: spec.addresses.clone(), why }
 }
 
 /// Finds out whether this machine can do what is asked, before the server is asked for anything.

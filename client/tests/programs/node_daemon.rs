@@ -1,0 +1,234 @@
+//! `volclient serve` as a process, with volctl as its user: starting, ending, finding attachments again, detaching them.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use client::contract::{ControlResponse, DeviceStatus, read_file};
+use tonic::transport::Endpoint;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use uuid::Uuid;
+
+use crate::device_stand_in::{DeviceStandIn, Folder, SECRET};
+use crate::fake_server::FakeServer;
+use crate::launch::{NODE_ID, NodeDaemon};
+
+/// A server, a run directory, and one attachment of `vol-1` that both know.
+struct Attached {
+    server: FakeServer,
+    run_dir: tempfile::TempDir,
+    folder: Folder,
+}
+
+impl Attached {
+    fn new() -> Self {
+        let (server, run_dir) = (FakeServer::start(), NodeDaemon::run_dir());
+        let (attachment_id, server_id) = {
+            let mut state = server.state.lock().unwrap();
+            (state.add_attachment("vol-1", NODE_ID, 0), state.server_id)
+        };
+        let folder = Folder::of_volume(run_dir.path(), "vol-1", attachment_id, server_id);
+        Self { server, run_dir, folder }
+    }
+
+    fn daemon(&self) -> NodeDaemon {
+        NodeDaemon::start(self.run_dir.path(), &self.server.uri())
+    }
+
+    fn is_held_by_the_server(&self) -> bool {
+        !self.server.state.lock().unwrap().attachments.is_empty()
+    }
+}
+
+fn state_of_only_attachment(daemon: &NodeDaemon) -> (String, String) {
+    let json = daemon.volctl(&["attachments", "--output", "json"]).expect_success().json();
+    assert_eq!(json.as_array().unwrap().len(), 1, "{json}");
+    let text = |field: &str| json[0][field].as_str().unwrap().to_owned();
+    (text("state"), text("state_reason"))
+}
+
+#[test]
+fn the_socket_is_private_and_the_service_healthy() {
+    let (server, run_dir) = (FakeServer::start(), NodeDaemon::run_dir());
+    let daemon = NodeDaemon::start(run_dir.path(), &server.uri());
+    assert_eq!(fs::metadata(&daemon.socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let status = runtime.block_on(async {
+        let endpoint = Endpoint::from_shared(format!("unix://{}", daemon.socket.display())).unwrap();
+        let mut client = HealthClient::new(endpoint.connect().await.unwrap());
+        let request = HealthCheckRequest { service: "volnode.v1.Node".to_owned() };
+        client.check(request).await.unwrap().into_inner().status()
+    });
+    assert_eq!(status, tonic_health::pb::health_check_response::ServingStatus::Serving);
+}
+
+#[test]
+fn a_second_daemon_of_a_run_directory_is_refused() {
+    let (server, run_dir) = (FakeServer::start(), NodeDaemon::run_dir());
+    let _daemon = NodeDaemon::start(run_dir.path(), &server.uri());
+    let second = NodeDaemon::command(run_dir.path(), &server.uri()).output().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    let stderr = String::from_utf8(second.stderr).unwrap();
+    assert!(stderr.contains("another volclient serves"), "{stderr}");
+}
+
+#[test]
+fn a_daemon_ends_cleanly_and_leaves_device_processes_alone() {
+    let attached = Attached::new();
+    let process = DeviceStandIn::start(
+        &attached.folder,
+        vec![ControlResponse::Ok(Box::new(attached.folder.status.clone()))],
+    );
+    let daemon = attached.daemon();
+    assert_eq!(state_of_only_attachment(&daemon), ("live".to_owned(), String::new()));
+    let socket = daemon.socket.clone();
+    let (status, _) = daemon.terminate();
+    assert!(status.success() && !socket.exists());
+    // The next daemon finds the attachment as it was.
+    let daemon = attached.daemon();
+    assert_eq!(state_of_only_attachment(&daemon), ("live".to_owned(), String::new()));
+    daemon.volctl(&["detach", "vol-1"]).expect_success();
+    process.join();
+}
+
+#[test]
+fn a_detach_stops_the_process_tells_the_server_and_leaves_nothing() {
+    let attached = Attached::new();
+    let process = DeviceStandIn::start(
+        &attached.folder,
+        vec![ControlResponse::Ok(Box::new(attached.folder.status.clone()))],
+    );
+    let daemon = attached.daemon();
+    assert_eq!(daemon.volctl(&["detach", "vol-1"]).expect_success().stdout, "detached vol-1\n");
+    assert!(!attached.folder.exists() && !attached.is_held_by_the_server());
+    assert_eq!(daemon.volctl(&["detach", "vol-1"]).expect_success().stdout, "vol-1 is not attached\n");
+    process.join();
+}
+
+#[test]
+fn a_device_that_is_open_stays_and_its_holders_are_named() {
+    let attached = Attached::new();
+    let busy = ControlResponse::Busy { holders: vec!["mounted on /mnt/data".to_owned()] };
+    let process = DeviceStandIn::start(&attached.folder, vec![busy]);
+    let daemon = attached.daemon();
+    daemon.volctl(&["detach", "vol-1"]).expect_failure(5, "vol-1 is in use: mounted on /mnt/data", "unmount");
+    assert!(attached.folder.exists() && attached.is_held_by_the_server());
+    process.join();
+}
+
+#[test]
+fn a_dead_attachment_is_told_and_a_detach_cleans_up() {
+    for name in ["vol-1", "/dev/ublkb4000000"] {
+        let attached = Attached::new();
+        let daemon = attached.daemon();
+        let (state, reason) = state_of_only_attachment(&daemon);
+        assert_eq!((state.as_str(), reason.contains("detach cleans up")), ("dead", true), "{reason}");
+        daemon.volctl(&["detach", name]).expect_success();
+        assert!(!attached.folder.exists() && !attached.is_held_by_the_server());
+    }
+}
+
+#[test]
+fn a_detach_without_the_server_is_finished_when_it_is_back() {
+    let attached = Attached::new();
+    let daemon = attached.daemon();
+    let Attached { server, folder, run_dir: _run_dir } = attached;
+    let (address, state) = (server.address, Arc::clone(&server.state));
+    drop(server);
+    daemon.volctl(&["detach", "vol-1"]).expect_failure(
+        6,
+        "the device of vol-1 is gone, but the storage server still holds the attachment",
+        "repeat the detach",
+    );
+    let (device_state, reason) = state_of_only_attachment(&daemon);
+    assert_eq!((device_state.as_str(), reason.contains("detach again")), ("dead", true), "{reason}");
+    let status: DeviceStatus = read_file(&folder.dir.status()).unwrap();
+    assert_eq!(status.dev_id, None);
+    let server = FakeServer::start_at(address, state);
+    daemon.volctl(&["detach", "vol-1"]).expect_success();
+    assert!(!folder.exists() && server.state.lock().unwrap().attachments.is_empty());
+}
+
+#[test]
+fn another_server_is_not_told() {
+    let attached = Attached::new();
+    attached.server.state.lock().unwrap().server_id = Uuid::from_u128(99);
+    let daemon = attached.daemon();
+    let ended = daemon.volctl(&["detach", "vol-1"]);
+    assert_eq!(ended.exit_code, Some(1), "{ended:?}");
+    assert!(ended.stderr.contains("another server_id"), "{ended:?}");
+    assert!(attached.folder.exists() && attached.is_held_by_the_server());
+}
+
+#[test]
+fn an_attachment_of_a_foreign_server_needs_no_server_of_ours() {
+    let run_dir = NodeDaemon::run_dir();
+    let folder = Folder::of_uri(run_dir.path(), "nbd://127.0.0.1:10809/x");
+    let daemon = NodeDaemon::start(run_dir.path(), "http://127.0.0.1:9");
+    // Another spelling of the same URI.
+    daemon.volctl(&["detach", "nbd://127.0.0.1/%78"]).expect_success();
+    assert!(!folder.exists());
+}
+
+#[test]
+fn an_attachment_that_only_the_server_knows_is_given_back() {
+    let (server, run_dir) = (FakeServer::start(), NodeDaemon::run_dir());
+    let (used, idle) = {
+        let mut state = server.state.lock().unwrap();
+        (state.add_attachment("used", NODE_ID, 1), state.add_attachment("idle", NODE_ID, 0))
+    };
+    let daemon = NodeDaemon::start(run_dir.path(), &server.uri());
+    assert_eq!(daemon.volctl(&["detach", "idle"]).expect_success().stdout, "detached idle\n");
+    assert_eq!(daemon.volctl(&["detach", "used"]).expect_success().stdout, "used is not attached\n");
+    let attachments = &server.state.lock().unwrap().attachments;
+    assert!(attachments.contains_key(&used.to_string()) && !attachments.contains_key(&idle.to_string()));
+}
+
+#[test]
+fn an_attach_that_this_machine_cannot_do_asks_the_server_for_nothing() {
+    if Path::new("/dev/ublk-control").exists() {
+        eprintln!("SKIP this machine has ublk");
+        return;
+    }
+    let (server, run_dir) = (FakeServer::start(), NodeDaemon::run_dir());
+    let daemon = NodeDaemon::start(run_dir.path(), &server.uri());
+    daemon.volctl(&["create", "vol-1", "--size", "1G"]).expect_success();
+    daemon.volctl(&["attach", "vol-1"]).expect_failure(7, "no ublk driver", "modprobe ublk_drv");
+    assert!(server.state.lock().unwrap().attachments.is_empty());
+    assert_eq!(daemon.volctl(&["attachments", "--output", "json"]).expect_success().stdout, "[]\n");
+}
+
+#[test]
+fn a_target_that_cannot_be_is_wrong_usage() {
+    let run_dir = NodeDaemon::run_dir();
+    let daemon = NodeDaemon::start(run_dir.path(), "http://127.0.0.1:9");
+    for (target, why) in [("a/b", "neither a volume's name"), ("nbds://h/x", "not supported yet")] {
+        let ended = daemon.volctl(&["attach", target]);
+        assert_eq!(ended.exit_code, Some(2), "{ended:?}");
+        assert!(ended.stderr.contains(why), "{ended:?}");
+    }
+}
+
+#[test]
+fn no_output_and_no_log_holds_a_secret() {
+    let attached = Attached::new();
+    let daemon = attached.daemon();
+    let listed = daemon.volctl(&["attachments", "--output", "json"]).expect_success();
+    daemon.volctl(&["detach", "vol-1"]).expect_success();
+    let (_, log) = daemon.terminate();
+    // The log is at its most talkative, and has the events in it.
+    assert!(log.contains("attachment found dead") && log.contains("detached"), "{log}");
+    assert!(!log.contains(SECRET) && !listed.stdout.contains(SECRET));
+}
+
+#[test]
+fn an_attachment_of_a_newer_program_is_left_alone() {
+    let attached = Attached::new();
+    fs::write(attached.folder.dir.spec(), r#"{"format_version": 99}"#).unwrap();
+    let daemon = attached.daemon();
+    assert_eq!(daemon.volctl(&["attachments", "--output", "json"]).expect_success().stdout, "[]\n");
+    let (_, log) = daemon.terminate();
+    assert!(log.contains("format version 99") && attached.folder.exists(), "{log}");
+}
