@@ -12,8 +12,6 @@
 //!
 //! Invariant: never two writes of one block in flight, because nothing orders those.
 
-use anyhow::{Result, bail, ensure};
-
 use crate::lying_disk::SECTOR_BYTES;
 
 /// Size of a block: 8 sectors, so that one block's write can be torn.
@@ -29,6 +27,16 @@ pub enum Pattern {
     Stamped,
     /// Zeroes (WRITE_ZEROES).
     Zeroes,
+}
+
+/// A block holds what it may not: a promise was broken.
+#[derive(Debug, thiserror::Error)]
+#[error("block {block}, sector {sector}: found {found}; allowed: {allowed}")]
+pub struct Violation {
+    block: usize,
+    sector: usize,
+    found: String,
+    allowed: String,
 }
 
 /// A range of blocks.
@@ -166,8 +174,11 @@ impl BlockHistory {
     ///
     /// # Errors
     /// Names the first sector that holds what it may not.
-    pub fn check_and_adopt(&mut self, blocks: Blocks, found: &[u8]) -> Result<()> {
-        ensure!(found.len() == blocks.length_bytes() as usize, "{} bytes for {blocks:?}", found.len());
+    ///
+    /// # Panics
+    /// `found` is not as long as the blocks.
+    pub fn check_and_adopt(&mut self, blocks: Blocks, found: &[u8]) -> Result<(), Violation> {
+        assert_eq!(found.len(), blocks.length_bytes() as usize, "what was found of {blocks:?}");
         for (block, bytes) in blocks.numbers().zip(found.chunks(BLOCK_BYTES)) {
             for (sector, bytes) in bytes.chunks(SECTOR_BYTES).enumerate() {
                 self.check_sector(block, sector, bytes)?;
@@ -179,7 +190,7 @@ impl BlockHistory {
         Ok(())
     }
 
-    fn check_sector(&self, block: usize, sector: usize, found: &[u8]) -> Result<()> {
+    fn check_sector(&self, block: usize, sector: usize, found: &[u8]) -> Result<(), Violation> {
         let versions = &self.blocks[block];
         let matches = |version: &Version| match &version.content {
             Content::Pattern(Pattern::Zeroes) => found.iter().all(|&byte| byte == 0),
@@ -192,11 +203,7 @@ impl BlockHistory {
             return Ok(());
         }
         let allowed: Vec<String> = versions.iter().map(Version::describe).collect();
-        bail!(
-            "block {block}, sector {sector}: found {}; allowed: {}",
-            describe_sector(found),
-            allowed.join(", ")
-        )
+        Err(Violation { block, sector, found: describe_sector(found), allowed: allowed.join(", ") })
     }
 }
 

@@ -127,12 +127,12 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
         host_tests::run(&workspace, &mut report)?;
     }
     if options.host || !series.is_empty() {
-        let binary = vm_tests::build(&workspace)?;
+        let binaries = vm_tests::build(&workspace)?;
         if options.host {
-            vm_tests::run_on_this_machine(&workspace, &binary, &mut report)?;
+            vm_tests::run_on_this_machine(&workspace, &binaries, &mut report)?;
         } else {
             for series in series {
-                vm_tests::run_in_vm(&workspace, series, &binary, &mut report)?;
+                vm_tests::run_in_vm(&workspace, series, &binaries, &mut report)?;
             }
         }
     }

@@ -11,7 +11,7 @@ use std::io::{Write, stdout};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use libtest_mimic::{Arguments, Completion, Trial};
 use crate::events::{Event, PlannedTest};
 use crate::kernel_series::KernelSeries;
 use crate::left_behind::Machine;
+use crate::libtest_binary::{LibtestBinary, run_one};
 use crate::stuck_tasks;
 
 /// Says who runs the tests; see the head of the file.
@@ -31,6 +32,9 @@ pub const RUN_HERE: &str = "1";
 
 /// Value of [`LAB_VARIABLE`]: the lab runs the tests in another process.
 pub const RUN_ELSEWHERE: &str = "elsewhere";
+
+/// What a test of another crate says under [`RUN_ELSEWHERE`]: it is not skipped, only run later.
+pub const RUN_IN_VM_REASON: &str = "SKIP the lab runs this in its VM";
 
 /// Names the kernel series ([`KernelSeries::name`]) the tests run on.
 pub const KERNEL_VARIABLE: &str = "VOLNODE_LAB_KERNEL";
@@ -126,6 +130,29 @@ impl std::fmt::Display for Lacking {
 
 impl std::error::Error for Lacking {}
 
+/// An error by which a test of another crate says that the kernel is too old for it. The newest series has all we
+/// use, so there it is a failure; on others the test counts as skipped.
+#[derive(Debug)]
+pub(crate) struct KernelLacks(pub(crate) String);
+
+impl std::fmt::Display for KernelLacks {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for KernelLacks {}
+
+/// Shared, because a test that hangs keeps its thread.
+type TestFunction = Arc<dyn Fn(&Env) -> Result<()> + Send + Sync>;
+
+/// A test that is going to be run, from whatever source.
+struct Runnable {
+    name: String,
+    deadline_seconds: u64,
+    run: TestFunction,
+}
+
 /// Runs the tests as the environment says; the whole of `main`.
 pub fn main(tests: &[Test]) -> ExitCode {
     let arguments = Arguments::from_args();
@@ -152,16 +179,14 @@ fn run_all(tests: &[Test], filter: Option<&str>) -> Result<ExitCode> {
     let series = KernelSeries::from_name(&kernel).with_context(|| format!("unknown kernel {kernel}"))?;
     let in_vm = std::env::var(MACHINE_VARIABLE).context(MACHINE_VARIABLE)? == "vm";
     let programs = PathBuf::from(std::env::var_os(PROGRAMS_VARIABLE).context(PROGRAMS_VARIABLE)?);
-    let wanted = |test: &&Test| {
-        test.kernels.contains(&series) && filter.is_none_or(|filter| test.name.contains(filter))
-    };
-    let tests: Vec<&Test> = tests.iter().filter(wanted).collect();
+    let mut tests = runnable_tests(tests, series)?;
+    tests.retain(|test| filter.is_none_or(|filter| test.name.contains(filter)));
     let planned =
-        |test: &&Test| PlannedTest { name: test.name.to_owned(), deadline_seconds: test.deadline_seconds };
+        |test: &Runnable| PlannedTest { name: test.name.clone(), deadline_seconds: test.deadline_seconds };
     emit(&Event::Planned { tests: tests.iter().map(planned).collect() })?;
     let mut failed = false;
     for (index, test) in tests.iter().enumerate() {
-        let name = test.name.to_owned();
+        let name = test.name.clone();
         emit(&Event::Started { name: name.clone() })?;
         let directory = std::env::temp_dir().join(format!("volnode-test-{}-{index}", std::process::id()));
         fs::create_dir(&directory).context("creating a test's directory")?;
@@ -172,7 +197,7 @@ fn run_all(tests: &[Test], filter: Option<&str>) -> Result<ExitCode> {
         let seconds = started.elapsed().as_secs_f64();
         let event = match outcome {
             Outcome::Returned(Ok(())) => Event::Passed { name, seconds },
-            Outcome::Returned(Err(error)) if !in_vm && error.is::<Lacking>() => {
+            Outcome::Returned(Err(error)) if may_skip(&error, series, in_vm) => {
                 Event::Skipped { name, reason: format!("{error:#}") }
             }
             Outcome::Returned(Err(error)) => Event::Failed { name, seconds, reason: format!("{error:#}") },
@@ -189,15 +214,41 @@ fn run_all(tests: &[Test], filter: Option<&str>) -> Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// Our own tests for this kernel, then those of the binaries the lab names.
+fn runnable_tests(tests: &[Test], series: KernelSeries) -> Result<Vec<Runnable>> {
+    let ours = tests.iter().filter(|test| test.kernels.contains(&series)).map(|test| Runnable {
+        name: test.name.to_owned(),
+        deadline_seconds: test.deadline_seconds,
+        run: Arc::new(test.run),
+    });
+    let mut runnable: Vec<Runnable> = ours.collect();
+    for binary in LibtestBinary::all()? {
+        for test in binary.tests()? {
+            let path = binary.path().to_owned();
+            runnable.push(Runnable {
+                name: format!("{}::{test}", binary.crate_name()),
+                deadline_seconds: DEADLINE_SECONDS,
+                run: Arc::new(move |_: &Env| run_one(&path, &test)),
+            });
+        }
+    }
+    Ok(runnable)
+}
+
+/// True if what a test lacks is nothing the lab promises.
+fn may_skip(error: &anyhow::Error, series: KernelSeries, in_vm: bool) -> bool {
+    (error.is::<Lacking>() && !in_vm) || (error.is::<KernelLacks>() && series != KernelSeries::V7)
+}
+
 enum Outcome {
     Returned(Result<()>),
     Hung,
 }
 
 /// Runs a test on a thread of its own, so that a test stuck in the kernel does not take the watch with it.
-fn run_within_deadline(test: &Test, env: Env) -> Outcome {
+fn run_within_deadline(test: &Runnable, env: Env) -> Outcome {
     let (sender, receiver) = mpsc::channel();
-    let run = test.run;
+    let run = Arc::clone(&test.run);
     thread::spawn(move || {
         let result = catch_unwind(AssertUnwindSafe(|| run(&env)));
         let result =
@@ -217,14 +268,14 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 /// Reports a hung test and all that cannot be run after it. Leaves without waiting for any thread.
-fn give_up(hung: &Test, seconds: f64, rest: &[&Test]) -> Result<ExitCode> {
+fn give_up(hung: &Runnable, seconds: f64, rest: &[Runnable]) -> Result<ExitCode> {
     println!("{}", stuck_tasks::describe(&DAEMONS));
     stuck_tasks::log_blocked_tasks();
     let reason = format!("hung: no result after {} s", hung.deadline_seconds);
-    emit(&Event::Failed { name: hung.name.to_owned(), seconds, reason })?;
+    emit(&Event::Failed { name: hung.name.clone(), seconds, reason })?;
     for test in rest {
         let reason = format!("not run: {} hung before", hung.name);
-        emit(&Event::Failed { name: test.name.to_owned(), seconds: 0.0, reason })?;
+        emit(&Event::Failed { name: test.name.clone(), seconds: 0.0, reason })?;
     }
     emit(&Event::Finished)?;
     std::process::exit(1)

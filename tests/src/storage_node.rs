@@ -101,6 +101,16 @@ impl StorageNode {
         if env.in_vm {
             run("modprobe", &["ublk_drv"])?;
         }
+        let mut node = Self::start_server_only(env, data_dir, server_options)?;
+        node.start_client()?;
+        Ok(node)
+    }
+
+    /// Starts the server alone, for tests that need no block device.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_server_only(env: &Env, data_dir: &Path, server_options: &[&str]) -> Result<Self> {
         let logs = env.directory.join("logs");
         fs::create_dir_all(&logs)?;
         let device_dir =
@@ -119,7 +129,6 @@ impl StorageNode {
             client: None,
         };
         node.start_server()?;
-        node.start_client()?;
         Ok(node)
     }
 

@@ -2,14 +2,15 @@
 //!
 //! One boot runs all tests of a kernel. The binary and the lab talk by event lines (`testlab::events`).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
-use testlab::harness::{KERNEL_VARIABLE, LAB_VARIABLE, MACHINE_VARIABLE, RUN_HERE};
+use testlab::harness::{KERNEL_VARIABLE, LAB_VARIABLE, MACHINE_VARIABLE, PROGRAMS_VARIABLE, RUN_HERE};
 use testlab::kernel_series::KernelSeries;
+use testlab::libtest_binary::BINARIES_VARIABLE;
 
 use super::guest_command::GuestCommand;
 use super::report::{EventReader, PartReport, Report};
@@ -26,16 +27,29 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(60);
 /// All tests of one kernel; each test has its own, shorter deadline.
 const PART_DEADLINE: Duration = Duration::from_secs(40 * 60);
 
-/// Builds the binary and returns where it is.
+/// The binaries that hold tests which need ublk.
+pub(crate) struct TestBinaries {
+    /// `tests/vm/`, which runs the others' tests, too.
+    vm: PathBuf,
+    /// The device tests of `ublk-core`.
+    ublk_core: PathBuf,
+}
+
+/// Builds them.
 ///
 /// # Errors
-/// It does not build; cargo has said why.
-pub(crate) fn build(workspace: &Workspace) -> Result<PathBuf> {
+/// One does not build; cargo has said why.
+pub(crate) fn build(workspace: &Workspace) -> Result<TestBinaries> {
     let mut cargo = workspace.cargo();
-    cargo.args(["test", "--quiet", "--profile", PROFILE, "--package", "tests", "--test", "vm", "--no-run"]);
-    cargo.arg("--message-format=json-render-diagnostics");
+    // The whole workspace, like the host's tests, so that dependencies are built with the same features once.
+    cargo.args(["test", "--quiet", "--profile", PROFILE, "--workspace", "--test", "vm", "--test", "ublk"]);
+    cargo.args(["--no-run", "--message-format=json-render-diagnostics"]);
     let messages = tool::output(&mut cargo, BUILD_DEADLINE).context("building the VM tests")?;
-    executable_in(&String::from_utf8_lossy(&messages)).context("cargo named no executable for the VM tests")
+    let messages = String::from_utf8_lossy(&messages);
+    let executable = |target: &str| {
+        executable_of(&messages, target).with_context(|| format!("cargo named no executable for {target}"))
+    };
+    Ok(TestBinaries { vm: executable("vm")?, ublk_core: executable("ublk")? })
 }
 
 /// Runs the tests in a machine with a kernel of `series`.
@@ -45,12 +59,12 @@ pub(crate) fn build(workspace: &Workspace) -> Result<PathBuf> {
 pub(crate) fn run_in_vm(
     workspace: &Workspace,
     series: KernelSeries,
-    binary: &Path,
+    binaries: &TestBinaries,
     report: &mut Report,
 ) -> Result<()> {
     let kernel = kernels::ensure_cached(workspace, series)?;
     let mut part = report.begin(&format!("kernel {series} ({})", kernel.release));
-    let command = test_command(workspace, binary, report, series, "vm")?;
+    let command = test_command(workspace, binaries, report, series, "vm")?;
     let vm = Vm::start(workspace, &kernel, &command, Terminal::Streams)?;
     let mut follower = TestFollower(EventReader::new(&mut part, report.show_output));
     let ended = vm.run_to_end(PART_DEADLINE, &mut follower);
@@ -74,11 +88,15 @@ pub(crate) fn run_in_vm(
 ///
 /// # Errors
 /// The lab was interrupted, or the binary cannot be run.
-pub(crate) fn run_on_this_machine(workspace: &Workspace, binary: &Path, report: &mut Report) -> Result<()> {
+pub(crate) fn run_on_this_machine(
+    workspace: &Workspace,
+    binaries: &TestBinaries,
+    report: &mut Report,
+) -> Result<()> {
     let release = this_machine::release();
     let series = KernelSeries::nearest_to_release(&release);
     let mut part = report.begin(&format!("this machine's kernel {release}"));
-    let mut command = test_command(workspace, binary, report, series, "host")?.on_this_machine()?;
+    let mut command = test_command(workspace, binaries, report, series, "host")?.on_this_machine()?;
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("running the tests")?;
     let stdout = child.stdout.take().context("the tests' output")?;
@@ -123,43 +141,53 @@ fn check_exit(part: &mut PartReport, finished: bool, status: &str, success: bool
 /// The command that runs the tests, with stderr in stdout so that lines keep their order.
 fn test_command(
     workspace: &Workspace,
-    binary: &Path,
+    binaries: &TestBinaries,
     report: &Report,
     series: KernelSeries,
     machine: &str,
 ) -> Result<GuestCommand> {
     let mut words: Vec<String> = ["sh", "-c", "exec \"$0\" \"$@\" 2>&1"].map(str::to_owned).into();
-    words.push(binary.display().to_string());
+    words.push(binaries.vm.display().to_string());
     words.extend(report.filter.clone());
     Ok(GuestCommand::new(workspace, words)?
         .in_directory(&workspace.root)
         .with_variable(LAB_VARIABLE, RUN_HERE)
         .with_variable(KERNEL_VARIABLE, series.name())
         .with_variable(MACHINE_VARIABLE, machine)
-        .with_variable("VOLNODE_LAB_PROGRAMS", &workspace.programs().display().to_string())
+        .with_variable(BINARIES_VARIABLE, &format!("ublk-core={}", binaries.ublk_core.display()))
+        .with_variable(PROGRAMS_VARIABLE, &workspace.programs().display().to_string())
         .with_variable("RUST_BACKTRACE", "0"))
 }
 
-/// The executable of the last artifact message that has one.
-fn executable_in(messages: &str) -> Option<PathBuf> {
+/// The executable of the test target `name` among cargo's messages.
+fn executable_of(messages: &str, name: &str) -> Option<PathBuf> {
     #[derive(Deserialize)]
     struct Artifact {
         executable: Option<PathBuf>,
+        target: Target,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+        kind: Vec<String>,
     }
     let artifacts = messages.lines().filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
-    artifacts.filter_map(|artifact| artifact.executable).next_back()
+    let mut wanted =
+        artifacts.filter(|artifact| artifact.target.name == name && artifact.target.kind == ["test"]);
+    wanted.find_map(|artifact| artifact.executable)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::executable_in;
+    use super::executable_of;
 
     #[test]
     fn the_executable_is_found_among_cargos_messages() {
-        let messages = "{\"reason\":\"compiler-artifact\",\"executable\":null}\nnot json\n\
-                        {\"reason\":\"compiler-artifact\",\"executable\":\"/t/vm-1\"}\n\
+        let messages = "{\"reason\":\"x\",\"target\":{\"name\":\"vm\",\"kind\":[\"bin\"]},\"executable\":\"/no\"}\n\
+                        not json\n\
+                        {\"reason\":\"x\",\"target\":{\"name\":\"vm\",\"kind\":[\"test\"]},\"executable\":\"/t/vm-1\"}\n\
                         {\"reason\":\"build-finished\",\"success\":true}\n";
-        assert_eq!(executable_in(messages).unwrap().to_str(), Some("/t/vm-1"));
-        assert!(executable_in("{\"reason\":\"build-finished\",\"success\":true}").is_none());
+        assert_eq!(executable_of(messages, "vm").unwrap().to_str(), Some("/t/vm-1"));
+        assert!(executable_of(messages, "ublk").is_none());
     }
 }
