@@ -68,7 +68,7 @@ fn main() -> ExitCode {
         return fail(&error);
     }
     let outcome = match cli.command {
-        Command::Serve(args) => run_serve(args),
+        Command::Serve(args) => run_serve(args, cli.log),
         Command::Device(args) => run_device(args),
     };
     outcome.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
@@ -90,7 +90,7 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
+fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
     // The daemon's paths reach device processes, whose working directory is another.
     let run_dir = std::path::absolute(&args.run_dir).context("--run-dir")?;
     let device_dir = std::path::absolute(&args.device_dir).context("--device-dir")?;
@@ -98,7 +98,8 @@ fn run_serve(args: ServeArgs) -> anyhow::Result<()> {
         Some(socket) => std::path::absolute(socket).context("--socket")?,
         None => run_dir.join("volclient.sock"),
     };
-    let options = ServeOptions { server: args.server, run_dir, socket, node_id: args.node_id, device_dir };
+    let options =
+        ServeOptions { server: args.server, run_dir, socket, node_id: args.node_id, device_dir, log_filter };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     Ok(runtime.block_on(serve(options))?)
 }

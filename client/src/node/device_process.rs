@@ -70,16 +70,16 @@ pub fn running_pid(dir: &AttachmentDir) -> Result<Option<Pid>, NodeError> {
     Ok(conflict.map_err(|errno| io_error(errno.into()))?.and_then(|lock| lock.pid))
 }
 
-/// Starts a device process on the folder, whose spec is written.
+/// Starts a device process on the folder, whose spec is written; it logs what `log_filter` lets through.
 ///
 /// # Errors
 /// [`NodeError::Io`]: this program's file cannot be run.
-pub fn spawn(dir: &AttachmentDir) -> Result<Child, NodeError> {
+pub fn spawn(dir: &AttachmentDir, log_filter: &str) -> Result<Child, NodeError> {
     let io_error = |source| NodeError::Io { what: "cannot start a device process".to_owned(), source };
     // After an upgrade in place, the program's path names a deleted file; the file itself can still be run.
     let program = std::env::current_exe().ok().filter(|path| path.exists());
     let mut command = Command::new(program.unwrap_or_else(|| PathBuf::from("/proc/self/exe")));
-    command.arg("device").arg("--dir").arg(dir.path());
+    command.args(["device", "--log", log_filter, "--dir"]).arg(dir.path());
     // Its working directory must not keep a file system busy that is mounted on its own device.
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     command.spawn().map_err(io_error)

@@ -83,22 +83,22 @@ fn block_device(name: String, sys_path: PathBuf) -> BlockDevice {
     BlockDevice { name, number, sys_path }
 }
 
-/// Mounts in every mount namespace that some process is in; each namespace is read once.
+/// Mounts in every mount namespace that some process is in; each namespace is read once. That of process 1, which is
+/// the one people mean, comes first and is not named: a device process is in one of its own.
 fn mounts(proc: &Path, devices: &[BlockDevice]) -> Vec<String> {
-    let own_namespace = fs::read_link(proc.join("self/ns/mnt")).ok();
     let mut namespaces_seen = HashSet::new();
     let mut found = Vec::new();
-    let mut read = |process: &Path, place: &str| {
-        let mountinfo = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
-        found.extend(mount_points(&mountinfo, devices).map(|point| format!("mounted on {point}{place}")));
-    };
-    read(&proc.join("self"), "");
-    namespaces_seen.extend(own_namespace);
     for (pid, process) in process_folders(proc) {
         let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else { continue };
-        if namespaces_seen.insert(namespace) {
-            read(&process, &format!(" in the mount namespace of pid {pid} ({})", command_name(&process)));
+        if !namespaces_seen.insert(namespace) {
+            continue;
         }
+        let place = match pid {
+            1 => String::new(),
+            _ => format!(" in the mount namespace of pid {pid} ({})", command_name(&process)),
+        };
+        let mountinfo = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
+        found.extend(mount_points(&mountinfo, devices).map(|point| format!("mounted on {point}{place}")));
     }
     found
 }
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn stacked_devices_and_partitions_are_found_in_sysfs() {
+    fn every_kind_of_user_is_found_and_each_namespace_read_once() {
         let root = tempfile::tempdir().unwrap();
         let (proc, sys) = (root.path().join("proc"), root.path().join("sys"));
         write(sys.join("block/ublkb7/dev"), "259:7\n");
@@ -276,11 +276,23 @@ mod tests {
         write(sys.join("block/ublkb7/ublkb7p1/holders/md0/x"), "");
         write(sys.join("block/loop0/loop/backing_file"), "/dev/ublkb7\n");
         write(sys.join("block/loop1/loop/backing_file"), "/var/image\n");
-        write(proc.join("self/mountinfo"), "29 1 259:8 / /srv rw - ext4 /dev/ublkb7p1 rw\n");
+        let mounted = "29 1 259:8 / /srv rw - ext4 /dev/ublkb7p1 rw\n";
+        for (pid, namespace) in [(1, "mnt:[1]"), (20, "mnt:[1]"), (30, "mnt:[2]")] {
+            let process = proc.join(pid.to_string());
+            write(process.join("mountinfo"), mounted);
+            write(process.join("comm"), "pod\n");
+            fs::create_dir_all(process.join("ns")).unwrap();
+            std::os::unix::fs::symlink(namespace, process.join("ns/mnt")).unwrap();
+        }
         write(proc.join("swaps"), "Filename\n");
         let found = holders_below(&proc, &sys, 7);
-        let expected =
-            ["mounted on /srv", "used by dm-0 (vault)", "used by md0", "used by loop0 (loop device)"];
+        let expected = [
+            "mounted on /srv",
+            "mounted on /srv in the mount namespace of pid 30 (pod)",
+            "used by dm-0 (vault)",
+            "used by md0",
+            "used by loop0 (loop device)",
+        ];
         assert_eq!(found, expected);
     }
 

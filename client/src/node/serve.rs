@@ -42,6 +42,8 @@ pub struct ServeOptions {
     pub node_id: Option<String>,
     /// Where stable links are made.
     pub device_dir: PathBuf,
+    /// What device processes log.
+    pub log_filter: String,
 }
 
 /// Why the daemon cannot start, or had to end.
@@ -53,6 +55,9 @@ pub enum ServeError {
     /// A socket below the run directory, or the given one, would not fit.
     #[error("{} is too long for a Unix socket (at most {SOCKET_PATH_BYTES_MAX} bytes); choose a shorter path", .0.display())]
     PathTooLong(PathBuf),
+    /// A file or folder may not be used.
+    #[error("{}: permission denied; run `volclient serve` as root", .0.display())]
+    NotPermitted(PathBuf),
     /// A file or folder cannot be used.
     #[error("{path}: {source}", path = .path.display())]
     Io {
@@ -74,7 +79,10 @@ pub enum ServeError {
 
 impl ServeError {
     fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
-        |source| Self::Io { path: path.to_owned(), source }
+        |source| match source.kind() {
+            io::ErrorKind::PermissionDenied => Self::NotPermitted(path.to_owned()),
+            _ => Self::Io { path: path.to_owned(), source },
+        }
     }
 }
 
@@ -95,6 +103,7 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
         run_dir: options.run_dir.clone(),
         device_dir: options.device_dir.clone(),
         node_id,
+        log_filter: options.log_filter.clone(),
     };
     tracing::info!(node_id = config.node_id, server = options.server, "volclient starts");
     let supervisor = Arc::new(Supervisor::new(config, management));
@@ -234,6 +243,7 @@ mod tests {
             run_dir,
             node_id: None,
             device_dir: PathBuf::new(),
+            log_filter: String::new(),
         };
         assert!(matches!(check_path_lengths(&options), Err(ServeError::PathTooLong(_))));
     }

@@ -51,6 +51,8 @@ pub struct SupervisorConfig {
     pub device_dir: PathBuf,
     /// This machine, to the server.
     pub node_id: String,
+    /// What device processes log.
+    pub log_filter: String,
 }
 
 /// The attachments of this node.
@@ -310,7 +312,7 @@ impl Supervisor {
             }
         }
         write_file(&dir.spec(), spec)?;
-        let mut child = device_process::spawn(dir)?;
+        let mut child = device_process::spawn(dir, &self.config.log_filter)?;
         let pid = child.id();
         match device_process::wait_until_live(dir, &spec.target, Some(&mut child)).await? {
             Started::Failed(why) => Err(start_failure(spec, why).await),
