@@ -193,7 +193,11 @@ impl NodeError {
             Self::Ublk(ControlError::PermissionDenied { .. }) => "run `volclient serve` as root".to_owned(),
             Self::DeviceOpen { .. } => "close it (unmount, swapoff, stop the process), then detach again".to_owned(),
             Self::DeviceFailed { .. } => "detach it, then attach it again".to_owned(),
-            Self::StartFailed { .. } | Self::StopFailed { .. } | Self::TimedOut { .. } | Self::Panicked => {
+            Self::StartFailed { .. } => {
+                "mend what it says; the logs of `volclient serve`, the server and the kernel (dmesg) tell more"
+                    .to_owned()
+            }
+            Self::StopFailed { .. } | Self::TimedOut { .. } | Self::Panicked => {
                 "see the log of `volclient serve` and the kernel's (dmesg)".to_owned()
             }
             Self::AttachedDifferently { .. } => {
