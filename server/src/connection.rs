@@ -183,7 +183,7 @@ impl Connection {
             }
             OpKind::Send => self.sent(ring, completion.result, now),
             OpKind::Volume => self.volume_completed(ring, completion.slot, completion.result),
-            OpKind::Cancel | OpKind::Wakeup => {}
+            OpKind::Cancel | OpKind::Wakeup | OpKind::Sync => {}
         }
     }
 

@@ -21,6 +21,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::backend::file::{self, CacheMode};
+use crate::buffers;
 use crate::catalog::{BackendKind, Catalog, VolumeRecord};
 use crate::fence::ConnectionId;
 use crate::gate::{self, Gate, GateMessage};
@@ -218,7 +219,8 @@ impl DataServer {
             server.shutdown();
             return Err(error);
         }
-        info!(addresses = ?server.local_addrs, threads = ring_count, "data side ready");
+        let buffers_mib_max = (ring_count * buffers::pool_bytes_max()) >> 20;
+        info!(addresses = ?server.local_addrs, threads = ring_count, buffers_mib_max, "data side ready");
         Ok(server)
     }
 

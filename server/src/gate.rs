@@ -378,9 +378,10 @@ impl Gate {
         };
         self.volumes.insert(volume_uid, VolumeState::Opening { waiting: vec![connection] });
         let (config, gate) = (self.config.clone(), self.own_sender.clone());
+        let ring_count = self.rings.len();
         // A thread of its own, because the lock of a file is waited for as long as a predecessor's I/O takes.
         let opener = std::thread::Builder::new().name("volume-opener".into()).spawn(move || {
-            let result = open_volume(&record, &config);
+            let result = open_volume(&record, &config, ring_count);
             let _ = gate.send(GateMessage::VolumeOpened { volume_uid, result });
         });
         if let Err(error) = opener {
@@ -675,11 +676,15 @@ fn catalog_refusal(error: CatalogError) -> Refusal {
 }
 
 /// Opens a volume's storage and waits for its lock.
-fn open_volume(record: &VolumeRecord, config: &DataServerConfig) -> Result<Arc<Volume>, OpenError> {
+fn open_volume(
+    record: &VolumeRecord,
+    config: &DataServerConfig,
+    ring_count: usize,
+) -> Result<Arc<Volume>, OpenError> {
     let backend = match record.backend {
         BackendKind::File => {
             let (uid, capacity_bytes) = (record.volume_uid, record.capacity_bytes);
-            let file = file::open(&config.volumes_dir, uid, capacity_bytes, config.cache)?;
+            let file = file::open(&config.volumes_dir, uid, capacity_bytes, config.cache, ring_count)?;
             let began = Instant::now();
             file.lock()?;
             let waited = began.elapsed();

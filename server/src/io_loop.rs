@@ -48,6 +48,10 @@ pub struct IoLoop {
     /// Connections with news in this pass.
     news: Vec<u32>,
     shutdown_deadline: Option<Instant>,
+    /// When deadlines were last looked at.
+    checked_at: Instant,
+    /// Whether a handshake may be going on; found out at each check, because that takes a look at every connection.
+    has_handshakes: bool,
 }
 
 impl IoLoop {
@@ -61,7 +65,7 @@ impl IoLoop {
         gate: Sender<GateMessage>,
         limits: Limits,
     ) -> io::Result<Self> {
-        let mut ring = Ring::new()?;
+        let mut ring = Ring::new(ring_number)?;
         ring.push_wakeup(mailbox.wakeup());
         Ok(Self {
             ring_number,
@@ -74,6 +78,8 @@ impl IoLoop {
             completions: Vec::with_capacity(COMPLETIONS_PER_PASS),
             news: Vec::with_capacity(1024),
             shutdown_deadline: None,
+            checked_at: Instant::now(),
+            has_handshakes: false,
         })
     }
 
@@ -88,16 +94,15 @@ impl IoLoop {
             let now = Instant::now();
             self.reap(now);
             self.advance();
-            if self.tick().is_some() {
+            if self.tick().is_some() && now.duration_since(self.checked_at) >= TICK {
                 self.check_deadlines(now);
             }
         }
     }
 
     fn tick(&self) -> Option<Duration> {
-        let has_deadlines = self.shutdown_deadline.is_some()
-            || self.ring.has_waiters()
-            || self.connections.iter().flatten().any(|connection| connection.is_in_handshake());
+        let has_deadlines =
+            self.shutdown_deadline.is_some() || self.has_handshakes || self.ring.has_waiters();
         has_deadlines.then_some(TICK)
     }
 
@@ -193,6 +198,7 @@ impl IoLoop {
         let connection = Connection::new(id, index, peer, now, self.limits.handshake_timeout);
         self.connections[index as usize] = Some(Box::new(connection));
         self.by_id.insert(id, index);
+        self.has_handshakes = true;
         self.note(index);
     }
 
@@ -221,6 +227,9 @@ impl IoLoop {
                 connection.close(&mut self.ring);
             }
         }
+        self.has_handshakes =
+            self.connections.iter().flatten().any(|connection| connection.is_in_handshake());
+        self.checked_at = now;
         if self.ring.has_waiters() {
             let stalled = self.connections.iter_mut().flatten();
             let worst = stalled.max_by_key(|connection| connection.stalled_for(now));

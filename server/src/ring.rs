@@ -24,6 +24,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
 use crate::buffers::{Buffer, BufferPool, Region};
 use crate::session::{IN_FLIGHT_REQUESTS_MAX, SlotId};
+use crate::sync_groups::{Begin, Member, SyncGroups};
 use crate::volume::{Backend, Volume};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
 
@@ -48,13 +49,22 @@ pub enum OpKind {
     Send,
     /// An operation of a volume.
     Volume,
+    /// A sync that is done for several requests; comes out as one `Volume` for each.
+    Sync,
     /// The cancellation of a connection's socket operations.
     Cancel,
 }
 
 impl OpKind {
-    const ALL: [Self; 6] =
-        [Self::Wakeup, Self::ReceiveBulk, Self::ReceivePayload, Self::Send, Self::Volume, Self::Cancel];
+    const ALL: [Self; 7] = [
+        Self::Wakeup,
+        Self::ReceiveBulk,
+        Self::ReceivePayload,
+        Self::Send,
+        Self::Volume,
+        Self::Sync,
+        Self::Cancel,
+    ];
 }
 
 /// A finished operation.
@@ -120,19 +130,22 @@ struct Memory {
 
 /// A ring and its memory.
 pub struct Ring {
+    number: usize,
     io: IoUring,
     memory: ManuallyDrop<Memory>,
     free_indices: Vec<u32>,
+    syncs: SyncGroups,
+    synced: Vec<Member>,
     ops_in_flight: u32,
 }
 
 impl Ring {
-    /// Makes the ring; on the thread that will use it.
+    /// Makes ring number `number` of the server; on the thread that will use it.
     ///
     /// # Errors
     /// `EPERM` or `ENOSYS`: io_uring is switched off (sysctl, container profile) or missing; `EINVAL`: a kernel before
     /// 6.1; `ENOMEM`.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(number: usize) -> io::Result<Self> {
         let io = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
@@ -145,7 +158,15 @@ impl Ring {
             connections: Vec::new(),
             wakeup_value: Box::new(0),
         };
-        Ok(Self { io, memory: ManuallyDrop::new(memory), free_indices: Vec::new(), ops_in_flight: 0 })
+        Ok(Self {
+            number,
+            io,
+            memory: ManuallyDrop::new(memory),
+            free_indices: Vec::new(),
+            syncs: SyncGroups::default(),
+            synced: Vec::with_capacity(IN_FLIGHT_REQUESTS_MAX),
+            ops_in_flight: 0,
+        })
     }
 
     /// The payload buffers.
@@ -327,6 +348,15 @@ impl Ring {
         let Some(volume) = &self.connection(connection).volume else {
             panic!("the connection has no volume")
         };
+        if let VolumeOp::Sync { metadata } = op {
+            let key = Arc::as_ptr(volume) as usize;
+            // Counted for the request from now on, whether its sync begins now or after the one that runs.
+            self.connection_mut(connection).ops_in_flight += 1;
+            if let Some(begin) = self.syncs.join(key, (connection, slot), metadata) {
+                self.push_sync(begin);
+            }
+            return;
+        }
         let entry = match &volume.backend {
             Backend::File(file) => self.file_op(types::Fd(file.file().as_raw_fd()), op, buffer),
             Backend::Memory(memory) => {
@@ -378,28 +408,64 @@ impl Ring {
         }
     }
 
-    /// Moves all finished operations into `completions`, as far as its capacity goes.
+    /// Moves all finished operations into `completions`, which is empty, as far as its capacity goes.
     pub fn reap(&mut self, completions: &mut Vec<Completion>) {
-        let room = completions.capacity() - completions.len();
+        assert!(completions.is_empty(), "results of the pass before are left");
+        let room = completions.capacity();
         let finished =
             self.io.completion().take(room).map(|cqe| Completion::from_cqe(cqe.user_data(), cqe.result()));
         completions.extend(finished);
-        for completion in completions.iter() {
+        for index in 0..completions.len() {
             self.ops_in_flight -= 1;
-            if completion.kind == OpKind::Wakeup {
-                continue;
-            }
-            let memory = self.memory.connections[completion.connection as usize].as_deref_mut();
-            let Some(memory) = memory else {
-                panic!("a completion of a connection that is gone: {completion:?}")
-            };
-            memory.ops_in_flight -= 1;
+            let completion = completions[index];
             match completion.kind {
-                OpKind::ReceiveBulk => memory.bulk_is_lent_to_kernel = false,
-                OpKind::Send => memory.send.is_in_flight = false,
-                _ => {}
+                OpKind::Wakeup => {}
+                OpKind::Sync => self.reap_sync(completion, completions),
+                _ => self.account(completion),
             }
         }
+        completions.retain(|completion| completion.kind != OpKind::Sync);
+    }
+
+    /// A sync has ended: each request it was for gets its result, and the next one begins.
+    fn reap_sync(&mut self, sync: Completion, completions: &mut Vec<Completion>) {
+        let Some(volume) = &self.connection(sync.connection).volume else {
+            panic!("a sync without a volume")
+        };
+        let key = Arc::as_ptr(volume) as usize;
+        let mut synced = std::mem::take(&mut self.synced);
+        if let Some(begin) = self.syncs.ended(key, &mut synced) {
+            self.push_sync(begin);
+        }
+        for (connection, slot) in synced.drain(..) {
+            let completion = Completion { kind: OpKind::Volume, connection, slot, result: sync.result };
+            self.account(completion);
+            completions.push(completion);
+        }
+        self.synced = synced;
+    }
+
+    fn account(&mut self, completion: Completion) {
+        let memory = self.connection_mut(completion.connection);
+        memory.ops_in_flight -= 1;
+        match completion.kind {
+            OpKind::ReceiveBulk => memory.bulk_is_lent_to_kernel = false,
+            OpKind::Send => memory.send.is_in_flight = false,
+            _ => {}
+        }
+    }
+
+    /// Begins a sync, in the name of a request that waits for it and so keeps the volume.
+    fn push_sync(&mut self, begin: Begin) {
+        let (connection, slot) = begin.leader;
+        let volume = self.connection(connection).volume.as_deref();
+        let Some(Volume { backend: Backend::File(file), .. }) = volume else {
+            panic!("only files are synced")
+        };
+        let file = types::Fd(file.sync_file(self.number).as_raw_fd());
+        let flags = if begin.metadata { types::FsyncFlags::empty() } else { types::FsyncFlags::DATASYNC };
+        let user_data = Completion::user_data(OpKind::Sync, connection, slot);
+        self.push_entry(opcode::Fsync::new(file).flags(flags).build().user_data(user_data));
     }
 
     fn file_op(&self, file: types::Fd, op: VolumeOp, buffer: Option<&Buffer>) -> squeue::Entry {
@@ -421,14 +487,12 @@ impl Ring {
                 let source = self.memory.zeroes.address(0, length_bytes as usize);
                 opcode::Write::new(file, source, length_bytes).offset(offset_bytes).build()
             }
-            VolumeOp::Sync { metadata } => {
-                let flags = if metadata { types::FsyncFlags::empty() } else { types::FsyncFlags::DATASYNC };
-                opcode::Fsync::new(file).flags(flags).build()
-            }
             VolumeOp::Allocate { mode, offset_bytes, length_bytes } => {
                 opcode::Fallocate::new(file, u64::from(length_bytes)).offset(offset_bytes).mode(mode).build()
             }
-            VolumeOp::Advise { .. } => panic!("not an operation of a file: {op:?}"),
+            VolumeOp::Sync { .. } | VolumeOp::Advise { .. } => {
+                panic!("not an operation on the file itself: {op:?}")
+            }
         }
     }
 

@@ -364,7 +364,7 @@ mod tests {
             std::fs::create_dir(&dir).unwrap();
             let uid = Uuid::new_v4();
             file::create(&dir, uid, 16 << 20).unwrap();
-            let backend = Backend::File(file::open(&dir, uid, 16 << 20, cache).unwrap());
+            let backend = Backend::File(file::open(&dir, uid, 16 << 20, cache, 1).unwrap());
             Self { dir, volume: Volume::new(uid, 16 << 20, backend, write_cache_on, faults) }
         }
 

@@ -67,6 +67,8 @@ pub enum FileError {
 #[derive(Debug)]
 pub struct FileVolume {
     file: File,
+    /// One description for each ring to sync on; see `sync_groups.rs`. Nothing is written through them.
+    sync_files: Vec<File>,
     direct_alignment_bytes: Option<u32>,
 }
 
@@ -74,6 +76,14 @@ impl FileVolume {
     /// The descriptor that the I/O uses.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The descriptor that ring number `ring` syncs on.
+    ///
+    /// # Panics
+    /// When the volume was opened for fewer rings.
+    pub fn sync_file(&self, ring: usize) -> &File {
+        &self.sync_files[ring]
     }
 
     /// Whether the page cache is passed by.
@@ -178,7 +188,7 @@ pub fn allocated_bytes(volumes_dir: &Path, volume_uid: Uuid) -> u64 {
     std::fs::metadata(path(volumes_dir, volume_uid)).map_or(0, |metadata| metadata.blocks() * 512)
 }
 
-/// Opens the file of a volume for serving. The caller has to take the lock before any I/O.
+/// Opens the file of a volume for serving on `ring_count` rings. The caller has to take the lock before any I/O.
 ///
 /// # Errors
 /// [`FileError`]: it is not there, may not be opened, or is not of the volume's size.
@@ -187,6 +197,7 @@ pub fn open(
     volume_uid: Uuid,
     capacity_bytes: u64,
     cache: CacheMode,
+    ring_count: usize,
 ) -> Result<FileVolume, FileError> {
     let path = path(volumes_dir, volume_uid);
     let fail = |action| move |path: &Path, source| FileError::Io { action, path: path.into(), source };
@@ -196,11 +207,14 @@ pub fn open(
     if found_bytes != capacity_bytes {
         return Err(FileError::WrongSize { path, found_bytes, expected_bytes: capacity_bytes });
     }
+    // Opened before the lock is taken: an error that a predecessor never saw is then reported to us.
+    let open_again = || File::open(&path).map_err(|e| fail("cannot open")(&path, e));
+    let sync_files = (0..ring_count).map(|_| open_again()).collect::<Result<_, _>>()?;
     let direct_alignment_bytes = match cache {
         CacheMode::Auto => use_direct(&file, capacity_bytes),
         CacheMode::Buffered => None,
     };
-    Ok(FileVolume { file, direct_alignment_bytes })
+    Ok(FileVolume { file, sync_files, direct_alignment_bytes })
 }
 
 /// Largest alignment that is announced; buffers are aligned to pages, so it cannot be more.
@@ -273,8 +287,8 @@ mod tests {
         let dir = TempDir::new();
         let uid = Uuid::new_v4();
         create(&dir.0, uid, 1 << 20).unwrap();
-        let first = open(&dir.0, uid, 1 << 20, CacheMode::Auto).unwrap();
-        let second = open(&dir.0, uid, 1 << 20, CacheMode::Buffered).unwrap();
+        let first = open(&dir.0, uid, 1 << 20, CacheMode::Auto, 1).unwrap();
+        let second = open(&dir.0, uid, 1 << 20, CacheMode::Buffered, 1).unwrap();
         assert!(first.try_lock().unwrap());
         assert!(!second.try_lock().unwrap());
         drop(first);
@@ -287,7 +301,7 @@ mod tests {
         let dir = TempDir::new();
         let uid = Uuid::new_v4();
         create(&dir.0, uid, 1 << 20).unwrap();
-        assert!(matches!(open(&dir.0, uid, 2 << 20, CacheMode::Auto), Err(FileError::WrongSize { .. })));
-        assert!(matches!(open(&dir.0, Uuid::nil(), 1, CacheMode::Auto), Err(FileError::Io { .. })));
+        assert!(matches!(open(&dir.0, uid, 2 << 20, CacheMode::Auto, 1), Err(FileError::WrongSize { .. })));
+        assert!(matches!(open(&dir.0, Uuid::nil(), 1, CacheMode::Auto, 1), Err(FileError::Io { .. })));
     }
 }

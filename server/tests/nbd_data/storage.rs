@@ -1,16 +1,18 @@
 //! What depends on the file system below: O_DIRECT, space, and file systems that lack what we would use.
 
+use proto::export_name::ExportDescription;
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use server::backend::file::{self, CacheMode};
 
-use super::support::{LoopFs, Server, TempDir, run, skip};
+use super::client::Client;
+use super::support::{LoopFs, Server, TempDir, is_installed, run, skip, wait_until};
 
 #[test]
 fn xfs_is_used_past_the_page_cache() {
     let Some(fs) = LoopFs::new("xfs", 320 << 20) else { return };
     let server = Server::start_with(|config| config.volumes_dir = fs.mount.clone());
     let (volume, mut client) = server.open_new("vol", 16 << 20);
-    let opened = file::open(&fs.mount, volume.volume_uid, 16 << 20, CacheMode::Auto).unwrap();
+    let opened = file::open(&fs.mount, volume.volume_uid, 16 << 20, CacheMode::Auto, 1).unwrap();
     assert!(opened.is_direct());
     let sizes = client.info.block_sizes.unwrap();
     assert_eq!(sizes.minimum_bytes, opened.alignment_bytes().max(512));
@@ -94,4 +96,48 @@ fn data_survives_the_server() {
     let server = open();
     let (volume, _client) = server.open_new("other", 1 << 20);
     assert_eq!(server.data.storage_incarnation(&volume), incarnation, "a restart is not a loss");
+}
+
+#[test]
+fn after_a_failed_sync_nothing_is_flushed_until_the_volume_was_opened_anew() {
+    let Some(fs) = LoopFs::new("xfs", 320 << 20) else { return };
+    if !is_installed("xfs_io") {
+        return skip("no xfs_io to make syncs fail with");
+    }
+    let server = Server::start_with(|config| {
+        config.volumes_dir = fs.mount.clone();
+        config.cache = CacheMode::Buffered;
+    });
+    let volume = server.create("vol", 16 << 20);
+    let attachment = server.attach(&volume, false);
+    let before = server.data.storage_incarnation(&volume);
+    let mut clients: Vec<Client> = (0..3).map(|slot| server.open(&attachment, 1, slot)).collect();
+    clients[0].write(0, &[1; 4096]).unwrap();
+    run("xfs_io", &["-x", "-c", "shutdown", fs.mount.to_str().unwrap()]);
+    let eio = Err(NbdError::Eio as u32);
+    // All at once: none of them may have its success from the other's error.
+    for client in &mut clients {
+        client.send(Command::Flush, CommandFlags::NONE, 0, 0, &[]);
+        client.send(Command::Flush, CommandFlags::NONE, 0, 0, &[]);
+    }
+    for client in &mut clients {
+        for _ in 0..2 {
+            assert_eq!(client.receive().unwrap().error, NbdError::Eio as u32);
+        }
+        assert_eq!(client.flush(), eio);
+    }
+    // A reconnection while others have the volume is served by the same, failed one.
+    let mut again = server.open(&attachment, 1, 0);
+    assert_eq!(again.flush(), eio);
+    drop((clients, again));
+    wait_until("the incarnation is raised", || {
+        let volume = server.catalog.volume_by_uid(volume.volume_uid).unwrap().unwrap();
+        server.data.storage_incarnation(&volume) != before
+    });
+    fs.remount();
+    let mut anew = server.open(&attachment, 1, 0);
+    let description: ExportDescription = anew.info.description.as_deref().unwrap().parse().unwrap();
+    assert_ne!(description.incarnation, before, "the client is told");
+    anew.write(0, &[2; 4096]).unwrap();
+    anew.flush().unwrap();
 }

@@ -163,6 +163,7 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
 /// A file system of its own on a loop device, for tests that fill it, freeze it or need O_DIRECT on XFS.
 pub(crate) struct LoopFs {
     pub(crate) mount: PathBuf,
+    image: PathBuf,
     _dir: TempDir,
 }
 
@@ -182,10 +183,20 @@ impl LoopFs {
         let (image, mount) = (dir.0.join("image"), dir.0.join("mount"));
         std::fs::create_dir(&mount).unwrap();
         std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
-        let image = image.to_str().unwrap();
-        run(&mkfs, &["-q", image]);
-        run("mount", &["-o", "loop", image, mount.to_str().unwrap()]);
-        Some(Self { mount, _dir: dir })
+        run(&mkfs, &["-q", image.to_str().unwrap()]);
+        let fs = Self { mount, image, _dir: dir };
+        fs.mount();
+        Some(fs)
+    }
+
+    fn mount(&self) {
+        run("mount", &["-o", "loop", self.image.to_str().unwrap(), self.mount.to_str().unwrap()]);
+    }
+
+    /// Unmounts it, which works only when no file of it is open, and mounts it again.
+    pub(crate) fn remount(&self) {
+        run("umount", &[self.mount.to_str().unwrap()]);
+        self.mount();
     }
 
     /// Stops every write to the file system until the guard is dropped.
