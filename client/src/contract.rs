@@ -7,6 +7,7 @@
 //! | `spec.json` | serve, before it starts the process | [`DeviceSpec`]; holds the secret, mode 0600 |
 //! | `status.json` | the device process, by rename | [`DeviceStatus`] |
 //! | `control.sock` | the device process | one [`ControlRequest`] line in, one [`ControlResponse`] line out |
+//! | `device.lock` | nobody | the device process holds a lock on it for its whole life: that is how serve knows it lives |
 //!
 //! Every one of them carries a version, because serve and the device processes are upgraded at different times: a
 //! reader takes its own version, and refuses a newer one by name. Fixtures of each version are in this file's tests.
