@@ -8,6 +8,7 @@ mod daemons;
 mod file_systems;
 mod fio;
 mod foreign;
+mod lying_disk;
 mod smoke;
 
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
         foreign::TESTS,
         bad_input::TESTS,
         daemons::TESTS,
+        lying_disk::TESTS,
     ];
     testlab::harness::main(&modules.concat())
 }

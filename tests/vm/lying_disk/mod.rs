@@ -1,0 +1,35 @@
+//! What the server promises about stable storage, on a disk that loses whatever was not flushed.
+//!
+//! - `data`: what was written with FUA, or before a FLUSH, or to a volume without a write cache, survives a power cut; and
+//!   the same check catches a server that skips its flush.
+//! - `catalog`: after a power cut the catalog holds exactly what was answered.
+//! - `rig`: a server whose data directory is on that disk, and its way through a power cut.
+//!
+//! Every test runs in rounds, each ended by a power cut in the middle of traffic, at a request of the disk's that the seed
+//! chooses. The state after one cut is what the next round starts from.
+
+mod catalog;
+mod data;
+mod rig;
+
+use testlab::harness::Test;
+
+pub(crate) const TESTS: &[Test] = &[
+    Test::new("lying_disk::flushed_data_survives_a_power_cut", data::flushed_data_survives_a_power_cut),
+    Test::new(
+        "lying_disk::flushed_data_survives_a_power_cut_through_the_page_cache",
+        data::flushed_data_survives_a_power_cut_through_the_page_cache,
+    ),
+    Test::new(
+        "lying_disk::without_a_write_cache_every_answered_write_survives_a_power_cut",
+        data::without_a_write_cache_every_answered_write_survives_a_power_cut,
+    ),
+    Test::new(
+        "lying_disk::a_server_that_skips_its_flush_is_caught",
+        data::a_server_that_skips_its_flush_is_caught,
+    ),
+    Test::new(
+        "lying_disk::the_catalog_holds_exactly_what_was_answered",
+        catalog::the_catalog_holds_exactly_what_was_answered,
+    ),
+];

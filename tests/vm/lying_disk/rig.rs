@@ -1,0 +1,74 @@
+//! A volserver whose data directory is on a lying disk, and the order of steps around a power cut.
+//!
+//! Owns both; the traffic is the tests'. Used by `data.rs` and `catalog.rs`.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use testlab::harness::Env;
+use testlab::lying_disk::{LyingDisk, LyingFileSystem};
+use testlab::management_api::ManagementApi;
+use testlab::storage_node::StorageNode;
+
+/// Rounds stop once this much time has passed, so that a slow machine does fewer of them.
+const ROUNDS_BUDGET: Duration = Duration::from_secs(8);
+
+/// Rounds that every machine does: one cut on a fresh volume, one on a volume that lived through a cut.
+const ROUNDS_MIN: u64 = 2;
+
+/// Rounds that are enough on any machine.
+const ROUNDS_MAX: u64 = 25;
+
+/// The server and its disk. The server goes first when both are dropped.
+pub(super) struct Rig {
+    node: StorageNode,
+    file_system: LyingFileSystem,
+}
+
+impl Rig {
+    /// Makes the disk and starts a server on it.
+    pub(super) fn start(env: &Env, server_options: &[&str]) -> Result<Self> {
+        let file_system = LyingFileSystem::make(env)?;
+        let node = StorageNode::start_server_only(env, &file_system.path().join("data"), server_options)?;
+        Ok(Self { node, file_system })
+    }
+
+    /// The disk, to cut the power of.
+    pub(super) fn disk(&self) -> &LyingDisk {
+        self.file_system.disk()
+    }
+
+    /// The directory of the volumes' files.
+    pub(super) fn volumes_dir(&self) -> PathBuf {
+        self.node.data_dir.join("volumes")
+    }
+
+    /// A new connection to the server that runs now.
+    pub(super) fn management(&self) -> Result<ManagementApi> {
+        ManagementApi::connect(&self.node.management_uri)
+    }
+
+    /// Ends the round: the power is cut, if it is not yet, the server dies with it, and both come back with what `seed`
+    /// leaves on the disk.
+    pub(super) fn power_cycle(&mut self, seed: u64) -> Result<()> {
+        self.disk().cut_power();
+        self.node.kill_server()?;
+        let losses = self.file_system.power_cycle(seed)?;
+        println!("power cut: of the unflushed writes {losses:?}");
+        self.node.start_server().context("the server does not start after the power cut")
+    }
+}
+
+/// Runs rounds, each with a seed of its own, until time is up or one fails; the error names the round.
+pub(super) fn run_rounds(seed: u64, mut round: impl FnMut(u64) -> Result<()>) -> Result<()> {
+    let started = Instant::now();
+    for number in 0..ROUNDS_MAX {
+        if number >= ROUNDS_MIN && started.elapsed() > ROUNDS_BUDGET {
+            println!("{number} rounds in {:.1} s", started.elapsed().as_secs_f64());
+            break;
+        }
+        round(seed.wrapping_add(number)).with_context(|| format!("round {number} of seed {seed}"))?;
+    }
+    Ok(())
+}
