@@ -40,6 +40,10 @@ const DISK_REQUESTS_MAX: u64 = 400;
 /// The power is cut by then, however few requests the disk has seen.
 const TRAFFIC_SECONDS_MAX: u64 = 4;
 
+/// One of so many requests is a FLUSH, another of so many writes has FUA; each round chooses its own number up to this. The
+/// rarer, the more there is to lose.
+const DURABLE_ONE_IN_MAX: u32 = 60;
+
 /// A reply that takes longer is not coming: every request reaches a disk that answers at once.
 const REPLY_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -111,11 +115,13 @@ impl VolumeUnderTest {
         );
         let mut random = fastrand::Rng::with_seed(seed);
         self.rig.disk().cut_power_after(random.u64(0..DISK_REQUESTS_MAX));
+        let durable_one_in = random.u32(4..=DURABLE_ONE_IN_MAX);
         let mut traffic = Traffic {
             history: &mut self.history,
             connections,
             has_cache,
             random,
+            durable_one_in,
             in_flight: HashMap::new(),
             answered: 0,
         };
@@ -160,6 +166,7 @@ struct Traffic<'a> {
     connections: Vec<NbdClient>,
     has_cache: bool,
     random: fastrand::Rng,
+    durable_one_in: u32,
     in_flight: HashMap<(usize, u64), Sent>,
     answered: u64,
 }
@@ -207,7 +214,7 @@ impl Traffic<'_> {
     /// Sends one request; false where the blocks it chose are busy, so that it is better to receive first.
     fn send_one(&mut self) -> Result<bool> {
         let connection = self.random.usize(0..CONNECTIONS);
-        if self.has_cache && self.random.u8(0..8) == 0 {
+        if self.has_cache && self.random.u32(0..self.durable_one_in) == 0 {
             let flush = self.history.send_flush();
             let cookie = self.connections[connection].send(Command::Flush, CommandFlags::NONE, 0, 0, &[])?;
             self.in_flight.insert((connection, cookie), Sent::Flush(flush));
@@ -218,7 +225,7 @@ impl Traffic<'_> {
         if !self.history.is_idle(blocks) {
             return Ok(false);
         }
-        let fua = self.random.u8(0..8) == 0;
+        let fua = self.random.u32(0..self.durable_one_in) == 0;
         let flags = if fua { CommandFlags::FUA } else { CommandFlags::NONE };
         let (pattern, command) = match self.random.u8(0..8) {
             0 => (Pattern::Zeroes, Command::WriteZeroes),
