@@ -37,7 +37,7 @@ fn volumes_that_cannot_be_are_refused(env: &Env) -> Result<()> {
         (&long, "1M"),
         ("", "1M"),
         ("..", "1M"),
-        ("vast", "9E"),
+        ("vast", "9000000T"),
     ] {
         let refused = create(name, size)?;
         ensure!(refused.exit_code == exit_code::USAGE, "{name:?} of {size}: {refused:?}");
