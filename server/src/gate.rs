@@ -393,7 +393,7 @@ impl Gate {
         let Some(VolumeState::Opening { waiting }) = self.volumes.remove(&volume_uid) else { return };
         match result {
             Ok(volume) => {
-                info!(%volume_uid, ?volume.backend, "volume open");
+                info!(%volume_uid, backend = volume.describe_backend(), "volume open");
                 self.volumes.insert(volume_uid, VolumeState::Open(Arc::clone(&volume)));
                 for connection in waiting {
                     self.answer(connection, &volume);

@@ -117,6 +117,15 @@ impl Volume {
         RequestLimits { size_bytes: self.capacity_bytes, flags, block_sizes }
     }
 
+    /// What the volume's bytes are in, for the log.
+    pub fn describe_backend(&self) -> &'static str {
+        match &self.backend {
+            Backend::File(file) if file.is_direct() => "file, past the page cache",
+            Backend::File(_) => "file, through the page cache",
+            Backend::Memory(_) => "memory",
+        }
+    }
+
     /// The volume's memory, when payloads go straight into and out of it.
     pub fn memory(&self) -> Option<&MemoryVolume> {
         match &self.backend {
