@@ -2,6 +2,7 @@
 //!
 //! - `data`: what was written with FUA, or before a FLUSH, or to a volume without a write cache, survives a power cut; and
 //!   the same check catches a server that skips its flush.
+//! - `device`: the same through an attached device, as its user sees it.
 //! - `catalog`: after a power cut the catalog holds exactly what was answered.
 //! - `rig`: a server whose data directory is on that disk, and its way through a power cut.
 //!
@@ -10,6 +11,7 @@
 
 mod catalog;
 mod data;
+mod device;
 mod rig;
 
 use testlab::harness::Test;
@@ -27,6 +29,10 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new(
         "lying_disk::a_server_that_skips_its_flush_is_caught",
         data::a_server_that_skips_its_flush_is_caught,
+    ),
+    Test::new(
+        "lying_disk::what_the_device_flushed_survives_a_power_cut_of_its_server",
+        device::what_the_device_flushed_survives_a_power_cut_of_its_server,
     ),
     Test::new(
         "lying_disk::the_catalog_holds_exactly_what_was_answered",

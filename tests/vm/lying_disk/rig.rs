@@ -37,6 +37,18 @@ impl Rig {
         Ok(Self { node, file_system })
     }
 
+    /// The same with a node daemon, for tests that attach.
+    pub(super) fn start_with_node_daemon(env: &Env) -> Result<Self> {
+        let file_system = LyingFileSystem::make(env)?;
+        let node = StorageNode::start_with(env, &file_system.path().join("data"), &[])?;
+        Ok(Self { node, file_system })
+    }
+
+    /// The server and the node daemon, to run volctl against.
+    pub(super) fn node(&self) -> &StorageNode {
+        &self.node
+    }
+
     /// The disk, to cut the power of.
     pub(super) fn disk(&self) -> &LyingDisk {
         self.file_system.disk()
