@@ -4,12 +4,12 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use testlab::harness::{Env, Test};
+use testlab::shell::run;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("smoke::the_kernel_is_of_the_series_asked_for", the_kernel_is_of_the_series_asked_for),
@@ -71,7 +71,7 @@ fn xfs_on_the_scratch_disk_takes_direct_writes(env: &Env) -> Result<()> {
     let mount_point = env.directory.join("xfs");
     fs::create_dir(&mount_point)?;
     let mount_point_text = mount_point.to_string_lossy().into_owned();
-    run("mount", &[&disk.to_string_lossy(), &mount_point_text])?;
+    run("mount", &[disk, &mount_point])?;
     let written = direct_write(&mount_point.join("file"));
     run("umount", &[&mount_point_text])?;
     written
@@ -87,13 +87,5 @@ fn direct_write(path: &Path) -> Result<()> {
     let of = format!("of={}", path.display());
     run("dd", &["if=/dev/zero", &of, &format!("bs={offset}"), "count=8", "oflag=direct", "status=none"])?;
     ensure!(fs::metadata(path)?.len() == u64::from(offset) * 8, "the direct write wrote something else");
-    Ok(())
-}
-
-/// Runs a program that must succeed.
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    let output = Command::new(program).args(arguments).output().with_context(|| program.to_owned())?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{program} {}: {}\n{said}", arguments.join(" "), output.status);
     Ok(())
 }
