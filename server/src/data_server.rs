@@ -1,36 +1,33 @@
 //! The data side as a whole: starts and stops its threads, and is what the control side talks to.
 //!
-//! Owns: the listening sockets, the acceptor thread, the gate thread and one ring thread for each core. Never: handles a
-//! request or an open itself.
+//! Owns: the acceptor thread, the gate thread and one ring thread for each core. Never: handles a request or an open
+//! itself.
 //! Called by: `serve.rs` (start, shutdown) and `data_side.rs` (fencing, volumes). Every method blocks, for a bounded time;
 //! none may be called with a lock of the catalog held, because the gate uses the catalog.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use crate::acceptor::{Acceptor, listen};
 use crate::backend::file::{self, CacheMode};
 use crate::buffers;
 use crate::catalog::{BackendKind, Catalog, VolumeRecord};
-use crate::fence::ConnectionId;
 use crate::gate::{self, Gate, GateMessage};
 use crate::io_loop::IoLoop;
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::volume::Faults;
 
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 1024;
 /// How long the control side waits for an answer of the gate beyond any deadline that the gate itself keeps: it answers
 /// at once, but may be in an fsync of the catalog.
 const GATE_ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -183,6 +180,7 @@ impl DataServer {
         if config.faults != Faults::default() {
             warn!(faults = ?config.faults, "THIS SERVER LIES about what is durable: it is for tests only");
         }
+        raise_descriptor_limit();
         let listeners =
             config.listen.iter().map(|address| listen(*address)).collect::<Result<Vec<_>, _>>()?;
         let local_addrs = local_addrs(&listeners)?;
@@ -399,21 +397,6 @@ fn start_ring(
     }
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener, DataServerError> {
-    let open = || {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        if address.is_ipv6() {
-            socket.set_only_v6(true)?;
-        }
-        socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
-        socket.set_nonblocking(true)?;
-        Ok(socket.into())
-    };
-    open().map_err(|source| DataServerError::Address { address, source })
-}
-
 fn local_addrs(listeners: &[TcpListener]) -> Result<Vec<SocketAddr>, DataServerError> {
     listeners
         .iter()
@@ -422,75 +405,10 @@ fn local_addrs(listeners: &[TcpListener]) -> Result<Vec<SocketAddr>, DataServerE
         .map_err(system("read an address"))
 }
 
-/// The thread that accepts connections and gives each to the ring that has the fewest.
-struct Acceptor {
-    listeners: Vec<TcpListener>,
-    rings: Vec<Arc<Mailbox>>,
-    limits: Limits,
-}
-
-/// Source of connection identities.
-static NEXT_CONNECTION: AtomicU64 = AtomicU64::new(1);
-
-/// How long nothing is accepted when the process or the system has run out of descriptors.
-const ACCEPT_PAUSE: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-
-impl Acceptor {
-    fn run(self, stop: &OwnedFd) {
-        loop {
-            let mut waits: Vec<PollFd<'_>> = vec![PollFd::new(stop, PollFlags::IN)];
-            waits.extend(self.listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)));
-            if poll(&mut waits, None).is_err() {
-                continue; // Interrupted.
-            }
-            if !waits[0].revents().is_empty() {
-                return;
-            }
-            let ready: Vec<bool> = waits[1..].iter().map(|wait| !wait.revents().is_empty()).collect();
-            for (listener, _) in self.listeners.iter().zip(ready).filter(|(_, is_ready)| *is_ready) {
-                self.accept(listener, stop);
-            }
-        }
+/// A connection takes one descriptor and a volume two or more: what the administrator allows at most is asked for.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!(%error, ?limit, "the limit of open files cannot be raised");
     }
-
-    fn accept(&self, listener: &TcpListener, stop: &OwnedFd) {
-        match listener.accept() {
-            Ok((stream, peer)) => self.hand_over(stream, peer),
-            Err(error)
-                if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) =>
-            {
-                warn!(%error, "cannot accept connections");
-                let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(&ACCEPT_PAUSE));
-            }
-            // The peer has gone again, or another wake-up took it.
-            Err(_) => {}
-        }
-    }
-
-    fn hand_over(&self, stream: TcpStream, peer: SocketAddr) {
-        let total: u32 = self.rings.iter().map(|ring| ring.connections()).sum();
-        if total >= self.limits.connections_max {
-            warn!(%peer, total, "too many connections: one is closed");
-            return;
-        }
-        let Some(ring) = self.rings.iter().min_by_key(|ring| ring.connections()) else { return };
-        if let Err(error) = set_options(&stream) {
-            warn!(%peer, %error, "a connection cannot be set up");
-            return;
-        }
-        let connection = ConnectionId(NEXT_CONNECTION.fetch_add(1, Ordering::Relaxed));
-        ring.connection_added();
-        ring.post(RingMessage::Accept { connection, socket: stream.into(), peer });
-    }
-}
-
-/// Small replies leave at once; a peer that vanished is noticed within about a minute even when nothing is sent.
-fn set_options(stream: &TcpStream) -> io::Result<()> {
-    let socket = socket2::SockRef::from(stream);
-    socket.set_tcp_nodelay(true)?;
-    let keepalive = TcpKeepalive::new()
-        .with_time(Duration::from_secs(30))
-        .with_interval(Duration::from_secs(10))
-        .with_retries(3);
-    socket.set_tcp_keepalive(&keepalive)
 }

@@ -10,6 +10,7 @@
 //! Control (catalog, management API, on tokio) and data (sessions and volumes, on one ring thread for each core) meet only
 //! where the catalog is asked about a connection that opens, and where the management side has an attachment fenced.
 
+pub mod acceptor;
 pub mod backend;
 pub mod buffers;
 pub mod catalog;

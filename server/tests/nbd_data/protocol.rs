@@ -1,11 +1,12 @@
 //! Requests and replies: every command, every refusal, every size.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 
 use proto::export_name::{ExportDescription, Secret};
-use proto::nbd::TransmissionFlags;
 use proto::nbd::handshake::client::ClientHandshakeError;
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
+use proto::nbd::{OPTION_MAGIC, TransmissionFlags, option};
 use server::catalog::BackendKind;
 use uuid::Uuid;
 
@@ -309,4 +310,50 @@ fn a_memory_volume_is_gone_with_its_release_and_its_incarnation_names_the_proces
     assert_eq!(again.read(0, 4096), Ok(vec![1; 4096]), "it outlives its connections");
     let other = Server::start();
     assert_ne!(server.data.storage_incarnation(&volume), other.data.storage_incarnation(&volume));
+}
+
+#[test]
+fn the_old_way_of_opening_is_fenced_like_the_new_one() {
+    let server = Server::start();
+    let volume = server.create("vol", 1 << 20);
+    let attachment = server.attach(&volume, false);
+    let mut go = server.open(&attachment, 1, 0);
+    let open_old = |name: &str| {
+        let mut stream = TcpStream::connect(server.address()).unwrap();
+        let mut greeting = [0; 18];
+        stream.read_exact(&mut greeting).unwrap();
+        stream.write_all(&3u32.to_be_bytes()).unwrap();
+        stream.write_all(&OPTION_MAGIC.to_be_bytes()).unwrap();
+        stream.write_all(&option::EXPORT_NAME.to_be_bytes()).unwrap();
+        stream.write_all(&(name.len() as u32).to_be_bytes()).unwrap();
+        stream.write_all(name.as_bytes()).unwrap();
+        let mut answer = [0; 10];
+        stream.read_exact(&mut answer).map(|()| u64::from_be_bytes(answer[..8].try_into().unwrap()))
+    };
+    assert_eq!(open_old(&export_name(&attachment, 2, 0)).unwrap(), 1 << 20);
+    assert!(go.is_closed_by_server());
+    assert!(open_old(&export_name(&attachment, 1, 0)).is_err(), "it can only be refused by closing");
+    assert!(open_old("vol").is_err());
+}
+
+#[test]
+fn a_shutdown_answers_what_is_in_flight() {
+    let server = Server::start();
+    let (_, mut client) = server.open_new("vol", 64 << 20);
+    let cookies: Vec<u64> = (0..8)
+        .map(|number| client.send(Command::Write, CommandFlags::FUA, number << 20, 1 << 20, &vec![1; MIB]))
+        .collect();
+    // All eight have been taken in when the first reply has come, or at least their bytes are on the way.
+    let first = client.receive().unwrap().cookie;
+    let stopping = std::thread::spawn({
+        let data = std::sync::Arc::clone(&server.data);
+        move || data.shutdown()
+    });
+    let mut answered = vec![first];
+    while let Ok(answer) = client.receive() {
+        assert_eq!(answer.error, 0);
+        answered.push(answer.cookie);
+    }
+    assert!(stopping.join().unwrap(), "ended in time");
+    assert!(answered.iter().all(|cookie| cookies.contains(cookie)));
 }

@@ -1,0 +1,168 @@
+//! Carrying out what the fences decide: closing, granting, recording epochs, and waiting until connections have drained.
+//!
+//! Owns: the steps from a fence's [`Output`] to a message or a catalog call, and what happens when a connection is gone.
+//! Never: decides who may be served; that is `fence.rs`'s.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::Sender;
+use std::time::Instant;
+
+use proto::nbd::handshake::server::Refusal;
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+use super::{FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
+use crate::data_server::FenceError;
+use crate::fence::{ConnectionId, Fence, Output};
+use crate::mailbox::RingMessage;
+
+impl Gate {
+    /// Does what a fence asks for, and what it asks for in consequence.
+    pub(super) fn carry_out(&mut self, attachment_id: Uuid, outputs: Vec<Output>) {
+        let mut outputs = VecDeque::from(outputs);
+        while let Some(output) = outputs.pop_front() {
+            match output {
+                Output::Close(connection) => self.close(connection),
+                Output::Grant(connection) => self.find_volume(connection),
+                Output::Refuse(connection, reason) => {
+                    if let Some(known) = self.connections.remove(&connection) {
+                        self.refuse(connection, known.ring, Refusal::policy(reason.to_string()));
+                    }
+                }
+                Output::Persist(epoch) => {
+                    let persisted = self.catalog.raise_session_epoch(attachment_id, epoch);
+                    let Some(fence) = self.fences.get_mut(&attachment_id) else { return };
+                    let mut more = Vec::new();
+                    match persisted {
+                        Ok(()) => fence.persisted(epoch, &mut more),
+                        Err(error) => {
+                            error!(%attachment_id, epoch, %error, "a session epoch cannot be recorded");
+                            fence.persist_failed(epoch, &mut more);
+                        }
+                    }
+                    outputs.extend(more);
+                }
+            }
+        }
+    }
+
+    pub(super) fn close(&mut self, connection: ConnectionId) {
+        if let Some(known) = self.connections.get_mut(&connection)
+            && !std::mem::replace(&mut known.is_closing, true)
+        {
+            info!(connection = connection.0, "fencing a connection");
+            self.rings[known.ring].post(RingMessage::Close { connection });
+        }
+    }
+
+    pub(super) fn closed(&mut self, connection: ConnectionId) {
+        if let Some(known) = self.connections.remove(&connection) {
+            self.left(connection, &known);
+        }
+    }
+
+    /// A connection has no part in anything any more.
+    pub(super) fn left(&mut self, connection: ConnectionId, known: &Known) {
+        let volume_uid = known.volume_uid;
+        if let Some(VolumeState::Open(volume)) = self.volumes.get(&volume_uid)
+            && volume.has_lost_writes()
+            && !self.is_in_use(volume_uid, connection)
+        {
+            // Before the fence lets the next one in, which is to find the volume anew.
+            self.retire(volume_uid);
+        }
+        if let Right::Attachment { attachment_id } = known.right
+            && let Some(fence) = self.fences.get_mut(&attachment_id)
+        {
+            let mut outputs = Vec::new();
+            fence.drained(connection, &mut outputs);
+            let is_forgettable = fence.is_forgettable() && outputs.is_empty();
+            self.carry_out(attachment_id, outputs);
+            if is_forgettable {
+                self.fences.remove(&attachment_id);
+            }
+        }
+        self.answer_drained_fences();
+    }
+
+    /// Takes a volume that lost writes out of service, so that the next open is a new one. False: the catalog could not
+    /// record it, and it stays as it is.
+    pub(super) fn retire(&mut self, volume_uid: Uuid) -> bool {
+        match self.catalog.raise_incarnation(volume_uid) {
+            Ok(incarnation) => {
+                warn!(%volume_uid, incarnation, "the volume lost writes: it will be opened anew");
+                self.volumes.remove(&volume_uid);
+                true
+            }
+            Err(error) => {
+                error!(%volume_uid, %error, "the catalog cannot record that the volume lost writes");
+                false
+            }
+        }
+    }
+
+    pub(super) fn fence_attachment(&mut self, attachment_id: Uuid, reply: Sender<Result<(), FenceError>>) {
+        let attachment = match self.catalog.attachment(attachment_id) {
+            Ok(attachment) => attachment,
+            Err(error) => {
+                let _ = reply.send(Err(FenceError::Catalog(error.to_string())));
+                return;
+            }
+        };
+        let fence = self.fences.entry(attachment_id).or_default();
+        let mut outputs = Vec::new();
+        fence.fence_all(attachment.map(|attachment| attachment.generation), &mut outputs);
+        self.carry_out(attachment_id, outputs);
+        self.wait_for(Fenced::Attachment(attachment_id), reply);
+    }
+
+    pub(super) fn fence_named_writers(&mut self, volume_uid: Uuid, reply: Sender<Result<(), FenceError>>) {
+        let writers = self.connections.iter().filter(|(_, known)| is_named_writer(known, volume_uid));
+        let writers: Vec<ConnectionId> = writers.map(|(connection, _)| *connection).collect();
+        for connection in writers {
+            self.close(connection);
+        }
+        self.wait_for(Fenced::NamedWriters(volume_uid), reply);
+    }
+
+    pub(super) fn wait_for(&mut self, what: Fenced, reply: Sender<Result<(), FenceError>>) {
+        let deadline = Instant::now() + self.config.limits.fence_timeout;
+        self.fence_waiters.push(FenceWaiter { deadline, reply, what });
+        self.answer_drained_fences();
+    }
+
+    pub(super) fn answer_drained_fences(&mut self) {
+        let waiters = std::mem::take(&mut self.fence_waiters);
+        let (drained, waiting): (Vec<_>, Vec<_>) =
+            waiters.into_iter().partition(|waiter| self.is_drained(waiter.what));
+        self.fence_waiters = waiting;
+        for waiter in drained {
+            let _ = waiter.reply.send(Ok(()));
+            self.forget(waiter.what);
+        }
+    }
+
+    pub(super) fn is_drained(&self, what: Fenced) -> bool {
+        match what {
+            Fenced::Attachment(attachment_id) => {
+                self.fences.get(&attachment_id).is_none_or(Fence::is_drained)
+            }
+            Fenced::NamedWriters(volume_uid) => {
+                !self.connections.values().any(|known| is_named_writer(known, volume_uid) && known.is_closing)
+            }
+        }
+    }
+
+    /// Drops the fence of an attachment that is no more: the catalog refuses it from now on.
+    pub(super) fn forget(&mut self, what: Fenced) {
+        if let Fenced::Attachment(attachment_id) = what
+            && matches!(self.catalog.attachment(attachment_id), Ok(None))
+        {
+            self.fences.remove(&attachment_id);
+        }
+    }
+}
+
+fn is_named_writer(known: &Known, volume_uid: Uuid) -> bool {
+    known.right == Right::NamedWriter && known.volume_uid == volume_uid
+}

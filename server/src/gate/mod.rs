@@ -1,0 +1,315 @@
+//! The gate: who gets which volume. One thread that everything slow about opening an export happens on or behind.
+//!
+//! Owns: the fences of all attachments, the open volumes, and which connection belongs to what. Never: does I/O of a
+//! request; never waits for anything but its next message or deadline: what takes time (drained connections, a backing
+//! file's lock) comes back as a message.
+//! Called by: the ring threads (opens, lists, closed connections) and, through `data_server.rs`, the control side.
+//! `opening.rs` and `fencing.rs` are the two halves of its work; here are its messages, its state and its deadlines.
+//!
+//! The way of a GO: name parsed → attachment and secret checked → [`Fence::go`] → (connections closed, drained) → epoch
+//! persisted → granted → volume opened, its file locked → answered to the ring.
+//! Invariants: every connection that was ever heard of is reported closed by its ring exactly once; an answer is only
+//! given for a connection that is still granted; an unknown attachment and a wrong secret get the same answer.
+
+mod fencing;
+mod opening;
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Instant;
+
+use proto::nbd::handshake::server::{Open, OpenKind, Refusal};
+use tracing::error;
+use uuid::Uuid;
+
+use crate::backend::file::FileError;
+use crate::backend::memory::MemoryVolume;
+use crate::catalog::{BackendKind, Catalog, VolumeRecord};
+use crate::data_server::{DataServerConfig, FenceError, VolumeBusy};
+use crate::fence::{ConnectionId, Fence};
+use crate::mailbox::{Mailbox, RingMessage};
+use crate::volume::Volume;
+
+/// Public names that LIST gives at most; it is for people, and an answer has to end.
+const LISTED_NAMES_MAX: u32 = 1000;
+
+/// What the gate can be told.
+pub enum GateMessage {
+    /// A connection asks for an export.
+    Open {
+        /// Who.
+        connection: ConnectionId,
+        /// On which ring.
+        ring: usize,
+        /// For what.
+        open: Open,
+    },
+    /// A connection asks for the public names.
+    List {
+        /// Who.
+        connection: ConnectionId,
+        /// On which ring.
+        ring: usize,
+    },
+    /// A connection is gone, and all its submitted I/O has finished.
+    Closed {
+        /// Which.
+        connection: ConnectionId,
+    },
+    /// The opener of a volume has ended.
+    VolumeOpened {
+        /// Which.
+        volume_uid: Uuid,
+        /// The volume, its file locked.
+        result: Result<Arc<Volume>, OpenError>,
+    },
+    /// See [`crate::data_server::DataServer::fence_attachment`].
+    FenceAttachment {
+        /// Which.
+        attachment_id: Uuid,
+        /// Answered when drained, or too late.
+        reply: Sender<Result<(), FenceError>>,
+    },
+    /// See [`crate::data_server::DataServer::fence_named_writers`].
+    FenceNamedWriters {
+        /// Of which volume.
+        volume_uid: Uuid,
+        /// Answered when drained, or too late.
+        reply: Sender<Result<(), FenceError>>,
+    },
+    /// See [`crate::data_server::DataServer::release_volume`].
+    ReleaseVolume {
+        /// Which.
+        volume_uid: Uuid,
+        /// The answer.
+        reply: Sender<Result<(), VolumeBusy>>,
+    },
+    /// Connections that are served on an attachment.
+    ConnectionsOf {
+        /// Which.
+        attachment_id: Uuid,
+        /// The answer.
+        reply: Sender<u32>,
+    },
+    /// Connections that have a volume open.
+    ConnectionsOfVolume {
+        /// Which.
+        volume_uid: Uuid,
+        /// The answer.
+        reply: Sender<u32>,
+    },
+    /// Bytes of memory of a volume that is open.
+    MemoryAllocated {
+        /// Which.
+        volume_uid: Uuid,
+        /// The answer; 0 for one that is not open.
+        reply: Sender<u64>,
+    },
+    /// End.
+    Shutdown,
+}
+
+/// Why a volume cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its backing file.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Its memory, or the thread that opens it.
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// What a connection is here for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Right {
+    Attachment { attachment_id: Uuid },
+    NamedWriter,
+    NamedReader,
+}
+
+#[derive(Debug)]
+struct Known {
+    ring: usize,
+    kind: OpenKind,
+    right: Right,
+    volume_uid: Uuid,
+    read_only: bool,
+    /// Until when the open has to be answered; `None` once it was.
+    deadline: Option<Instant>,
+    /// Whether it was answered with the volume, or will be.
+    has_volume: bool,
+    is_closing: bool,
+}
+
+enum VolumeState {
+    Opening { waiting: Vec<ConnectionId> },
+    Open(Arc<Volume>),
+}
+
+struct FenceWaiter {
+    deadline: Instant,
+    reply: Sender<Result<(), FenceError>>,
+    what: Fenced,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fenced {
+    Attachment(Uuid),
+    NamedWriters(Uuid),
+}
+
+/// The gate's state.
+pub struct Gate {
+    catalog: Catalog,
+    config: DataServerConfig,
+    boot_id: String,
+    process_id: String,
+    rings: Vec<Arc<Mailbox>>,
+    /// For openers to report to.
+    own_sender: Sender<GateMessage>,
+    fences: HashMap<Uuid, Fence>,
+    volumes: HashMap<Uuid, VolumeState>,
+    connections: HashMap<ConnectionId, Known>,
+    fence_waiters: Vec<FenceWaiter>,
+}
+
+impl Gate {
+    /// A gate that knows nobody yet.
+    pub fn new(
+        catalog: Catalog,
+        config: DataServerConfig,
+        identity: (String, String),
+        rings: Vec<Arc<Mailbox>>,
+        own_sender: Sender<GateMessage>,
+    ) -> Self {
+        let (boot_id, process_id) = identity;
+        Self {
+            catalog,
+            config,
+            boot_id,
+            process_id,
+            rings,
+            own_sender,
+            fences: HashMap::new(),
+            volumes: HashMap::new(),
+            connections: HashMap::new(),
+            fence_waiters: Vec::new(),
+        }
+    }
+
+    /// Serves messages until told to end.
+    pub fn run(mut self, messages: &Receiver<GateMessage>) {
+        loop {
+            let message = match self.next_deadline() {
+                None => messages.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(deadline) => messages.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            };
+            match message {
+                Ok(GateMessage::Shutdown) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(message) => self.handle(message),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            self.check_deadlines(Instant::now());
+        }
+    }
+
+    fn handle(&mut self, message: GateMessage) {
+        match message {
+            GateMessage::Open { connection, ring, open } => self.open(connection, ring, &open),
+            GateMessage::List { connection, ring } => {
+                let names = self.listed_names();
+                self.rings[ring].post(RingMessage::Listed { connection, names });
+            }
+            GateMessage::Closed { connection } => self.closed(connection),
+            GateMessage::VolumeOpened { volume_uid, result } => self.volume_opened(volume_uid, result),
+            GateMessage::FenceAttachment { attachment_id, reply } => {
+                self.fence_attachment(attachment_id, reply)
+            }
+            GateMessage::FenceNamedWriters { volume_uid, reply } => {
+                self.fence_named_writers(volume_uid, reply)
+            }
+            GateMessage::ReleaseVolume { volume_uid, reply } => {
+                let _ = reply.send(self.release_volume(volume_uid));
+            }
+            GateMessage::ConnectionsOf { attachment_id, reply } => {
+                let _ = reply.send(self.fences.get(&attachment_id).map_or(0, Fence::connections));
+            }
+            GateMessage::ConnectionsOfVolume { volume_uid, reply } => {
+                let _ = reply.send(self.connections_of_volume(volume_uid));
+            }
+            GateMessage::MemoryAllocated { volume_uid, reply } => {
+                let _ = reply.send(self.memory_allocated(volume_uid));
+            }
+            GateMessage::Shutdown => {}
+        }
+    }
+
+    fn listed_names(&self) -> Vec<String> {
+        if !self.config.export_by_name {
+            return Vec::new();
+        }
+        match self.catalog.list_volumes("", LISTED_NAMES_MAX) {
+            Ok(volumes) => volumes.into_iter().map(|volume| volume.name).collect(),
+            Err(error) => {
+                error!(%error, "the catalog cannot list volumes");
+                Vec::new()
+            }
+        }
+    }
+
+    fn release_volume(&mut self, volume_uid: Uuid) -> Result<(), VolumeBusy> {
+        let connections = self.connections_of_volume(volume_uid);
+        let is_opening = matches!(self.volumes.get(&volume_uid), Some(VolumeState::Opening { .. }));
+        if connections > 0 || is_opening {
+            return Err(VolumeBusy { volume_uid, connections });
+        }
+        self.volumes.remove(&volume_uid);
+        Ok(())
+    }
+
+    fn connections_of_volume(&self, volume_uid: Uuid) -> u32 {
+        self.connections.values().filter(|known| known.volume_uid == volume_uid).count() as u32
+    }
+
+    fn memory_allocated(&self, volume_uid: Uuid) -> u64 {
+        match self.volumes.get(&volume_uid) {
+            Some(VolumeState::Open(volume)) => volume.memory().map_or(0, MemoryVolume::allocated_bytes),
+            _ => 0,
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let opens =
+            self.connections.values().filter(|known| !known.is_closing).filter_map(|known| known.deadline);
+        opens.chain(self.fence_waiters.iter().map(|waiter| waiter.deadline)).min()
+    }
+
+    fn check_deadlines(&mut self, now: Instant) {
+        let is_late =
+            |known: &Known| !known.is_closing && known.deadline.is_some_and(|deadline| now >= deadline);
+        let late = self.connections.iter().filter(|(_, known)| is_late(known));
+        let late: Vec<ConnectionId> = late.map(|(connection, _)| *connection).collect();
+        for connection in late {
+            let refusal = Refusal::shutdown("I/O of a former session has not finished yet; try again");
+            self.give_up(connection, refusal);
+        }
+        let waiters = std::mem::take(&mut self.fence_waiters);
+        let (late, waiting): (Vec<_>, Vec<_>) =
+            waiters.into_iter().partition(|waiter| now >= waiter.deadline);
+        self.fence_waiters = waiting;
+        for waiter in late {
+            let _ = waiter.reply.send(Err(FenceError::NotDrained(self.config.limits.fence_timeout)));
+        }
+    }
+}
+
+/// The storage incarnation of a volume.
+pub fn incarnation(record: &VolumeRecord, boot_id: &str, process_id: &str) -> String {
+    match record.backend {
+        BackendKind::File => format!("{boot_id}.{}", record.incarnation),
+        BackendKind::Memory => format!("{boot_id}.{}.{process_id}", record.incarnation),
+    }
+}

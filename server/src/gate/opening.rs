@@ -1,0 +1,260 @@
+//! How an open comes to its answer: names, secrets, volumes.
+//!
+//! Owns: the steps from an export's name to the answer that the ring gets. What an attachment's GO waits for is in
+//! `fencing.rs`. Never: blocks on storage; a thread of its own opens each volume and reports back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proto::export_name::{AttachmentExportName, ExportDescription};
+use proto::nbd::ExportInfo;
+use proto::nbd::handshake::server::{Open, OpenKind, Refusal};
+use tracing::{error, info};
+use uuid::Uuid;
+
+use super::{Gate, GateMessage, Known, OpenError, Right, VolumeState, incarnation};
+use crate::backend::file;
+use crate::backend::memory::MemoryVolume;
+use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
+use crate::data_server::DataServerConfig;
+use crate::fence::{ConnectionId, Go};
+use crate::mailbox::{Opened, RingMessage};
+use crate::volume::{Backend, Volume};
+
+impl Gate {
+    pub(super) fn open(&mut self, connection: ConnectionId, ring: usize, open: &Open) {
+        let opened = match AttachmentExportName::parse(&open.name) {
+            Some(name) => self.open_attachment(connection, ring, open.kind, &name),
+            None => self.open_by_name(connection, ring, open),
+        };
+        if let Err(refusal) = opened {
+            self.connections.remove(&connection);
+            self.refuse(connection, ring, refusal);
+        }
+    }
+
+    pub(super) fn open_attachment(
+        &mut self,
+        connection: ConnectionId,
+        ring: usize,
+        kind: OpenKind,
+        name: &AttachmentExportName,
+    ) -> Result<(), Refusal> {
+        let attachment = self.catalog.attachment(name.attachment_id).map_err(catalog_refusal)?;
+        // Whether the id or the secret is wrong is not for the peer to know.
+        let attachment = attachment.filter(|found| found.secret == name.secret).ok_or_else(unknown_export)?;
+        let right = Right::Attachment { attachment_id: attachment.attachment_id };
+        self.remember(connection, ring, kind, right, attachment.volume_uid, attachment.read_only);
+        if kind == OpenKind::Info {
+            self.find_volume(connection);
+            return Ok(());
+        }
+        let go = Go {
+            connection,
+            epoch: name.epoch,
+            slot: name.slot,
+            generation: attachment.generation,
+            epoch_in_catalog: attachment.session_epoch,
+        };
+        let fence = self.fences.entry(attachment.attachment_id).or_default();
+        let mut outputs = Vec::new();
+        fence.go(go, &mut outputs);
+        self.carry_out(attachment.attachment_id, outputs);
+        Ok(())
+    }
+
+    pub(super) fn open_by_name(
+        &mut self,
+        connection: ConnectionId,
+        ring: usize,
+        open: &Open,
+    ) -> Result<(), Refusal> {
+        if !self.config.export_by_name {
+            return Err(unknown_export());
+        }
+        let volume = self.catalog.volume_by_name(&open.name).map_err(catalog_refusal)?;
+        let volume = volume.ok_or_else(unknown_export)?;
+        let read_only = self.catalog.volume_has_attachment(volume.volume_uid).map_err(catalog_refusal)?;
+        let right = if read_only { Right::NamedReader } else { Right::NamedWriter };
+        self.remember(connection, ring, open.kind, right, volume.volume_uid, read_only);
+        self.find_volume(connection);
+        Ok(())
+    }
+
+    pub(super) fn remember(
+        &mut self,
+        connection: ConnectionId,
+        ring: usize,
+        kind: OpenKind,
+        right: Right,
+        volume_uid: Uuid,
+        read_only: bool,
+    ) {
+        let deadline = Some(Instant::now() + self.config.limits.open_timeout);
+        let known = Known {
+            ring,
+            kind,
+            right,
+            volume_uid,
+            read_only,
+            deadline,
+            has_volume: false,
+            is_closing: false,
+        };
+        self.connections.insert(connection, known);
+    }
+
+    /// Gives a granted connection its volume, now or when it is open.
+    pub(super) fn find_volume(&mut self, connection: ConnectionId) {
+        let Some(known) = self.connections.get_mut(&connection) else { return };
+        known.has_volume = true;
+        let volume_uid = known.volume_uid;
+        let is_in_use = self.is_in_use(volume_uid, connection);
+        match self.volumes.get_mut(&volume_uid) {
+            Some(VolumeState::Opening { waiting }) => waiting.push(connection),
+            Some(VolumeState::Open(volume)) if volume.has_lost_writes() && !is_in_use => {
+                if self.retire(volume_uid) {
+                    self.start_opening(volume_uid, connection);
+                } else {
+                    self.give_up(
+                        connection,
+                        Refusal::shutdown("the server cannot record that the volume lost writes"),
+                    );
+                }
+            }
+            Some(VolumeState::Open(volume)) => {
+                let volume = Arc::clone(volume);
+                self.answer(connection, &volume);
+            }
+            None => self.start_opening(volume_uid, connection),
+        }
+    }
+
+    /// Whether another connection than `but` has the volume.
+    pub(super) fn is_in_use(&self, volume_uid: Uuid, but: ConnectionId) -> bool {
+        self.connections
+            .iter()
+            .any(|(id, known)| *id != but && known.volume_uid == volume_uid && known.has_volume)
+    }
+
+    pub(super) fn start_opening(&mut self, volume_uid: Uuid, connection: ConnectionId) {
+        let record = match self.catalog.volume_by_uid(volume_uid) {
+            Ok(Some(record)) => record,
+            Ok(None) => return self.give_up(connection, unknown_export()),
+            Err(error) => return self.give_up(connection, catalog_refusal(error)),
+        };
+        self.volumes.insert(volume_uid, VolumeState::Opening { waiting: vec![connection] });
+        let (config, gate) = (self.config.clone(), self.own_sender.clone());
+        let ring_count = self.rings.len();
+        // A thread of its own, because the lock of a file is waited for as long as a predecessor's I/O takes.
+        let opener = std::thread::Builder::new().name("volume-opener".into()).spawn(move || {
+            let result = open_volume(&record, &config, ring_count);
+            let _ = gate.send(GateMessage::VolumeOpened { volume_uid, result });
+        });
+        if let Err(error) = opener {
+            self.volume_opened(volume_uid, Err(error.into()));
+        }
+    }
+
+    pub(super) fn volume_opened(&mut self, volume_uid: Uuid, result: Result<Arc<Volume>, OpenError>) {
+        let Some(VolumeState::Opening { waiting }) = self.volumes.remove(&volume_uid) else { return };
+        match result {
+            Ok(volume) => {
+                info!(%volume_uid, backend = volume.describe_backend(), "volume open");
+                self.volumes.insert(volume_uid, VolumeState::Open(Arc::clone(&volume)));
+                for connection in waiting {
+                    self.answer(connection, &volume);
+                }
+            }
+            Err(error) => {
+                error!(%volume_uid, %error, "a volume cannot be opened");
+                for connection in waiting {
+                    self.give_up(connection, Refusal::shutdown("the volume's storage cannot be opened"));
+                }
+            }
+        }
+    }
+
+    /// Answers an open whose volume is there; a connection that has gone or was fenced meanwhile gets none.
+    pub(super) fn answer(&mut self, connection: ConnectionId, volume: &Arc<Volume>) {
+        let Some(known) = self.connections.get_mut(&connection) else { return };
+        if known.is_closing || known.deadline.is_none() {
+            return;
+        }
+        let record = match self.catalog.volume_by_uid(volume.volume_uid) {
+            Ok(Some(record)) => record,
+            Ok(None) => return self.give_up(connection, unknown_export()),
+            Err(error) => return self.give_up(connection, catalog_refusal(error)),
+        };
+        known.deadline = None;
+        let block_size_bytes =
+            if let Right::Attachment { .. } = known.right { record.block_size_bytes } else { 1 };
+        let limits = volume.limits(known.read_only, block_size_bytes);
+        let description = ExportDescription {
+            server_id: self.catalog.server_id(),
+            volume_uid: record.volume_uid,
+            incarnation: incarnation(&record, &self.boot_id, &self.process_id),
+        };
+        let export = ExportInfo {
+            size_bytes: limits.size_bytes,
+            flags: limits.flags,
+            block_sizes: Some(limits.block_sizes),
+            description: Some(description.to_string()),
+        };
+        let is_info = known.kind == OpenKind::Info;
+        let volume = (!is_info).then(|| Arc::clone(volume));
+        let opened = Opened { export, limits, volume };
+        self.rings[known.ring].post(RingMessage::Opened { connection, answer: Ok(opened) });
+        if is_info {
+            self.connections.remove(&connection);
+        }
+    }
+
+    /// Refuses a connection that had been granted or was about to be.
+    pub(super) fn give_up(&mut self, connection: ConnectionId, refusal: Refusal) {
+        let Some(known) = self.connections.remove(&connection) else { return };
+        if !known.is_closing {
+            self.refuse(connection, known.ring, refusal);
+        }
+        self.left(connection, &known);
+    }
+
+    pub(super) fn refuse(&self, connection: ConnectionId, ring: usize, refusal: Refusal) {
+        info!(connection = connection.0, reason = refusal.text(), "an open is refused");
+        self.rings[ring].post(RingMessage::Opened { connection, answer: Err(refusal) });
+    }
+}
+
+fn unknown_export() -> Refusal {
+    Refusal::unknown("no such export")
+}
+
+fn catalog_refusal(error: CatalogError) -> Refusal {
+    error!(%error, "the catalog failed");
+    Refusal::shutdown("the server's catalog failed; try again")
+}
+
+/// Opens a volume's storage and waits for its lock.
+fn open_volume(
+    record: &VolumeRecord,
+    config: &DataServerConfig,
+    ring_count: usize,
+) -> Result<Arc<Volume>, OpenError> {
+    let backend = match record.backend {
+        BackendKind::File => {
+            let (uid, capacity_bytes) = (record.volume_uid, record.capacity_bytes);
+            let file = file::open(&config.volumes_dir, uid, capacity_bytes, config.cache, ring_count)?;
+            let began = Instant::now();
+            file.lock()?;
+            let waited = began.elapsed();
+            if waited > Duration::from_millis(100) {
+                info!(volume_uid = %uid, ?waited, "waited for a predecessor's I/O");
+            }
+            Backend::File(file)
+        }
+        BackendKind::Memory => Backend::Memory(MemoryVolume::new(record.capacity_bytes)?),
+    };
+    let volume =
+        Volume::new(record.volume_uid, record.capacity_bytes, backend, record.write_cache_on, config.faults);
+    Ok(Arc::new(volume))
+}
