@@ -31,6 +31,9 @@ use crate::volume::{Next, RequestProgress, Volume};
 /// the next requests along is cheaper.
 const DIRECT_RECEIVE_BYTES_MIN: u32 = 16 << 10;
 
+/// At most this is received at a time, so that a slow peer is seen to make progress.
+const DIRECT_RECEIVE_BYTES_MAX: u32 = 1 << 20;
+
 /// A WRITE of this many bytes makes the next receive a short one: what a bulk receive takes of the next payload has to be
 /// copied.
 const LARGE_WRITE_BYTES: u32 = 64 << 10;
@@ -379,7 +382,8 @@ impl Connection {
             && missing_bytes >= DIRECT_RECEIVE_BYTES_MIN
         {
             let done_bytes = self.session.request(slot).length_bytes - missing_bytes;
-            ring.push_receive_payload(self.index, slot, self.place(slot), done_bytes, missing_bytes);
+            let length_bytes = missing_bytes.min(DIRECT_RECEIVE_BYTES_MAX);
+            ring.push_receive_payload(self.index, slot, self.place(slot), done_bytes, length_bytes);
             self.receiving = Receiving::Payload;
             return;
         }

@@ -45,6 +45,8 @@ pub struct Limits {
     pub open_timeout: Duration,
     /// How long a fence may wait for the connections' I/O.
     pub fence_timeout: Duration,
+    /// How long a peer may stand still with buffers that others wait for; while nobody does, it may for ever.
+    pub stall_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -57,6 +59,8 @@ impl Default for Limits {
             // A disk that retries takes tens of seconds; a client has given up after more.
             open_timeout: Duration::from_secs(40),
             fence_timeout: Duration::from_secs(40),
+            // A megabyte in ten seconds is slower than any link that a disk is put on.
+            stall_timeout: Duration::from_secs(10),
         }
     }
 }

@@ -30,8 +30,6 @@ use crate::ring::{Completion, OpKind, Ring};
 const COMPLETIONS_PER_PASS: usize = 1024;
 /// How often deadlines are looked at while there are any.
 const TICK: Duration = Duration::from_millis(500);
-/// How long a peer may stand still with buffers that others wait for.
-const STALL_LIMIT: Duration = Duration::from_secs(5);
 /// How long connections have to finish when the server shuts down.
 const FINISH_LIMIT: Duration = Duration::from_secs(5);
 
@@ -234,7 +232,7 @@ impl IoLoop {
             let stalled = self.connections.iter_mut().flatten();
             let worst = stalled.max_by_key(|connection| connection.stalled_for(now));
             if let Some(connection) = worst
-                && connection.stalled_for(now).is_some_and(|stalled| stalled >= STALL_LIMIT)
+                && connection.stalled_for(now).is_some_and(|stalled| stalled >= self.limits.stall_timeout)
             {
                 warn!(
                     connection = connection.id().0,

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::time::Duration;
 
 use proto::export_name::{ExportDescription, Secret};
 use proto::nbd::handshake::client::ClientHandshakeError;
@@ -269,7 +270,10 @@ fn a_slow_reader_is_held_back_and_does_not_hold_up_others() {
 
 #[test]
 fn who_stands_still_with_what_others_need_is_closed() {
-    let server = Server::start_with(|config| config.threads = 1);
+    let server = Server::start_with(|config| {
+        config.threads = 1;
+        config.limits.stall_timeout = Duration::from_secs(1);
+    });
     let mut stalled: Vec<Client> = Vec::new();
     for number in 0..4 {
         let (_, mut client) = server.open_new(&format!("stalled-{number}"), 64 << 20);
@@ -281,7 +285,7 @@ fn who_stands_still_with_what_others_need_is_closed() {
     let (_, mut other) = server.open_new("other", 64 << 20);
     other.write(0, &pattern(1, 32 * MIB)).unwrap();
     assert!(stalled.iter_mut().any(|client| {
-        client.stream.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
+        client.stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
         client.is_closed_by_server()
     }));
 }
