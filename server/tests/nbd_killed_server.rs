@@ -46,7 +46,8 @@ fn has_blocked_worker(pid: u32) -> bool {
 fn a_killed_servers_last_write_lands_before_its_lock_is_free() {
     let Some(fs) = LoopFs::new("xfs", 320 << 20) else { return };
     let dir = TempDir::new();
-    let catalog = Catalog::open(&dir.0).unwrap();
+    let data_dir = dir.0.join("data");
+    let catalog = Catalog::open(&data_dir).unwrap();
     // The catalog stays on a file system that is not frozen.
     std::fs::remove_dir(catalog.volumes_dir()).unwrap();
     std::os::unix::fs::symlink(&fs.mount, catalog.volumes_dir()).unwrap();
@@ -65,7 +66,7 @@ fn a_killed_servers_last_write_lands_before_its_lock_is_free() {
     let attachment = catalog.add_attachment(&new).unwrap();
     drop(catalog);
 
-    let server = Volserver::start(&dir.0);
+    let server = Volserver::start(&data_dir);
     let mut client = Client::open(server.data[0], &export_name(&attachment, 1, 0)).unwrap();
     client.write(0, &[1; 4096]).unwrap();
     let frozen = fs.freeze();
@@ -95,7 +96,7 @@ fn a_killed_servers_last_write_lands_before_its_lock_is_free() {
     successor.join().unwrap();
     drop(server);
 
-    let server = Volserver::start(&dir.0);
+    let server = Volserver::start(&data_dir);
     let mut client = Client::open(server.data[0], &export_name(&attachment, 1, 0)).unwrap();
     assert_eq!(client.read(0, 4096), Ok(vec![2; 4096]));
 }
