@@ -19,7 +19,9 @@ use std::time::{Duration, Instant};
 
 use proto::export_name::{AttachmentExportName, DescriptionError, ExportDescription};
 use proto::nbd::{ExportInfo, TransmissionFlags};
-use ublk_core::{ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec};
+use ublk_core::{
+    ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec,
+};
 
 use super::block_request::{self, GeometryError};
 use super::control_socket::{self, PendingRequest};
@@ -89,7 +91,9 @@ pub enum AttachmentError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     /// The data path that was asked for does not work here.
-    #[error("data path {data_path} cannot be used on this kernel: {reason}; `--data-path auto` takes the best that can")]
+    #[error(
+        "data path {data_path} cannot be used on this kernel: {reason}; `--data-path auto` takes the best that can"
+    )]
     DataPath {
         /// Its name.
         data_path: String,
@@ -150,7 +154,11 @@ struct Attachment {
 }
 
 impl Attachment {
-    fn start(dir: &AttachmentDir, spec: &DeviceSpec, status: &mut StatusFile) -> Result<Self, AttachmentError> {
+    fn start(
+        dir: &AttachmentDir,
+        spec: &DeviceSpec,
+        status: &mut StatusFile,
+    ) -> Result<Self, AttachmentError> {
         protections::protect_process()?;
         let link_dir = spec.device_link.parent().unwrap_or(&spec.device_link);
         mount_namespace::enter(&[dir.path(), link_dir]).map_err(AttachmentError::MountNamespace)?;
@@ -268,7 +276,9 @@ impl Attachment {
             QueueEvent::Ready => {}
             QueueEvent::ConnectionFailed { queue_id, reason } => {
                 let address = status.status().server_address.clone();
-                let reason = format!("connection {queue_id} to {address} is lost ({reason}): I/O gets EIO until detach");
+                let reason = format!(
+                    "connection {queue_id} to {address} is lost ({reason}): I/O gets EIO until detach"
+                );
                 if status.status().state == DeviceState::Live {
                     status.enter(DeviceState::Failed, &reason);
                 }
@@ -321,7 +331,11 @@ impl Attachment {
     }
 
     /// The device is stopped: wait for the queues to flush and end, delete it, answer.
-    fn end(mut self, status: &mut StatusFile, request: Option<PendingRequest>) -> Result<(), AttachmentError> {
+    fn end(
+        mut self,
+        status: &mut StatusFile,
+        request: Option<PendingRequest>,
+    ) -> Result<(), AttachmentError> {
         let deadline = Instant::now() + QUEUES_END_TIMEOUT;
         while self.queues_live > 0 {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -335,9 +349,9 @@ impl Attachment {
         }
         let outcome = match self.queue_error.take() {
             Some(error) => Err(AttachmentError::Ended(with_sources(&error))),
-            None if self.queues_live > 0 => {
-                Err(AttachmentError::Ended("a queue did not end in time: what was not flushed may be lost".into()))
-            }
+            None if self.queues_live > 0 => Err(AttachmentError::Ended(
+                "a queue did not end in time: what was not flushed may be lost".into(),
+            )),
             None => Ok(()),
         };
         if self.queues_live == 0 {
@@ -415,7 +429,9 @@ fn choose_data_path(control: &ControlDevice, wanted: &str) -> Result<(DataPath, 
         .rungs
         .iter()
         .take_while(|rung| rung.data_path != best)
-        .filter_map(|rung| rung.usable.as_ref().err().map(|e| format!("not {}: {}", rung.data_path, with_sources(e))))
+        .filter_map(|rung| {
+            rung.usable.as_ref().err().map(|e| format!("not {}: {}", rung.data_path, with_sources(e)))
+        })
         .collect();
     let reason = if passed_over.is_empty() {
         "the best there is, proved by trial".to_owned()

@@ -61,7 +61,9 @@ pub fn commit_result(operation: &Operation, result: Result<(), i32>) -> i32 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum GeometryError {
     /// The server wants larger blocks than the kernel takes.
-    #[error("the server takes requests of {0} bytes at least; a Linux disk has blocks of at most {LOGICAL_BLOCK_BYTES_MAX}")]
+    #[error(
+        "the server takes requests of {0} bytes at least; a Linux disk has blocks of at most {LOGICAL_BLOCK_BYTES_MAX}"
+    )]
     BlockTooLarge(u32),
     /// There is not one whole block.
     #[error("the export has {0} bytes: less than one block")]
@@ -92,7 +94,8 @@ pub fn device_params(
         return Err(GeometryError::TooSmall(export.size_bytes));
     }
     let payload_max = export.block_sizes.map_or(PAYLOAD_BYTES_MAX_DEFAULT, |sizes| sizes.maximum_bytes);
-    let preferred_bytes = export.block_sizes.map_or(4096, |sizes| sizes.preferred_bytes).clamp(4096, 64 << 10);
+    let preferred_bytes =
+        export.block_sizes.map_or(4096, |sizes| sizes.preferred_bytes).clamp(4096, 64 << 10);
     let mut params = DeviceParams::new(capacity_bytes);
     params.logical_block_bytes = logical_block_bytes;
     params.physical_block_bytes = logical_block_bytes.max(4096);
@@ -117,8 +120,8 @@ pub fn device_params(
 mod tests {
     use proto::nbd::BlockSizes;
     use ublk_core::abi::{
-        UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_OP_DISCARD, UBLK_IO_OP_FLUSH, UBLK_IO_OP_READ, UBLK_IO_OP_WRITE,
-        UBLK_IO_OP_WRITE_ZEROES,
+        UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_OP_DISCARD, UBLK_IO_OP_FLUSH, UBLK_IO_OP_READ,
+        UBLK_IO_OP_WRITE, UBLK_IO_OP_WRITE_ZEROES,
     };
 
     use super::*;
@@ -139,7 +142,11 @@ mod tests {
             (descriptor(UBLK_IO_OP_WRITE, UBLK_IO_F_FUA), Command::Write, CommandFlags::FUA),
             (descriptor(UBLK_IO_OP_DISCARD, 0), Command::Trim, CommandFlags::NONE),
             (descriptor(UBLK_IO_OP_WRITE_ZEROES, 0), Command::WriteZeroes, CommandFlags::NONE),
-            (descriptor(UBLK_IO_OP_WRITE_ZEROES, UBLK_IO_F_NOUNMAP), Command::WriteZeroes, CommandFlags::NO_HOLE),
+            (
+                descriptor(UBLK_IO_OP_WRITE_ZEROES, UBLK_IO_F_NOUNMAP),
+                Command::WriteZeroes,
+                CommandFlags::NO_HOLE,
+            ),
         ];
         for (descriptor, command, flags) in cases {
             let expected = Operation { command, flags, offset_bytes: 8192, length_bytes: 4096 };
@@ -163,7 +170,9 @@ mod tests {
     fn a_device_announces_what_its_server_announces() {
         let bare = device_params(&export(TransmissionFlags::HAS_FLAGS), 0, false).unwrap();
         assert_eq!((bare.capacity_bytes, bare.logical_block_bytes), ((1 << 20) + 512, 512));
-        assert!(!bare.volatile_cache && !bare.fua && bare.discard.is_none() && bare.write_zeroes_max_bytes == 0);
+        assert!(
+            !bare.volatile_cache && !bare.fua && bare.discard.is_none() && bare.write_zeroes_max_bytes == 0
+        );
 
         let all = TransmissionFlags(0xffff);
         let full = device_params(&export(all), 4096, false).unwrap();

@@ -22,7 +22,8 @@
 use std::collections::VecDeque;
 
 use proto::nbd::transmission::{
-    Command, CommandFlags, NbdError, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply, TransmissionError,
+    Command, CommandFlags, NbdError, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply,
+    TransmissionError,
 };
 
 /// Bits of a cookie that hold the tag; the sequence number is above them.
@@ -127,8 +128,12 @@ pub struct Connection {
 impl Connection {
     /// A connection for tags `0..tags`.
     pub fn new(tags: u16) -> Self {
-        let operation =
-            Operation { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };
+        let operation = Operation {
+            command: Command::Flush,
+            flags: CommandFlags::NONE,
+            offset_bytes: 0,
+            length_bytes: 0,
+        };
         let idle = Entry { stage: Stage::Idle, cookie: 0, operation, receiving: false, reply: None };
         let capacity = usize::from(tags);
         Self {

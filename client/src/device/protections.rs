@@ -57,5 +57,9 @@ fn set_io_flusher() -> io::Result<()> {
 fn set_oom_score() -> io::Result<()> {
     std::fs::write(OOM_SCORE_PATH, OOM_SCORE_NEVER)?;
     let kept = std::fs::read_to_string(OOM_SCORE_PATH)?;
-    if kept.trim() == OOM_SCORE_NEVER { Ok(()) } else { Err(io::Error::other(format!("it is {}", kept.trim()))) }
+    if kept.trim() == OOM_SCORE_NEVER {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("it is {}", kept.trim())))
+    }
 }

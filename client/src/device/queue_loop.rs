@@ -133,8 +133,12 @@ impl<'a> QueueLoop<'a> {
     fn new(parts: QueueParts, on_event: &'a dyn Fn(QueueEvent)) -> Result<Self, QueueError> {
         let depth = parts.queue.queue_depth();
         let data = TagData::new(parts.data_path, depth, parts.max_io_bytes)?;
-        let operation =
-            Operation { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };
+        let operation = Operation {
+            command: Command::Flush,
+            flags: CommandFlags::NONE,
+            offset_bytes: 0,
+            length_bytes: 0,
+        };
         let request = TagRequest { operation, registered_by_hand: false, result: 0 };
         Ok(Self {
             ring: QueueRing::new(parts.queue, data, parts.socket)?,
@@ -197,7 +201,7 @@ impl<'a> QueueLoop<'a> {
     }
 
     fn tag_completed(&mut self, tag: u16, result: i32) -> Result<(), QueueError> {
-        if result == UBLK_IO_RES_OK as i32 {
+        if result == UBLK_IO_RES_OK {
             assert_ours(self.tags.request_arrived(tag));
             self.dispatch(tag);
             return Ok(());
@@ -214,7 +218,8 @@ impl<'a> QueueLoop<'a> {
         let descriptor = self.ring.queue().io_desc(tag);
         match block_request::operation(&descriptor) {
             Ok(operation) => {
-                self.requests[usize::from(tag)] = TagRequest { operation, registered_by_hand: false, result: 0 };
+                self.requests[usize::from(tag)] =
+                    TagRequest { operation, registered_by_hand: false, result: 0 };
                 if descriptor.needs_buffer_registration() {
                     self.ring.register(tag);
                 } else {

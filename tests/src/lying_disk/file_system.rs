@@ -89,11 +89,10 @@ impl LyingFileSystem {
         let device = path_text(&self.device)?;
         run("nbd-client", &["-N", "lying", "-b", &sector_bytes, "-t", &timeout, &ip, &port, device])?;
         let has_size = || Ok((size_bytes(&self.device) == DISK_BYTES).then_some(()));
-        wait_for("the NBD device to have its size", CONNECT_DEADLINE, has_size)?;
-        // What the block device's own page cache kept from before the power cut is not on the disk any more.
-        run("blockdev", &["--flushbufs", device]).map(drop)
+        wait_for("the NBD device to have its size", CONNECT_DEADLINE, has_size)
     }
 
+    /// Takes the device down; with that the kernel forgets what it cached of it.
     fn disconnect(&self) -> Result<()> {
         run("nbd-client", &["-d", path_text(&self.device)?])?;
         let is_free = || Ok((!is_connected(&self.device) && size_bytes(&self.device) == 0).then_some(()));

@@ -126,7 +126,10 @@ impl Image {
                     bytes[at..at + range.len()].fill(0);
                 }
             } else if is_whole {
-                self.cached.insert(page, None);
+                // A page that is nowhere reads as zeroes already; mkfs zeroes whole disks of them.
+                if self.cached.contains_key(&page) || self.stable.contains_key(&page) {
+                    self.cached.insert(page, None);
+                }
             } else {
                 let newest = self.cached.entry(page).or_insert_with(|| self.stable.get(&page).cloned());
                 zero_part(newest, at, range.len());

@@ -12,7 +12,7 @@ use testlab::management_api::ManagementApi;
 use testlab::storage_node::StorageNode;
 
 /// Rounds stop once this much time has passed, so that a slow machine does fewer of them.
-const ROUNDS_BUDGET: Duration = Duration::from_secs(8);
+const ROUNDS_BUDGET: Duration = Duration::from_secs(5);
 
 /// Rounds that every machine does: one cut on a fresh volume, one on a volume that lived through a cut.
 const ROUNDS_MIN: u64 = 2;
