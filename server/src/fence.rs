@@ -9,7 +9,7 @@
 //!     │                  │                                     │                                     ▲
 //!     └──► refused ◄─────┘ (higher epoch, same slot, fence)    └───────────── drained ───────────────┘
 //! ```
-//! Invariants ("No write lands twice or late" in the design):
+//! Invariants, so that no write lands twice or late:
 //! - at most one connection is served in a slot;
 //! - once a GO of an epoch was seen, no connection of a lower epoch is granted any more;
 //! - a connection is granted only when every connection of a lower epoch, and the older one of its slot, has drained,

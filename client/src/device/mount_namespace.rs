@@ -3,8 +3,8 @@
 //! Called once by `attachment.rs`, before any thread starts. A daemon that can see a file system mounted on its own device
 //! can hang on its way out, when the last reference to that mount goes and wants to write; and one that copies the
 //! mounts of others keeps them from being unmounted for good. So: mounts made later do not reach us (private), and of
-//! those that are there only the ones that hold what we use stay. Source: KERNEL facts on ublk daemons;
-//! mount_namespaces(7).
+//! those that are there only the ones that hold what we use stay. Source:
+//! mount_namespaces(7), and hangs seen with daemons that did otherwise.
 #![allow(unsafe_code)] // unshare, which is unsafe for what it could do to other threads; there are none.
 
 use std::io;

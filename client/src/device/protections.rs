@@ -3,7 +3,7 @@
 //! A process that serves a disk must never wait for that disk, not even through the kernel: writing back dirty pages
 //! to make memory free may need the very device this process serves. Hence `PR_SET_IO_FLUSHER` (allocations in the
 //! kernel do no I/O), memory locked as it is touched (nothing of ours is paged out), and an OOM score that spares us.
-//! Source: KERNEL facts on ublk daemons; prctl(2), mlock(2), proc(5).
+//! Sources: prctl(2), mlock(2), proc(5).
 #![allow(unsafe_code)] // prctl, for which there is no safe binding.
 
 use std::io;

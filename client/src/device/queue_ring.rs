@@ -7,8 +7,8 @@
 //!   ([`QueueRing::operations_out`] is 0), else it is leaked;
 //! - the header buffers are lent to the loop only while no operation that names them is out (`*_out` flags, asserted).
 //!
-//! Sources: `include/uapi/linux/ublk_cmd.h`, `io_uring.h`, Linux 7.3; KERNEL facts: MSG_WAITALL on every SEND and RECV,
-//! because a short transfer counts as success and the link behind it goes on.
+//! Sources: `include/uapi/linux/ublk_cmd.h`, `io_uring.h`, Linux 7.3. MSG_WAITALL is on every SEND and
+//! RECV, because without it a short transfer counts as success and the link behind it goes on.
 #![allow(unsafe_code)] // Submissions name memory by address.
 
 use std::io;

@@ -11,6 +11,7 @@
 pub mod handshake;
 pub mod transmission;
 pub mod validate;
+mod wire;
 
 /// `NBDMAGIC`, the first eight bytes a server sends.
 pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;

@@ -3,6 +3,7 @@
 //! Used by the client's `connection.rs` (encodes requests, decodes replies) and the server's `session.rs` (the other
 //! way round). Source: NBD `doc/proto.md`, "Transmission phase". Nothing here allocates.
 
+use super::wire::{be_u16, be_u32, be_u64};
 use super::{REQUEST_MAGIC, SIMPLE_REPLY_MAGIC};
 
 /// Length of a request's header on the wire, in bytes.
@@ -238,18 +239,6 @@ impl NbdError {
             _ => 22,
         }
     }
-}
-
-fn be_u16(wire: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([wire[at], wire[at + 1]])
-}
-
-fn be_u32(wire: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes([wire[at], wire[at + 1], wire[at + 2], wire[at + 3]])
-}
-
-fn be_u64(wire: &[u8], at: usize) -> u64 {
-    u64::from(be_u32(wire, at)) << 32 | u64::from(be_u32(wire, at + 4))
 }
 
 #[cfg(test)]

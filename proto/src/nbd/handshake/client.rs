@@ -7,13 +7,14 @@
 //! ```
 //!
 //! Owned by `client/src/dial.rs`. Asks for nothing that would change the replies: neither structured replies nor
-//! extended headers, because a simple reply is the whole payload or an error (DESIGN: "Reading what is there").
+//! extended headers, because a simple reply is the whole payload or an error.
 
+use super::super::wire::{be_u16, be_u32, be_u64};
 use super::super::{
     BlockSizes, ExportInfo, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_BYTES_MAX,
     TransmissionFlags, handshake_flags, info, option, reply,
 };
-use super::{OPTION_BYTES_MAX, be_u16, be_u32, be_u64, take};
+use super::{OPTION_BYTES_MAX, take};
 
 /// Most replies to one option; a server that sends more is not answering.
 const REPLIES_MAX: u32 = 64;

@@ -14,18 +14,6 @@ fn take<const N: usize>(input: &[u8]) -> Option<[u8; N]> {
     input.get(..N).and_then(|bytes| bytes.try_into().ok())
 }
 
-fn be_u16(bytes: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn be_u32(bytes: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-fn be_u64(bytes: &[u8], at: usize) -> u64 {
-    u64::from(be_u32(bytes, at)) << 32 | u64::from(be_u32(bytes, at + 4))
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::{BlockSizes, ExportInfo, TransmissionFlags};

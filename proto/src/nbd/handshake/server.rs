@@ -12,11 +12,12 @@
 //! meanwhile are kept; those after the end of the handshake are the transmission phase's ([`ServerHandshake::leftover`]).
 //! What is kept is bounded by [`OPTION_BYTES_MAX`] and what its owner feeds at a time.
 
+use super::super::wire::{be_u16, be_u32, be_u64};
 use super::super::{
     ExportInfo, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_BYTES_MAX, handshake_flags, info,
     option, reply,
 };
-use super::{OPTION_BYTES_MAX, be_u16, be_u32, be_u64, take};
+use super::{OPTION_BYTES_MAX, take};
 
 /// Most options in one handshake; a client that wants more is not negotiating.
 pub const OPTIONS_MAX: u32 = 64;
