@@ -5,6 +5,7 @@
 //! directory has a file for each volume of the list, of its size, and no other.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -23,8 +24,8 @@ const NODE_ID: &str = "node-1";
 
 const CAPACITY_BYTES: u64 = 1 << 20;
 
-/// The power is cut at one of the disk's first so many writes and flushes of a round: some tens of calls.
-const DISK_REQUESTS_MAX: u64 = 250;
+/// The power is cut at a write or flush of the disk's chosen from these of a round: some tens of calls.
+const DISK_REQUESTS: Range<u64> = 10..250;
 
 /// The power is cut by then, however few requests the disk has seen.
 const TRAFFIC_SECONDS_MAX: u64 = 6;
@@ -73,7 +74,7 @@ enum Call {
 fn call_until_the_cut(rig: &Rig, state: &mut State, seed: u64) -> Result<Option<(Call, &'static str)>> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut api = rig.management()?;
-    rig.disk().cut_power_after(random.u64(0..DISK_REQUESTS_MAX));
+    rig.disk().cut_power_after(random.u64(DISK_REQUESTS));
     let deadline = Instant::now() + Duration::from_secs(TRAFFIC_SECONDS_MAX);
     let mut answered = 0;
     while Instant::now() < deadline {

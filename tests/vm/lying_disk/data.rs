@@ -6,6 +6,7 @@
 //! write; and never anything that was not written there. Blocks may be torn at sectors between writes that are allowed.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -34,8 +35,8 @@ const WRITE_BLOCKS_MAX: usize = 16;
 /// Most requests in flight on both connections together.
 const IN_FLIGHT_MAX: usize = 24;
 
-/// The power is cut at one of the disk's first so many writes and flushes of a round.
-const DISK_REQUESTS_MAX: u64 = 400;
+/// The power is cut at a write or flush of the disk's chosen from these of a round.
+const DISK_REQUESTS: Range<u64> = 20..400;
 
 /// The power is cut by then, however few requests the disk has seen.
 const TRAFFIC_SECONDS_MAX: u64 = 4;
@@ -114,7 +115,7 @@ impl VolumeUnderTest {
             self.write_cache
         );
         let mut random = fastrand::Rng::with_seed(seed);
-        self.rig.disk().cut_power_after(random.u64(0..DISK_REQUESTS_MAX));
+        self.rig.disk().cut_power_after(random.u64(DISK_REQUESTS));
         let durable_one_in = random.u32(4..=DURABLE_ONE_IN_MAX);
         let mut traffic = Traffic {
             history: &mut self.history,

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::IoSlice;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -36,8 +37,8 @@ const WRITE_BLOCKS_MAX: usize = 16;
 /// One of so many requests of a writer is an fdatasync, another of so many writes is synchronous.
 const DURABLE_ONE_IN: u32 = 12;
 
-/// The power is cut at one of the disk's first so many writes and flushes of a round.
-const DISK_REQUESTS_MAX: u64 = 200;
+/// The power is cut at a write or flush of the disk's chosen from these of a round.
+const DISK_REQUESTS: Range<u64> = 20..200;
 
 /// The power is cut by then, however few requests the disk has seen.
 const TRAFFIC_SECONDS_MAX: u64 = 4;
@@ -68,7 +69,7 @@ pub(super) fn what_the_device_flushed_survives_a_power_cut_of_its_server(env: &E
 fn write_until_the_cut(rig: &Rig, device: &Path, history: &mut BlockHistory, seed: u64) -> Result<()> {
     let file = open_direct(device)?;
     let deadline = Instant::now() + Duration::from_secs(TRAFFIC_SECONDS_MAX);
-    rig.disk().cut_power_after(fastrand::Rng::with_seed(seed).u64(0..DISK_REQUESTS_MAX));
+    rig.disk().cut_power_after(fastrand::Rng::with_seed(seed).u64(DISK_REQUESTS));
     let shared = Mutex::new(history);
     let writers: Vec<Result<u64>> = thread::scope(|scope| {
         let start = |writer| {
