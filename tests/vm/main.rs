@@ -8,6 +8,7 @@ mod daemons;
 mod file_systems;
 mod fio;
 mod foreign;
+mod hostile_server;
 mod lying_disk;
 mod smoke;
 
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         foreign::TESTS,
         bad_input::TESTS,
         daemons::TESTS,
+        hostile_server::TESTS,
         lying_disk::TESTS,
     ];
     testlab::harness::main(&modules.concat())

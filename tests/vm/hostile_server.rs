@@ -1,0 +1,203 @@
+//! What a server can do to our client: a reply that is not what was asked for is an error to the reader, never a wrong byte,
+//! and the disk can always be taken away.
+//!
+//! The server here is the test's own: an honest NBD server of a pattern, but for READs of one place, which it answers as the
+//! case says.
+
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use proto::nbd::handshake::server::{Event, ServerHandshake};
+use proto::nbd::transmission::{Command as NbdCommand, NbdError, REQUEST_BYTES, Request, SimpleReply};
+use proto::nbd::{ExportInfo, TransmissionFlags};
+use testlab::harness::{Env, Test};
+use testlab::shell::sh;
+use testlab::storage_node::StorageNode;
+
+pub(crate) const TESTS: &[Test] = &[
+    Test::new("hostile_server::wrong_replies_are_errors_and_never_wrong_bytes", wrong_replies_are_errors),
+    Test::new("hostile_server::a_reply_in_single_bytes_is_the_same_reply", a_reply_in_single_bytes),
+    Test::new("hostile_server::an_error_of_one_request_is_no_error_of_others", an_error_of_one_request),
+];
+
+const SIZE_BYTES: u64 = 16 << 20;
+/// READs from here on are answered as the case says; below it lies what the kernel reads of its own accord.
+const TRAP_BYTES: u64 = 8 << 20;
+const READ_BYTES: usize = 64 << 10;
+
+/// How READs beyond [`TRAP_BYTES`] are answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Case {
+    WrongCookie,
+    WrongMagic,
+    PayloadCutShort,
+    ReplyTwice,
+    CloseAtOnce,
+    /// Honest, but one byte in each segment.
+    SingleBytes,
+    /// An error, as NBD has it.
+    Error,
+}
+
+fn wrong_replies_are_errors(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    for case in [Case::WrongCookie, Case::WrongMagic, Case::PayloadCutShort, Case::CloseAtOnce] {
+        let disk = HostileDisk::attach(&node, case)?;
+        ensure!(disk.read(TRAP_BYTES)?.is_none(), "{case:?}: the read succeeded");
+        let attachment = node.attachment(&disk.uri)?;
+        ensure!(attachment["state"] == "failed", "{case:?}: {attachment}");
+        node.detach(&disk.uri)?;
+    }
+    // The first reply is honest; the second belongs to nothing, so the connection cannot be trusted any more.
+    let disk = HostileDisk::attach(&node, Case::ReplyTwice)?;
+    if let Some(bytes) = disk.read(TRAP_BYTES)? {
+        ensure!(bytes == pattern(TRAP_BYTES, READ_BYTES), "wrong bytes");
+    }
+    ensure!(disk.read(TRAP_BYTES)?.is_none(), "the connection was trusted again");
+    node.detach(&disk.uri)
+}
+
+fn a_reply_in_single_bytes(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let disk = HostileDisk::attach(&node, Case::SingleBytes)?;
+    ensure!(
+        disk.read(TRAP_BYTES)?.context("the read failed")? == pattern(TRAP_BYTES, READ_BYTES),
+        "wrong bytes"
+    );
+    ensure!(node.attachment(&disk.uri)?["state"] == "live");
+    node.detach(&disk.uri)
+}
+
+fn an_error_of_one_request(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let disk = HostileDisk::attach(&node, Case::Error)?;
+    ensure!(disk.read(TRAP_BYTES)?.is_none(), "the read succeeded");
+    let honest = disk.read(1 << 20)?.context("an honest read failed")?;
+    ensure!(honest == pattern(1 << 20, READ_BYTES), "wrong bytes");
+    ensure!(node.attachment(&disk.uri)?["state"] == "live");
+    node.detach(&disk.uri)
+}
+
+/// A disk on the hostile server, which lives as long as its connection.
+struct HostileDisk {
+    uri: String,
+    device: String,
+}
+
+impl HostileDisk {
+    fn attach(node: &StorageNode, case: Case) -> Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let uri = format!("nbd://{}/pattern", listener.local_addr()?);
+        thread::spawn(move || {
+            let served = listener.accept().map_err(Into::into).and_then(|(peer, _)| serve(peer, case));
+            if let Err(error) = served {
+                // As it should be: the client hangs up on what it cannot trust.
+                println!("{case:?}: {error:#}");
+            }
+        });
+        let device = node.attach(&[&uri])?.to_string_lossy().into_owned();
+        Ok(Self { uri, device })
+    }
+
+    /// Reads past the page cache; `None` if the disk says that it cannot.
+    fn read(&self, offset_bytes: u64) -> Result<Option<Vec<u8>>> {
+        sh("sync")?;
+        let skip = offset_bytes / READ_BYTES as u64;
+        let output = Command::new("dd")
+            .args([&format!("if={}", self.device), "iflag=direct", "count=1", "status=none"])
+            .args([format!("bs={READ_BYTES}"), format!("skip={skip}")])
+            .output()?;
+        ensure!(
+            output.status.success() || String::from_utf8_lossy(&output.stderr).contains("Input/output error"),
+            "{output:?}"
+        );
+        Ok(output.status.success().then_some(output.stdout))
+    }
+}
+
+/// What the disk holds: every sector its own number, over and over.
+fn pattern(offset_bytes: u64, len_bytes: usize) -> Vec<u8> {
+    let positions = offset_bytes..offset_bytes + len_bytes as u64;
+    positions.map(|position| ((position / 512) % 251) as u8).collect()
+}
+
+fn serve(mut peer: TcpStream, case: Case) -> Result<()> {
+    peer.set_nodelay(true)?;
+    peer.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let rest = shake_hands(&mut peer)?;
+    ensure!(rest.is_empty(), "requests before the end of the handshake");
+    loop {
+        let mut header = [0; REQUEST_BYTES];
+        peer.read_exact(&mut header)?;
+        let request = Request::decode(&header)?;
+        match request.command {
+            NbdCommand::Disconnect => return Ok(()),
+            NbdCommand::Read if request.offset_bytes >= TRAP_BYTES => answer(&mut peer, &request, case)?,
+            NbdCommand::Read => peer.write_all(&honest_reply(&request))?,
+            _ => {
+                let refused = SimpleReply { error: NbdError::Einval as u32, cookie: request.cookie };
+                peer.write_all(&refused.encode())?;
+            }
+        }
+    }
+}
+
+fn shake_hands(peer: &mut TcpStream) -> Result<Vec<u8>> {
+    let flags = TransmissionFlags::HAS_FLAGS.with(TransmissionFlags::READ_ONLY);
+    let export = ExportInfo { size_bytes: SIZE_BYTES, flags, block_sizes: None, description: None };
+    let mut out = Vec::new();
+    let mut handshake = ServerHandshake::new(&mut out);
+    let mut buffer = [0; 4096];
+    loop {
+        peer.write_all(&out)?;
+        out.clear();
+        if handshake.is_done() {
+            return Ok(handshake.leftover());
+        }
+        let arrived = peer.read(&mut buffer)?;
+        ensure!(arrived > 0, "the client left in the handshake");
+        if let Some(Event::Open(_)) = handshake.handle_bytes(&buffer[..arrived], &mut out)? {
+            handshake.answer_open(Ok(&export), &mut out)?;
+        }
+    }
+}
+
+fn honest_reply(request: &Request) -> Vec<u8> {
+    let header = SimpleReply { error: 0, cookie: request.cookie }.encode();
+    [&header[..], &pattern(request.offset_bytes, request.length_bytes as usize)].concat()
+}
+
+fn answer(peer: &mut TcpStream, request: &Request, case: Case) -> Result<()> {
+    let honest = honest_reply(request);
+    match case {
+        Case::WrongCookie => {
+            let wrong = Request { cookie: request.cookie ^ (1 << 40), ..*request };
+            peer.write_all(&honest_reply(&wrong))?;
+        }
+        Case::WrongMagic => peer.write_all(&vec![0x55; honest.len()])?,
+        Case::PayloadCutShort => {
+            peer.write_all(&honest[..honest.len() - 1])?;
+            peer.shutdown(std::net::Shutdown::Write)?;
+        }
+        Case::ReplyTwice => peer.write_all(&[honest.clone(), honest].concat())?,
+        Case::CloseAtOnce => peer.shutdown(std::net::Shutdown::Both)?,
+        Case::SingleBytes => {
+            // The header and the first of the payload byte by byte, the rest in odd pieces.
+            let (slow, rest) = honest.split_at(200);
+            for byte in slow {
+                peer.write_all(&[*byte])?;
+            }
+            for piece in rest.chunks(1001) {
+                peer.write_all(piece)?;
+            }
+        }
+        Case::Error => {
+            peer.write_all(&SimpleReply { error: NbdError::Eio as u32, cookie: request.cookie }.encode())?;
+        }
+    }
+    Ok(())
+}
