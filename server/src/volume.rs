@@ -14,7 +14,7 @@
 //! Invariants: a request is reported done only when every byte of it is; where the write cache is off every writing
 //! request is treated as FUA; after a failed sync nothing is acknowledged as durable until the volume was opened anew.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use proto::nbd::transmission::{Command, CommandFlags, NbdError, Request};
 use proto::nbd::validate::RequestLimits;
@@ -34,16 +34,22 @@ const PREFERRED_BLOCK_BYTES: u32 = 4096;
 pub struct Faults {
     /// FLUSH and FUA are acknowledged although nothing was synced.
     pub skip_flush: bool,
+    /// Only this one of each volume's FLUSHes is acknowledged without a sync, counted from 1 when the volume is opened.
+    pub skip_one_flush: Option<u64>,
 }
 
 impl std::str::FromStr for Faults {
     type Err = String;
 
-    /// Reads the hidden `--fault` option: `skip-flush`.
+    /// Reads the hidden `--fault` option: `skip-flush`, or `skip-flush=N` for the Nth only.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "skip-flush" => Ok(Self { skip_flush: true }),
-            other => Err(format!("unknown fault {other:?}; there is `skip-flush`")),
+        let number = text.strip_prefix("skip-flush=").and_then(|number| number.parse().ok());
+        match (text, number) {
+            ("skip-flush", _) => Ok(Self { skip_flush: true, skip_one_flush: None }),
+            (_, Some(number)) => Ok(Self { skip_flush: false, skip_one_flush: Some(number) }),
+            (other, None) => {
+                Err(format!("unknown fault {other:?}; there are `skip-flush` and `skip-flush=N`"))
+            }
         }
     }
 }
@@ -68,6 +74,8 @@ pub struct Volume {
     pub backend: Backend,
     write_cache_on: bool,
     faults: Faults,
+    /// FLUSHes so far; counted only for [`Faults::skip_one_flush`].
+    flushes: AtomicU64,
     sync_failed: AtomicBool,
 }
 
@@ -80,8 +88,8 @@ impl Volume {
         write_cache_on: bool,
         faults: Faults,
     ) -> Self {
-        let sync_failed = AtomicBool::new(false);
-        Self { volume_uid, capacity_bytes, backend, write_cache_on, faults, sync_failed }
+        let (flushes, sync_failed) = (AtomicU64::new(0), AtomicBool::new(false));
+        Self { volume_uid, capacity_bytes, backend, write_cache_on, faults, flushes, sync_failed }
     }
 
     /// Whether a sync has failed: what was acknowledged before may be lost.
@@ -301,7 +309,7 @@ impl RequestProgress {
     }
 
     fn sync(&mut self, volume: &Volume) -> Next {
-        if volume.faults.skip_flush {
+        if volume.faults.skip_flush || self.is_skipped_flush(volume) {
             return Next::Done(Ok(()));
         }
         if volume.has_lost_writes() {
@@ -309,6 +317,12 @@ impl RequestProgress {
         }
         self.stage = Stage::Syncing;
         self.repeat(volume)
+    }
+
+    fn is_skipped_flush(&self, volume: &Volume) -> bool {
+        let Some(skipped) = volume.faults.skip_one_flush else { return false };
+        self.request.command == Command::Flush
+            && volume.flushes.fetch_add(1, Ordering::Relaxed) + 1 == skipped
     }
 
     fn synced(&self, volume: &Volume) -> Next {
@@ -485,6 +499,15 @@ mod tests {
         assert_eq!(fixture.begin(Command::Flush, CommandFlags::NONE).1, OK);
         let (mut write, _) = fixture.begin(Command::Write, CommandFlags::FUA);
         assert_eq!(write.completed(&fixture.volume, 8192), OK);
+    }
+
+    #[test]
+    fn one_flush_can_be_skipped_and_no_other() {
+        let fixture = Fixture::new(CacheMode::Buffered, true, "skip-flush=2".parse().unwrap());
+        let sync = Next::Submit(VolumeOp::Sync { metadata: false });
+        for expected in [sync, OK, sync] {
+            assert_eq!(fixture.begin(Command::Flush, CommandFlags::NONE).1, expected);
+        }
     }
 
     #[test]

@@ -31,6 +31,10 @@ pub(crate) const TESTS: &[Test] = &[
         data::a_server_that_skips_its_flush_is_caught,
     ),
     Test::new(
+        "lying_disk::a_server_that_skips_one_flush_is_caught",
+        data::a_server_that_skips_one_flush_is_caught,
+    ),
+    Test::new(
         "lying_disk::what_the_device_flushed_survives_a_power_cut_of_its_server",
         device::what_the_device_flushed_survives_a_power_cut_of_its_server,
     ),
