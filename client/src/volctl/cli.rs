@@ -110,7 +110,7 @@ pub(crate) enum Switch {
 
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
-    /// A volume's name, or nbd://host[:port]/export for any NBD server
+    /// A volume's name, or nbd://host:port/export for any NBD server (port 10809 if left out)
     pub(crate) target: String,
     /// How data moves between the kernel and the network; auto takes the best that this kernel proves it can do
     #[arg(long, value_enum, default_value_t = DataPathArg::Auto)]
