@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use testlab::kernel_series::KernelSeries;
 
+use crate::lab::cost;
 use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
 use crate::lab::vm::{Follower, Stream, Terminal, Vm};
@@ -88,6 +89,11 @@ pub(crate) fn demo(series: Option<KernelSeries>) -> Result<u8> {
     build(&workspace)?;
     let exit_code = run_command(&workspace, series, &command, DEMO_DEADLINE)?;
     Ok(u8::from(exit_code != 0))
+}
+
+/// Measures what an I/O costs; with `write`, keeps the table in the documentation.
+pub(crate) fn cost(write: bool) -> Result<u8> {
+    cost::run(&Workspace::locate()?, write).map(|()| 0)
 }
 
 /// Gives the terminal to a shell in the VM.

@@ -1,13 +1,15 @@
 //! `cargo lab`: the test VM, its demo and every test.
 //!
-//! Reads the command line and hands over to `lab/` (the machine and what runs in it) and `demo` (what the demo
-//! shows, run inside the machine). Exit codes: `run` and `shell` pass on the command's; 125 means that the
-//! lab itself failed; `test` and `demo` end with 1 if anything failed.
+//! Reads the command line and hands over to `lab/` (the machine and what runs in it), `demo` (what the demo shows)
+//! and `cost_guest` (what is measured), both run inside the machine. Exit codes: `run` and `shell` pass on the
+//! command's; 125 means that the lab itself failed; `test` and `demo` end with 1 if anything failed.
 
 mod commands;
+mod cost_guest;
 mod demo;
 mod lab;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -49,9 +51,21 @@ enum LabCommand {
         #[arg(required = true, last = true)]
         command: Vec<String>,
     },
+    /// Instructions per I/O of the whole system, beside the kernel's nbd
+    Cost {
+        /// Also update the table in docs/performance.md
+        #[arg(long)]
+        write: bool,
+    },
     /// What `demo` runs inside the VM
     #[command(hide = true)]
     GuestDemo,
+    /// What `cost` runs inside the VM
+    #[command(hide = true)]
+    GuestCost {
+        /// The directory of the product's programs
+        programs: PathBuf,
+    },
 }
 
 /// Where to run.
@@ -81,7 +95,9 @@ fn main() -> ExitCode {
         LabCommand::Run { machine, deadline_seconds, command } => {
             commands::run(machine.series(), deadline_seconds, command)
         }
+        LabCommand::Cost { write } => commands::cost(write),
         LabCommand::GuestDemo => demo::run().map(|()| 0),
+        LabCommand::GuestCost { programs } => cost_guest::run_rows(&programs).map(|()| 0),
     });
     match result {
         Ok(exit_code) => ExitCode::from(exit_code),

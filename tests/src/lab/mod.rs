@@ -6,6 +6,7 @@
 //! `report` (what came of it). `tool` and `interrupt` bound every wait.
 
 pub(crate) mod apt;
+pub(crate) mod cost;
 pub(crate) mod guest_command;
 pub(crate) mod host_tests;
 pub(crate) mod initramfs;

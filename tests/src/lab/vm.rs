@@ -33,6 +33,9 @@ const GUEST_OWN_DIRECTORIES: [&str; 4] = ["/tmp", "/run", "/mnt", "/dev"];
 /// From QEMU's start to the guest's `up`: 10–20 s are usual on two cores, others may be building on them.
 const BOOT_DEADLINE: Duration = Duration::from_secs(180);
 
+/// The same for a machine that counts instructions: one thread does all its work.
+const COUNTED_BOOT_DEADLINE: Duration = Duration::from_secs(600);
+
 /// From the guest's `exit` to QEMU's end.
 const POWER_OFF_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -64,6 +67,16 @@ pub(crate) enum Terminal {
     Interactive,
 }
 
+/// What executes the guest, and what its clock counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Processors {
+    /// Two processors on two threads; real time.
+    Two,
+    /// One processor whose clock counts its instructions: a microsecond is a thousand of them, and while it idles the
+    /// clock jumps to the next timer. The string instructions that would copy any length as one are hidden.
+    Counted,
+}
+
 /// Watches a command from outside the machine.
 pub(crate) trait Follower {
     /// Takes a piece of output as it comes. An error ends the machine.
@@ -80,6 +93,7 @@ pub(crate) struct Vm {
     qemu: Child,
     output: Receiver<(Stream, Vec<u8>)>,
     started: Instant,
+    boot_deadline: Duration,
     boot_time: Option<Duration>,
     directory: VmDirectory,
 }
@@ -105,6 +119,20 @@ impl Vm {
         command: &GuestCommand,
         terminal: Terminal,
     ) -> Result<Self> {
+        Self::start_with(workspace, kernel, command, terminal, Processors::Two)
+    }
+
+    /// As [`Vm::start`], with a choice of processors.
+    ///
+    /// # Errors
+    /// As [`Vm::start`].
+    pub(crate) fn start_with(
+        workspace: &Workspace,
+        kernel: &Kernel,
+        command: &GuestCommand,
+        terminal: Terminal,
+        processors: Processors,
+    ) -> Result<Self> {
         let directory = VmDirectory::create(&workspace.cache)?;
         write_share(workspace, command, terminal, &directory.path().join("share"))?;
         let initramfs = initramfs::build(kernel, directory.path()).context("building the initramfs")?;
@@ -119,9 +147,13 @@ impl Vm {
             thread::spawn(move || forward(&listener, stream, &sender));
         }
         let started = Instant::now();
-        let mut qemu = qemu_command(kernel, &initramfs, directory.path(), terminal);
+        let mut qemu = qemu_command(kernel, &initramfs, directory.path(), terminal, processors);
         let qemu = qemu.spawn().context("cannot run QEMU")?;
-        Ok(Self { qemu, output, started, boot_time: None, directory })
+        let boot_deadline = match processors {
+            Processors::Two => BOOT_DEADLINE,
+            Processors::Counted => COUNTED_BOOT_DEADLINE,
+        };
+        Ok(Self { qemu, output, started, boot_deadline, boot_time: None, directory })
     }
 
     /// Passes the command's output to `follower` until the machine has powered off.
@@ -169,8 +201,8 @@ impl Vm {
                 if since.elapsed() > POWER_OFF_DEADLINE {
                     return Err(console.failure("the command ended, but the machine did not power off"));
                 }
-            } else if self.boot_time.is_none() && self.started.elapsed() > BOOT_DEADLINE {
-                return Err(console.failure(&format!("not up after {} s", BOOT_DEADLINE.as_secs())));
+            } else if self.boot_time.is_none() && self.started.elapsed() > self.boot_deadline {
+                return Err(console.failure(&format!("not up after {} s", self.boot_deadline.as_secs())));
             } else if self.started.elapsed() > deadline {
                 return Err(console.failure(&format!("still running after {} s", deadline.as_secs())));
             }
@@ -298,14 +330,26 @@ fn forward(listener: &UnixListener, stream: Stream, sender: &Sender<(Stream, Vec
     }
 }
 
-/// The machine: two emulated processors on as many threads, nothing that is not needed.
-fn qemu_command(kernel: &Kernel, initramfs: &Path, directory: &Path, terminal: Terminal) -> Command {
+/// The machine: emulated processors, nothing that is not needed.
+fn qemu_command(
+    kernel: &Kernel,
+    initramfs: &Path,
+    directory: &Path,
+    terminal: Terminal,
+    processors: Processors,
+) -> Command {
     let file = |name: &str| directory.join(name).display().to_string();
     let mut command = tool::command("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]);
     command.arg(tool::find("qemu-system-x86_64").unwrap_or_else(|| PathBuf::from("qemu-system-x86_64")));
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot"]);
-    command.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4G"]);
+    command.args(["-M", "q35", "-m", "4G"]);
+    match processors {
+        Processors::Two => command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]),
+        Processors::Counted => command
+            .args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"])
+            .args(["-cpu", "max,-erms,-fsrm", "-smp", "1"]),
+    };
     command.args(["-nic", "none", "-serial"]).arg(format!("file:{}", file("console.log")));
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
     command.args(["-append", "console=ttyS0 panic=-1 oops=panic quiet mitigations=off"]);
