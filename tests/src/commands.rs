@@ -14,7 +14,7 @@ use testlab::kernel_series::KernelSeries;
 use crate::lab::cost;
 use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
-use crate::lab::vm::{Follower, Stream, Terminal, Vm};
+use crate::lab::vm::{self, Follower, Processors, Stream, Terminal, Vm};
 use crate::lab::workspace::{PROFILE, Workspace};
 use crate::lab::{host_tests, kernels, packages, this_machine, tool, vm_tests};
 
@@ -162,8 +162,7 @@ fn run_command(
     };
     packages::ensure_installed(workspace)?;
     let kernel = kernels::ensure_cached(workspace, series)?;
-    let vm = Vm::start(workspace, &kernel, command, Terminal::Streams)?;
-    Ok(vm.run_to_end(deadline, &mut PassThrough)?.exit_code)
+    Ok(vm::run(workspace, &kernel, command, Processors::Two, deadline, &mut PassThrough)?.exit_code)
 }
 
 /// Builds every program of the workspace with the lab's profile.

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use testlab::kernel_series::KernelSeries;
 
 use super::guest_command::GuestCommand;
-use super::vm::{Follower, Processors, Stream, Terminal, Vm};
+use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::Workspace;
 use super::{kernels, packages, tool};
 use crate::cost_guest::{Cell, FUSED, KERNEL_NBD, MAPPED, REPETITIONS, ROW_PREFIX, Row};
@@ -70,9 +70,8 @@ pub(crate) fn run(workspace: &Workspace, write: bool) -> Result<()> {
     let words = [&this_program, Path::new("guest-cost"), &programs];
     let words = words.map(|word| word.display().to_string()).to_vec();
     let command = GuestCommand::new(workspace, words)?.in_directory(&workspace.root);
-    let vm = Vm::start_with(workspace, &kernel, &command, Terminal::Streams, Processors::Counted)?;
     let mut collector = Collector::default();
-    let ended = vm.run_to_end(RUN_DEADLINE, &mut collector);
+    let ended = vm::run(workspace, &kernel, &command, Processors::Counted, RUN_DEADLINE, &mut collector);
     let stdout = String::from_utf8_lossy(&collector.stdout).into_owned();
     let ended = ended.with_context(|| format!("the guest had printed:\n{stdout}"))?;
     ensure!(ended.exit_code == 0, "measuring failed (exit code {})\n{stdout}", ended.exit_code);

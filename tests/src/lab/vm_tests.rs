@@ -14,7 +14,7 @@ use testlab::libtest_binary::BINARIES_VARIABLE;
 
 use super::guest_command::GuestCommand;
 use super::report::{EventReader, PartReport, Report};
-use super::vm::{Follower, Stream, Terminal, Vm};
+use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::{PROFILE, Workspace};
 use super::{interrupt, kernels, this_machine, tool};
 
@@ -65,9 +65,8 @@ pub(crate) fn run_in_vm(
     let kernel = kernels::ensure_cached(workspace, series)?;
     let mut part = report.begin(&format!("kernel {series} ({})", kernel.release));
     let command = test_command(workspace, binaries, report, series, "vm")?;
-    let vm = Vm::start(workspace, &kernel, &command, Terminal::Streams)?;
     let mut follower = TestFollower(EventReader::new(&mut part, report.show_output));
-    let ended = vm.run_to_end(PART_DEADLINE, &mut follower);
+    let ended = vm::run(workspace, &kernel, &command, Processors::Two, PART_DEADLINE, &mut follower);
     let finished = follower.0.close();
     interrupt::check()?;
     match ended {
