@@ -152,7 +152,7 @@ impl Connection {
 
     /// Whether it has taken too long to get to the transmission phase.
     pub fn is_late(&self, now: Instant) -> bool {
-        self.phase != Phase::Closing && !self.session.is_transmitting() && now >= self.handshake_deadline
+        self.is_in_handshake() && now >= self.handshake_deadline
     }
 
     /// Whether the handshake still goes on.

@@ -134,11 +134,6 @@ impl Fence {
         self.settle(outputs);
     }
 
-    /// A connection has waited for too long: it is refused by the owner and forgotten here.
-    pub fn gave_up(&mut self, connection: ConnectionId) {
-        self.waiting.retain(|other| other.connection != connection);
-    }
-
     /// The epoch is durable.
     pub fn persisted(&mut self, epoch: u64, outputs: &mut Vec<Output>) {
         self.epoch_being_persisted = None;
@@ -181,7 +176,8 @@ impl Fence {
     }
 
     /// Whether the connection is served and not being closed.
-    pub fn is_served(&self, connection: ConnectionId) -> bool {
+    #[cfg(test)]
+    fn is_served(&self, connection: ConnectionId) -> bool {
         self.served.get(&connection).is_some_and(|served| !served.is_closing)
     }
 

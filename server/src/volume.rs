@@ -210,7 +210,7 @@ impl RequestProgress {
             Stage::Allocating => self.data_done(volume),
             Stage::Advising => self.advised(volume),
             Stage::Populating => Next::Done(Ok(())),
-            Stage::Syncing => self.synced(volume),
+            Stage::Syncing => durable_answer(volume),
         }
     }
 
@@ -323,10 +323,6 @@ impl RequestProgress {
         let Some(skipped) = volume.faults.skip_one_flush else { return false };
         self.request.command == Command::Flush
             && volume.flushes.fetch_add(1, Ordering::Relaxed) + 1 == skipped
-    }
-
-    fn synced(&self, volume: &Volume) -> Next {
-        durable_answer(volume)
     }
 
     fn advised(&mut self, volume: &Volume) -> Next {

@@ -121,7 +121,6 @@ pub struct Connection {
     sending: Vec<u16>,
     completions: VecDeque<Completion>,
     sequence: u64,
-    in_flight: usize,
     failed: bool,
 }
 
@@ -142,7 +141,6 @@ impl Connection {
             sending: Vec::with_capacity(capacity),
             completions: VecDeque::with_capacity(capacity),
             sequence: 0,
-            in_flight: 0,
             failed: false,
         }
     }
@@ -166,7 +164,6 @@ impl Connection {
             receiving: false,
             reply: None,
         };
-        self.in_flight += 1;
         self.to_send.push_back(tag);
     }
 
@@ -257,7 +254,6 @@ impl Connection {
         for (tag, entry) in self.entries.iter_mut().enumerate() {
             if entry.stage != Stage::Idle {
                 entry.stage = Stage::Idle;
-                self.in_flight -= 1;
                 self.completions.push_back(Completion { tag: tag as u16, result: Err(NbdError::Eio as i32) });
             }
         }
@@ -269,8 +265,9 @@ impl Connection {
     }
 
     /// Requests that were submitted and have not completed.
-    pub fn in_flight(&self) -> usize {
-        self.in_flight
+    #[cfg(test)]
+    fn in_flight(&self) -> usize {
+        self.entries.iter().filter(|entry| entry.stage != Stage::Idle).count()
     }
 
     /// Whether it failed.
@@ -287,7 +284,6 @@ impl Connection {
             return;
         }
         entry.stage = Stage::Idle;
-        self.in_flight -= 1;
         self.completions.push_back(Completion { tag, result });
     }
 }

@@ -4,7 +4,7 @@
 //! Owns: the memory, and the building of submissions. Never: decides what to submit; that is `queue_loop.rs`, its only
 //! caller. It is the client's one place of `unsafe` on the data path, and holds what makes that sound:
 //! - the ring is dropped before the memory its operations name (field order), and only after they were reaped
-//!   ([`QueueRing::operations_out`] is 0), else it is leaked;
+//!   (`operations_out` is 0), else it is leaked;
 //! - the header buffers are lent to the loop only while no operation that names them is out (`*_out` flags, asserted).
 //!
 //! Sources: `include/uapi/linux/ublk_cmd.h`, `io_uring.h`, Linux 7.3. MSG_WAITALL is on every SEND and
@@ -159,11 +159,6 @@ impl QueueRing {
     /// The socket.
     pub fn socket(&self) -> &TcpStream {
         &self.socket
-    }
-
-    /// Operations pushed and not reaped.
-    pub fn operations_out(&self) -> usize {
-        self.operations_out
     }
 
     /// The buffer for outgoing headers. Panics while a SEND that names it is out.

@@ -178,7 +178,7 @@ impl Supervisor {
             if let Some(attachment) = self.reuse(record, &wishes).await? {
                 return Ok(v1::AttachResponse { attachment: Some(attachment), existed: true });
             }
-            remove_leftovers(record).await?;
+            remove_device_and_link(&record.spec).await?;
         }
         check_machine(wishes.data_path).await?;
         let new = match &target {
@@ -399,7 +399,7 @@ impl Supervisor {
             }
             device_process::wait_until_gone(&record.dir, target).await?;
         }
-        remove_leftovers(record).await
+        remove_device_and_link(&record.spec).await
     }
 
     /// Tells the server that the volume is no longer used here.
@@ -486,10 +486,6 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// Removes what a dead device process left in the kernel and in /dev. Of an earlier boot there is nothing.
-async fn remove_leftovers(record: &AttachmentRecord) -> Result<(), NodeError> {
-    remove_device_and_link(&record.spec).await
-}
-
 async fn remove_device_and_link(spec: &DeviceSpec) -> Result<(), NodeError> {
     let (attachment_id, target, link) = (spec.attachment_id, spec.target.clone(), spec.device_link.clone());
     blocking(move || {

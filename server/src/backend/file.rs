@@ -26,18 +26,6 @@ pub enum CacheMode {
     Buffered,
 }
 
-impl FromStr for CacheMode {
-    type Err = &'static str;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "buffered" => Ok(Self::Buffered),
-            _ => Err("the cache mode is `auto` or `buffered`"),
-        }
-    }
-}
-
 /// Why a backing file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
