@@ -74,10 +74,15 @@ impl Follower for PassThrough {
 }
 
 /// Runs one command in the VM or, without a series, on this machine.
-pub(crate) fn run(series: Option<KernelSeries>, deadline_seconds: u64, words: Vec<String>) -> Result<u8> {
+pub(crate) fn run(
+    series: Option<KernelSeries>,
+    processors: Processors,
+    deadline_seconds: u64,
+    words: Vec<String>,
+) -> Result<u8> {
     let workspace = Workspace::locate()?;
     let command = GuestCommand::new(&workspace, words)?;
-    run_command(&workspace, series, &command, Duration::from_secs(deadline_seconds))
+    run_command(&workspace, series, processors, &command, Duration::from_secs(deadline_seconds))
 }
 
 /// Runs the demo.
@@ -87,7 +92,7 @@ pub(crate) fn demo(series: Option<KernelSeries>) -> Result<u8> {
     let command = GuestCommand::new(&workspace, vec![program, "guest-demo".to_owned()])?;
     let command = command.in_directory(&workspace.root);
     build(&workspace)?;
-    let exit_code = run_command(&workspace, series, &command, DEMO_DEADLINE)?;
+    let exit_code = run_command(&workspace, series, Processors::Two, &command, DEMO_DEADLINE)?;
     Ok(u8::from(exit_code != 0))
 }
 
@@ -148,6 +153,7 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
 fn run_command(
     workspace: &Workspace,
     series: Option<KernelSeries>,
+    processors: Processors,
     command: &GuestCommand,
     deadline: Duration,
 ) -> Result<u8> {
@@ -162,7 +168,7 @@ fn run_command(
     };
     packages::ensure_installed(workspace)?;
     let kernel = kernels::ensure_cached(workspace, series)?;
-    Ok(vm::run(workspace, &kernel, command, Processors::Two, deadline, &mut PassThrough)?.exit_code)
+    Ok(vm::run(workspace, &kernel, command, processors, deadline, &mut PassThrough)?.exit_code)
 }
 
 /// Builds every program of the workspace with the lab's profile.

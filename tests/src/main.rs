@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use lab::vm::Processors;
 use testlab::kernel_series::KernelSeries;
 
 /// Exit code of `run` and `shell` when the machine failed rather than the command (as `timeout(1)` and docker do).
@@ -47,6 +48,9 @@ enum LabCommand {
         /// Seconds after which the machine is killed
         #[arg(long, default_value_t = 3600)]
         deadline_seconds: u64,
+        /// One processor whose clock counts instructions, the machine of `cost`
+        #[arg(long, hide = true, conflicts_with = "host")]
+        counted: bool,
         /// The command and its arguments
         #[arg(required = true, last = true)]
         command: Vec<String>,
@@ -92,8 +96,9 @@ fn main() -> ExitCode {
         LabCommand::Demo(machine) => commands::demo(machine.series()),
         LabCommand::Test(options) => commands::test(&options),
         LabCommand::Shell { kernel } => commands::shell(kernel),
-        LabCommand::Run { machine, deadline_seconds, command } => {
-            commands::run(machine.series(), deadline_seconds, command)
+        LabCommand::Run { machine, deadline_seconds, counted, command } => {
+            let processors = if counted { Processors::Counted } else { Processors::Two };
+            commands::run(machine.series(), processors, deadline_seconds, command)
         }
         LabCommand::Cost { write } => commands::cost(write),
         LabCommand::GuestDemo => demo::run().map(|()| 0),
