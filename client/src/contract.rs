@@ -144,8 +144,11 @@ pub struct DeviceSpec {
     pub read_only: bool,
     /// auto, fused or mapped.
     pub data_path: String,
-    /// Hardware queues, each with one connection (one slot).
+    /// Hardware queues; 0: as many as suit this machine and the server, 1 where the server allows one connection only.
     pub nr_hw_queues: u16,
+    /// Connections (slots) of the whole attachment, dealt out to the queues; 0: one for each queue.
+    #[serde(default)]
+    pub nr_connections: u16,
     /// Requests in flight on each queue.
     pub queue_depth: u16,
     /// Logical block size to announce, in bytes; 0 takes what the server tells.
@@ -211,14 +214,24 @@ pub struct DeviceStatus {
     pub data_path: String,
     /// Why it was chosen.
     pub data_path_reason: String,
-    /// Hardware queues.
+    /// Hardware queues; while starting, what the spec says.
     pub nr_hw_queues: u16,
+    /// Connections of the whole attachment; 0 in a status of a program that made one for each queue.
+    #[serde(default)]
+    pub nr_connections: u16,
     /// Requests in flight on each queue.
     pub queue_depth: u16,
     /// The data address in use.
     pub server_address: String,
     /// 0 for a foreign server.
     pub session_epoch: u64,
+}
+
+impl DeviceStatus {
+    /// Connections of the whole attachment, whoever wrote the status.
+    pub fn connections(&self) -> u16 {
+        if self.nr_connections == 0 { self.nr_hw_queues } else { self.nr_connections }
+    }
 }
 
 /// A line to a device process.
@@ -336,7 +349,7 @@ mod tests {
     fn spec_of_version_1_is_read() {
         let spec: DeviceSpec = parse(SPEC_V1.as_bytes(), Path::new("spec.json")).unwrap();
         assert!(spec.secret().is_some());
-        assert_eq!(spec.queue_depth, 128);
+        assert_eq!((spec.queue_depth, spec.nr_connections), (128, 0));
         let again: DeviceSpec = parse(&serde_json::to_vec(&spec).unwrap(), Path::new("spec.json")).unwrap();
         assert_eq!(again, spec);
     }

@@ -1,7 +1,7 @@
 //! The life of one attachment's device process, on its main thread.
 //!
 //! ```text
-//!   spec ─► protect ─► connect every slot ─► choose data path ─► ADD_DEV ─► queue threads ─► START_DEV ─► live
+//!   spec ─► protect ─► choose data path ─► connect ─► ADD_DEV ─► connect the other slots ─► queue threads ─► START_DEV ─► live
 //!   live ─ Stop ─► TRY_STOP_DEV ─► queues flush and end ─► DEL_DEV ─► answer ─► exit
 //!          │            └─ open: Busy, live as before
 //!          └ connection lost ─► failed: I/O gets EIO until Stop
@@ -11,27 +11,27 @@
 //! dies, the kernel ends its device with errors, and `volclient serve` clears up what is left.
 
 use std::io;
+use std::net::TcpStream;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use proto::export_name::{AttachmentExportName, DescriptionError, ExportDescription};
-use proto::nbd::{ExportInfo, TransmissionFlags};
 use ublk_core::{
     ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec,
 };
 
+use super::affinity;
 use super::block_request::{self, GeometryError};
 use super::control_socket::{self, PendingRequest};
-use super::dial::{self, DialError, Dialled};
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
 use super::queue_loop::{self, QueueError, QueueEvent, QueueParts};
+use super::slots::{self, Layout, SlotError};
 use super::status_file::StatusFile;
 use crate::contract::{
-    self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState, ExportSpec,
+    self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState,
 };
 use crate::node::error::with_sources;
 use crate::node::holders::holders;
@@ -59,28 +59,9 @@ pub enum AttachmentError {
     /// The process cannot be kept apart from what is mounted on its device.
     #[error("cannot enter a mount namespace (needs root or CAP_SYS_ADMIN): {0}")]
     MountNamespace(io::Error),
-    /// The export cannot be opened.
+    /// The export cannot be opened, or not as often as was asked for.
     #[error(transparent)]
-    Dial(#[from] DialError),
-    /// Another server, or another volume, answered.
-    #[error("the server at {address} does not serve this attachment's volume: {reason}")]
-    WrongServer {
-        /// `host:port`
-        address: String,
-        /// What differs.
-        reason: String,
-    },
-    /// The server's description of the export cannot be understood.
-    #[error("the server at {address}: {source}")]
-    Description {
-        /// `host:port`
-        address: String,
-        /// What is off.
-        source: DescriptionError,
-    },
-    /// More than one connection was asked for.
-    #[error("the server does not allow several connections to one export: attach with --queues 1")]
-    NoMultiConn,
+    Slot(#[from] SlotError),
     /// The export cannot be a disk.
     #[error(transparent)]
     Geometry(#[from] GeometryError),
@@ -166,11 +147,13 @@ impl Attachment {
         listen_for_signals(&sender)?;
         let control = ControlDevice::open()?;
         let (data_path, data_path_reason) = choose_data_path(&control, &spec.data_path)?;
-        let dialled = dial_slots(spec)?;
-        let export = dialled[0].export.clone();
-        let params = block_request::device_params(&export, spec.block_size_bytes, spec.read_only)?;
+        let first = slots::dial_slot(spec, 0)?;
+        let params = block_request::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
+        let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
 
-        let device = add_device(&control, spec, &params, data_path)?;
+        let device = add_device(&control, spec, &params, data_path, layout.nr_hw_queues)?;
+        let nr_hw_queues = device.info().nr_hw_queues;
+        let nr_connections = layout.nr_connections(nr_hw_queues);
         status.update(|status| {
             status.dev_id = Some(device.dev_id());
             status.capacity_bytes = params.capacity_bytes;
@@ -178,10 +161,12 @@ impl Attachment {
             status.read_only = params.read_only;
             status.data_path = data_path.to_string();
             status.data_path_reason = data_path_reason;
-            status.server_address.clone_from(&dialled[0].address);
-            status.nr_hw_queues = device.info().nr_hw_queues;
+            status.server_address.clone_from(&first.address);
+            status.nr_hw_queues = nr_hw_queues;
+            status.nr_connections = nr_connections;
             status.queue_depth = device.info().queue_depth;
         })?;
+        let sockets = slots::dial_others(spec, first, nr_connections, nr_hw_queues)?;
         let mut attachment = Self {
             device,
             device_link: spec.device_link.clone(),
@@ -190,7 +175,7 @@ impl Attachment {
             queue_error: None,
             events,
         };
-        attachment.start_queues(dialled, &params, data_path, &sender)?;
+        attachment.start_queues(&control, sockets, &params, data_path, &sender)?;
         attachment.device.start()?;
         attachment.make_link()?;
         let on_request = move |request| drop(sender.send(Event::Control(request)));
@@ -202,25 +187,35 @@ impl Attachment {
 
     fn start_queues(
         &mut self,
-        dialled: Vec<Dialled>,
+        control: &ControlDevice,
+        sockets: Vec<Vec<TcpStream>>,
         params: &DeviceParams,
         data_path: DataPath,
         sender: &Sender<Event>,
     ) -> Result<(), AttachmentError> {
-        for (queue_id, dialled) in dialled.into_iter().enumerate() {
+        let is_pinned = sockets.len() > 1;
+        for (queue_id, mut sockets) in (0..).zip(sockets) {
+            // A single queue has the requests of every processor.
+            let cpus =
+                if is_pinned { control.get_queue_affinity(self.device.dev_id(), queue_id)? } else { vec![] };
             let parts = QueueParts {
-                queue: self.device.queue(queue_id as u16)?,
+                queue: self.device.queue(queue_id)?,
                 data_path,
                 max_io_bytes: params.max_io_bytes,
                 volatile_cache: params.volatile_cache && !params.read_only,
-                socket: dialled.socket,
+                socket: sockets.remove(0),
             };
             let sender = sender.clone();
             // The main thread ends only with the process, so nobody is left to miss an event.
             let on_event = move |event| drop(sender.send(Event::Queue(event)));
             let thread = std::thread::Builder::new()
                 .name(format!("ublk-q{queue_id}"))
-                .spawn(move || queue_loop::run(parts, &on_event))
+                .spawn(move || {
+                    if let Err(error) = affinity::pin_this_thread(&cpus) {
+                        tracing::warn!(queue_id, %error, "the queue's thread is not kept on the queue's processors");
+                    }
+                    queue_loop::run(parts, &on_event);
+                })
                 .map_err(AttachmentError::Setup)?;
             self.queues.push(thread);
             self.queues_live += 1;
@@ -441,64 +436,16 @@ fn choose_data_path(control: &ControlDevice, wanted: &str) -> Result<(DataPath, 
     Ok((best, reason))
 }
 
-/// Opens one connection for each queue, and checks that all of them lead to the right volume.
-fn dial_slots(spec: &DeviceSpec) -> Result<Vec<Dialled>, AttachmentError> {
-    let mut dialled: Vec<Dialled> = Vec::new();
-    for slot in 0..u32::from(spec.nr_hw_queues.max(1)) {
-        let next = dial::dial(&spec.addresses, &export_name(spec, slot)?)?;
-        check_identity(spec, &next)?;
-        if let Some(first) = dialled.first() {
-            if !first.export.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
-                return Err(AttachmentError::NoMultiConn);
-            }
-            if !is_same_export(&first.export, &next.export) {
-                let reason = "its connections tell different sizes or flags".into();
-                return Err(AttachmentError::WrongServer { address: next.address, reason });
-            }
-        }
-        dialled.push(next);
-    }
-    Ok(dialled)
-}
-
-fn export_name(spec: &DeviceSpec, slot: u32) -> Result<String, AttachmentError> {
-    match &spec.export {
-        ExportSpec::Nbd { export_name } => Ok(export_name.clone()),
-        ExportSpec::Attachment { session_epoch, .. } => {
-            let secret = spec.secret().ok_or(AttachmentError::Spec("secret"))?;
-            let attachment_id = spec.attachment_id;
-            Ok(AttachmentExportName { attachment_id, secret, epoch: *session_epoch, slot }.expose())
-        }
-    }
-}
-
-fn check_identity(spec: &DeviceSpec, dialled: &Dialled) -> Result<(), AttachmentError> {
-    let ExportSpec::Attachment { server_id, volume_uid, .. } = &spec.export else { return Ok(()) };
-    let address = dialled.address.clone();
-    let text = dialled.export.description.as_deref().unwrap_or_default();
-    match text.parse::<ExportDescription>() {
-        Ok(told) if told.server_id == *server_id && told.volume_uid == *volume_uid => Ok(()),
-        Ok(told) => {
-            let reason = format!("server {} volume {}", told.server_id, told.volume_uid);
-            Err(AttachmentError::WrongServer { address, reason })
-        }
-        Err(source) => Err(AttachmentError::Description { address, source }),
-    }
-}
-
-fn is_same_export(one: &ExportInfo, other: &ExportInfo) -> bool {
-    one.size_bytes == other.size_bytes && one.flags == other.flags && one.block_sizes == other.block_sizes
-}
-
 fn add_device(
     control: &ControlDevice,
     spec: &DeviceSpec,
     params: &DeviceParams,
     data_path: DataPath,
+    nr_hw_queues: u16,
 ) -> Result<Device, AttachmentError> {
     let ublk_spec = UblkSpec {
         dev_id: None,
-        nr_hw_queues: spec.nr_hw_queues.max(1),
+        nr_hw_queues,
         queue_depth: spec.queue_depth,
         max_io_buf_bytes: params.max_io_bytes,
         flags: data_path.device_flags(),

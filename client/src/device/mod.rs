@@ -1,11 +1,12 @@
 //! The device process: owns one attachment's ublk device, its queues and its sockets.
 //!
 //! Reading path: [`attachment`] (the life of the process) → [`queue_loop`] (the data path) → [`connection`] (NBD, without
-//! I/O) and [`queue_ring`] (the ring, without decisions). Beside it: [`dial`], [`block_request`], [`protections`], [`mount_namespace`],
+//! I/O) and [`queue_ring`] (the ring, without decisions). Beside it: [`slots`], [`dial`], [`affinity`], [`block_request`], [`protections`], [`mount_namespace`],
 //! [`control_socket`], [`status_file`].
 //!
 //! No gRPC and no async runtime here: plain threads, so that nothing stands between a block request and the wire.
 
+pub mod affinity;
 pub mod attachment;
 pub mod block_request;
 pub mod connection;
@@ -15,6 +16,7 @@ pub mod mount_namespace;
 pub mod protections;
 pub mod queue_loop;
 pub mod queue_ring;
+pub mod slots;
 pub mod status_file;
 
 pub use attachment::{AttachmentError, run};

@@ -45,6 +45,7 @@ impl StatusFile {
             data_path: String::new(),
             data_path_reason: String::new(),
             nr_hw_queues: spec.nr_hw_queues,
+            nr_connections: spec.nr_connections,
             queue_depth: spec.queue_depth,
             server_address: String::new(),
             session_epoch,

@@ -126,6 +126,7 @@ impl AttachmentRecord {
             state: self.state().into(),
             data_path: spec.data_path.clone(),
             nr_hw_queues: spec.nr_hw_queues.into(),
+            nr_connections: spec.nr_connections.into(),
             queue_depth: spec.queue_depth.into(),
             server_address: spec.addresses.first().cloned().unwrap_or_default(),
             pid: self.pid.map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
@@ -139,6 +140,7 @@ impl AttachmentRecord {
             attachment.data_path.clone_from(&status.data_path);
             attachment.data_path_reason.clone_from(&status.data_path_reason);
             attachment.nr_hw_queues = status.nr_hw_queues.into();
+            attachment.nr_connections = status.connections().into();
             attachment.queue_depth = status.queue_depth.into();
             attachment.server_address.clone_from(&status.server_address);
             attachment.session_epoch = status.session_epoch;
@@ -170,6 +172,7 @@ pub(crate) mod tests {
             read_only: false,
             data_path: "auto".to_owned(),
             nr_hw_queues: 1,
+            nr_connections: 1,
             queue_depth: 128,
             block_size_bytes: 4096,
             device_link: PathBuf::from("/dev/volnode").join(target),
@@ -195,6 +198,7 @@ pub(crate) mod tests {
             data_path: "mapped".to_owned(),
             data_path_reason: "asked for".to_owned(),
             nr_hw_queues: 1,
+            nr_connections: 1,
             queue_depth: 128,
             server_address: "127.0.0.1:10809".to_owned(),
             session_epoch: 3,

@@ -11,6 +11,7 @@
 //! has told. A secret goes into the spec and nowhere else.
 //! Called by: `node_service`.
 
+use std::fmt::Display;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
@@ -20,7 +21,7 @@ use proto::v1;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tonic::Code;
-use ublk_core::abi::{UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH};
+use ublk_core::abi::UBLK_MAX_QUEUE_DEPTH;
 use ublk_core::{ControlDevice, ControlError, DataPath, Features, ProbeReport};
 use uuid::Uuid;
 
@@ -32,10 +33,13 @@ use super::management_client::ManagementClient;
 use super::target::{DetachSelector, NbdUri, Target};
 use super::target_locks::TargetLocks;
 use crate::contract::{
-    AttachmentDir, CONTRACT_VERSION, ControlResponse, DeviceSpec, DeviceState, ExportSpec, now_ms, write_file,
+    AttachmentDir, CONTRACT_VERSION, ControlResponse, DeviceSpec, DeviceState, DeviceStatus, ExportSpec,
+    now_ms, write_file,
 };
 
-const NR_HW_QUEUES_DEFAULT: u16 = 1;
+/// Most connections of one attachment, and so most queues: a server that is asked for more by mistake should not have
+/// to refuse them one by one.
+const NR_CONNECTIONS_MAX: u16 = 256;
 const QUEUE_DEPTH_DEFAULT: u16 = 128;
 /// Lets the device process choose the data path.
 const DATA_PATH_AUTO: &str = "auto";
@@ -69,6 +73,7 @@ struct Wishes {
     read_only: bool,
     data_path: Option<DataPath>,
     nr_hw_queues: Option<u16>,
+    nr_connections: Option<u16>,
     queue_depth: Option<u16>,
 }
 
@@ -81,26 +86,50 @@ impl Wishes {
                 message: format!("{error}; auto chooses"),
             })?),
         };
+        let nr_hw_queues = limited("nr_hw_queues", request.nr_hw_queues, NR_CONNECTIONS_MAX)?;
+        let nr_connections = limited("nr_connections", request.nr_connections, NR_CONNECTIONS_MAX)?;
+        if let (Some(queues), Some(connections)) = (nr_hw_queues, nr_connections)
+            && connections < queues
+        {
+            return Err(NodeError::InvalidField {
+                field: "nr_connections",
+                message: format!(
+                    "{connections} are too few for {queues} queues: ask for at least {queues} connections, or fewer queues"
+                ),
+            });
+        }
         Ok(Self {
             read_only: request.read_only,
             data_path,
-            nr_hw_queues: limited("nr_hw_queues", request.nr_hw_queues, UBLK_MAX_NR_QUEUES)?,
+            nr_hw_queues,
+            nr_connections,
             queue_depth: limited("queue_depth", request.queue_depth, UBLK_MAX_QUEUE_DEPTH)?,
         })
     }
 
-    /// In what an attachment is otherwise than wished, for people.
-    fn differences(&self, spec: &DeviceSpec, data_path_in_use: &str) -> Vec<String> {
+    /// In what an attachment is otherwise than wished, for people. What was asked for and could not be had in full, such
+    /// as more queues than there are processors, may be asked for again.
+    fn differences(&self, spec: &DeviceSpec, in_use: &DeviceStatus) -> Vec<String> {
         let mut differences = Vec::new();
-        let mut compare = |name: &str, is: &dyn ToString, wished: Option<&dyn ToString>| {
-            if let Some(wished) = wished.filter(|wished| wished.to_string() != is.to_string()) {
-                differences.push(format!("{name} {} instead of {}", is.to_string(), wished.to_string()));
-            }
+        let mut differ = |name: &str, is: &dyn Display, wished: &dyn Display| {
+            differences.push(format!("{name} {is} instead of {wished}"));
         };
-        compare("read_only", &spec.read_only, Some(&self.read_only));
-        compare("data_path", &data_path_in_use, self.data_path.as_ref().map(|path| path as &dyn ToString));
-        compare("nr_hw_queues", &spec.nr_hw_queues, self.nr_hw_queues.as_ref().map(|n| n as &dyn ToString));
-        compare("queue_depth", &spec.queue_depth, self.queue_depth.as_ref().map(|n| n as &dyn ToString));
+        if spec.read_only != self.read_only {
+            differ("read_only", &spec.read_only, &self.read_only);
+        }
+        if let Some(wished) = self.data_path.filter(|path| path.as_str() != in_use.data_path) {
+            differ("data_path", &in_use.data_path, &wished);
+        }
+        let numbers = [
+            ("nr_hw_queues", in_use.nr_hw_queues, spec.nr_hw_queues, self.nr_hw_queues),
+            ("nr_connections", in_use.connections(), spec.nr_connections, self.nr_connections),
+            ("queue_depth", in_use.queue_depth, spec.queue_depth, self.queue_depth),
+        ];
+        for (name, is, asked, wished) in numbers {
+            if let Some(wished) = wished.filter(|wished| ![is, asked].contains(wished)) {
+                differ(name, &is, &wished);
+            }
+        }
         differences
     }
 }
@@ -215,7 +244,7 @@ impl Supervisor {
             Started::Live(status) => status,
             Started::Failed(why) => return Err(NodeError::StartFailed { target: target.clone(), why }),
         };
-        let differences = wishes.differences(&record.spec, &status.data_path);
+        let differences = wishes.differences(&record.spec, &status);
         if !differences.is_empty() {
             return Err(NodeError::AttachedDifferently { target: target.clone(), differences });
         }
@@ -274,7 +303,8 @@ impl Supervisor {
             export,
             read_only: wishes.read_only,
             data_path: wishes.data_path.map_or(DATA_PATH_AUTO, DataPath::as_str).to_owned(),
-            nr_hw_queues: wishes.nr_hw_queues.unwrap_or(NR_HW_QUEUES_DEFAULT),
+            nr_hw_queues: wishes.nr_hw_queues.unwrap_or(0),
+            nr_connections: wishes.nr_connections.unwrap_or(0),
             queue_depth: wishes.queue_depth.unwrap_or(QUEUE_DEPTH_DEFAULT),
             block_size_bytes: 0,
             device_link: self.config.device_dir.join(target.link_name(attachment_id)),
@@ -517,44 +547,66 @@ fn remove_folder(dir: &AttachmentDir) -> Result<(), NodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::attachment_record::tests::spec;
+    use crate::node::attachment_record::tests::{spec, status};
 
     fn request() -> v1::AttachRequest {
         v1::AttachRequest { target: "vol-1".to_owned(), ..Default::default() }
     }
 
+    /// An attachment that was asked for 4 queues and got 2, with a connection each, over `mapped`.
+    fn attached() -> (DeviceSpec, DeviceStatus) {
+        let mut spec = spec(Uuid::from_u128(7), "vol-1");
+        (spec.nr_hw_queues, spec.nr_connections) = (4, 0);
+        let mut status = status(&spec, DeviceState::Live, "boot");
+        (status.nr_hw_queues, status.nr_connections) = (2, 2);
+        (spec, status)
+    }
+
     #[test]
     fn what_is_not_asked_for_differs_from_nothing() {
-        let spec = spec(Uuid::from_u128(7), "vol-1");
+        let (spec, status) = attached();
         let wishes = Wishes::of(&v1::AttachRequest { data_path: "auto".into(), ..request() }).unwrap();
-        assert!(wishes.differences(&spec, "fused").is_empty());
+        assert!(wishes.differences(&spec, &status).is_empty());
+    }
+
+    #[test]
+    fn what_was_asked_for_and_what_was_had_may_be_asked_for_again() {
+        let (spec, status) = attached();
+        for nr_hw_queues in [2, 4] {
+            let wishes = Wishes::of(&v1::AttachRequest { nr_hw_queues, ..request() }).unwrap();
+            assert!(wishes.differences(&spec, &status).is_empty(), "{nr_hw_queues}");
+        }
     }
 
     #[test]
     fn every_difference_is_told() {
-        let spec = spec(Uuid::from_u128(7), "vol-1");
+        let (spec, status) = attached();
         let asked = v1::AttachRequest {
             data_path: "fused".into(),
             read_only: true,
-            nr_hw_queues: 2,
+            nr_hw_queues: 3,
+            nr_connections: 6,
             queue_depth: 64,
             ..request()
         };
-        let differences = Wishes::of(&asked).unwrap().differences(&spec, "mapped");
+        let differences = Wishes::of(&asked).unwrap().differences(&spec, &status);
         let expected = [
             "read_only false instead of true",
             "data_path mapped instead of fused",
-            "nr_hw_queues 1 instead of 2",
+            "nr_hw_queues 2 instead of 3",
+            "nr_connections 2 instead of 6",
             "queue_depth 128 instead of 64",
         ];
         assert_eq!(differences, expected);
     }
 
     #[test]
-    fn what_the_driver_does_not_take_is_refused() {
+    fn what_cannot_be_is_refused() {
         for bad in [
             v1::AttachRequest { data_path: "fast".into(), ..request() },
-            v1::AttachRequest { nr_hw_queues: 4097, ..request() },
+            v1::AttachRequest { nr_hw_queues: 257, ..request() },
+            v1::AttachRequest { nr_connections: 257, ..request() },
+            v1::AttachRequest { nr_hw_queues: 4, nr_connections: 3, ..request() },
             v1::AttachRequest { queue_depth: 70_000, ..request() },
         ] {
             assert!(matches!(Wishes::of(&bad), Err(NodeError::InvalidField { .. })), "{bad:?}");

@@ -25,6 +25,7 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
         data_path: args.data_path.as_str().to_owned(),
         read_only: args.read_only,
         nr_hw_queues: args.queues.unwrap_or_default(),
+        nr_connections: args.connections.unwrap_or_default(),
         queue_depth: args.queue_depth.unwrap_or_default(),
         force: args.force,
     };
@@ -59,11 +60,28 @@ pub(crate) async fn list(socket: &Path) -> Result<Report, Failure> {
             human_size(attachment.capacity_bytes),
             if attachment.read_only { "ro" } else { "rw" }.to_owned(),
             or_dash(&attachment.data_path),
+            attachment.nr_hw_queues.to_string(),
+            attachment.nr_connections.to_string(),
+            attachment.queue_depth.to_string(),
             or_dash(&attachment.server_address),
             state,
         ]
     });
-    let text = table(["TARGET", "DEVICE", "SIZE", "MODE", "DATA-PATH", "SERVER", "STATE"], rows);
+    let text = table(
+        [
+            "TARGET",
+            "DEVICE",
+            "SIZE",
+            "MODE",
+            "DATA-PATH",
+            "QUEUES",
+            "CONNECTIONS",
+            "DEPTH",
+            "SERVER",
+            "STATE",
+        ],
+        rows,
+    );
     Ok(Report::new(text, attachments.iter().map(node_attachment_json).collect()))
 }
 

@@ -118,11 +118,25 @@ pub(crate) struct AttachArgs {
     /// Attach without the right to write
     #[arg(long)]
     pub(crate) read_only: bool,
-    /// Hardware queues, each with a connection of its own [default: 1]
+    /// Hardware queues [default: one for each CPU, up to 4]
+    ///
+    /// Each has a thread, which stays on the CPUs whose requests the queue gets. The default is 1 where the server does
+    /// not allow several connections to one export; asking for more is an error there. More than there are CPUs is as many
+    /// as there are. Four queues are beyond what one connection to a server carries; more cost an idle disk memory for
+    /// nothing.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) queues: Option<u32>,
+    /// TCP connections of the whole attachment, at least one for each queue [default: as many as queues]
+    ///
+    /// Queue i has connections i, i+N, i+2N and so on of N queues: a multiple of N gives each the same number. More than
+    /// one for a queue helps where a single TCP connection is slower than the network; it costs instructions.
+    #[arg(long, value_name = "M", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) connections: Option<u32>,
     /// Requests in flight on each queue [default: 128]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ///
+    /// More wait in the block layer. A data path that copies keeps a buffer of up to 1 MiB for each that was ever in
+    /// flight; fused keeps none.
+    #[arg(long, value_name = "D", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) queue_depth: Option<u32>,
     /// Take the volume from the node that holds it; that node's I/O fails from then on
     #[arg(long)]

@@ -100,6 +100,7 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "data_path": attachment.data_path,
         "data_path_reason": attachment.data_path_reason,
         "nr_hw_queues": attachment.nr_hw_queues,
+        "nr_connections": attachment.nr_connections,
         "queue_depth": attachment.queue_depth,
         "server_address": attachment.server_address,
         "pid": attachment.pid,

@@ -1,0 +1,225 @@
+//! The connections of an attachment: how many there are, that all of them lead to the right volume, and which queue
+//! serves which.
+//!
+//! Called by `attachment.rs` before the queue threads start; `dial.rs` opens each connection. Slot `i` of the attachment's
+//! export is connection `i`, served by queue `i % nr_hw_queues`, so that every queue has nearly as many as the others.
+//! Invariant: there is more than one connection only where the server says that a FLUSH on any of them covers all
+//! (`NBD_FLAG_CAN_MULTI_CONN`; NBD `doc/proto.md`).
+
+use std::net::TcpStream;
+
+use proto::export_name::{AttachmentExportName, DescriptionError, ExportDescription};
+use proto::nbd::{ExportInfo, TransmissionFlags};
+
+use super::dial::{self, DialError, Dialled};
+use crate::contract::{DeviceSpec, ExportSpec};
+
+/// Most queues that are made unasked: at some hundred thousand requests per second and queue, more wait for the network,
+/// not for a processor, and each costs the idle attachment a thread, a ring and a connection.
+pub const NR_HW_QUEUES_DEFAULT_MAX: u16 = 4;
+
+/// Why the connections could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SlotError {
+    /// One of them cannot be opened.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// The spec's secret is not one.
+    #[error("the device spec has an invalid secret")]
+    Secret,
+    /// A queue would have none.
+    #[error("{nr_connections} connections are too few for {nr_hw_queues} queues: each needs at least one")]
+    TooFewConnections {
+        /// Asked for.
+        nr_hw_queues: u16,
+        /// Asked for.
+        nr_connections: u16,
+    },
+    /// More than one connection was asked for.
+    #[error(
+        "the server does not allow several connections to one export: attach with one queue and one connection"
+    )]
+    NoMultiConn,
+    /// Another server, or another volume, answered.
+    #[error("the server at {address} does not serve this attachment's volume: {reason}")]
+    WrongServer {
+        /// `host:port`
+        address: String,
+        /// What differs.
+        reason: String,
+    },
+    /// The server's description of the export cannot be understood.
+    #[error("the server at {address}: {source}")]
+    Description {
+        /// `host:port`
+        address: String,
+        /// What is off.
+        source: DescriptionError,
+    },
+}
+
+/// How many queues and connections an attachment gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layout {
+    /// Hardware queues to ask the driver for, which may give fewer.
+    pub nr_hw_queues: u16,
+    /// Connections; `None`: as many as there are queues.
+    nr_connections: Option<u16>,
+}
+
+impl Layout {
+    /// What the spec asks for; where it leaves the choice, a queue for each of `nr_cpus`, up to
+    /// [`NR_HW_QUEUES_DEFAULT_MAX`], with a connection each, or one of each where the server allows no more.
+    ///
+    /// # Errors
+    /// [`SlotError::TooFewConnections`], [`SlotError::NoMultiConn`]: it asks for what cannot be.
+    pub fn choose(spec: &DeviceSpec, flags: TransmissionFlags, nr_cpus: u16) -> Result<Self, SlotError> {
+        let default_queues = nr_cpus.clamp(1, NR_HW_QUEUES_DEFAULT_MAX);
+        let can_multi_conn = flags.contains(TransmissionFlags::CAN_MULTI_CONN);
+        let layout = match (spec.nr_hw_queues, spec.nr_connections) {
+            (0, 0) if !can_multi_conn => Self { nr_hw_queues: 1, nr_connections: None },
+            (0, 0) => Self { nr_hw_queues: default_queues, nr_connections: None },
+            (0, connections) => {
+                // Every queue gets the same number.
+                let divides = |queues: &u16| connections.is_multiple_of(*queues);
+                let nr_hw_queues = (1..=default_queues.min(connections)).rev().find(divides).unwrap_or(1);
+                Self { nr_hw_queues, nr_connections: Some(connections) }
+            }
+            (nr_hw_queues, 0) => Self { nr_hw_queues, nr_connections: None },
+            (nr_hw_queues, nr_connections) if nr_connections < nr_hw_queues => {
+                return Err(SlotError::TooFewConnections { nr_hw_queues, nr_connections });
+            }
+            (nr_hw_queues, connections) => Self { nr_hw_queues, nr_connections: Some(connections) },
+        };
+        let wants_several = layout.nr_hw_queues > 1 || layout.nr_connections > Some(1);
+        if wants_several && !can_multi_conn {
+            return Err(SlotError::NoMultiConn);
+        }
+        Ok(layout)
+    }
+
+    /// Connections of a device that the driver gave so many queues.
+    pub fn nr_connections(&self, nr_hw_queues: u16) -> u16 {
+        self.nr_connections.unwrap_or(nr_hw_queues)
+    }
+}
+
+/// Opens a slot of the attachment's export.
+///
+/// # Errors
+/// [`SlotError`]: it cannot be opened, or is not the attachment's volume.
+pub fn dial_slot(spec: &DeviceSpec, slot: u16) -> Result<Dialled, SlotError> {
+    let dialled = dial::dial(&spec.addresses, &export_name(spec, slot)?)?;
+    check_identity(spec, &dialled)?;
+    Ok(dialled)
+}
+
+/// Opens the slots after the first and deals all of them out: the sockets of each queue, by queue.
+///
+/// # Errors
+/// [`SlotError`]: one cannot be opened, or tells another size or other flags than the first.
+pub fn dial_others(
+    spec: &DeviceSpec,
+    first: Dialled,
+    nr_connections: u16,
+    nr_hw_queues: u16,
+) -> Result<Vec<Vec<TcpStream>>, SlotError> {
+    let mut others = Vec::new();
+    for slot in 1..nr_connections {
+        let next = dial_slot(spec, slot)?;
+        if !is_same_export(&first.export, &next.export) {
+            let reason = "its connections tell different sizes or flags".into();
+            return Err(SlotError::WrongServer { address: next.address, reason });
+        }
+        others.push(next.socket);
+    }
+    let mut by_queue: Vec<Vec<TcpStream>> = (0..nr_hw_queues).map(|_| Vec::new()).collect();
+    for (slot, socket) in std::iter::once(first.socket).chain(others).enumerate() {
+        by_queue[slot % usize::from(nr_hw_queues)].push(socket);
+    }
+    Ok(by_queue)
+}
+
+fn export_name(spec: &DeviceSpec, slot: u16) -> Result<String, SlotError> {
+    match &spec.export {
+        ExportSpec::Nbd { export_name } => Ok(export_name.clone()),
+        ExportSpec::Attachment { session_epoch, .. } => {
+            let secret = spec.secret().ok_or(SlotError::Secret)?;
+            let attachment_id = spec.attachment_id;
+            let name =
+                AttachmentExportName { attachment_id, secret, epoch: *session_epoch, slot: slot.into() };
+            Ok(name.expose())
+        }
+    }
+}
+
+fn check_identity(spec: &DeviceSpec, dialled: &Dialled) -> Result<(), SlotError> {
+    let ExportSpec::Attachment { server_id, volume_uid, .. } = &spec.export else { return Ok(()) };
+    let address = dialled.address.clone();
+    let text = dialled.export.description.as_deref().unwrap_or_default();
+    match text.parse::<ExportDescription>() {
+        Ok(told) if told.server_id == *server_id && told.volume_uid == *volume_uid => Ok(()),
+        Ok(told) => {
+            let reason = format!("server {} volume {}", told.server_id, told.volume_uid);
+            Err(SlotError::WrongServer { address, reason })
+        }
+        Err(source) => Err(SlotError::Description { address, source }),
+    }
+}
+
+fn is_same_export(one: &ExportInfo, other: &ExportInfo) -> bool {
+    one.size_bytes == other.size_bytes && one.flags == other.flags && one.block_sizes == other.block_sizes
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::node::attachment_record::tests::spec;
+
+    const SEVERAL: TransmissionFlags = TransmissionFlags::CAN_MULTI_CONN;
+    const ONE: TransmissionFlags = TransmissionFlags::HAS_FLAGS;
+
+    fn choose(queues: u16, connections: u16, flags: TransmissionFlags) -> Result<(u16, u16), SlotError> {
+        let mut spec = spec(Uuid::from_u128(7), "vol-1");
+        (spec.nr_hw_queues, spec.nr_connections) = (queues, connections);
+        Layout::choose(&spec, flags, 16).map(|l| (l.nr_hw_queues, l.nr_connections(l.nr_hw_queues)))
+    }
+
+    #[test]
+    fn what_is_asked_for_is_had() {
+        for (asked, had) in [((1, 1), (1, 1)), ((2, 4), (2, 4)), ((3, 0), (3, 3)), ((2, 3), (2, 3))] {
+            assert_eq!(choose(asked.0, asked.1, SEVERAL).unwrap(), had);
+        }
+        assert!(matches!(choose(4, 2, SEVERAL), Err(SlotError::TooFewConnections { .. })));
+    }
+
+    #[test]
+    fn a_default_follows_the_processors_the_connections_and_the_server() {
+        assert_eq!(choose(0, 0, SEVERAL).unwrap(), (4, 4));
+        assert_eq!(choose(0, 6, SEVERAL).unwrap(), (3, 6));
+        assert_eq!(choose(0, 1, SEVERAL).unwrap(), (1, 1));
+        let mut alone = spec(Uuid::from_u128(7), "vol-1");
+        (alone.nr_hw_queues, alone.nr_connections) = (0, 0);
+        assert_eq!(Layout::choose(&alone, SEVERAL, 1).unwrap().nr_hw_queues, 1);
+        assert_eq!(choose(0, 0, ONE).unwrap(), (1, 1));
+    }
+
+    #[test]
+    fn several_connections_are_refused_where_the_server_allows_one() {
+        assert_eq!(choose(1, 1, ONE).unwrap(), (1, 1));
+        for (queues, connections) in [(2, 0), (0, 2), (1, 2), (2, 2)] {
+            assert!(matches!(choose(queues, connections, ONE), Err(SlotError::NoMultiConn)));
+        }
+    }
+
+    #[test]
+    fn a_driver_that_gives_fewer_queues_gets_fewer_connections_unless_they_were_asked_for() {
+        let mut spec = spec(Uuid::from_u128(7), "vol-1");
+        (spec.nr_hw_queues, spec.nr_connections) = (8, 0);
+        assert_eq!(Layout::choose(&spec, SEVERAL, 2).unwrap().nr_connections(2), 2);
+        spec.nr_connections = 8;
+        assert_eq!(Layout::choose(&spec, SEVERAL, 2).unwrap().nr_connections(2), 8);
+    }
+}
