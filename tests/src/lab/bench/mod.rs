@@ -1,0 +1,108 @@
+//! `cargo lab bench`: wall clock, latency and CPU time of our devices and of the peers', as tables and plots.
+//!
+//! Builds the product as it is shipped, boots the machine with two processors, lets `bench_guest` measure there, prints the
+//! tables and, if told to, puts them between their markers in `docs/performance.md`, the plots and every median beside it.
+//! Called by `commands`. A run that is missing is an error, never a gap: no number is kept from an earlier run. `--quick` is
+//! the same in small, with the lab's own build, to see that everything works.
+
+mod plot;
+mod summary;
+mod table;
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use testlab::kernel_series::KernelSeries;
+
+use super::guest_command::GuestCommand;
+use super::vm::{self, Processors};
+use super::workspace::Workspace;
+use super::{kernels, measurement, packages, workspace};
+use crate::bench_guest::{Operation, Plan, SAMPLE_PREFIX, SUBJECTS, Sample};
+use summary::Row;
+
+/// The profile whose programs are measured: optimised, no assertions.
+const PROFILE: &str = "release";
+
+/// From QEMU's start to its end; a full run takes half of it on two cores that nobody else uses.
+const RUN_DEADLINE: Duration = Duration::from_secs(40 * 60);
+
+/// Where the results are kept, from the workspace's root.
+const DOCUMENT: &str = "docs/performance.md";
+const BEGIN: &str = "<!-- begin: cargo lab bench --write -->\n";
+const END: &str = "<!-- end: cargo lab bench --write -->\n";
+const MEDIANS: &str = "docs/bench.csv";
+const PLOTS: [(Operation, &str); 2] =
+    [(Operation::Read, "docs/bench-read-4k.svg"), (Operation::Write, "docs/bench-write-4k.svg")];
+
+/// Measures and prints the tables; with `write`, also updates the documentation.
+///
+/// # Errors
+/// The product does not build, the machine fails, or a run of fio is missing.
+pub(crate) fn run(workspace: &Workspace, quick: bool, write: bool) -> Result<()> {
+    // Asked first: the file may be built anew while the product is being built.
+    let this_program = std::env::current_exe().context("the lab's own program")?;
+    packages::ensure_installed(workspace)?;
+    let kernel = kernels::ensure_cached(workspace, KernelSeries::V7)?;
+    let profile = if quick { workspace::PROFILE } else { PROFILE };
+    measurement::build_product(workspace, profile)?;
+    let programs = workspace.target.join(profile);
+    let words = [&this_program, Path::new("guest-bench"), &programs];
+    let mut words = words.map(|word| word.display().to_string()).to_vec();
+    words.extend(quick.then(|| "--quick".to_owned()));
+    let command = GuestCommand::new(workspace, words)?.in_directory(&workspace.root);
+    let mut collector = measurement::Collector::default();
+    let ended = vm::run(workspace, &kernel, &command, Processors::Two, RUN_DEADLINE, &mut collector);
+    let stdout = String::from_utf8_lossy(&collector.stdout).into_owned();
+    let ended = ended.with_context(|| format!("the guest had printed:\n{stdout}"))?;
+    ensure!(ended.exit_code == 0, "measuring failed (exit code {})\n{stdout}", ended.exit_code);
+    let plan = Plan::new(quick);
+    let rows = summary::rows(&samples(&stdout)?, &plan)?;
+    let machine = measurement::machine_line(&kernel.release)?;
+    let text = format!("{machine}\n{}\n{}", table::tables(&rows, &plan), table::verdict(&rows));
+    println!("{text}");
+    if write { keep(workspace, &rows, &text) } else { Ok(()) }
+}
+
+fn samples(stdout: &str) -> Result<Vec<Sample>> {
+    let lines = stdout.lines().filter_map(|line| line.strip_prefix(SAMPLE_PREFIX));
+    let samples: Vec<Sample> =
+        lines.map(serde_json::from_str).collect::<Result<_, _>>().context("a sample")?;
+    ensure!(samples.iter().all(|sample| sample.subject < SUBJECTS.len()), "a sample of an unknown subject");
+    Ok(samples)
+}
+
+/// Puts everything into the documentation; nothing is written before all of it is made.
+fn keep(workspace: &Workspace, rows: &[Row], text: &str) -> Result<()> {
+    let path = workspace.root.join(DOCUMENT);
+    let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let mut files = vec![
+        (DOCUMENT, measurement::replaced(&document, BEGIN, END, text)?),
+        (MEDIANS, table::comma_separated(rows)),
+    ];
+    for (operation, name) in PLOTS {
+        files.push((name, plot::latency_against_throughput(rows, operation)?));
+    }
+    for (name, contents) in files {
+        fs::write(workspace.root.join(name), contents).with_context(|| name.to_owned())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_found_among_what_daemons_say() {
+        let line = r#"{"subject":0,"cell":{"operation":"read","block_kib":4,"load":16},"ios":9,"iops":9.5,
+            "mib_per_s":0.5,"latency_us":[1.0,2.0,3.0],"cpu":{"client":1.0,"server":2.0,"submitter":3.0,"total":7.0}}"#;
+        let line = line.replace('\n', " ");
+        let samples = samples(&format!("--- log of volserver\n{SAMPLE_PREFIX}{line}\nend\n")).unwrap();
+        assert_eq!((samples.len(), samples[0].cell.heading().as_str()), (1, "R 4k/16"));
+        assert!(super::samples(&format!("{SAMPLE_PREFIX}{}", line.replace(":0,", ":99,"))).is_err());
+        assert!(super::samples(&format!("{SAMPLE_PREFIX}{{}}")).is_err());
+    }
+}

@@ -1,0 +1,86 @@
+//! What every measurement in the VM needs on this side: the product's programs, the guest's output, the document.
+//!
+//! Called by `bench`. Knows nothing of what is measured.
+
+use std::io::{Write as _, stderr};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::tool;
+use super::vm::{Follower, Stream};
+use super::workspace::Workspace;
+
+/// The product from nothing with link-time optimisation, on two slow cores that others use, too.
+const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
+
+/// `--version` of a program that works takes no time at all.
+const VERSION_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Keeps what the guest prints, shows its progress.
+#[derive(Default)]
+pub(crate) struct Collector {
+    /// All of it so far.
+    pub(crate) stdout: Vec<u8>,
+}
+
+impl Follower for Collector {
+    fn output(&mut self, stream: Stream, bytes: &[u8]) -> Result<()> {
+        match stream {
+            Stream::Stdout => self.stdout.extend(bytes),
+            Stream::Stderr => stderr().write_all(bytes).context("passing on the progress")?,
+        }
+        Ok(())
+    }
+}
+
+/// Builds the programs that are measured.
+///
+/// # Errors
+/// They do not build, or not in time.
+pub(crate) fn build_product(workspace: &Workspace, profile: &str) -> Result<()> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["build", "--quiet", "--profile", profile, "--package", "server", "--package", "client"]);
+    let mut child = cargo.arg("--bins").stdin(Stdio::null()).spawn().context("cannot run cargo")?;
+    let status = tool::wait(&mut child, BUILD_DEADLINE).context("cargo build")?;
+    ensure!(status.success(), "the product does not build");
+    Ok(())
+}
+
+/// One line that says on what the numbers were made; `release` is the guest kernel's.
+///
+/// # Errors
+/// A tool does not say its version.
+pub(crate) fn machine_line(release: &str) -> Result<String> {
+    let version = |program: &str| -> Result<String> {
+        let text = tool::output(tool::command(program).arg("--version"), VERSION_DEADLINE)?;
+        Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or_default().trim().to_owned())
+    };
+    let (fio, nbdkit, qemu) = (version("fio")?, version("nbdkit")?, version("qemu-system-x86_64")?);
+    Ok(format!("Linux {release}, {fio}, {nbdkit}, {qemu}; volnode {}.\n", env!("CARGO_PKG_VERSION")))
+}
+
+/// The document with `text` between its markers.
+///
+/// # Errors
+/// It lacks one of them.
+pub(crate) fn replaced(document: &str, begin: &str, end: &str, text: &str) -> Result<String> {
+    let (before, rest) = document.split_once(begin).context("the document lacks the marker of the begin")?;
+    let (_, after) = rest.split_once(end).context("the document lacks the marker of the end")?;
+    Ok(format!("{before}{begin}\n{text}\n{end}{after}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_between_the_markers_is_replaced() {
+        let (begin, end) = ("<!-- begin: x -->\n", "<!-- end: x -->\n");
+        let document = format!("above\n{begin}old\n{end}below\n");
+        let once = replaced(&document, begin, end, "new").unwrap();
+        assert_eq!(once, format!("above\n{begin}\nnew\n{end}below\n"));
+        assert!(replaced("no markers\n", begin, end, "new").is_err());
+    }
+}

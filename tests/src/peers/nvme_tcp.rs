@@ -1,0 +1,148 @@
+//! The kernel's NVMe over TCP: its target (`nvmet-tcp.ko`) on RAM disks (`brd.ko`) and its client (`nvme-tcp.ko`).
+//!
+//! Called by `bench_guest`. Needs neither nvme-cli nor nvmetcli: the target is configured through configfs, the client
+//! by one line written to `/dev/nvme-fabrics`. Each namespace has a subsystem of its own, or the client would take them
+//! for paths to one. Everything is taken down when dropped, the client's device before its target.
+//! Source: Linux 7.3 `Documentation/nvme/`, `drivers/nvme/target/configfs.c`, `drivers/nvme/host/fabrics.c`.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use testlab::shell::{run, wait_for};
+
+const CONFIGFS: &str = "/sys/kernel/config";
+
+/// The port's number in configfs.
+const PORT: &str = "ports/1";
+
+/// The port IANA gave to NVMe over TCP.
+const SERVICE: &str = "4420";
+
+/// The client finds its namespace at once; a guest is slow.
+const NAMESPACE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A target that serves RAM disks on loopback, one for each subsystem.
+pub(crate) struct NvmeTcpTarget {
+    subsystems: Vec<String>,
+}
+
+impl NvmeTcpTarget {
+    /// Serves one RAM disk of `size_mib` for each of `subsystems` (their NVMe qualified names).
+    ///
+    /// # Errors
+    /// A driver cannot be loaded, or refuses the configuration.
+    pub(crate) fn start(subsystems: &[&str], size_mib: u64) -> Result<Self> {
+        let (disks, size_kib) =
+            (format!("rd_nr={}", subsystems.len()), format!("rd_size={}", size_mib << 10));
+        run("modprobe", &["brd", &disks, &size_kib])?;
+        run("modprobe", &["nvmet-tcp"])?;
+        if !nvmet().exists() {
+            run("mount", &["-t", "configfs", "config", CONFIGFS])?;
+        }
+        let port = nvmet().join(PORT);
+        create(&port)?;
+        let address = [("trtype", "tcp"), ("adrfam", "ipv4"), ("traddr", "127.0.0.1"), ("trsvcid", SERVICE)];
+        for (name, value) in address {
+            write(&port.join(format!("addr_{name}")), value)?;
+        }
+        let mut target = Self { subsystems: Vec::new() };
+        for (index, &name) in subsystems.iter().enumerate() {
+            let subsystem = nvmet().join("subsystems").join(name);
+            create(&subsystem)?;
+            target.subsystems.push(name.to_owned());
+            write(&subsystem.join("attr_allow_any_host"), "1")?;
+            let namespace = subsystem.join("namespaces/1");
+            create(&namespace)?;
+            write(&namespace.join("device_path"), &format!("/dev/ram{index}"))?;
+            write(&namespace.join("enable"), "1")?;
+            let link = port.join("subsystems").join(name);
+            std::os::unix::fs::symlink(&subsystem, &link).with_context(|| link.display().to_string())?;
+        }
+        Ok(target)
+    }
+
+    fn take_down(&self) -> Result<()> {
+        for name in &self.subsystems {
+            let subsystem = nvmet().join("subsystems").join(name);
+            let link = nvmet().join(PORT).join("subsystems").join(name);
+            if link.exists() {
+                fs::remove_file(&link).with_context(|| link.display().to_string())?;
+            }
+            for directory in [subsystem.join("namespaces/1"), subsystem] {
+                fs::remove_dir(&directory).with_context(|| directory.display().to_string())?;
+            }
+        }
+        fs::remove_dir(nvmet().join(PORT)).context("removing the target's port")
+    }
+}
+
+impl Drop for NvmeTcpTarget {
+    fn drop(&mut self) {
+        if let Err(error) = self.take_down() {
+            eprintln!("taking down the NVMe target: {error:#}");
+        }
+    }
+}
+
+/// A controller connected to a target of this machine, and its one namespace.
+pub(crate) struct NvmeTcp {
+    controller: String,
+    device: PathBuf,
+}
+
+impl NvmeTcp {
+    /// Connects to a subsystem with that many I/O queues, each a TCP connection.
+    ///
+    /// # Errors
+    /// The driver cannot be loaded, or the target refuses; the reason is in the kernel's log.
+    pub(crate) fn connect(subsystem: &str, io_queues: u32) -> Result<Self> {
+        // Without multipathing a namespace is called after its controller, and an I/O takes no detour.
+        run("modprobe", &["nvme_core", "multipath=N"])?;
+        run("modprobe", &["nvme-tcp"])?;
+        let options = format!(
+            "transport=tcp,traddr=127.0.0.1,trsvcid={SERVICE},nqn={subsystem},nr_io_queues={io_queues}"
+        );
+        let mut fabrics = File::options().read(true).write(true).open("/dev/nvme-fabrics")?;
+        fabrics.write_all(options.as_bytes()).with_context(|| format!("connecting with {options}"))?;
+        let mut answer = [0; 128];
+        let length = fabrics.read(&mut answer).context("the answer of /dev/nvme-fabrics")?;
+        let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+        let instance = answer.split([',', '\n']).find_map(|part| part.strip_prefix("instance="));
+        let controller = format!("nvme{}", instance.with_context(|| answer.clone())?);
+        let device = PathBuf::from(format!("/dev/{controller}n1"));
+        let connected = Self { controller, device };
+        wait_for("the NVMe namespace", NAMESPACE_DEADLINE, || Ok(connected.device.exists().then_some(())))?;
+        let queues = fs::read_dir(format!("/sys/block/{}n1/mq", connected.controller))?.count();
+        ensure!(queues == io_queues as usize, "{queues} I/O queues instead of {io_queues}");
+        Ok(connected)
+    }
+
+    /// The block device.
+    pub(crate) fn device(&self) -> &Path {
+        &self.device
+    }
+}
+
+impl Drop for NvmeTcp {
+    fn drop(&mut self) {
+        let file = format!("/sys/class/nvme/{}/delete_controller", self.controller);
+        if let Err(error) = fs::write(&file, "1") {
+            eprintln!("{file}: {error}");
+        }
+    }
+}
+
+fn nvmet() -> PathBuf {
+    Path::new(CONFIGFS).join("nvmet")
+}
+
+fn create(directory: &Path) -> Result<()> {
+    fs::create_dir(directory).with_context(|| format!("creating {}", directory.display()))
+}
+
+fn write(file: &Path, value: &str) -> Result<()> {
+    fs::write(file, value).with_context(|| format!("writing {value} to {}", file.display()))
+}
