@@ -1,8 +1,9 @@
 //! Serves a ublk disk with nothing but this crate, to try a kernel or to measure the block layer alone.
 //!
 //! Owns: the command line. Never: part of the product.
-//! Called by: a person: `null [null|ram] [fused|mapped] [MiB]`; prints the disk's path, serves until standard input
-//! ends, then deletes it. On `null` every request succeeds and nothing is kept: reads give stale memory.
+//! Called by: a person: `null [null|ram] [fused|fixed-rw|registered|user-copy|mapped] [MiB]`; prints the disk's path,
+//! serves until standard input ends, then deletes it. On `null` every request succeeds and nothing is kept: reads give
+//! stale memory.
 
 #[path = "../tests/ram_disk/mod.rs"]
 #[allow(dead_code)] // The tests use more of it.

@@ -1,10 +1,11 @@
 //! Data buffers of a queue whose requests are copied: one for each tag.
 //!
 //! Owns: `queue_depth` page-aligned buffers in one map. Never: decides who uses a buffer when; the tag's state does.
-//! Called by: the client's queue loop on the `mapped` data path.
+//! Called by: the client's queue loop on the `mapped` and `user-copy` data paths.
 //! Invariants: a tag's buffer has one address for the life of the queue and holds the largest request; it must
 //! outlive every operation that names its address, so drop it after the ring.
 
+use std::fs::File;
 use std::io;
 
 use crate::mapping::{Mapping, round_up_to_pages};
@@ -45,6 +46,24 @@ impl UserBuffers {
     pub fn copy_out(&self, tag: u16, at_bytes: usize, data: &mut [u8]) {
         let offset_bytes = self.offset_bytes(tag, at_bytes, data.len());
         self.mapping.copy_out(offset_bytes, data);
+    }
+
+    /// Fills the start of the tag's buffer from `file`. Errors: pread's; `UnexpectedEof`.
+    pub(crate) fn read_from(
+        &mut self,
+        tag: u16,
+        len_bytes: u32,
+        file: &File,
+        from_bytes: u64,
+    ) -> io::Result<()> {
+        let offset_bytes = self.offset_bytes(tag, 0, len_bytes as usize);
+        self.mapping.read_from(offset_bytes, len_bytes as usize, file, from_bytes)
+    }
+
+    /// Writes the start of the tag's buffer to `file`. Errors: pwrite's; `UnexpectedEof`.
+    pub(crate) fn write_to(&self, tag: u16, len_bytes: u32, file: &File, to_bytes: u64) -> io::Result<()> {
+        let offset_bytes = self.offset_bytes(tag, 0, len_bytes as usize);
+        self.mapping.write_to(offset_bytes, len_bytes as usize, file, to_bytes)
     }
 
     fn offset_bytes(&self, tag: u16, at_bytes: usize, len_bytes: usize) -> usize {

@@ -1,6 +1,6 @@
 //! Memory maps: the driver's request descriptors, and the daemon's own data buffers.
 //!
-//! Owns: the life of one `mmap` region and every access to its bytes. Never: knows tags or queues.
+//! Owns: the life of one `mmap` region and every access to its bytes, system calls that copy them included. Never: knows tags or queues.
 //! Called by: `queue` (shared, read-only, written by the driver) and `buffers` (private, written by the daemon and
 //! by the kernel on its behalf).
 //! Invariants: the region stays mapped from construction to drop; no Rust reference to its bytes is ever made,
@@ -10,6 +10,7 @@
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::ptr::{self, NonNull};
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
@@ -84,6 +85,41 @@ impl Mapping {
         unsafe { ptr::copy_nonoverlapping(place.cast_const(), data.as_mut_ptr(), data.len()) };
     }
 
+    /// Fills a part of the region from `file`. Errors: pread's; `UnexpectedEof` when the file ends before.
+    pub(crate) fn read_from(
+        &mut self,
+        offset_bytes: usize,
+        len_bytes: usize,
+        file: &File,
+        from_bytes: u64,
+    ) -> io::Result<()> {
+        let place = self.at(offset_bytes, len_bytes);
+        each_part(len_bytes, |done_bytes| {
+            let part = place.wrapping_add(done_bytes).cast::<c_void>();
+            let from = (from_bytes + done_bytes as u64) as libc::off_t;
+            // SAFETY: `at` asserted that the whole target lies inside the live region, which is writable (only
+            // `buffers` calls this, on an anonymous map); no Rust reference to it exists.
+            unsafe { libc::pread(file.as_raw_fd(), part, len_bytes - done_bytes, from) }
+        })
+    }
+
+    /// Writes a part of the region to `file`. Errors: pwrite's; `UnexpectedEof` when the file takes no more.
+    pub(crate) fn write_to(
+        &self,
+        offset_bytes: usize,
+        len_bytes: usize,
+        file: &File,
+        to_bytes: u64,
+    ) -> io::Result<()> {
+        let place = self.at(offset_bytes, len_bytes);
+        each_part(len_bytes, |done_bytes| {
+            let part = place.wrapping_add(done_bytes).cast::<c_void>();
+            let to = (to_bytes + done_bytes as u64) as libc::off_t;
+            // SAFETY: `at` asserted that the whole source lies inside the live region; the call only reads it.
+            unsafe { libc::pwrite(file.as_raw_fd(), part, len_bytes - done_bytes, to) }
+        })
+    }
+
     /// The place of `len_bytes` at `offset_bytes`; asserts that they are inside the region.
     fn at(&self, offset_bytes: usize, len_bytes: usize) -> *mut u8 {
         let end_bytes = offset_bytes.checked_add(len_bytes);
@@ -105,6 +141,22 @@ impl Drop for Mapping {
     }
 }
 
+/// Calls `transfer`, which gives what pread and pwrite give, with the bytes done so far until all of them are.
+fn each_part(len_bytes: usize, mut transfer: impl FnMut(usize) -> isize) -> io::Result<()> {
+    let mut done_bytes = 0;
+    while done_bytes < len_bytes {
+        match transfer(done_bytes) {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            moved if moved > 0 => done_bytes += moved as usize,
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => {}
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
 /// `bytes` rounded up to whole pages.
 pub(crate) fn round_up_to_pages(bytes: usize) -> usize {
     bytes.next_multiple_of(rustix::param::page_size())
@@ -122,6 +174,21 @@ mod tests {
         mapping.copy_out(4090, &mut seen);
         assert_eq!(&seen, b"straddles a page");
         assert_eq!(mapping.address(4096) - mapping.address(0), 4096);
+    }
+
+    #[test]
+    fn a_file_gives_back_what_it_was_given() {
+        let fd = rustix::fs::memfd_create("copies", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(fd);
+        let mut mapping = Mapping::anonymous(8192).unwrap();
+        mapping.copy_in(100, b"to the file and back");
+        mapping.write_to(100, 20, &file, 3).unwrap();
+        mapping.read_from(4090, 20, &file, 3).unwrap();
+        let mut seen = [0; 20];
+        mapping.copy_out(4090, &mut seen);
+        assert_eq!(&seen, b"to the file and back");
+        let error = mapping.read_from(0, 21, &file, 3).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "a file that ends is no full read");
     }
 
     #[test]

@@ -15,10 +15,11 @@ use std::sync::Arc;
 use io_uring::{opcode, types};
 
 use crate::abi::{
-    IoCmd, IoDesc, UBLK_IO_BUF_BITS, UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH, UBLK_QID_OFF, UBLK_TAG_OFF,
+    IoCmd, IoDesc, UBLK_MAX_NR_QUEUES, UBLK_MAX_QUEUE_DEPTH, UBLK_QID_OFF, UBLK_TAG_OFF,
     UBLK_U_IO_COMMIT_AND_FETCH_REQ, UBLK_U_IO_FETCH_REQ, UBLK_U_IO_REGISTER_IO_BUF,
     UBLK_U_IO_UNREGISTER_IO_BUF, UBLKSRV_CMD_BUF_OFFSET, UBLKSRV_IO_BUF_OFFSET, auto_buf_reg_sqe_addr,
 };
+use crate::buffers::UserBuffers;
 use crate::mapping::{Mapping, round_up_to_pages};
 use crate::ring::Sqe;
 
@@ -33,7 +34,7 @@ pub enum TagBuffer {
     },
     /// Copied by the driver to and from this address of the daemon (no zero copy, no user copy).
     UserAddress(u64),
-    /// Nowhere: the daemon registers it by hand or copies it with pread and pwrite.
+    /// Nowhere: the daemon registers it by hand, or copies it ([`Queue::copy_from_request`]).
     None,
 }
 
@@ -106,9 +107,18 @@ impl Queue {
         self.command(UBLK_U_IO_UNREGISTER_IO_BUF, tag, 0, u64::from(index), None)
     }
 
-    /// Offset in `/dev/ublkcN` of byte `at_bytes` of the tag's data, for pread and pwrite (`UBLK_F_USER_COPY`).
-    pub fn user_copy_offset(&self, tag: u16, at_bytes: u32) -> u64 {
-        user_copy_offset(self.q_id, tag, at_bytes)
+    /// Copies the `len_bytes` of the tag's WRITE into its buffer (`UBLK_F_USER_COPY`).
+    ///
+    /// A system call, not an SQE: on this file io_uring would hand it to a worker thread. Errors: `EINVAL` when the tag
+    /// holds no request, `UnexpectedEof` when the request is shorter.
+    pub fn copy_from_request(&self, tag: u16, buffers: &mut UserBuffers, len_bytes: u32) -> io::Result<()> {
+        buffers.read_from(tag, len_bytes, &self.char_device, user_copy_offset(self.q_id, tag))
+    }
+
+    /// Copies `len_bytes` of the tag's buffer to the pages of its READ; otherwise as
+    /// [`copy_from_request`](Self::copy_from_request).
+    pub fn copy_to_request(&self, tag: u16, buffers: &UserBuffers, len_bytes: u32) -> io::Result<()> {
+        buffers.write_to(tag, len_bytes, &self.char_device, user_copy_offset(self.q_id, tag))
     }
 
     fn fetch_command(&self, cmd_op: u32, tag: u16, result: i32, buffer: TagBuffer) -> Sqe {
@@ -129,13 +139,9 @@ impl Queue {
     }
 }
 
-/// Offset in `/dev/ublkcN` of byte `at_bytes` of the data of one queue's tag.
-pub fn user_copy_offset(q_id: u16, tag: u16, at_bytes: u32) -> u64 {
-    debug_assert!(at_bytes < 1 << UBLK_IO_BUF_BITS, "a request has at most 32 MiB");
-    UBLKSRV_IO_BUF_OFFSET
-        + (u64::from(q_id) << UBLK_QID_OFF)
-        + (u64::from(tag) << UBLK_TAG_OFF)
-        + u64::from(at_bytes)
+/// Offset in `/dev/ublkcN` of the data of one queue's tag.
+pub fn user_copy_offset(q_id: u16, tag: u16) -> u64 {
+    UBLKSRV_IO_BUF_OFFSET + (u64::from(q_id) << UBLK_QID_OFF) + (u64::from(tag) << UBLK_TAG_OFF)
 }
 
 #[cfg(test)]
@@ -165,8 +171,8 @@ mod tests {
 
     #[test]
     fn user_copy_offsets_follow_the_headers_bits() {
-        assert_eq!(user_copy_offset(0, 0, 0), 0x8000_0000);
-        assert_eq!(user_copy_offset(1, 2, 3), 0x8000_0000 + (1 << 41) + (2 << 25) + 3);
+        assert_eq!(user_copy_offset(0, 0), 0x8000_0000);
+        assert_eq!(user_copy_offset(1, 2), 0x8000_0000 + (1 << 41) + (2 << 25));
     }
 
     #[test]

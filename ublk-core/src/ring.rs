@@ -2,7 +2,7 @@
 //!
 //! Owns: the set-up flags of a queue's ring; SEND and RECV whose data is a registered buffer
 //! (`IORING_RECVSEND_FIXED_BUF`, Linux 7.2). Never: submits or waits; that is the queue loop's.
-//! Called by: the client's queue loop and `data_path`'s trial.
+//! Called by: the client's queue loop and `transfer`.
 //! Invariants: in a fixed SEND or RECV `addr` is a byte offset when the buffer came from ublk (its table entry
 //! starts at address zero) and a real address when it is registered user memory; `MSG_WAITALL` is always set by
 //! the constructors, because a short transfer counts as success and would corrupt the stream behind it.

@@ -7,7 +7,8 @@
 //!  - a request is committed exactly once;
 //!  - nothing is committed while an operation that touches its pages is outstanding, except one operation that the
 //!    commit is linked behind, so that the kernel itself starts it only after that operation has succeeded;
-//!  - a buffer that was registered by hand is unregistered before its request is committed.
+//!  - a buffer that was registered by hand is unregistered before its request is committed: by a command that has
+//!    completed, or that was pushed just before.
 //!
 //! ```text
 //!            FETCH pushed               completed OK
@@ -216,7 +217,13 @@ impl TagTable {
         self.set_registered_by_hand(tag, true)
     }
 
-    /// UNREGISTER_IO_BUF completed with success.
+    /// Whether the tag's buffer is registered by hand.
+    pub fn is_registered_by_hand(&self, tag: u16) -> Result<bool, TagError> {
+        Ok(self.get(tag)?.registered_by_hand)
+    }
+
+    /// UNREGISTER_IO_BUF completed with success, or was pushed in front of the COMMIT: a ring starts what is pushed in
+    /// order, and the driver takes the buffer out at once.
     pub fn buffer_unregistered(&mut self, tag: u16) -> Result<(), TagError> {
         self.set_registered_by_hand(tag, false)
     }

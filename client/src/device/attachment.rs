@@ -25,6 +25,7 @@ use ublk_core::{
 use super::affinity;
 use super::block_request::{self, GeometryError};
 use super::control_socket::{self, PendingRequest};
+use super::ladder::{Chosen, Ladder, LadderError};
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
 use super::queue_loop::{self, QueueError, QueueEvent, QueueParts};
@@ -71,16 +72,9 @@ pub enum AttachmentError {
     /// The device cannot be made.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// The data path that was asked for does not work here.
-    #[error(
-        "data path {data_path} cannot be used on this kernel: {reason}; `--data-path auto` takes the best that can"
-    )]
-    DataPath {
-        /// Its name.
-        data_path: String,
-        /// Why not.
-        reason: String,
-    },
+    /// No data path can be used, or not the one that was asked for.
+    #[error(transparent)]
+    Ladder(#[from] LadderError),
     /// A queue thread did not get ready.
     #[error("a queue could not start: {0}")]
     Queue(String),
@@ -146,12 +140,13 @@ impl Attachment {
         let (sender, events) = mpsc::channel();
         listen_for_signals(&sender)?;
         let control = ControlDevice::open()?;
-        let (data_path, data_path_reason) = choose_data_path(&control, &spec.data_path)?;
+        let ladder = Ladder::new(&ublk_core::probe_driver(&control)?, &spec.data_path)?;
         let first = slots::dial_slot(spec, 0)?;
         let params = block_request::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
         let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
 
-        let device = add_device(&control, spec, &params, data_path, layout.nr_hw_queues)?;
+        let add = |data_path| add_device(&control, spec, &params, data_path, layout.nr_hw_queues);
+        let (device, chosen) = ladder.add_device(add)?;
         let nr_hw_queues = device.info().nr_hw_queues;
         let nr_connections = layout.nr_connections(nr_hw_queues);
         status.update(|status| {
@@ -159,8 +154,8 @@ impl Attachment {
             status.capacity_bytes = params.capacity_bytes;
             status.block_size_bytes = params.logical_block_bytes;
             status.read_only = params.read_only;
-            status.data_path = data_path.to_string();
-            status.data_path_reason = data_path_reason;
+            status.data_path = chosen.data_path.to_string();
+            status.data_path_reason.clone_from(&chosen.reason);
             status.server_address.clone_from(&first.address);
             status.nr_hw_queues = nr_hw_queues;
             status.nr_connections = nr_connections;
@@ -175,13 +170,13 @@ impl Attachment {
             queue_error: None,
             events,
         };
-        attachment.start_queues(&control, sockets, &params, data_path, &sender)?;
+        attachment.start_queues(&control, sockets, &params, &chosen, &sender)?;
         attachment.device.start()?;
         attachment.make_link()?;
         let on_request = move |request| drop(sender.send(Event::Control(request)));
         control_socket::listen(&dir.control_socket(), on_request).map_err(AttachmentError::Setup)?;
         status.enter(DeviceState::Live, "");
-        tracing::info!(target = spec.target, dev_id = attachment.device.dev_id(), %data_path, "live");
+        tracing::info!(target = spec.target, dev_id = attachment.device.dev_id(), data_path = %chosen.data_path, "live");
         Ok(attachment)
     }
 
@@ -190,7 +185,7 @@ impl Attachment {
         control: &ControlDevice,
         sockets: Vec<Vec<TcpStream>>,
         params: &DeviceParams,
-        data_path: DataPath,
+        chosen: &Chosen,
         sender: &Sender<Event>,
     ) -> Result<(), AttachmentError> {
         let is_pinned = sockets.len() > 1;
@@ -200,7 +195,8 @@ impl Attachment {
                 if is_pinned { control.get_queue_affinity(self.device.dev_id(), queue_id)? } else { vec![] };
             let parts = QueueParts {
                 queue: self.device.queue(queue_id)?,
-                data_path,
+                data_path: chosen.data_path,
+                transfer: chosen.transfer,
                 max_io_bytes: params.max_io_bytes,
                 volatile_cache: params.volatile_cache && !params.read_only,
                 socket: sockets.remove(0),
@@ -405,44 +401,13 @@ fn listen_for_signals(sender: &Sender<Event>) -> Result<(), AttachmentError> {
         .map_err(AttachmentError::Setup)
 }
 
-/// The data path to use, and why.
-fn choose_data_path(control: &ControlDevice, wanted: &str) -> Result<(DataPath, String), AttachmentError> {
-    let report = ublk_core::probe(control.get_features()?);
-    if wanted != "auto" && !wanted.is_empty() {
-        let data_path: DataPath = wanted.parse().map_err(|_| AttachmentError::Spec("data_path"))?;
-        if let Err(error) = report.check(data_path) {
-            let reason = with_sources(error);
-            return Err(AttachmentError::DataPath { data_path: data_path.to_string(), reason });
-        }
-        return Ok((data_path, "asked for".into()));
-    }
-    let best = report.best().ok_or_else(|| AttachmentError::DataPath {
-        data_path: "auto".into(),
-        reason: "no data path works here".into(),
-    })?;
-    let passed_over: Vec<String> = report
-        .rungs
-        .iter()
-        .take_while(|rung| rung.data_path != best)
-        .filter_map(|rung| {
-            rung.usable.as_ref().err().map(|e| format!("not {}: {}", rung.data_path, with_sources(e)))
-        })
-        .collect();
-    let reason = if passed_over.is_empty() {
-        "the best there is, proved by trial".to_owned()
-    } else {
-        passed_over.join("; ")
-    };
-    Ok((best, reason))
-}
-
 fn add_device(
     control: &ControlDevice,
     spec: &DeviceSpec,
     params: &DeviceParams,
     data_path: DataPath,
     nr_hw_queues: u16,
-) -> Result<Device, AttachmentError> {
+) -> Result<Device, DeviceError> {
     let ublk_spec = UblkSpec {
         dev_id: None,
         nr_hw_queues,
@@ -451,5 +416,5 @@ fn add_device(
         flags: data_path.device_flags(),
         ublksrv_flags: contract::attachment_hash(spec.attachment_id),
     };
-    Ok(Device::add(control, &ublk_spec, params)?)
+    Device::add(control, &ublk_spec, params)
 }

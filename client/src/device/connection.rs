@@ -72,6 +72,16 @@ pub enum Piece {
     },
 }
 
+impl Piece {
+    /// How many bytes it has.
+    pub fn len_bytes(&self) -> u32 {
+        match *self {
+            Self::Headers { len, .. } => len as u32,
+            Self::Payload { len_bytes, .. } => len_bytes,
+        }
+    }
+}
+
 /// What follows a reply's header on the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Follows {

@@ -1,8 +1,9 @@
 //! The device process: owns one attachment's ublk device, its queues and its sockets.
 //!
 //! Reading path: [`attachment`] (the life of the process) → [`queue_loop`] (the data path) → [`connection`] (NBD, without
-//! I/O) and [`queue_ring`] (the ring, without decisions). Beside it: [`slots`], [`dial`], [`affinity`], [`block_request`], [`protections`], [`mount_namespace`],
-//! [`control_socket`], [`status_file`].
+//! I/O), [`stream`] (how far its bytes got), [`queue_ring`] (the ring, without decisions) and [`payload`] (where the data
+//! lies). Beside it: [`ladder`] (which data path), [`slots`], [`dial`], [`affinity`], [`block_request`], [`protections`],
+//! [`mount_namespace`], [`control_socket`], [`status_file`].
 //!
 //! No gRPC and no async runtime here: plain threads, so that nothing stands between a block request and the wire.
 
@@ -12,11 +13,14 @@ pub mod block_request;
 pub mod connection;
 pub mod control_socket;
 pub mod dial;
+pub mod ladder;
 pub mod mount_namespace;
+pub mod payload;
 pub mod protections;
 pub mod queue_loop;
 pub mod queue_ring;
 pub mod slots;
 pub mod status_file;
+pub mod stream;
 
 pub use attachment::{AttachmentError, run};

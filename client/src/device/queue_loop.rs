@@ -4,10 +4,13 @@
 //! **one submit**, which also waits. No lock, no allocation, no log above `trace` while nothing goes wrong.
 //!
 //! ```text
-//!   FETCH/COMMIT done ─► connection.submit ─► take_batch ─► SEND headers ─link─► SEND payload (the request's pages)
-//!   header RECV done  ─► header_received ─┬─► COMMIT
-//!                                         └─► RECV payload (the request's pages) ─link─► next header RECV ─► COMMIT
+//!   FETCH/COMMIT done ─► connection.submit ─► take_batch ─► send headers ─link─► send payload (the request's pages)
+//!   header done       ─► header_received ─┬─► COMMIT
+//!                                         └─► receive payload (the request's pages) ─link─► next header ─► COMMIT
 //! ```
+//!
+//! What moves a payload, and what has to be done before and after it, differs by data path (`payload.rs`); the loop is
+//! the same for all. An operation on the socket may stop short: `stream.rs` knows what is left.
 //!
 //! Called by `attachment.rs`, which starts one thread for each queue. When the connection fails, its socket is shut
 //! down, every operation on it is reaped, and only then the requests in flight end with EIO: no late byte can reach a
@@ -18,13 +21,15 @@ use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use io_uring::types::Timespec;
-use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES};
+use proto::nbd::transmission::{Command, CommandFlags, Request};
 use ublk_core::abi::{UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
-use ublk_core::{DataPath, Queue, TagError, TagTable};
+use ublk_core::{DataPath, Queue, TagError, TagTable, Transfer};
 
 use super::block_request;
-use super::connection::{Connection, Follows, Operation, Piece};
-use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing, TagData};
+use super::connection::{Completion, Connection, Follows, Operation, Piece};
+use super::payload::Payloads;
+use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing};
+use super::stream::{Incoming, Outgoing, StreamError};
 
 /// Most pieces of one batch: enough that a full queue leaves in a few, bounded so that replies are not kept waiting.
 const BATCH_PIECES_MAX: usize = 32;
@@ -80,6 +85,8 @@ pub struct QueueParts {
     pub queue: Queue,
     /// How its data travels.
     pub data_path: DataPath,
+    /// How its bytes move, as was proved.
+    pub transfer: Transfer,
     /// Largest READ or WRITE, in bytes.
     pub max_io_bytes: u32,
     /// Whether a FLUSH has to end the session.
@@ -101,24 +108,13 @@ struct QueueLoop<'a> {
     tags: TagTable,
     connection: Connection,
     /// By tag: what its request is; the last one is the loop's own FLUSH.
-    requests: Box<[TagRequest]>,
-    /// The batch that is being sent, and how many pieces of it were.
-    pieces: Vec<Piece>,
-    pieces_sent: usize,
-    /// Operations on the socket that are not reaped.
-    socket_operations_out: usize,
+    requests: Box<[Operation]>,
+    incoming: Incoming,
+    outgoing: Outgoing,
     volatile_cache: bool,
     final_flush: Option<Result<(), i32>>,
     failure: Option<String>,
     on_event: &'a dyn Fn(QueueEvent),
-}
-
-#[derive(Debug, Clone, Copy)]
-struct TagRequest {
-    operation: Operation,
-    /// Its pages were registered by hand, and what is to be committed once they are not.
-    registered_by_hand: bool,
-    result: i32,
 }
 
 /// The tag table only fails when this loop is wrong; a wrong byte may be next, so the process ends.
@@ -132,22 +128,20 @@ fn assert_ours<T>(outcome: Result<T, TagError>) -> T {
 impl<'a> QueueLoop<'a> {
     fn new(parts: QueueParts, on_event: &'a dyn Fn(QueueEvent)) -> Result<Self, QueueError> {
         let depth = parts.queue.queue_depth();
-        let data = TagData::new(parts.data_path, depth, parts.max_io_bytes)?;
-        let operation = Operation {
+        let payloads = Payloads::new(parts.data_path, parts.transfer, depth, parts.max_io_bytes)?;
+        let flush = Operation {
             command: Command::Flush,
             flags: CommandFlags::NONE,
             offset_bytes: 0,
             length_bytes: 0,
         };
-        let request = TagRequest { operation, registered_by_hand: false, result: 0 };
         Ok(Self {
-            ring: QueueRing::new(parts.queue, data, parts.socket)?,
+            ring: QueueRing::new(parts.queue, payloads, parts.socket)?,
             tags: TagTable::new(depth),
             connection: Connection::new(depth + 1),
-            requests: vec![request; usize::from(depth) + 1].into_boxed_slice(),
-            pieces: Vec::with_capacity(BATCH_PIECES_MAX),
-            pieces_sent: 0,
-            socket_operations_out: 0,
+            requests: vec![flush; usize::from(depth) + 1].into_boxed_slice(),
+            incoming: Incoming::default(),
+            outgoing: Outgoing::new(BATCH_PIECES_MAX),
             volatile_cache: parts.volatile_cache,
             final_flush: None,
             failure: None,
@@ -160,7 +154,7 @@ impl<'a> QueueLoop<'a> {
             assert_ours(self.tags.fetch_submitted(tag));
             self.ring.fetch(tag);
         }
-        self.receive_header();
+        self.receive();
         (self.on_event)(QueueEvent::Ready);
         while !self.tags.is_finished() {
             self.pass(None)?;
@@ -174,11 +168,12 @@ impl<'a> QueueLoop<'a> {
         while let Some(completed) = self.ring.reap() {
             self.advance(completed)?;
         }
-        if self.connection.has_failed() && self.socket_operations_out == 0 {
+        if self.connection.has_failed() && self.socket_operations_out() == 0 {
             self.connection.reaped();
         }
         self.commit_completed();
-        self.send_next_batch();
+        self.receive();
+        self.send();
         Ok(())
     }
 
@@ -188,13 +183,13 @@ impl<'a> QueueLoop<'a> {
         match operation {
             RingOperation::Tag(tag) => return self.tag_completed(tag, result),
             RingOperation::Register(tag) => self.registered(tag, result),
-            RingOperation::Unregister(tag) => self.unregistered(tag, result),
+            RingOperation::Unregister(tag) => assert_eq!(result, 0, "tag {tag} was registered"),
             RingOperation::ReceiveHeader => self.header_completed(result),
             RingOperation::ReceivePayload(tag) => self.payload_completed(tag, result),
-            RingOperation::SendHeaders => self.piece_completed(result),
+            RingOperation::SendHeaders => self.send_completed(result),
             RingOperation::SendPayload(tag) => {
                 assert_ours(self.tags.operation_completed(tag));
-                self.piece_completed(result);
+                self.send_completed(result);
             }
         }
         Ok(())
@@ -216,18 +211,22 @@ impl<'a> QueueLoop<'a> {
     /// A tag brought a request.
     fn dispatch(&mut self, tag: u16) {
         let descriptor = self.ring.queue().io_desc(tag);
-        match block_request::operation(&descriptor) {
-            Ok(operation) => {
-                self.requests[usize::from(tag)] =
-                    TagRequest { operation, registered_by_hand: false, result: 0 };
-                if descriptor.needs_buffer_registration() {
-                    self.ring.register(tag);
-                } else {
-                    self.connection.submit(tag, operation);
-                }
-            }
-            Err(errno) => self.commit(tag, -errno),
+        let operation = match block_request::operation(&descriptor) {
+            Ok(operation) => operation,
+            Err(errno) => return self.commit(tag, -errno),
+        };
+        self.requests[usize::from(tag)] = operation;
+        let has_data = matches!(operation.command, Command::Read | Command::Write);
+        if has_data && self.ring.needs_registration(tag) {
+            return self.ring.register(tag);
         }
+        if operation.command == Command::Write
+            && let Err(error) = self.ring.copy_from_request(tag, operation.length_bytes)
+        {
+            tracing::error!(tag, %error, "a WRITE's data cannot be copied from its pages");
+            return self.commit(tag, -libc::EIO);
+        }
+        self.connection.submit(tag, operation);
     }
 
     fn registered(&mut self, tag: u16, result: i32) {
@@ -236,61 +235,38 @@ impl<'a> QueueLoop<'a> {
             return;
         }
         assert_ours(self.tags.buffer_registered(tag));
-        let request = &mut self.requests[usize::from(tag)];
-        request.registered_by_hand = true;
-        self.connection.submit(tag, request.operation);
-    }
-
-    fn unregistered(&mut self, tag: u16, result: i32) {
-        assert_eq!(result, 0, "a buffer that was registered is unregistered");
-        assert_ours(self.tags.buffer_unregistered(tag));
-        self.requests[usize::from(tag)].registered_by_hand = false;
-        self.commit(tag, self.requests[usize::from(tag)].result);
+        self.connection.submit(tag, self.requests[usize::from(tag)]);
     }
 
     fn header_completed(&mut self, result: i32) {
-        self.socket_operations_out -= 1;
-        if result != SIMPLE_REPLY_BYTES as i32 {
-            self.fail(describe("reply", result));
-        }
-        if self.connection.has_failed() {
-            return;
+        match self.incoming.header_completed(result) {
+            Ok(true) if !self.connection.has_failed() => {}
+            Ok(_) => return,
+            Err(error) => return self.fail(describe("reply", &error)),
         }
         let header = self.ring.header();
         match self.connection.header_received(&header) {
-            Ok(Follows::Header) => self.receive_header(),
-            Ok(Follows::Payload { tag, len_bytes }) => {
-                assert_ours(self.tags.operation_submitted(tag));
-                let by_hand = self.requests[usize::from(tag)].registered_by_hand;
-                self.ring.receive_payload_and_header(tag, len_bytes, by_hand);
-                self.socket_operations_out += 2;
-            }
+            Ok(Follows::Header) => {}
+            Ok(Follows::Payload { tag, len_bytes }) => self.incoming.expect_payload(tag, len_bytes),
             Err(error) => self.fail(error.to_string()),
         }
     }
 
     fn payload_completed(&mut self, tag: u16, result: i32) {
-        self.socket_operations_out -= 1;
         assert_ours(self.tags.operation_completed(tag));
-        if i64::from(result) == i64::from(self.requests[usize::from(tag)].operation.length_bytes) {
-            self.connection.payload_received(tag);
-        } else {
-            self.fail(describe("payload", result));
+        match self.incoming.payload_completed(result) {
+            Ok(true) => self.connection.payload_received(tag),
+            Ok(false) => {}
+            Err(error) => self.fail(describe("payload", &error)),
         }
     }
 
     /// The pieces of a batch are linked, so they complete in their order.
-    fn piece_completed(&mut self, result: i32) {
-        self.socket_operations_out -= 1;
-        let expected_bytes = match self.pieces[self.pieces_sent] {
-            Piece::Headers { len, .. } => len as i64,
-            Piece::Payload { len_bytes, .. } => i64::from(len_bytes),
-        };
-        self.pieces_sent += 1;
-        if i64::from(result) != expected_bytes {
-            self.fail(describe("send", result));
-        } else if self.pieces_sent == self.pieces.len() && !self.connection.has_failed() {
-            self.connection.batch_sent();
+    fn send_completed(&mut self, result: i32) {
+        match self.outgoing.completed(result) {
+            Ok(true) if !self.connection.has_failed() => self.connection.batch_sent(),
+            Ok(_) => {}
+            Err(error) => self.fail(describe("send", &error)),
         }
     }
 
@@ -310,54 +286,75 @@ impl<'a> QueueLoop<'a> {
 
     // ---------------------------------------------------------------------------------------------------- push
 
-    fn receive_header(&mut self) {
-        self.ring.receive_header();
-        self.socket_operations_out += 1;
-    }
-
     /// Gives ended requests back to the block layer.
     fn commit_completed(&mut self) {
-        while let Some(completion) = self.connection.take_completion() {
-            let index = usize::from(completion.tag);
-            if completion.tag == self.flush_tag() {
-                self.final_flush = Some(completion.result);
+        while let Some(Completion { tag, result }) = self.connection.take_completion() {
+            if tag == self.flush_tag() {
+                self.final_flush = Some(result);
                 continue;
             }
-            let request = &mut self.requests[index];
-            request.result = block_request::commit_result(&request.operation, completion.result);
-            if request.registered_by_hand {
-                self.ring.unregister(completion.tag);
-            } else {
-                self.commit(completion.tag, self.requests[index].result);
+            let operation = self.requests[usize::from(tag)];
+            let mut result = block_request::commit_result(&operation, result);
+            if result > 0
+                && operation.command == Command::Read
+                && let Err(error) = self.ring.copy_to_request(tag, operation.length_bytes)
+            {
+                tracing::error!(tag, %error, "a READ's data cannot be copied to its pages");
+                result = -libc::EIO;
             }
+            self.commit(tag, result);
         }
     }
 
     fn commit(&mut self, tag: u16, result: i32) {
+        if assert_ours(self.tags.is_registered_by_hand(tag)) {
+            assert_ours(self.tags.buffer_unregistered(tag));
+            self.ring.unregister(tag);
+        }
         assert_ours(self.tags.commit_submitted(tag));
         self.ring.commit_and_fetch(tag, result);
     }
 
-    /// Sends what waits, once the batch before is out: one chain in flight for each socket.
-    fn send_next_batch(&mut self) {
-        if self.pieces_sent < self.pieces.len() || self.connection.has_failed() {
+    /// Receives what the stream holds next, or the rest of what stopped short.
+    fn receive(&mut self) {
+        if self.incoming.operations_out() > 0 || self.connection.has_failed() {
             return;
         }
-        self.pieces_sent = 0;
-        self.connection.take_batch(self.ring.headers_mut(), &mut self.pieces, BATCH_PIECES_MAX);
-        let last = self.pieces.len();
-        for (index, piece) in self.pieces.iter().enumerate() {
-            let link = if index + 1 < last { Link::ToNext } else { Link::None };
-            match *piece {
-                Piece::Headers { start, len } => self.ring.send_headers(start, len, link),
-                Piece::Payload { tag, len_bytes } => {
+        let (payload, header) = self.incoming.push();
+        if let Some((tag, rest)) = payload {
+            assert_ours(self.tags.operation_submitted(tag));
+            self.ring.receive_payload(tag, rest);
+        }
+        self.ring.receive_header(header);
+    }
+
+    /// Sends what waits, or the rest of what stopped short: one chain in flight for each socket.
+    fn send(&mut self) {
+        if self.outgoing.operations_out() > 0 || self.connection.has_failed() {
+            return;
+        }
+        if self.outgoing.is_done() {
+            let headers = self.ring.headers_mut();
+            self.outgoing.next_batch(|pieces| self.connection.take_batch(headers, pieces, BATCH_PIECES_MAX));
+        }
+        let mut rest = self.outgoing.rest().peekable();
+        while let Some((piece, rest_of_piece)) = rest.next() {
+            let link = if rest.peek().is_some() { Link::ToNext } else { Link::None };
+            match piece {
+                Piece::Headers { start, .. } => self.ring.send_headers(start, rest_of_piece, link),
+                Piece::Payload { tag, .. } => {
                     assert_ours(self.tags.operation_submitted(tag));
-                    let by_hand = self.requests[usize::from(tag)].registered_by_hand;
-                    self.ring.send_payload(tag, len_bytes, by_hand, link);
+                    self.ring.send_payload(tag, rest_of_piece, link);
                 }
             }
-            self.socket_operations_out += 1;
         }
+        drop(rest);
+        self.outgoing.pushed();
+    }
+
+    /// Operations on the socket that are not reaped.
+    fn socket_operations_out(&self) -> usize {
+        self.incoming.operations_out() + self.outgoing.operations_out()
     }
 
     // -------------------------------------------------------------------------------------------------- finish
@@ -383,7 +380,7 @@ impl<'a> QueueLoop<'a> {
             let _ = self.ring.socket().shutdown(Shutdown::Both);
         }
         let deadline = Instant::now() + REAP_TIMEOUT;
-        while self.socket_operations_out > 0 && Instant::now() < deadline {
+        while self.socket_operations_out() > 0 && Instant::now() < deadline {
             self.pass_for(Duration::from_millis(100))?;
         }
         outcome
@@ -391,9 +388,9 @@ impl<'a> QueueLoop<'a> {
 
     fn flush_finally(&mut self) -> Result<(), QueueError> {
         let flush_tag = self.flush_tag();
-        self.connection.submit(flush_tag, self.requests[usize::from(flush_tag)].operation);
+        self.connection.submit(flush_tag, self.requests[usize::from(flush_tag)]);
         self.commit_completed();
-        self.send_next_batch();
+        self.send();
         let deadline = Instant::now() + FINAL_FLUSH_TIMEOUT;
         while self.final_flush.is_none() {
             if Instant::now() >= deadline {
@@ -424,11 +421,6 @@ impl<'a> QueueLoop<'a> {
     }
 }
 
-/// Why an operation on the socket did not move all its bytes.
-fn describe(what: &str, result: i32) -> String {
-    match result {
-        0 => format!("{what}: the server closed the connection"),
-        errno if errno < 0 => format!("{what}: {}", io::Error::from_raw_os_error(-errno)),
-        bytes => format!("{what}: the connection ended after {bytes} bytes"),
-    }
+fn describe(what: &str, error: &StreamError) -> String {
+    format!("{what}: {error}")
 }

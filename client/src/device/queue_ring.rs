@@ -1,5 +1,5 @@
 //! The ring of one queue thread together with everything its operations point at: the socket, the header buffers, the
-//! tags' data.
+//! tags' data (`payload.rs`).
 //!
 //! Owns: the memory, and the building of submissions. Never: decides what to submit; that is `queue_loop.rs`, its only
 //! caller. It is the client's one place of `unsafe` on the data path, and holds what makes that sound:
@@ -7,8 +7,8 @@
 //!   (`operations_out` is 0), else it is leaked;
 //! - the header buffers are lent to the loop only while no operation that names them is out (`*_out` flags, asserted).
 //!
-//! Sources: `include/uapi/linux/ublk_cmd.h`, `io_uring.h`, Linux 7.3. MSG_WAITALL is on every SEND and
-//! RECV, because without it a short transfer counts as success and the link behind it goes on.
+//! Sources: `include/uapi/linux/ublk_cmd.h`, `io_uring.h`, Linux 7.3. MSG_WAITALL is on every SEND and RECV, because
+//! without it a short transfer counts as success and the link behind it goes on; READ_FIXED and WRITE_FIXED break it.
 #![allow(unsafe_code)] // Submissions name memory by address.
 
 use std::io;
@@ -18,37 +18,13 @@ use std::os::fd::AsRawFd as _;
 use io_uring::{opcode, squeue, types};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
 use ublk_core::ring::{self, Sqe};
-use ublk_core::{DataPath, Queue, TagBuffer, UserBuffers};
+use ublk_core::{Place, Queue};
+
+use super::payload::Payloads;
+use super::stream::Stretch;
 
 /// Bytes of the buffer for outgoing headers: 32 of 28 bytes, with room to spare.
 pub const HEADER_BUFFER_BYTES: usize = 1024;
-
-/// Where the data of the tags lies.
-#[derive(Debug)]
-pub enum TagData {
-    /// In the request's own pages, in the ring's buffer table at the tag's index (`fused`).
-    Registered,
-    /// In a buffer of ours (`mapped`).
-    User(UserBuffers),
-}
-
-impl TagData {
-    /// Makes the buffers that a data path needs. Errors: `ENOMEM`.
-    pub fn new(data_path: DataPath, queue_depth: u16, max_io_bytes: u32) -> io::Result<Self> {
-        match data_path {
-            DataPath::Mapped => Ok(Self::User(UserBuffers::new(queue_depth, max_io_bytes)?)),
-            _ => Ok(Self::Registered),
-        }
-    }
-
-    /// What FETCH and COMMIT say about the tag's data.
-    fn tag_buffer(&self, tag: u16) -> TagBuffer {
-        match self {
-            Self::Registered => TagBuffer::AutoRegister { index: tag },
-            Self::User(buffers) => TagBuffer::UserAddress(buffers.address(tag)),
-        }
-    }
-}
 
 /// What a completion belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +39,7 @@ pub enum Operation {
     SendHeaders,
     /// SEND of a tag's payload.
     SendPayload(u16),
-    /// REGISTER_IO_BUF of a tag, where the driver could not do it by itself.
+    /// REGISTER_IO_BUF of a tag, where the driver does not do it by itself.
     Register(u16),
     /// UNREGISTER_IO_BUF of a tag.
     Unregister(u16),
@@ -115,7 +91,9 @@ pub struct QueueRing {
     // First, so that it is dropped before the memory below.
     ring: std::mem::ManuallyDrop<ring::QueueRing>,
     queue: Queue,
-    data: TagData,
+    payloads: Payloads,
+    /// By tag: whether its pages are in the buffer table because we put them there.
+    by_hand: Box<[bool]>,
     socket: TcpStream,
     headers_out: Box<[u8; HEADER_BUFFER_BYTES]>,
     header_in: Box<[u8; SIMPLE_REPLY_BYTES]>,
@@ -128,20 +106,21 @@ impl QueueRing {
     /// Makes the ring. Must be called on the thread that will use it (single issuer).
     ///
     /// Errors: those of io_uring_setup and of registering the buffer table.
-    pub fn new(queue: Queue, data: TagData, socket: TcpStream) -> io::Result<Self> {
+    pub fn new(queue: Queue, payloads: Payloads, socket: TcpStream) -> io::Result<Self> {
         let depth = u32::from(queue.queue_depth());
-        // In one pass a tag can bring a commit, two sends and, for the connection, two receives; and each is one
-        // completion.
+        // In one pass a tag can bring a commit with the unregistration before it, or two sends, and the connection two
+        // receives; and each is one completion.
         let entries = (depth * 3 + 8).next_power_of_two();
         let ring = ring::build_queue_ring(entries, entries * 2)?;
-        if matches!(data, TagData::Registered) {
+        if payloads.uses_buffer_table() {
             // The upper half is for buffers registered by hand: the automatic ones own the index of their tag.
             ring.submitter().register_buffers_sparse(depth * 2)?;
         }
         Ok(Self {
             ring: std::mem::ManuallyDrop::new(ring),
+            by_hand: vec![false; depth as usize].into_boxed_slice(),
             queue,
-            data,
+            payloads,
             socket,
             headers_out: Box::new([0; HEADER_BUFFER_BYTES]),
             header_in: Box::new([0; SIMPLE_REPLY_BYTES]),
@@ -175,75 +154,76 @@ impl QueueRing {
 
     /// Waits for the tag's first request.
     pub fn fetch(&mut self, tag: u16) {
-        let sqe = self.queue.fetch_req(tag, self.data.tag_buffer(tag));
+        let sqe = self.queue.fetch_req(tag, self.payloads.tag_buffer(tag));
         self.push(Operation::Tag(tag), sqe, Link::None);
     }
 
     /// Completes the tag's request and waits for the next.
     pub fn commit_and_fetch(&mut self, tag: u16, result: i32) {
-        let sqe = self.queue.commit_and_fetch_req(tag, result, self.data.tag_buffer(tag));
+        let sqe = self.queue.commit_and_fetch_req(tag, result, self.payloads.tag_buffer(tag));
         self.push(Operation::Tag(tag), sqe, Link::None);
     }
 
-    /// Registers the tag's pages by hand.
+    /// Whether the tag's pages, which hold a request with data, have to be put into the buffer table by
+    /// [`QueueRing::register`].
+    pub fn needs_registration(&self, tag: u16) -> bool {
+        self.payloads.registers_by_hand() || self.queue.io_desc(tag).needs_buffer_registration()
+    }
+
+    /// Puts the tag's pages into the buffer table.
     pub fn register(&mut self, tag: u16) {
         let sqe = self.queue.register_io_buf(tag, self.by_hand_index(tag));
+        self.by_hand[usize::from(tag)] = true;
         self.push(Operation::Register(tag), sqe, Link::None);
     }
 
-    /// Undoes [`QueueRing::register`].
+    /// Undoes [`QueueRing::register`]. The ring starts what is pushed in order, and the driver does this at once, so a
+    /// COMMIT may be pushed behind it.
     pub fn unregister(&mut self, tag: u16) {
         let sqe = self.queue.unregister_io_buf(tag, self.by_hand_index(tag));
+        self.by_hand[usize::from(tag)] = false;
         self.push(Operation::Unregister(tag), sqe, Link::None);
     }
 
-    /// Receives the next reply's header.
-    pub fn receive_header(&mut self) {
-        let place = self.header_in.as_mut_ptr();
-        let sqe = opcode::Recv::new(self.socket_fd(), place, SIMPLE_REPLY_BYTES as u32)
-            .flags(libc::MSG_WAITALL)
-            .build();
+    /// Before a WRITE is sent. Errors: those of [`Payloads::copy_from_request`].
+    pub fn copy_from_request(&mut self, tag: u16, len_bytes: u32) -> io::Result<()> {
+        self.payloads.copy_from_request(&self.queue, tag, len_bytes)
+    }
+
+    /// Before a READ that was received is committed. Errors: those of [`Payloads::copy_to_request`].
+    pub fn copy_to_request(&self, tag: u16, len_bytes: u32) -> io::Result<()> {
+        self.payloads.copy_to_request(&self.queue, tag, len_bytes)
+    }
+
+    /// Receives the rest of the next reply's header.
+    pub fn receive_header(&mut self, rest: Stretch) {
+        let place = self.header_in[rest.done_bytes() as usize..].as_mut_ptr();
+        let sqe =
+            opcode::Recv::new(self.socket_fd(), place, rest.rest_bytes()).flags(libc::MSG_WAITALL).build();
         self.header_receives_out += 1;
         self.push(Operation::ReceiveHeader, sqe.into(), Link::None);
     }
 
-    /// Receives the tag's whole payload into its pages, then the next header.
-    pub fn receive_payload_and_header(&mut self, tag: u16, len_bytes: u32, registered_by_hand: bool) {
-        let sqe = match &self.data {
-            TagData::Registered => {
-                let index = self.buffer_index(tag, registered_by_hand);
-                ring::recv_fixed(self.socket_fd(), index, 0, len_bytes, 0)
-            }
-            TagData::User(buffers) => {
-                let place = self.user_place(buffers, tag, len_bytes);
-                opcode::Recv::new(self.socket_fd(), place, len_bytes).flags(libc::MSG_WAITALL).build().into()
-            }
-        };
+    /// Receives the rest of the tag's payload; what is pushed next starts when all of it has come.
+    pub fn receive_payload(&mut self, tag: u16, rest: Stretch) {
+        let place = self.place(tag, rest);
+        let sqe = self.payloads.transfer().receive(self.socket_fd(), place);
         self.push(Operation::ReceivePayload(tag), sqe, Link::ToNext);
-        self.receive_header();
     }
 
-    /// Sends these bytes of the header buffer.
-    pub fn send_headers(&mut self, start: usize, len: usize, link: Link) {
-        let place = self.headers_out[start..start + len].as_ptr();
-        let sqe = opcode::Send::new(self.socket_fd(), place, len as u32).flags(send_flags(link)).build();
+    /// Sends the rest of the bytes of the header buffer that begin at `start`.
+    pub fn send_headers(&mut self, start: usize, rest: Stretch, link: Link) {
+        let place = self.headers_out[start + rest.done_bytes() as usize..].as_ptr();
+        let flags = libc::MSG_WAITALL | send_flags(link);
+        let sqe = opcode::Send::new(self.socket_fd(), place, rest.rest_bytes()).flags(flags).build();
         self.sends_out += 1;
         self.push(Operation::SendHeaders, sqe.into(), link);
     }
 
-    /// Sends the tag's whole payload from its pages.
-    pub fn send_payload(&mut self, tag: u16, len_bytes: u32, registered_by_hand: bool, link: Link) {
-        let flags = send_flags(link);
-        let sqe = match &self.data {
-            TagData::Registered => {
-                let index = self.buffer_index(tag, registered_by_hand);
-                ring::send_fixed(self.socket_fd(), index, 0, len_bytes, flags)
-            }
-            TagData::User(buffers) => {
-                let place = self.user_place(buffers, tag, len_bytes);
-                opcode::Send::new(self.socket_fd(), place, len_bytes).flags(flags).build().into()
-            }
-        };
+    /// Sends the rest of the tag's payload.
+    pub fn send_payload(&mut self, tag: u16, rest: Stretch, link: Link) {
+        let place = self.place(tag, rest);
+        let sqe = self.payloads.transfer().send(self.socket_fd(), place, send_flags(link));
         self.sends_out += 1;
         self.push(Operation::SendPayload(tag), sqe, link);
     }
@@ -284,13 +264,9 @@ impl QueueRing {
         self.queue.queue_depth() + tag
     }
 
-    fn buffer_index(&self, tag: u16, registered_by_hand: bool) -> u16 {
-        if registered_by_hand { self.by_hand_index(tag) } else { tag }
-    }
-
-    fn user_place(&self, buffers: &UserBuffers, tag: u16, len_bytes: u32) -> *mut u8 {
-        assert!(len_bytes as usize <= buffers.buffer_bytes(), "a request is larger than its buffer");
-        std::ptr::with_exposed_provenance_mut(buffers.address(tag) as usize)
+    fn place(&self, tag: u16, rest: Stretch) -> Place {
+        let buf_index = if self.by_hand[usize::from(tag)] { self.by_hand_index(tag) } else { tag };
+        self.payloads.place(tag, buf_index, rest.done_bytes()..rest.done_bytes() + rest.rest_bytes())
     }
 
     fn push(&mut self, operation: Operation, sqe: Sqe, link: Link) {
@@ -316,7 +292,7 @@ impl Drop for QueueRing {
             std::mem::forget(header_in);
             let headers_out = std::mem::replace(&mut self.headers_out, Box::new([0; HEADER_BUFFER_BYTES]));
             std::mem::forget(headers_out);
-            std::mem::forget(std::mem::replace(&mut self.data, TagData::Registered));
+            std::mem::forget(self.payloads.take());
             return;
         }
         // SAFETY: dropped here and nowhere else; `self.ring` is not used after this.
@@ -327,8 +303,8 @@ impl Drop for QueueRing {
 /// `MSG_MORE` where more of the stream follows at once.
 const fn send_flags(link: Link) -> i32 {
     match link {
-        Link::ToNext => libc::MSG_WAITALL | libc::MSG_MORE | libc::MSG_NOSIGNAL,
-        Link::None => libc::MSG_WAITALL | libc::MSG_NOSIGNAL,
+        Link::ToNext => libc::MSG_MORE | libc::MSG_NOSIGNAL,
+        Link::None => libc::MSG_NOSIGNAL,
     }
 }
 

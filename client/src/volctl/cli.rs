@@ -149,7 +149,13 @@ pub(crate) enum DataPathArg {
     Auto,
     /// The request's own pages are the socket's buffer (Linux 7.2)
     Fused,
-    /// Through a buffer of the device process (Linux 6.0)
+    /// The request's own pages, by READ_FIXED and WRITE_FIXED on the socket (Linux 6.16)
+    FixedRw,
+    /// The request's own pages, registered by two more commands for each request (Linux 6.15)
+    Registered,
+    /// Through a buffer of the device process, which copies by pread and pwrite (Linux 6.5)
+    UserCopy,
+    /// Through a buffer of the device process, which the driver copies (Linux 6.0)
     Mapped,
 }
 
@@ -159,6 +165,9 @@ impl DataPathArg {
         match self {
             Self::Auto => "auto",
             Self::Fused => "fused",
+            Self::FixedRw => "fixed-rw",
+            Self::Registered => "registered",
+            Self::UserCopy => "user-copy",
             Self::Mapped => "mapped",
         }
     }

@@ -153,7 +153,7 @@ impl QueueLoop {
         let depth = queue.queue_depth();
         let ring = build_queue_ring(u32::from(depth) * 2, u32::from(depth) * 4)?;
         let buffers = match service.data_path {
-            DataPath::Mapped => Some(UserBuffers::new(depth, max_io_bytes)?),
+            DataPath::Mapped | DataPath::UserCopy => Some(UserBuffers::new(depth, max_io_bytes)?),
             _ => {
                 ring.submitter().register_buffers_sparse(u32::from(depth))?;
                 None
@@ -217,7 +217,12 @@ impl QueueLoop {
         if matches!(self.service.store, Store::Null) {
             return self.commit(tag, if has_data { desc.len_bytes() as i32 } else { 0 });
         }
-        if has_data && desc.needs_buffer_registration() {
+        if desc.op() == IoOp::Write
+            && let (DataPath::UserCopy, Some(buffers)) = (self.service.data_path, &mut self.buffers)
+        {
+            self.queue.copy_from_request(tag, buffers, desc.len_bytes() as u32)?;
+        }
+        if has_data && self.registers_by_hand(&desc) {
             self.service.counters.registered_by_hand.fetch_add(1, Ordering::Relaxed);
             self.tags.operation_submitted(tag)?;
             let sqe = self.queue.register_io_buf(tag, tag);
@@ -267,7 +272,12 @@ impl QueueLoop {
         let expected = if has_data { desc.len_bytes() as i32 } else { 0 };
         // A file in memory moves everything or fails; anything between is an error to the requester.
         let result = if result == expected || result < 0 { result } else { -libc::EIO };
-        if has_data && desc.needs_buffer_registration() {
+        if desc.op() == IoOp::Read
+            && let (DataPath::UserCopy, Some(buffers)) = (self.service.data_path, &self.buffers)
+        {
+            self.queue.copy_to_request(tag, buffers, desc.len_bytes() as u32)?;
+        }
+        if has_data && self.registers_by_hand(&desc) {
             self.results[usize::from(tag)] = result;
             self.tags.operation_submitted(tag)?;
             let sqe = self.queue.unregister_io_buf(tag, tag);
@@ -282,8 +292,15 @@ impl QueueLoop {
         self.push(FETCH, tag, sqe)
     }
 
+    fn registers_by_hand(&self, desc: &IoDesc) -> bool {
+        self.service.data_path == DataPath::Registered || desc.needs_buffer_registration()
+    }
+
     fn tag_buffer(&self, tag: u16) -> TagBuffer {
         match &self.buffers {
+            _ if matches!(self.service.data_path, DataPath::Registered | DataPath::UserCopy) => {
+                TagBuffer::None
+            }
             Some(buffers) => TagBuffer::UserAddress(buffers.address(tag)),
             None if self.service.spoil_auto_registration => TagBuffer::AutoRegister { index: u16::MAX },
             None => TagBuffer::AutoRegister { index: tag },

@@ -1,0 +1,110 @@
+//! Where the data of a queue's requests lies, and how each data path brings it there.
+//!
+//! | path | FETCH and COMMIT say | before the transfer | the transfer's buffer | before COMMIT |
+//! | --- | --- | --- | --- | --- |
+//! | `fused`, `fixed-rw` | put it at this index | – | the request's pages | – |
+//! | `registered` | nothing | REGISTER_IO_BUF | the request's pages | UNREGISTER_IO_BUF |
+//! | `user-copy` | nothing | WRITE: pread | ours | READ: pwrite |
+//! | `mapped` | this address | – (the driver copies) | ours | – (the driver copies) |
+//!
+//! Owns the buffers. Never submits anything: `queue_ring.rs`, its caller, asks what to submit. A path that is meant to
+//! put the pages in the table by itself may fail to, request by request; then that one request goes as `registered`.
+
+use std::io;
+use std::ops::Range;
+
+use ublk_core::{DataPath, Place, Queue, TagBuffer, Transfer, UserBuffers};
+
+/// Where the data of the tags lies.
+#[derive(Debug)]
+pub enum Payloads {
+    /// In the request's own pages, in the ring's buffer table at the tag's index.
+    Automatic(Transfer),
+    /// The same, where the daemon puts them there.
+    ByHand(Transfer),
+    /// In a buffer of ours, copied by us.
+    UserCopy(UserBuffers),
+    /// In a buffer of ours, copied by the driver.
+    Mapped(UserBuffers),
+}
+
+impl Payloads {
+    /// Makes what a data path needs; `transfer` is what was proved for it. Errors: `ENOMEM`.
+    pub fn new(
+        data_path: DataPath,
+        transfer: Transfer,
+        queue_depth: u16,
+        max_io_bytes: u32,
+    ) -> io::Result<Self> {
+        let buffers = || UserBuffers::new(queue_depth, max_io_bytes);
+        Ok(match data_path {
+            DataPath::UserCopy => Self::UserCopy(buffers()?),
+            DataPath::Mapped => Self::Mapped(buffers()?),
+            DataPath::Registered => Self::ByHand(transfer),
+            _ => Self::Automatic(transfer),
+        })
+    }
+
+    /// Takes the memory, if any, and leaves none behind.
+    pub fn take(&mut self) -> Self {
+        std::mem::replace(self, Self::ByHand(Transfer::RecvSendFixed))
+    }
+
+    /// What FETCH and COMMIT say about the tag's data.
+    pub fn tag_buffer(&self, tag: u16) -> TagBuffer {
+        match self {
+            Self::Automatic(_) => TagBuffer::AutoRegister { index: tag },
+            Self::ByHand(_) | Self::UserCopy(_) => TagBuffer::None,
+            Self::Mapped(buffers) => TagBuffer::UserAddress(buffers.address(tag)),
+        }
+    }
+
+    /// Whether the daemon has to put every request's pages into the ring's buffer table.
+    pub fn registers_by_hand(&self) -> bool {
+        matches!(self, Self::ByHand(_))
+    }
+
+    /// Whether the requests' pages go through the ring's buffer table.
+    pub fn uses_buffer_table(&self) -> bool {
+        matches!(self, Self::Automatic(_) | Self::ByHand(_))
+    }
+
+    /// How bytes move between the socket and the data.
+    pub fn transfer(&self) -> Transfer {
+        match self {
+            Self::Automatic(transfer) | Self::ByHand(transfer) => *transfer,
+            Self::UserCopy(_) | Self::Mapped(_) => Transfer::RecvSend,
+        }
+    }
+
+    /// Where these bytes of the tag's data are; `buf_index` is where its pages are in the buffer table.
+    pub fn place(&self, tag: u16, buf_index: u16, bytes: Range<u32>) -> Place {
+        let len_bytes = bytes.end - bytes.start;
+        let addr = match self {
+            // What ublk puts in the table starts at address zero.
+            Self::Automatic(_) | Self::ByHand(_) => u64::from(bytes.start),
+            Self::UserCopy(buffers) | Self::Mapped(buffers) => {
+                assert!(bytes.end as usize <= buffers.buffer_bytes(), "a request is larger than its buffer");
+                buffers.address(tag) + u64::from(bytes.start)
+            }
+        };
+        Place { buf_index, addr, len_bytes }
+    }
+
+    /// Brings the data of the tag's WRITE to where it is sent from. Errors: those of
+    /// [`Queue::copy_from_request`].
+    pub fn copy_from_request(&mut self, queue: &Queue, tag: u16, len_bytes: u32) -> io::Result<()> {
+        match self {
+            Self::UserCopy(buffers) => queue.copy_from_request(tag, buffers, len_bytes),
+            _ => Ok(()),
+        }
+    }
+
+    /// Brings what was received to the pages of the tag's READ. Errors: those of [`Queue::copy_to_request`].
+    pub fn copy_to_request(&self, queue: &Queue, tag: u16, len_bytes: u32) -> io::Result<()> {
+        match self {
+            Self::UserCopy(buffers) => queue.copy_to_request(tag, buffers, len_bytes),
+            _ => Ok(()),
+        }
+    }
+}
