@@ -25,7 +25,7 @@ pub(super) enum Account {
 
 /// CPU time of the machine so far.
 pub(super) struct Moment {
-    /// Nanoseconds that any task ran, all processors together.
+    /// Nanoseconds that any task but this one, which looks, ran on any processor.
     busy_ns: u64,
     /// Clock ticks of children that were waited for: fio.
     children_ticks: u64,
@@ -35,7 +35,7 @@ pub(super) struct Moment {
 
 /// CPU seconds between two moments.
 pub(super) struct Spent {
-    /// By every task but fio.
+    /// By every task but fio and this program.
     pub(super) without_fio_s: f64,
     /// By account, in the order that was asked for.
     pub(super) accounts_s: Vec<f64>,
@@ -47,13 +47,14 @@ impl Moment {
     /// # Errors
     /// The kernel does not keep them (`CONFIG_SCHEDSTATS`).
     pub(super) fn now(accounts: &[Account]) -> Result<Self> {
-        let machine = fs::read_to_string("/proc/schedstat").context("/proc/schedstat")?;
-        let own = fs::read_to_string("/proc/self/stat").context("/proc/self/stat")?;
+        let read = |file: &str| fs::read_to_string(file).with_context(|| file.to_owned());
         let mut threads = Vec::new();
         for &account in accounts {
             threads.push((account, thread_times(account)?));
         }
-        Ok(Self { busy_ns: busy_ns(&machine)?, children_ticks: children_ticks(&own)?, threads })
+        let own_ns = ran_ns(&read("/proc/thread-self/schedstat")?).context("/proc/thread-self/schedstat")?;
+        let busy_ns = busy_ns(&read("/proc/schedstat")?)?.saturating_sub(own_ns);
+        Ok(Self { busy_ns, children_ticks: children_ticks(&read("/proc/self/stat")?)?, threads })
     }
 
     /// What was spent since `earlier`, which asked for the same accounts. A thread that ended meanwhile is lost.
@@ -114,13 +115,17 @@ fn thread_times(account: Account) -> Result<BTreeMap<u32, u64>> {
         let tasks = directory.join("task");
         for thread in numbered(&tasks).unwrap_or_default() {
             let file = tasks.join(thread.to_string()).join("schedstat");
-            let ran_ns = fs::read_to_string(&file).unwrap_or_default();
-            if let Some(ns) = ran_ns.split_whitespace().next().and_then(|number| number.parse().ok()) {
+            if let Some(ns) = ran_ns(&fs::read_to_string(&file).unwrap_or_default()) {
                 times.insert(thread, ns);
             }
         }
     }
     Ok(times)
+}
+
+/// The first number of a task's `schedstat`: nanoseconds it ran.
+fn ran_ns(schedstat: &str) -> Option<u64> {
+    schedstat.split_whitespace().next()?.parse().ok()
 }
 
 /// The entries of a directory that are numbers.

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testlab::shell::run;
 
-use super::{Cell, SIZE_MIB};
+use super::Cell;
 
 /// Seconds of the guest for one run; the longest, the filling of a device, takes some ten.
 const DEADLINE_SECONDS: &str = "120";
@@ -25,6 +25,8 @@ pub(super) struct Fio<'a> {
     pub(super) device: &'a Path,
     /// A directory of ours.
     pub(super) directory: &'a Path,
+    /// The device's size; all of it is used.
+    pub(super) size_mib: u64,
 }
 
 /// What one run gave.
@@ -50,7 +52,7 @@ impl Fio<'_> {
     /// # Errors
     /// fio failed, or did nothing.
     pub(super) fn measure(&self, cell: &Cell, runtime_ms: u32) -> Result<Outcome> {
-        let size = format!("--size={SIZE_MIB}M");
+        let size = format!("--size={}M", self.size_mib);
         let mut options = vec![
             format!("--rw={}", cell.operation.fio_name()),
             format!("--bs={}k", cell.block_kib),
@@ -76,7 +78,7 @@ impl Fio<'_> {
         let job = self.run(&[&verify[..], &compare[..]].concat())?;
         let read = job["read"]["io_bytes"].as_u64().unwrap_or(0);
         ensure!(read >= verify_mib << 20, "only {read} bytes were compared: {job}");
-        let size = format!("--size={SIZE_MIB}M");
+        let size = format!("--size={}M", self.size_mib);
         self.run(&["--rw=write", "--bs=512k", "--iodepth=4", &size]).map(drop)
     }
 

@@ -27,9 +27,6 @@ pub(crate) use subjects::{SUBJECTS, Subject};
 /// What a line of ours begins with; the rest of it is a [`Sample`].
 pub(crate) const SAMPLE_PREFIX: &str = "bench-sample ";
 
-/// Size of every device, in MiB.
-const SIZE_MIB: u64 = 64;
-
 const GIB: f64 = (1_u64 << 30) as f64;
 
 /// What fio does.
@@ -92,7 +89,9 @@ pub(crate) struct Plan {
     pub(crate) rounds: usize,
     /// Length of one run of fio.
     pub(crate) runtime_ms: u32,
-    /// What each device has to prove before.
+    /// Size of every device.
+    size_mib: u64,
+    /// How much of it each device has to prove that it stores.
     verify_mib: u64,
     loads_4k: &'static [u32],
     loads_128k: &'static [u32],
@@ -103,6 +102,7 @@ impl Plan {
     pub(crate) const FULL: Self = Self {
         rounds: 3,
         runtime_ms: 1000,
+        size_mib: 64,
         verify_mib: 16,
         loads_4k: &[1, 2, 4, 8, 16, 32],
         loads_128k: &[1, 4, 16],
@@ -110,7 +110,7 @@ impl Plan {
 
     /// That everything works, in a minute; its numbers mean nothing.
     pub(crate) const QUICK: Self =
-        Self { rounds: 1, runtime_ms: 150, verify_mib: 2, loads_4k: &[16], loads_128k: &[] };
+        Self { rounds: 1, runtime_ms: 150, size_mib: 8, verify_mib: 2, loads_4k: &[16], loads_128k: &[] };
 
     /// One of the two.
     pub(crate) fn new(quick: bool) -> Self {
@@ -170,7 +170,7 @@ pub(crate) fn run_samples(programs: &Path, quick: bool) -> Result<()> {
     let directory = std::env::temp_dir().join(format!("volnode-bench-{}", std::process::id()));
     fs::create_dir(&directory).context("a directory for the measurement")?;
     let env = Env { series: KernelSeries::V7, directory, programs: programs.to_owned(), in_vm: true };
-    let devices = Devices::set_up(&env)?;
+    let devices = Devices::set_up(&env, plan.size_mib)?;
     let bench = Bench { env: &env, devices: &devices, plan };
     bench.verify()?;
     let shares = bench.client_shares()?;
@@ -197,7 +197,8 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn fio(&self, subject: usize) -> Fio<'_> {
-        Fio { device: &self.devices.paths()[subject], directory: &self.env.directory }
+        let device = &self.devices.paths()[subject];
+        Fio { device, directory: &self.env.directory, size_mib: self.plan.size_mib }
     }
 
     fn verify(&self) -> Result<()> {

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, ensure};
 use testlab::harness::Env;
 use testlab::storage_node::StorageNode;
 
-use super::SIZE_MIB;
 use super::cpu_time::Account;
 use crate::peers::{KernelNbd, Nbdkit, NvmeTcp, NvmeTcpTarget};
 
@@ -109,22 +108,24 @@ pub(super) struct Devices {
     _nvme_target: NvmeTcpTarget,
     nbdkit: Nbdkit,
     node: StorageNode,
+    size_mib: u64,
     volumes: Vec<String>,
     paths: Vec<PathBuf>,
 }
 
 impl Devices {
-    /// Sets up every subject.
+    /// Sets up every subject, each as large.
     ///
     /// # Errors
     /// One of them cannot be set up, or has not the queues it should have.
-    pub(super) fn set_up(env: &Env) -> Result<Self> {
+    pub(super) fn set_up(env: &Env, size_mib: u64) -> Result<Self> {
         let mut devices = Self {
             kernel_nbd: Vec::new(),
             nvme: Vec::new(),
-            _nvme_target: NvmeTcpTarget::start(&NVME_SUBSYSTEMS, SIZE_MIB)?,
-            nbdkit: Nbdkit::start(NBDKIT_PORT, SIZE_MIB)?,
+            _nvme_target: NvmeTcpTarget::start(&NVME_SUBSYSTEMS, size_mib)?,
+            nbdkit: Nbdkit::start(NBDKIT_PORT, size_mib)?,
             node: StorageNode::start_with(env, &env.directory.join("data"), &["--export-by-name"])?,
+            size_mib,
             volumes: Vec::new(),
             paths: Vec::new(),
         };
@@ -185,7 +186,7 @@ impl Devices {
     }
 
     fn create_volume(&self, name: &str) -> Result<()> {
-        let size = format!("{SIZE_MIB}M");
+        let size = format!("{}M", self.size_mib);
         self.node.volctl(&["create", name, "--size", &size, "--backend", "memory"])?.succeeded().map(drop)
     }
 

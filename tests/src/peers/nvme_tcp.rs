@@ -38,6 +38,7 @@ impl NvmeTcpTarget {
         let (disks, size_kib) =
             (format!("rd_nr={}", subsystems.len()), format!("rd_size={}", size_mib << 10));
         run("modprobe", &["brd", &disks, &size_kib])?;
+        load_core()?;
         run("modprobe", &["nvmet-tcp"])?;
         if !nvmet().exists() {
             run("mount", &["-t", "configfs", "config", CONFIGFS])?;
@@ -99,13 +100,13 @@ impl NvmeTcp {
     /// # Errors
     /// The driver cannot be loaded, or the target refuses; the reason is in the kernel's log.
     pub(crate) fn connect(subsystem: &str, io_queues: u32) -> Result<Self> {
-        // Without multipathing a namespace is called after its controller, and an I/O takes no detour.
-        run("modprobe", &["nvme_core", "multipath=N"])?;
+        load_core()?;
         run("modprobe", &["nvme-tcp"])?;
         let options = format!(
             "transport=tcp,traddr=127.0.0.1,trsvcid={SERVICE},nqn={subsystem},nr_io_queues={io_queues}"
         );
-        let mut fabrics = File::options().read(true).write(true).open("/dev/nvme-fabrics")?;
+        let mut fabrics =
+            File::options().read(true).write(true).open("/dev/nvme-fabrics").context("/dev/nvme-fabrics")?;
         fabrics.write_all(options.as_bytes()).with_context(|| format!("connecting with {options}"))?;
         let mut answer = [0; 128];
         let length = fabrics.read(&mut answer).context("the answer of /dev/nvme-fabrics")?;
@@ -114,8 +115,8 @@ impl NvmeTcp {
         let controller = format!("nvme{}", instance.with_context(|| answer.clone())?);
         let device = PathBuf::from(format!("/dev/{controller}n1"));
         let connected = Self { controller, device };
-        wait_for("the NVMe namespace", NAMESPACE_DEADLINE, || Ok(connected.device.exists().then_some(())))?;
-        let queues = fs::read_dir(format!("/sys/block/{}n1/mq", connected.controller))?.count();
+        // The namespace is scanned for in the background; its node in /dev comes before its queues in sysfs.
+        let queues = wait_for("the NVMe namespace", NAMESPACE_DEADLINE, || Ok(connected.queues()))?;
         ensure!(queues == io_queues as usize, "{queues} I/O queues instead of {io_queues}");
         Ok(connected)
     }
@@ -123,6 +124,12 @@ impl NvmeTcp {
     /// The block device.
     pub(crate) fn device(&self) -> &Path {
         &self.device
+    }
+
+    /// Its I/O queues, once it is there.
+    fn queues(&self) -> Option<usize> {
+        let listed = fs::read_dir(format!("/sys/block/{}n1/mq", self.controller)).ok()?;
+        Some(listed.count()).filter(|&queues| queues > 0)
     }
 }
 
@@ -133,6 +140,12 @@ impl Drop for NvmeTcp {
             eprintln!("{file}: {error}");
         }
     }
+}
+
+/// Loads the module that client and target share, before either does. Without multipathing a namespace is called after its
+/// controller, and an I/O takes no detour.
+fn load_core() -> Result<()> {
+    run("modprobe", &["nvme_core", "multipath=N"]).map(drop)
 }
 
 fn nvmet() -> PathBuf {
