@@ -189,7 +189,7 @@ impl Attachment {
         sender: &Sender<Event>,
     ) -> Result<(), AttachmentError> {
         let is_pinned = sockets.len() > 1;
-        for (queue_id, mut sockets) in (0..).zip(sockets) {
+        for (queue_id, sockets) in (0..).zip(sockets) {
             // A single queue has the requests of every processor.
             let cpus =
                 if is_pinned { control.get_queue_affinity(self.device.dev_id(), queue_id)? } else { vec![] };
@@ -199,7 +199,7 @@ impl Attachment {
                 transfer: chosen.transfer,
                 max_io_bytes: params.max_io_bytes,
                 volatile_cache: params.volatile_cache && !params.read_only,
-                socket: sockets.remove(0),
+                sockets,
             };
             let sender = sender.clone();
             // The main thread ends only with the process, so nobody is left to miss an event.
@@ -265,11 +265,11 @@ impl Attachment {
     fn queue_event(&mut self, event: QueueEvent, status: &mut StatusFile) {
         match event {
             QueueEvent::Ready => {}
-            QueueEvent::ConnectionFailed { queue_id, reason } => {
-                let address = status.status().server_address.clone();
-                let reason = format!(
-                    "connection {queue_id} to {address} is lost ({reason}): I/O gets EIO until detach"
-                );
+            QueueEvent::ConnectionFailed { queue_id, connection, reason } => {
+                let slot = connection * status.status().nr_hw_queues + queue_id;
+                let address = &status.status().server_address;
+                let reason =
+                    format!("connection {slot} to {address} is lost ({reason}): I/O gets EIO until detach");
                 if status.status().state == DeviceState::Live {
                     status.enter(DeviceState::Failed, &reason);
                 }

@@ -1,4 +1,4 @@
-//! The data path: one thread, one ublk hardware queue, one ring, one connection.
+//! The data path: one thread, one ublk hardware queue, one ring, one or more connections.
 //!
 //! Each pass: **reap** what completed → **advance** the state machines (tags, connection) → **push** what they ask for →
 //! **one submit**, which also waits. No lock, no allocation, no log above `trace` while nothing goes wrong.
@@ -12,9 +12,13 @@
 //! What moves a payload, and what has to be done before and after it, differs by data path (`payload.rs`); the loop is
 //! the same for all. An operation on the socket may stop short: `stream.rs` knows what is left.
 //!
-//! Called by `attachment.rs`, which starts one thread for each queue. When the connection fails, its socket is shut
-//! down, every operation on it is reaped, and only then the requests in flight end with EIO: no late byte can reach a
-//! page that was given back. From then on the device answers EIO until it is detached.
+//! A request goes to the connection with the fewest in flight and stays on it. A FLUSH may go to any: the block layer
+//! issues it when the writes it covers have completed, and none completes before its reply, whichever connection it
+//! was on.
+//!
+//! Called by `attachment.rs`, which starts one thread for each queue. When a connection fails, the sockets of all are
+//! shut down; once every operation on one of them is reaped, and only then, its requests in flight end with EIO: no late
+//! byte can reach a page that was given back. From then on the queue answers EIO until its device is detached.
 
 use std::io::{self, Write as _};
 use std::net::{Shutdown, TcpStream};
@@ -25,6 +29,7 @@ use proto::nbd::transmission::{Command, CommandFlags, Request};
 use ublk_core::abi::{UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
 use ublk_core::{DataPath, Queue, TagError, TagTable, Transfer};
 
+use super::balance::Balance;
 use super::block_request;
 use super::connection::{Completion, Connection, Follows, Operation, Piece};
 use super::payload::Payloads;
@@ -43,10 +48,12 @@ const REAP_TIMEOUT: Duration = Duration::from_secs(10);
 pub enum QueueEvent {
     /// The ring is made and every tag is about to be fetched: the device can be started.
     Ready,
-    /// The connection is gone: requests end with EIO.
+    /// A connection is gone: requests of the queue end with EIO.
     ConnectionFailed {
         /// Which queue.
         queue_id: u16,
+        /// Which of the queue's connections.
+        connection: u16,
         /// Why, for people.
         reason: String,
     },
@@ -91,8 +98,8 @@ pub struct QueueParts {
     pub max_io_bytes: u32,
     /// Whether a FLUSH has to end the session.
     pub volatile_cache: bool,
-    /// Its connection, in the transmission phase.
-    pub socket: TcpStream,
+    /// Its connections, in the transmission phase; at least one.
+    pub sockets: Vec<TcpStream>,
 }
 
 /// Runs a queue until its device is gone. To be called on the queue's own thread, as `on_event` is then; that happens
@@ -103,14 +110,36 @@ pub fn run(parts: QueueParts, on_event: &dyn Fn(QueueEvent)) {
     on_event(QueueEvent::Ended { queue_id, outcome });
 }
 
+/// One connection: what is said on it, and how far its bytes got.
+struct Lane {
+    connection: Connection,
+    incoming: Incoming,
+    outgoing: Outgoing,
+}
+
+impl Lane {
+    fn new(queue_depth: u16) -> Self {
+        Self {
+            // One more than the device has: for the loop's own FLUSH.
+            connection: Connection::new(queue_depth + 1),
+            incoming: Incoming::default(),
+            outgoing: Outgoing::new(BATCH_PIECES_MAX),
+        }
+    }
+
+    /// Operations on the socket that are not reaped.
+    fn operations_out(&self) -> usize {
+        self.incoming.operations_out() + self.outgoing.operations_out()
+    }
+}
+
 struct QueueLoop<'a> {
     ring: QueueRing,
     tags: TagTable,
-    connection: Connection,
+    lanes: Box<[Lane]>,
+    balance: Balance,
     /// By tag: what its request is; the last one is the loop's own FLUSH.
     requests: Box<[Operation]>,
-    incoming: Incoming,
-    outgoing: Outgoing,
     volatile_cache: bool,
     final_flush: Option<Result<(), i32>>,
     failure: Option<String>,
@@ -135,13 +164,13 @@ impl<'a> QueueLoop<'a> {
             offset_bytes: 0,
             length_bytes: 0,
         };
+        let nr_connections = parts.sockets.len();
         Ok(Self {
-            ring: QueueRing::new(parts.queue, payloads, parts.socket)?,
+            ring: QueueRing::new(parts.queue, payloads, parts.sockets)?,
             tags: TagTable::new(depth),
-            connection: Connection::new(depth + 1),
+            lanes: (0..nr_connections).map(|_| Lane::new(depth)).collect(),
+            balance: Balance::new(nr_connections, depth + 1),
             requests: vec![flush; usize::from(depth) + 1].into_boxed_slice(),
-            incoming: Incoming::default(),
-            outgoing: Outgoing::new(BATCH_PIECES_MAX),
             volatile_cache: parts.volatile_cache,
             final_flush: None,
             failure: None,
@@ -154,7 +183,9 @@ impl<'a> QueueLoop<'a> {
             assert_ours(self.tags.fetch_submitted(tag));
             self.ring.fetch(tag);
         }
-        self.receive();
+        for connection in self.connections() {
+            self.receive(connection);
+        }
         (self.on_event)(QueueEvent::Ready);
         while !self.tags.is_finished() {
             self.pass(None)?;
@@ -168,13 +199,20 @@ impl<'a> QueueLoop<'a> {
         while let Some(completed) = self.ring.reap() {
             self.advance(completed)?;
         }
-        if self.connection.has_failed() && self.socket_operations_out() == 0 {
-            self.connection.reaped();
+        for connection in self.connections() {
+            let lane = &mut self.lanes[usize::from(connection)];
+            if lane.connection.has_failed() && lane.operations_out() == 0 {
+                lane.connection.reaped();
+            }
+            self.commit_completed(connection);
+            self.receive(connection);
+            self.send(connection);
         }
-        self.commit_completed();
-        self.receive();
-        self.send();
         Ok(())
+    }
+
+    fn connections(&self) -> std::ops::Range<u16> {
+        0..self.lanes.len() as u16
     }
 
     // ------------------------------------------------------------------------------------------------- advance
@@ -184,12 +222,12 @@ impl<'a> QueueLoop<'a> {
             RingOperation::Tag(tag) => return self.tag_completed(tag, result),
             RingOperation::Register(tag) => self.registered(tag, result),
             RingOperation::Unregister(tag) => assert_eq!(result, 0, "tag {tag} was registered"),
-            RingOperation::ReceiveHeader => self.header_completed(result),
-            RingOperation::ReceivePayload(tag) => self.payload_completed(tag, result),
-            RingOperation::SendHeaders => self.send_completed(result),
-            RingOperation::SendPayload(tag) => {
+            RingOperation::ReceiveHeader(connection) => self.header_completed(connection, result),
+            RingOperation::ReceivePayload(connection, tag) => self.payload_completed(connection, tag, result),
+            RingOperation::SendHeaders(connection) => self.send_completed(connection, result),
+            RingOperation::SendPayload(connection, tag) => {
                 assert_ours(self.tags.operation_completed(tag));
-                self.send_completed(result);
+                self.send_completed(connection, result);
             }
         }
         Ok(())
@@ -226,7 +264,12 @@ impl<'a> QueueLoop<'a> {
             tracing::error!(tag, %error, "a WRITE's data cannot be copied from its pages");
             return self.commit(tag, -libc::EIO);
         }
-        self.connection.submit(tag, operation);
+        self.submit(tag, operation);
+    }
+
+    fn submit(&mut self, tag: u16, operation: Operation) {
+        let connection = self.balance.choose(tag);
+        self.lanes[usize::from(connection)].connection.submit(tag, operation);
     }
 
     fn registered(&mut self, tag: u16, result: i32) {
@@ -235,60 +278,77 @@ impl<'a> QueueLoop<'a> {
             return;
         }
         assert_ours(self.tags.buffer_registered(tag));
-        self.connection.submit(tag, self.requests[usize::from(tag)]);
+        self.submit(tag, self.requests[usize::from(tag)]);
     }
 
-    fn header_completed(&mut self, result: i32) {
-        match self.incoming.header_completed(result) {
-            Ok(true) if !self.connection.has_failed() => {}
+    fn header_completed(&mut self, connection: u16, result: i32) {
+        let lane = &mut self.lanes[usize::from(connection)];
+        match lane.incoming.header_completed(result) {
+            Ok(true) if !lane.connection.has_failed() => {}
             Ok(_) => return,
-            Err(error) => return self.fail(describe("reply", &error)),
+            Err(error) => return self.fail(connection, describe("reply", &error)),
         }
-        let header = self.ring.header();
-        match self.connection.header_received(&header) {
+        let header = self.ring.header(connection);
+        match lane.connection.header_received(&header) {
             Ok(Follows::Header) => {}
-            Ok(Follows::Payload { tag, len_bytes }) => self.incoming.expect_payload(tag, len_bytes),
-            Err(error) => self.fail(error.to_string()),
+            Ok(Follows::Payload { tag, len_bytes }) => lane.incoming.expect_payload(tag, len_bytes),
+            Err(error) => self.fail(connection, error.to_string()),
         }
     }
 
-    fn payload_completed(&mut self, tag: u16, result: i32) {
+    fn payload_completed(&mut self, connection: u16, tag: u16, result: i32) {
         assert_ours(self.tags.operation_completed(tag));
-        match self.incoming.payload_completed(result) {
-            Ok(true) => self.connection.payload_received(tag),
+        let lane = &mut self.lanes[usize::from(connection)];
+        match lane.incoming.payload_completed(result) {
+            Ok(true) => lane.connection.payload_received(tag),
             Ok(false) => {}
-            Err(error) => self.fail(describe("payload", &error)),
+            Err(error) => self.fail(connection, describe("payload", &error)),
         }
     }
 
     /// The pieces of a batch are linked, so they complete in their order.
-    fn send_completed(&mut self, result: i32) {
-        match self.outgoing.completed(result) {
-            Ok(true) if !self.connection.has_failed() => self.connection.batch_sent(),
+    fn send_completed(&mut self, connection: u16, result: i32) {
+        let lane = &mut self.lanes[usize::from(connection)];
+        match lane.outgoing.completed(result) {
+            Ok(true) if !lane.connection.has_failed() => lane.connection.batch_sent(),
             Ok(_) => {}
-            Err(error) => self.fail(describe("send", &error)),
+            Err(error) => self.fail(connection, describe("send", &error)),
         }
     }
 
-    /// The connection is of no use any more: shut it down so that its operations end.
-    fn fail(&mut self, reason: String) {
-        if self.connection.has_failed() {
+    /// A connection is of no use any more, and with it the queue: shut all down so that their operations end.
+    fn fail(&mut self, connection: u16, reason: String) {
+        if self.has_failed() {
             return;
         }
-        self.connection.fail();
-        tracing::error!(queue_id = self.ring.queue().q_id(), reason, "the connection is lost: I/O gets EIO");
-        // ENOTCONN: the peer was first.
-        let _ = self.ring.socket().shutdown(Shutdown::Both);
         let queue_id = self.ring.queue().q_id();
-        (self.on_event)(QueueEvent::ConnectionFailed { queue_id, reason: reason.clone() });
+        tracing::error!(queue_id, connection, reason, "the connection is lost: I/O gets EIO");
+        self.shut_down();
+        (self.on_event)(QueueEvent::ConnectionFailed { queue_id, connection, reason: reason.clone() });
         self.failure = Some(reason);
+    }
+
+    fn shut_down(&mut self) {
+        for (connection, lane) in (0..).zip(&mut self.lanes) {
+            lane.connection.fail();
+            // ENOTCONN: the peer was first.
+            let _ = self.ring.socket(connection).shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Connections fail together.
+    fn has_failed(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.connection.has_failed())
     }
 
     // ---------------------------------------------------------------------------------------------------- push
 
-    /// Gives ended requests back to the block layer.
-    fn commit_completed(&mut self) {
-        while let Some(Completion { tag, result }) = self.connection.take_completion() {
+    /// Gives a connection's ended requests back to the block layer.
+    fn commit_completed(&mut self, connection: u16) {
+        while let Some(Completion { tag, result }) =
+            self.lanes[usize::from(connection)].connection.take_completion()
+        {
+            self.balance.ended(tag);
             if tag == self.flush_tag() {
                 self.final_flush = Some(result);
                 continue;
@@ -316,45 +376,44 @@ impl<'a> QueueLoop<'a> {
     }
 
     /// Receives what the stream holds next, or the rest of what stopped short.
-    fn receive(&mut self) {
-        if self.incoming.operations_out() > 0 || self.connection.has_failed() {
+    fn receive(&mut self, connection: u16) {
+        let lane = &mut self.lanes[usize::from(connection)];
+        if lane.incoming.operations_out() > 0 || lane.connection.has_failed() {
             return;
         }
-        let (payload, header) = self.incoming.push();
+        let (payload, header) = lane.incoming.push();
         if let Some((tag, rest)) = payload {
             assert_ours(self.tags.operation_submitted(tag));
-            self.ring.receive_payload(tag, rest);
+            self.ring.receive_payload(connection, tag, rest);
         }
-        self.ring.receive_header(header);
+        self.ring.receive_header(connection, header);
     }
 
     /// Sends what waits, or the rest of what stopped short: one chain in flight for each socket.
-    fn send(&mut self) {
-        if self.outgoing.operations_out() > 0 || self.connection.has_failed() {
+    fn send(&mut self, connection: u16) {
+        let lane = &mut self.lanes[usize::from(connection)];
+        if lane.outgoing.operations_out() > 0 || lane.connection.has_failed() {
             return;
         }
-        if self.outgoing.is_done() {
-            let headers = self.ring.headers_mut();
-            self.outgoing.next_batch(|pieces| self.connection.take_batch(headers, pieces, BATCH_PIECES_MAX));
+        if lane.outgoing.is_done() {
+            let headers = self.ring.headers_mut(connection);
+            lane.outgoing.next_batch(|pieces| lane.connection.take_batch(headers, pieces, BATCH_PIECES_MAX));
         }
-        let mut rest = self.outgoing.rest().peekable();
+        let mut rest = lane.outgoing.rest().peekable();
         while let Some((piece, rest_of_piece)) = rest.next() {
             let link = if rest.peek().is_some() { Link::ToNext } else { Link::None };
             match piece {
-                Piece::Headers { start, .. } => self.ring.send_headers(start, rest_of_piece, link),
+                Piece::Headers { start, .. } => {
+                    self.ring.send_headers(connection, start, rest_of_piece, link)
+                }
                 Piece::Payload { tag, .. } => {
                     assert_ours(self.tags.operation_submitted(tag));
-                    self.ring.send_payload(tag, rest_of_piece, link);
+                    self.ring.send_payload(connection, tag, rest_of_piece, link);
                 }
             }
         }
         drop(rest);
-        self.outgoing.pushed();
-    }
-
-    /// Operations on the socket that are not reaped.
-    fn socket_operations_out(&self) -> usize {
-        self.incoming.operations_out() + self.outgoing.operations_out()
+        lane.outgoing.pushed();
     }
 
     // -------------------------------------------------------------------------------------------------- finish
@@ -362,11 +421,11 @@ impl<'a> QueueLoop<'a> {
     /// The device is gone: put everything on stable storage, say goodbye, and reap the rest.
     fn finish(mut self) -> Result<(), QueueError> {
         let mut outcome = Ok(());
-        // On a connection that was lost before there is nothing to ask: its users were told by EIO.
-        if self.volatile_cache && !self.connection.has_failed() {
+        // Where a connection was lost before there is nothing to ask: its users were told by EIO.
+        if self.volatile_cache && !self.has_failed() {
             outcome = self.flush_finally();
         }
-        if !self.connection.has_failed() {
+        if !self.has_failed() {
             let goodbye = Request {
                 flags: CommandFlags::NONE,
                 command: Command::Disconnect,
@@ -374,13 +433,14 @@ impl<'a> QueueLoop<'a> {
                 offset_bytes: 0,
                 length_bytes: 0,
             };
-            // The server needs no goodbye: closing says the same.
-            let _ = self.ring.socket().write_all(&goodbye.encode());
-            self.connection.fail();
-            let _ = self.ring.socket().shutdown(Shutdown::Both);
+            for connection in self.connections() {
+                // The server needs no goodbye: closing says the same.
+                let _ = self.ring.socket(connection).write_all(&goodbye.encode());
+            }
+            self.shut_down();
         }
         let deadline = Instant::now() + REAP_TIMEOUT;
-        while self.socket_operations_out() > 0 && Instant::now() < deadline {
+        while self.lanes.iter().any(|lane| lane.operations_out() > 0) && Instant::now() < deadline {
             self.pass_for(Duration::from_millis(100))?;
         }
         outcome
@@ -388,13 +448,17 @@ impl<'a> QueueLoop<'a> {
 
     fn flush_finally(&mut self) -> Result<(), QueueError> {
         let flush_tag = self.flush_tag();
-        self.connection.submit(flush_tag, self.requests[usize::from(flush_tag)]);
-        self.commit_completed();
-        self.send();
+        let connection = self.balance.choose(flush_tag);
+        let lane = &mut self.lanes[usize::from(connection)];
+        lane.connection.submit(flush_tag, self.requests[usize::from(flush_tag)]);
+        self.send(connection);
         let deadline = Instant::now() + FINAL_FLUSH_TIMEOUT;
         while self.final_flush.is_none() {
             if Instant::now() >= deadline {
-                self.fail(format!("no answer to FLUSH within {} s", FINAL_FLUSH_TIMEOUT.as_secs()));
+                self.fail(
+                    connection,
+                    format!("no answer to FLUSH within {} s", FINAL_FLUSH_TIMEOUT.as_secs()),
+                );
             }
             self.pass_for(Duration::from_millis(100))?;
         }

@@ -1,4 +1,4 @@
-//! The ring of one queue thread together with everything its operations point at: the socket, the header buffers, the
+//! The ring of one queue thread together with everything its operations point at: the sockets, the header buffers, the
 //! tags' data (`payload.rs`).
 //!
 //! Owns: the memory, and the building of submissions. Never: decides what to submit; that is `queue_loop.rs`, its only
@@ -31,14 +31,14 @@ pub const HEADER_BUFFER_BYTES: usize = 1024;
 pub enum Operation {
     /// FETCH or COMMIT of a tag.
     Tag(u16),
-    /// RECV of a reply's header.
-    ReceiveHeader,
-    /// RECV of a tag's payload.
-    ReceivePayload(u16),
-    /// SEND of request headers.
-    SendHeaders,
-    /// SEND of a tag's payload.
-    SendPayload(u16),
+    /// RECV of a reply's header on a connection.
+    ReceiveHeader(u16),
+    /// RECV of a tag's payload on a connection.
+    ReceivePayload(u16, u16),
+    /// SEND of request headers on a connection.
+    SendHeaders(u16),
+    /// SEND of a tag's payload on a connection.
+    SendPayload(u16, u16),
     /// REGISTER_IO_BUF of a tag, where the driver does not do it by itself.
     Register(u16),
     /// UNREGISTER_IO_BUF of a tag.
@@ -47,26 +47,26 @@ pub enum Operation {
 
 impl Operation {
     const fn to_user_data(self) -> u64 {
-        let (kind, tag) = match self {
-            Self::Tag(tag) => (0, tag),
-            Self::ReceiveHeader => (1, 0),
-            Self::ReceivePayload(tag) => (2, tag),
-            Self::SendHeaders => (3, 0),
-            Self::SendPayload(tag) => (4, tag),
-            Self::Register(tag) => (5, tag),
-            Self::Unregister(tag) => (6, tag),
+        let (kind, connection, tag) = match self {
+            Self::Tag(tag) => (0, 0, tag),
+            Self::ReceiveHeader(connection) => (1, connection, 0),
+            Self::ReceivePayload(connection, tag) => (2, connection, tag),
+            Self::SendHeaders(connection) => (3, connection, 0),
+            Self::SendPayload(connection, tag) => (4, connection, tag),
+            Self::Register(tag) => (5, 0, tag),
+            Self::Unregister(tag) => (6, 0, tag),
         };
-        (kind as u64) << 16 | tag as u64
+        (kind as u64) << 32 | (connection as u64) << 16 | tag as u64
     }
 
     fn from_user_data(user_data: u64) -> Self {
-        let tag = user_data as u16;
-        match user_data >> 16 {
+        let (connection, tag) = ((user_data >> 16) as u16, user_data as u16);
+        match user_data >> 32 {
             0 => Self::Tag(tag),
-            1 => Self::ReceiveHeader,
-            2 => Self::ReceivePayload(tag),
-            3 => Self::SendHeaders,
-            4 => Self::SendPayload(tag),
+            1 => Self::ReceiveHeader(connection),
+            2 => Self::ReceivePayload(connection, tag),
+            3 => Self::SendHeaders(connection),
+            4 => Self::SendPayload(connection, tag),
             5 => Self::Register(tag),
             6 => Self::Unregister(tag),
             kind => unreachable!("completion of kind {kind}, which is never submitted"),
@@ -86,6 +86,31 @@ pub enum Link {
     None,
 }
 
+/// A connection's socket and the memory of its headers.
+struct Wire {
+    socket: TcpStream,
+    headers_out: Box<[u8; HEADER_BUFFER_BYTES]>,
+    header_in: Box<[u8; SIMPLE_REPLY_BYTES]>,
+    sends_out: usize,
+    header_receives_out: usize,
+}
+
+impl Wire {
+    fn new(socket: TcpStream) -> Self {
+        Self {
+            socket,
+            headers_out: Box::new([0; HEADER_BUFFER_BYTES]),
+            header_in: Box::new([0; SIMPLE_REPLY_BYTES]),
+            sends_out: 0,
+            header_receives_out: 0,
+        }
+    }
+
+    fn fd(&self) -> types::Fd {
+        types::Fd(self.socket.as_raw_fd())
+    }
+}
+
 /// A queue thread's ring and what its operations name.
 pub struct QueueRing {
     // First, so that it is dropped before the memory below.
@@ -94,23 +119,19 @@ pub struct QueueRing {
     payloads: Payloads,
     /// By tag: whether its pages are in the buffer table because we put them there.
     by_hand: Box<[bool]>,
-    socket: TcpStream,
-    headers_out: Box<[u8; HEADER_BUFFER_BYTES]>,
-    header_in: Box<[u8; SIMPLE_REPLY_BYTES]>,
+    wires: Box<[Wire]>,
     operations_out: usize,
-    sends_out: usize,
-    header_receives_out: usize,
 }
 
 impl QueueRing {
     /// Makes the ring. Must be called on the thread that will use it (single issuer).
     ///
     /// Errors: those of io_uring_setup and of registering the buffer table.
-    pub fn new(queue: Queue, payloads: Payloads, socket: TcpStream) -> io::Result<Self> {
+    pub fn new(queue: Queue, payloads: Payloads, sockets: Vec<TcpStream>) -> io::Result<Self> {
         let depth = u32::from(queue.queue_depth());
-        // In one pass a tag can bring a commit with the unregistration before it, or two sends, and the connection two
+        // In one pass a tag can bring a commit with the unregistration before it, or two sends, and a connection two
         // receives; and each is one completion.
-        let entries = (depth * 3 + 8).next_power_of_two();
+        let entries = (depth * 3 + sockets.len() as u32 * 2 + 8).next_power_of_two();
         let ring = ring::build_queue_ring(entries, entries * 2)?;
         if payloads.uses_buffer_table() {
             // The upper half is for buffers registered by hand: the automatic ones own the index of their tag.
@@ -121,12 +142,8 @@ impl QueueRing {
             by_hand: vec![false; depth as usize].into_boxed_slice(),
             queue,
             payloads,
-            socket,
-            headers_out: Box::new([0; HEADER_BUFFER_BYTES]),
-            header_in: Box::new([0; SIMPLE_REPLY_BYTES]),
+            wires: sockets.into_iter().map(Wire::new).collect(),
             operations_out: 0,
-            sends_out: 0,
-            header_receives_out: 0,
         })
     }
 
@@ -135,21 +152,23 @@ impl QueueRing {
         &self.queue
     }
 
-    /// The socket.
-    pub fn socket(&self) -> &TcpStream {
-        &self.socket
+    /// A connection's socket.
+    pub fn socket(&self, connection: u16) -> &TcpStream {
+        &self.wire(connection).socket
     }
 
-    /// The buffer for outgoing headers. Panics while a SEND that names it is out.
-    pub fn headers_mut(&mut self) -> &mut [u8] {
-        assert_eq!(self.sends_out, 0, "the header buffer is being sent");
-        &mut self.headers_out[..]
+    /// A connection's buffer for outgoing headers. Panics while a SEND that names it is out.
+    pub fn headers_mut(&mut self, connection: u16) -> &mut [u8] {
+        let wire = self.wire_mut(connection);
+        assert_eq!(wire.sends_out, 0, "the header buffer is being sent");
+        &mut wire.headers_out[..]
     }
 
-    /// The header that was received. Panics while a RECV that names it is out.
-    pub fn header(&self) -> [u8; SIMPLE_REPLY_BYTES] {
-        assert_eq!(self.header_receives_out, 0, "the header is being received");
-        *self.header_in
+    /// The header that was received on a connection. Panics while a RECV that names it is out.
+    pub fn header(&self, connection: u16) -> [u8; SIMPLE_REPLY_BYTES] {
+        let wire = self.wire(connection);
+        assert_eq!(wire.header_receives_out, 0, "the header is being received");
+        *wire.header_in
     }
 
     /// Waits for the tag's first request.
@@ -195,37 +214,38 @@ impl QueueRing {
         self.payloads.copy_to_request(&self.queue, tag, len_bytes)
     }
 
-    /// Receives the rest of the next reply's header.
-    pub fn receive_header(&mut self, rest: Stretch) {
-        let place = self.header_in[rest.done_bytes() as usize..].as_mut_ptr();
-        let sqe =
-            opcode::Recv::new(self.socket_fd(), place, rest.rest_bytes()).flags(libc::MSG_WAITALL).build();
-        self.header_receives_out += 1;
-        self.push(Operation::ReceiveHeader, sqe.into(), Link::None);
+    /// Receives the rest of the connection's next reply header.
+    pub fn receive_header(&mut self, connection: u16, rest: Stretch) {
+        let wire = self.wire_mut(connection);
+        let place = wire.header_in[rest.done_bytes() as usize..].as_mut_ptr();
+        let sqe = opcode::Recv::new(wire.fd(), place, rest.rest_bytes()).flags(libc::MSG_WAITALL).build();
+        wire.header_receives_out += 1;
+        self.push(Operation::ReceiveHeader(connection), sqe.into(), Link::None);
     }
 
     /// Receives the rest of the tag's payload; what is pushed next starts when all of it has come.
-    pub fn receive_payload(&mut self, tag: u16, rest: Stretch) {
+    pub fn receive_payload(&mut self, connection: u16, tag: u16, rest: Stretch) {
         let place = self.place(tag, rest);
-        let sqe = self.payloads.transfer().receive(self.socket_fd(), place);
-        self.push(Operation::ReceivePayload(tag), sqe, Link::ToNext);
+        let sqe = self.payloads.transfer().receive(self.wire(connection).fd(), place);
+        self.push(Operation::ReceivePayload(connection, tag), sqe, Link::ToNext);
     }
 
-    /// Sends the rest of the bytes of the header buffer that begin at `start`.
-    pub fn send_headers(&mut self, start: usize, rest: Stretch, link: Link) {
-        let place = self.headers_out[start + rest.done_bytes() as usize..].as_ptr();
+    /// Sends the rest of the bytes of the connection's header buffer that begin at `start`.
+    pub fn send_headers(&mut self, connection: u16, start: usize, rest: Stretch, link: Link) {
         let flags = libc::MSG_WAITALL | send_flags(link);
-        let sqe = opcode::Send::new(self.socket_fd(), place, rest.rest_bytes()).flags(flags).build();
-        self.sends_out += 1;
-        self.push(Operation::SendHeaders, sqe.into(), link);
+        let wire = self.wire_mut(connection);
+        let place = wire.headers_out[start + rest.done_bytes() as usize..].as_ptr();
+        let sqe = opcode::Send::new(wire.fd(), place, rest.rest_bytes()).flags(flags).build();
+        wire.sends_out += 1;
+        self.push(Operation::SendHeaders(connection), sqe.into(), link);
     }
 
     /// Sends the rest of the tag's payload.
-    pub fn send_payload(&mut self, tag: u16, rest: Stretch, link: Link) {
+    pub fn send_payload(&mut self, connection: u16, tag: u16, rest: Stretch, link: Link) {
         let place = self.place(tag, rest);
-        let sqe = self.payloads.transfer().send(self.socket_fd(), place, send_flags(link));
-        self.sends_out += 1;
-        self.push(Operation::SendPayload(tag), sqe, link);
+        let sqe = self.payloads.transfer().send(self.wire(connection).fd(), place, send_flags(link));
+        self.wire_mut(connection).sends_out += 1;
+        self.push(Operation::SendPayload(connection, tag), sqe, link);
     }
 
     /// Submits everything pushed and waits for a completion, at most until `timeout` where one is given.
@@ -249,15 +269,21 @@ impl QueueRing {
         let operation = Operation::from_user_data(cqe.user_data());
         self.operations_out -= 1;
         match operation {
-            Operation::ReceiveHeader => self.header_receives_out -= 1,
-            Operation::SendHeaders | Operation::SendPayload(_) => self.sends_out -= 1,
+            Operation::ReceiveHeader(connection) => self.wire_mut(connection).header_receives_out -= 1,
+            Operation::SendHeaders(connection) | Operation::SendPayload(connection, _) => {
+                self.wire_mut(connection).sends_out -= 1;
+            }
             _ => {}
         }
         Some((operation, cqe.result()))
     }
 
-    fn socket_fd(&self) -> types::Fd {
-        types::Fd(self.socket.as_raw_fd())
+    fn wire(&self, connection: u16) -> &Wire {
+        &self.wires[usize::from(connection)]
+    }
+
+    fn wire_mut(&mut self, connection: u16) -> &mut Wire {
+        &mut self.wires[usize::from(connection)]
     }
 
     fn by_hand_index(&self, tag: u16) -> u16 {
@@ -274,7 +300,7 @@ impl QueueRing {
         if link == Link::ToNext {
             sqe = sqe.flags(squeue::Flags::IO_LINK);
         }
-        // SAFETY: the entry names the socket, a header buffer, or a tag's buffer. All are owned by `self` and live
+        // SAFETY: the entry names a socket, a header buffer, or a tag's buffer. All are owned by `self` and live
         // until after the ring (`drop` leaks them with the ring while an operation is out); the header buffers are
         // not touched while an operation that names them is out (`headers_mut`, `header`); a tag's buffer is touched
         // by nobody else between the tag's dispatch and its commit.
@@ -288,10 +314,7 @@ impl Drop for QueueRing {
     fn drop(&mut self) {
         if self.operations_out > 0 {
             // The kernel may still write to our memory: closing the ring would only begin to cancel. Better leak.
-            let header_in = std::mem::replace(&mut self.header_in, Box::new([0; SIMPLE_REPLY_BYTES]));
-            std::mem::forget(header_in);
-            let headers_out = std::mem::replace(&mut self.headers_out, Box::new([0; HEADER_BUFFER_BYTES]));
-            std::mem::forget(headers_out);
+            std::mem::forget(std::mem::take(&mut self.wires));
             std::mem::forget(self.payloads.take());
             return;
         }
@@ -316,10 +339,10 @@ mod tests {
     fn user_data_survives_a_round_trip() {
         let operations = [
             Operation::Tag(4095),
-            Operation::ReceiveHeader,
-            Operation::ReceivePayload(1),
-            Operation::SendHeaders,
-            Operation::SendPayload(2),
+            Operation::ReceiveHeader(255),
+            Operation::ReceivePayload(3, 1),
+            Operation::SendHeaders(u16::MAX),
+            Operation::SendPayload(u16::MAX, 2),
             Operation::Register(3),
             Operation::Unregister(u16::MAX),
         ];
