@@ -107,7 +107,7 @@ fn on_foreign_server(env: &Env, server: &str, arguments: &[&str], uri: &str) -> 
 }
 
 /// A foreign server, killed in the end.
-struct Server(Child);
+pub(crate) struct Server(pub(crate) Child);
 
 impl Drop for Server {
     fn drop(&mut self) {

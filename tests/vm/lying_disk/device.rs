@@ -50,16 +50,27 @@ const BUFFER_ALIGNMENT_BYTES: usize = 4096;
 const CHECK_BLOCKS: usize = 128;
 
 pub(super) fn what_the_device_flushed_survives_a_power_cut_of_its_server(env: &Env) -> Result<()> {
+    survives_power_cuts(env, &["--queues", "1", "--connections", "1"])
+}
+
+/// A FLUSH goes over one connection, the writes it covers went over four.
+pub(super) fn a_flush_on_one_connection_covers_the_writes_of_all(env: &Env) -> Result<()> {
+    survives_power_cuts(env, &["--queues", "2", "--connections", "4"])
+}
+
+fn survives_power_cuts(env: &Env, attach_options: &[&str]) -> Result<()> {
     let seed = seed::choose()?;
     let mut rig = Rig::start_with_node_daemon(env)?;
     let mut history = BlockHistory::new(seed, BLOCK_COUNT);
-    let mut device = rig.node().create_and_attach(VOLUME, VOLUME_SIZE, &[])?;
+    rig.node().volctl(&["create", VOLUME, "--size", VOLUME_SIZE])?.succeeded()?;
+    let attach = [&[VOLUME], attach_options].concat();
+    let mut device = rig.node().attach(&attach)?;
     run_rounds(seed, |round_seed| {
         write_until_the_cut(&rig, &device, &mut history, round_seed)?;
         rig.power_cycle(round_seed)?;
         // The device lost its server and says so until it is detached; a new one reads what the disk has.
         rig.node().detach(VOLUME)?;
-        device = rig.node().attach(&[VOLUME])?;
+        device = rig.node().attach(&attach)?;
         check(&device, &mut history)
     })?;
     rig.node().detach(VOLUME)

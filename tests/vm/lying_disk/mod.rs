@@ -39,6 +39,10 @@ pub(crate) const TESTS: &[Test] = &[
         device::what_the_device_flushed_survives_a_power_cut_of_its_server,
     ),
     Test::new(
+        "lying_disk::a_flush_on_one_connection_covers_the_writes_of_all",
+        device::a_flush_on_one_connection_covers_the_writes_of_all,
+    ),
+    Test::new(
         "lying_disk::the_catalog_holds_exactly_what_was_answered",
         catalog::the_catalog_holds_exactly_what_was_answered,
     ),
