@@ -13,6 +13,7 @@ pub mod libtest_binary;
 pub mod lying_disk;
 pub mod management_api;
 pub mod nbd_client;
+pub mod process_resources;
 pub mod seed;
 pub mod shell;
 pub mod storage_node;

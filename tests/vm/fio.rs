@@ -13,14 +13,13 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("fio::the_copying_path_verifies_where_it_is_not_the_best", the_copying_path_verifies)
         .on(&[KernelSeries::V7])
         .within(300),
-    Test::new("fio::several_queues_verify", several_queues_verify).within(300),
     Test::new("fio::a_memory_volume_verifies", a_memory_volume_verifies).within(300),
     Test::new("fio::a_path_the_kernel_lacks_is_refused", a_path_the_kernel_lacks_is_refused)
         .on(&[KernelSeries::V6_12]),
 ];
 
 /// Random writes and reads of 4k to 1M with fsyncs, then everything read back and compared.
-fn verify(device: &Path, offset_mib: u32, size_mib: u32, depth: u32) -> Result<()> {
+pub(crate) fn verify(device: &Path, offset_mib: u32, size_mib: u32, depth: u32) -> Result<()> {
     let filename = format!("--filename={}", device.display());
     let (offset, size) = (format!("--offset={offset_mib}M"), format!("--size={size_mib}M"));
     let depth = format!("--iodepth={depth}");
@@ -67,15 +66,6 @@ fn the_copying_path_verifies(env: &Env) -> Result<()> {
     let device = node.attach(&["vol-1", "--data-path", "mapped"])?;
     ensure!(node.attachment("vol-1")?["data_path"] == "mapped");
     verify(&device, 0, 32, 16)?;
-    node.detach("vol-1")
-}
-
-fn several_queues_verify(env: &Env) -> Result<()> {
-    let node = StorageNode::start_on_xfs(env)?;
-    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
-    let device = node.attach(&["vol-1", "--queues", "2", "--queue-depth", "16"])?;
-    ensure!(node.attachment("vol-1")?["nr_hw_queues"] == 2);
-    verify(&device, 0, 32, 32)?;
     node.detach("vol-1")
 }
 

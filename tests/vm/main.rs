@@ -9,7 +9,9 @@ mod file_systems;
 mod fio;
 mod foreign;
 mod hostile_server;
+mod idle;
 mod lying_disk;
+mod queues;
 mod smoke;
 
 use std::process::ExitCode;
@@ -18,11 +20,13 @@ fn main() -> ExitCode {
     let modules = [
         smoke::TESTS,
         fio::TESTS,
+        queues::TESTS,
         file_systems::TESTS,
         foreign::TESTS,
         bad_input::TESTS,
         daemons::TESTS,
         hostile_server::TESTS,
+        idle::TESTS,
         lying_disk::TESTS,
     ];
     testlab::harness::main(&modules.concat())

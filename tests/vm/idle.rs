@@ -1,0 +1,39 @@
+//! A disk that nobody uses costs next to nothing: no wake-up, and little memory.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use testlab::harness::{Env, Test};
+use testlab::process_resources::{Activity, Memory};
+use testlab::shell::wait_for;
+use testlab::storage_node::StorageNode;
+
+pub(crate) const TESTS: &[Test] =
+    &[Test::new("idle::an_idle_attachment_sleeps_and_is_small", an_idle_attachment_sleeps_and_is_small)];
+
+/// Longer than any timer a daemon might have for its own sake.
+const IDLE: Duration = Duration::from_secs(5);
+/// The kernel and udev look at a new disk; a slow machine is done with that by then.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(60);
+/// What a device process may have resident.
+const RSS_MAX_KIB: u64 = 8 << 10;
+
+fn an_idle_attachment_sleeps_and_is_small(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    node.create_and_attach("vol-1", "64M", &["--backend", "memory"])?;
+    let pid = node.attachment("vol-1")?["pid"].as_u64().context("pid")?;
+    let pid = u32::try_from(pid)?;
+    let activity = wait_for("the new disk to be left alone", SETTLE_DEADLINE, || {
+        let before = Activity::of(pid)?;
+        // Time in which nothing may happen is what this is about.
+        thread::sleep(IDLE);
+        let activity = Activity::of(pid)?.since(&before);
+        Ok((activity.switches == 0).then_some(activity))
+    })?;
+    ensure!(activity.cpu_ns == 0, "an idle device process ran: {activity:?}");
+    let memory = Memory::of(pid)?;
+    println!("{activity:?} in {IDLE:?}, {memory:?}");
+    ensure!(memory.rss_kib < RSS_MAX_KIB, "an idle device process is large: {memory:?}");
+    node.detach("vol-1")
+}
