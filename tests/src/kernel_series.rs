@@ -8,6 +8,7 @@ use std::fmt;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use ublk_core::DataPath;
 
 /// One series of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
@@ -37,6 +38,14 @@ impl KernelSeries {
     /// The series called `name`, if there is one.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|series| series.name() == name)
+    }
+
+    /// The data paths that work on it, best first.
+    pub fn data_paths(self) -> &'static [DataPath] {
+        match self {
+            KernelSeries::V7 => &DataPath::LADDER,
+            KernelSeries::V6_12 => &[DataPath::UserCopy, DataPath::Mapped],
+        }
     }
 
     /// True if `release` (as `uname -r` prints it) is a kernel of this series.

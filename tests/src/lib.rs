@@ -5,6 +5,7 @@
 //! (that is the binary's part) and holds no test of the product (those are in `vm/`).
 
 pub mod block_history;
+pub mod dribbling_relay;
 pub mod events;
 pub mod harness;
 pub mod kernel_series;

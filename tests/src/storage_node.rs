@@ -210,11 +210,11 @@ impl StorageNode {
         self.volctl(&[&["create", name, "--size", size], create_options].concat())?.succeeded()?;
         let device = self.attach(&[name])?;
         let data_path = self.attachment(name)?["data_path"].as_str().unwrap_or_default().to_owned();
-        let expected = match self.series {
-            KernelSeries::V7 => "fused",
-            KernelSeries::V6_12 => "mapped",
-        };
-        ensure!(data_path == expected, "kernel {} was given data path {data_path}", self.series);
+        ensure!(
+            data_path == self.series.data_paths()[0].as_str(),
+            "kernel {} was given data path {data_path}",
+            self.series
+        );
         Ok(device)
     }
 

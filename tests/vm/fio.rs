@@ -1,21 +1,16 @@
-//! Data comes back as it was written: fio with checksums, over every data path the kernel has.
+//! Data comes back as it was written: fio with checksums, over the data path that an attachment gets unasked. The others
+//! are in `rungs`.
 
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 use testlab::harness::{Env, Test};
-use testlab::kernel_series::KernelSeries;
 use testlab::shell::run;
 use testlab::storage_node::StorageNode;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("fio::mixed_sizes_and_depths_verify", mixed_sizes_and_depths_verify).within(600),
-    Test::new("fio::the_copying_path_verifies_where_it_is_not_the_best", the_copying_path_verifies)
-        .on(&[KernelSeries::V7])
-        .within(300),
     Test::new("fio::a_memory_volume_verifies", a_memory_volume_verifies).within(300),
-    Test::new("fio::a_path_the_kernel_lacks_is_refused", a_path_the_kernel_lacks_is_refused)
-        .on(&[KernelSeries::V6_12]),
 ];
 
 /// Random writes and reads of 4k to 1M with fsyncs, then everything read back and compared.
@@ -60,28 +55,9 @@ fn mixed_sizes_and_depths_verify(env: &Env) -> Result<()> {
     node.detach("vol-1")
 }
 
-fn the_copying_path_verifies(env: &Env) -> Result<()> {
-    let node = StorageNode::start_on_xfs(env)?;
-    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
-    let device = node.attach(&["vol-1", "--data-path", "mapped"])?;
-    ensure!(node.attachment("vol-1")?["data_path"] == "mapped");
-    verify(&device, 0, 32, 16)?;
-    node.detach("vol-1")
-}
-
 fn a_memory_volume_verifies(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
     let device = node.create_and_attach("vol-1", "64M", &["--backend", "memory", "--block-size", "512"])?;
     verify(&device, 0, 48, 16)?;
-    node.detach("vol-1")
-}
-
-fn a_path_the_kernel_lacks_is_refused(env: &Env) -> Result<()> {
-    let node = StorageNode::start(env)?;
-    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
-    let refused = node.volctl(&["attach", "vol-1", "--data-path", "fused"])?;
-    ensure!(refused.exit_code != 0 && refused.stderr.contains("auto"), "{refused:?}");
-    // Nothing half-made is in the way of the path that works.
-    node.attach(&["vol-1"])?;
     node.detach("vol-1")
 }

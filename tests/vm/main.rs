@@ -12,6 +12,7 @@ mod hostile_server;
 mod idle;
 mod lying_disk;
 mod queues;
+mod rungs;
 mod smoke;
 
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     let modules = [
         smoke::TESTS,
         fio::TESTS,
+        rungs::TESTS,
         queues::TESTS,
         file_systems::TESTS,
         foreign::TESTS,

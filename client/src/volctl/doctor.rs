@@ -5,9 +5,11 @@
 
 use std::path::Path;
 
+use client::node::error::with_sources;
 use proto::v1;
 use serde_json::{Value, json};
-use ublk_core::{ControlDevice, ControlError, DataPath, Features};
+use ublk_core::data_path::Rung;
+use ublk_core::{ControlDevice, ControlError, DataPath};
 
 use crate::connect::{self, call};
 use crate::exit_code::ExitCode;
@@ -19,16 +21,25 @@ use crate::report::{Report, properties};
 struct Check {
     name: &'static str,
     outcome: Result<String, Failure>,
+    /// Lines below it: every data path, best first.
+    data_paths: Vec<DataPathFound>,
+}
+
+/// A data path, and why it cannot be used; empty if it can.
+#[derive(Debug)]
+struct DataPathFound {
+    data_path: DataPath,
+    why_not: String,
 }
 
 pub(crate) async fn doctor(server: &str, socket: &Path) -> Report {
     let control = ControlDevice::open();
     let checks = [
-        Check { name: "root", outcome: check_root() },
-        Check { name: "ublk driver", outcome: check_driver(&control) },
-        Check { name: "data paths", outcome: check_data_paths(&control) },
-        Check { name: "node daemon", outcome: check_node(socket).await },
-        Check { name: "storage server", outcome: check_server(server).await },
+        Check::new("root", check_root()),
+        Check::new("ublk driver", check_driver(&control)),
+        check_data_paths(&control),
+        Check::new("node daemon", check_node(socket).await),
+        Check::new("storage server", check_server(server).await),
     ];
     let exit_code =
         checks.iter().find_map(|check| check.outcome.as_ref().err()).map(|failure| failure.exit_code);
@@ -40,13 +51,22 @@ pub(crate) async fn doctor(server: &str, socket: &Path) -> Report {
 }
 
 impl Check {
+    fn new(name: &'static str, outcome: Result<String, Failure>) -> Self {
+        Self { name, outcome, data_paths: Vec::new() }
+    }
+
     fn text(&self) -> String {
-        let Self { name, outcome } = self;
-        match outcome {
+        let Self { name, outcome, data_paths } = self;
+        let mut text = match outcome {
             Ok(found) => format!("ok    {name}: {found}\n"),
             Err(Failure { what, next, .. }) if next.is_empty() => format!("FAIL  {name}: {what}\n"),
             Err(Failure { what, next, .. }) => format!("FAIL  {name}: {what}\n      next: {next}\n"),
+        };
+        for DataPathFound { data_path, why_not } in data_paths {
+            let found = if why_not.is_empty() { "yes".to_owned() } else { format!("no: {why_not}") };
+            text.push_str(&format!("      {:<10}  {found}\n", data_path.as_str()));
         }
+        text
     }
 
     fn json(&self) -> Value {
@@ -54,7 +74,20 @@ impl Check {
             Ok(found) => (found, ""),
             Err(failure) => (&failure.what, failure.next.as_str()),
         };
-        json!({ "check": self.name, "ok": self.outcome.is_ok(), "detail": detail, "next": next })
+        let mut told =
+            json!({ "check": self.name, "ok": self.outcome.is_ok(), "detail": detail, "next": next });
+        if !self.data_paths.is_empty() {
+            told["data_paths"] = self.data_paths.iter().map(DataPathFound::json).collect();
+        }
+        told
+    }
+}
+
+impl DataPathFound {
+    /// The names are those of the node API's `DataPathSupport`.
+    fn json(&self) -> Value {
+        let is_supported = self.why_not.is_empty();
+        json!({ "data_path": self.data_path.as_str(), "supported": is_supported, "reason": self.why_not })
     }
 }
 
@@ -91,25 +124,28 @@ fn driver_failure(error: &ControlError) -> Failure {
     }
 }
 
-fn check_data_paths(control: &Result<ControlDevice, ControlError>) -> Result<String, Failure> {
-    let control = control.as_ref().map_err(|_| {
-        Failure::new(ExitCode::MachineCannot, "none without the ublk driver", "see the line above")
-    })?;
-    let report = ublk_core::probe(control.get_features().unwrap_or(Features(0)));
-    let told: Vec<String> = DataPath::LADDER
-        .into_iter()
-        .map(|path| match report.check(path) {
-            Ok(()) => path.to_string(),
-            Err(why) => format!("not {path} ({why})"),
-        })
-        .collect();
-    match report.best() {
-        Some(_) => Ok(told.join(", ")),
+fn check_data_paths(control: &Result<ControlDevice, ControlError>) -> Check {
+    let name = "data paths";
+    let report = match control.as_ref().map(ublk_core::probe_driver) {
+        Ok(Ok(report)) => report,
+        Ok(Err(error)) => return Check::new(name, Err(driver_failure(&error))),
+        Err(_) => {
+            let what = "none without the ublk driver";
+            return Check::new(name, Err(Failure::new(ExitCode::MachineCannot, what, "see the line above")));
+        }
+    };
+    let outcome = match report.best() {
+        Some(best) => Ok(format!("an attachment gets {best} unless another is asked for")),
         None => {
             let next = "allow io_uring (kernel.io_uring_disabled, a container's seccomp profile)";
-            Err(Failure::new(ExitCode::MachineCannot, told.join(", "), next))
+            Err(Failure::new(ExitCode::MachineCannot, "none can be used", next))
         }
-    }
+    };
+    let found = |rung: &Rung| {
+        let why_not = rung.usable.as_ref().err().map_or_else(String::new, |error| with_sources(error));
+        DataPathFound { data_path: rung.data_path, why_not }
+    };
+    Check { name, outcome, data_paths: report.rungs.iter().map(found).collect() }
 }
 
 async fn check_node(socket: &Path) -> Result<String, Failure> {
