@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use testlab::kernel_series::KernelSeries;
 
-use crate::lab::cost;
+use crate::lab::cost::{self, CostOptions};
 use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
 use crate::lab::vm::{self, Follower, Processors, Stream, Terminal, Vm};
@@ -58,6 +58,8 @@ enum Part {
     /// The VM tests on kernel 6.12
     #[value(name = "6.12")]
     V6_12,
+    /// What an I/O costs, beside the floor
+    Cost,
 }
 
 /// Copies the command's output to ours.
@@ -96,9 +98,9 @@ pub(crate) fn demo(series: Option<KernelSeries>) -> Result<u8> {
     Ok(u8::from(exit_code != 0))
 }
 
-/// Measures what an I/O costs; with `write`, keeps the table in the documentation.
-pub(crate) fn cost(write: bool) -> Result<u8> {
-    cost::run(&Workspace::locate()?, write).map(|()| 0)
+/// Measures what an I/O costs.
+pub(crate) fn cost(options: &CostOptions) -> Result<u8> {
+    cost::run(&Workspace::locate()?, options).map(|()| 0)
 }
 
 /// Gives the terminal to a shell in the VM.
@@ -146,6 +148,9 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
                 vm_tests::run_in_vm(&workspace, series, &binaries, &mut report)?;
             }
         }
+    }
+    if wants(Part::Cost) && options.kernel.is_none() && !options.host {
+        cost::gate::run(&workspace, &mut report)?;
     }
     Ok(u8::from(!report.close(started.elapsed())))
 }

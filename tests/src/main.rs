@@ -8,11 +8,13 @@ mod commands;
 mod cost_guest;
 mod demo;
 mod lab;
+mod peers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use lab::cost::CostOptions;
 use lab::vm::Processors;
 use testlab::kernel_series::KernelSeries;
 
@@ -55,12 +57,8 @@ enum LabCommand {
         #[arg(required = true, last = true)]
         command: Vec<String>,
     },
-    /// Instructions per I/O of the whole system, beside the kernel's nbd
-    Cost {
-        /// Also update the table in docs/performance.md
-        #[arg(long)]
-        write: bool,
-    },
+    /// Instructions per I/O of the whole system, beside the kernel's own clients and the floor
+    Cost(CostOptions),
     /// What `demo` runs inside the VM
     #[command(hide = true)]
     GuestDemo,
@@ -69,6 +67,8 @@ enum LabCommand {
     GuestCost {
         /// The directory of the product's programs
         programs: PathBuf,
+        /// What to measure, JSON
+        plan: String,
     },
 }
 
@@ -100,9 +100,9 @@ fn main() -> ExitCode {
             let processors = if counted { Processors::Counted } else { Processors::Two };
             commands::run(machine.series(), processors, deadline_seconds, command)
         }
-        LabCommand::Cost { write } => commands::cost(write),
+        LabCommand::Cost(options) => commands::cost(&options),
         LabCommand::GuestDemo => demo::run().map(|()| 0),
-        LabCommand::GuestCost { programs } => cost_guest::run_rows(&programs).map(|()| 0),
+        LabCommand::GuestCost { programs, plan } => cost_guest::run(&programs, &plan).map(|()| 0),
     });
     match result {
         Ok(exit_code) => ExitCode::from(exit_code),

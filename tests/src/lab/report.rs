@@ -1,6 +1,6 @@
 //! What came of the tests: prints each by name as it ends, counts them by part, and has the last word.
 //!
-//! Fed by `host_tests` (cargo's own result lines) and `vm_tests` (events). Invariant: every planned test ends as
+//! Fed by `host_tests` (cargo's own result lines), `vm_tests` (events) and `cost::gate`. Invariant: every planned test ends as
 //! passed, failed or skipped; a part that ran nothing, or ended in any way but its own, is a failure.
 
 use std::collections::VecDeque;
@@ -89,6 +89,20 @@ impl PartReport {
     pub(crate) fn fail(&mut self, name: &str, reason: &str) {
         println!("FAILED {name}: {reason}");
         self.failed.push((name.to_owned(), reason.to_owned()));
+    }
+
+    /// Prints and counts a test's end.
+    pub(crate) fn end(&mut self, name: &str, seconds: f64, failure: Option<&str>) {
+        match failure {
+            None => {
+                println!("test {name} ... ok ({seconds:.1} s)");
+                self.passed += 1;
+            }
+            Some(reason) => {
+                println!("test {name} ... FAILED ({seconds:.1} s)\n    {}", reason.replace('\n', "\n    "));
+                self.failed.push((name.to_owned(), reason.to_owned()));
+            }
+        }
     }
 
     /// Counts what cargo's `test result:` line says; false if the line is another.
@@ -235,20 +249,13 @@ impl<'a> EventReader<'a> {
         Ok(())
     }
 
-    /// Prints and counts a test's end; its output is shown if it failed.
+    /// A test's end; its output is shown if it failed.
     fn end(&mut self, name: &str, seconds: f64, failure: Option<&str>) {
         self.forget(name);
-        match failure {
-            None => {
-                println!("test {name} ... ok ({seconds:.1} s)");
-                self.part.passed += 1;
-            }
-            Some(reason) => {
-                println!("test {name} ... FAILED ({seconds:.1} s)\n    {}", reason.replace('\n', "\n    "));
-                for line in &self.text {
-                    println!("    | {line}");
-                }
-                self.part.failed.push((name.to_owned(), reason.to_owned()));
+        self.part.end(name, seconds, failure);
+        if failure.is_some() {
+            for line in &self.text {
+                println!("    | {line}");
             }
         }
         self.text.clear();

@@ -1,0 +1,107 @@
+//! Counts system calls and SQEs by thread while something runs.
+//!
+//! Owns two triggers of the kernel's tracing: histograms of `raw_syscalls:sys_enter` and `io_uring:io_uring_submit_req` by
+//! thread (`Documentation/trace/histogram.rst`). They cost instructions, so nothing is measured while they are on. Called
+//! by `cost_guest`. What drives the device is left out by its name, so that what remains is the device's; a kernel client
+//! with a kernel server makes no system call at all.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+const EVENTS: &str = "/sys/kernel/tracing/events";
+const SYSTEM_CALLS: &str = "raw_syscalls/sys_enter";
+const SQES: &str = "io_uring/io_uring_submit_req";
+
+/// By thread, with its name: a thread's name is the one it had at its first event.
+const HISTOGRAM: &str = "hist:keys=common_pid.execname";
+
+/// Threads that drive the device: fio, timeout(1) which runs it, and this program which runs that.
+const DRIVERS: [&str; 3] = ["fio", "timeout", "lab"];
+
+/// Events by thread name.
+pub(crate) type Counts = BTreeMap<String, u64>;
+
+/// What was counted.
+pub(crate) struct Calls {
+    /// System calls.
+    pub(crate) system_calls: Counts,
+    /// SQEs that were submitted, linked ones included.
+    pub(crate) sqes: Counts,
+}
+
+/// Counts while `work` runs.
+///
+/// # Errors
+/// The kernel has no such tracing, or `work` failed.
+pub(crate) fn counted(work: impl FnOnce() -> Result<()>) -> Result<Calls> {
+    let system_calls = Histogram::start(SYSTEM_CALLS)?;
+    let sqes = Histogram::start(SQES)?;
+    work()?;
+    Ok(Calls { system_calls: system_calls.read()?, sqes: sqes.read()? })
+}
+
+/// A histogram that counts, until dropped.
+struct Histogram {
+    event: PathBuf,
+}
+
+impl Histogram {
+    fn start(event: &str) -> Result<Self> {
+        let event = Path::new(EVENTS).join(event);
+        fs::write(event.join("trigger"), HISTOGRAM).with_context(|| event.display().to_string())?;
+        Ok(Self { event })
+    }
+
+    fn read(&self) -> Result<Counts> {
+        let text = fs::read_to_string(self.event.join("hist")).context("reading a histogram")?;
+        parse(&text)
+    }
+}
+
+impl Drop for Histogram {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(self.event.join("trigger"), format!("!{HISTOGRAM}")) {
+            eprintln!("removing the trigger of {}: {error}", self.event.display());
+        }
+    }
+}
+
+/// The counts of a histogram's text, by thread name, without the drivers'. A line is
+/// `{ common_pid: fio             [       153] } hitcount:        256`.
+fn parse(text: &str) -> Result<Counts> {
+    let mut counts = Counts::new();
+    for line in text.lines().filter(|line| line.starts_with('{')) {
+        let parse = || -> Option<(&str, u64)> {
+            let (key, count) = line.strip_prefix("{ common_pid: ")?.split_once("} hitcount:")?;
+            Some((key.rsplit_once('[')?.0.trim(), count.trim().parse().ok()?))
+        };
+        let (name, count) = parse().with_context(|| format!("not a line of a histogram: {line}"))?;
+        if !DRIVERS.contains(&name) {
+            *counts.entry(name.to_owned()).or_default() += count;
+        }
+    }
+    Ok(counts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+
+    #[test]
+    fn threads_of_one_name_are_added_up_and_the_drivers_left_out() {
+        let text = "# event histogram\n#\n\n\
+                    { common_pid: fio             [       153] } hitcount:        256\n\
+                    { common_pid: nbdkit          [       160] } hitcount:          3\n\
+                    { common_pid: nbdkit          [       161] } hitcount:          4\n\nTotals:\n    Hits: 263\n";
+        let counts = parse(text).unwrap();
+        assert_eq!(counts.into_iter().collect::<Vec<_>>(), [("nbdkit".to_owned(), 7)]);
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_read_is_an_error() {
+        assert!(parse("{ common_pid: x } hitcount: many\n").is_err());
+    }
+}

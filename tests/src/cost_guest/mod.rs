@@ -1,0 +1,125 @@
+//! What `cargo lab cost` measures, run inside the machine whose clock counts instructions: fio on one block device
+//! after another, each of which first proves that it stores what it is given.
+//!
+//! Called by `main` as `guest-cost`. Reads top-down: `plan` (what is measured) → here (in which order) → `subjects` (on
+//! what) → `fio` and `calls` (how). Prints one line of JSON for each row, which `lab::cost` reads. One microsecond of this
+//! machine's time is a thousand instructions, whoever executed them: fio, the client, the kernel, the server. Nothing here
+//! may therefore poll while fio runs.
+
+mod calls;
+mod fio;
+pub(crate) mod plan;
+mod subjects;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use calls::{Calls, Counts};
+use plan::{Cell, Measured, Plan, Row, Subject};
+use subjects::Program;
+
+/// What a line of ours begins with; the rest of it is a [`Row`].
+pub(crate) const ROW_PREFIX: &str = "cost-row ";
+
+/// fio's clock counts milliseconds: a measurement has enough of them that one is half a per cent at most.
+const RUNTIME_MIN_US: f64 = 200_000.0;
+
+/// I/Os while calls are counted are this many times fewer: tracing is slow, and a count has no clock.
+const COUNTED_DIVISOR: u64 = 5;
+
+/// Carries out a plan with the product's programs, and the floor's, from `programs`.
+///
+/// # Errors
+/// A device cannot be made, does not store what it is given, or fio failed.
+pub(crate) fn run(programs: &Path, plan: &str) -> Result<()> {
+    let plan: Plan = serde_json::from_str(plan).context("the plan")?;
+    let cells = plan.cells()?;
+    let directory = std::env::temp_dir().join(format!("volnode-cost-{}", std::process::id()));
+    for subject in plan.subjects()? {
+        fs::create_dir(&directory).context("a directory for the measurement")?;
+        let measured = measure(subject, &plan, &cells, programs, &directory);
+        let row = measured.with_context(|| subject.title())?;
+        println!("{ROW_PREFIX}{}", serde_json::to_string(&row)?);
+        fs::remove_dir_all(&directory).context("removing the measurement's directory")?;
+    }
+    Ok(())
+}
+
+/// What does the I/Os of a cell.
+enum Driver<'a> {
+    Fio(fio::Target<'a>),
+    Exchange(Program),
+}
+
+impl Driver<'_> {
+    /// Does `ios` I/Os of a cell; gives what each took, microseconds of the guest.
+    fn drive(&self, cell: Cell, ios: u64) -> Result<f64> {
+        match self {
+            Self::Fio(target) => target.drive(cell, ios),
+            Self::Exchange(program) => program.exchange(cell, ios),
+        }
+    }
+}
+
+/// Measures one row.
+fn measure(subject: Subject, plan: &Plan, cells: &[Cell], programs: &Path, directory: &Path) -> Result<Row> {
+    if subject == Subject::Tcp {
+        return measure_cells(subject, plan, cells, &Driver::Exchange(Program::floor(programs)));
+    }
+    let attached = subjects::attach(subject, programs, directory)?;
+    let target = fio::Target::new(attached.device(), directory)?;
+    if subject.stores() {
+        target.verify_and_fill().context("it must store what it is given")?;
+    }
+    measure_cells(subject, plan, cells, &Driver::Fio(target))
+}
+
+fn measure_cells(subject: Subject, plan: &Plan, cells: &[Cell], driver: &Driver<'_>) -> Result<Row> {
+    let mut row = Row { key: subject.key().to_owned(), cells: Vec::new() };
+    for &cell in cells {
+        let ios = cell.ios * subject.ios_factor();
+        let mut samples = Vec::new();
+        for _ in 0..plan.repetitions {
+            samples.push(measure_once(driver, cell, ios)?);
+        }
+        eprintln!("{}, {}: {samples:.1?} thousand instructions per I/O", subject.title(), cell.heading());
+        let mut measured = Measured { heading: cell.heading(), samples, system_calls: None, sqes: None };
+        if plan.counts_calls {
+            count_calls(driver, cell, &mut measured)?;
+        }
+        row.cells.push(measured);
+    }
+    Ok(row)
+}
+
+/// Thousand instructions per I/O, which is the guest's microseconds per I/O.
+fn measure_once(driver: &Driver<'_>, cell: Cell, ios: u64) -> Result<f64> {
+    let microseconds = driver.drive(cell, ios)?;
+    let runtime_us = microseconds * ios as f64;
+    let long_enough = runtime_us >= RUNTIME_MIN_US || matches!(driver, Driver::Exchange(_));
+    ensure!(long_enough, "{}: {runtime_us} us are too short for fio's clock", cell.heading());
+    Ok(microseconds)
+}
+
+fn count_calls(driver: &Driver<'_>, cell: Cell, measured: &mut Measured) -> Result<()> {
+    let ios = cell.ios / COUNTED_DIVISOR;
+    let calls = calls::counted(|| driver.drive(cell, ios).map(drop))?;
+    let per_io = |counts: &Counts| counts.values().sum::<u64>() as f64 / ios as f64;
+    measured.system_calls = Some(per_io(&calls.system_calls));
+    measured.sqes = Some(per_io(&calls.sqes));
+    eprintln!("    {}", by_thread(&calls, ios));
+    Ok(())
+}
+
+/// What is worth seeing of the calls: threads with at least one in a hundred I/Os.
+fn by_thread(calls: &Calls, ios: u64) -> String {
+    let mut words = Vec::new();
+    for (what, counts) in [("system calls", &calls.system_calls), ("SQEs", &calls.sqes)] {
+        let shown = counts.iter().map(|(name, &count)| (name, count as f64 / ios as f64));
+        let shown = shown.filter(|(_, per_io)| *per_io >= 0.01);
+        words.extend(shown.map(|(name, per_io)| format!("{name} {per_io:.2} {what}")));
+    }
+    words.join(", ")
+}

@@ -1,0 +1,303 @@
+//! What can be measured: the subjects (rows) and the cells (columns), by the names that people type and read.
+//!
+//! Used by both sides of `cargo lab cost`: `lab::cost` makes a [`Plan`] of the command line's words, `cost_guest` carries it
+//! out inside the machine and answers with one [`Row`] for each subject. Owns no measurement. The data paths come from
+//! `ublk_core`, so a new one has a row without a change here.
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use ublk_core::DataPath;
+use ublk_core::abi::UBLK_F_SUPPORT_ZERO_COPY;
+
+/// How often each cell is measured, unless the command line says otherwise; the table has the mean.
+pub(crate) const REPETITIONS: usize = 2;
+
+/// What fio does for one number of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cell {
+    /// Whether it reads; otherwise it writes.
+    pub(crate) reads: bool,
+    /// KiB of each I/O.
+    pub(crate) block_kib: u64,
+    /// I/Os in flight.
+    pub(crate) depth: u32,
+    /// I/Os of one measurement: some 300 ms of the guest on the devices that go through TCP.
+    pub(crate) ios: u64,
+}
+
+/// The columns, first for reads, then for writes: KiB, depth, I/Os.
+const SHAPES: [(u64, u32, u64); 5] =
+    [(4, 1, 4000), (4, 16, 9600), (128, 1, 1500), (128, 16, 1600), (512, 4, 500)];
+
+impl Cell {
+    /// Every column of the table.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        [true, false].into_iter().flat_map(|reads| {
+            SHAPES.into_iter().map(move |(block_kib, depth, ios)| Self { reads, block_kib, depth, ios })
+        })
+    }
+
+    /// The column's heading: `R 4k/16` is a read of 4 KiB, 16 in flight.
+    pub(crate) fn heading(self) -> String {
+        let direction = if self.reads { 'R' } else { 'W' };
+        format!("{direction} {}k/{}", self.block_kib, self.depth)
+    }
+
+    /// The column with that heading.
+    ///
+    /// # Errors
+    /// There is none; the error lists them.
+    pub(crate) fn from_heading(heading: &str) -> Result<Self> {
+        let known = || Self::all().map(Self::heading).collect::<Vec<_>>().join(", ");
+        let mut all = Self::all();
+        all.find(|cell| cell.heading() == heading)
+            .with_context(|| format!("there is no cell {heading:?}; known are {}", known()))
+    }
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Subject {
+    /// volnode's client over a data path, and volnode's server.
+    Ours(DataPath),
+    /// The kernel's NBD client and nbdkit's memory plugin.
+    KernelNbdAndNbdkit,
+    /// The kernel's NBD client and volnode's server.
+    KernelNbdAndOurServer,
+    /// The kernel's NVMe/TCP client and its target on a RAM disk.
+    NvmeTcp,
+    /// A ublk disk that answers at once: a part of the floor.
+    UblkNull,
+    /// An exchange over TCP with no disk at all: the other part of the floor.
+    Tcp,
+    /// The kernel's own disk that answers at once.
+    NullBlk,
+}
+
+/// Payload copies of one I/O, which follow from how each is built.
+pub(crate) struct Copies {
+    /// For a read.
+    pub(crate) read: u32,
+    /// For a write.
+    pub(crate) write: u32,
+    /// Which they are.
+    pub(crate) reason: &'static str,
+}
+
+impl Subject {
+    /// In the order of the table.
+    pub(crate) fn all() -> Vec<Self> {
+        let ours = DataPath::LADDER.into_iter().map(Self::Ours);
+        ours.chain(Self::PEERS).chain(Self::FLOOR).chain([Self::NullBlk]).collect()
+    }
+
+    /// Whose cells ours are compared with.
+    pub(crate) const PEERS: [Self; 3] =
+        [Self::KernelNbdAndNbdkit, Self::KernelNbdAndOurServer, Self::NvmeTcp];
+
+    /// Whose sum is the floor.
+    pub(crate) const FLOOR: [Self; 2] = [Self::UblkNull, Self::Tcp];
+
+    /// Whether it keeps what is written to it, so that this is verified first.
+    pub(crate) fn stores(self) -> bool {
+        !matches!(self, Self::UblkNull | Self::Tcp | Self::NullBlk)
+    }
+
+    /// How many times the cell's I/Os it is given: where an I/O does less, a measurement of the same length has more.
+    pub(crate) fn ios_factor(self) -> u64 {
+        match self {
+            Self::UblkNull => 4,
+            Self::Tcp => 2,
+            Self::NullBlk => 8,
+            _ => 1,
+        }
+    }
+
+    /// The name on the command line.
+    pub(crate) fn key(self) -> &'static str {
+        match self {
+            Self::Ours(data_path) => data_path.as_str(),
+            Self::KernelNbdAndNbdkit => "nbd-nbdkit",
+            Self::KernelNbdAndOurServer => "nbd-volserver",
+            Self::NvmeTcp => "nvme-tcp",
+            Self::UblkNull => "ublk-null",
+            Self::Tcp => "tcp",
+            Self::NullBlk => "null-blk",
+        }
+    }
+
+    /// The name in the table.
+    pub(crate) fn title(self) -> String {
+        match self {
+            Self::Ours(data_path) => format!("volnode, `{data_path}`"),
+            Self::KernelNbdAndNbdkit => "kernel nbd + nbdkit memory".to_owned(),
+            Self::KernelNbdAndOurServer => "kernel nbd + volserver".to_owned(),
+            Self::NvmeTcp => "kernel NVMe/TCP + nvmet + brd".to_owned(),
+            Self::UblkNull => "ublk null target, zero copy (stores nothing)".to_owned(),
+            Self::Tcp => "TCP alone (stores nothing)".to_owned(),
+            Self::NullBlk => "null_blk (fio and block layer alone, stores nothing)".to_owned(),
+        }
+    }
+
+    /// The subjects that these words name: keys, or the groups `ours`, `peers` and `floor`. In the order of the table.
+    ///
+    /// # Errors
+    /// A word names nothing; the error lists what there is.
+    pub(crate) fn from_words(words: &[String]) -> Result<Vec<Self>> {
+        let mut named = Vec::new();
+        for word in words {
+            match (word.as_str(), Self::all().into_iter().find(|subject| subject.key() == word)) {
+                (_, Some(subject)) => named.push(subject),
+                ("ours", _) => named.extend(DataPath::LADDER.map(Self::Ours)),
+                ("peers", _) => named.extend(Self::PEERS),
+                ("floor", _) => named.extend(Self::FLOOR),
+                _ => {
+                    let keys: Vec<&str> = Self::all().into_iter().map(Self::key).collect();
+                    bail!("there is no row {word:?}; known are ours, peers, floor, {}", keys.join(", "))
+                }
+            }
+        }
+        Ok(Self::all().into_iter().filter(|subject| named.contains(subject)).collect())
+    }
+
+    /// How often a payload is copied on its way, by derivation.
+    pub(crate) fn copies(self) -> Copies {
+        match self {
+            Self::Ours(data_path) if data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0 => Copies {
+                read: 3,
+                write: 3,
+                reason: "sender's memory to socket, socket to the client's buffer or back, and between that buffer \
+                         and the request's pages",
+            },
+            Self::Ours(_) => Copies {
+                read: 2,
+                write: 2,
+                reason: "sender's memory to socket, socket to receiver's memory; the client's is the request's pages, \
+                         the server's is the volume",
+            },
+            Self::KernelNbdAndNbdkit => Copies {
+                read: 3,
+                write: 3,
+                reason: "in and out of the socket, and between nbdkit's request buffer and its sparse array",
+            },
+            Self::KernelNbdAndOurServer => Copies {
+                read: 2,
+                write: 2,
+                reason: "in and out of the socket; the kernel's client has the request's pages, the server the volume",
+            },
+            Self::NvmeTcp => Copies {
+                read: 2,
+                write: 2,
+                reason: "the sender lends its pages to the socket; socket to receiver's pages, and between nvmet's \
+                         pages and the RAM disk",
+            },
+            Self::UblkNull | Self::NullBlk => Copies { read: 0, write: 0, reason: "no payload moves" },
+            Self::Tcp => Copies { read: 2, write: 2, reason: "into the socket and out of it" },
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Plan {
+    /// Keys of the subjects.
+    rows: Vec<String>,
+    /// Headings of the cells.
+    cells: Vec<String>,
+    /// Measurements of each cell.
+    pub(crate) repetitions: usize,
+    /// Whether system calls and SQEs are counted, too.
+    pub(crate) counts_calls: bool,
+}
+
+impl Plan {
+    /// A plan for these subjects and cells.
+    pub(crate) fn new(subjects: &[Subject], cells: &[Cell], repetitions: usize, counts_calls: bool) -> Self {
+        let rows = subjects.iter().map(|subject| subject.key().to_owned()).collect();
+        let cells = cells.iter().map(|cell| cell.heading()).collect();
+        Self { rows, cells, repetitions, counts_calls }
+    }
+
+    /// The subjects.
+    ///
+    /// # Errors
+    /// One is unknown: the plan is another version's.
+    pub(crate) fn subjects(&self) -> Result<Vec<Subject>> {
+        Subject::from_words(&self.rows)
+    }
+
+    /// The cells.
+    ///
+    /// # Errors
+    /// As [`Plan::subjects`].
+    pub(crate) fn cells(&self) -> Result<Vec<Cell>> {
+        self.cells.iter().map(|heading| Cell::from_heading(heading)).collect()
+    }
+}
+
+/// What came of one subject.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Row {
+    /// The subject's key.
+    pub(crate) key: String,
+    /// By cell, in the plan's order.
+    pub(crate) cells: Vec<Measured>,
+}
+
+/// One number of the table, and what stands beside it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    /// The cell's.
+    pub(crate) heading: String,
+    /// Thousand instructions per I/O, one for each repetition.
+    pub(crate) samples: Vec<f64>,
+    /// System calls per I/O of everything but fio, if they were counted.
+    pub(crate) system_calls: Option<f64>,
+    /// SQEs per I/O of everything but fio, if they were counted.
+    pub(crate) sqes: Option<f64>,
+}
+
+impl Measured {
+    /// Thousand instructions per I/O.
+    pub(crate) fn mean(&self) -> f64 {
+        self.samples.iter().sum::<f64>() / self.samples.len() as f64
+    }
+
+    /// The largest difference between two repetitions, in per cent of the mean.
+    pub(crate) fn spread_percent(&self) -> f64 {
+        let (low, high) = self.samples.iter().fold((f64::MAX, 0.0_f64), |(l, h), &s| (l.min(s), h.max(s)));
+        (high - low) / self.mean() * 100.0
+    }
+}
+
+impl Row {
+    /// The measurement of a cell, if it was one of the plan's.
+    pub(crate) fn measured(&self, cell: Cell) -> Option<&Measured> {
+        let heading = cell.heading();
+        self.cells.iter().find(|measured| measured.heading == heading)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_heading_and_every_key_names_one_thing() {
+        for cell in Cell::all() {
+            assert_eq!(Cell::from_heading(&cell.heading()).unwrap(), cell);
+        }
+        for subject in Subject::all() {
+            assert_eq!(Subject::from_words(&[subject.key().to_owned()]).unwrap(), [subject]);
+        }
+        assert!(Cell::from_heading("R 8k/2").is_err());
+        assert!(Subject::from_words(&["iscsi".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn groups_and_rows_are_measured_once_and_in_the_tables_order() {
+        let words = ["tcp", "floor", "fused"].map(str::to_owned);
+        let expected = [Subject::Ours(DataPath::Fused), Subject::UblkNull, Subject::Tcp];
+        assert_eq!(Subject::from_words(&words).unwrap(), expected);
+    }
+}
