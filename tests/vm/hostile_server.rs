@@ -1,12 +1,13 @@
 //! What a server can do to our client: a reply that is not what was asked for is an error to the reader, never a wrong byte,
-//! and the disk can always be taken away.
+//! and the disk can always be taken away. On every data path that the kernel has, because each moves payloads by operations of
+//! its own.
 //!
-//! The server here is the test's own: an honest NBD server of a pattern, but for READs of one place, which it answers as the
+//! The server here is the test's own: an honest NBD server of a pattern, but for requests of one place, which it answers as the
 //! case says.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::thread;
 use std::time::Duration;
 
@@ -17,19 +18,26 @@ use proto::nbd::{ExportInfo, TransmissionFlags};
 use testlab::harness::{Env, Test};
 use testlab::shell::sh;
 use testlab::storage_node::StorageNode;
+use ublk_core::DataPath;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("hostile_server::wrong_replies_are_errors_and_never_wrong_bytes", wrong_replies_are_errors),
     Test::new("hostile_server::a_reply_in_single_bytes_is_the_same_reply", a_reply_in_single_bytes),
+    Test::new(
+        "hostile_server::a_connection_lost_inside_a_write_is_an_error",
+        a_connection_lost_inside_a_write,
+    ),
     Test::new("hostile_server::an_error_of_one_request_is_no_error_of_others", an_error_of_one_request),
 ];
 
 const SIZE_BYTES: u64 = 16 << 20;
-/// READs from here on are answered as the case says; below it lies what the kernel reads of its own accord.
+/// Requests from here on are answered as the case says; below it lies what the kernel reads of its own accord.
 const TRAP_BYTES: u64 = 8 << 20;
 const READ_BYTES: usize = 64 << 10;
+/// More than the sockets between client and server hold, so that the WRITE is still being sent when it is cut off.
+const WRITE_BYTES: usize = 1 << 20;
 
-/// How READs beyond [`TRAP_BYTES`] are answered.
+/// How requests beyond [`TRAP_BYTES`] are answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Case {
     WrongCookie,
@@ -41,45 +49,71 @@ enum Case {
     SingleBytes,
     /// An error, as NBD has it.
     Error,
+    /// Half of a WRITE's payload is taken, and no more.
+    CloseInsideWrite,
 }
 
 fn wrong_replies_are_errors(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
-    for case in [Case::WrongCookie, Case::WrongMagic, Case::PayloadCutShort, Case::CloseAtOnce] {
-        let disk = HostileDisk::attach(&node, case)?;
-        ensure!(disk.read(TRAP_BYTES)?.is_none(), "{case:?}: the read succeeded");
-        let attachment = node.attachment(&disk.uri)?;
-        ensure!(attachment["state"] == "failed", "{case:?}: {attachment}");
+    for (index, &data_path) in env.series.data_paths().iter().enumerate() {
+        let mut cases = vec![Case::PayloadCutShort];
+        // What the header says concerns no data path: it is the same code.
+        if index == 0 {
+            cases.extend([Case::WrongCookie, Case::WrongMagic, Case::CloseAtOnce]);
+        }
+        for case in cases {
+            let disk = HostileDisk::attach(&node, case, data_path)?;
+            ensure!(disk.read(TRAP_BYTES)?.is_none(), "{data_path} {case:?}: the read succeeded");
+            let attachment = node.attachment(&disk.uri)?;
+            ensure!(attachment["state"] == "failed", "{data_path} {case:?}: {attachment}");
+            node.detach(&disk.uri)?;
+        }
+        // The first reply is honest; the second belongs to nothing, so the connection cannot be trusted any more.
+        let disk = HostileDisk::attach(&node, Case::ReplyTwice, data_path)?;
+        if let Some(bytes) = disk.read(TRAP_BYTES)? {
+            ensure!(bytes == pattern(TRAP_BYTES, READ_BYTES), "{data_path}: wrong bytes");
+        }
+        ensure!(disk.read(TRAP_BYTES)?.is_none(), "{data_path}: the connection was trusted again");
         node.detach(&disk.uri)?;
     }
-    // The first reply is honest; the second belongs to nothing, so the connection cannot be trusted any more.
-    let disk = HostileDisk::attach(&node, Case::ReplyTwice)?;
-    if let Some(bytes) = disk.read(TRAP_BYTES)? {
-        ensure!(bytes == pattern(TRAP_BYTES, READ_BYTES), "wrong bytes");
-    }
-    ensure!(disk.read(TRAP_BYTES)?.is_none(), "the connection was trusted again");
-    node.detach(&disk.uri)
+    Ok(())
 }
 
 fn a_reply_in_single_bytes(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
-    let disk = HostileDisk::attach(&node, Case::SingleBytes)?;
-    ensure!(
-        disk.read(TRAP_BYTES)?.context("the read failed")? == pattern(TRAP_BYTES, READ_BYTES),
-        "wrong bytes"
-    );
-    ensure!(node.attachment(&disk.uri)?["state"] == "live");
-    node.detach(&disk.uri)
+    for &data_path in env.series.data_paths() {
+        let disk = HostileDisk::attach(&node, Case::SingleBytes, data_path)?;
+        let bytes = disk.read(TRAP_BYTES)?.context("the read failed")?;
+        ensure!(bytes == pattern(TRAP_BYTES, READ_BYTES), "{data_path}: wrong bytes");
+        ensure!(node.attachment(&disk.uri)?["state"] == "live", "{data_path}");
+        node.detach(&disk.uri)?;
+    }
+    Ok(())
+}
+
+fn a_connection_lost_inside_a_write(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    for &data_path in env.series.data_paths() {
+        let disk = HostileDisk::attach(&node, Case::CloseInsideWrite, data_path)?;
+        ensure!(!disk.write(TRAP_BYTES)?, "{data_path}: the write succeeded");
+        let attachment = node.attachment(&disk.uri)?;
+        ensure!(attachment["state"] == "failed", "{data_path}: {attachment}");
+        node.detach(&disk.uri)?;
+    }
+    Ok(())
 }
 
 fn an_error_of_one_request(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
-    let disk = HostileDisk::attach(&node, Case::Error)?;
-    ensure!(disk.read(TRAP_BYTES)?.is_none(), "the read succeeded");
-    let honest = disk.read(1 << 20)?.context("an honest read failed")?;
-    ensure!(honest == pattern(1 << 20, READ_BYTES), "wrong bytes");
-    ensure!(node.attachment(&disk.uri)?["state"] == "live");
-    node.detach(&disk.uri)
+    for &data_path in env.series.data_paths() {
+        let disk = HostileDisk::attach(&node, Case::Error, data_path)?;
+        ensure!(disk.read(TRAP_BYTES)?.is_none(), "{data_path}: the read succeeded");
+        let honest = disk.read(1 << 20)?.context("an honest read failed")?;
+        ensure!(honest == pattern(1 << 20, READ_BYTES), "{data_path}: wrong bytes");
+        ensure!(node.attachment(&disk.uri)?["state"] == "live", "{data_path}");
+        node.detach(&disk.uri)?;
+    }
+    Ok(())
 }
 
 /// A disk on the hostile server, which lives as long as its connection.
@@ -89,7 +123,7 @@ struct HostileDisk {
 }
 
 impl HostileDisk {
-    fn attach(node: &StorageNode, case: Case) -> Result<Self> {
+    fn attach(node: &StorageNode, case: Case, data_path: DataPath) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let uri = format!("nbd://{}/pattern", listener.local_addr()?);
         thread::spawn(move || {
@@ -99,23 +133,42 @@ impl HostileDisk {
                 println!("{case:?}: {error:#}");
             }
         });
-        let device = node.attach(&[&uri])?.to_string_lossy().into_owned();
+        let device = node.attach(&[&uri, "--data-path", data_path.as_str()])?.to_string_lossy().into_owned();
         Ok(Self { uri, device })
     }
 
     /// Reads past the page cache; `None` if the disk says that it cannot.
     fn read(&self, offset_bytes: u64) -> Result<Option<Vec<u8>>> {
-        sh("sync")?;
         let skip = offset_bytes / READ_BYTES as u64;
-        let output = Command::new("dd")
-            .args([&format!("if={}", self.device), "iflag=direct", "count=1", "status=none"])
-            .args([format!("bs={READ_BYTES}"), format!("skip={skip}")])
-            .output()?;
-        ensure!(
-            output.status.success() || String::from_utf8_lossy(&output.stderr).contains("Input/output error"),
-            "{output:?}"
-        );
+        let output = self.dd(&[
+            format!("if={}", self.device),
+            "iflag=direct".into(),
+            format!("bs={READ_BYTES}"),
+            format!("skip={skip}"),
+        ])?;
         Ok(output.status.success().then_some(output.stdout))
+    }
+
+    /// Writes one request of [`WRITE_BYTES`]; whether the disk says that it did.
+    fn write(&self, offset_bytes: u64) -> Result<bool> {
+        let seek = offset_bytes / WRITE_BYTES as u64;
+        let output = self.dd(&[
+            "if=/dev/zero".into(),
+            format!("of={}", self.device),
+            "oflag=direct".into(),
+            format!("bs={WRITE_BYTES}"),
+            format!("seek={seek}"),
+        ])?;
+        Ok(output.status.success())
+    }
+
+    /// Succeeds, or fails by the disk's own error.
+    fn dd(&self, arguments: &[String]) -> Result<Output> {
+        sh("sync")?;
+        let output = Command::new("dd").args(["count=1", "status=none"]).args(arguments).output()?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() || complaint.contains("Input/output error"), "{output:?}");
+        Ok(output)
     }
 }
 
@@ -138,6 +191,10 @@ fn serve(mut peer: TcpStream, case: Case) -> Result<()> {
             NbdCommand::Disconnect => return Ok(()),
             NbdCommand::Read if request.offset_bytes >= TRAP_BYTES => answer(&mut peer, &request, case)?,
             NbdCommand::Read => peer.write_all(&honest_reply(&request))?,
+            NbdCommand::Write if case == Case::CloseInsideWrite => {
+                peer.read_exact(&mut vec![0; request.length_bytes as usize / 2])?;
+                return Ok(());
+            }
             _ => {
                 let refused = SimpleReply { error: NbdError::Einval as u32, cookie: request.cookie };
                 peer.write_all(&refused.encode())?;
@@ -147,7 +204,7 @@ fn serve(mut peer: TcpStream, case: Case) -> Result<()> {
 }
 
 fn shake_hands(peer: &mut TcpStream) -> Result<Vec<u8>> {
-    let flags = TransmissionFlags::HAS_FLAGS.with(TransmissionFlags::READ_ONLY);
+    let flags = TransmissionFlags::HAS_FLAGS;
     let export = ExportInfo { size_bytes: SIZE_BYTES, flags, block_sizes: None, description: None };
     let mut out = Vec::new();
     let mut handshake = ServerHandshake::new(&mut out);
@@ -198,6 +255,7 @@ fn answer(peer: &mut TcpStream, request: &Request, case: Case) -> Result<()> {
         Case::Error => {
             peer.write_all(&SimpleReply { error: NbdError::Eio as u32, cookie: request.cookie }.encode())?;
         }
+        Case::CloseInsideWrite => peer.write_all(&honest)?,
     }
     Ok(())
 }
