@@ -11,8 +11,8 @@ use testlab::shell::run;
 pub(crate) const TESTS: &[Test] =
     // The other series has no `fused` data path to measure.
     &[Test::new("bench::every_subject_stores_and_is_measured", every_subject_is_measured)
-        .on(&[KernelSeries::V7])
-        .within(300)];
+            .on(&[KernelSeries::V7])
+            .within(300)];
 
 /// Subjects times cells of the quick plan.
 const SAMPLES: usize = 8 * 2;
@@ -27,7 +27,8 @@ fn every_subject_is_measured(env: &Env) -> Result<()> {
     let mut samples = 0;
     for line in stdout.lines().filter_map(|line| line.strip_prefix("bench-sample ")) {
         let sample: serde_json::Value = serde_json::from_str(line)?;
-        let positive = |pointer: &str| sample.pointer(pointer).and_then(serde_json::Value::as_f64) > Some(0.0);
+        let positive =
+            |pointer: &str| sample.pointer(pointer).and_then(serde_json::Value::as_f64) > Some(0.0);
         for pointer in ["/iops", "/mib_per_s", "/latency_us/0", "/cpu/client", "/cpu/server", "/cpu/total"] {
             ensure!(positive(pointer), "{pointer} is not positive in {line}");
         }

@@ -78,6 +78,9 @@ impl Fio<'_> {
         let job = self.run(&[&verify[..], &compare[..]].concat())?;
         let read = job["read"]["io_bytes"].as_u64().unwrap_or(0);
         ensure!(read >= verify_mib << 20, "only {read} bytes were compared: {job}");
+        if verify_mib == self.size_mib {
+            return Ok(());
+        }
         let size = format!("--size={}M", self.size_mib);
         self.run(&["--rw=write", "--bs=512k", "--iodepth=4", &size]).map(drop)
     }

@@ -26,6 +26,8 @@ pub(super) struct Row {
     pub(super) cpu: CpuSecondsPerGib,
     /// The rounds' largest IOPS less their smallest, in per cent of the median.
     pub(super) spread_percent: f64,
+    /// The same of the total CPU time for a GiB.
+    pub(super) cpu_spread_percent: f64,
 }
 
 /// The row of every subject and cell, by cell, then by subject.
@@ -48,15 +50,11 @@ pub(super) fn rows(samples: &[Sample], plan: &Plan) -> Result<Vec<Row>> {
 
 fn row(subject: usize, cell: Cell, rounds: &[&Sample]) -> Row {
     let of = |number: &dyn Fn(&Sample) -> f64| median(rounds.iter().map(|sample| number(sample)).collect());
-    let iops = of(&|sample| sample.iops);
-    let (low, high) = rounds
-        .iter()
-        .fold((f64::MAX, 0.0_f64), |(low, high), sample| (low.min(sample.iops), high.max(sample.iops)));
     Row {
         subject,
         cell,
         ios_min: rounds.iter().map(|sample| sample.ios).min().unwrap_or(0),
-        iops,
+        iops: of(&|sample| sample.iops),
         mib_per_s: of(&|sample| sample.mib_per_s),
         latency_us: [0, 1, 2].map(|index| of(&|sample| sample.latency_us[index])),
         cpu: CpuSecondsPerGib {
@@ -65,8 +63,16 @@ fn row(subject: usize, cell: Cell, rounds: &[&Sample]) -> Row {
             submitter: of(&|sample| sample.cpu.submitter),
             total: of(&|sample| sample.cpu.total),
         },
-        spread_percent: (high - low) / iops * 100.0,
+        spread_percent: spread_percent(rounds.iter().map(|sample| sample.iops).collect()),
+        cpu_spread_percent: spread_percent(rounds.iter().map(|sample| sample.cpu.total).collect()),
     }
+}
+
+/// The largest value less the smallest, in per cent of the median.
+fn spread_percent(values: Vec<f64>) -> f64 {
+    let (low, high) =
+        values.iter().fold((f64::MAX, 0.0_f64), |(low, high), &value| (low.min(value), high.max(value)));
+    (high - low) / median(values) * 100.0
 }
 
 /// The middle value; of an even number of values the mean of the middle two.
@@ -118,6 +124,10 @@ pub(super) mod tests {
         assert_eq!(rows.len(), plan.cells().len() * SUBJECTS.len());
         assert!(rows.iter().all(|row| row.iops == 1000.0 && row.cpu.client == 100.0 && row.ios_min == 100));
         assert!(rows.iter().all(|row| (row.spread_percent - 100.0).abs() < 1e-9));
+        assert!(
+            rows.iter().all(|row| row.cpu_spread_percent > 900.0),
+            "the slow round cost ten times as much"
+        );
     }
 
     #[test]

@@ -91,8 +91,8 @@ pub(super) fn verdict(rows: &[Row]) -> String {
                 })
                 .collect();
             // Better is larger in both.
-            let iops = comparison(&pairs, |row| row.iops);
-            let cpu = comparison(&pairs, |row| 1.0 / row.cpu.total);
+            let iops = comparison(&pairs, |row| (row.iops, row.spread_percent));
+            let cpu = comparison(&pairs, |row| (1.0 / row.cpu.total, row.cpu_spread_percent));
             let (subject, peer) = (subject.name(), peer.family());
             let _ = writeln!(text, "- {subject}, beside {peer}: IOPS {iops}; CPU per GiB {cpu}.");
         }
@@ -100,13 +100,14 @@ pub(super) fn verdict(rows: &[Row]) -> String {
     text
 }
 
-/// In how many cells the left one is better, in how many worse, and which.
-fn comparison(pairs: &[(&Row, &Row)], merit: impl Fn(&Row) -> f64) -> String {
+/// In how many cells the left one is better, in how many worse, and which; by a merit and its spread in per cent.
+fn comparison(pairs: &[(&Row, &Row)], merit: impl Fn(&Row) -> (f64, f64)) -> String {
     let mut better = 0;
     let mut lost = Vec::new();
     for (left, right) in pairs {
-        let ratio = merit(left) / merit(right);
-        let noise = left.spread_percent.max(right.spread_percent) / 100.0;
+        let ((left_merit, left_spread), (right_merit, right_spread)) = (merit(left), merit(right));
+        let ratio = left_merit / right_merit;
+        let noise = left_spread.max(right_spread) / 100.0;
         if (ratio - 1.0).abs() <= noise {
             continue;
         }
