@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use testlab::kernel_series::KernelSeries;
 
+use crate::lab::bench;
 use crate::lab::cost::{self, CostOptions};
 use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
@@ -101,6 +102,11 @@ pub(crate) fn demo(series: Option<KernelSeries>) -> Result<u8> {
 /// Measures what an I/O costs.
 pub(crate) fn cost(options: &CostOptions) -> Result<u8> {
     cost::run(&Workspace::locate()?, options).map(|()| 0)
+}
+
+/// Measures speed, latency and CPU time beside the peers; with `write`, keeps the results in the documentation.
+pub(crate) fn bench(quick: bool, write: bool) -> Result<u8> {
+    bench::run(&Workspace::locate()?, quick, write).map(|()| 0)
 }
 
 /// Gives the terminal to a shell in the VM.

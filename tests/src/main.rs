@@ -4,6 +4,7 @@
 //! and `cost_guest` (what is measured), both run inside the machine. Exit codes: `run` and `shell` pass on the
 //! command's; 125 means that the lab itself failed; `test` and `demo` end with 1 if anything failed.
 
+mod bench_guest;
 mod commands;
 mod cost_guest;
 mod demo;
@@ -59,6 +60,15 @@ enum LabCommand {
     },
     /// Instructions per I/O of the whole system, beside the kernel's own clients and the floor
     Cost(CostOptions),
+    /// Speed, latency and CPU time beside the kernel's nbd and NVMe/TCP, in a machine with two processors
+    Bench {
+        /// Only see that everything works: a minute, the lab's own build, numbers that mean nothing
+        #[arg(long)]
+        quick: bool,
+        /// Also update the tables and plots in docs/
+        #[arg(long, conflicts_with = "quick")]
+        write: bool,
+    },
     /// What `demo` runs inside the VM
     #[command(hide = true)]
     GuestDemo,
@@ -69,6 +79,15 @@ enum LabCommand {
         programs: PathBuf,
         /// What to measure, JSON
         plan: String,
+    },
+    /// What `bench` runs inside the VM
+    #[command(hide = true)]
+    GuestBench {
+        /// The directory of the product's programs
+        programs: PathBuf,
+        /// As little as shows that everything works
+        #[arg(long)]
+        quick: bool,
     },
 }
 
@@ -101,8 +120,10 @@ fn main() -> ExitCode {
             commands::run(machine.series(), processors, deadline_seconds, command)
         }
         LabCommand::Cost(options) => commands::cost(&options),
+        LabCommand::Bench { quick, write } => commands::bench(quick, write),
         LabCommand::GuestDemo => demo::run().map(|()| 0),
         LabCommand::GuestCost { programs, plan } => cost_guest::run(&programs, &plan).map(|()| 0),
+        LabCommand::GuestBench { programs, quick } => bench_guest::run_samples(&programs, quick).map(|()| 0),
     });
     match result {
         Ok(exit_code) => ExitCode::from(exit_code),

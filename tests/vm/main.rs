@@ -4,6 +4,7 @@
 //! (`testlab::harness`) gives each test a directory, a deadline and a machine in the state it found it in.
 
 mod bad_input;
+mod bench;
 mod daemons;
 mod file_systems;
 mod fio;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         daemons::TESTS,
         hostile_server::TESTS,
         idle::TESTS,
+        bench::TESTS,
         lying_disk::TESTS,
     ];
     testlab::harness::main(&modules.concat())

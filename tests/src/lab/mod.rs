@@ -6,12 +6,14 @@
 //! `report` (what came of it). `tool` and `interrupt` bound every wait.
 
 pub(crate) mod apt;
+pub(crate) mod bench;
 pub(crate) mod cost;
 pub(crate) mod guest_command;
 pub(crate) mod host_tests;
 pub(crate) mod initramfs;
 pub(crate) mod interrupt;
 pub(crate) mod kernels;
+pub(crate) mod measurement;
 pub(crate) mod packages;
 pub(crate) mod report;
 pub(crate) mod this_machine;
