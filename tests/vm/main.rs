@@ -3,8 +3,10 @@
 //! To add one, write a function in its module and a line in the module's `TESTS`. The harness
 //! (`testlab::harness`) gives each test a directory, a deadline and a machine in the state it found it in.
 
+mod allocations;
 mod bad_input;
 mod bench;
+mod counting_allocator;
 mod daemons;
 mod file_systems;
 mod fio;
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         daemons::TESTS,
         hostile_server::TESTS,
         idle::TESTS,
+        allocations::TESTS,
         bench::TESTS,
         lying_disk::TESTS,
     ];
