@@ -142,7 +142,7 @@ pub struct DeviceSpec {
     pub export: ExportSpec,
     /// No writes.
     pub read_only: bool,
-    /// auto, fused or mapped.
+    /// auto, or the name of a data path (`DataPath`).
     pub data_path: String,
     /// Hardware queues; 0: as many as suit this machine and the server, 1 where the server allows one connection only.
     pub nr_hw_queues: u16,
@@ -210,7 +210,7 @@ pub struct DeviceStatus {
     pub block_size_bytes: u32,
     /// No writes.
     pub read_only: bool,
-    /// fused or mapped.
+    /// The name of the data path in use (`DataPath`).
     pub data_path: String,
     /// Why it was chosen.
     pub data_path_reason: String,

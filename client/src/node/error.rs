@@ -66,7 +66,7 @@ pub enum NodeError {
     /// This kernel cannot do what was asked for.
     #[error("data path {data_path} cannot be used on this machine: {why}")]
     DataPathUnsupported {
-        /// fused or mapped.
+        /// Its name.
         data_path: String,
         /// The trial's outcome.
         why: String,
