@@ -55,6 +55,14 @@ impl Operation {
         }
     }
 
+    /// As sentences say it.
+    pub(crate) fn noun(self) -> &'static str {
+        match self {
+            Self::Read => "reads",
+            Self::Write => "writes",
+        }
+    }
+
     /// As column headings say it.
     pub(crate) fn letter(self) -> char {
         match self {

@@ -78,13 +78,17 @@ fn samples(stdout: &str) -> Result<Vec<Sample>> {
 fn keep(workspace: &Workspace, rows: &[Row], text: &str) -> Result<()> {
     let path = workspace.root.join(DOCUMENT);
     let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    let mut files = vec![
-        (DOCUMENT, measurement::replaced(&document, BEGIN, END, text)?),
-        (MEDIANS, table::comma_separated(rows)),
-    ];
+    let mut files = vec![(MEDIANS, table::comma_separated(rows))];
+    let mut shown = String::new();
     for (operation, name) in PLOTS {
         files.push((name, plot::latency_against_throughput(rows, operation)?));
+        // Both are in one directory.
+        let link = Path::new(name).file_name().unwrap_or_default().display();
+        shown.push_str(&format!("![Latency against throughput, {}]({link})\n\n", operation.noun()));
     }
+    let medians = Path::new(MEDIANS).file_name().unwrap_or_default().display();
+    let text = format!("{shown}Every median: [{medians}]({medians}).\n\n{text}");
+    files.push((DOCUMENT, measurement::replaced(&document, BEGIN, END, &text)?));
     for (name, contents) in files {
         fs::write(workspace.root.join(name), contents).with_context(|| name.to_owned())?;
     }
@@ -104,5 +108,27 @@ mod tests {
         assert_eq!((samples.len(), samples[0].cell.heading().as_str()), (1, "R 4k/16"));
         assert!(super::samples(&format!("{SAMPLE_PREFIX}{}", line.replace(":0,", ":99,"))).is_err());
         assert!(super::samples(&format!("{SAMPLE_PREFIX}{{}}")).is_err());
+    }
+    #[test]
+    fn what_is_kept_is_linked_from_the_document_and_nothing_is_kept_without_markers() {
+        let root = std::env::temp_dir().join(format!("lab-bench-keep-{}", std::process::id()));
+        let workspace = Workspace { root: root.clone(), target: root.clone(), cache: root.clone() };
+        let rows =
+            summary::rows(&summary::tests::samples(&Plan::FULL, |_, _, _| 1000.0), &Plan::FULL).unwrap();
+        fs::create_dir_all(root.join("docs")).unwrap();
+        fs::write(root.join(DOCUMENT), "no markers\n").unwrap();
+        assert!(keep(&workspace, &rows, "tables").is_err());
+        assert_eq!(fs::read_dir(root.join("docs")).unwrap().count(), 1);
+        fs::write(root.join(DOCUMENT), format!("above\n{BEGIN}old\n{END}below\n")).unwrap();
+        keep(&workspace, &rows, "tables").unwrap();
+        let document = fs::read_to_string(root.join(DOCUMENT)).unwrap();
+        assert!(document.contains("tables") && !document.contains("old"), "{document}");
+        for file in fs::read_dir(root.join("docs")).unwrap() {
+            let name = file.unwrap().file_name().into_string().unwrap();
+            let linked = document.contains(&format!("]({name})"));
+            assert!(linked || DOCUMENT.ends_with(&name), "{name} is not linked:\n{document}");
+        }
+        assert_eq!(fs::read_dir(root.join("docs")).unwrap().count(), 4);
+        fs::remove_dir_all(root).unwrap();
     }
 }
