@@ -15,6 +15,15 @@ pub(crate) const TESTS: &[Test] = &[
 
 /// Random writes and reads of 4k to 1M with fsyncs, then everything read back and compared.
 pub(crate) fn verify(device: &Path, offset_mib: u32, size_mib: u32, depth: u32) -> Result<()> {
+    verify_sizes(device, offset_mib, size_mib, depth, "--bsrange=4k-1M")
+}
+
+/// The same in a fraction of the time: sizes from 4k to 1M, mostly small, so that a few MiB are many requests.
+pub(crate) fn verify_mostly_small(device: &Path, size_mib: u32, depth: u32) -> Result<()> {
+    verify_sizes(device, 0, size_mib, depth, "--bssplit=4k/50:12k/15:64k/15:256k/15:1M/5")
+}
+
+fn verify_sizes(device: &Path, offset_mib: u32, size_mib: u32, depth: u32, sizes: &str) -> Result<()> {
     let filename = format!("--filename={}", device.display());
     let (offset, size) = (format!("--offset={offset_mib}M"), format!("--size={size_mib}M"));
     let depth = format!("--iodepth={depth}");
@@ -28,7 +37,7 @@ pub(crate) fn verify(device: &Path, offset_mib: u32, size_mib: u32, depth: u32) 
         "--ioengine=io_uring",
         "--rw=randrw",
         "--rwmixwrite=70",
-        "--bsrange=4k-1M",
+        sizes,
         "--bs_unaligned=0",
         "--blockalign=4k",
         "--fsync=16",

@@ -19,6 +19,7 @@ pub mod mount_namespace;
 pub mod payload;
 pub mod protections;
 pub mod queue_loop;
+mod queue_parts;
 pub mod queue_ring;
 pub mod slots;
 pub mod status_file;

@@ -21,18 +21,19 @@
 //! byte can reach a page that was given back. From then on the queue answers EIO until its device is detached.
 
 use std::io::{self, Write as _};
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
 use io_uring::types::Timespec;
 use proto::nbd::transmission::{Command, CommandFlags, Request};
 use ublk_core::abi::{UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
-use ublk_core::{DataPath, Queue, TagError, TagTable, Transfer};
+use ublk_core::{TagError, TagTable};
 
 use super::balance::Balance;
 use super::block_request;
 use super::connection::{Completion, Connection, Follows, Operation, Piece};
 use super::payload::Payloads;
+pub use super::queue_parts::{QueueError, QueueEvent, QueueParts};
 use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing};
 use super::stream::{Incoming, Outgoing, StreamError};
 
@@ -42,65 +43,6 @@ const BATCH_PIECES_MAX: usize = 32;
 const FINAL_FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a socket that was shut down may take to give its operations back.
 const REAP_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// What a queue thread tells of itself.
-#[derive(Debug)]
-pub enum QueueEvent {
-    /// The ring is made and every tag is about to be fetched: the device can be started.
-    Ready,
-    /// A connection is gone: requests of the queue end with EIO.
-    ConnectionFailed {
-        /// Which queue.
-        queue_id: u16,
-        /// Which of the queue's connections.
-        connection: u16,
-        /// Why, for people.
-        reason: String,
-    },
-    /// The thread ended, because the device went away or because of an error.
-    Ended {
-        /// Which queue.
-        queue_id: u16,
-        /// `Err`: what was written may not be on stable storage, or the queue broke.
-        outcome: Result<(), QueueError>,
-    },
-}
-
-/// Why a queue ended badly.
-#[derive(Debug, thiserror::Error)]
-pub enum QueueError {
-    /// The ring cannot be made or used.
-    #[error("io_uring: {0}")]
-    Ring(#[from] io::Error),
-    /// The driver refused a command.
-    #[error("the ublk driver refused a command of tag {tag}: {source}")]
-    Driver {
-        /// The tag.
-        tag: u16,
-        /// Its errno.
-        source: io::Error,
-    },
-    /// The server did not say that everything is on stable storage.
-    #[error("the last FLUSH failed: {0}; what was written and not flushed before may be lost")]
-    FinalFlush(String),
-}
-
-/// What a queue thread is made of.
-#[derive(Debug)]
-pub struct QueueParts {
-    /// The device's queue.
-    pub queue: Queue,
-    /// How its data travels.
-    pub data_path: DataPath,
-    /// How its bytes move, as was proved.
-    pub transfer: Transfer,
-    /// Largest READ or WRITE, in bytes.
-    pub max_io_bytes: u32,
-    /// Whether a FLUSH has to end the session.
-    pub volatile_cache: bool,
-    /// Its connections, in the transmission phase; at least one.
-    pub sockets: Vec<TcpStream>,
-}
 
 /// Runs a queue until its device is gone. To be called on the queue's own thread, as `on_event` is then; that happens
 /// never while requests are served without an error.
