@@ -1,6 +1,6 @@
 //! What every measurement in the VM needs on this side: the product's programs, the guest's output, the document.
 //!
-//! Called by `bench`. Knows nothing of what is measured.
+//! Called by `cost`, `bench` and `scale`. Knows nothing of what is measured.
 
 use std::io::{Write as _, stderr};
 use std::process::Stdio;
@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::guest_command::GuestCommand;
+use super::kernels::Kernel;
 use super::tool;
-use super::vm::{Follower, Stream};
+use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::Workspace;
 
 /// The product from nothing with link-time optimisation, on two slow cores that others use, too.
@@ -35,17 +37,48 @@ impl Follower for Collector {
     }
 }
 
-/// Builds the programs that are measured.
+/// The product's programs.
+const PRODUCT: [&str; 3] = ["volserver", "volclient", "volctl"];
+
+/// Builds the product with a profile.
 ///
 /// # Errors
-/// They do not build, or not in time.
+/// As [`build_programs`].
 pub(crate) fn build_product(workspace: &Workspace, profile: &str) -> Result<()> {
+    build_programs(workspace, profile, &PRODUCT)
+}
+
+/// Builds programs of the workspace with a profile.
+///
+/// # Errors
+/// They do not build, or not in time; cargo has said why.
+pub(crate) fn build_programs(workspace: &Workspace, profile: &str, programs: &[&str]) -> Result<()> {
     let mut cargo = workspace.cargo();
-    cargo.args(["build", "--quiet", "--profile", profile, "--package", "server", "--package", "client"]);
-    let mut child = cargo.arg("--bins").stdin(Stdio::null()).spawn().context("cannot run cargo")?;
+    cargo.args(["build", "--quiet", "--profile", profile, "--workspace"]);
+    cargo.args(programs.iter().flat_map(|program| ["--bin", program]));
+    let mut child = cargo.stdin(Stdio::null()).spawn().context("cannot run cargo")?;
     let status = tool::wait(&mut child, BUILD_DEADLINE).context("cargo build")?;
-    ensure!(status.success(), "the product does not build");
+    ensure!(status.success(), "the programs to measure do not build");
     Ok(())
+}
+
+/// Runs a command that measures in a machine to its end; gives what it printed.
+///
+/// # Errors
+/// The machine or the command failed: with all that was printed until then.
+pub(crate) fn guest_output(
+    workspace: &Workspace,
+    kernel: &Kernel,
+    command: &GuestCommand,
+    processors: Processors,
+    deadline: Duration,
+) -> Result<String> {
+    let mut collector = Collector::default();
+    let ended = vm::run(workspace, kernel, command, processors, deadline, &mut collector);
+    let stdout = String::from_utf8_lossy(&collector.stdout).into_owned();
+    let ended = ended.with_context(|| format!("the guest had printed:\n{stdout}"))?;
+    ensure!(ended.exit_code == 0, "measuring failed (exit code {})\n{stdout}", ended.exit_code);
+    Ok(stdout)
 }
 
 /// One line that says on what the numbers were made; `release` is the guest kernel's.

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use testlab::kernel_series::KernelSeries;
 
 use super::guest_command::GuestCommand;
-use super::vm::{self, Processors};
+use super::vm::Processors;
 use super::workspace::Workspace;
 use super::{kernels, measurement, packages, workspace};
 use crate::bench_guest::{Operation, Plan, SAMPLE_PREFIX, SUBJECTS, Sample};
@@ -53,11 +53,7 @@ pub(crate) fn run(workspace: &Workspace, quick: bool, write: bool) -> Result<()>
     let mut words = words.map(|word| word.display().to_string()).to_vec();
     words.extend(quick.then(|| "--quick".to_owned()));
     let command = GuestCommand::new(workspace, words)?.in_directory(&workspace.root);
-    let mut collector = measurement::Collector::default();
-    let ended = vm::run(workspace, &kernel, &command, Processors::Two, RUN_DEADLINE, &mut collector);
-    let stdout = String::from_utf8_lossy(&collector.stdout).into_owned();
-    let ended = ended.with_context(|| format!("the guest had printed:\n{stdout}"))?;
-    ensure!(ended.exit_code == 0, "measuring failed (exit code {})\n{stdout}", ended.exit_code);
+    let stdout = measurement::guest_output(workspace, &kernel, &command, Processors::Two, RUN_DEADLINE)?;
     let plan = Plan::new(quick);
     let rows = summary::rows(&samples(&stdout)?, &plan)?;
     let machine = measurement::machine_line(&kernel.release)?;

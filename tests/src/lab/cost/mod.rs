@@ -9,9 +9,7 @@ pub(crate) mod gate;
 mod table;
 
 use std::fs;
-use std::io::{Write as _, stderr};
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -19,9 +17,9 @@ use clap::Args;
 use testlab::kernel_series::KernelSeries;
 
 use super::guest_command::GuestCommand;
-use super::vm::{self, Follower, Processors, Stream};
+use super::vm::Processors;
 use super::workspace::Workspace;
-use super::{kernels, packages, tool};
+use super::{kernels, measurement, packages};
 use crate::cost_guest::ROW_PREFIX;
 use crate::cost_guest::plan::{Cell, Plan, REPETITIONS, Row, Subject};
 
@@ -31,14 +29,8 @@ const PROFILE: &str = "release";
 /// The programs that are measured, and the floor.
 const PROGRAMS: [&str; 4] = ["volserver", "volclient", "volctl", "floor"];
 
-/// The product from nothing with link-time optimisation, on two slow cores that others use, too.
-const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
-
 /// From QEMU's start to its end: some two minutes for each row, more where others use the machine.
 const RUN_DEADLINE: Duration = Duration::from_secs(90 * 60);
-
-/// `--version` of a program that works takes no time at all.
-const VERSION_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Where the table is kept, from the workspace's root.
 const DOCUMENT: &str = "docs/performance.md";
@@ -106,14 +98,15 @@ pub(crate) fn run(workspace: &Workspace, options: &CostOptions) -> Result<()> {
     if !options.no_build {
         build(workspace)?;
     }
-    let measurement = measure(workspace, &subjects, &cells, options.repetitions, !options.no_calls)?;
-    let text = table::text(&machine(&measurement.release)?, &measurement);
+    let measured = measure(workspace, &subjects, &cells, options.repetitions, !options.no_calls)?;
+    let text = table::text(&measurement::machine_line(&measured.release)?, &measured);
     print!("{text}");
     if options.write {
         let path = workspace.root.join(DOCUMENT);
         let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        fs::write(&path, replaced(&document, &text)?).with_context(|| path.display().to_string())?;
-        gate::commit(workspace, &measurement)?;
+        let document = measurement::replaced(&document, BEGIN, END, &text)?;
+        fs::write(&path, document).with_context(|| path.display().to_string())?;
+        gate::commit(workspace, &measured)?;
     }
     Ok(())
 }
@@ -123,13 +116,7 @@ pub(crate) fn run(workspace: &Workspace, options: &CostOptions) -> Result<()> {
 /// # Errors
 /// It does not build; cargo has said why.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {
-    let mut cargo = workspace.cargo();
-    cargo.args(["build", "--quiet", "--profile", PROFILE, "--workspace"]);
-    cargo.args(PROGRAMS.iter().flat_map(|program| ["--bin", program]));
-    let mut child = cargo.stdin(Stdio::null()).spawn().context("cannot run cargo")?;
-    let status = tool::wait(&mut child, BUILD_DEADLINE).context("cargo build")?;
-    ensure!(status.success(), "the product does not build");
-    Ok(())
+    measurement::build_programs(workspace, PROFILE, &PROGRAMS)
 }
 
 /// Boots the machine and measures in it what was built.
@@ -152,29 +139,9 @@ pub(crate) fn measure(
         [&this_program, Path::new("guest-cost"), &programs].map(|word| word.display().to_string()).to_vec();
     words.push(plan);
     let command = GuestCommand::new(workspace, words)?.in_directory(&workspace.root);
-    let mut collector = Collector::default();
-    let ended = vm::run(workspace, &kernel, &command, Processors::Counted, RUN_DEADLINE, &mut collector);
-    let stdout = String::from_utf8_lossy(&collector.stdout).into_owned();
-    let ended = ended.with_context(|| format!("the guest had printed:\n{stdout}"))?;
-    ensure!(ended.exit_code == 0, "measuring failed (exit code {})\n{stdout}", ended.exit_code);
+    let stdout = measurement::guest_output(workspace, &kernel, &command, Processors::Counted, RUN_DEADLINE)?;
     let rows = rows(&stdout, subjects.len(), cells.len())?;
     Ok(Measurement { release: kernel.release, rows, cells: cells.to_vec() })
-}
-
-/// Keeps what the guest prints, shows its progress.
-#[derive(Default)]
-struct Collector {
-    stdout: Vec<u8>,
-}
-
-impl Follower for Collector {
-    fn output(&mut self, stream: Stream, bytes: &[u8]) -> Result<()> {
-        match stream {
-            Stream::Stdout => self.stdout.extend(bytes),
-            Stream::Stderr => stderr().write_all(bytes).context("passing on the progress")?,
-        }
-        Ok(())
-    }
 }
 
 fn rows(stdout: &str, want_rows: usize, want_cells: usize) -> Result<Vec<Row>> {
@@ -183,23 +150,6 @@ fn rows(stdout: &str, want_rows: usize, want_cells: usize) -> Result<Vec<Row>> {
     ensure!(rows.len() == want_rows, "{} rows of {want_rows} were measured\n{stdout}", rows.len());
     ensure!(rows.iter().all(|row| row.cells.len() == want_cells), "a row lacks a column\n{stdout}");
     Ok(rows)
-}
-
-/// One line that says on what the numbers were made.
-fn machine(release: &str) -> Result<String> {
-    let version = |program: &str| -> Result<String> {
-        let text = tool::output(tool::command(program).arg("--version"), VERSION_DEADLINE)?;
-        Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or_default().trim().to_owned())
-    };
-    let (fio, nbdkit, qemu) = (version("fio")?, version("nbdkit")?, version("qemu-system-x86_64")?);
-    Ok(format!("Linux {release}, {fio}, {nbdkit}, {qemu}; volnode {}.\n", env!("CARGO_PKG_VERSION")))
-}
-
-/// The document with `text` between its markers.
-fn replaced(document: &str, text: &str) -> Result<String> {
-    let (before, rest) = document.split_once(BEGIN).context("the document lacks the marker of the begin")?;
-    let (_, after) = rest.split_once(END).context("the document lacks the marker of the end")?;
-    Ok(format!("{before}{BEGIN}\n{text}\n{END}{after}"))
 }
 
 #[cfg(test)]
@@ -232,14 +182,6 @@ mod tests {
         assert_eq!(rows(&format!("--- log of a daemon\n{printed}"), 2, columns).unwrap().len(), 2);
         assert!(rows(&printed, 3, columns).is_err());
         assert!(rows(&printed, 2, columns + 1).is_err());
-    }
-
-    #[test]
-    fn only_what_is_between_the_markers_is_replaced() {
-        let document = format!("above\n{BEGIN}old\n{END}below\n");
-        let once = replaced(&document, "new").unwrap();
-        assert_eq!(once, format!("above\n{BEGIN}\nnew\n{END}below\n"));
-        assert!(replaced("no markers\n", "new").is_err());
     }
 
     #[test]
