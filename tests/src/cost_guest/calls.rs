@@ -18,8 +18,8 @@ const SQES: &str = "io_uring/io_uring_submit_req";
 /// By thread, with its name: a thread's name is the one it had at its first event.
 const HISTOGRAM: &str = "hist:keys=common_pid.execname";
 
-/// Threads that drive the device: fio, timeout(1) which runs it, and this program which runs that.
-const DRIVERS: [&str; 3] = ["fio", "timeout", "lab"];
+/// Programs that drive the device: fio, and timeout(1) which runs it. This program runs that.
+const DRIVERS: [&str; 2] = ["fio", "timeout"];
 
 /// Events by thread name.
 pub(crate) type Counts = BTreeMap<String, u64>;
@@ -30,6 +30,20 @@ pub(crate) struct Calls {
     pub(crate) system_calls: Counts,
     /// SQEs that were submitted, linked ones included.
     pub(crate) sqes: Counts,
+}
+
+impl Calls {
+    /// These without `others`, thread name by thread name.
+    pub(crate) fn without(mut self, others: &Self) -> Self {
+        let subtract = |counts: &mut Counts, others: &Counts| {
+            for (name, count) in counts {
+                *count = count.saturating_sub(others.get(name).copied().unwrap_or(0));
+            }
+        };
+        subtract(&mut self.system_calls, &others.system_calls);
+        subtract(&mut self.sqes, &others.sqes);
+        self
+    }
 }
 
 /// Counts while `work` runs.
@@ -57,7 +71,10 @@ impl Histogram {
 
     fn read(&self) -> Result<Counts> {
         let text = fs::read_to_string(self.event.join("hist")).context("reading a histogram")?;
-        parse(&text)
+        let this_program = fs::read_to_string("/proc/self/comm").context("this program's name")?;
+        let mut counts = parse(&text)?;
+        counts.retain(|name, _| !DRIVERS.contains(&name.as_str()) && name != this_program.trim());
+        Ok(counts)
     }
 }
 
@@ -69,7 +86,7 @@ impl Drop for Histogram {
     }
 }
 
-/// The counts of a histogram's text, by thread name, without the drivers'. A line is
+/// The counts of a histogram's text, by thread name. A line is
 /// `{ common_pid: fio             [       153] } hitcount:        256`.
 fn parse(text: &str) -> Result<Counts> {
     let mut counts = Counts::new();
@@ -79,9 +96,7 @@ fn parse(text: &str) -> Result<Counts> {
             Some((key.rsplit_once('[')?.0.trim(), count.trim().parse().ok()?))
         };
         let (name, count) = parse().with_context(|| format!("not a line of a histogram: {line}"))?;
-        if !DRIVERS.contains(&name) {
-            *counts.entry(name.to_owned()).or_default() += count;
-        }
+        *counts.entry(name.to_owned()).or_default() += count;
     }
     Ok(counts)
 }
@@ -91,13 +106,16 @@ mod tests {
     use super::parse;
 
     #[test]
-    fn threads_of_one_name_are_added_up_and_the_drivers_left_out() {
+    fn threads_of_one_name_are_added_up() {
         let text = "# event histogram\n#\n\n\
                     { common_pid: fio             [       153] } hitcount:        256\n\
                     { common_pid: nbdkit          [       160] } hitcount:          3\n\
                     { common_pid: nbdkit          [       161] } hitcount:          4\n\nTotals:\n    Hits: 263\n";
         let counts = parse(text).unwrap();
-        assert_eq!(counts.into_iter().collect::<Vec<_>>(), [("nbdkit".to_owned(), 7)]);
+        assert_eq!(
+            counts.into_iter().collect::<Vec<_>>(),
+            [("fio".to_owned(), 256), ("nbdkit".to_owned(), 7)]
+        );
     }
 
     #[test]

@@ -103,9 +103,17 @@ fn measure_once(driver: &Driver<'_>, cell: Cell, ios: u64) -> Result<f64> {
     Ok(microseconds)
 }
 
+/// Counts the calls of some I/Os, without those of a program's start where it is started for the purpose.
 fn count_calls(driver: &Driver<'_>, cell: Cell, measured: &mut Measured) -> Result<()> {
     let ios = cell.ios / COUNTED_DIVISOR;
-    let calls = calls::counted(|| driver.drive(cell, ios).map(drop))?;
+    let count = |ios| calls::counted(|| driver.drive(cell, ios).map(drop));
+    let calls = match driver {
+        Driver::Fio(_) => count(ios)?,
+        Driver::Exchange(_) => {
+            let batch = u64::from(cell.depth);
+            count(ios + batch)?.without(&count(batch)?)
+        }
+    };
     let per_io = |counts: &Counts| counts.values().sum::<u64>() as f64 / ios as f64;
     measured.system_calls = Some(per_io(&calls.system_calls));
     measured.sqes = Some(per_io(&calls.sqes));
@@ -121,5 +129,5 @@ fn by_thread(calls: &Calls, ios: u64) -> String {
         let shown = shown.filter(|(_, per_io)| *per_io >= 0.01);
         words.extend(shown.map(|(name, per_io)| format!("{name} {per_io:.2} {what}")));
     }
-    words.join(", ")
+    if words.is_empty() { "neither system calls nor SQEs".to_owned() } else { words.join(", ") }
 }

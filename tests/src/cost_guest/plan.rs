@@ -106,7 +106,7 @@ impl Subject {
     /// How many times the cell's I/Os it is given: where an I/O does less, a measurement of the same length has more.
     pub(crate) fn ios_factor(self) -> u64 {
         match self {
-            Self::UblkNull => 4,
+            Self::UblkNull => 6,
             Self::Tcp => 2,
             Self::NullBlk => 8,
             _ => 1,
