@@ -47,7 +47,7 @@ fn each_verifies_behind_a_relay(env: &Env) -> Result<()> {
     let uri = format!("nbd://{relay}/vol-1");
     for data_path in env.series.data_paths() {
         let device = node.attach(&[&uri, "--data-path", data_path.as_str()])?;
-        verify_mostly_small(&device, 6, 8).with_context(|| format!("on {data_path}"))?;
+        verify_mostly_small(&device, 4, 8).with_context(|| format!("on {data_path}"))?;
         ensure!(node.attachment(&uri)?["state"] == "live");
         node.detach(&uri)?;
     }
