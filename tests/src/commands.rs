@@ -15,6 +15,7 @@ use crate::lab::bench;
 use crate::lab::cost::{self, CostOptions};
 use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
+use crate::lab::scale;
 use crate::lab::vm::{self, Follower, Processors, Stream, Terminal, Vm};
 use crate::lab::workspace::{PROFILE, Workspace};
 use crate::lab::{host_tests, kernels, packages, this_machine, tool, vm_tests};
@@ -107,6 +108,11 @@ pub(crate) fn cost(options: &CostOptions) -> Result<u8> {
 /// Measures speed, latency and CPU time beside the peers; with `write`, keeps the results in the documentation.
 pub(crate) fn bench(quick: bool, write: bool) -> Result<u8> {
     bench::run(&Workspace::locate()?, quick, write).map(|()| 0)
+}
+
+/// Measures idle attachments and many of them; with `write`, keeps the results in the documentation.
+pub(crate) fn scale(write: bool) -> Result<u8> {
+    scale::run(&Workspace::locate()?, write).map(|()| 0)
 }
 
 /// Gives the terminal to a shell in the VM.

@@ -10,6 +10,7 @@ mod cost_guest;
 mod demo;
 mod lab;
 mod peers;
+mod scale_guest;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -69,6 +70,12 @@ enum LabCommand {
         #[arg(long, conflicts_with = "quick")]
         write: bool,
     },
+    /// What an idle attachment costs, and an I/O beside up to 64 others
+    Scale {
+        /// Also update the tables in docs/performance.md
+        #[arg(long)]
+        write: bool,
+    },
     /// What `demo` runs inside the VM
     #[command(hide = true)]
     GuestDemo,
@@ -79,6 +86,14 @@ enum LabCommand {
         programs: PathBuf,
         /// What to measure, JSON
         plan: String,
+    },
+    /// What `scale` runs inside the VM
+    #[command(hide = true)]
+    GuestScale {
+        /// What to measure
+        part: scale_guest::Part,
+        /// The directory of the product's programs
+        programs: PathBuf,
     },
     /// What `bench` runs inside the VM
     #[command(hide = true)]
@@ -121,6 +136,8 @@ fn main() -> ExitCode {
         }
         LabCommand::Cost(options) => commands::cost(&options),
         LabCommand::Bench { quick, write } => commands::bench(quick, write),
+        LabCommand::Scale { write } => commands::scale(write),
+        LabCommand::GuestScale { part, programs } => scale_guest::run(part, &programs).map(|()| 0),
         LabCommand::GuestDemo => demo::run().map(|()| 0),
         LabCommand::GuestCost { programs, plan } => cost_guest::run(&programs, &plan).map(|()| 0),
         LabCommand::GuestBench { programs, quick } => bench_guest::run_samples(&programs, quick).map(|()| 0),

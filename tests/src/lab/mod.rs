@@ -16,6 +16,7 @@ pub(crate) mod kernels;
 pub(crate) mod measurement;
 pub(crate) mod packages;
 pub(crate) mod report;
+pub(crate) mod scale;
 pub(crate) mod this_machine;
 pub(crate) mod tool;
 pub(crate) mod vm;
