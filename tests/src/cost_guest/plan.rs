@@ -74,15 +74,9 @@ pub(crate) enum Subject {
     NullBlk,
 }
 
-/// Payload copies of one I/O, which follow from how each is built.
-pub(crate) struct Copies {
-    /// For a read.
-    pub(crate) read: u32,
-    /// For a write.
-    pub(crate) write: u32,
-    /// Which they are.
-    pub(crate) reason: &'static str,
-}
+/// Writes below this many KiB arrive at our server in its receive memory, together with other requests, and are copied to
+/// the volume; larger ones are received there (`server/src/connection.rs`).
+const RECEIVED_IN_PLACE_KIB_MIN: u64 = 16;
 
 impl Subject {
     /// In the order of the table.
@@ -160,39 +154,46 @@ impl Subject {
         Ok(Self::all().into_iter().filter(|subject| named.contains(subject)).collect())
     }
 
-    /// How often a payload is copied on its way, by derivation.
-    pub(crate) fn copies(self) -> Copies {
+    /// How often the payload of one I/O of a cell is copied on its way, by derivation; [`Self::copies_are`] says where.
+    pub(crate) fn copies(self, cell: Cell) -> u32 {
+        let in_and_out_of_the_socket = 2;
+        let in_our_server = u32::from(!cell.reads && cell.block_kib < RECEIVED_IN_PLACE_KIB_MIN);
         match self {
-            Self::Ours(data_path) if data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0 => Copies {
-                read: 3,
-                write: 3,
-                reason: "sender's memory to socket, socket to the client's buffer or back, and between that buffer \
-                         and the request's pages",
-            },
-            Self::Ours(_) => Copies {
-                read: 2,
-                write: 2,
-                reason: "sender's memory to socket, socket to receiver's memory; the client's is the request's pages, \
-                         the server's is the volume",
-            },
-            Self::KernelNbdAndNbdkit => Copies {
-                read: 3,
-                write: 3,
-                reason: "in and out of the socket, and between nbdkit's request buffer and its sparse array",
-            },
-            Self::KernelNbdAndOurServer => Copies {
-                read: 2,
-                write: 2,
-                reason: "in and out of the socket; the kernel's client has the request's pages, the server the volume",
-            },
-            Self::NvmeTcp => Copies {
-                read: 2,
-                write: 2,
-                reason: "the sender lends its pages to the socket; socket to receiver's pages, and between nvmet's \
-                         pages and the RAM disk",
-            },
-            Self::UblkNull | Self::NullBlk => Copies { read: 0, write: 0, reason: "no payload moves" },
-            Self::Tcp => Copies { read: 2, write: 2, reason: "into the socket and out of it" },
+            Self::Ours(data_path) => {
+                let in_our_client = u32::from(data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0);
+                in_and_out_of_the_socket + in_our_client + in_our_server
+            }
+            Self::KernelNbdAndNbdkit => in_and_out_of_the_socket + 1,
+            Self::KernelNbdAndOurServer => in_and_out_of_the_socket + in_our_server,
+            // The sender lends its pages to the socket, but the RAM disk has memory of its own.
+            Self::NvmeTcp => 2,
+            Self::UblkNull | Self::NullBlk => 0,
+            Self::Tcp => in_and_out_of_the_socket,
+        }
+    }
+
+    /// Which copies those are.
+    pub(crate) fn copies_are(self) -> &'static str {
+        match self {
+            Self::Ours(data_path) if data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0 => {
+                "into the socket and out of it; between the client's buffer and the request's pages; of a small write, \
+                 from the server's receive memory to the volume"
+            }
+            Self::Ours(_) => {
+                "into the socket and out of it, whose ends are the request's pages and the volume; of a small write, \
+                 from the server's receive memory to the volume"
+            }
+            Self::KernelNbdAndNbdkit => {
+                "into the socket and out of it; between nbdkit's buffer and its memory plugin's pages"
+            }
+            Self::KernelNbdAndOurServer => {
+                "into the socket and out of it; of a small write, from the server's receive memory to the volume"
+            }
+            Self::NvmeTcp => {
+                "out of the socket, to which the sender lends its pages; between the target's pages and the RAM disk"
+            }
+            Self::UblkNull | Self::NullBlk => "no payload moves",
+            Self::Tcp => "into the socket and out of it",
         }
     }
 }

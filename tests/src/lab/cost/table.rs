@@ -139,23 +139,22 @@ fn listed(cells: &[String]) -> String {
 
 /// System calls, SQEs and payload copies of every row.
 fn calls(measurement: &Measurement) -> String {
-    let first = "system calls / SQEs per I/O, fio's left out";
-    let mut text = heading(first, measurement, &["payload copies R", "payload copies W"]);
-    let mut reasons = String::new();
+    let mut text = heading("system calls / SQEs / payload copies per I/O", measurement, &[]);
+    let mut copies = String::new();
     for subject in Subject::all() {
         let Some(row) = measurement.row(subject) else { continue };
         let cells = by_cell(measurement, |cell| {
             let measured = row.measured(cell)?;
-            Some(format!("{:.1} / {:.1}", measured.system_calls?, measured.sqes?))
+            let (calls, sqes) = (measured.system_calls?, measured.sqes?);
+            Some(format!("{calls:.1} / {sqes:.1} / {}", subject.copies(cell)))
         });
         let Some(cells) = cells else { continue };
-        let copies = subject.copies();
-        let _ = writeln!(text, "| {} | {cells} | {} | {} |", subject.title(), copies.read, copies.write);
-        let _ = writeln!(reasons, "- {}: {}.", subject.title(), copies.reason);
+        let _ = writeln!(text, "| {} | {cells} |", subject.title());
+        let _ = writeln!(copies, "- {}: {}.", subject.title(), subject.copies_are());
     }
     format!(
-        "{text}\nSystem calls and SQEs are counted by tracing in a pass of their own. Payload copies are not counted \
-         but follow from the code:\n\n{reasons}"
+        "{text}\nSystem calls and SQEs are counted by tracing, in a pass of their own and without fio's. Payload copies \
+         are not counted but follow from the code:\n\n{copies}"
     )
 }
 
@@ -220,6 +219,6 @@ mod tests {
     fn a_run_of_some_rows_says_nothing_of_the_others() {
         let text = text("Linux", &measurement(&[(Subject::NvmeTcp, 60.0)]));
         assert!(!text.contains("floor**") && !text.contains("Targets"), "{text}");
-        assert!(text.contains("NVMe/TCP") && text.contains("3.0 / 4.0"), "{text}");
+        assert!(text.contains("NVMe/TCP") && text.contains("3.0 / 4.0 / 2"), "{text}");
     }
 }
