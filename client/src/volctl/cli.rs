@@ -122,8 +122,8 @@ pub(crate) struct AttachArgs {
     ///
     /// Each has a thread, which stays on the CPUs whose requests the queue gets. The default is 1 where the server does
     /// not allow several connections to one export; asking for more is an error there. More than there are CPUs is as many
-    /// as there are. Four queues are beyond what one connection to a server carries; more cost an idle disk memory for
-    /// nothing.
+    /// as there are. Four keep a network busy that a single TCP connection does not fill; each queue costs an idle disk
+    /// a thread, a ring (some 100 KiB) and a connection.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) queues: Option<u32>,
     /// TCP connections of the whole attachment, at least one for each queue [default: as many as queues]
