@@ -81,7 +81,7 @@ fn measure_cells(subject: Subject, plan: &Plan, cells: &[Cell], driver: &Driver<
     for &cell in cells {
         let ios = cell.ios * subject.ios_factor();
         let mut samples = Vec::new();
-        for _ in 0..plan.repetitions {
+        for _ in 0..subject.repetitions(plan.repetitions) {
             samples.push(measure_once(driver, cell, ios)?);
         }
         eprintln!("{}, {}: {samples:.1?} thousand instructions per I/O", subject.title(), cell.heading());

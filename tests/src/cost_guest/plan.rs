@@ -10,7 +10,7 @@ use ublk_core::DataPath;
 use ublk_core::abi::UBLK_F_SUPPORT_ZERO_COPY;
 
 /// How often each cell is measured, unless the command line says otherwise; the table has the mean.
-pub(crate) const REPETITIONS: usize = 2;
+pub(crate) const REPETITIONS: usize = 3;
 
 /// What fio does for one number of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +95,12 @@ impl Subject {
     /// Whether it keeps what is written to it, so that this is verified first.
     pub(crate) fn stores(self) -> bool {
         !matches!(self, Self::UblkNull | Self::Tcp | Self::NullBlk)
+    }
+
+    /// How often it is measured where `asked` is what was asked for: what involves no more than one daemon and one queue
+    /// repeats to the digit.
+    pub(crate) fn repetitions(self, asked: usize) -> usize {
+        if self.stores() { asked } else { asked.min(2) }
     }
 
     /// How many times the cell's I/Os it is given: where an I/O does less, a measurement of the same length has more.
@@ -262,6 +268,11 @@ impl Measured {
     /// Thousand instructions per I/O.
     pub(crate) fn mean(&self) -> f64 {
         self.samples.iter().sum::<f64>() / self.samples.len() as f64
+    }
+
+    /// Thousand instructions per I/O of the cheapest repetition.
+    pub(crate) fn least(&self) -> f64 {
+        self.samples.iter().copied().fold(f64::MAX, f64::min)
     }
 
     /// The largest difference between two repetitions, in per cent of the mean.
