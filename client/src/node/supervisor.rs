@@ -499,12 +499,7 @@ async fn check_machine(data_path: Option<DataPath>) -> Result<(), NodeError> {
 /// [`NodeError::Ublk`]: no driver, or no right to use it.
 pub async fn probe_data_paths() -> Result<ProbeReport, NodeError> {
     blocking(|| {
-        let features = match ControlDevice::open()?.get_features() {
-            // A driver that cannot tell its features has none of the newer ones.
-            Err(ControlError::Unsupported { .. }) => Features(0),
-            features => features?,
-        };
-        Ok(ublk_core::probe(features))
+        Ok(ublk_core::probe_driver(&ControlDevice::open()?)?)
     })
     .await
 }
