@@ -22,7 +22,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tonic::Code;
 use ublk_core::abi::UBLK_MAX_QUEUE_DEPTH;
-use ublk_core::{ControlDevice, ControlError, DataPath, Features, ProbeReport};
+use ublk_core::{ControlDevice, DataPath, ProbeReport};
 use uuid::Uuid;
 
 use super::attachment_record::AttachmentRecord;
