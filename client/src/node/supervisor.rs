@@ -498,10 +498,7 @@ async fn check_machine(data_path: Option<DataPath>) -> Result<(), NodeError> {
 /// # Errors
 /// [`NodeError::Ublk`]: no driver, or no right to use it.
 pub async fn probe_data_paths() -> Result<ProbeReport, NodeError> {
-    blocking(|| {
-        Ok(ublk_core::probe_driver(&ControlDevice::open()?)?)
-    })
-    .await
+    blocking(|| Ok(ublk_core::probe_driver(&ControlDevice::open()?)?)).await
 }
 
 async fn blocking<T: Send + 'static>(
