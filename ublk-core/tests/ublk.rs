@@ -127,7 +127,6 @@ fn spec(data_path: DataPath, more_flags: u64) -> DeviceSpec {
         queue_depth: 32,
         max_io_buf_bytes: MAX_IO_BYTES,
         flags: data_path.device_flags() | more_flags,
-        wished_flags: 0,
         ublksrv_flags: 0x766f_6c6e_6f64_6531,
     }
 }
@@ -240,7 +239,7 @@ fn the_best_data_path_is_proved_by_trial(control: &ControlDevice) -> Result<()> 
 
 fn devices_come_and_go_without_leftovers(control: &ControlDevice) -> Result<()> {
     for data_path in usable_data_paths(control)? {
-        for round in 0..4 {
+        for round in 0..10 {
             let (disk, _) = start(control, data_path, 0)?;
             let dev_id = disk.device.dev_id();
             let info = control.get_dev_info2(dev_id)?.context("a live device is known")?;
