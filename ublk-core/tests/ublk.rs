@@ -239,7 +239,7 @@ fn the_best_data_path_is_proved_by_trial(control: &ControlDevice) -> Result<()> 
 
 fn devices_come_and_go_without_leftovers(control: &ControlDevice) -> Result<()> {
     for data_path in usable_data_paths(control)? {
-        for round in 0..10 {
+        for round in 0..4 {
             let (disk, _) = start(control, data_path, 0)?;
             let dev_id = disk.device.dev_id();
             let info = control.get_dev_info2(dev_id)?.context("a live device is known")?;
