@@ -1,20 +1,40 @@
-//! One run of fio: its command line, and what its JSON says of speed and latency.
+//! One run of fio: its command line, what its JSON says of speed and latency, and what CPU time its I/O cost.
 //!
-//! Called by `bench_guest`. Owns how a load becomes jobs. A run that hangs is ended by `timeout(1)`; a run with an error
-//! is an error, never a number. Source: `fio(1)`, "JSON output"; latencies are fio's `lat`: from before the submission
-//! to after the completion.
+//! Called by `bench_guest`. Owns how a load becomes jobs. CPU time is that of a window inside the run, while fio does nothing
+//! but I/O: its start and end cost more than many a run. A run that hangs is killed; a run with an error is an error, never a
+//! number. Source: `fio(1)`, "JSON output"; latencies are fio's `lat`: from before the submission to
+//! after the completion. `Documentation/block/stat.rst` for what a device has done so far.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use testlab::shell::run;
+use testlab::shell::wait_for;
 
 use super::Cell;
+use super::cpu_time::{Account, Meter, Spent};
 
-/// Seconds of the guest for one run; the longest, the filling of a device, takes some ten.
-const DEADLINE_SECONDS: &str = "120";
+/// The longest run, the filling of a device, takes some ten seconds.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// How often the beginning of a job's I/O is looked for.
+const BEGIN_POLL_INTERVAL: Duration = Duration::from_millis(5);
+
+/// How often CPU time is read in a window. The last reading before a job's end counts, should it end too early.
+const READ_INTERVAL: Duration = Duration::from_millis(100);
+
+/// A job whose I/O does not begin by then is not going to.
+const BEGIN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The part of a job's run time, in per cent, in which CPU time is counted: it ends before the job does.
+const WINDOW_PERCENT: u32 = 70;
+
+/// Bytes of a sector, whatever the device's block size is.
+const SECTOR_BYTES: u64 = 512;
 
 /// fio's names of the percentiles we keep.
 const PERCENTILES: [&str; 3] = ["50.000000", "99.000000", "99.900000"];
@@ -34,36 +54,87 @@ pub(super) struct Fio<'a> {
 pub(super) struct Outcome {
     /// I/Os that were done.
     pub(super) ios: u64,
-    /// Their bytes.
-    pub(super) bytes: u64,
     /// I/Os in a second, all jobs together.
     pub(super) iops: f64,
     /// MiB in a second, all jobs together.
     pub(super) mib_per_s: f64,
     /// Latencies in microseconds: median, 99 %, 99.9 %.
     pub(super) latency_us: [f64; 3],
-    /// Seconds that the jobs' threads spent in the kernel while they did I/O.
-    pub(super) system_cpu_s: f64,
+}
+
+/// What was done and spent in a window of a run.
+pub(super) struct Window {
+    /// Bytes that were read or written.
+    pub(super) bytes: u64,
+    /// The CPU time meanwhile.
+    pub(super) spent: Spent,
 }
 
 impl Fio<'_> {
-    /// Measures one cell for `runtime_ms`.
+    /// Measures one cell for `runtime_ms`, and the CPU time of `accounts` in a window of it.
     ///
     /// # Errors
     /// fio failed, or did nothing.
-    pub(super) fn measure(&self, cell: &Cell, runtime_ms: u32) -> Result<Outcome> {
-        let size = format!("--size={}M", self.size_mib);
+    pub(super) fn measure(
+        &self,
+        cell: &Cell,
+        runtime_ms: u32,
+        accounts: &[Account],
+    ) -> Result<(Outcome, Window)> {
         let mut options = vec![
             format!("--rw={}", cell.operation.fio_name()),
             format!("--bs={}k", cell.block_kib),
             format!("--runtime={runtime_ms}ms"),
-            size,
+            format!("--size={}M", self.size_mib),
         ];
         options.extend(job_options(cell.load));
         options.extend(["--time_based", "--norandommap", "--thread", "--group_reporting"].map(str::to_owned));
         options.extend(["--lat_percentiles=1", "--clat_percentiles=0"].map(str::to_owned));
-        let job = self.run(&options.iter().map(String::as_str).collect::<Vec<_>>())?;
-        Outcome::parse(&job, cell.operation.json_name())
+        let (done_before, meter) = (self.bytes_done()?, Meter::new(accounts)?);
+        let mut running = self.start(&options.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let length = Duration::from_millis(u64::from(runtime_ms * WINDOW_PERCENT / 100));
+        let window = self.window(done_before, &mut running, length, &meter);
+        let job = self.finish(running)?;
+        Ok((Outcome::parse(&job, cell.operation.json_name())?, window?))
+    }
+
+    /// Waits until the I/O has begun, then counts for `length`.
+    fn window(
+        &self,
+        done_before: u64,
+        running: &mut Child,
+        length: Duration,
+        meter: &Meter,
+    ) -> Result<Window> {
+        let started = Instant::now();
+        while self.bytes_done()? == done_before {
+            let ended = running.try_wait()?.is_some();
+            ensure!(!ended && started.elapsed() < BEGIN_DEADLINE, "fio's I/O did not begin");
+            thread::sleep(BEGIN_POLL_INTERVAL);
+        }
+        let begun = Instant::now();
+        let (bytes, moment) = (self.bytes_done()?, meter.read(running.id())?);
+        let mut window = None;
+        while begun.elapsed() < length {
+            // Not a wait for something: time that passes is what is measured.
+            thread::sleep(READ_INTERVAL.min(length.saturating_sub(begun.elapsed())));
+            let bytes_now = self.bytes_done()?;
+            let Ok(moment_now) = meter.read(running.id()) else { break };
+            if !moment_now.is_under_load_since(&moment) {
+                break;
+            }
+            window = Some(Window { bytes: bytes_now - bytes, spent: moment_now.since(&moment) });
+        }
+        let done = window.filter(|window| window.bytes > 0);
+        done.with_context(|| format!("nothing was done in {} ms", begun.elapsed().as_millis()))
+    }
+
+    /// Bytes that the device has read or written so far.
+    fn bytes_done(&self) -> Result<u64> {
+        let name = self.device.file_name().context("a device's name")?;
+        let file = Path::new("/sys/block").join(name).join("stat");
+        let stat = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
+        sectors_done(&stat).map(|sectors| sectors * SECTOR_BYTES).with_context(|| stat.clone())
     }
 
     /// Random writes of mixed sizes, read back and compared; then every byte is written once, so that no cell pays for a
@@ -87,19 +158,43 @@ impl Fio<'_> {
 
     /// Runs one job or group; gives fio's JSON of it.
     fn run(&self, options: &[&str]) -> Result<Value> {
-        let report = self.directory.join("fio.json");
+        self.finish(self.start(options)?)
+    }
+
+    fn report(&self) -> PathBuf {
+        self.directory.join("fio.json")
+    }
+
+    fn start(&self, options: &[&str]) -> Result<Child> {
         let filename = format!("--filename={}", self.device.display());
-        let output = format!("--output={}", report.display());
-        let mut arguments =
-            vec!["--signal=KILL", DEADLINE_SECONDS, "fio", "--name=bench", &filename, &output];
-        arguments.extend(["--output-format=json", "--ioengine=io_uring", "--direct=1", "--randseed=7"]);
-        arguments.extend(options);
-        run("timeout", &arguments)?;
-        let report: Value = serde_json::from_slice(&fs::read(&report)?).context("fio's JSON")?;
+        let output = format!("--output={}", self.report().display());
+        let mut command = Command::new("fio");
+        command.args(["--name=bench", &filename, &output]);
+        command.args(["--output-format=json", "--ioengine=io_uring", "--direct=1", "--randseed=7"]);
+        command.args(options).stdin(Stdio::null()).stdout(Stdio::null()).spawn().context("fio")
+    }
+
+    fn finish(&self, mut running: Child) -> Result<Value> {
+        let ended = wait_for("fio to end", DEADLINE, || Ok(running.try_wait()?));
+        if ended.is_err() {
+            running.kill()?;
+            running.wait()?;
+        }
+        let status = ended?;
+        let report = fs::read_to_string(self.report()).unwrap_or_default();
+        ensure!(status.success(), "fio: {status}\n{report}");
+        let report: Value = serde_json::from_str(&report).context("fio's JSON")?;
         let job = report["jobs"][0].clone();
         ensure!(job["error"] == 0, "fio: {job}");
         Ok(job)
     }
+}
+
+/// Sectors read and written, the third and seventh field of a block device's `stat`.
+fn sectors_done(stat: &str) -> Option<u64> {
+    let fields: Vec<&str> = stat.split_whitespace().collect();
+    let field = |number: usize| -> Option<u64> { fields.get(number - 1)?.parse().ok() };
+    Some(field(3)? + field(7)?)
 }
 
 /// A load is the I/Os in flight, for every subject alike: one job for a single I/O; for more, a job on each of the two
@@ -127,12 +222,9 @@ impl Outcome {
         }
         let outcome = Self {
             ios: result["total_ios"].as_u64().context("total_ios")?,
-            bytes: result["io_bytes"].as_u64().context("io_bytes")?,
             iops: number(result, "iops")?,
             mib_per_s: number(result, "bw_bytes")? / f64::from(1 << 20),
             latency_us,
-            // Per cent of the jobs' run time, which is their sum in milliseconds.
-            system_cpu_s: number(job, "sys_cpu")? / 100.0 * number(job, "job_runtime")? / 1000.0,
         };
         ensure!(outcome.ios > 0 && outcome.iops > 0.0, "fio did nothing: {result}");
         Ok(outcome)
@@ -148,8 +240,6 @@ mod tests {
     fn job() -> Value {
         json!({
             "error": 0,
-            "job_runtime": 2000,
-            "sys_cpu": 25.0,
             "read": {
                 "io_bytes": 8_192_000, "bw_bytes": 8_388_608, "iops": 2048.0, "total_ios": 2000,
                 "lat_ns": { "percentile": { "50.000000": 1_028_096, "99.000000": 3_063_808, "99.900000": 6_520_832 } }
@@ -161,10 +251,16 @@ mod tests {
     #[test]
     fn units_are_those_of_the_table() {
         let outcome = Outcome::parse(&job(), "read").unwrap();
-        assert_eq!((outcome.ios, outcome.bytes), (2000, 8_192_000));
+        assert_eq!(outcome.ios, 2000);
         assert_eq!((outcome.iops, outcome.mib_per_s), (2048.0, 8.0));
         assert_eq!(outcome.latency_us, [1028.096, 3063.808, 6520.832]);
-        assert_eq!(outcome.system_cpu_s, 0.5);
+    }
+
+    #[test]
+    fn reads_and_writes_of_a_device_are_added_up() {
+        let stat = "  11  2  1600  40  5  0  80  7  3  90  99  0 0 0 0 0 0\n";
+        assert_eq!(sectors_done(stat), Some(1680));
+        assert_eq!(sectors_done("11 2 1600"), None);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use testlab::harness::Env;
 use testlab::kernel_series::KernelSeries;
 
-use cpu_time::{Account, Moment};
+use cpu_time::Account;
 use fio_job::Fio;
 use subjects::{Devices, Ends};
 pub(crate) use subjects::{SUBJECTS, Subject};
@@ -118,7 +118,7 @@ impl Plan {
 
     /// That everything works, in a minute; its numbers mean nothing.
     pub(crate) const QUICK: Self =
-        Self { rounds: 1, runtime_ms: 150, size_mib: 8, verify_mib: 2, loads_4k: &[16], loads_128k: &[] };
+        Self { rounds: 1, runtime_ms: 400, size_mib: 8, verify_mib: 2, loads_4k: &[16], loads_128k: &[] };
 
     /// One of the two.
     pub(crate) fn new(quick: bool) -> Self {
@@ -165,7 +165,7 @@ pub(crate) struct CpuSecondsPerGib {
     pub(crate) server: f64,
     /// Of fio's threads inside the kernel: the block layer, and whatever of a client or of TCP runs in them.
     pub(crate) submitter: f64,
-    /// Of all tasks but fio in user mode: the sum of the others and of what belongs to none of them.
+    /// Of all tasks, without fio's time in user mode: the sum of the others and of what belongs to none of them.
     pub(crate) total: f64,
 }
 
@@ -224,7 +224,7 @@ impl Bench<'_> {
             if subject.ends() != Ends::SharedWorkers {
                 return Ok(None);
             }
-            let measure = || self.fio(index).measure(cell, self.plan.runtime_ms).map(drop);
+            let measure = || self.fio(index).measure(cell, self.plan.runtime_ms, &[]).map(drop);
             worker_split::client_share(measure).map(Some)
         };
         let of_cell = |cell: &Cell| -> Result<Vec<Option<f64>>> {
@@ -238,21 +238,20 @@ impl Bench<'_> {
             Ends::Apart(client, server) => vec![client, server],
             Ends::SharedWorkers => vec![Account::KernelWorkers],
         };
-        let before = Moment::now(&accounts)?;
-        let outcome = self.fio(subject).measure(cell, self.plan.runtime_ms);
-        let spent = Moment::now(&accounts)?.since(&before);
-        let outcome = outcome.with_context(|| format!("{}, {}", SUBJECTS[subject].name(), cell.heading()))?;
-        let (client_s, server_s) = match (&spent.accounts_s[..], client_share) {
+        let measured = self.fio(subject).measure(cell, self.plan.runtime_ms, &accounts);
+        let what = || format!("{}, {}", SUBJECTS[subject].name(), cell.heading());
+        let (outcome, window) = measured.with_context(what)?;
+        let (client_s, server_s) = match (&window.spent.accounts_s[..], client_share) {
             ([workers], Some(share)) => (workers * share, workers * (1.0 - share)),
             ([client, server], _) => (*client, *server),
             _ => anyhow::bail!("{} has no CPU account", SUBJECTS[subject].name()),
         };
-        let gib = outcome.bytes as f64 / GIB;
+        let gib = window.bytes as f64 / GIB;
         let cpu = CpuSecondsPerGib {
             client: client_s / gib,
             server: server_s / gib,
-            submitter: outcome.system_cpu_s / gib,
-            total: (spent.without_fio_s + outcome.system_cpu_s) / gib,
+            submitter: window.spent.submitter_s / gib,
+            total: window.spent.total_s / gib,
         };
         eprintln!("{:<9} {:7.0} IOPS  {}", cell.heading(), outcome.iops, SUBJECTS[subject].name());
         let (iops, mib_per_s, latency_us) = (outcome.iops, outcome.mib_per_s, outcome.latency_us);
