@@ -51,6 +51,7 @@ fn spec(data_path: DataPath) -> DeviceSpec {
         queue_depth: 64,
         max_io_buf_bytes: 1 << 20,
         flags: data_path.device_flags(),
+        wished_flags: 0,
         ublksrv_flags: 0,
     }
 }

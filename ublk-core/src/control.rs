@@ -99,6 +99,8 @@ pub struct DeviceSpec {
     pub max_io_buf_bytes: u32,
     /// `UBLK_F_*`; all of them must be granted.
     pub flags: u64,
+    /// `UBLK_F_*` that are asked for, too; which of them were granted, the answer says.
+    pub wished_flags: u64,
     /// The daemon's own 64 bits, kept by the kernel.
     pub ublksrv_flags: u64,
 }
@@ -326,7 +328,7 @@ impl ControlDevice {
             max_io_buf_bytes: spec.max_io_buf_bytes,
             dev_id,
             ublksrv_pid: -1,
-            flags: asked.0,
+            flags: asked.0 | spec.wished_flags,
             ublksrv_flags: spec.ublksrv_flags,
             ..CtrlDevInfo::default()
         });

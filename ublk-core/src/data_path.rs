@@ -60,6 +60,15 @@ impl DataPath {
         }
     }
 
+    /// The `UBLK_F_*` to ask for in ADD_DEV that it can do without: with USER_COPY small payloads can be copied together
+    /// with the headers around them.
+    pub const fn wished_device_flags(self) -> u64 {
+        match self {
+            Self::Fused => UBLK_F_USER_COPY,
+            _ => 0,
+        }
+    }
+
     /// How its bytes may move, best first; each needs proof.
     pub const fn transfers(self) -> &'static [Transfer] {
         match self {

@@ -10,6 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use io_uring::{opcode, types};
@@ -119,6 +120,18 @@ impl Queue {
     /// [`copy_from_request`](Self::copy_from_request).
     pub fn copy_to_request(&self, tag: u16, buffers: &UserBuffers, len_bytes: u32) -> io::Result<()> {
         buffers.write_to(tag, len_bytes, &self.char_device, user_copy_offset(self.q_id, tag))
+    }
+
+    /// Fills `data` from the start of the data of the tag's WRITE; otherwise as
+    /// [`copy_from_request`](Self::copy_from_request).
+    pub fn read_request(&self, tag: u16, data: &mut [u8]) -> io::Result<()> {
+        self.char_device.read_exact_at(data, user_copy_offset(self.q_id, tag))
+    }
+
+    /// Puts `data` at the start of the pages of the tag's READ; otherwise as
+    /// [`copy_from_request`](Self::copy_from_request).
+    pub fn write_request(&self, tag: u16, data: &[u8]) -> io::Result<()> {
+        self.char_device.write_all_at(data, user_copy_offset(self.q_id, tag))
     }
 
     fn fetch_command(&self, cmd_op: u32, tag: u16, result: i32, buffer: TagBuffer) -> Sqe {

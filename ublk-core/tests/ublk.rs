@@ -127,6 +127,7 @@ fn spec(data_path: DataPath, more_flags: u64) -> DeviceSpec {
         queue_depth: 32,
         max_io_buf_bytes: MAX_IO_BYTES,
         flags: data_path.device_flags() | more_flags,
+        wished_flags: 0,
         ublksrv_flags: 0x766f_6c6e_6f64_6531,
     }
 }

@@ -18,6 +18,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ublk_core::abi::UBLK_F_USER_COPY;
 use ublk_core::{
     ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec,
 };
@@ -197,6 +198,7 @@ impl Attachment {
                 queue: self.device.queue(queue_id)?,
                 data_path: chosen.data_path,
                 transfer: chosen.transfer,
+                has_user_copy: self.device.info().flags.contains(UBLK_F_USER_COPY),
                 max_io_bytes: params.max_io_bytes,
                 volatile_cache: params.volatile_cache && !params.read_only,
                 sockets,
@@ -414,6 +416,7 @@ fn add_device(
         queue_depth: spec.queue_depth,
         max_io_buf_bytes: params.max_io_bytes,
         flags: data_path.device_flags(),
+        wished_flags: data_path.wished_device_flags(),
         ublksrv_flags: contract::attachment_hash(spec.attachment_id),
     };
     Device::add(control, &ublk_spec, params)

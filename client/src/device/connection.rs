@@ -56,8 +56,8 @@ pub struct Operation {
 /// What to send, in order; every piece but the last of a batch has more behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece {
-    /// These bytes of the header buffer.
-    Headers {
+    /// These bytes of the outbox: headers, and the small payloads between them.
+    Outbox {
         /// First byte in the buffer.
         start: usize,
         /// How many.
@@ -76,7 +76,7 @@ impl Piece {
     /// How many bytes it has.
     pub fn len_bytes(&self) -> u32 {
         match *self {
-            Self::Headers { len, .. } => len as u32,
+            Self::Outbox { len, .. } => len as u32,
             Self::Payload { len_bytes, .. } => len_bytes,
         }
     }
@@ -132,11 +132,19 @@ pub struct Connection {
     completions: VecDeque<Completion>,
     sequence: u64,
     failed: bool,
+    /// Requests that were submitted and have not completed.
+    in_flight: u16,
+    /// Payloads up to this size travel together with the headers around them.
+    small_bytes_max: u32,
+    /// READs in flight whose payload is not small.
+    large_reads: u16,
+    latest_read_is_large: bool,
 }
 
 impl Connection {
-    /// A connection for tags `0..tags`.
-    pub fn new(tags: u16) -> Self {
+    /// A connection for tags `0..tags`. Payloads of up to `small_bytes_max` are sent together with the headers around
+    /// them; 0: none is.
+    pub fn new(tags: u16, small_bytes_max: u32) -> Self {
         let operation = Operation {
             command: Command::Flush,
             flags: CommandFlags::NONE,
@@ -152,6 +160,10 @@ impl Connection {
             completions: VecDeque::with_capacity(capacity),
             sequence: 0,
             failed: false,
+            in_flight: 0,
+            small_bytes_max,
+            large_reads: 0,
+            latest_read_is_large: false,
         }
     }
 
@@ -167,6 +179,11 @@ impl Connection {
             return;
         }
         self.sequence += 1;
+        self.in_flight += 1;
+        if operation.command == Command::Read {
+            self.latest_read_is_large = operation.length_bytes > self.small_bytes_max;
+            self.large_reads += u16::from(self.latest_read_is_large);
+        }
         *entry = Entry {
             stage: Stage::Queued,
             cookie: self.sequence << COOKIE_TAG_BITS | u64::from(tag),
@@ -177,33 +194,52 @@ impl Connection {
         self.to_send.push_back(tag);
     }
 
-    /// Fills `headers` and `pieces` with what is to be sent next; both stay empty when there is nothing, when a batch
-    /// is still out, or when the connection failed. Headers without a payload behind them lie together in one piece.
-    pub fn take_batch(&mut self, headers: &mut [u8], pieces: &mut Vec<Piece>, pieces_max: usize) {
+    /// Fills `outbox` and `pieces` with what is to be sent next; both stay empty when there is nothing, when a batch is
+    /// still out, or when the connection failed. `gather` fills a slice of the outbox with a tag's small payload. Headers
+    /// and small payloads lie together in one piece, up to each payload that is sent from its pages.
+    ///
+    /// # Errors
+    /// That of `gather`; the batch is of no use then, and neither is the connection.
+    pub fn take_batch<E>(
+        &mut self,
+        outbox: &mut [u8],
+        pieces: &mut Vec<Piece>,
+        pieces_max: usize,
+        mut gather: impl FnMut(u16, &mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
         pieces.clear();
         if self.failed || !self.sending.is_empty() {
-            return;
+            return Ok(());
         }
         let (mut start, mut end) = (0, 0);
-        // A request adds at most two pieces: the headers up to its own, and its payload.
-        while pieces.len() + 2 <= pieces_max && headers.len() - end >= REQUEST_BYTES {
-            let Some(tag) = self.to_send.pop_front() else { break };
+        // A request adds at most two pieces: the outbox up to its header, and its payload.
+        while pieces.len() + 2 <= pieces_max
+            && let Some(&tag) = self.to_send.front()
+        {
             let entry = &mut self.entries[usize::from(tag)];
             let request = entry.request();
-            headers[end..end + REQUEST_BYTES].copy_from_slice(&request.encode());
-            end += REQUEST_BYTES;
+            let payload_bytes = request.payload_bytes();
+            let small_bytes = if payload_bytes <= self.small_bytes_max { payload_bytes as usize } else { 0 };
+            let Some(place) = outbox[end..].get_mut(..REQUEST_BYTES + small_bytes) else { break };
+            let (header, payload) = place.split_at_mut(REQUEST_BYTES);
+            header.copy_from_slice(&request.encode());
+            if small_bytes > 0 {
+                gather(tag, payload)?;
+            }
+            self.to_send.pop_front();
+            end += REQUEST_BYTES + small_bytes;
             entry.stage = Stage::Sending;
             self.sending.push(tag);
-            let len_bytes = request.payload_bytes();
-            if len_bytes > 0 {
-                pieces.push(Piece::Headers { start, len: end - start });
-                pieces.push(Piece::Payload { tag, len_bytes });
+            if payload_bytes as usize > small_bytes {
+                pieces.push(Piece::Outbox { start, len: end - start });
+                pieces.push(Piece::Payload { tag, len_bytes: payload_bytes });
                 start = end;
             }
         }
         if start < end {
-            pieces.push(Piece::Headers { start, len: end - start });
+            pieces.push(Piece::Outbox { start, len: end - start });
         }
+        Ok(())
     }
 
     /// The whole batch was sent, and no operation of it is out any more.
@@ -214,6 +250,12 @@ impl Connection {
             entry.stage = Stage::Sent;
             self.complete_if_done(tag);
         }
+    }
+
+    /// Whether the payload of a reply that may come next belongs into its pages: then nothing behind a header is to be
+    /// received before the header is understood.
+    pub fn expects_large_payload(&self) -> bool {
+        self.large_reads > 0 || self.in_flight == 0 && self.latest_read_is_large
     }
 
     /// A reply's header was received.
@@ -274,7 +316,6 @@ impl Connection {
         self.completions.pop_front()
     }
 
-    /// Requests that were submitted and have not completed.
     #[cfg(test)]
     fn in_flight(&self) -> usize {
         self.entries.iter().filter(|entry| entry.stage != Stage::Idle).count()
@@ -294,6 +335,10 @@ impl Connection {
             return;
         }
         entry.stage = Stage::Idle;
+        self.in_flight -= 1;
+        if entry.operation.command == Command::Read && entry.operation.length_bytes > self.small_bytes_max {
+            self.large_reads -= 1;
+        }
         self.completions.push_back(Completion { tag, result });
     }
 }
@@ -328,13 +373,18 @@ mod tests {
         SimpleReply { error, cookie }.encode()
     }
 
+    /// No payload is small.
+    fn no_payload(tag: u16, _: &mut [u8]) -> Result<(), String> {
+        panic!("the payload of tag {tag} is sent from its pages")
+    }
+
     /// Takes the next batch; gives its pieces and the cookies of its headers.
     fn batch(connection: &mut Connection) -> (Vec<Piece>, Vec<u64>) {
         let (mut headers, mut pieces) = ([0u8; 4096], Vec::new());
-        connection.take_batch(&mut headers, &mut pieces, 16);
+        connection.take_batch(&mut headers, &mut pieces, 16, no_payload).unwrap();
         let mut cookies = Vec::new();
         for piece in &pieces {
-            if let Piece::Headers { start, len } = *piece {
+            if let Piece::Outbox { start, len } = *piece {
                 for header in headers[start..start + len].chunks_exact(REQUEST_BYTES) {
                     cookies.push(Request::decode(header.try_into().unwrap()).unwrap().cookie);
                 }
@@ -348,17 +398,66 @@ mod tests {
     }
 
     #[test]
+    fn small_payloads_lie_between_the_headers() {
+        let mut connection = Connection::new(8, 512);
+        connection.submit(0, operation(Command::Write, 512));
+        connection.submit(1, operation(Command::Read, 4096));
+        connection.submit(2, operation(Command::Write, 513));
+        connection.submit(3, operation(Command::Write, 100));
+        let (mut outbox, mut pieces) = ([0u8; 800], Vec::new());
+        let gather = |tag: u16, payload: &mut [u8]| -> Result<(), ()> {
+            payload.fill(tag as u8 + 1);
+            Ok(())
+        };
+        connection.take_batch(&mut outbox, &mut pieces, 16, gather).unwrap();
+        let to_the_pages = 3 * REQUEST_BYTES + 512;
+        let pages = Piece::Payload { tag: 2, len_bytes: 513 };
+        let rest = Piece::Outbox { start: to_the_pages, len: REQUEST_BYTES + 100 };
+        assert_eq!(pieces, [Piece::Outbox { start: 0, len: to_the_pages }, pages, rest]);
+        assert_eq!(outbox[REQUEST_BYTES..][..512], [1; 512]);
+        assert_eq!(outbox[to_the_pages + REQUEST_BYTES..][..100], [4; 100]);
+        let header = outbox[REQUEST_BYTES + 512..][..REQUEST_BYTES].try_into().unwrap();
+        assert_eq!(Request::decode(&header).unwrap().command, Command::Read);
+        // What does not fit waits for the next batch.
+        connection.batch_sent();
+        for tag in 4..6 {
+            connection.submit(tag, operation(Command::Write, 512));
+        }
+        connection.take_batch(&mut outbox, &mut pieces, 16, gather).unwrap();
+        assert_eq!(pieces, [Piece::Outbox { start: 0, len: REQUEST_BYTES + 512 }]);
+        connection.batch_sent();
+        connection.take_batch(&mut outbox, &mut pieces, 16, |_, _| Err("gone")).unwrap_err();
+    }
+
+    #[test]
+    fn a_large_payload_is_expected_while_one_is_in_flight_or_was_the_last() {
+        let mut connection = Connection::new(8, 512);
+        assert!(!connection.expects_large_payload());
+        connection.submit(0, operation(Command::Read, 4096));
+        let (_, cookies) = batch(&mut connection);
+        connection.batch_sent();
+        assert!(connection.expects_large_payload());
+        connection.header_received(&reply(0, cookies[0])).unwrap();
+        connection.payload_received(0);
+        assert!(connection.expects_large_payload(), "the next is likely to be as large");
+        connection.submit(1, operation(Command::Read, 512));
+        assert!(!connection.expects_large_payload());
+        connection.submit(0, operation(Command::Read, 4096));
+        assert!(connection.expects_large_payload());
+    }
+
+    #[test]
     fn headers_up_to_a_write_leave_together_with_its_payload() {
-        let mut connection = Connection::new(8);
+        let mut connection = Connection::new(8, 0);
         connection.submit(0, operation(Command::Read, 4096));
         connection.submit(1, operation(Command::Flush, 0));
         connection.submit(2, operation(Command::Write, 8192));
         connection.submit(3, operation(Command::Read, 512));
         let (pieces, cookies) = batch(&mut connection);
         let expected = [
-            Piece::Headers { start: 0, len: 3 * REQUEST_BYTES },
+            Piece::Outbox { start: 0, len: 3 * REQUEST_BYTES },
             Piece::Payload { tag: 2, len_bytes: 8192 },
-            Piece::Headers { start: 3 * REQUEST_BYTES, len: REQUEST_BYTES },
+            Piece::Outbox { start: 3 * REQUEST_BYTES, len: REQUEST_BYTES },
         ];
         assert_eq!(pieces, expected);
         assert_eq!(cookies.len(), 4);
@@ -370,7 +469,7 @@ mod tests {
 
     #[test]
     fn a_batch_is_bounded_and_nothing_is_lost() {
-        let mut connection = Connection::new(64);
+        let mut connection = Connection::new(64, 0);
         for tag in 0..64 {
             connection.submit(tag, operation(Command::Write, 512));
         }
@@ -389,7 +488,7 @@ mod tests {
 
     #[test]
     fn a_read_completes_after_its_payload_only() {
-        let mut connection = Connection::new(1);
+        let mut connection = Connection::new(1, 0);
         connection.submit(0, operation(Command::Read, 4096));
         let (_, cookies) = batch(&mut connection);
         connection.batch_sent();
@@ -403,7 +502,7 @@ mod tests {
 
     #[test]
     fn a_reply_before_the_end_of_the_send_waits_for_it() {
-        let mut connection = Connection::new(1);
+        let mut connection = Connection::new(1, 0);
         connection.submit(0, operation(Command::Write, 4096));
         let (_, cookies) = batch(&mut connection);
         assert_eq!(connection.header_received(&reply(28, cookies[0])), Ok(Follows::Header));
@@ -414,7 +513,7 @@ mod tests {
 
     #[test]
     fn a_late_reply_never_matches_a_reused_tag() {
-        let mut connection = Connection::new(1);
+        let mut connection = Connection::new(1, 0);
         connection.submit(0, operation(Command::Write, 512));
         let (_, first) = batch(&mut connection);
         connection.batch_sent();
@@ -428,7 +527,7 @@ mod tests {
 
     #[test]
     fn replies_to_nothing_are_the_peers_fault() {
-        let mut connection = Connection::new(2);
+        let mut connection = Connection::new(2, 0);
         connection.submit(0, operation(Command::Read, 512));
         let queued = connection.header_received(&reply(0, 1 << COOKIE_TAG_BITS));
         assert!(queued.is_err(), "it was not sent yet");
@@ -442,7 +541,7 @@ mod tests {
 
     #[test]
     fn a_failed_connection_completes_with_eio_once_it_is_reaped() {
-        let mut connection = Connection::new(4);
+        let mut connection = Connection::new(4, 0);
         connection.submit(0, operation(Command::Read, 512));
         connection.submit(1, operation(Command::Write, 512));
         let (_, cookies) = batch(&mut connection);
@@ -478,7 +577,7 @@ mod tests {
         fn new(seed: u64) -> Self {
             let tags = usize::from(Self::TAGS);
             Self {
-                connection: Connection::new(Self::TAGS),
+                connection: Connection::new(Self::TAGS, 0),
                 random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
                 in_flight: vec![None; tags],
                 sending: Vec::new(),

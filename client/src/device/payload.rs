@@ -15,11 +15,19 @@ use std::ops::Range;
 
 use ublk_core::{DataPath, Place, Queue, TagBuffer, Transfer, UserBuffers};
 
+/// A copy of this size costs less than the operations on the socket that it saves.
+const SMALL_BYTES_MAX: u32 = 8 << 10;
+
 /// Where the data of the tags lies.
 #[derive(Debug)]
 pub enum Payloads {
     /// In the request's own pages, in the ring's buffer table at the tag's index.
-    Automatic(Transfer),
+    Automatic {
+        /// How bytes move.
+        transfer: Transfer,
+        /// Whether we can copy to and from the pages, too (`UBLK_F_USER_COPY`).
+        has_user_copy: bool,
+    },
     /// The same, where the daemon puts them there.
     ByHand(Transfer),
     /// In a buffer of ours, copied by us.
@@ -33,6 +41,7 @@ impl Payloads {
     pub fn new(
         data_path: DataPath,
         transfer: Transfer,
+        has_user_copy: bool,
         queue_depth: u16,
         max_io_bytes: u32,
     ) -> io::Result<Self> {
@@ -41,7 +50,7 @@ impl Payloads {
             DataPath::UserCopy => Self::UserCopy(buffers()?),
             DataPath::Mapped => Self::Mapped(buffers()?),
             DataPath::Registered => Self::ByHand(transfer),
-            _ => Self::Automatic(transfer),
+            _ => Self::Automatic { transfer, has_user_copy },
         })
     }
 
@@ -53,7 +62,7 @@ impl Payloads {
     /// What FETCH and COMMIT say about the tag's data.
     pub fn tag_buffer(&self, tag: u16) -> TagBuffer {
         match self {
-            Self::Automatic(_) => TagBuffer::AutoRegister { index: tag },
+            Self::Automatic { .. } => TagBuffer::AutoRegister { index: tag },
             Self::ByHand(_) | Self::UserCopy(_) => TagBuffer::None,
             Self::Mapped(buffers) => TagBuffer::UserAddress(buffers.address(tag)),
         }
@@ -66,13 +75,40 @@ impl Payloads {
 
     /// Whether the requests' pages go through the ring's buffer table.
     pub fn uses_buffer_table(&self) -> bool {
-        matches!(self, Self::Automatic(_) | Self::ByHand(_))
+        matches!(self, Self::Automatic { .. } | Self::ByHand(_))
+    }
+
+    /// Payloads up to this size are copied together with the headers around them: one operation on the socket then moves
+    /// many. 0: none is.
+    pub fn small_bytes_max(&self) -> u32 {
+        match self {
+            Self::Automatic { has_user_copy: false, .. } | Self::ByHand(_) => 0,
+            _ => SMALL_BYTES_MAX,
+        }
+    }
+
+    /// Fills `payload` with the data of the tag's WRITE. Errors: those of [`Queue::read_request`].
+    pub fn gather(&self, queue: &Queue, tag: u16, payload: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::UserCopy(buffers) | Self::Mapped(buffers) => buffers.copy_out(tag, 0, payload),
+            _ => queue.read_request(tag, payload)?,
+        }
+        Ok(())
+    }
+
+    /// Puts the first bytes of the tag's READ to where its data belongs. Errors: those of [`Queue::write_request`].
+    pub fn scatter(&mut self, queue: &Queue, tag: u16, payload: &[u8]) -> io::Result<()> {
+        match self {
+            Self::UserCopy(buffers) | Self::Mapped(buffers) => buffers.copy_in(tag, 0, payload),
+            _ => queue.write_request(tag, payload)?,
+        }
+        Ok(())
     }
 
     /// How bytes move between the socket and the data.
     pub fn transfer(&self) -> Transfer {
         match self {
-            Self::Automatic(transfer) | Self::ByHand(transfer) => *transfer,
+            Self::Automatic { transfer, .. } | Self::ByHand(transfer) => *transfer,
             Self::UserCopy(_) | Self::Mapped(_) => Transfer::RecvSend,
         }
     }
@@ -82,7 +118,7 @@ impl Payloads {
         let len_bytes = bytes.end - bytes.start;
         let addr = match self {
             // What ublk puts in the table starts at address zero.
-            Self::Automatic(_) | Self::ByHand(_) => u64::from(bytes.start),
+            Self::Automatic { .. } | Self::ByHand(_) => u64::from(bytes.start),
             Self::UserCopy(buffers) | Self::Mapped(buffers) => {
                 assert!(bytes.end as usize <= buffers.buffer_bytes(), "a request is larger than its buffer");
                 buffers.address(tag) + u64::from(bytes.start)

@@ -4,10 +4,13 @@
 //! **one submit**, which also waits. No lock, no allocation, no log above `trace` while nothing goes wrong.
 //!
 //! ```text
-//!   FETCH/COMMIT done ─► connection.submit ─► take_batch ─► send headers ─link─► send payload (the request's pages)
-//!   header done       ─► header_received ─┬─► COMMIT
-//!                                         └─► receive payload (the request's pages) ─link─► next header ─► COMMIT
+//!   FETCH/COMMIT done ─► connection.submit ─► take_batch ─► send outbox ─link─► send payload (the request's pages)
+//!   inbox received    ─► header_received ─┬─► COMMIT
+//!                                         └─► receive payload (the request's pages) ─link─► inbox ─► COMMIT
 //! ```
+//!
+//! Small payloads are copied between the pages and inbox or outbox, so that one receive or send moves everything there is:
+//! the loop then gives many requests back at once, and gets as many at once.
 //!
 //! What moves a payload, and what has to be done before and after it, differs by data path (`payload.rs`); the loop is
 //! the same for all. An operation on the socket may stop short: `stream.rs` knows what is left.
@@ -22,10 +25,11 @@
 
 use std::io::{self, Write as _};
 use std::net::Shutdown;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use io_uring::types::Timespec;
-use proto::nbd::transmission::{Command, CommandFlags, Request};
+use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES};
 use ublk_core::abi::{UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
 use ublk_core::{TagError, TagTable};
 
@@ -39,6 +43,9 @@ use super::stream::{Incoming, Outgoing, StreamError};
 
 /// Most pieces of one batch: enough that a full queue leaves in a few, bounded so that replies are not kept waiting.
 const BATCH_PIECES_MAX: usize = 32;
+/// Ended READs are given back together while the next payload is already there, up to this many bytes: some 100 µs of
+/// copying. Whoever waits for them is woken once, and answers with as many requests at once.
+const HELD_BYTES_MAX: u32 = 512 << 10;
 /// How long the last FLUSH may take when the device goes away.
 const FINAL_FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a socket that was shut down may take to give its operations back.
@@ -60,10 +67,10 @@ struct Lane {
 }
 
 impl Lane {
-    fn new(queue_depth: u16) -> Self {
+    fn new(queue_depth: u16, small_bytes_max: u32) -> Self {
         Self {
             // One more than the device has: for the loop's own FLUSH.
-            connection: Connection::new(queue_depth + 1),
+            connection: Connection::new(queue_depth + 1, small_bytes_max),
             incoming: Incoming::default(),
             outgoing: Outgoing::new(BATCH_PIECES_MAX),
         }
@@ -83,6 +90,8 @@ struct QueueLoop<'a> {
     /// By tag: what its request is; the last one is the loop's own FLUSH.
     requests: Box<[Operation]>,
     volatile_cache: bool,
+    /// Payloads that were received since requests were last given back; while it is not 0 ended requests are held back.
+    held_bytes: u32,
     final_flush: Option<Result<(), i32>>,
     failure: Option<String>,
     on_event: &'a dyn Fn(QueueEvent),
@@ -99,7 +108,8 @@ fn assert_ours<T>(outcome: Result<T, TagError>) -> T {
 impl<'a> QueueLoop<'a> {
     fn new(parts: QueueParts, on_event: &'a dyn Fn(QueueEvent)) -> Result<Self, QueueError> {
         let depth = parts.queue.queue_depth();
-        let payloads = Payloads::new(parts.data_path, parts.transfer, depth, parts.max_io_bytes)?;
+        let QueueParts { data_path, transfer, has_user_copy, max_io_bytes, .. } = parts;
+        let payloads = Payloads::new(data_path, transfer, has_user_copy, depth, max_io_bytes)?;
         let flush = Operation {
             command: Command::Flush,
             flags: CommandFlags::NONE,
@@ -107,13 +117,16 @@ impl<'a> QueueLoop<'a> {
             length_bytes: 0,
         };
         let nr_connections = parts.sockets.len();
+        let ring = QueueRing::new(parts.queue, payloads, parts.sockets)?;
+        let small_bytes_max = ring.small_bytes_max();
         Ok(Self {
-            ring: QueueRing::new(parts.queue, payloads, parts.sockets)?,
+            ring,
             tags: TagTable::new(depth),
-            lanes: (0..nr_connections).map(|_| Lane::new(depth)).collect(),
+            lanes: (0..nr_connections).map(|_| Lane::new(depth, small_bytes_max)).collect(),
             balance: Balance::new(nr_connections, depth + 1),
             requests: vec![flush; usize::from(depth) + 1].into_boxed_slice(),
             volatile_cache: parts.volatile_cache,
+            held_bytes: 0,
             final_flush: None,
             failure: None,
             on_event,
@@ -137,20 +150,38 @@ impl<'a> QueueLoop<'a> {
 
     /// One pass: submit and wait, reap, advance, push.
     fn pass(&mut self, timeout: Option<Timespec>) -> Result<(), QueueError> {
-        self.ring.submit_and_wait(timeout)?;
+        match self.held_bytes {
+            0 => self.ring.submit_and_wait(timeout)?,
+            _ => self.ring.submit_and_look()?,
+        }
+        let held_before_bytes = self.held_bytes;
         while let Some(completed) = self.ring.reap() {
             self.advance(completed)?;
         }
+        if self.held_bytes == held_before_bytes || !self.has_more_to_receive() {
+            self.held_bytes = 0;
+        }
         for connection in self.connections() {
             let lane = &mut self.lanes[usize::from(connection)];
+            if self.ring.settle(connection) && lane.outgoing.settle() {
+                lane.connection.batch_sent();
+            }
             if lane.connection.has_failed() && lane.operations_out() == 0 {
                 lane.connection.reaped();
             }
-            self.commit_completed(connection);
+            if self.held_bytes == 0 {
+                self.commit_completed(connection);
+            }
             self.receive(connection);
             self.send(connection);
         }
         Ok(())
+    }
+
+    /// Whether a reply whose payload is large has begun to arrive, and ended requests may wait for it.
+    fn has_more_to_receive(&self) -> bool {
+        let has_payload = self.lanes.iter().any(|lane| lane.incoming.has_payload());
+        has_payload && self.held_bytes < HELD_BYTES_MAX && !self.has_failed()
     }
 
     fn connections(&self) -> std::ops::Range<u16> {
@@ -164,9 +195,9 @@ impl<'a> QueueLoop<'a> {
             RingOperation::Tag(tag) => return self.tag_completed(tag, result),
             RingOperation::Register(tag) => self.registered(tag, result),
             RingOperation::Unregister(tag) => assert_eq!(result, 0, "tag {tag} was registered"),
-            RingOperation::ReceiveHeader(connection) => self.header_completed(connection, result),
+            RingOperation::ReceiveInbox(connection) => self.inbox_completed(connection, result),
             RingOperation::ReceivePayload(connection, tag) => self.payload_completed(connection, tag, result),
-            RingOperation::SendHeaders(connection) => self.send_completed(connection, result),
+            RingOperation::SendOutbox(connection) => self.send_completed(connection, result),
             RingOperation::SendPayload(connection, tag) => {
                 assert_ours(self.tags.operation_completed(tag));
                 self.send_completed(connection, result);
@@ -223,26 +254,47 @@ impl<'a> QueueLoop<'a> {
         self.submit(tag, self.requests[usize::from(tag)]);
     }
 
-    fn header_completed(&mut self, connection: u16, result: i32) {
+    fn inbox_completed(&mut self, connection: u16, result: i32) {
         let lane = &mut self.lanes[usize::from(connection)];
-        match lane.incoming.header_completed(result) {
-            Ok(true) if !lane.connection.has_failed() => {}
-            Ok(_) => return,
+        match lane.incoming.inbox_completed(result) {
+            Ok(()) if !lane.connection.has_failed() => {}
+            Ok(()) => return,
             Err(error) => return self.fail(connection, describe("reply", &error)),
         }
-        let header = self.ring.header(connection);
-        match lane.connection.header_received(&header) {
-            Ok(Follows::Header) => {}
-            Ok(Follows::Payload { tag, len_bytes }) => lane.incoming.expect_payload(tag, len_bytes),
-            Err(error) => self.fail(connection, error.to_string()),
+        while let Some(place) = self.lanes[usize::from(connection)].incoming.take_header() {
+            if let Err(reason) = self.header_received(connection, place) {
+                return self.fail(connection, reason);
+            }
         }
+        let left = self.lanes[usize::from(connection)].incoming.compact();
+        self.ring.compact_inbox(connection, left);
+    }
+
+    /// A reply's header is in the inbox; its payload may be, too, or a part of it.
+    fn header_received(&mut self, connection: u16, place: Range<usize>) -> Result<(), String> {
+        let lane = &mut self.lanes[usize::from(connection)];
+        let header = self.ring.header(connection, place);
+        let follows = lane.connection.header_received(&header).map_err(|error| error.to_string())?;
+        let Follows::Payload { tag, len_bytes } = follows else { return Ok(()) };
+        let (here, is_all) = lane.incoming.take_payload(tag, len_bytes);
+        if !here.is_empty() {
+            let moved = self.ring.scatter(connection, here, tag);
+            moved.map_err(|error| format!("a READ's data cannot be copied to its pages: {error}"))?;
+        }
+        if is_all {
+            lane.connection.payload_received(tag);
+        }
+        Ok(())
     }
 
     fn payload_completed(&mut self, connection: u16, tag: u16, result: i32) {
         assert_ours(self.tags.operation_completed(tag));
         let lane = &mut self.lanes[usize::from(connection)];
         match lane.incoming.payload_completed(result) {
-            Ok(true) => lane.connection.payload_received(tag),
+            Ok(true) => {
+                lane.connection.payload_received(tag);
+                self.held_bytes += self.requests[usize::from(tag)].length_bytes;
+            }
             Ok(false) => {}
             Err(error) => self.fail(connection, describe("payload", &error)),
         }
@@ -323,12 +375,16 @@ impl<'a> QueueLoop<'a> {
         if lane.incoming.operations_out() > 0 || lane.connection.has_failed() {
             return;
         }
-        let (payload, header) = lane.incoming.push();
+        let inbox_end = match lane.connection.expects_large_payload() {
+            true => SIMPLE_REPLY_BYTES,
+            false => QueueRing::inbox_bytes(),
+        };
+        let (payload, part) = lane.incoming.push(inbox_end);
         if let Some((tag, rest)) = payload {
             assert_ours(self.tags.operation_submitted(tag));
             self.ring.receive_payload(connection, tag, rest);
         }
-        self.ring.receive_header(connection, header);
+        self.ring.receive_inbox(connection, part);
     }
 
     /// Sends what waits, or the rest of what stopped short: one chain in flight for each socket.
@@ -338,16 +394,25 @@ impl<'a> QueueLoop<'a> {
             return;
         }
         if lane.outgoing.is_done() {
-            let headers = self.ring.headers_mut(connection);
-            lane.outgoing.next_batch(|pieces| lane.connection.take_batch(headers, pieces, BATCH_PIECES_MAX));
+            let (outbox, small) = self.ring.outbox(connection);
+            let gather = |tag, payload: &mut [u8]| small.gather(tag, payload);
+            let filled = lane
+                .outgoing
+                .next_batch(|pieces| lane.connection.take_batch(outbox, pieces, BATCH_PIECES_MAX, gather));
+            if let Err(error) = filled {
+                return self
+                    .fail(connection, format!("a WRITE's data cannot be copied from its pages: {error}"));
+            }
+        }
+        if let Some((start, whole)) = lane.outgoing.silent_piece() {
+            self.ring.send_outbox_silently(connection, start, whole);
+            return lane.outgoing.pushed_silently();
         }
         let mut rest = lane.outgoing.rest().peekable();
         while let Some((piece, rest_of_piece)) = rest.next() {
             let link = if rest.peek().is_some() { Link::ToNext } else { Link::None };
             match piece {
-                Piece::Headers { start, .. } => {
-                    self.ring.send_headers(connection, start, rest_of_piece, link)
-                }
+                Piece::Outbox { start, .. } => self.ring.send_outbox(connection, start, rest_of_piece, link),
                 Piece::Payload { tag, .. } => {
                     assert_ours(self.tags.operation_submitted(tag));
                     self.ring.send_payload(connection, tag, rest_of_piece, link);

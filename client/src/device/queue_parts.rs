@@ -59,6 +59,8 @@ pub struct QueueParts {
     pub data_path: DataPath,
     /// How its bytes move, as was proved.
     pub transfer: Transfer,
+    /// Whether the device was made with `UBLK_F_USER_COPY`.
+    pub has_user_copy: bool,
     /// Largest READ or WRITE, in bytes.
     pub max_io_bytes: u32,
     /// Whether a FLUSH has to end the session.

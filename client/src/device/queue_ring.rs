@@ -1,11 +1,11 @@
-//! The ring of one queue thread together with everything its operations point at: the sockets, the header buffers, the
-//! tags' data (`payload.rs`).
+//! The ring of one queue thread together with everything its operations point at: the sockets, their inboxes and
+//! outboxes (headers, and the small payloads between them), the tags' data (`payload.rs`).
 //!
 //! Owns: the memory, and the building of submissions. Never: decides what to submit; that is `queue_loop.rs`, its only
 //! caller. It is the client's one place of `unsafe` on the data path, and holds what makes that sound:
 //! - the ring is dropped before the memory its operations name (field order), and only after they were reaped
 //!   (`operations_out` is 0), else it is leaked;
-//! - the header buffers are lent to the loop only while no operation that names them is out (`*_out` flags, asserted).
+//! - inbox and outbox are lent to the loop only while no operation that names them is out (`*_out` counts, asserted).
 //!
 //! Sources: `include/uapi/linux/ublk_cmd.h`, `io_uring.h`, Linux 7.3. MSG_WAITALL is on every SEND and RECV, because
 //! without it a short transfer counts as success and the link behind it goes on; READ_FIXED and WRITE_FIXED break it.
@@ -13,6 +13,7 @@
 
 use std::io;
 use std::net::TcpStream;
+use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 
 use io_uring::{opcode, squeue, types};
@@ -23,20 +24,22 @@ use ublk_core::{Place, Queue};
 use super::payload::Payloads;
 use super::stream::Stretch;
 
-/// Bytes of the buffer for outgoing headers: 32 of 28 bytes, with room to spare.
-pub const HEADER_BUFFER_BYTES: usize = 1024;
+/// `IORING_ENTER_GETEVENTS`: run what completions wait for.
+const IORING_ENTER_GETEVENTS: u32 = 1;
+/// Bytes of a connection's inbox, and of its outbox: 31 headers with payloads of 4 KiB.
+const BOX_BYTES: usize = 128 << 10;
 
 /// What a completion belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
     /// FETCH or COMMIT of a tag.
     Tag(u16),
-    /// RECV of a reply's header on a connection.
-    ReceiveHeader(u16),
+    /// RECV into a connection's inbox.
+    ReceiveInbox(u16),
     /// RECV of a tag's payload on a connection.
     ReceivePayload(u16, u16),
-    /// SEND of request headers on a connection.
-    SendHeaders(u16),
+    /// SEND from a connection's outbox.
+    SendOutbox(u16),
     /// SEND of a tag's payload on a connection.
     SendPayload(u16, u16),
     /// REGISTER_IO_BUF of a tag, where the driver does not do it by itself.
@@ -49,9 +52,9 @@ impl Operation {
     const fn to_user_data(self) -> u64 {
         let (kind, connection, tag) = match self {
             Self::Tag(tag) => (0, 0, tag),
-            Self::ReceiveHeader(connection) => (1, connection, 0),
+            Self::ReceiveInbox(connection) => (1, connection, 0),
             Self::ReceivePayload(connection, tag) => (2, connection, tag),
-            Self::SendHeaders(connection) => (3, connection, 0),
+            Self::SendOutbox(connection) => (3, connection, 0),
             Self::SendPayload(connection, tag) => (4, connection, tag),
             Self::Register(tag) => (5, 0, tag),
             Self::Unregister(tag) => (6, 0, tag),
@@ -63,9 +66,9 @@ impl Operation {
         let (connection, tag) = ((user_data >> 16) as u16, user_data as u16);
         match user_data >> 32 {
             0 => Self::Tag(tag),
-            1 => Self::ReceiveHeader(connection),
+            1 => Self::ReceiveInbox(connection),
             2 => Self::ReceivePayload(connection, tag),
-            3 => Self::SendHeaders(connection),
+            3 => Self::SendOutbox(connection),
             4 => Self::SendPayload(connection, tag),
             5 => Self::Register(tag),
             6 => Self::Unregister(tag),
@@ -89,25 +92,46 @@ pub enum Link {
 /// A connection's socket and the memory of its headers.
 struct Wire {
     socket: TcpStream,
-    headers_out: Box<[u8; HEADER_BUFFER_BYTES]>,
-    header_in: Box<[u8; SIMPLE_REPLY_BYTES]>,
+    outbox: Box<[u8]>,
+    inbox: Box<[u8]>,
     sends_out: usize,
-    header_receives_out: usize,
+    silent_sends_out: usize,
+    inbox_receives_out: usize,
 }
 
 impl Wire {
     fn new(socket: TcpStream) -> Self {
         Self {
             socket,
-            headers_out: Box::new([0; HEADER_BUFFER_BYTES]),
-            header_in: Box::new([0; SIMPLE_REPLY_BYTES]),
+            // Zeroed by the kernel when first touched: an idle connection has no memory here.
+            outbox: vec![0; BOX_BYTES].into_boxed_slice(),
+            inbox: vec![0; BOX_BYTES].into_boxed_slice(),
             sends_out: 0,
-            header_receives_out: 0,
+            silent_sends_out: 0,
+            inbox_receives_out: 0,
         }
     }
 
     fn fd(&self) -> types::Fd {
         types::Fd(self.socket.as_raw_fd())
+    }
+
+    fn received(&self, place: Range<usize>) -> &[u8] {
+        assert_eq!(self.inbox_receives_out, 0, "the inbox is being received into");
+        &self.inbox[place]
+    }
+}
+
+/// Where the outbox's small payloads come from.
+pub struct SmallPayloads<'a> {
+    queue: &'a Queue,
+    payloads: &'a Payloads,
+}
+
+impl SmallPayloads<'_> {
+    /// Fills `payload` with the data of the tag's WRITE. Errors: those of [`Payloads::gather`].
+    pub fn gather(&self, tag: u16, payload: &mut [u8]) -> io::Result<()> {
+        self.payloads.gather(self.queue, tag, payload)
     }
 }
 
@@ -157,18 +181,42 @@ impl QueueRing {
         &self.wire(connection).socket
     }
 
-    /// A connection's buffer for outgoing headers. Panics while a SEND that names it is out.
-    pub fn headers_mut(&mut self, connection: u16) -> &mut [u8] {
-        let wire = self.wire_mut(connection);
-        assert_eq!(wire.sends_out, 0, "the header buffer is being sent");
-        &mut wire.headers_out[..]
+    /// A connection's outbox, and where small payloads for it come from. Panics while a SEND from it is out.
+    pub fn outbox(&mut self, connection: u16) -> (&mut [u8], SmallPayloads<'_>) {
+        let wire = &mut self.wires[usize::from(connection)];
+        assert_eq!(wire.sends_out, 0, "the outbox is being sent");
+        (&mut wire.outbox, SmallPayloads { queue: &self.queue, payloads: &self.payloads })
     }
 
-    /// The header that was received on a connection. Panics while a RECV that names it is out.
-    pub fn header(&self, connection: u16) -> [u8; SIMPLE_REPLY_BYTES] {
-        let wire = self.wire(connection);
-        assert_eq!(wire.header_receives_out, 0, "the header is being received");
-        *wire.header_in
+    /// A header in a connection's inbox. Panics while a RECV into it is out, as in the next two.
+    pub fn header(&self, connection: u16, place: Range<usize>) -> [u8; SIMPLE_REPLY_BYTES] {
+        let mut header = [0; SIMPLE_REPLY_BYTES];
+        header.copy_from_slice(self.wire(connection).received(place));
+        header
+    }
+
+    /// Moves the first bytes of the tag's READ from a connection's inbox to where they belong. Errors: those of
+    /// [`Payloads::scatter`].
+    pub fn scatter(&mut self, connection: u16, place: Range<usize>, tag: u16) -> io::Result<()> {
+        let payload = self.wires[usize::from(connection)].received(place);
+        self.payloads.scatter(&self.queue, tag, payload)
+    }
+
+    /// Moves what is left in a connection's inbox to its begin.
+    pub fn compact_inbox(&mut self, connection: u16, left: Range<usize>) {
+        let wire = self.wire_mut(connection);
+        assert_eq!(wire.inbox_receives_out, 0, "the inbox is being received into");
+        wire.inbox.copy_within(left, 0);
+    }
+
+    /// How much an inbox holds.
+    pub const fn inbox_bytes() -> usize {
+        BOX_BYTES
+    }
+
+    /// Payloads up to this size go through inbox and outbox.
+    pub fn small_bytes_max(&self) -> u32 {
+        self.payloads.small_bytes_max()
     }
 
     /// Waits for the tag's first request.
@@ -214,13 +262,14 @@ impl QueueRing {
         self.payloads.copy_to_request(&self.queue, tag, len_bytes)
     }
 
-    /// Receives the rest of the connection's next reply header.
-    pub fn receive_header(&mut self, connection: u16, rest: Stretch) {
+    /// Receives what comes, into a part of the connection's inbox.
+    pub fn receive_inbox(&mut self, connection: u16, part: Range<usize>) {
+        let socket = self.wire(connection).fd();
         let wire = self.wire_mut(connection);
-        let place = wire.header_in[rest.done_bytes() as usize..].as_mut_ptr();
-        let sqe = opcode::Recv::new(wire.fd(), place, rest.rest_bytes()).flags(libc::MSG_WAITALL).build();
-        wire.header_receives_out += 1;
-        self.push(Operation::ReceiveHeader(connection), sqe.into(), Link::None);
+        let place = &mut wire.inbox[part];
+        let sqe = opcode::Recv::new(socket, place.as_mut_ptr(), place.len() as u32).build();
+        wire.inbox_receives_out += 1;
+        self.push(Operation::ReceiveInbox(connection), sqe.into(), Link::None);
     }
 
     /// Receives the rest of the tag's payload; what is pushed next starts when all of it has come.
@@ -230,14 +279,38 @@ impl QueueRing {
         self.push(Operation::ReceivePayload(connection, tag), sqe, Link::ToNext);
     }
 
-    /// Sends the rest of the bytes of the connection's header buffer that begin at `start`.
-    pub fn send_headers(&mut self, connection: u16, start: usize, rest: Stretch, link: Link) {
-        let flags = libc::MSG_WAITALL | send_flags(link);
+    /// Sends the rest of the bytes of the connection's outbox that begin at `start`.
+    pub fn send_outbox(&mut self, connection: u16, start: usize, rest: Stretch, link: Link) {
+        let sqe = self.outbox_sqe(connection, start, rest, send_flags(link));
+        self.push(Operation::SendOutbox(connection), sqe, link);
+    }
+
+    /// The same, at once or not at all: completes, with what was sent, only if that is not everything.
+    pub fn send_outbox_silently(&mut self, connection: u16, start: usize, rest: Stretch) {
+        let sqe = self.outbox_sqe(connection, start, rest, libc::MSG_DONTWAIT | send_flags(Link::None));
+        self.wire_mut(connection).silent_sends_out += 1;
+        self.push(Operation::SendOutbox(connection), sqe.flags(squeue::Flags::SKIP_SUCCESS), Link::None);
+    }
+
+    /// To be called when completions were reaped: whether what was pushed in silence is over.
+    pub fn settle(&mut self, connection: u16) -> bool {
+        // What the kernel has not taken yet is still to be sent.
+        if self.wire(connection).silent_sends_out == 0 || !self.ring.submission().is_empty() {
+            return false;
+        }
         let wire = self.wire_mut(connection);
-        let place = wire.headers_out[start + rest.done_bytes() as usize..].as_ptr();
-        let sqe = opcode::Send::new(wire.fd(), place, rest.rest_bytes()).flags(flags).build();
+        let silent_sends = std::mem::take(&mut wire.silent_sends_out);
+        wire.sends_out -= silent_sends;
+        self.operations_out -= silent_sends;
+        true
+    }
+
+    fn outbox_sqe(&mut self, connection: u16, start: usize, rest: Stretch, flags: i32) -> Sqe {
+        let wire = self.wire_mut(connection);
         wire.sends_out += 1;
-        self.push(Operation::SendHeaders(connection), sqe.into(), link);
+        let place = &wire.outbox[start + rest.done_bytes() as usize..][..rest.rest_bytes() as usize];
+        let send = opcode::Send::new(wire.fd(), place.as_ptr(), rest.rest_bytes());
+        send.flags(libc::MSG_WAITALL | flags).build().into()
     }
 
     /// Sends the rest of the tag's payload.
@@ -257,10 +330,20 @@ impl QueueRing {
             None => submitter.submit_and_wait(1),
             Some(timespec) => submitter.submit_with_args(1, &types::SubmitArgs::new().timespec(timespec)),
         };
-        match outcome {
-            Err(error) if error.raw_os_error() == Some(libc::EINTR) => Ok(()),
-            other => other.map(drop),
-        }
+        unless_interrupted(outcome)
+    }
+
+    /// Submits everything pushed and lets what is ready complete, without waiting.
+    ///
+    /// Errors: ours to fix.
+    pub fn submit_and_look(&mut self) -> io::Result<()> {
+        let to_submit = self.ring.submission().len() as u32;
+        let submitter = self.ring.submitter();
+        // SAFETY: no argument is passed by address; what the entries name is kept as `push` says. The crate's own calls
+        // leave GETEVENTS out where nothing is waited for, and without it linked operations do not go on.
+        let outcome =
+            unsafe { submitter.enter::<libc::sigset_t>(to_submit, 0, IORING_ENTER_GETEVENTS, None) };
+        unless_interrupted(outcome)
     }
 
     /// Takes the next completion, if one has come.
@@ -269,9 +352,11 @@ impl QueueRing {
         let operation = Operation::from_user_data(cqe.user_data());
         self.operations_out -= 1;
         match operation {
-            Operation::ReceiveHeader(connection) => self.wire_mut(connection).header_receives_out -= 1,
-            Operation::SendHeaders(connection) | Operation::SendPayload(connection, _) => {
-                self.wire_mut(connection).sends_out -= 1;
+            Operation::ReceiveInbox(connection) => self.wire_mut(connection).inbox_receives_out -= 1,
+            Operation::SendOutbox(connection) | Operation::SendPayload(connection, _) => {
+                let wire = self.wire_mut(connection);
+                wire.sends_out -= 1;
+                wire.silent_sends_out = 0;
             }
             _ => {}
         }
@@ -300,9 +385,9 @@ impl QueueRing {
         if link == Link::ToNext {
             sqe = sqe.flags(squeue::Flags::IO_LINK);
         }
-        // SAFETY: the entry names a socket, a header buffer, or a tag's buffer. All are owned by `self` and live
-        // until after the ring (`drop` leaks them with the ring while an operation is out); the header buffers are
-        // not touched while an operation that names them is out (`headers_mut`, `header`); a tag's buffer is touched
+        // SAFETY: the entry names a socket, an inbox or outbox, or a tag's buffer. All are owned by `self` and live
+        // until after the ring (`drop` leaks them with the ring while an operation is out); inbox and outbox are
+        // not touched while an operation that names them is out (`outbox`, `received`, `compact_inbox`); a tag's buffer is touched
         // by nobody else between the tag's dispatch and its commit.
         let pushed = unsafe { self.ring.submission().push(&sqe) };
         assert!(pushed.is_ok(), "the submission queue was sized for everything a pass can push");
@@ -323,6 +408,14 @@ impl Drop for QueueRing {
     }
 }
 
+/// A signal, or task work of another ring: the caller comes again.
+fn unless_interrupted(outcome: io::Result<usize>) -> io::Result<()> {
+    match outcome {
+        Err(error) if error.raw_os_error() == Some(libc::EINTR) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
 /// `MSG_MORE` where more of the stream follows at once.
 const fn send_flags(link: Link) -> i32 {
     match link {
@@ -339,9 +432,9 @@ mod tests {
     fn user_data_survives_a_round_trip() {
         let operations = [
             Operation::Tag(4095),
-            Operation::ReceiveHeader(255),
+            Operation::ReceiveInbox(255),
             Operation::ReceivePayload(3, 1),
-            Operation::SendHeaders(u16::MAX),
+            Operation::SendOutbox(u16::MAX),
             Operation::SendPayload(u16::MAX, 2),
             Operation::Register(3),
             Operation::Unregister(u16::MAX),

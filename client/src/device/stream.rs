@@ -1,9 +1,11 @@
 //! How far the bytes of one connection got, in each direction.
 //!
 //! ```text
-//!   incoming:  header ─► header ─► payload ─► header ─► …        outgoing:  piece ─► piece ─► piece (one batch)
+//!   incoming:  inbox ─► payload (into its pages) ─► inbox ─► …     outgoing:  piece ─► piece ─► piece (one batch)
 //!              one operation for each, linked to the next where the next is known
 //! ```
+//! The inbox takes headers and whatever follows them, up to what was asked for; of a payload that begins there the rest
+//! is received into its pages.
 //!
 //! An operation may move only a part of what it was asked for (READ_FIXED and WRITE_FIXED always may, RECV and SEND with
 //! MSG_WAITALL when the stream ends). The kernel then cancels what is linked behind it, and the caller goes on where it
@@ -14,6 +16,7 @@
 //! allocates after construction.
 
 use std::io;
+use std::ops::Range;
 
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
 
@@ -34,7 +37,7 @@ pub enum StreamError {
 }
 
 /// A part of the stream and how much of it was moved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Stretch {
     len_bytes: u32,
     done_bytes: u32,
@@ -94,52 +97,68 @@ impl Chain {
     }
 }
 
-/// What is being received: a reply's header, and before it the payload that the last header announced.
-#[derive(Debug)]
+/// What is being received: bytes of the inbox, and before them the rest of the payload that the last header announced.
+///
+/// The inbox's memory is the ring's; this knows which part of it holds bytes that were not taken yet.
+#[derive(Debug, Default)]
 pub struct Incoming {
     payload: Option<(u16, Stretch)>,
-    header: Stretch,
+    inbox: Range<usize>,
+    receiving: Stretch,
     chain: Chain,
 }
 
-impl Default for Incoming {
-    /// Before the first reply.
-    fn default() -> Self {
-        Self { payload: None, header: Self::HEADER, chain: Chain::default() }
-    }
-}
-
 impl Incoming {
-    const HEADER: Stretch = Stretch::new(SIMPLE_REPLY_BYTES as u32);
-
     /// Operations that are not reaped.
     pub fn operations_out(&self) -> usize {
         self.chain.operations_out
     }
 
-    /// A header announced the tag's payload.
-    pub fn expect_payload(&mut self, tag: u16, len_bytes: u32) {
-        debug_assert!(self.payload.is_none() && self.header == Self::HEADER);
-        self.payload = Some((tag, Stretch::new(len_bytes)));
+    /// Whether a payload is to be received into its pages next.
+    pub fn has_payload(&self) -> bool {
+        self.payload.is_some()
     }
 
-    /// What to receive next, the payload linked to the header, and what of each; the operations then count as out.
-    pub fn push(&mut self) -> (Option<(u16, Stretch)>, Stretch) {
+    /// What to receive next: the rest of a payload, linked to the inbox up to byte `inbox_end`; the operations then count
+    /// as out. With bytes before `inbox_end` in the inbox, fewer are asked for.
+    pub fn push(&mut self, inbox_end: usize) -> (Option<(u16, Stretch)>, Range<usize>) {
+        debug_assert!(self.inbox.end < inbox_end, "no room in the inbox");
         self.chain.operations_out += 1 + usize::from(self.payload.is_some());
-        (self.payload, self.header)
+        self.receiving = Stretch::new((inbox_end - self.inbox.end) as u32);
+        (self.payload, self.inbox.end..inbox_end)
     }
 
-    /// A RECV of the header completed; whether all of it is there.
+    /// A RECV into the inbox completed; how many bytes came is the sender's business.
     ///
     /// # Errors
     /// [`StreamError`], by cause.
-    pub fn header_completed(&mut self, result: i32) -> Result<bool, StreamError> {
-        self.chain.completed(&mut self.header, result)?;
-        let is_done = self.header.is_done();
-        if is_done {
-            self.header = Self::HEADER;
-        }
-        Ok(is_done)
+    pub fn inbox_completed(&mut self, result: i32) -> Result<(), StreamError> {
+        self.chain.completed(&mut self.receiving, result)?;
+        self.inbox.end += std::mem::take(&mut self.receiving).done_bytes() as usize;
+        Ok(())
+    }
+
+    /// Takes the next reply's header out of the inbox, if all of it is there: where it is.
+    pub fn take_header(&mut self) -> Option<Range<usize>> {
+        let is_here = self.payload.is_none() && self.inbox.len() >= SIMPLE_REPLY_BYTES;
+        is_here.then(|| self.take(SIMPLE_REPLY_BYTES))
+    }
+
+    /// The header announced the tag's payload. Takes what is there of it out of the inbox: where that is, and whether it
+    /// is all. If not, the rest is received next.
+    pub fn take_payload(&mut self, tag: u16, len_bytes: u32) -> (Range<usize>, bool) {
+        debug_assert!(self.payload.is_none());
+        let here = self.take(self.inbox.len().min(len_bytes as usize));
+        let stretch = Stretch { len_bytes, done_bytes: here.len() as u32 };
+        self.payload = (!stretch.is_done()).then_some((tag, stretch));
+        (here, stretch.is_done())
+    }
+
+    /// Lets the inbox begin at its first byte again: what has to be moved there.
+    pub fn compact(&mut self) -> Range<usize> {
+        let left = self.inbox.clone();
+        self.inbox = 0..left.len();
+        left
     }
 
     /// A receive of the payload completed; whether all of it is there.
@@ -155,6 +174,12 @@ impl Incoming {
         }
         Ok(is_done)
     }
+
+    fn take(&mut self, len: usize) -> Range<usize> {
+        let taken = self.inbox.start..self.inbox.start + len;
+        self.inbox.start = taken.end;
+        taken
+    }
 }
 
 /// What is being sent: one batch.
@@ -166,13 +191,24 @@ pub struct Outgoing {
     /// How far that piece got.
     stretch: Stretch,
     chain: Chain,
+    /// What is out completes at once, and tells only when it did not move everything.
+    is_silent: bool,
+    /// The batch was tried in silence, and nothing of it fitted into the socket.
+    has_been_refused: bool,
 }
 
 impl Outgoing {
     /// Nothing to send; a batch has at most `pieces_max` pieces.
     pub fn new(pieces_max: usize) -> Self {
         let pieces = Vec::with_capacity(pieces_max);
-        Self { pieces, index: 0, stretch: Stretch::new(0), chain: Chain::default() }
+        Self {
+            pieces,
+            index: 0,
+            stretch: Stretch::default(),
+            chain: Chain::default(),
+            is_silent: false,
+            has_been_refused: false,
+        }
     }
 
     /// Operations that are not reaped.
@@ -185,11 +221,43 @@ impl Outgoing {
         self.index == self.pieces.len()
     }
 
-    /// Replaces the batch, which is done, by what `fill` puts into it.
-    pub fn next_batch(&mut self, fill: impl FnOnce(&mut Vec<Piece>)) {
+    /// Replaces the batch, which is done, by what `fill` puts into it; after an error it is empty.
+    pub fn next_batch<E>(&mut self, fill: impl FnOnce(&mut Vec<Piece>) -> Result<(), E>) -> Result<(), E> {
         assert!(self.is_done() && self.chain.operations_out == 0, "a batch is being sent");
-        fill(&mut self.pieces);
+        let outcome = fill(&mut self.pieces);
+        if outcome.is_err() {
+            self.pieces.clear();
+        }
         self.enter(0);
+        outcome
+    }
+
+    /// The batch's one piece, if it is to be pushed so that it completes at once and in silence: nothing of it was tried
+    /// yet, and it comes from the outbox.
+    pub fn silent_piece(&self) -> Option<(usize, Stretch)> {
+        match *self.pieces {
+            [Piece::Outbox { start, .. }] if self.stretch.done_bytes == 0 && !self.has_been_refused => {
+                Some((start, self.stretch))
+            }
+            _ => None,
+        }
+    }
+
+    /// [`Outgoing::silent_piece`] was pushed.
+    pub fn pushed_silently(&mut self) {
+        self.chain.operations_out += 1;
+        self.is_silent = true;
+    }
+
+    /// What was pushed in silence has been started, and completions were reaped. True: it told nothing, so the batch is
+    /// done.
+    pub fn settle(&mut self) -> bool {
+        if !std::mem::take(&mut self.is_silent) {
+            return false;
+        }
+        self.chain = Chain::default();
+        self.enter(self.pieces.len());
+        true
     }
 
     /// The pieces that have bytes to be sent yet, each with what is left of it.
@@ -211,6 +279,12 @@ impl Outgoing {
     /// # Errors
     /// [`StreamError`], by cause.
     pub fn completed(&mut self, result: i32) -> Result<bool, StreamError> {
+        if std::mem::take(&mut self.is_silent) && result == -libc::EAGAIN {
+            // Nothing fitted into the socket; the rest will wait for room.
+            self.chain = Chain::default();
+            self.has_been_refused = true;
+            return Ok(false);
+        }
         self.chain.completed(&mut self.stretch, result)?;
         if self.stretch.is_done() && !self.is_done() {
             self.enter(self.index + 1);
@@ -220,6 +294,7 @@ impl Outgoing {
 
     fn enter(&mut self, index: usize) {
         self.index = index;
+        self.has_been_refused = false;
         self.stretch = Stretch::new(self.pieces.get(index).map_or(0, Piece::len_bytes));
     }
 }
@@ -231,14 +306,23 @@ mod tests {
     const CANCELED: i32 = -libc::ECANCELED;
 
     fn batch(pieces: &[Piece]) -> Outgoing {
-        let mut outgoing = Outgoing::new(8);
-        outgoing.next_batch(|batch| batch.extend_from_slice(pieces));
+        let mut outgoing = unpushed_batch(pieces);
         outgoing.pushed();
         outgoing
     }
 
+    fn unpushed_batch(pieces: &[Piece]) -> Outgoing {
+        let mut outgoing = Outgoing::new(8);
+        let filled: Result<(), ()> = outgoing.next_batch(|batch| {
+            batch.extend_from_slice(pieces);
+            Ok(())
+        });
+        filled.unwrap();
+        outgoing
+    }
+
     fn write(tag: u16) -> [Piece; 2] {
-        [Piece::Headers { start: 0, len: 28 }, Piece::Payload { tag, len_bytes: 4096 }]
+        [Piece::Outbox { start: 0, len: 28 }, Piece::Payload { tag, len_bytes: 4096 }]
     }
 
     /// Piece, bytes done and bytes left of everything that is to be sent yet.
@@ -292,42 +376,104 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_in_pieces_comes_before_the_next_header() {
+    fn what_is_sent_in_silence_is_done_unless_it_tells_otherwise() {
+        let piece = [Piece::Outbox { start: 0, len: 56 }];
+        let silent = |outgoing: &mut Outgoing| {
+            let (start, whole) = outgoing.silent_piece().expect("one piece, from the outbox");
+            assert_eq!((start, whole.rest_bytes()), (0, 56));
+            outgoing.pushed_silently();
+        };
+        let mut outgoing = unpushed_batch(&piece);
+        silent(&mut outgoing);
+        assert!(outgoing.settle() && outgoing.is_done());
+        assert_eq!((outgoing.operations_out(), outgoing.settle()), (0, false));
+        // Nothing of it fitted: the next try waits for room.
+        let mut outgoing = unpushed_batch(&piece);
+        silent(&mut outgoing);
+        assert!(!outgoing.completed(-libc::EAGAIN).unwrap() && !outgoing.settle());
+        assert_eq!((outgoing.operations_out(), outgoing.silent_piece()), (0, None));
+        assert_eq!(rest(&outgoing), [(piece[0], 0, 56)]);
+        outgoing.pushed();
+        assert!(outgoing.completed(56).unwrap());
+        // A part of it fitted: so does the rest.
+        let mut outgoing = unpushed_batch(&piece);
+        silent(&mut outgoing);
+        assert!(!outgoing.completed(28).unwrap() && !outgoing.settle());
+        assert_eq!((rest(&outgoing), outgoing.silent_piece()), (vec![(piece[0], 28, 28)], None));
+        // What has pages in it is never sent in silence: somebody has to tell when they are free.
+        assert_eq!(unpushed_batch(&write(3)).silent_piece(), None);
+    }
+
+    #[test]
+    fn an_inbox_gives_headers_and_the_payloads_behind_them() {
         let mut incoming = Incoming::default();
-        assert_eq!(incoming.push(), (None, Incoming::HEADER));
-        assert!(!incoming.header_completed(1).unwrap());
-        assert_eq!(incoming.push().1.done_bytes(), 1);
-        assert!(incoming.header_completed(15).unwrap());
-        incoming.expect_payload(5, 4096);
-        assert_eq!(incoming.push(), (Some((5, Stretch::new(4096))), Incoming::HEADER));
+        assert_eq!(incoming.push(1024), (None, 0..1024));
+        incoming.inbox_completed(16 + 512 + 16 + 100).unwrap();
+        assert_eq!(incoming.take_header(), Some(0..16));
+        assert_eq!(incoming.take_payload(7, 512), (16..528, true));
+        assert_eq!(incoming.take_header(), Some(528..544));
+        assert_eq!(incoming.take_payload(8, 4096), (544..644, false), "the rest is not here yet");
+        assert_eq!((incoming.take_header(), incoming.compact()), (None, 644..644));
+        let (payload, part) = incoming.push(1024);
+        let (tag, rest) = payload.expect("the rest is received into its pages");
+        assert_eq!((tag, rest.done_bytes(), rest.rest_bytes(), part), (8, 100, 3996, 0..1024));
+        assert!(incoming.payload_completed(3996).unwrap());
+        incoming.inbox_completed(16).unwrap();
+        assert_eq!(incoming.take_header(), Some(0..16));
+    }
+
+    #[test]
+    fn a_header_may_come_byte_by_byte() {
+        let mut incoming = Incoming::default();
+        for have in 0..16 {
+            assert_eq!(incoming.take_header(), None);
+            assert_eq!(incoming.compact(), 0..have);
+            assert_eq!(incoming.push(16), (None, have..16));
+            incoming.inbox_completed(1).unwrap();
+        }
+        assert_eq!((incoming.take_header(), incoming.compact()), (Some(0..16), 16..16));
+    }
+
+    #[test]
+    fn a_payload_in_pieces_comes_before_the_next_header() {
+        let mut incoming = incoming_with_payload(4096);
         assert_eq!(incoming.operations_out(), 2);
         assert!(!incoming.payload_completed(4000).unwrap());
-        assert!(!incoming.header_completed(CANCELED).unwrap());
-        assert_eq!(incoming.operations_out(), 0);
-        let (payload, header) = incoming.push();
-        assert_eq!(payload.map(|(_, stretch)| stretch.rest_bytes()), Some(96));
-        assert_eq!(header, Incoming::HEADER);
+        incoming.inbox_completed(CANCELED).unwrap();
+        assert_eq!((incoming.operations_out(), incoming.take_header()), (0, None));
+        let (payload, part) = incoming.push(16);
+        assert_eq!((payload.map(|(_, stretch)| stretch.rest_bytes()), part), (Some(96), 0..16));
         assert!(incoming.payload_completed(96).unwrap());
-        assert!(incoming.header_completed(16).unwrap());
-        assert_eq!(incoming.push().0, None);
+        incoming.inbox_completed(16).unwrap();
+        assert_eq!((incoming.take_header(), incoming.has_payload()), (Some(0..16), false));
     }
 
     #[test]
     fn a_link_that_breaks_behind_a_whole_payload_costs_the_header_only() {
-        let mut incoming = Incoming::default();
-        incoming.expect_payload(0, 512);
-        incoming.push();
+        let mut incoming = incoming_with_payload(512);
         assert!(incoming.payload_completed(512).unwrap());
-        assert!(!incoming.header_completed(CANCELED).unwrap());
-        assert_eq!(incoming.push(), (None, Incoming::HEADER));
+        incoming.inbox_completed(CANCELED).unwrap();
+        assert_eq!(incoming.push(16), (None, 0..16));
     }
 
     #[test]
     fn a_header_behind_a_short_payload_is_an_error() {
-        let mut incoming = Incoming::default();
-        incoming.expect_payload(0, 512);
-        incoming.push();
+        let mut incoming = incoming_with_payload(512);
         assert!(!incoming.payload_completed(511).unwrap());
-        assert!(matches!(incoming.header_completed(16), Err(StreamError::OutOfStep)));
+        assert!(matches!(incoming.inbox_completed(16), Err(StreamError::OutOfStep)));
+        let mut incoming = Incoming::default();
+        incoming.push(16);
+        assert!(
+            matches!(incoming.inbox_completed(17), Err(StreamError::OutOfStep)),
+            "more than was asked for"
+        );
+    }
+
+    /// A payload and the header behind it are being received.
+    fn incoming_with_payload(len_bytes: u32) -> Incoming {
+        let mut incoming = Incoming::default();
+        assert_eq!(incoming.take_payload(5, len_bytes), (0..0, false));
+        incoming.push(16);
+        incoming
     }
 }
