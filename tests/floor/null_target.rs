@@ -29,6 +29,7 @@ pub(crate) fn serve(size_mib: u64) -> Result<()> {
         queue_depth: QUEUE_DEPTH,
         max_io_buf_bytes: MAX_IO_BYTES,
         flags: DataPath::Fused.device_flags(),
+        wished_flags: 0,
         ublksrv_flags: 0,
     };
     let mut device = Device::add(&control, &spec, &DeviceParams::new(size_mib << 20))?;
