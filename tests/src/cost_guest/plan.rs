@@ -78,6 +78,10 @@ pub(crate) enum Subject {
 /// the volume; larger ones are received there (`server/src/connection.rs`).
 const RECEIVED_IN_PLACE_KIB_MIN: u64 = 16;
 
+/// Payloads up to this many KiB travel through our client's inbox and outbox together with the headers around them, where
+/// the data path lets it copy them from there (`client/src/device/payload.rs`).
+const SMALL_KIB_MAX: u64 = 8;
+
 impl Subject {
     /// In the order of the table.
     pub(crate) fn all() -> Vec<Self> {
@@ -166,7 +170,10 @@ impl Subject {
         let in_our_server = u32::from(!cell.reads && cell.block_kib < RECEIVED_IN_PLACE_KIB_MIN);
         match self {
             Self::Ours(data_path) => {
-                let in_our_client = u32::from(data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0);
+                let has_buffers = data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0;
+                let is_small = cell.block_kib <= SMALL_KIB_MAX
+                    && !matches!(data_path, DataPath::FixedRw | DataPath::Registered);
+                let in_our_client = u32::from(has_buffers) + u32::from(is_small);
                 in_and_out_of_the_socket + in_our_client + in_our_server
             }
             Self::KernelNbdAndNbdkit => in_and_out_of_the_socket + 1,
@@ -181,14 +188,15 @@ impl Subject {
     /// Which copies those are.
     pub(crate) fn copies_are(self) -> &'static str {
         match self {
-            Self::Ours(data_path) if data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0 => {
-                "into the socket and out of it; between the client's buffer and the request's pages; of a small write, \
-                 from the server's receive memory to the volume"
+            Self::Ours(DataPath::Fused) => {
+                "into the socket and out of it, whose ends are the request's pages and the volume; of a small payload, \
+                 through the client's inbox or outbox; of a small write, from the server's receive memory to the volume"
             }
-            Self::Ours(_) => {
+            Self::Ours(DataPath::FixedRw | DataPath::Registered) => {
                 "into the socket and out of it, whose ends are the request's pages and the volume; of a small write, \
                  from the server's receive memory to the volume"
             }
+            Self::Ours(_) => "as `fused`, and between the client's buffer and the request's pages",
             Self::KernelNbdAndNbdkit => {
                 "into the socket and out of it; between nbdkit's buffer and its memory plugin's pages"
             }
