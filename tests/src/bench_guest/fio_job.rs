@@ -71,7 +71,8 @@ pub(super) struct Window {
 }
 
 impl Fio<'_> {
-    /// Measures one cell for `runtime_ms`, and the CPU time of `accounts` in a window of it.
+    /// Measures one cell for `runtime_ms`, and the CPU time of `accounts` in a window of it. There is no window if the
+    /// machine was so slow that fio had ended before anything could be counted.
     ///
     /// # Errors
     /// fio failed, or did nothing.
@@ -80,7 +81,7 @@ impl Fio<'_> {
         cell: &Cell,
         runtime_ms: u32,
         accounts: &[Account],
-    ) -> Result<(Outcome, Window)> {
+    ) -> Result<(Outcome, Option<Window>)> {
         let mut options = vec![
             format!("--rw={}", cell.operation.fio_name()),
             format!("--bs={}k", cell.block_kib),
@@ -105,15 +106,17 @@ impl Fio<'_> {
         running: &mut Child,
         length: Duration,
         meter: &Meter,
-    ) -> Result<Window> {
+    ) -> Result<Option<Window>> {
         let started = Instant::now();
         while self.bytes_done()? == done_before {
-            let ended = running.try_wait()?.is_some();
-            ensure!(!ended && started.elapsed() < BEGIN_DEADLINE, "fio's I/O did not begin");
+            if running.try_wait()?.is_some() {
+                return Ok(None);
+            }
+            ensure!(started.elapsed() < BEGIN_DEADLINE, "fio's I/O did not begin");
             thread::sleep(BEGIN_POLL_INTERVAL);
         }
         let begun = Instant::now();
-        let (bytes, moment) = (self.bytes_done()?, meter.read(running.id())?);
+        let (bytes, Ok(moment)) = (self.bytes_done()?, meter.read(running.id())) else { return Ok(None) };
         let mut window = None;
         while begun.elapsed() < length {
             // Not a wait for something: time that passes is what is measured.
@@ -125,8 +128,7 @@ impl Fio<'_> {
             }
             window = Some(Window { bytes: bytes_now - bytes, spent: moment_now.since(&moment) });
         }
-        let done = window.filter(|window| window.bytes > 0);
-        done.with_context(|| format!("nothing was done in {} ms", begun.elapsed().as_millis()))
+        Ok(window.filter(|window| window.bytes > 0))
     }
 
     /// Bytes that the device has read or written so far.
