@@ -29,8 +29,8 @@ const WATCHED: [&str; 4] = ["R 4k/16", "R 128k/16", "W 4k/16", "W 128k/16"];
 /// More than measurements of one program differ, less than a change worth noticing.
 const WORSE_PERCENT_MAX: f64 = 5.0;
 
-/// More than in the table: a test that fails for nothing is worse than a minute.
-const REPETITIONS: usize = 5;
+/// One that was unlucky does not count.
+const REPETITIONS: usize = 3;
 
 const FUSED: Subject = Subject::Ours(DataPath::Fused);
 
