@@ -255,7 +255,8 @@ impl Connection {
     /// Whether the payload of a reply that may come next belongs into its pages: then nothing behind a header is to be
     /// received before the header is understood.
     pub fn expects_large_payload(&self) -> bool {
-        self.large_reads > 0 || self.in_flight == 0 && self.latest_read_is_large
+        let is_likely = self.in_flight == 0 && self.latest_read_is_large;
+        self.small_bytes_max == 0 || self.large_reads > 0 || is_likely
     }
 
     /// A reply's header was received.
@@ -431,6 +432,7 @@ mod tests {
 
     #[test]
     fn a_large_payload_is_expected_while_one_is_in_flight_or_was_the_last() {
+        assert!(Connection::new(8, 0).expects_large_payload(), "where nothing is small, any may come");
         let mut connection = Connection::new(8, 512);
         assert!(!connection.expects_large_payload());
         connection.submit(0, operation(Command::Read, 4096));
