@@ -91,15 +91,15 @@ struct Load {
     rw: &'static str,
     block_kib: u64,
     depth_each: usize,
-    /// I/Os of one measurement, all attachments together: some 300 ms of the guest.
+    /// I/Os of one measurement, all attachments together: some 400 ms of the guest.
     ios: u64,
 }
 
 const LOADS: [Load; 4] = [
-    Load { rw: "randread", block_kib: 4, depth_each: 1, ios: 6000 },
-    Load { rw: "randread", block_kib: 4, depth_each: 16, ios: 8000 },
-    Load { rw: "randwrite", block_kib: 4, depth_each: 16, ios: 8000 },
-    Load { rw: "randread", block_kib: 128, depth_each: 4, ios: 2000 },
+    Load { rw: "randread", block_kib: 4, depth_each: 1, ios: 8_000 },
+    Load { rw: "randread", block_kib: 4, depth_each: 16, ios: 20_000 },
+    Load { rw: "randwrite", block_kib: 4, depth_each: 16, ios: 20_000 },
+    Load { rw: "randread", block_kib: 128, depth_each: 4, ios: 2_500 },
 ];
 
 /// Measures a part, with the product's programs from `programs`, and prints its line.
