@@ -130,7 +130,28 @@ fn comparisons(measurement: &Measurement) -> String {
             );
         }
     }
+    for peer in Subject::PEERS {
+        let below = below_the_floor(measurement, peer);
+        if !below.is_empty() {
+            let (peer, below) = (peer.title(), listed(&below));
+            let _ =
+                writeln!(text, "- {peer} costs less than the floor of every daemon behind ublk in: {below}.");
+        }
+    }
     text
+}
+
+/// The cells in which a peer costs less than the floor, with how much less.
+fn below_the_floor(measurement: &Measurement, peer: Subject) -> Vec<String> {
+    let mut below = Vec::new();
+    for &cell in &measurement.cells {
+        if let Some((peer, floor)) = measurement.thousands(peer, cell).zip(measurement.floor(cell))
+            && peer < floor
+        {
+            below.push(format!("{} (-{:.1} %)", cell.heading(), (1.0 - peer / floor) * 100.0));
+        }
+    }
+    below
 }
 
 fn listed(cells: &[String]) -> String {
@@ -213,6 +234,16 @@ mod tests {
         };
         assert_eq!(of("W 4k/16"), "kernel NVMe/TCP + nvmet + brd (-9.1 %)");
         assert_eq!(of("R 4k/16"), "none");
+    }
+
+    #[test]
+    fn a_peer_below_the_floor_is_said() {
+        let floor = [(Subject::UblkNull, 40.0), (Subject::Tcp, 35.0)];
+        let text = comparisons(&with_others(&[&floor[..], &[(Subject::NvmeTcp, 60.0)]].concat()));
+        assert!(text.contains("NVMe/TCP + nvmet + brd costs less than the floor"), "{text}");
+        assert!(text.contains("R 4k/1 (-20.0 %)"), "{text}");
+        let text = comparisons(&with_others(&[&floor[..], &[(Subject::NvmeTcp, 75.0)]].concat()));
+        assert!(!text.contains("costs less than the floor"), "equal is not less: {text}");
     }
 
     #[test]
