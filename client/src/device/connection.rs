@@ -242,6 +242,11 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether requests wait for the batch after the one that was taken.
+    pub fn has_more_to_send(&self) -> bool {
+        !self.to_send.is_empty()
+    }
+
     /// The whole batch was sent, and no operation of it is out any more.
     pub fn batch_sent(&mut self) {
         while let Some(tag) = self.sending.pop() {
@@ -426,6 +431,7 @@ mod tests {
         }
         connection.take_batch(&mut outbox, &mut pieces, 16, gather).unwrap();
         assert_eq!(pieces, [Piece::Outbox { start: 0, len: REQUEST_BYTES + 512 }]);
+        assert!(connection.has_more_to_send());
         connection.batch_sent();
         connection.take_batch(&mut outbox, &mut pieces, 16, |_, _| Err("gone")).unwrap_err();
     }

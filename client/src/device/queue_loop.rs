@@ -404,7 +404,10 @@ impl<'a> QueueLoop<'a> {
                     .fail(connection, format!("a WRITE's data cannot be copied from its pages: {error}"));
             }
         }
-        if let Some((start, whole)) = lane.outgoing.silent_piece() {
+        // Nothing tells when a silent send is over, so nothing may wait for it.
+        if !lane.connection.has_more_to_send()
+            && let Some((start, whole)) = lane.outgoing.silent_piece()
+        {
             self.ring.send_outbox_silently(connection, start, whole);
             return lane.outgoing.pushed_silently();
         }
