@@ -145,6 +145,8 @@ pub struct QueueRing {
     by_hand: Box<[bool]>,
     wires: Box<[Wire]>,
     operations_out: usize,
+    /// The kernel took everything that had been pushed when it was last called.
+    took_all: bool,
 }
 
 impl QueueRing {
@@ -168,6 +170,7 @@ impl QueueRing {
             payloads,
             wires: sockets.into_iter().map(Wire::new).collect(),
             operations_out: 0,
+            took_all: true,
         })
     }
 
@@ -292,10 +295,12 @@ impl QueueRing {
         self.push(Operation::SendOutbox(connection), sqe.flags(squeue::Flags::SKIP_SUCCESS), Link::None);
     }
 
-    /// To be called when completions were reaped: whether what was pushed in silence is over.
+    /// To be called when completions were reaped, before more is sent on the connection: whether what was pushed in silence
+    /// before the last submit is over.
     pub fn settle(&mut self, connection: u16) -> bool {
-        // What the kernel has not taken yet is still to be sent.
-        if self.wire(connection).silent_sends_out == 0 || !self.ring.submission().is_empty() {
+        // What the kernel has not taken yet is still to be sent. What is in the queue by now does not matter: other
+        // connections and the tags have pushed since.
+        if self.wire(connection).silent_sends_out == 0 || !self.took_all {
             return false;
         }
         let wire = self.wire_mut(connection);
@@ -330,6 +335,7 @@ impl QueueRing {
             None => submitter.submit_and_wait(1),
             Some(timespec) => submitter.submit_with_args(1, &types::SubmitArgs::new().timespec(timespec)),
         };
+        self.took_all = self.ring.submission().is_empty();
         unless_interrupted(outcome)
     }
 
@@ -343,6 +349,7 @@ impl QueueRing {
         // leave GETEVENTS out where nothing is waited for, and without it linked operations do not go on.
         let outcome =
             unsafe { submitter.enter::<libc::sigset_t>(to_submit, 0, IORING_ENTER_GETEVENTS, None) };
+        self.took_all = self.ring.submission().is_empty();
         unless_interrupted(outcome)
     }
 
