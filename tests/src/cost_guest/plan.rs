@@ -10,7 +10,7 @@ use ublk_core::DataPath;
 use ublk_core::abi::UBLK_F_SUPPORT_ZERO_COPY;
 
 /// How often each cell is measured, unless the command line says otherwise; the table has the mean.
-pub(crate) const REPETITIONS: usize = 3;
+pub(crate) const REPETITIONS: usize = 2;
 
 /// What fio does for one number of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
