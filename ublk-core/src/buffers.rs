@@ -18,8 +18,8 @@ pub struct UserBuffers {
 }
 
 impl UserBuffers {
-    /// Maps `queue_depth` buffers of at least `max_io_bytes`, all resident. Errors: `ENOMEM`, also when the process
-    /// may lock no more memory.
+    /// Maps `queue_depth` buffers of at least `max_io_bytes`, resident as far as they are used. Errors: `ENOMEM`, also
+    /// when the process may lock no more memory.
     pub fn new(queue_depth: u16, max_io_bytes: u32) -> io::Result<Self> {
         let buffer_bytes = round_up_to_pages(max_io_bytes as usize);
         let mapping = Mapping::anonymous(buffer_bytes * usize::from(queue_depth))?;

@@ -13,7 +13,8 @@ use std::io;
 use std::os::fd::AsRawFd as _;
 use std::ptr::{self, NonNull};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use crate::abi::IoDesc;
 
@@ -36,13 +37,19 @@ impl Mapping {
         Self::adopt(start, len_bytes)
     }
 
-    /// Maps `len_bytes` of zeroes, private to this process, with its pages present from the start.
+    /// Maps `len_bytes` of zeroes, private to this process. Pages appear as they are touched, one by one: where few of
+    /// many are ever used, huge ones would make megabytes resident for the first byte.
     pub(crate) fn anonymous(len_bytes: usize) -> io::Result<Self> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
         // SAFETY: without a fixed address the kernel picks unused address space, so no existing memory changes.
-        let start = unsafe { mmap_anonymous(ptr::null_mut(), len_bytes, protection, flags) }?;
-        Self::adopt(start, len_bytes)
+        let start = unsafe { mmap_anonymous(ptr::null_mut(), len_bytes, protection, MapFlags::PRIVATE) }?;
+        let mapping = Self::adopt(start, len_bytes)?;
+        // SAFETY: this advice changes no byte of the mapping, which is ours.
+        match unsafe { madvise(start, len_bytes, Advice::LinuxNoHugepage) } {
+            // A kernel without huge pages knows no such advice.
+            Ok(()) | Err(Errno::INVAL) => Ok(mapping),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn adopt(start: *mut c_void, len_bytes: usize) -> io::Result<Self> {
