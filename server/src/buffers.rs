@@ -9,10 +9,11 @@
 #![allow(unsafe_code)] // Maps the memory that io_uring reads and writes; nothing else here is unsafe.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// Sizes in bytes and how many there are of each, for each ring. The largest is the announced maximum block size; the
 /// counts keep 128 requests of 4 KiB to 64 KiB going on several connections at once, and fewer of the larger, whose
@@ -26,6 +27,9 @@ const CLASSES: [(usize, usize); 7] = [
     (4 << 20, 16),
     (32 << 20, 4),
 ];
+
+/// Size and alignment of a huge page, in bytes, where there are such: x86-64's and aarch64's usual one.
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Bytes that the pool of one ring may come to hold; they become resident only as they are first used.
 pub fn pool_bytes_max() -> usize {
@@ -135,12 +139,12 @@ impl BufferPool {
     }
 }
 
-/// Anonymous memory, zeroed, page-aligned, unmapped on drop.
+/// Memory, page-aligned, unmapped on drop.
 pub(crate) struct Region {
     start: NonNull<u8>,
     length_bytes: usize,
-    /// Unusable bytes on either side.
-    guard_bytes: usize,
+    /// What was mapped for it, which may be more.
+    mapped: (NonNull<u8>, usize),
 }
 
 // SAFETY: the region is plain memory owned by this value; the address is valid on every thread.
@@ -149,35 +153,28 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps `length_bytes`, which become resident when they are first touched.
+    /// Maps `length_bytes` of zeroes, which become resident when they are first touched.
     pub(crate) fn new(length_bytes: usize) -> io::Result<Self> {
-        Self::map(length_bytes, 0)
+        let mapped_bytes = in_pages(length_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
+        let start = map_anonymous(mapped_bytes, ProtFlags::READ | ProtFlags::WRITE)?;
+        Ok(Self { start, length_bytes, mapped: (start, mapped_bytes) })
     }
 
-    /// As [`Self::new`], between two pages that nobody may touch.
-    pub(crate) fn new_guarded(length_bytes: usize) -> io::Result<Self> {
-        let page_bytes = rustix::param::page_size();
-        let region = Self::map(length_bytes, page_bytes)?;
-        let rounded_bytes = length_bytes.next_multiple_of(page_bytes);
-        for guard in [
-            region.start.as_ptr().wrapping_sub(page_bytes),
-            region.start.as_ptr().wrapping_add(rounded_bytes),
-        ] {
-            // SAFETY: both pages belong to the mapping made above, outside the part that is given out.
-            unsafe { mprotect(guard.cast(), page_bytes, MprotectFlags::empty()) }?;
-        }
+    /// Maps the first `length_bytes` of a file, shared with it, at a multiple of [`HUGE_PAGE_BYTES`]: only so can huge
+    /// pages of the file be mapped as such.
+    pub(crate) fn of_file(file: &File, length_bytes: usize) -> io::Result<Self> {
+        let file_bytes = in_pages(length_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
+        let mapped_bytes = file_bytes.checked_add(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
+        let room = map_anonymous(mapped_bytes, ProtFlags::empty())?;
+        let padding_bytes = room.as_ptr().align_offset(HUGE_PAGE_BYTES);
+        // From here on the room is given back on every error.
+        let mut region = Self { start: room, length_bytes, mapped: (room, mapped_bytes) };
+        let target = room.as_ptr().wrapping_add(padding_bytes);
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
+        // SAFETY: replaces a part of the room made above, which nobody else knows of.
+        let start = unsafe { mmap(target.cast(), file_bytes, protection, flags, file, 0) }?;
+        region.start = NonNull::new(start.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(region)
-    }
-
-    fn map(length_bytes: usize, guard_bytes: usize) -> io::Result<Self> {
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        let mapped_bytes = mapped_bytes(length_bytes, guard_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory that is in use.
-        let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped_bytes, protection, flags) }?;
-        let start =
-            NonNull::new(mapped.cast::<u8>().wrapping_add(guard_bytes)).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { start, length_bytes, guard_bytes })
     }
 
     /// Address of the byte at `offset_bytes`, of which `length_bytes` will be used.
@@ -193,18 +190,24 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        let mapped_bytes = mapped_bytes(self.length_bytes, self.guard_bytes).unwrap_or(0);
-        let mapped = self.start.as_ptr().wrapping_sub(self.guard_bytes);
-        // SAFETY: the mapping was made in `map` with this start and length; whoever drops the region has no operation
-        // in flight on it (`Ring::drop` forgets its regions otherwise).
-        let result = unsafe { munmap(mapped.cast(), mapped_bytes) };
+        let (mapped, mapped_bytes) = self.mapped;
+        // SAFETY: the mapping was made in this file with this start and length; whoever drops the region has no
+        // operation in flight on it (`Ring::drop` forgets its regions otherwise).
+        let result = unsafe { munmap(mapped.as_ptr().cast(), mapped_bytes) };
         debug_assert!(result.is_ok(), "munmap: {result:?}");
     }
 }
 
+fn map_anonymous(mapped_bytes: usize, protection: ProtFlags) -> io::Result<NonNull<u8>> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory that is in use.
+    let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped_bytes, protection, flags) }?;
+    NonNull::new(mapped.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory.into())
+}
+
 /// Bytes of address space for a region; `None` when there are not that many.
-fn mapped_bytes(length_bytes: usize, guard_bytes: usize) -> Option<usize> {
-    length_bytes.checked_next_multiple_of(rustix::param::page_size())?.checked_add(2 * guard_bytes)
+fn in_pages(length_bytes: usize) -> Option<usize> {
+    length_bytes.checked_next_multiple_of(rustix::param::page_size())
 }
 
 #[cfg(test)]

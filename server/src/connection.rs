@@ -184,7 +184,12 @@ impl Connection {
                     self.begin(ring, completion.slot);
                 }
             }
-            OpKind::Send => self.sent(ring, completion.result, now),
+            OpKind::RoomToSend => {
+                self.progressed_at = now;
+                if self.phase != Phase::Closing {
+                    self.send_on(ring);
+                }
+            }
             OpKind::Volume => self.volume_completed(ring, completion.slot, completion.result),
             OpKind::Cancel | OpKind::Wakeup | OpKind::Sync => {}
         }
@@ -274,8 +279,11 @@ impl Connection {
 
     /// Does all that can be done now: parses, sends what is due, receives more, closes when finished.
     pub fn advance(&mut self, ring: &mut Ring) -> Option<Ask> {
-        let ask = self.parse(ring);
-        self.send(ring);
+        let mut ask = self.parse(ring);
+        while self.send(ring) && ask.is_none() && self.phase == Phase::Open {
+            // What left made room for requests that were held back.
+            ask = self.parse(ring);
+        }
         self.receive(ring);
         if self.phase == Phase::Finishing && self.session.is_idle() && !self.is_sending {
             self.close(ring);
@@ -328,10 +336,10 @@ impl Connection {
         None
     }
 
-    /// Sends all that is due in one message.
-    fn send(&mut self, ring: &mut Ring) {
+    /// Sends all that is due in one message. True: it has left, and its slots are free.
+    fn send(&mut self, ring: &mut Ring) -> bool {
         if self.is_sending || self.phase == Phase::Closing || !self.session.has_output() {
-            return;
+            return false;
         }
         let text = self.session.take_output();
         if !text.is_empty() {
@@ -344,25 +352,21 @@ impl Connection {
             }
             self.sending.push(reply.slot);
         }
-        ring.push_send(self.index);
-        self.is_sending = true;
+        self.send_on(ring)
     }
 
-    fn sent(&mut self, ring: &mut Ring, result: i32, now: Instant) {
-        self.is_sending = false;
-        self.progressed_at = now;
-        if self.phase == Phase::Closing {
-            return;
+    /// Sends what is left of a message. True: nothing is, and slots are free.
+    fn send_on(&mut self, ring: &mut Ring) -> bool {
+        match ring.send(self.index) {
+            Ok(is_sent) => self.is_sending = !is_sent,
+            Err(error) => {
+                debug!(peer = %self.peer, %error, "cannot send");
+                self.close(ring);
+                return false;
+            }
         }
-        if result <= 0 && result != -libc::EINTR {
-            debug!(peer = %self.peer, errno = -result, "cannot send");
-            self.close(ring);
-            return;
-        }
-        if !ring.advance_send(self.index, result.max(0) as usize) {
-            ring.push_send(self.index);
-            self.is_sending = true;
-            return;
+        if self.is_sending {
+            return false;
         }
         let mut sent = std::mem::take(&mut self.sending);
         for slot in sent.drain(..) {
@@ -370,6 +374,7 @@ impl Connection {
             self.session.reply_sent(slot);
         }
         self.sending = sent;
+        true
     }
 
     /// Starts the next receive, unless the peer has to be held back.
@@ -453,6 +458,11 @@ impl Connection {
         let request = self.session.request(slot);
         let length_bytes = request.length_bytes;
         let has_payload = matches!(request.command, Command::Read | Command::Write);
+        if request.command == Command::Write
+            && let Some(memory) = self.volume.as_deref().and_then(Volume::memory)
+        {
+            memory.expect_write(request.offset_bytes, length_bytes);
+        }
         if has_payload {
             let is_large = request.command == Command::Write && length_bytes >= LARGE_WRITE_BYTES;
             self.receive_bytes = if is_large { SHORT_RECEIVE_BYTES } else { BULK_BYTES };

@@ -12,6 +12,8 @@
 //! Source: `include/uapi/linux/io_uring.h`; needs Linux 6.1 for `DEFER_TASKRUN`.
 #![allow(unsafe_code)] // Submissions carry addresses; see the invariants above.
 
+use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
@@ -20,7 +22,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
+use rustix::fs::sendfile;
 
+use crate::backend::memory::MemoryVolume;
 use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
 use crate::buffers::{Buffer, BufferPool, Region};
 use crate::session::{IN_FLIGHT_REQUESTS_MAX, SlotId};
@@ -32,6 +36,10 @@ use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
 const SQ_ENTRIES: u32 = 512;
 /// Completions that fit; the kernel keeps more aside, at a cost.
 const CQ_ENTRIES: u32 = 4096;
+
+/// From this size on, a payload in a memory volume is sent by handing its pages to the socket; below, copying it costs less
+/// than the way there.
+const PAGES_BYTES_MIN: u32 = 32 << 10;
 
 /// Receive memory of a connection: a queue of 32 small writes in one receive.
 pub const BULK_BYTES: usize = 128 << 10;
@@ -45,8 +53,8 @@ pub enum OpKind {
     ReceiveBulk,
     /// Bytes of a WRITE's payload into its place.
     ReceivePayload,
-    /// Replies.
-    Send,
+    /// The socket can take more of the replies.
+    RoomToSend,
     /// An operation of a volume.
     Volume,
     /// A sync that is done for several requests; comes out as one `Volume` for each.
@@ -60,7 +68,7 @@ impl OpKind {
         Self::Wakeup,
         Self::ReceiveBulk,
         Self::ReceivePayload,
-        Self::Send,
+        Self::RoomToSend,
         Self::Volume,
         Self::Sync,
         Self::Cancel,
@@ -101,14 +109,24 @@ pub enum PayloadPlace<'a> {
     Volume(u64),
 }
 
+/// Pages of a memory volume that are sent as they are.
+#[derive(Debug, Clone, Copy)]
+struct Pages {
+    /// How many of the message's vectors come before them.
+    after_vectors: usize,
+    offset_bytes: u64,
+    length_bytes: usize,
+}
+
+/// What is being sent, in this order: vectors, and pages between them.
 struct SendArea {
     headers: Region,
     headers_used_bytes: usize,
     text: Vec<u8>,
     vectors: Vec<libc::iovec>,
     first_vector: usize,
-    message: libc::msghdr,
-    is_in_flight: bool,
+    pages: VecDeque<Pages>,
+    waits_for_room: bool,
 }
 
 struct ConnectionMemory {
@@ -184,6 +202,8 @@ impl Ring {
     /// # Errors
     /// `ENOMEM`
     pub fn add_connection(&mut self, socket: OwnedFd) -> io::Result<u32> {
+        // For sendfile, which has no flag for it; operations of the ring wait all the same.
+        rustix::io::ioctl_fionbio(&socket, true)?;
         let memory = Box::new(ConnectionMemory {
             socket,
             bulk: Region::new(BULK_BYTES)?,
@@ -262,9 +282,7 @@ impl Ring {
                 unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), target, source.len()) };
             }
             PayloadPlace::Volume(offset_bytes) => {
-                if let Some(memory) = self.connection(connection).volume.as_deref().and_then(Volume::memory) {
-                    memory.write(offset_bytes + u64::from(done_bytes), source);
-                }
+                self.volume_memory(connection).write(offset_bytes + u64::from(done_bytes), source);
             }
         }
     }
@@ -293,10 +311,10 @@ impl Ring {
         self.push(op, OpKind::ReceivePayload, connection, slot);
     }
 
-    /// Adds bytes to what the next [`Self::push_send`] sends, before any reply.
+    /// Adds bytes to what the next [`Self::send`] sends, before any reply.
     ///
     /// # Panics
-    /// While a send is in flight, as in the next three.
+    /// While what was added before is not sent, as in the next two.
     pub fn add_text(&mut self, connection: u32, text: Vec<u8>) {
         let send = self.idle_send(connection);
         send.text = text;
@@ -309,35 +327,47 @@ impl Ring {
         let send = self.idle_send(connection);
         let target = send.headers.address(send.headers_used_bytes, header.len());
         send.headers_used_bytes += header.len();
-        // SAFETY: `address` checked the target's range; no send is in flight, so nobody else uses the headers.
+        // SAFETY: `address` checked the target's range; what was sent from the headers has left, so nobody else uses them.
         unsafe { std::ptr::copy_nonoverlapping(header.as_ptr(), target, header.len()) };
         send.add(target, header.len());
     }
 
     /// Adds a READ's payload.
     pub fn add_payload(&mut self, connection: u32, place: PayloadPlace<'_>, length_bytes: u32) {
-        let source = self.payload_address(connection, place, 0, length_bytes);
+        let source = match place {
+            PayloadPlace::Volume(offset_bytes) if length_bytes >= PAGES_BYTES_MIN => {
+                self.idle_send(connection).add_pages(offset_bytes, length_bytes as usize);
+                return;
+            }
+            PayloadPlace::Volume(offset_bytes)
+                if !self.volume_memory(connection).may_hold_data(offset_bytes, length_bytes) =>
+            {
+                self.memory.zeroes.address(0, length_bytes as usize)
+            }
+            _ => self.payload_address(connection, place, 0, length_bytes),
+        };
         self.idle_send(connection).add(source, length_bytes as usize);
     }
 
-    /// Sends what was added; completes when all of it has been taken by the socket, or fails.
-    pub fn push_send(&mut self, connection: u32) {
+    /// Sends what was added, as far as the socket takes it at once. True: all of it. False: there comes a completion when
+    /// the socket has room; call again.
+    ///
+    /// Not through the ring: what the socket takes at once, and mostly it does, is then sent when this returns, and the
+    /// ring is entered only to wait.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2) and sendfile(2); the connection is of no use any more.
+    pub fn send(&mut self, connection: u32) -> io::Result<bool> {
         let memory = self.connection_mut(connection);
-        let send = &mut memory.send;
-        send.is_in_flight = true;
-        send.message.msg_iov = send.vectors[send.first_vector..].as_mut_ptr();
-        send.message.msg_iovlen = (send.vectors.len() - send.first_vector) as _;
-        let socket = types::Fd(memory.socket.as_raw_fd());
-        let flags = (libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32;
-        let op = opcode::SendMsg::new(socket, &raw const send.message).flags(flags).build();
-        self.push(op, OpKind::Send, connection, SlotId(0));
-    }
-
-    /// Takes off what was sent. True: all of it, and the next send may be put together. False: push again.
-    pub fn advance_send(&mut self, connection: u32, sent_bytes: usize) -> bool {
-        let send = &mut self.connection_mut(connection).send;
-        assert!(!send.is_in_flight, "a send is in flight");
-        send.advance(sent_bytes)
+        let file = memory.volume.as_deref().and_then(Volume::memory).map(MemoryVolume::file);
+        let sent = memory.send.send(&memory.socket, file);
+        if !matches!(sent, Ok(false)) {
+            return sent;
+        }
+        memory.send.waits_for_room = true;
+        let op = opcode::PollAdd::new(types::Fd(memory.socket.as_raw_fd()), libc::POLLOUT as u32).build();
+        self.push(op, OpKind::RoomToSend, connection, SlotId(0));
+        Ok(false)
     }
 
     /// Does an operation of the connection's volume for a request.
@@ -357,16 +387,11 @@ impl Ring {
             }
             return;
         }
-        let entry = match &volume.backend {
-            Backend::File(file) => self.file_op(types::Fd(file.file().as_raw_fd()), op, buffer),
-            Backend::Memory(memory) => {
-                let VolumeOp::Advise { advice, offset_bytes, length_bytes } = op else {
-                    panic!("not an operation of a memory volume: {op:?}");
-                };
-                let start = memory.address(offset_bytes, length_bytes);
-                opcode::Madvise::new(start.cast(), i64::from(length_bytes), advice).build()
-            }
+        let file = match &volume.backend {
+            Backend::File(file) => file.file(),
+            Backend::Memory(memory) => memory.file(),
         };
+        let entry = self.file_op(types::Fd(file.as_raw_fd()), op, buffer);
         self.push(entry, OpKind::Volume, connection, slot);
     }
 
@@ -450,7 +475,7 @@ impl Ring {
         memory.ops_in_flight -= 1;
         match completion.kind {
             OpKind::ReceiveBulk => memory.bulk_is_lent_to_kernel = false,
-            OpKind::Send => memory.send.is_in_flight = false,
+            OpKind::RoomToSend => memory.send.waits_for_room = false,
             _ => {}
         }
     }
@@ -490,9 +515,7 @@ impl Ring {
             VolumeOp::Allocate { mode, offset_bytes, length_bytes } => {
                 opcode::Fallocate::new(file, u64::from(length_bytes)).offset(offset_bytes).mode(mode).build()
             }
-            VolumeOp::Sync { .. } | VolumeOp::Advise { .. } => {
-                panic!("not an operation on the file itself: {op:?}")
-            }
+            VolumeOp::Sync { .. } => panic!("a sync is of the volume, not of one request"),
         }
     }
 
@@ -508,11 +531,8 @@ impl Ring {
                 self.memory.pool.address(buffer, done_bytes as usize, length_bytes as usize)
             }
             PayloadPlace::Volume(offset_bytes) => {
-                let volume = self.connection(connection).volume.as_deref();
-                match volume.and_then(Volume::memory) {
-                    Some(memory) => memory.address(offset_bytes + u64::from(done_bytes), length_bytes),
-                    None => panic!("the connection's volume is not in memory"),
-                }
+                let memory = self.volume_memory(connection);
+                memory.address(offset_bytes + u64::from(done_bytes), length_bytes)
             }
         }
     }
@@ -556,8 +576,15 @@ impl Ring {
 
     fn idle_send(&mut self, connection: u32) -> &mut SendArea {
         let send = &mut self.connection_mut(connection).send;
-        assert!(!send.is_in_flight, "a send is in flight");
+        assert!(!send.waits_for_room, "the replies before are not sent");
         send
+    }
+
+    fn volume_memory(&self, connection: u32) -> &MemoryVolume {
+        match self.connection(connection).volume.as_deref().and_then(Volume::memory) {
+            Some(memory) => memory,
+            None => panic!("the connection's volume is not in memory"),
+        }
     }
 }
 
@@ -578,8 +605,6 @@ impl Drop for Ring {
 
 impl SendArea {
     fn new() -> io::Result<Self> {
-        // SAFETY: all zeroes is a valid `msghdr`: null pointers with zero lengths.
-        let message = unsafe { std::mem::zeroed::<libc::msghdr>() };
         Ok(Self {
             headers: Region::new(IN_FLIGHT_REQUESTS_MAX * SIMPLE_REPLY_BYTES)?,
             headers_used_bytes: 0,
@@ -587,14 +612,16 @@ impl SendArea {
             // A header and a payload for each request, and the text; below IOV_MAX (1024).
             vectors: Vec::with_capacity(2 * IN_FLIGHT_REQUESTS_MAX + 1),
             first_vector: 0,
-            message,
-            is_in_flight: false,
+            pages: VecDeque::with_capacity(IN_FLIGHT_REQUESTS_MAX),
+            waits_for_room: false,
         })
     }
 
     /// Adds a range; one that follows the last directly only makes that longer.
     fn add(&mut self, start: *mut u8, length_bytes: usize) {
+        let follows_pages = self.pages.back().is_some_and(|pages| pages.after_vectors == self.vectors.len());
         if let Some(last) = self.vectors.last_mut()
+            && !follows_pages
             && last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == start
         {
             last.iov_len += length_bytes;
@@ -603,21 +630,76 @@ impl SendArea {
         self.vectors.push(libc::iovec { iov_base: start.cast(), iov_len: length_bytes });
     }
 
-    fn advance(&mut self, mut sent_bytes: usize) -> bool {
-        for vector in &mut self.vectors[self.first_vector..] {
-            let taken_bytes = sent_bytes.min(vector.iov_len);
-            vector.iov_base = vector.iov_base.cast::<u8>().wrapping_add(taken_bytes).cast();
-            vector.iov_len -= taken_bytes;
-            sent_bytes -= taken_bytes;
-            if vector.iov_len > 0 {
-                return false;
+    /// Adds pages of the volume's file.
+    fn add_pages(&mut self, offset_bytes: u64, length_bytes: usize) {
+        self.pages.push_back(Pages { after_vectors: self.vectors.len(), offset_bytes, length_bytes });
+    }
+
+    /// Sends as much as the socket takes. True: all.
+    fn send(&mut self, socket: &OwnedFd, file: Option<&File>) -> io::Result<bool> {
+        loop {
+            let vectors_end = self.pages.front().map_or(self.vectors.len(), |pages| pages.after_vectors);
+            let sent = if self.first_vector < vectors_end {
+                self.send_vectors(socket, vectors_end)
+            } else if let (Some(pages), Some(file)) = (self.pages.front_mut(), file) {
+                pages.send(socket, file)
+            } else {
+                break;
+            };
+            match sent {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
             }
-            self.first_vector += 1;
+            self.pages.pop_front_if(|pages| pages.length_bytes == 0);
         }
         self.vectors.clear();
         self.first_vector = 0;
         self.headers_used_bytes = 0;
         self.text.clear();
-        true
+        Ok(true)
+    }
+
+    fn send_vectors(&mut self, socket: &OwnedFd, end: usize) -> io::Result<()> {
+        let vectors = &mut self.vectors[self.first_vector..end];
+        // SAFETY: all zeroes is a valid `msghdr`: null pointers with zero lengths.
+        let mut message = unsafe { std::mem::zeroed::<libc::msghdr>() };
+        message.msg_iov = vectors.as_mut_ptr();
+        message.msg_iovlen = vectors.len() as _;
+        let more = if self.pages.is_empty() { 0 } else { libc::MSG_MORE };
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | more;
+        // SAFETY: the vectors name memory of the ring, of this connection or of its volume, which is mapped as long as they
+        // are there; the kernel only reads it.
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
+        let sent_bytes = usize::try_from(sent).map_err(|_| io::Error::last_os_error())?;
+        self.advance(sent_bytes, end);
+        Ok(())
+    }
+
+    fn advance(&mut self, mut sent_bytes: usize, end: usize) {
+        for vector in &mut self.vectors[self.first_vector..end] {
+            let taken_bytes = sent_bytes.min(vector.iov_len);
+            vector.iov_base = vector.iov_base.cast::<u8>().wrapping_add(taken_bytes).cast();
+            vector.iov_len -= taken_bytes;
+            sent_bytes -= taken_bytes;
+            if vector.iov_len > 0 {
+                return;
+            }
+            self.first_vector += 1;
+        }
+    }
+}
+
+impl Pages {
+    /// Hands the socket references to the pages. What is written to them before the peer has taken them arrives there: the
+    /// READ is not over for the peer until then, and so may see it.
+    fn send(&mut self, socket: &OwnedFd, file: &File) -> io::Result<()> {
+        let sent_bytes = sendfile(socket, file, Some(&mut self.offset_bytes), self.length_bytes)?;
+        if sent_bytes == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.length_bytes -= sent_bytes;
+        Ok(())
     }
 }

@@ -10,6 +10,7 @@
 //!   FLUSH           Sync
 //!   TRIM            Allocate(punch) ─(FUA)─► Sync
 //!   WRITE_ZEROES    Allocate(punch or zero) ─(not supported)─► WriteZeroes… ─(FUA)─► Sync
+//!   in memory       TRIM, WRITE_ZEROES: Allocate(punch) ─(NO_HOLE)─► Allocate(fill); the others: nothing is left to do
 //! ```
 //! Invariants: a request is reported done only when every byte of it is; where the write cache is off every writing
 //! request is treated as FUA; after a failed sync nothing is acknowledged as durable until the volume was opened anew.
@@ -168,7 +169,6 @@ enum Stage {
     Writing,
     Allocating,
     Zeroing,
-    Advising,
     Populating,
     Syncing,
 }
@@ -192,7 +192,7 @@ impl RequestProgress {
         let mut progress = Self { request: *request, stage: Stage::Syncing, durable, done_bytes: 0 };
         let next = match &volume.backend {
             Backend::File(_) => progress.begin_file(volume),
-            Backend::Memory(memory) => progress.begin_memory(memory),
+            Backend::Memory(_) => progress.begin_memory(volume),
         };
         (progress, next)
     }
@@ -207,8 +207,7 @@ impl RequestProgress {
         }
         match self.stage {
             Stage::Reading | Stage::Writing | Stage::Zeroing => self.transferred(volume, result as u32),
-            Stage::Allocating => self.data_done(volume),
-            Stage::Advising => self.advised(volume),
+            Stage::Allocating => self.allocated(volume),
             Stage::Populating => Next::Done(Ok(())),
             Stage::Syncing => durable_answer(volume),
         }
@@ -227,19 +226,13 @@ impl RequestProgress {
         self.repeat(volume)
     }
 
-    /// A memory volume has no sync and no file: only giving memory back takes an operation.
-    fn begin_memory(&mut self, memory: &MemoryVolume) -> Next {
+    /// A memory volume's payloads are in their place, and it has no sync: only zeroing takes an operation.
+    fn begin_memory(&mut self, volume: &Volume) -> Next {
         if !matches!(self.request.command, Command::Trim | Command::WriteZeroes) {
             return Next::Done(Ok(()));
         }
-        let split = memory.split_at_pages(self.request.offset_bytes, self.request.length_bytes);
-        memory.zero_edge(split.head);
-        memory.zero_edge(split.tail);
-        if split.pages.1 == 0 {
-            return Next::Done(Ok(()));
-        }
-        self.stage = Stage::Advising;
-        Next::Submit(advise(split.pages, libc::MADV_DONTNEED))
+        self.stage = Stage::Allocating;
+        self.repeat(volume)
     }
 
     /// The operation of the current stage, from where it has got to.
@@ -258,31 +251,38 @@ impl RequestProgress {
                 VolumeOp::WriteZeroes { offset_bytes, length_bytes: length_bytes.min(ZEROES_BYTES_MAX) }
             }
             Stage::Allocating => {
-                VolumeOp::Allocate { mode: self.allocate_mode(), offset_bytes, length_bytes }
+                VolumeOp::Allocate { mode: self.allocate_mode(volume), offset_bytes, length_bytes }
             }
+            Stage::Populating => VolumeOp::Allocate { mode: 0, offset_bytes, length_bytes },
             // What a hole or a preallocation changed is metadata through and through.
             Stage::Syncing => VolumeOp::Sync {
                 metadata: matches!(self.request.command, Command::Trim | Command::WriteZeroes),
             },
-            Stage::Advising | Stage::Populating => return self.repeat_advice(volume),
         };
         Next::Submit(op)
     }
 
-    fn repeat_advice(&self, volume: &Volume) -> Next {
-        let Backend::Memory(memory) = &volume.backend else { return Next::Done(Err(NbdError::Eio)) };
-        let split = memory.split_at_pages(self.request.offset_bytes, self.request.length_bytes);
-        let advice =
-            if self.stage == Stage::Advising { libc::MADV_DONTNEED } else { libc::MADV_POPULATE_WRITE };
-        Next::Submit(advise(split.pages, advice))
-    }
-
-    fn allocate_mode(&self) -> i32 {
-        let no_hole = self.request.flags.contains(CommandFlags::NO_HOLE);
-        if self.request.command == Command::WriteZeroes && no_hole {
+    /// Memory files know no `ZERO_RANGE`; there the hole is filled in a second step.
+    fn allocate_mode(&self, volume: &Volume) -> i32 {
+        if self.wants_no_hole() && volume.memory().is_none() {
             libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
         } else {
             libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
+        }
+    }
+
+    fn wants_no_hole(&self) -> bool {
+        self.request.command == Command::WriteZeroes && self.request.flags.contains(CommandFlags::NO_HOLE)
+    }
+
+    fn allocated(&mut self, volume: &Volume) -> Next {
+        match &volume.backend {
+            Backend::File(_) => self.data_done(volume),
+            Backend::Memory(_) if self.wants_no_hole() => {
+                self.stage = Stage::Populating;
+                self.repeat(volume)
+            }
+            Backend::Memory(_) => Next::Done(Ok(())),
         }
     }
 
@@ -325,14 +325,6 @@ impl RequestProgress {
             && volume.flushes.fetch_add(1, Ordering::Relaxed) + 1 == skipped
     }
 
-    fn advised(&mut self, volume: &Volume) -> Next {
-        if !self.request.flags.contains(CommandFlags::NO_HOLE) {
-            return Next::Done(Ok(()));
-        }
-        self.stage = Stage::Populating;
-        self.repeat_advice(volume)
-    }
-
     fn failed(&mut self, volume: &Volume, errno: i32) -> Next {
         let no_space = matches!(errno, libc::ENOSPC | libc::EDQUOT | libc::EFBIG);
         match self.stage {
@@ -359,10 +351,6 @@ impl RequestProgress {
 /// A sync worked; but if another failed meanwhile, its error may be about what this one should have covered.
 fn durable_answer(volume: &Volume) -> Next {
     Next::Done(if volume.has_lost_writes() { Err(NbdError::Eio) } else { Ok(()) })
-}
-
-fn advise((offset_bytes, length_bytes): (u64, u32), advice: i32) -> VolumeOp {
-    VolumeOp::Advise { advice, offset_bytes, length_bytes }
 }
 
 #[cfg(test)]
@@ -507,16 +495,18 @@ mod tests {
     }
 
     #[test]
-    fn memory_gives_whole_pages_back_and_zeroes_the_edges() {
+    fn memory_is_given_back_and_taken_again_where_no_hole_is_wanted() {
         let backend = Backend::Memory(MemoryVolume::new(1 << 20).unwrap());
         let volume = Volume::new(Uuid::nil(), 1 << 20, backend, true, Faults::default());
         let command = Command::WriteZeroes;
         let flags = CommandFlags::NO_HOLE;
         let request = Request { flags, command, cookie: 1, offset_bytes: 512, length_bytes: 8192 };
         let (mut zeroes, next) = RequestProgress::begin(&volume, &request);
-        assert_eq!(next, Next::Submit(advise((4096, 4096), libc::MADV_DONTNEED)));
+        let allocate =
+            |mode| Next::Submit(VolumeOp::Allocate { mode, offset_bytes: 512, length_bytes: 8192 });
+        assert_eq!(next, allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE));
         let next = zeroes.completed(&volume, 0);
-        assert_eq!(next, Next::Submit(advise((4096, 4096), libc::MADV_POPULATE_WRITE)));
+        assert_eq!(next, allocate(0));
         assert_eq!(zeroes.completed(&volume, 0), OK);
     }
 }

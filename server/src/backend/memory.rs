@@ -1,27 +1,30 @@
 //! A volume in this process's memory.
 //!
-//! Owns: an anonymous mapping of the volume's size, which takes up memory only where it was written. Sockets send from it
-//! and receive into it, so a payload is not copied on the way. Gone with the process; the incarnation says so.
+//! Owns: a memory file (memfd) of the volume's size, mapped, which takes up memory only where it was written. Sockets send
+//! its pages themselves or from the mapping, and receive into the mapping. Gone with the process; the incarnation says so.
 //! Never: hands out a Rust reference to the bytes. Clients may write what another reads, on several threads at once, and
 //! the kernel writes too; so this file touches them only through atomics.
-//! Called by: `volume.rs` (zeroing), `ring.rs` (addresses), `gate.rs` (open, measure).
-#![allow(unsafe_code)] // Maps the volume and writes into it while others may; bounds are checked in `Region::address`.
+//! Called by: `volume.rs`, `ring.rs` (addresses, the file), `connection.rs` (before it writes), `gate.rs` (open, measure).
+//! Invariant: where [`MemoryVolume::expect_write`] was never called, the volume is zero.
+#![allow(unsafe_code)] // Writes into the mapping while others may; bounds are checked in `Region::address`.
 
+use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
-use crate::buffers::Region;
+use rustix::fs::{MemfdFlags, memfd_create};
 
-/// Granularity in which the kernel takes memory back. Linux pages may be larger on other machines; x86-64's and
-/// aarch64's usual size is what is asked for at open.
-fn page_bytes() -> u64 {
-    rustix::param::page_size() as u64
-}
+use crate::buffers::{HUGE_PAGE_BYTES, Region};
 
 /// A volume's memory.
 pub struct MemoryVolume {
+    file: File,
     memory: Region,
     capacity_bytes: u64,
+    /// For each [`HUGE_PAGE_BYTES`] of the volume, whether anything was ever written there.
+    written: Box<[AtomicBool]>,
 }
 
 impl std::fmt::Debug for MemoryVolume {
@@ -30,26 +33,48 @@ impl std::fmt::Debug for MemoryVolume {
     }
 }
 
-/// A range of a volume split at page borders.
-#[derive(Debug, PartialEq, Eq)]
-pub struct PageSplit {
-    /// Bytes before the first whole page: offset and length.
-    pub head: (u64, u32),
-    /// Whole pages: offset and length.
-    pub pages: (u64, u32),
-    /// Bytes after the last whole page: offset and length.
-    pub tail: (u64, u32),
-}
-
 impl MemoryVolume {
-    /// Maps a volume, all zeroes. Between two guard pages, so that its mapping is never merged with another's and
-    /// [`Self::allocated_bytes`] finds it.
+    /// Makes a volume, all zeroes.
     ///
     /// # Errors
-    /// `ENOMEM`: the address space or the overcommit limit does not allow it.
+    /// `ENOMEM`: the address space or the overcommit limit does not allow it; `EMFILE`.
     pub fn new(capacity_bytes: u64) -> io::Result<Self> {
         let length_bytes = usize::try_from(capacity_bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        Ok(Self { memory: Region::new_guarded(length_bytes)?, capacity_bytes })
+        let file = File::from(memfd_create("volnode-volume", MemfdFlags::CLOEXEC)?);
+        file.set_len(capacity_bytes)?;
+        let memory = Region::of_file(&file, length_bytes)?;
+        let written = (0..length_bytes.div_ceil(HUGE_PAGE_BYTES)).map(|_| AtomicBool::new(false)).collect();
+        Ok(Self { file, memory, capacity_bytes, written })
+    }
+
+    /// The file that holds the bytes, each at its offset in the volume.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Has to be called before anything is written to the range. Where it is the first, the memory is made a huge page if
+    /// the kernel can: its memory files, unlike its anonymous memory, are of small pages otherwise, and sending a payload
+    /// costs work for each page.
+    pub fn expect_write(&self, offset_bytes: u64, length_bytes: u32) {
+        for chunk in chunks(offset_bytes, length_bytes) {
+            if self.written[chunk].load(Ordering::Acquire) || self.written[chunk].swap(true, Ordering::AcqRel)
+            {
+                continue;
+            }
+            let start_bytes = chunk * HUGE_PAGE_BYTES;
+            let length_bytes = HUGE_PAGE_BYTES.min(self.capacity_bytes as usize - start_bytes);
+            if length_bytes == HUGE_PAGE_BYTES {
+                let start = self.memory.address(start_bytes, length_bytes);
+                // SAFETY: this advice changes no byte, and the range is inside the mapping. Refused, pages stay small.
+                let _ = unsafe { libc::madvise(start.cast(), length_bytes, libc::MADV_COLLAPSE) };
+            }
+        }
+    }
+
+    /// Whether the range may hold anything but zeroes. False also keeps memory from being allocated: reading a hole through
+    /// the mapping would fill it.
+    pub fn may_hold_data(&self, offset_bytes: u64, length_bytes: u32) -> bool {
+        chunks(offset_bytes, length_bytes).any(|chunk| self.written[chunk].load(Ordering::Acquire))
     }
 
     /// Address of the byte at `offset_bytes`, of which `length_bytes` will be used.
@@ -81,37 +106,16 @@ impl MemoryVolume {
         store_bytes(target, tail);
     }
 
-    /// Splits a range at page borders, because the kernel takes back whole pages only.
-    pub fn split_at_pages(&self, offset_bytes: u64, length_bytes: u32) -> PageSplit {
-        let end = offset_bytes + u64::from(length_bytes);
-        let first = offset_bytes.next_multiple_of(page_bytes());
-        let last = end - end % page_bytes();
-        if first >= last {
-            return PageSplit { head: (offset_bytes, length_bytes), pages: (end, 0), tail: (end, 0) };
-        }
-        PageSplit {
-            head: (offset_bytes, (first - offset_bytes) as u32),
-            pages: (first, (last - first) as u32),
-            tail: (last, (end - last) as u32),
-        }
-    }
-
-    /// Writes zeroes over less than two pages.
-    pub fn zero_edge(&self, (offset_bytes, length_bytes): (u64, u32)) {
-        let zeroes = [0u8; 4096];
-        let mut done_bytes = 0;
-        while done_bytes < length_bytes {
-            let piece_bytes = (length_bytes - done_bytes).min(zeroes.len() as u32);
-            self.write(offset_bytes + u64::from(done_bytes), &zeroes[..piece_bytes as usize]);
-            done_bytes += piece_bytes;
-        }
-    }
-
-    /// Bytes of memory that the volume takes up now, resident or swapped out; 0 where `/proc` does not tell.
+    /// Bytes of memory that the volume takes up now, resident or swapped out; 0 where the kernel does not tell.
     pub fn allocated_bytes(&self) -> u64 {
-        let start = self.memory.address(0, 0) as usize;
-        std::fs::read_to_string("/proc/self/smaps").map_or(0, |smaps| anonymous_bytes(&smaps, start))
+        self.file.metadata().map_or(0, |metadata| metadata.blocks() * 512)
     }
+}
+
+/// The chunks of [`HUGE_PAGE_BYTES`] that a range touches; of an empty one, the chunk it lies in.
+fn chunks(offset_bytes: u64, length_bytes: u32) -> RangeInclusive<usize> {
+    let last_bytes = offset_bytes + u64::from(length_bytes.max(1)) - 1;
+    offset_bytes as usize / HUGE_PAGE_BYTES..=last_bytes as usize / HUGE_PAGE_BYTES
 }
 
 fn store_bytes(mut target: *mut u8, bytes: &[u8]) {
@@ -121,20 +125,6 @@ fn store_bytes(mut target: *mut u8, bytes: &[u8]) {
         cell.store(*byte, Ordering::Relaxed);
         target = target.wrapping_add(1);
     }
-}
-
-/// Adds up `Anonymous:` and `Swap:` of the mapping that begins at `start`. (`Rss:` would count the shared zero page,
-/// which reading a hole maps.)
-fn anonymous_bytes(smaps: &str, start: usize) -> u64 {
-    let heading = format!("{start:x}-");
-    let lines = smaps.lines().skip_while(|line| !line.starts_with(&heading)).skip(1);
-    let fields =
-        lines.take_while(|line| line.split_whitespace().next().is_some_and(|word| word.ends_with(':')));
-    fields
-        .filter_map(|line| line.strip_prefix("Anonymous:").or_else(|| line.strip_prefix("Swap:")))
-        .filter_map(|value| value.trim().strip_suffix(" kB")?.parse::<u64>().ok())
-        .map(|kib| kib * 1024)
-        .sum()
 }
 
 #[cfg(test)]
@@ -155,8 +145,6 @@ mod tests {
                 let bytes: Vec<u8> = (0..length).map(|n| n as u8 + 1).collect();
                 volume.write(offset, &bytes);
                 assert_eq!(read(&volume, offset, length as u32), bytes);
-                volume.zero_edge((0, 100));
-                assert_eq!(read(&volume, 0, 128), [0; 128]);
             }
         }
     }
@@ -165,23 +153,26 @@ mod tests {
     fn only_written_pages_are_allocated() {
         let volume = MemoryVolume::new(64 << 20).unwrap();
         assert_eq!(volume.allocated_bytes(), 0);
-        assert_eq!(read(&volume, 1 << 20, 4096), [0; 4096]);
-        assert_eq!(volume.allocated_bytes(), 0, "reading a hole allocates nothing");
+        assert!(!volume.may_hold_data(0, 64 << 20));
+        volume.expect_write(8192, 4096);
         volume.write(8192, &[7; 4096]);
+        assert!(volume.may_hold_data((2 << 20) - 1, 1) && !volume.may_hold_data(2 << 20, 4096));
+        assert!(volume.may_hold_data((2 << 20) - 1, 2), "a range that begins in a written chunk");
         let allocated = volume.allocated_bytes();
         assert!((4096..=4 << 20).contains(&allocated), "{allocated}");
     }
 
     #[test]
-    fn ranges_are_split_at_page_borders() {
-        let volume = MemoryVolume::new(1 << 20).unwrap();
-        let split = volume.split_at_pages(512, 8192);
-        assert_eq!(split, PageSplit { head: (512, 3584), pages: (4096, 4096), tail: (8192, 512) });
-        let inside = volume.split_at_pages(4096 + 512, 1024);
-        assert_eq!(inside, PageSplit { head: (4608, 1024), pages: (5632, 0), tail: (5632, 0) });
-        let whole = volume.split_at_pages(0, 8192);
-        assert_eq!(whole, PageSplit { head: (0, 0), pages: (0, 8192), tail: (8192, 0) });
-        let two_parts = volume.split_at_pages(512, 7000);
-        assert_eq!(two_parts, PageSplit { head: (512, 7000), pages: (7512, 0), tail: (7512, 0) });
+    fn the_file_and_the_mapping_are_the_same_bytes() {
+        use std::os::unix::fs::FileExt as _;
+
+        let volume = MemoryVolume::new((4 << 20) + 4096).unwrap();
+        for offset in [0, (2 << 20) - 2048, (4 << 20) + 96] {
+            volume.expect_write(offset, 4000);
+            volume.write(offset, &[9; 4000]);
+            let mut bytes = [0; 4000];
+            volume.file().read_exact_at(&mut bytes, offset).unwrap();
+            assert_eq!(bytes, [9; 4000]);
+        }
     }
 }

@@ -51,15 +51,6 @@ pub enum VolumeOp {
         /// How much.
         length_bytes: u32,
     },
-    /// `madvise(2)` on whole pages of a memory volume.
-    Advise {
-        /// `MADV_*`
-        advice: i32,
-        /// Where in the volume.
-        offset_bytes: u64,
-        /// How much.
-        length_bytes: u32,
-    },
 }
 
 /// Zeroes that are written at a time where the file system cannot make them itself. Large enough that a system call for
