@@ -4,6 +4,7 @@
 
 use std::io::{IsTerminal, Write, stderr, stdin, stdout};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use clap::{Args, ValueEnum};
 use testlab::kernel_series::KernelSeries;
 
 use crate::lab::bench;
+use crate::lab::bench_server;
 use crate::lab::cost::{self, CostOptions};
 use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
@@ -110,6 +112,11 @@ pub(crate) fn bench(quick: bool, write: bool) -> Result<u8> {
     bench::run(&Workspace::locate()?, quick, write).map(|()| 0)
 }
 
+/// Measures the server beside its peers, on this machine; with `write`, keeps the results in the documentation.
+pub(crate) fn bench_server(quick: bool, write: bool, directory: &Path) -> Result<u8> {
+    bench_server::run(&Workspace::locate()?, quick, write, directory).map(|()| 0)
+}
+
 /// Measures idle attachments and many of them; with `write`, keeps the results in the documentation.
 pub(crate) fn scale(write: bool) -> Result<u8> {
     scale::run(&Workspace::locate()?, write).map(|()| 0)
@@ -146,6 +153,8 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
     let mut report = Report::new(options.filter.clone(), options.show_output);
     if !options.host && !series.is_empty() {
         packages::ensure_installed(&workspace)?;
+    } else if wants(Part::Host) {
+        packages::ensure_tools(&workspace)?;
     }
     build(&workspace)?;
     if wants(Part::Host) && options.kernel.is_none() {

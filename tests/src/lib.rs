@@ -14,6 +14,7 @@ pub mod libtest_binary;
 pub mod lying_disk;
 pub mod management_api;
 pub mod nbd_client;
+pub mod nbd_load;
 pub mod process_resources;
 pub mod seed;
 pub mod shell;

@@ -70,6 +70,18 @@ enum LabCommand {
         #[arg(long, conflicts_with = "quick")]
         write: bool,
     },
+    /// The storage server's speed, latency, CPU time and memory beside its peers', on this machine's own kernel
+    BenchServer {
+        /// Only see that everything works: some seconds, the lab's own build, numbers that mean nothing
+        #[arg(long)]
+        quick: bool,
+        /// Also update the tables in docs/performance.md
+        #[arg(long, conflicts_with = "quick")]
+        write: bool,
+        /// Where the servers keep their files meanwhile, some 4 GiB
+        #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
+        directory: PathBuf,
+    },
     /// What an idle attachment costs, and an I/O beside up to 64 others
     Scale {
         /// Also update the tables in docs/performance.md
@@ -136,6 +148,9 @@ fn main() -> ExitCode {
         }
         LabCommand::Cost(options) => commands::cost(&options),
         LabCommand::Bench { quick, write } => commands::bench(quick, write),
+        LabCommand::BenchServer { quick, write, directory } => {
+            commands::bench_server(quick, write, &directory)
+        }
         LabCommand::Scale { write } => commands::scale(write),
         LabCommand::GuestScale { part, programs } => scale_guest::run(part, &programs).map(|()| 0),
         LabCommand::GuestDemo => demo::run().map(|()| 0),

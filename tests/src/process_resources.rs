@@ -1,10 +1,12 @@
 //! What a process holds and does, as /proc tells it.
 //!
-//! Used by `cargo lab scale` and the VM tests. Source: proc(5): `task/*/status`, `task/*/schedstat`, `smaps_rollup`.
+//! Used by `cargo lab scale`, `cargo lab bench-server` and the tests. Source: proc(5): `task/*/status`, `task/*/schedstat`,
+//! `smaps_rollup`, `task/*/children`, `stat`, `clear_refs`.
 
 use std::fs;
 
 use anyhow::{Context, Result};
+use rustix::param::clock_ticks_per_second;
 use serde::{Deserialize, Serialize};
 
 /// What a process's threads did.
@@ -94,6 +96,113 @@ impl Memory {
     }
 }
 
+/// A process with its children and theirs, as a server that forks for each connection has them.
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    /// The first of them.
+    pub pid: u32,
+}
+
+impl Family {
+    /// Everybody in it now, the first one first.
+    ///
+    /// # Errors
+    /// The first is gone.
+    pub fn members(self) -> Result<Vec<u32>> {
+        let mut members = vec![self.pid];
+        let mut looked_at = 0;
+        while let Some(&pid) = members.get(looked_at) {
+            let children = children(pid);
+            // One of the others may have ended meanwhile.
+            members.extend(if looked_at == 0 { children? } else { children.unwrap_or_default() });
+            looked_at += 1;
+        }
+        Ok(members)
+    }
+
+    /// CPU seconds of all so far, those that have ended and were waited for included; exact to a clock tick (10 ms).
+    ///
+    /// # Errors
+    /// The first is gone.
+    pub fn cpu_s(self) -> Result<f64> {
+        let mut ticks = 0;
+        for pid in self.members()? {
+            let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+            let times = CpuTicks::parse(&stat).with_context(|| format!("/proc/{pid}/stat"))?;
+            ticks += times.own + times.of_children;
+        }
+        Ok(ticks as f64 / clock_ticks_per_second() as f64)
+    }
+
+    /// The most that has been resident at once since [`Family::forget_peak`], in KiB; each process by itself, so what they
+    /// share counts for each.
+    ///
+    /// # Errors
+    /// The first is gone.
+    pub fn peak_kib(self) -> Result<u64> {
+        let mut peak_kib = 0;
+        for pid in self.members()? {
+            // One that has ended has nothing resident.
+            let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { continue };
+            peak_kib += number_after(&status, "VmHWM:").unwrap_or(0);
+        }
+        Ok(peak_kib)
+    }
+
+    /// The peak begins again at what is resident now.
+    ///
+    /// # Errors
+    /// The first is gone, or somebody else's.
+    pub fn forget_peak(self) -> Result<()> {
+        for pid in self.members()? {
+            let path = format!("/proc/{pid}/clear_refs");
+            fs::write(&path, "5").context(path)?;
+        }
+        Ok(())
+    }
+}
+
+/// CPU seconds of the children of this process that have ended and were waited for.
+///
+/// # Errors
+/// `/proc` cannot be read.
+pub fn ended_children_cpu_s() -> Result<f64> {
+    let stat = fs::read_to_string("/proc/self/stat").context("/proc/self/stat")?;
+    let times = CpuTicks::parse(&stat).context("/proc/self/stat")?;
+    Ok(times.of_children as f64 / clock_ticks_per_second() as f64)
+}
+
+/// What `/proc/PID/stat` says of CPU time, user and system together, in clock ticks.
+#[derive(Debug, PartialEq, Eq)]
+struct CpuTicks {
+    /// Of all threads, those that have ended included.
+    own: u64,
+    /// Of the children that have ended and were waited for.
+    of_children: u64,
+}
+
+impl CpuTicks {
+    /// Fields 14 to 17; the second, a name, may hold anything but its last parenthesis is the line's last.
+    fn parse(stat: &str) -> Option<Self> {
+        let (_, fields) = stat.rsplit_once(')')?;
+        let times = fields.split_whitespace().skip(14 - 3).take(4).map(str::parse);
+        let times: Vec<u64> = times.collect::<Result<_, _>>().ok()?;
+        let &[user, system, children_user, children_system] = times.as_slice() else { return None };
+        Some(Self { own: user + system, of_children: children_user + children_system })
+    }
+}
+
+/// The children of every thread of a process.
+fn children(pid: u32) -> Result<Vec<u32>> {
+    let mut children = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread that has ended has no children any more.
+        let pids = fs::read_to_string(task?.path().join("children")).unwrap_or_default();
+        children.extend(pids.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+    }
+    Ok(children)
+}
+
 /// The number in the line that begins with `name`.
 fn number_after(text: &str, name: &str) -> Result<u64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name}"))?;
@@ -122,5 +231,30 @@ mod tests {
         assert!(after.threads >= 1 && after.switches > before.switches, "{before:?} {after:?}");
         let memory = Memory::of(pid).unwrap();
         assert!(memory.rss_kib >= memory.pss_kib && memory.anonymous_kib > 0, "{memory:?}");
+    }
+
+    #[test]
+    fn cpu_time_is_found_behind_a_name_with_parentheses() {
+        let stat = "7 (a) b (c)) S 1 7 7 0 -1 4194304 1 2 3 4 110 12 130 140 20 0 1 0 99";
+        assert_eq!(CpuTicks::parse(stat), Some(CpuTicks { own: 122, of_children: 270 }));
+        assert_eq!(CpuTicks::parse("7 (a) S 1"), None);
+    }
+
+    #[test]
+    fn a_child_belongs_to_the_family_and_its_time_outlives_it() {
+        let family = Family { pid: std::process::id() };
+        let before = family.cpu_s().unwrap();
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done; read line"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        assert!(family.members().unwrap().contains(&child.id()));
+        assert!(family.peak_kib().unwrap() > Family { pid: child.id() }.peak_kib().unwrap());
+        // Its standard input ends, and so does it.
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(!family.members().unwrap().contains(&child.id()));
+        assert!(family.cpu_s().unwrap() > before && ended_children_cpu_s().unwrap() > 0.0);
     }
 }

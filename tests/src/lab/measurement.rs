@@ -1,8 +1,9 @@
-//! What every measurement in the VM needs on this side: the product's programs, the guest's output, the document.
+//! What every measurement needs on this side: the product's programs, the guest's output, medians, the document.
 //!
-//! Called by `cost`, `bench` and `scale`. Knows nothing of what is measured.
+//! Called by `cost`, `bench`, `bench_server` and `scale`. Knows nothing of what is measured.
 
 use std::io::{Write as _, stderr};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -81,15 +82,33 @@ pub(crate) fn guest_output(
     Ok(stdout)
 }
 
+/// How often what changes during a run is looked at.
+pub(crate) const SAMPLE_INTERVAL: Duration = Duration::from_millis(50);
+
+/// The first line by which a program tells its version.
+///
+/// # Errors
+/// It is not there, or does not tell.
+pub(crate) fn version(program: &str, option: &str) -> Result<String> {
+    let text = tool::output(tool::command(program).arg(option), VERSION_DEADLINE)?;
+    Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or_default().trim().to_owned())
+}
+
+/// The name of the file system that a directory is on.
+///
+/// # Errors
+/// `df` fails.
+pub(crate) fn file_system(directory: &Path) -> Result<String> {
+    let text = tool::output(tool::command("df").arg("--output=fstype").arg(directory), VERSION_DEADLINE)?;
+    Ok(String::from_utf8_lossy(&text).lines().nth(1).unwrap_or_default().trim().to_owned())
+}
+
 /// One line that says on what the numbers were made; `release` is the guest kernel's.
 ///
 /// # Errors
 /// A tool does not say its version.
 pub(crate) fn machine_line(release: &str) -> Result<String> {
-    let version = |program: &str| -> Result<String> {
-        let text = tool::output(tool::command(program).arg("--version"), VERSION_DEADLINE)?;
-        Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or_default().trim().to_owned())
-    };
+    let version = |program: &str| version(program, "--version");
     let (fio, nbdkit, qemu) = (version("fio")?, version("nbdkit")?, version("qemu-system-x86_64")?);
     Ok(format!("Linux {release}, {fio}, {nbdkit}, {qemu}; volnode {}.\n", env!("CARGO_PKG_VERSION")))
 }
@@ -104,6 +123,20 @@ pub(crate) fn replaced(document: &str, begin: &str, end: &str, text: &str) -> Re
     Ok(format!("{before}{begin}\n{text}\n{end}{after}"))
 }
 
+/// The largest value less the smallest, in per cent of the median.
+pub(crate) fn spread_percent(values: Vec<f64>) -> f64 {
+    let (low, high) =
+        values.iter().fold((f64::MAX, 0.0_f64), |(low, high), &value| (low.min(value), high.max(value)));
+    (high - low) / median(values) * 100.0
+}
+
+/// The middle value; of an even number of values the mean of the middle two.
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,5 +148,11 @@ mod tests {
         let once = replaced(&document, begin, end, "new").unwrap();
         assert_eq!(once, format!("above\n{begin}\nnew\n{end}below\n"));
         assert!(replaced("no markers\n", begin, end, "new").is_err());
+    }
+
+    #[test]
+    fn the_median_of_two_is_between_them() {
+        assert_eq!(median(vec![3.0, 1.0]), 2.0);
+        assert_eq!(median(vec![3.0, 1.0, 2.5]), 2.5);
     }
 }

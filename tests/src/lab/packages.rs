@@ -50,9 +50,23 @@ const VERSION_DEADLINE: Duration = Duration::from_secs(20);
 /// # Errors
 /// Something is missing and cannot be installed: not Debian, not root, no network. The error names it.
 pub(crate) fn ensure_installed(workspace: &Workspace) -> Result<()> {
+    ensure_programs(workspace, tool::find(QEMU.program).is_none())?;
+    let mut version = tool::command(QEMU.program);
+    tool::output(version.arg("--version"), VERSION_DEADLINE).context("QEMU is installed but does not run")?;
+    Ok(())
+}
+
+/// Makes sure of every program but the virtual machine.
+///
+/// # Errors
+/// As [`ensure_installed`].
+pub(crate) fn ensure_tools(workspace: &Workspace) -> Result<()> {
+    ensure_programs(workspace, false)
+}
+
+fn ensure_programs(workspace: &Workspace, qemu_missing: bool) -> Result<()> {
     let missing: Vec<&str> =
         PACKAGES.iter().filter(|package| tool::find(package.program).is_none()).map(|p| p.name).collect();
-    let qemu_missing = tool::find(QEMU.program).is_none();
     if !missing.is_empty() || qemu_missing {
         let mut wanted = missing.clone();
         wanted.extend(qemu_missing.then_some(QEMU.name));
@@ -67,8 +81,6 @@ pub(crate) fn ensure_installed(workspace: &Workspace) -> Result<()> {
         let lacking: Vec<&str> = wanted_programs(&wanted).filter(|p| tool::find(p).is_none()).collect();
         ensure!(lacking.is_empty(), "{advice}\napt-get succeeded, yet there is no {}", lacking.join(", "));
     }
-    let mut version = tool::command(QEMU.program);
-    tool::output(version.arg("--version"), VERSION_DEADLINE).context("QEMU is installed but does not run")?;
     Ok(())
 }
 

@@ -5,6 +5,7 @@
 
 use anyhow::{Result, ensure};
 
+use super::super::measurement::{median, spread_percent};
 use crate::bench_guest::{Cell, CpuSecondsPerGib, Plan, SUBJECTS, Sample};
 
 /// Medians of the rounds of one cell on one subject.
@@ -68,20 +69,6 @@ fn row(subject: usize, cell: Cell, rounds: &[&Sample]) -> Row {
     }
 }
 
-/// The largest value less the smallest, in per cent of the median.
-fn spread_percent(values: Vec<f64>) -> f64 {
-    let (low, high) =
-        values.iter().fold((f64::MAX, 0.0_f64), |(low, high), &value| (low.min(value), high.max(value)));
-    (high - low) / median(values) * 100.0
-}
-
-/// The middle value; of an even number of values the mean of the middle two.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    if values.len() % 2 == 1 { values[middle] } else { f64::midpoint(values[middle - 1], values[middle]) }
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -136,11 +123,5 @@ pub(super) mod tests {
         let mut samples = samples(&plan, |_, _, _| 1000.0);
         samples.pop();
         assert!(rows(&samples, &plan).is_err());
-    }
-
-    #[test]
-    fn the_median_of_two_is_between_them() {
-        assert_eq!(median(vec![3.0, 1.0]), 2.0);
-        assert_eq!(median(vec![3.0, 1.0, 2.5]), 2.5);
     }
 }
