@@ -11,6 +11,8 @@
 mod connection;
 mod generator;
 mod pattern;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::net::SocketAddr;
