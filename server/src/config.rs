@@ -1,7 +1,7 @@
 //! What volserver can be told, on its command line or in its environment.
 //!
 //! Owns the options, their defaults and their rules; the one rule that needs more than one option is that an address
-//! beyond loopback needs `--insecure`, until there is TLS. Opens and starts nothing. Called by `main.rs`.
+//! beyond loopback needs TLS, or `--insecure`. Opens and starts nothing. Called by `main.rs`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,14 +9,18 @@ use std::path::PathBuf;
 use clap::builder::BoolishValueParser;
 use clap::{Parser, ValueEnum};
 
+use tls::certificates::Pair;
+use tls::stream::Records;
+
 use crate::backend::file::CacheMode;
+use crate::tls::TlsFiles;
 use crate::volume::Faults;
 
 const EXIT_CODES: &str = "\
 Exit codes:
   0  stopped by SIGTERM or SIGINT, everything ended in order
   1  failed unexpectedly
-  2  bad options, or an address beyond loopback without --insecure
+  2  bad options or certificates, or an address beyond loopback without TLS or --insecure
   3  the data directory or its catalog cannot be used
   4  an address cannot be listened on
   5  stopped, but connections or their I/O did not end in time";
@@ -55,7 +59,37 @@ pub struct Config {
     #[arg(long, env = "VOLSERVER_EXPORT_BY_NAME", value_parser = BoolishValueParser::new())]
     pub export_by_name: bool,
 
-    /// Allow addresses beyond loopback, although nothing is encrypted and the API asks for no password
+    /// Whether NBD clients and the management API use TLS
+    #[arg(long, env = "VOLSERVER_TLS", value_enum, value_name = "MODE", default_value = "off")]
+    pub tls: TlsMode,
+
+    /// The server's certificate, with the chain below its authority (PEM); read again at SIGHUP, as are the next two
+    #[arg(
+        long,
+        env = "VOLSERVER_TLS_CERT",
+        value_name = "FILE",
+        required_if_eq_any([("tls", "allowed"), ("tls", "required")])
+    )]
+    pub tls_cert: Option<PathBuf>,
+
+    /// The certificate's private key (PEM)
+    #[arg(
+        long,
+        env = "VOLSERVER_TLS_KEY",
+        value_name = "FILE",
+        required_if_eq_any([("tls", "allowed"), ("tls", "required")])
+    )]
+    pub tls_key: Option<PathBuf>,
+
+    /// Ask clients for a certificate of this authority (PEM); its names say what they may open and manage
+    #[arg(long, env = "VOLSERVER_TLS_CLIENT_CA", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
+
+    /// Who encrypts and decrypts
+    #[arg(long, env = "VOLSERVER_TLS_RECORDS", value_enum, value_name = "WHO", default_value = "auto")]
+    pub tls_records: TlsRecords,
+
+    /// Allow addresses beyond loopback, although something there is not encrypted or asks for no password
     #[arg(long, env = "VOLSERVER_INSECURE", value_parser = BoolishValueParser::new())]
     pub insecure: bool,
 
@@ -90,14 +124,54 @@ impl From<Cache> for CacheMode {
     }
 }
 
+/// Values of `--tls`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TlsMode {
+    /// Nobody does
+    Off,
+    /// Who wants to
+    Allowed,
+    /// Everybody does
+    Required,
+}
+
+/// Values of `--tls-records`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TlsRecords {
+    /// The kernel where it can (kTLS), else a thread for each connection
+    Auto,
+    /// A thread for each connection
+    UserSpace,
+}
+
+impl From<TlsRecords> for Records {
+    fn from(records: TlsRecords) -> Self {
+        match records {
+            TlsRecords::Auto => Self::Auto,
+            TlsRecords::UserSpace => Self::UserSpace,
+        }
+    }
+}
+
 impl Config {
-    /// The addresses that other machines can reach.
-    pub fn beyond_loopback(&self) -> impl Iterator<Item = SocketAddr> {
-        self.listen
-            .iter()
-            .copied()
-            .chain([self.management])
-            .filter(|address| !address.ip().to_canonical().is_loopback())
+    /// The addresses that other machines can reach, and that are not protected: NBD needs encryption there (what may be
+    /// opened, the names' secrets say), the API also has to know who calls.
+    pub fn exposed(&self) -> impl Iterator<Item = SocketAddr> {
+        let is_encrypted = self.tls == TlsMode::Required;
+        let is_protected = is_encrypted && self.tls_client_ca.is_some();
+        let data = self.listen.iter().copied().filter(move |_| !is_encrypted);
+        let management = Some(self.management).filter(|_| !is_protected);
+        data.chain(management).filter(|address| !address.ip().to_canonical().is_loopback())
+    }
+
+    /// The files of TLS, where there is TLS.
+    pub fn tls_files(&self) -> Option<TlsFiles> {
+        if self.tls == TlsMode::Off {
+            return None;
+        }
+        let (certificate, key) = self.tls_cert.clone().zip(self.tls_key.clone())?;
+        let pair = Pair { certificate, key };
+        Some(TlsFiles { pair, client_authority: self.tls_client_ca.clone() })
     }
 }
 
@@ -130,18 +204,43 @@ mod tests {
     fn both_ports_are_on_loopback_by_default() {
         let config = parse(&[]).unwrap();
         assert_eq!(config.listen, ["127.0.0.1:10809".parse().unwrap()]);
-        assert_eq!(config.beyond_loopback().count(), 0);
+        assert_eq!(config.exposed().count(), 0);
+        assert_eq!(config.tls_files(), None);
         assert!(!config.export_by_name && !config.insecure);
     }
 
     #[test]
     fn every_address_is_looked_at() {
         let beyond =
-            |args: &[&str]| parse(args).unwrap().beyond_loopback().map(|a| a.to_string()).collect::<Vec<_>>();
+            |args: &[&str]| parse(args).unwrap().exposed().map(|a| a.to_string()).collect::<Vec<_>>();
         assert_eq!(beyond(&["--listen", "[::1]:1,0.0.0.0:2"]), ["0.0.0.0:2"]);
         assert_eq!(beyond(&["--listen", "127.0.0.1:1", "--listen", "[::]:2"]), ["[::]:2"]);
         assert_eq!(beyond(&["--management", "192.0.2.1:2"]), ["192.0.2.1:2"]);
         assert_eq!(beyond(&["--listen", "[::ffff:127.0.0.1]:1,127.8.9.1:2"]), [""; 0]);
+    }
+
+    #[test]
+    fn tls_protects_what_other_machines_reach() {
+        let exposed = |args: &[&str]| {
+            let all =
+                ["--listen", "0.0.0.0:1", "--management", "0.0.0.0:2", "--tls-cert", "c", "--tls-key", "k"];
+            parse(&[&all[..], args].concat()).unwrap().exposed().map(|a| a.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(exposed(&[]), ["0.0.0.0:1", "0.0.0.0:2"]);
+        assert_eq!(exposed(&["--tls", "allowed", "--tls-client-ca", "a"]), ["0.0.0.0:1", "0.0.0.0:2"]);
+        assert_eq!(exposed(&["--tls", "required"]), ["0.0.0.0:2"]);
+        assert_eq!(exposed(&["--tls", "required", "--tls-client-ca", "a"]), [""; 0]);
+    }
+
+    #[test]
+    fn tls_needs_a_certificate_and_its_key() {
+        for mode in ["allowed", "required"] {
+            assert!(parse(&["--tls", mode]).is_err());
+            assert!(parse(&["--tls", mode, "--tls-cert", "c"]).is_err());
+            let config = parse(&["--tls", mode, "--tls-cert", "c", "--tls-key", "k"]).unwrap();
+            let files = config.tls_files().unwrap();
+            assert_eq!((files.pair.certificate, files.client_authority), ("c".into(), None));
+        }
     }
 
     #[test]

@@ -16,8 +16,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::nbd::handshake::server::{Open, Refusal};
+use proto::nbd::handshake::server::{Open, Refusal, TlsState};
 use proto::nbd::transmission::{Command, NbdError};
+use tls::kernel::ControlRecord;
 use tracing::{debug, info};
 
 use crate::buffers::Buffer;
@@ -25,6 +26,8 @@ use crate::fence::ConnectionId;
 use crate::mailbox::Opened;
 use crate::ring::{BULK_BYTES, Completion, OpKind, PayloadPlace, Ring};
 use crate::session::{Action, IN_FLIGHT_REQUESTS_MAX, Session, SlotId};
+use crate::tls::Secured;
+use crate::tls::rights::Rights;
 use crate::volume::{Next, RequestProgress, Volume};
 
 /// From this many missing bytes on, a payload is received straight into its place; below, one bulk receive that may bring
@@ -51,6 +54,19 @@ pub enum Ask {
     Open(Open),
     /// The public exports are to be listed.
     List,
+    /// TLS is to be started: everything was sent, and nothing is in flight.
+    StartTls,
+}
+
+/// Where a connection is with TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tls {
+    /// It does not start just now.
+    Idle,
+    /// The acknowledgement has to leave first.
+    Acknowledging,
+    /// The handshake has the socket.
+    Starting,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +118,8 @@ pub struct Connection {
     requests: Box<[InFlight]>,
     held: Held,
     held_bytes: usize,
+    tls: Tls,
+    rights: Arc<Rights>,
     handshake_deadline: Instant,
     progressed_at: Instant,
     /// Set while the connection is in the loop's list of connections to advance.
@@ -116,13 +134,14 @@ impl Connection {
         peer: SocketAddr,
         now: Instant,
         handshake_limit: Duration,
+        tls: TlsState,
     ) -> Self {
         Self {
             id,
             index,
             peer,
             phase: Phase::Open,
-            session: Session::new(),
+            session: Session::new().with_tls(tls),
             volume: None,
             bulk_start: 0,
             bulk_end: 0,
@@ -134,6 +153,8 @@ impl Connection {
             requests: (0..IN_FLIGHT_REQUESTS_MAX).map(|_| InFlight::default()).collect(),
             held: Held::No,
             held_bytes: 0,
+            tls: Tls::Idle,
+            rights: Arc::new(Rights::everything()),
             handshake_deadline: now + handshake_limit,
             progressed_at: now,
             is_listed: false,
@@ -238,6 +259,31 @@ impl Connection {
         }
     }
 
+    /// What its client may open.
+    pub fn rights(&self) -> &Arc<Rights> {
+        &self.rights
+    }
+
+    /// When the handshake has to be over.
+    pub fn handshake_deadline(&self) -> Instant {
+        self.handshake_deadline
+    }
+
+    /// The TLS handshake has ended.
+    pub fn tls_started(&mut self, ring: &mut Ring, secured: Option<Secured>) {
+        if self.phase != Phase::Open {
+            return;
+        }
+        self.tls = Tls::Idle;
+        let Some(Secured { carrier, rights }) = secured else { return self.close(ring) };
+        if let Err(error) = ring.set_carrier(self.index, carrier) {
+            debug!(peer = %self.peer, %error, "TLS cannot be used");
+            return self.close(ring);
+        }
+        self.rights = rights;
+        self.session.tls_started();
+    }
+
     /// Takes no more requests; what is in flight is finished and answered, then the connection closes.
     pub fn finish(&mut self, ring: &mut Ring) {
         if self.phase != Phase::Open {
@@ -283,6 +329,10 @@ impl Connection {
         while self.send(ring) && ask.is_none() && self.phase == Phase::Open {
             // What left made room for requests that were held back.
             ask = self.parse(ring);
+        }
+        if self.tls == Tls::Acknowledging && !self.is_sending && self.phase == Phase::Open {
+            self.tls = Tls::Starting;
+            ask = Some(Ask::StartTls);
         }
         self.receive(ring);
         if self.phase == Phase::Finishing && self.session.is_idle() && !self.is_sending {
@@ -330,6 +380,11 @@ impl Connection {
                 Action::List => {
                     self.is_paused = true;
                     return Some(Ask::List);
+                }
+                Action::StartTls => {
+                    self.is_paused = true;
+                    self.tls = Tls::Acknowledging;
+                    break;
                 }
             }
         }
@@ -417,8 +472,15 @@ impl Connection {
             }
             errno if errno == -libc::EINTR => false,
             errno => {
-                debug!(peer = %self.peer, errno = -errno, "cannot receive");
-                self.close(ring);
+                match ring.take_control_record(self.index).filter(|_| errno == -libc::EIO) {
+                    // As the end of the stream: what is in flight is answered.
+                    Some(ControlRecord::CloseNotify) => self.finish(ring),
+                    record => {
+                        let record = record.map(|record| record.to_string());
+                        debug!(peer = %self.peer, errno = -errno, record, "cannot receive");
+                        self.close(ring);
+                    }
+                }
                 false
             }
         }

@@ -26,6 +26,7 @@ use crate::catalog::{BackendKind, Catalog, VolumeRecord};
 use crate::gate::{self, Gate, GateMessage};
 use crate::io_loop::IoLoop;
 use crate::mailbox::{Mailbox, RingMessage};
+use crate::tls::ServerTls;
 use crate::volume::Faults;
 
 /// How long the control side waits for an answer of the gate beyond any deadline that the gate itself keeps: it answers
@@ -78,6 +79,8 @@ pub struct DataServerConfig {
     pub cache: CacheMode,
     /// Whether volumes can be opened by their plain name.
     pub export_by_name: bool,
+    /// How connections are encrypted, if they are.
+    pub tls: Arc<ServerTls>,
     /// For tests only.
     pub faults: Faults,
     /// Bounds.
@@ -92,6 +95,7 @@ impl Default for DataServerConfig {
             volumes_dir: PathBuf::new(),
             cache: CacheMode::default(),
             export_by_name: false,
+            tls: Arc::default(),
             faults: Faults::default(),
             limits: Limits::default(),
         }
@@ -199,7 +203,7 @@ impl DataServer {
 
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let ring_count = if config.threads == 0 { cores } else { config.threads };
-        let (rings, ring_threads) = start_rings(ring_count, &gate_sender, config.limits)?;
+        let (rings, ring_threads) = start_rings(ring_count, &gate_sender, config.limits, &config.tls)?;
         let limits = config.limits;
         let volumes_dir = config.volumes_dir.clone();
         let identity = (boot_id.clone(), process_id.clone());
@@ -357,10 +361,15 @@ fn join_until(thread: JoinHandle<()>, deadline: Instant) -> bool {
 
 type Rings = (Vec<Arc<Mailbox>>, Vec<JoinHandle<()>>);
 
-fn start_rings(count: usize, gate: &Sender<GateMessage>, limits: Limits) -> Result<Rings, DataServerError> {
+fn start_rings(
+    count: usize,
+    gate: &Sender<GateMessage>,
+    limits: Limits,
+    tls: &Arc<ServerTls>,
+) -> Result<Rings, DataServerError> {
     let (mut mailboxes, mut threads) = (Vec::new(), Vec::new());
     for number in 0..count {
-        match start_ring(number, gate.clone(), limits) {
+        match start_ring(number, gate.clone(), limits, Arc::clone(tls)) {
             Ok((mailbox, thread)) => {
                 mailboxes.push(mailbox);
                 threads.push(thread);
@@ -378,13 +387,14 @@ fn start_ring(
     number: usize,
     gate: Sender<GateMessage>,
     limits: Limits,
+    tls: Arc<ServerTls>,
 ) -> Result<(Arc<Mailbox>, JoinHandle<()>), DataServerError> {
     let mailbox = Arc::new(Mailbox::new().map_err(system("make an eventfd"))?);
     let (ready_sender, ready) = channel();
     let own_mailbox = Arc::clone(&mailbox);
     let thread = spawn(format!("ring-{number}"), move || {
         // Made here because a ring belongs to the thread that makes it.
-        match IoLoop::new(number, own_mailbox, gate, limits) {
+        match IoLoop::new(number, own_mailbox, gate, limits, tls) {
             Ok(io_loop) => {
                 let _ = ready_sender.send(Ok(()));
                 io_loop.run();

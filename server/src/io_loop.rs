@@ -25,6 +25,7 @@ use crate::fence::ConnectionId;
 use crate::gate::GateMessage;
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::ring::{Completion, OpKind, Ring};
+use crate::tls::ServerTls;
 
 /// Results taken in one pass; what is left waits for the next.
 const COMPLETIONS_PER_PASS: usize = 1024;
@@ -40,6 +41,7 @@ pub struct IoLoop {
     mailbox: Arc<Mailbox>,
     gate: Sender<GateMessage>,
     limits: Limits,
+    tls: Arc<ServerTls>,
     connections: Vec<Option<Box<Connection>>>,
     by_id: HashMap<ConnectionId, u32>,
     completions: Vec<Completion>,
@@ -62,6 +64,7 @@ impl IoLoop {
         mailbox: Arc<Mailbox>,
         gate: Sender<GateMessage>,
         limits: Limits,
+        tls: Arc<ServerTls>,
     ) -> io::Result<Self> {
         let mut ring = Ring::new(ring_number)?;
         ring.push_wakeup(mailbox.wakeup());
@@ -71,6 +74,7 @@ impl IoLoop {
             mailbox,
             gate,
             limits,
+            tls,
             connections: Vec::new(),
             by_id: HashMap::new(),
             completions: Vec::with_capacity(COMPLETIONS_PER_PASS),
@@ -134,13 +138,17 @@ impl IoLoop {
             let Some(connection) = self.connections[index as usize].as_mut() else { continue };
             connection.is_listed = false;
             if let Some(ask) = connection.advance(&mut self.ring) {
+                let rights = Arc::clone(connection.rights());
+                let deadline = connection.handshake_deadline();
                 let connection = connection.id();
                 let ring = self.ring_number;
-                let message = match ask {
-                    Ask::Open(open) => GateMessage::Open { connection, ring, open },
-                    Ask::List => GateMessage::List { connection, ring },
-                };
-                self.tell_gate(message);
+                match ask {
+                    Ask::Open(open) => {
+                        self.tell_gate(GateMessage::Open { connection, ring, open, rights });
+                    }
+                    Ask::List => self.tell_gate(GateMessage::List { connection, ring, rights }),
+                    Ask::StartTls => self.start_tls(index, connection, deadline),
+                }
             }
             if self.connections[index as usize].as_ref().is_some_and(|c| c.is_drained(&self.ring)) {
                 self.remove(index);
@@ -159,6 +167,9 @@ impl IoLoop {
                 }
                 RingMessage::Listed { connection, names } => {
                     self.with(connection, |connection, _| connection.listed(&names));
+                }
+                RingMessage::TlsStarted { connection, secured } => {
+                    self.with(connection, |connection, ring| connection.tls_started(ring, secured));
                 }
                 RingMessage::Close { connection } => {
                     self.with(connection, |connection, ring| connection.close(ring));
@@ -193,11 +204,24 @@ impl IoLoop {
         if index as usize == self.connections.len() {
             self.connections.push(None);
         }
-        let connection = Connection::new(id, index, peer, now, self.limits.handshake_timeout);
+        let (limit, tls) = (self.limits.handshake_timeout, self.tls.state());
+        let connection = Connection::new(id, index, peer, now, limit, tls);
         self.connections[index as usize] = Some(Box::new(connection));
         self.by_id.insert(id, index);
         self.has_handshakes = true;
         self.note(index);
+    }
+
+    fn start_tls(&mut self, index: u32, connection: ConnectionId, deadline: Instant) {
+        match self.ring.clone_socket(index) {
+            Ok(socket) => {
+                self.tls.start_handshake(connection, socket, Arc::clone(&self.mailbox), deadline);
+            }
+            Err(error) => {
+                warn!(connection = connection.0, %error, "no descriptor for a TLS handshake");
+                self.mailbox.post(RingMessage::TlsStarted { connection, secured: None });
+            }
+        }
     }
 
     fn with(&mut self, id: ConnectionId, act: impl FnOnce(&mut Connection, &mut Ring)) {

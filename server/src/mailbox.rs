@@ -16,6 +16,7 @@ use proto::nbd::validate::RequestLimits;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::fence::ConnectionId;
+use crate::tls::Secured;
 use crate::volume::Volume;
 
 /// An export that was opened, or that INFO asked about.
@@ -54,6 +55,13 @@ pub enum RingMessage {
         connection: ConnectionId,
         /// Names of the public exports.
         names: Vec<String>,
+    },
+    /// A TLS handshake has ended.
+    TlsStarted {
+        /// Whose.
+        connection: ConnectionId,
+        /// What the connection is now; `None`: it failed, which was logged.
+        secured: Option<Secured>,
     },
     /// Close it now; report it closed when its submitted I/O has finished.
     Close {

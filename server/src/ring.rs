@@ -31,6 +31,8 @@ use crate::session::{IN_FLIGHT_REQUESTS_MAX, SlotId};
 use crate::sync_groups::{Begin, Member, SyncGroups};
 use crate::volume::{Backend, Volume};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
+use tls::kernel::{self, ControlRecord};
+use tls::stream::Carrier;
 
 /// Submissions that fit between two system calls. A pass with more submits twice.
 const SQ_ENTRIES: u32 = 512;
@@ -131,6 +133,8 @@ struct SendArea {
 
 struct ConnectionMemory {
     socket: OwnedFd,
+    /// The kernel encrypts what goes through the socket.
+    is_ktls: bool,
     bulk: Region,
     bulk_is_lent_to_kernel: bool,
     send: SendArea,
@@ -206,6 +210,7 @@ impl Ring {
         rustix::io::ioctl_fionbio(&socket, true)?;
         let memory = Box::new(ConnectionMemory {
             socket,
+            is_ktls: false,
             bulk: Region::new(BULK_BYTES)?,
             bulk_is_lent_to_kernel: false,
             send: SendArea::new()?,
@@ -228,6 +233,39 @@ impl Ring {
         assert_eq!(self.connection(connection).ops_in_flight, 0, "operations are in flight");
         self.memory.connections[connection as usize] = None;
         self.free_indices.push(connection);
+    }
+
+    /// The connection's socket once more, for a TLS handshake.
+    ///
+    /// # Errors
+    /// `EMFILE` and the like.
+    pub fn clone_socket(&self, connection: u32) -> io::Result<OwnedFd> {
+        self.connection(connection).socket.try_clone()
+    }
+
+    /// The connection's bytes are carried by TLS from now on.
+    ///
+    /// # Errors
+    /// The socket is not one any more.
+    ///
+    /// # Panics
+    /// While operations of it are in flight: they would bring bytes from before.
+    pub fn set_carrier(&mut self, connection: u32, carrier: Carrier) -> io::Result<()> {
+        let memory = self.connection_mut(connection);
+        assert_eq!(memory.ops_in_flight, 0, "operations are in flight");
+        match carrier {
+            Carrier::Kernel(_same_socket) => memory.is_ktls = true,
+            Carrier::Relay(near_end) => memory.socket = near_end,
+        }
+        // As in `add_connection`; the handshake has waited on it.
+        rustix::io::ioctl_fionbio(&memory.socket, true)?;
+        Ok(())
+    }
+
+    /// After EIO: the TLS record that is not data, if that was the cause.
+    pub fn take_control_record(&self, connection: u32) -> Option<ControlRecord> {
+        let memory = self.connection(connection);
+        memory.is_ktls.then(|| kernel::take_control_record(&memory.socket)).flatten()
     }
 
     /// The connection's requests are for this volume from now on.

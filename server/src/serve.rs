@@ -12,19 +12,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1;
+use rustls::ProtocolVersion;
+use tls::certificates::CertificateError;
+use tls::kernel::{self, CipherKind};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
 use crate::catalog::{Catalog, CatalogError};
-use crate::config::Config;
+use crate::config::{Config, TlsMode, TlsRecords};
 use crate::data_server::{DataServer, DataServerConfig, DataServerError};
 use crate::data_side::ServedData;
 use crate::lifecycle::{Lifecycle, LifecycleError};
 use crate::management::{Calls, ManagementService};
+use crate::tls::{ServerTls, management_listener};
 
 /// Calls in progress get this long at stop: a fence takes less.
 const CALLS_STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -38,10 +41,13 @@ const DATA_STOP_TIMEOUT: Duration = Duration::from_secs(25);
 pub enum ServeError {
     /// An address beyond loopback, without the word for it.
     #[error(
-        "{0} can be reached from other machines, where nothing is encrypted and the API asks for no password: \
-         listen on 127.0.0.1, or say --insecure if that network is trusted"
+        "{0} can be reached from other machines, where nothing is encrypted or the API asks for no password: listen on \
+         127.0.0.1, or use --tls required (with --tls-client-ca for the API), or say --insecure if that network is trusted"
     )]
     BeyondLoopback(SocketAddr),
+    /// A certificate or key cannot be used.
+    #[error(transparent)]
+    Certificates(#[from] CertificateError),
     /// The data directory or the catalog cannot be used.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
@@ -81,7 +87,7 @@ impl ServeError {
     /// The process's exit code, as `--help` lists them.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::BeyondLoopback(_) => 2,
+            Self::BeyondLoopback(_) | Self::Certificates(_) => 2,
             Self::Catalog(_) | Self::Recovery(_) => 3,
             Self::ManagementAddress { .. } => 4,
             Self::Data(error) if error.is_address() => 4,
@@ -102,9 +108,11 @@ fn set_up<E: Display>(what: &'static str) -> impl FnOnce(E) -> ServeError {
 pub async fn serve(config: Config) -> Result<(), ServeError> {
     let mut stop = StopSignals::new()?;
     check_addresses(&config)?;
+    let tls = Arc::new(start_tls(&config)?);
+    reload_at_sighup(Arc::clone(&tls))?;
     let catalog = Catalog::open(&config.data_dir)?;
     let (management, management_address) = bind_management(config.management).await?;
-    let data_server = DataServer::start(data_server_config(&config, &catalog), catalog.clone())?;
+    let data_server = DataServer::start(data_server_config(&config, &catalog, &tls), catalog.clone())?;
     let lifecycle = Lifecycle::new(
         catalog.clone(),
         Arc::new(ServedData::new(Arc::clone(&data_server), catalog.volumes_dir())),
@@ -116,7 +124,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let (stop_api, stopped) = oneshot::channel::<()>();
     let calls = Calls::default();
     let service = ManagementService::new(lifecycle, calls.clone(), addresses);
-    let mut api = tokio::spawn(answer(service, management, stopped)?);
+    let mut api = tokio::spawn(answer(service, management, tls, stopped)?);
     announce(data_server.local_addrs(), management_address);
 
     let failure = tokio::select! {
@@ -166,15 +174,53 @@ async fn stop_in_order(
 
 /// Refuses, or warns of, what other machines can reach.
 fn check_addresses(config: &Config) -> Result<(), ServeError> {
-    for address in config.beyond_loopback() {
+    for address in config.exposed() {
         if !config.insecure {
             return Err(ServeError::BeyondLoopback(address));
         }
         tracing::warn!(
             %address,
-            "--insecure: whoever reaches this address can read what passes, and manage volumes without a password"
+            "--insecure: whoever reaches this address can read what passes, or manage volumes without a password"
         );
     }
+    Ok(())
+}
+
+/// Reads the certificates, and says who will do the records.
+fn start_tls(config: &Config) -> Result<ServerTls, CertificateError> {
+    let Some(files) = config.tls_files() else { return Ok(ServerTls::default()) };
+    if config.tls == TlsMode::Allowed && files.client_authority.is_some() {
+        tracing::warn!(
+            "--tls allowed: clients without TLS show no certificate, and are not restricted by one"
+        );
+    }
+    let tls = ServerTls::new(files, config.tls == TlsMode::Required, config.tls_records.into())?;
+    let offload = kernel::support(ProtocolVersion::TLSv1_3, CipherKind::Aes256Gcm);
+    match (config.tls_records, offload) {
+        (TlsRecords::Auto, Ok(())) => tracing::info!("TLS: the kernel encrypts and decrypts"),
+        (TlsRecords::Auto, Err(why)) => {
+            tracing::warn!(why, "TLS: user space encrypts and decrypts, with a thread for each connection");
+        }
+        (TlsRecords::UserSpace, _) => tracing::info!("TLS: user space encrypts and decrypts, as configured"),
+    }
+    Ok(tls)
+}
+
+/// New certificates are taken without a restart: connections stay, those that come get the new ones.
+fn reload_at_sighup(tls: Arc<ServerTls>) -> Result<(), ServeError> {
+    let mut hangups = signal(SignalKind::hangup()).map_err(set_up("signals"))?;
+    tokio::spawn(async move {
+        while hangups.recv().await.is_some() {
+            let tls = Arc::clone(&tls);
+            match tokio::task::spawn_blocking(move || tls.reload()).await {
+                Ok(Ok(())) => tracing::info!("SIGHUP: certificates read again"),
+                Ok(Err(error)) => {
+                    tracing::error!(%error, "SIGHUP: the certificates that were in use stay in use")
+                }
+                Err(panicked) => tracing::error!(%panicked, "SIGHUP: certificates were not read"),
+            }
+        }
+    });
     Ok(())
 }
 
@@ -185,13 +231,14 @@ async fn bind_management(address: SocketAddr) -> Result<(TcpListener, SocketAddr
     Ok((listener, local))
 }
 
-fn data_server_config(config: &Config, catalog: &Catalog) -> DataServerConfig {
+fn data_server_config(config: &Config, catalog: &Catalog, tls: &Arc<ServerTls>) -> DataServerConfig {
     DataServerConfig {
         listen: config.listen.clone(),
         threads: config.threads.map_or(0, usize::from),
         volumes_dir: catalog.volumes_dir(),
         cache: config.cache.into(),
         export_by_name: config.export_by_name,
+        tls: Arc::clone(tls),
         faults: config.fault.unwrap_or_default(),
         ..DataServerConfig::default()
     }
@@ -212,6 +259,7 @@ fn data_addresses(config: &Config, local: &[SocketAddr]) -> Vec<String> {
 fn answer<D: crate::lifecycle::DataSide>(
     service: v1::management_server::ManagementServer<ManagementService<D>>,
     listener: TcpListener,
+    tls: Arc<ServerTls>,
     stopped: oneshot::Receiver<()>,
 ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>>, ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
@@ -225,12 +273,13 @@ fn answer<D: crate::lifecycle::DataSide>(
         .map_err(set_up("gRPC reflection"))?;
     Ok(async move {
         reporter.set_serving::<v1::management_server::ManagementServer<ManagementService<D>>>().await;
+        let connections = management_listener::connections(listener, tls);
         Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(30)))
             .add_service(health)
             .add_service(reflection)
             .add_service(service)
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+            .serve_with_incoming_shutdown(connections, async move {
                 // An error says that the sender is gone: stop as well.
                 let _ = stopped.await;
                 reporter

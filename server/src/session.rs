@@ -5,7 +5,7 @@
 //! [`Action`]s and tells it when requests are done. Tests drive it with plain byte strings.
 //!
 //! ```text
-//!   Handshake ──Open/List──► Waiting ──opened, listed──► Handshake or Transmission ──DISC──► Ended
+//!   Handshake ──Open/List/STARTTLS──► Waiting ──opened, listed, tls_started──► Handshake or Transmission ──DISC──► Ended
 //!       └───────ABORT────────────────────────────────────────────────────────────────────────┘
 //!   in Transmission:  header ──WRITE──► accepting its payload ──► in flight ──► reply due ──► reply sent, slot free
 //!                        │ └─refused WRITE──► discarding its payload ────────────────▲
@@ -17,7 +17,7 @@
 use std::collections::VecDeque;
 
 use proto::nbd::ExportInfo;
-use proto::nbd::handshake::server::{Event, Open, Refusal, ServerHandshake, ServerHandshakeError};
+use proto::nbd::handshake::server::{Event, Open, Refusal, ServerHandshake, ServerHandshakeError, TlsState};
 use proto::nbd::transmission::{
     Command, NbdError, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply, TransmissionError,
 };
@@ -63,6 +63,8 @@ pub enum Action {
     Open(Open),
     /// Find the names of the public exports and call [`Session::listed`].
     List,
+    /// Send the output, start TLS and call [`Session::tls_started`].
+    StartTls,
     /// Begin this request; it needs no payload from the peer.
     Begin(SlotId),
     /// Take this WRITE's payload from the stream: see [`Session::payload_received`].
@@ -131,6 +133,13 @@ impl Session {
         }
     }
 
+    /// The same, for a server that allows or requires TLS.
+    #[must_use]
+    pub fn with_tls(mut self, tls: TlsState) -> Self {
+        self.handshake = self.handshake.with_tls(tls);
+        self
+    }
+
     /// Parses some of `bytes`; tells how many were used and what to do. Call again with the rest unless the action is
     /// [`Action::NeedsBytes`], [`Action::Paused`] or [`Action::End`].
     ///
@@ -175,6 +184,12 @@ impl Session {
     pub fn listed(&mut self, names: &[String]) {
         self.stage = Stage::Handshake;
         self.handshake.answer_list(names, &mut self.out);
+    }
+
+    /// TLS has started: the bytes to come are what it carries.
+    pub fn tls_started(&mut self) {
+        self.stage = Stage::Handshake;
+        self.handshake.tls_started();
     }
 
     /// Bytes that arrived after the handshake; given once.
@@ -285,6 +300,10 @@ impl Session {
             Some(Event::List) => {
                 self.stage = Stage::Waiting;
                 Action::List
+            }
+            Some(Event::StartTls) => {
+                self.stage = Stage::Waiting;
+                Action::StartTls
             }
             Some(Event::Abort) => {
                 self.stage = Stage::Ended;

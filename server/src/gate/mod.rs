@@ -30,6 +30,7 @@ use crate::catalog::{BackendKind, Catalog, VolumeRecord};
 use crate::data_server::{DataServerConfig, FenceError, VolumeBusy};
 use crate::fence::{ConnectionId, Fence};
 use crate::mailbox::{Mailbox, RingMessage};
+use crate::tls::rights::Rights;
 use crate::volume::Volume;
 
 /// Public names that LIST gives at most; it is for people, and an answer has to end.
@@ -45,6 +46,8 @@ pub enum GateMessage {
         ring: usize,
         /// For what.
         open: Open,
+        /// What it may have.
+        rights: Arc<Rights>,
     },
     /// A connection asks for the public names.
     List {
@@ -52,6 +55,8 @@ pub enum GateMessage {
         connection: ConnectionId,
         /// On which ring.
         ring: usize,
+        /// What it may see.
+        rights: Arc<Rights>,
     },
     /// A connection is gone, and all its submitted I/O has finished.
     Closed {
@@ -218,9 +223,11 @@ impl Gate {
 
     fn handle(&mut self, message: GateMessage) {
         match message {
-            GateMessage::Open { connection, ring, open } => self.open(connection, ring, &open),
-            GateMessage::List { connection, ring } => {
-                let names = self.listed_names();
+            GateMessage::Open { connection, ring, open, rights } => {
+                self.open(connection, ring, &open, &rights);
+            }
+            GateMessage::List { connection, ring, rights } => {
+                let names = self.listed_names(&rights);
                 self.rings[ring].post(RingMessage::Listed { connection, names });
             }
             GateMessage::Closed { connection } => self.closed(connection),
@@ -247,12 +254,15 @@ impl Gate {
         }
     }
 
-    fn listed_names(&self) -> Vec<String> {
+    fn listed_names(&self, rights: &Rights) -> Vec<String> {
         if !self.config.export_by_name {
             return Vec::new();
         }
         match self.catalog.list_volumes("", LISTED_NAMES_MAX) {
-            Ok(volumes) => volumes.into_iter().map(|volume| volume.name).collect(),
+            Ok(volumes) => {
+                let names = volumes.into_iter().map(|volume| volume.name);
+                names.filter(|name| rights.may_open(name, None)).collect()
+            }
             Err(error) => {
                 error!(%error, "the catalog cannot list volumes");
                 Vec::new()

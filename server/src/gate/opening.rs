@@ -19,13 +19,14 @@ use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
 use crate::data_server::DataServerConfig;
 use crate::fence::{ConnectionId, Go};
 use crate::mailbox::{Opened, RingMessage};
+use crate::tls::rights::Rights;
 use crate::volume::{Backend, Volume};
 
 impl Gate {
-    pub(super) fn open(&mut self, connection: ConnectionId, ring: usize, open: &Open) {
+    pub(super) fn open(&mut self, connection: ConnectionId, ring: usize, open: &Open, rights: &Rights) {
         let opened = match AttachmentExportName::parse(&open.name) {
-            Some(name) => self.open_attachment(connection, ring, open.kind, &name),
-            None => self.open_by_name(connection, ring, open),
+            Some(name) => self.open_attachment(connection, ring, open.kind, &name, rights),
+            None => self.open_by_name(connection, ring, open, rights),
         };
         if let Err(refusal) = opened {
             self.connections.remove(&connection);
@@ -39,10 +40,16 @@ impl Gate {
         ring: usize,
         kind: OpenKind,
         name: &AttachmentExportName,
+        rights: &Rights,
     ) -> Result<(), Refusal> {
         let attachment = self.catalog.attachment(name.attachment_id).map_err(catalog_refusal)?;
         // Whether the id or the secret is wrong is not for the peer to know.
         let attachment = attachment.filter(|found| found.secret == name.secret).ok_or_else(unknown_export)?;
+        let volume = self.catalog.volume_by_uid(attachment.volume_uid).map_err(catalog_refusal)?;
+        let volume = volume.ok_or_else(unknown_export)?;
+        if !rights.may_open(&volume.name, Some(&attachment.node_id)) {
+            return Err(Refusal::policy("the client's certificate names neither this volume nor its node"));
+        }
         let right = Right::Attachment { attachment_id: attachment.attachment_id };
         self.remember(connection, ring, kind, right, attachment.volume_uid, attachment.read_only);
         if kind == OpenKind::Info {
@@ -68,8 +75,10 @@ impl Gate {
         connection: ConnectionId,
         ring: usize,
         open: &Open,
+        rights: &Rights,
     ) -> Result<(), Refusal> {
-        if !self.config.export_by_name {
+        // What the certificate does not name is not there for its holder.
+        if !self.config.export_by_name || !rights.may_open(&open.name, None) {
             return Err(unknown_export());
         }
         let volume = self.catalog.volume_by_name(&open.name).map_err(catalog_refusal)?;

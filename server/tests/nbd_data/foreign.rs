@@ -8,7 +8,7 @@ use super::support::{Random, Server, TempDir, is_installed, run, skip};
 
 const MIB: usize = 1 << 20;
 
-fn have(programs: &[&str]) -> bool {
+pub(crate) fn have(programs: &[&str]) -> bool {
     let missing: Vec<_> = programs.iter().filter(|program| !is_installed(program)).collect();
     if !missing.is_empty() {
         skip(&format!("not installed: {missing:?}"));
@@ -16,8 +16,20 @@ fn have(programs: &[&str]) -> bool {
     missing.is_empty()
 }
 
+/// The distribution's own Python: python3-libnbd is a module of that one.
+pub(crate) const PYTHON: &str = "/usr/bin/python3";
+
+pub(crate) fn has_python_module() -> bool {
+    let imported = Command::new(PYTHON).args(["-c", "import nbd"]).output();
+    let has_module = imported.is_ok_and(|output| output.status.success());
+    if !has_module {
+        skip("python3-libnbd is not installed");
+    }
+    has_module
+}
+
 /// An image with data, holes and an odd end.
-fn image(dir: &TempDir, bytes: usize) -> String {
+pub(crate) fn image(dir: &TempDir, bytes: usize) -> String {
     let mut data = vec![0; bytes];
     let mut random = Random::new(7);
     for start in (0..bytes).step_by(3 * MIB) {
@@ -148,11 +160,8 @@ fn qemu_io_patterns_are_found_again() {
 
 #[test]
 fn libnbd_pipelines_through_python() {
-    // The distribution's own Python: python3-libnbd is a module of that one.
-    let python = "/usr/bin/python3";
-    let has_module = Command::new(python).args(["-c", "import nbd"]).output();
-    if !has_module.is_ok_and(|output| output.status.success()) {
-        return skip("python3-libnbd is not installed");
+    if !has_python_module() {
+        return;
     }
     let server = Server::start();
     let volume = server.create("vol", 16 << 20);
@@ -181,5 +190,5 @@ h.trim(65536, 65536)
 assert h.pread(131072, 0) == bytes(131072)
 h.shutdown()
 ";
-    run(python, &["-c", script, &server.uri(&attachment, 1, 0)]);
+    run(PYTHON, &["-c", script, &server.uri(&attachment, 1, 0)]);
 }

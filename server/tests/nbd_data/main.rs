@@ -12,3 +12,4 @@ mod model;
 mod protocol;
 mod storage;
 mod support;
+mod tls;

@@ -2,9 +2,11 @@
 //!
 //! ```text
 //!   ClientFlags ──► Options ──Open──► Opening ──ok──► Transmission
-//!        │             │ ▲               │
-//!        │             │ └──refused/INFO─┘
-//!        └──►  error   └──ABORT──► Closed
+//!        │          │ ▲ │ ▲               │
+//!        │          │ │ │ └──refused/INFO─┘
+//!        │          │ │ └──ABORT──► Closed
+//!        │          │ └─tls_started── StartingTls
+//!        └──► error └──STARTTLS──────────▲
 //! ```
 //!
 //! Owned by `server/src/session.rs`. The machine asks its owner to open an export ([`Event::Open`]) and takes no further
@@ -40,6 +42,24 @@ pub enum ServerHandshakeError {
     /// EXPORT_NAME asked for what cannot be opened; the protocol has no other answer than to close.
     #[error("EXPORT_NAME was refused: {0}")]
     ExportNameRefused(String),
+    /// Bytes came behind STARTTLS without waiting for its answer. Whoever sent them, they would be taken for the client's
+    /// own once the connection is trusted.
+    #[error("{0} bytes came behind STARTTLS, before it was answered")]
+    BytesBehindStartTls(usize),
+}
+
+/// Whether the connection can, must, or does use TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TlsState {
+    /// STARTTLS is refused.
+    #[default]
+    Off,
+    /// The client may choose.
+    Allowed,
+    /// Nothing but STARTTLS and ABORT is answered before.
+    Required,
+    /// TLS has started.
+    Active,
 }
 
 /// How an export was asked for.
@@ -77,6 +97,8 @@ pub enum Event {
     List,
     /// Send what was put out, then close: the client is done.
     Abort,
+    /// Send what was put out, then start TLS and call [`ServerHandshake::tls_started`].
+    StartTls,
 }
 
 /// Why an export is not opened; goes to the client.
@@ -114,6 +136,7 @@ enum State {
     Options,
     Opening { kind: OpenKind, wants_description: bool },
     Listing,
+    StartingTls,
     Transmission,
     Closed,
 }
@@ -124,6 +147,7 @@ pub struct ServerHandshake {
     state: State,
     no_zeroes: bool,
     options_seen: u32,
+    tls: TlsState,
     input: Vec<u8>,
 }
 
@@ -134,7 +158,27 @@ impl ServerHandshake {
         out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
         let flags = handshake_flags::FIXED_NEWSTYLE | handshake_flags::NO_ZEROES;
         out.extend_from_slice(&flags.to_be_bytes());
-        Self { state: State::ClientFlags, no_zeroes: false, options_seen: 0, input: Vec::new() }
+        let (state, tls, input) = (State::ClientFlags, TlsState::Off, Vec::new());
+        Self { state, no_zeroes: false, options_seen: 0, tls, input }
+    }
+
+    /// The same, for a server that allows or requires TLS.
+    #[must_use]
+    pub fn with_tls(self, tls: TlsState) -> Self {
+        Self { tls, ..self }
+    }
+
+    /// TLS has started: what comes from now on is the same client, and nothing that was negotiated before counts.
+    ///
+    /// # Panics
+    /// When no [`Event::StartTls`] is waiting for it: the caller is wrong.
+    pub fn tls_started(&mut self) {
+        assert_eq!(self.state, State::StartingTls, "tls_started: nobody asked for TLS");
+        let (no_zeroes, options_seen) = (self.no_zeroes, self.options_seen);
+        // All but the client's flags, which it does not repeat, and what bounds it.
+        *self = Self { no_zeroes, options_seen, ..Self::new(&mut Vec::new()) };
+        self.state = State::Options;
+        self.tls = TlsState::Active;
     }
 
     /// Takes bytes that arrived, appends what has to be sent to `out`, and tells what the owner has to do, if anything.
@@ -160,7 +204,11 @@ impl ServerHandshake {
                     Progress::Done => {}
                     Progress::Event(event) => return Ok(Some(event)),
                 },
-                State::Opening { .. } | State::Listing | State::Transmission | State::Closed => {
+                State::Opening { .. }
+                | State::Listing
+                | State::StartingTls
+                | State::Transmission
+                | State::Closed => {
                     return Ok(None);
                 }
             }
@@ -272,7 +320,11 @@ impl ServerHandshake {
         data: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<Progress, ServerHandshakeError> {
+        if self.tls == TlsState::Required && !matches!(number, option::STARTTLS | option::ABORT) {
+            return refuse_without_tls(number, out);
+        }
         match number {
+            option::STARTTLS => self.start_tls(data, out),
             option::EXPORT_NAME => match export_name(data) {
                 Some(name) => Ok(self.open(OpenKind::ExportName, name, false)),
                 None => Err(ServerHandshakeError::ExportNameRefused("the name is not valid".into())),
@@ -307,10 +359,39 @@ impl ServerHandshake {
         }
     }
 
+    fn start_tls(&mut self, data: &[u8], out: &mut Vec<u8>) -> Result<Progress, ServerHandshakeError> {
+        let refusal: Option<(u32, &[u8])> = match self.tls {
+            TlsState::Off => Some((reply::ERR_POLICY, b"this server does not use TLS")),
+            TlsState::Active => Some((reply::ERR_INVALID, b"TLS has started already")),
+            _ if !data.is_empty() => Some((reply::ERR_INVALID, b"STARTTLS takes no data")),
+            TlsState::Allowed | TlsState::Required => None,
+        };
+        if let Some((error, text)) = refusal {
+            put_reply(out, option::STARTTLS, error, text);
+            return Ok(Progress::Done);
+        }
+        if !self.input.is_empty() {
+            return Err(ServerHandshakeError::BytesBehindStartTls(self.input.len()));
+        }
+        put_reply(out, option::STARTTLS, reply::ACK, &[]);
+        self.state = State::StartingTls;
+        Ok(Progress::Event(Event::StartTls))
+    }
+
     fn open(&mut self, kind: OpenKind, name: String, wants_description: bool) -> Progress {
         self.state = State::Opening { kind, wants_description };
         Progress::Event(Event::Open(Open { kind, name }))
     }
+}
+
+/// An option that needs TLS, which has not started.
+fn refuse_without_tls(number: u32, out: &mut Vec<u8>) -> Result<Progress, ServerHandshakeError> {
+    const REASON: &str = "this server requires TLS: send STARTTLS first";
+    if number == option::EXPORT_NAME {
+        return Err(ServerHandshakeError::ExportNameRefused(REASON.into()));
+    }
+    put_reply(out, number, reply::ERR_TLS_REQD, REASON.as_bytes());
+    Ok(Progress::Done)
 }
 
 enum Progress {
@@ -401,8 +482,7 @@ mod tests {
 
     #[test]
     fn unknown_options_are_refused_and_the_session_goes_on() {
-        for number in [0, option::STARTTLS, option::STRUCTURED_REPLY, option::EXTENDED_HEADERS, 77, u32::MAX]
-        {
+        for number in [0, option::STRUCTURED_REPLY, option::EXTENDED_HEADERS, 77, u32::MAX] {
             let (mut server, mut out) = (begun(), Vec::new());
             assert_eq!(server.handle_bytes(&option_bytes(number, b"data"), &mut out), Ok(None));
             assert_eq!(only_reply(&out), reply::ERR_UNSUP);
@@ -480,5 +560,78 @@ mod tests {
         server.answer_list(&["a".into()], &mut out);
         assert_eq!(be_u32(&out, 12), reply::SERVER);
         assert_eq!(out.len(), 20 + 5 + 20);
+    }
+
+    fn with_tls(tls: TlsState) -> ServerHandshake {
+        begun().with_tls(tls)
+    }
+
+    const EVERY_OTHER_OPTION: [u32; 8] = [
+        option::LIST,
+        option::INFO,
+        option::GO,
+        option::STRUCTURED_REPLY,
+        option::LIST_META_CONTEXT,
+        option::SET_META_CONTEXT,
+        option::EXTENDED_HEADERS,
+        u32::MAX,
+    ];
+
+    #[test]
+    fn starttls_is_refused_where_there_is_no_tls() {
+        let (mut server, mut out) = (with_tls(TlsState::Off), Vec::new());
+        assert_eq!(server.handle_bytes(&option_bytes(option::STARTTLS, &[]), &mut out), Ok(None));
+        assert_eq!(only_reply(&out), reply::ERR_POLICY);
+    }
+
+    #[test]
+    fn starttls_is_acknowledged_and_nothing_from_before_counts() {
+        for tls in [TlsState::Allowed, TlsState::Required] {
+            let (mut server, mut out) = (with_tls(tls), Vec::new());
+            let event = server.handle_bytes(&option_bytes(option::STARTTLS, &[]), &mut out);
+            assert_eq!(event, Ok(Some(Event::StartTls)));
+            assert_eq!(only_reply(&out), reply::ACK);
+            server.tls_started();
+            assert!(server.leftover().is_empty());
+            // The client's flags are not repeated; options go on, among them no second STARTTLS.
+            out.clear();
+            assert_eq!(server.handle_bytes(&option_bytes(option::STARTTLS, &[]), &mut out), Ok(None));
+            assert_eq!(only_reply(&out), reply::ERR_INVALID);
+            let event = server.handle_bytes(&option_bytes(option::LIST, &[]), &mut out);
+            assert_eq!(event, Ok(Some(Event::List)));
+        }
+    }
+
+    #[test]
+    fn starttls_with_data_is_invalid() {
+        let (mut server, mut out) = (with_tls(TlsState::Required), Vec::new());
+        assert_eq!(server.handle_bytes(&option_bytes(option::STARTTLS, b"x"), &mut out), Ok(None));
+        assert_eq!(only_reply(&out), reply::ERR_INVALID);
+    }
+
+    #[test]
+    fn whatever_comes_behind_starttls_ends_the_session() {
+        for behind in [&b"\x16\x03\x01"[..], &option_bytes(option::LIST, &[]), b"\0"] {
+            let (mut server, mut out) = (with_tls(TlsState::Allowed), Vec::new());
+            let bytes = [&option_bytes(option::STARTTLS, &[]), behind].concat();
+            let injected = server.handle_bytes(&bytes, &mut out);
+            assert_eq!(injected, Err(ServerHandshakeError::BytesBehindStartTls(behind.len())));
+            assert!(out.is_empty(), "nothing is acknowledged");
+        }
+    }
+
+    #[test]
+    fn where_tls_is_required_nothing_else_is_answered_before() {
+        for number in EVERY_OTHER_OPTION {
+            let (mut server, mut out) = (with_tls(TlsState::Required), Vec::new());
+            assert_eq!(server.handle_bytes(&option_bytes(number, b"\0\0\0\0\0\0"), &mut out), Ok(None));
+            assert_eq!(only_reply(&out), reply::ERR_TLS_REQD, "option {number}");
+        }
+        let (mut server, mut out) = (with_tls(TlsState::Required), Vec::new());
+        let refused = server.handle_bytes(&option_bytes(option::EXPORT_NAME, b"a"), &mut out);
+        assert!(matches!(refused, Err(ServerHandshakeError::ExportNameRefused(_))), "{refused:?}");
+        let (mut server, mut out) = (with_tls(TlsState::Required), Vec::new());
+        let event = server.handle_bytes(&option_bytes(option::ABORT, &[]), &mut out);
+        assert_eq!(event, Ok(Some(Event::Abort)));
     }
 }
