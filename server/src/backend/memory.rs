@@ -65,6 +65,10 @@ impl MemoryVolume {
             let length_bytes = HUGE_PAGE_BYTES.min(self.capacity_bytes as usize - start_bytes);
             if length_bytes == HUGE_PAGE_BYTES {
                 let start = self.memory.address(start_bytes, length_bytes);
+                // The kernel makes a huge page only of memory that has a page at least, and a written one.
+                // SAFETY: inside the mapping, and everybody in this process reaches it through atomics.
+                let first = unsafe { AtomicU8::from_ptr(start) };
+                let _ = first.compare_exchange(0, 0, Ordering::Relaxed, Ordering::Relaxed);
                 // SAFETY: this advice changes no byte, and the range is inside the mapping. Refused, pages stay small.
                 let _ = unsafe { libc::madvise(start.cast(), length_bytes, libc::MADV_COLLAPSE) };
             }
