@@ -3,12 +3,16 @@
 //! Source: `doc/proto.md` of github.com/NetworkBlockDevice/nbd. All integers on the wire are big-endian.
 //!
 //! - [`transmission`]: requests and simple replies, encoded and decoded.
+//! - [`replies`]: what a server puts before a payload, in the header style that was negotiated.
+//! - [`block_status`]: the extents of `base:allocation`, and which contexts a request asks for.
 //! - [`validate`]: every check of a request in one place, one errno each.
 //! - [`handshake`]: the fixed newstyle handshake of both sides.
 //!
 //! No I/O, no clock: the callers own the sockets.
 
+pub mod block_status;
 pub mod handshake;
+pub mod replies;
 pub mod transmission;
 pub mod validate;
 mod wire;
@@ -21,8 +25,14 @@ pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Begins every request of the transmission phase.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Begins every request after EXTENDED_HEADERS.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 /// Begins every simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+/// Begins every chunk of a structured reply.
+pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// Begins every chunk of a reply after EXTENDED_HEADERS.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// The port that IANA gave to NBD.
 pub const DEFAULT_PORT: u16 = 10809;
@@ -71,6 +81,8 @@ pub mod reply {
     pub const SERVER: u32 = 2;
     /// One information item about an export.
     pub const INFO: u32 = 3;
+    /// One metadata context.
+    pub const META_CONTEXT: u32 = 4;
     /// Set in every error.
     pub const ERROR_BIT: u32 = 1 << 31;
     /// The option is not known here.
@@ -89,6 +101,8 @@ pub mod reply {
     pub const ERR_BLOCK_SIZE_REQD: u32 = ERROR_BIT | 8;
     /// The request is larger than the server takes.
     pub const ERR_TOO_BIG: u32 = ERROR_BIT | 9;
+    /// Only with extended headers, or no way back from them.
+    pub const ERR_EXT_HEADER_REQD: u32 = ERROR_BIT | 10;
 }
 
 /// Information items (`NBD_INFO_*`).
@@ -130,6 +144,8 @@ impl TransmissionFlags {
     pub const SEND_CACHE: Self = Self(1 << 10);
     /// FAST_ZERO is understood.
     pub const SEND_FAST_ZERO: Self = Self(1 << 11);
+    /// BLOCK_STATUS takes a payload that names the contexts.
+    pub const BLOCK_STATUS_PAYLOAD: Self = Self(1 << 12);
 
     /// Whether every flag of `other` is set here.
     pub const fn contains(self, other: Self) -> bool {
@@ -140,6 +156,50 @@ impl TransmissionFlags {
     #[must_use]
     pub const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+
+    /// These flags but those of `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+}
+
+/// What requests and replies look like; the client chooses in the handshake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HeaderStyle {
+    /// Compact requests, simple replies: what holds when nothing was negotiated.
+    #[default]
+    Simple,
+    /// Compact requests, replies in chunks where they carry a payload or an error (`NBD_OPT_STRUCTURED_REPLY`).
+    Structured,
+    /// Requests and chunks with 64-bit lengths (`NBD_OPT_EXTENDED_HEADERS`).
+    Extended,
+}
+
+/// What a handshake has settled beside the export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Negotiated {
+    /// How requests and replies look.
+    pub headers: HeaderStyle,
+    /// Whether `base:allocation` was selected for the very export that was opened.
+    pub allocation_context: bool,
+}
+
+impl Negotiated {
+    /// The flags to announce of an export that can do `flags`: what makes sense only in a certain header style is added
+    /// there, and nowhere else.
+    #[must_use]
+    pub fn announce(self, flags: TransmissionFlags) -> TransmissionFlags {
+        let flags =
+            flags.without(TransmissionFlags::SEND_DF).without(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+        match self.headers {
+            HeaderStyle::Simple => flags,
+            HeaderStyle::Extended if self.allocation_context => {
+                flags.with(TransmissionFlags::SEND_DF).with(TransmissionFlags::BLOCK_STATUS_PAYLOAD)
+            }
+            HeaderStyle::Structured | HeaderStyle::Extended => flags.with(TransmissionFlags::SEND_DF),
+        }
     }
 }
 

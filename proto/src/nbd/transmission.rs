@@ -1,13 +1,16 @@
 //! Requests and simple replies of the transmission phase, encoded and decoded.
 //!
 //! Used by the client's `connection.rs` (encodes requests, decodes replies) and the server's `session.rs` (the other
-//! way round). Source: NBD `doc/proto.md`, "Transmission phase". Nothing here allocates.
+//! way round). Replies in chunks are in `replies.rs`. Nothing here allocates.
+//! Source: NBD `doc/proto.md`, "Transmission phase"; extended headers: the same file on branch `extension-ext-header`.
 
 use super::wire::{be_u16, be_u32, be_u64};
-use super::{REQUEST_MAGIC, SIMPLE_REPLY_MAGIC};
+use super::{EXTENDED_REQUEST_MAGIC, HeaderStyle, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC};
 
-/// Length of a request's header on the wire, in bytes.
+/// Length of a compact request's header on the wire, in bytes.
 pub const REQUEST_BYTES: usize = 28;
+/// Length of an extended request's header on the wire, in bytes.
+pub const EXTENDED_REQUEST_BYTES: usize = 32;
 /// Length of a simple reply's header on the wire, in bytes.
 pub const SIMPLE_REPLY_BYTES: usize = 16;
 
@@ -28,6 +31,8 @@ impl CommandFlags {
     pub const REQ_ONE: Self = Self(1 << 3);
     /// WRITE_ZEROES fails rather than be as slow as a write.
     pub const FAST_ZERO: Self = Self(1 << 4);
+    /// With extended headers: the length is that of a payload which follows.
+    pub const PAYLOAD_LEN: Self = Self(1 << 5);
 
     /// Whether every flag of `other` is set here.
     pub const fn contains(self, other: Self) -> bool {
@@ -118,24 +123,31 @@ pub struct Request {
     pub cookie: u64,
     /// First byte concerned.
     pub offset_bytes: u64,
-    /// How many bytes are concerned.
-    pub length_bytes: u32,
+    /// How many bytes are concerned; below 2^32 where headers are compact. With [`CommandFlags::PAYLOAD_LEN`], how many
+    /// follow.
+    pub length_bytes: u64,
 }
 
 impl Request {
-    /// The header as it goes on the wire.
+    /// The compact header as it goes on the wire.
+    ///
+    /// # Panics
+    /// When the length does not fit into 32 bits: only extended headers can say it.
     pub fn encode(&self) -> [u8; REQUEST_BYTES] {
+        let Ok(length_bytes) = u32::try_from(self.length_bytes) else {
+            panic!("a compact header cannot say {} bytes", self.length_bytes)
+        };
         let mut wire = [0u8; REQUEST_BYTES];
         wire[0..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
         wire[4..6].copy_from_slice(&self.flags.0.to_be_bytes());
         wire[6..8].copy_from_slice(&self.command.to_wire().to_be_bytes());
         wire[8..16].copy_from_slice(&self.cookie.to_be_bytes());
         wire[16..24].copy_from_slice(&self.offset_bytes.to_be_bytes());
-        wire[24..28].copy_from_slice(&self.length_bytes.to_be_bytes());
+        wire[24..28].copy_from_slice(&length_bytes.to_be_bytes());
         wire
     }
 
-    /// Reads a header off the wire.
+    /// Reads a compact header off the wire.
     ///
     /// # Errors
     /// [`TransmissionError::RequestMagic`]: the stream is out of step; close it.
@@ -149,16 +161,36 @@ impl Request {
             command: Command::from_wire(be_u16(wire, 6)),
             cookie: be_u64(wire, 8),
             offset_bytes: be_u64(wire, 16),
-            length_bytes: be_u32(wire, 24),
+            length_bytes: u64::from(be_u32(wire, 24)),
         })
     }
 
-    /// Bytes that follow the header on the wire.
-    pub const fn payload_bytes(&self) -> u32 {
-        match self.command {
-            Command::Write => self.length_bytes,
-            _ => 0,
+    /// Reads an extended header off the wire.
+    ///
+    /// # Errors
+    /// [`TransmissionError::RequestMagic`]: the stream is out of step; close it.
+    pub fn decode_extended(wire: &[u8; EXTENDED_REQUEST_BYTES]) -> Result<Self, TransmissionError> {
+        let magic = be_u32(wire, 0);
+        if magic != EXTENDED_REQUEST_MAGIC {
+            return Err(TransmissionError::RequestMagic(magic));
         }
+        Ok(Self {
+            flags: CommandFlags(be_u16(wire, 4)),
+            command: Command::from_wire(be_u16(wire, 6)),
+            cookie: be_u64(wire, 8),
+            offset_bytes: be_u64(wire, 16),
+            length_bytes: be_u64(wire, 24),
+        })
+    }
+
+    /// Bytes that follow the header on the wire: a WRITE's, and with extended headers those of any request that says so.
+    ///
+    /// With extended headers a WRITE has to say so as well, but QEMU's client (8.2 to 10.0 at least) does not, and sends
+    /// its payload all the same; a WRITE without one would make no sense.
+    pub fn payload_bytes(&self, headers: HeaderStyle) -> u64 {
+        let says_so = headers == HeaderStyle::Extended && self.flags.contains(CommandFlags::PAYLOAD_LEN);
+        let has_payload = says_so || self.command == Command::Write;
+        if has_payload { self.length_bytes } else { 0 }
     }
 }
 
@@ -210,7 +242,7 @@ pub enum NbdError {
     Enospc = 28,
     /// The request is too large.
     Eoverflow = 75,
-    /// Not supported.
+    /// Not supported: a FAST_ZERO that would be slow.
     Enotsup = 95,
     /// The server is shutting down.
     Eshutdown = 108,
@@ -228,6 +260,20 @@ impl NbdError {
             95 => Self::Enotsup,
             108 => Self::Eshutdown,
             _ => Self::Eio,
+        }
+    }
+
+    /// What people are told about it where a reply carries words.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Eperm => "this is not permitted",
+            Self::Eio => "the storage failed",
+            Self::Enomem => "the server is out of memory",
+            Self::Einval => "the request is not valid",
+            Self::Enospc => "no space is left on the storage",
+            Self::Eoverflow => "the request is too large",
+            Self::Enotsup => "this cannot be done fast here",
+            Self::Eshutdown => "the server is shutting down",
         }
     }
 
@@ -261,6 +307,43 @@ mod tests {
         ];
         assert_eq!(wire, expected);
         assert_eq!(Request::decode(&wire), Ok(request));
+    }
+
+    #[test]
+    fn extended_request_has_the_specified_layout() {
+        let wire: [u8; EXTENDED_REQUEST_BYTES] = [
+            0x21, 0xe4, 0x1c, 0x71, 0, 0x20, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0x11, 0x12, 0x13, 0x14, 0x15,
+            0x16, 0x17, 0x18, 0x21, 0x22, 0x23, 0x24, 0x25, 0x26, 0x27, 0x28,
+        ];
+        let request = Request {
+            flags: CommandFlags::PAYLOAD_LEN,
+            command: Command::Write,
+            cookie: 0x0102_0304_0506_0708,
+            offset_bytes: 0x1112_1314_1516_1718,
+            length_bytes: 0x2122_2324_2526_2728,
+        };
+        assert_eq!(Request::decode_extended(&wire), Ok(request));
+        let mut compact = wire;
+        compact[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        assert_eq!(Request::decode_extended(&compact), Err(TransmissionError::RequestMagic(REQUEST_MAGIC)));
+    }
+
+    #[test]
+    fn who_has_a_payload_depends_on_the_header_style() {
+        let request =
+            |command, flags| Request { flags, command, cookie: 0, offset_bytes: 0, length_bytes: 9 };
+        let write = request(Command::Write, CommandFlags::NONE);
+        assert_eq!(write.payload_bytes(HeaderStyle::Simple), 9);
+        assert_eq!(write.payload_bytes(HeaderStyle::Structured), 9);
+        assert_eq!(write.payload_bytes(HeaderStyle::Extended), 9, "even if it does not say so");
+        let trim = request(Command::Trim, CommandFlags::NONE);
+        assert_eq!(trim.payload_bytes(HeaderStyle::Extended), 0, "without the flag it is an effect length");
+        for command in [Command::Read, Command::Write, Command::BlockStatus, Command::Unknown(77)] {
+            let flagged = request(command, CommandFlags::PAYLOAD_LEN);
+            assert_eq!(flagged.payload_bytes(HeaderStyle::Extended), 9, "{command:?}");
+        }
+        let flagged = request(Command::Read, CommandFlags::PAYLOAD_LEN);
+        assert_eq!(flagged.payload_bytes(HeaderStyle::Simple), 0, "compact headers do not know the flag");
     }
 
     #[test]

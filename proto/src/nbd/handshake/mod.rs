@@ -4,6 +4,7 @@
 //! what was put out, and close when an error comes back. Tests drive one against the other, a byte at a time.
 
 pub mod client;
+mod meta_context;
 pub mod server;
 
 /// Most bytes of data one option request or reply may carry, here and there; more is an attack or a mistake.

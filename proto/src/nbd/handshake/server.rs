@@ -3,7 +3,8 @@
 //! ```text
 //!   ClientFlags ──► Options ──Open──► Opening ──ok──► Transmission
 //!        │          │ ▲ │ ▲               │
-//!        │          │ │ │ └──refused/INFO─┘
+//!        │          │ │ │ ├──refused/INFO─┘
+//!        │          │ │ │ └──LIST answered, contexts told
 //!        │          │ │ └──ABORT──► Closed
 //!        │          │ └─tls_started── StartingTls
 //!        └──► error └──STARTTLS──────────▲
@@ -12,13 +13,17 @@
 //! Owned by `server/src/session.rs`. The machine asks its owner to open an export ([`Event::Open`]) and takes no further
 //! bytes until it is answered, because opening may wait (for the I/O of a fenced connection to finish). Bytes that arrive
 //! meanwhile are kept; those after the end of the handshake are the transmission phase's ([`ServerHandshake::leftover`]).
-//! What is kept is bounded by [`OPTION_BYTES_MAX`] and what its owner feeds at a time.
+//! What is kept is bounded by [`OPTION_BYTES_MAX`] and what its owner feeds at a time. The two options about metadata
+//! contexts ask for an [`Event::Open`] as INFO does: whether there is such an export is the owner's to know.
+//! Everything that options before GO have settled is in one [`Negotiation`], so that it can be dropped at once.
 
+use super::super::block_status::{ALLOCATION_CONTEXT, ALLOCATION_CONTEXT_ID};
 use super::super::wire::{be_u16, be_u32, be_u64};
 use super::super::{
-    ExportInfo, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_BYTES_MAX, handshake_flags, info,
-    option, reply,
+    ExportInfo, HeaderStyle, INIT_MAGIC, Negotiated, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_BYTES_MAX,
+    TransmissionFlags, handshake_flags, info, option, reply,
 };
+use super::meta_context::{self, QueryKind};
 use super::{OPTION_BYTES_MAX, take};
 
 /// Most options in one handshake; a client that wants more is not negotiating.
@@ -65,7 +70,7 @@ pub enum TlsState {
 /// How an export was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OpenKind {
-    /// INFO: tell about it; nothing is opened.
+    /// INFO, or a question about its metadata contexts: tell about it; nothing is opened.
     Info,
     /// GO: open it.
     Go,
@@ -93,12 +98,21 @@ impl std::fmt::Debug for Open {
 pub enum Event {
     /// Look the export up and call [`ServerHandshake::answer_open`].
     Open(Open),
-    /// Call [`ServerHandshake::answer_list`] with the names to show.
+    /// Call [`ServerHandshake::answer_list`] with the exports to show.
     List,
     /// Send what was put out, then close: the client is done.
     Abort,
     /// Send what was put out, then start TLS and call [`ServerHandshake::tls_started`].
     StartTls,
+}
+
+/// An export as LIST shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedExport {
+    /// Its name.
+    pub name: String,
+    /// For people; the same that INFO tells. May be empty.
+    pub description: String,
 }
 
 /// Why an export is not opened; goes to the client.
@@ -134,21 +148,51 @@ impl Refusal {
 enum State {
     ClientFlags,
     Options,
-    Opening { kind: OpenKind, wants_description: bool },
+    Opening { kind: OpenKind, wants_description: bool, negotiated: Negotiated },
+    Querying { kind: QueryKind, matches_allocation: bool },
     Listing,
     StartingTls,
     Transmission,
     Closed,
 }
 
+/// What the client's options have settled so far.
+#[derive(Default)]
+struct Negotiation {
+    headers: HeaderStyle,
+    /// For which export `base:allocation` is selected; may carry a secret.
+    allocation_export: Option<String>,
+}
+
+impl Negotiation {
+    /// What holds for a client that opens this export.
+    fn for_export(&self, name: &str) -> Negotiated {
+        let allocation_context = self.allocation_export.as_deref() == Some(name);
+        Negotiated { headers: self.headers, allocation_context }
+    }
+}
+
 /// The server's side of one connection's handshake.
-#[derive(Debug)]
 pub struct ServerHandshake {
     state: State,
+    offers_chunks: bool,
     no_zeroes: bool,
     options_seen: u32,
     tls: TlsState,
+    negotiation: Negotiation,
+    negotiated: Negotiated,
     input: Vec<u8>,
+}
+
+impl std::fmt::Debug for ServerHandshake {
+    /// Neither names nor bytes of the peer: both may carry a secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let options_seen = self.options_seen;
+        f.debug_struct("ServerHandshake")
+            .field("state", &self.state)
+            .field("options_seen", &options_seen)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ServerHandshake {
@@ -158,8 +202,16 @@ impl ServerHandshake {
         out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
         let flags = handshake_flags::FIXED_NEWSTYLE | handshake_flags::NO_ZEROES;
         out.extend_from_slice(&flags.to_be_bytes());
-        let (state, tls, input) = (State::ClientFlags, TlsState::Off, Vec::new());
-        Self { state, no_zeroes: false, options_seen: 0, tls, input }
+        Self {
+            state: State::ClientFlags,
+            offers_chunks: true,
+            no_zeroes: false,
+            options_seen: 0,
+            tls: TlsState::Off,
+            negotiation: Negotiation::default(),
+            negotiated: Negotiated::default(),
+            input: Vec::new(),
+        }
     }
 
     /// The same, for a server that allows or requires TLS.
@@ -174,11 +226,16 @@ impl ServerHandshake {
     /// When no [`Event::StartTls`] is waiting for it: the caller is wrong.
     pub fn tls_started(&mut self) {
         assert_eq!(self.state, State::StartingTls, "tls_started: nobody asked for TLS");
-        let (no_zeroes, options_seen) = (self.no_zeroes, self.options_seen);
-        // All but the client's flags, which it does not repeat, and what bounds it.
-        *self = Self { no_zeroes, options_seen, ..Self::new(&mut Vec::new()) };
+        let Self { offers_chunks, no_zeroes, options_seen, .. } = *self;
+        // All but what the server offers, the client's flags, which it does not repeat, and what bounds it.
+        *self = Self { offers_chunks, no_zeroes, options_seen, ..Self::new(&mut Vec::new()) };
         self.state = State::Options;
         self.tls = TlsState::Active;
+    }
+
+    /// As [`Self::new`], for an owner that answers with simple replies only: options that would change them are unknown.
+    pub fn with_simple_replies_only(out: &mut Vec<u8>) -> Self {
+        Self { offers_chunks: false, ..Self::new(out) }
     }
 
     /// Takes bytes that arrived, appends what has to be sent to `out`, and tells what the owner has to do, if anything.
@@ -205,6 +262,7 @@ impl ServerHandshake {
                     Progress::Event(event) => return Ok(Some(event)),
                 },
                 State::Opening { .. }
+                | State::Querying { .. }
                 | State::Listing
                 | State::StartingTls
                 | State::Transmission
@@ -227,8 +285,13 @@ impl ServerHandshake {
         answer: Result<&ExportInfo, Refusal>,
         out: &mut Vec<u8>,
     ) -> Result<bool, ServerHandshakeError> {
-        let State::Opening { kind, wants_description } = self.state else {
-            panic!("answer_open: no export is being opened");
+        let (kind, wants_description, negotiated) = match self.state {
+            State::Opening { kind, wants_description, negotiated } => (kind, wants_description, negotiated),
+            State::Querying { kind, matches_allocation } => {
+                self.answer_query(kind, matches_allocation, answer, out);
+                return Ok(false);
+            }
+            _ => panic!("answer_open: no export is being opened"),
         };
         self.state = State::Options;
         let option = if kind == OpenKind::Info { option::INFO } else { option::GO };
@@ -239,7 +302,7 @@ impl ServerHandshake {
             }
             (OpenKind::ExportName, Ok(export)) => {
                 out.extend_from_slice(&export.size_bytes.to_be_bytes());
-                out.extend_from_slice(&export.flags.0.to_be_bytes());
+                out.extend_from_slice(&negotiated.announce(export.flags).0.to_be_bytes());
                 if !self.no_zeroes {
                     out.resize(out.len() + 124, 0);
                 }
@@ -247,26 +310,37 @@ impl ServerHandshake {
             }
             (_, Err(refusal)) => put_reply(out, option, refusal.reply, refusal.text.as_bytes()),
             (kind, Ok(export)) => {
-                put_export_info(out, option, export, wants_description);
+                let flags = negotiated.announce(export.flags);
+                put_export_info(out, option, export, flags, wants_description);
                 put_reply(out, option, reply::ACK, &[]);
                 if kind == OpenKind::Go {
                     self.state = State::Transmission;
                 }
             }
         }
-        Ok(self.state == State::Transmission)
+        let is_open = self.state == State::Transmission;
+        if is_open {
+            self.negotiated = negotiated;
+        }
+        Ok(is_open)
     }
 
-    /// Answers [`Event::List`] with the names of the exports that everybody may see.
+    /// What was settled, once transmission has begun.
+    pub fn negotiated(&self) -> Negotiated {
+        self.negotiated
+    }
+
+    /// Answers [`Event::List`] with the exports that everybody may see.
     ///
     /// # Panics
     /// When no `List` is waiting for its answer: the caller is wrong.
-    pub fn answer_list(&mut self, names: &[String], out: &mut Vec<u8>) {
+    pub fn answer_list(&mut self, exports: &[ListedExport], out: &mut Vec<u8>) {
         assert_eq!(self.state, State::Listing, "answer_list: nobody asked for the list");
         self.state = State::Options;
-        for name in names {
+        for ListedExport { name, description } in exports {
             let mut data = (name.len() as u32).to_be_bytes().to_vec();
             data.extend_from_slice(name.as_bytes());
+            data.extend_from_slice(description.as_bytes());
             put_reply(out, option::LIST, reply::SERVER, &data);
         }
         put_reply(out, option::LIST, reply::ACK, &[]);
@@ -325,6 +399,10 @@ impl ServerHandshake {
         }
         match number {
             option::STARTTLS => self.start_tls(data, out),
+            option::EXPORT_NAME if self.negotiation.headers == HeaderStyle::Extended => {
+                let why = "after EXTENDED_HEADERS only GO opens an export";
+                Err(ServerHandshakeError::ExportNameRefused(why.into()))
+            }
             option::EXPORT_NAME => match export_name(data) {
                 Some(name) => Ok(self.open(OpenKind::ExportName, name, false)),
                 None => Err(ServerHandshakeError::ExportNameRefused("the name is not valid".into())),
@@ -346,6 +424,17 @@ impl ServerHandshake {
             option::LIST => {
                 put_reply(out, number, reply::ERR_INVALID, b"LIST takes no data");
                 Ok(Progress::Done)
+            }
+            option::STRUCTURED_REPLY | option::EXTENDED_HEADERS if self.offers_chunks => {
+                let (reply, text) = self.choose_headers(number, data);
+                put_reply(out, number, reply, text.as_bytes());
+                Ok(Progress::Done)
+            }
+            option::LIST_META_CONTEXT if self.offers_chunks => {
+                Ok(self.query_contexts(QueryKind::List, data, out))
+            }
+            option::SET_META_CONTEXT if self.offers_chunks => {
+                Ok(self.query_contexts(QueryKind::Set, data, out))
             }
             option::ABORT => {
                 put_reply(out, number, reply::ACK, &[]);
@@ -379,8 +468,83 @@ impl ServerHandshake {
     }
 
     fn open(&mut self, kind: OpenKind, name: String, wants_description: bool) -> Progress {
-        self.state = State::Opening { kind, wants_description };
+        let negotiated = self.negotiation.for_export(&name);
+        self.state = State::Opening { kind, wants_description, negotiated };
         Progress::Event(Event::Open(Open { kind, name }))
+    }
+
+    /// STRUCTURED_REPLY or EXTENDED_HEADERS; there is no way back from the latter.
+    fn choose_headers(&mut self, number: u32, data: &[u8]) -> (u32, &'static str) {
+        if !data.is_empty() {
+            return (reply::ERR_INVALID, "this option takes no data");
+        }
+        if number == option::EXTENDED_HEADERS {
+            self.negotiation.headers = HeaderStyle::Extended;
+        } else if self.negotiation.headers == HeaderStyle::Extended {
+            return (reply::ERR_EXT_HEADER_REQD, "extended headers are in use");
+        } else {
+            self.negotiation.headers = HeaderStyle::Structured;
+        }
+        (reply::ACK, "")
+    }
+
+    fn query_contexts(&mut self, kind: QueryKind, data: &[u8], out: &mut Vec<u8>) -> Progress {
+        if kind == QueryKind::Set {
+            // Replaces what was selected before, also when it fails.
+            self.negotiation.allocation_export = None;
+        }
+        let parsed = if self.negotiation.headers == HeaderStyle::Simple {
+            Err((reply::ERR_INVALID, "ask for structured replies or extended headers first"))
+        } else {
+            meta_context::parse(data, kind)
+        };
+        match parsed {
+            Ok(request) => {
+                let matches_allocation = request.matches_allocation;
+                self.state = State::Querying { kind, matches_allocation };
+                if kind == QueryKind::Set && matches_allocation {
+                    self.negotiation.allocation_export = Some(request.export.clone());
+                }
+                Progress::Event(Event::Open(Open { kind: OpenKind::Info, name: request.export }))
+            }
+            Err((error, text)) => {
+                put_reply(out, kind.option(), error, text.as_bytes());
+                Progress::Done
+            }
+        }
+    }
+
+    /// The export that a question about contexts names was looked up.
+    fn answer_query(
+        &mut self,
+        kind: QueryKind,
+        matches_allocation: bool,
+        answer: Result<&ExportInfo, Refusal>,
+        out: &mut Vec<u8>,
+    ) {
+        self.state = State::Options;
+        if let Err(refusal) = answer {
+            if kind == QueryKind::Set {
+                self.negotiation.allocation_export = None;
+            }
+            return put_reply(out, kind.option(), refusal.reply, refusal.text.as_bytes());
+        }
+        if matches_allocation {
+            // In a list the id is reserved.
+            let id = if kind == QueryKind::Set { ALLOCATION_CONTEXT_ID } else { 0 };
+            let data = [&id.to_be_bytes()[..], ALLOCATION_CONTEXT.as_bytes()].concat();
+            put_reply(out, kind.option(), reply::META_CONTEXT, &data);
+        }
+        put_reply(out, kind.option(), reply::ACK, &[]);
+    }
+}
+
+impl QueryKind {
+    fn option(self) -> u32 {
+        match self {
+            Self::List => option::LIST_META_CONTEXT,
+            Self::Set => option::SET_META_CONTEXT,
+        }
     }
 }
 
@@ -400,8 +564,9 @@ enum Progress {
     Event(Event),
 }
 
-fn export_name(data: &[u8]) -> Option<String> {
-    if data.len() > STRING_BYTES_MAX {
+/// A string as the protocol has them: UTF-8 without NUL, not too long.
+pub(super) fn export_name(data: &[u8]) -> Option<String> {
+    if data.len() > STRING_BYTES_MAX || data.contains(&0) {
         return None;
     }
     String::from_utf8(data.to_vec()).ok()
@@ -411,11 +576,11 @@ fn export_name(data: &[u8]) -> Option<String> {
 fn parse_info_request(data: &[u8]) -> Result<(String, bool), (u32, &'static str)> {
     const SHORT: (u32, &str) = (reply::ERR_INVALID, "the option's data is too short");
     let name_bytes = take::<4>(data).map(u32::from_be_bytes).ok_or(SHORT)? as usize;
+    let name = data[4..].get(..name_bytes).ok_or(SHORT)?;
     if name_bytes > STRING_BYTES_MAX {
         return Err((reply::ERR_TOO_BIG, "an export name has at most 4096 bytes"));
     }
-    let name = data.get(4..4 + name_bytes).ok_or(SHORT)?;
-    let name = export_name(name).ok_or((reply::ERR_INVALID, "the export name is not UTF-8"))?;
+    let name = export_name(name).ok_or((reply::ERR_INVALID, "the export name is not a string"))?;
     let rest = &data[4 + name_bytes..];
     let count = take::<2>(rest).map(u16::from_be_bytes).ok_or(SHORT)? as usize;
     let requests = &rest[2..];
@@ -426,10 +591,16 @@ fn parse_info_request(data: &[u8]) -> Result<(String, bool), (u32, &'static str)
     Ok((name, wants_description))
 }
 
-fn put_export_info(out: &mut Vec<u8>, option: u32, export: &ExportInfo, wants_description: bool) {
+fn put_export_info(
+    out: &mut Vec<u8>,
+    option: u32,
+    export: &ExportInfo,
+    flags: TransmissionFlags,
+    wants_description: bool,
+) {
     let mut data = info::EXPORT.to_be_bytes().to_vec();
     data.extend_from_slice(&export.size_bytes.to_be_bytes());
-    data.extend_from_slice(&export.flags.0.to_be_bytes());
+    data.extend_from_slice(&flags.0.to_be_bytes());
     put_reply(out, option, reply::INFO, &data);
     if let Some(sizes) = &export.block_sizes {
         // Sent whether asked for or not, as the specification allows: a client that reads it will keep to it.
@@ -482,7 +653,7 @@ mod tests {
 
     #[test]
     fn unknown_options_are_refused_and_the_session_goes_on() {
-        for number in [0, option::STRUCTURED_REPLY, option::EXTENDED_HEADERS, 77, u32::MAX] {
+        for number in [0, 77, u32::MAX] {
             let (mut server, mut out) = (begun(), Vec::new());
             assert_eq!(server.handle_bytes(&option_bytes(number, b"data"), &mut out), Ok(None));
             assert_eq!(only_reply(&out), reply::ERR_UNSUP);
@@ -495,8 +666,15 @@ mod tests {
 
     #[test]
     fn malformed_go_is_refused_and_the_session_goes_on() {
-        let cases: [&[u8]; 5] =
-            [b"", b"\0\0\0\x05ab", b"\0\0\0\x01a", b"\0\0\0\x01a\0\x02\0\x03", b"\0\0\0\x01\xff\0\0"];
+        let cases: [&[u8]; 7] = [
+            b"",
+            b"\0\0\0\x05ab",
+            b"\xff\xff\xff\xffab",
+            b"\0\0\0\x01a",
+            b"\0\0\0\x01a\0\x02\0\x03",
+            b"\0\0\0\x01\xff\0\0",
+            b"\0\0\0\x01\0\0\0",
+        ];
         for data in cases {
             let (mut server, mut out) = (begun(), Vec::new());
             assert_eq!(server.handle_bytes(&option_bytes(option::GO, data), &mut out), Ok(None), "{data:?}");
@@ -557,9 +735,190 @@ mod tests {
         let (mut server, mut out) = (begun(), Vec::new());
         let event = server.handle_bytes(&option_bytes(option::LIST, &[]), &mut out).unwrap();
         assert_eq!(event, Some(Event::List));
-        server.answer_list(&["a".into()], &mut out);
-        assert_eq!(be_u32(&out, 12), reply::SERVER);
-        assert_eq!(out.len(), 20 + 5 + 20);
+        let exports = [("a", ""), ("bc", "for people")];
+        let exports =
+            exports.map(|(name, text)| ListedExport { name: name.into(), description: text.into() });
+        server.answer_list(&exports, &mut out);
+        let expected = [
+            reply_bytes(option::LIST, reply::SERVER, b"\0\0\0\x01a"),
+            reply_bytes(option::LIST, reply::SERVER, b"\0\0\0\x02bcfor people"),
+            reply_bytes(option::LIST, reply::ACK, b""),
+        ];
+        assert_eq!(out, expected.concat());
+        out.clear();
+        assert_eq!(server.handle_bytes(&option_bytes(option::LIST, b"x"), &mut out), Ok(None));
+        assert_eq!(only_reply(&out), reply::ERR_INVALID);
+    }
+
+    fn reply_bytes(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
+        let magic = [0x00, 0x03, 0xe8, 0x89, 0x04, 0x55, 0x65, 0xa9];
+        let numbers = [option, kind, data.len() as u32].map(u32::to_be_bytes).concat();
+        [&magic[..], &numbers, data].concat()
+    }
+
+    fn export() -> ExportInfo {
+        let flags = TransmissionFlags::HAS_FLAGS;
+        ExportInfo { size_bytes: 5, flags, block_sizes: None, description: None }
+    }
+
+    /// Sends an option that asks for no export; gives the replies.
+    fn answer(server: &mut ServerHandshake, number: u32, data: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        assert_eq!(server.handle_bytes(&option_bytes(number, data), &mut out), Ok(None));
+        out
+    }
+
+    /// Sends an option that asks for an export, which is there unless it is called "none"; gives the replies.
+    fn ask(server: &mut ServerHandshake, number: u32, data: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        let event = server.handle_bytes(&option_bytes(number, data), &mut out).unwrap();
+        let Some(Event::Open(open)) = event else { panic!("{event:?}") };
+        let export = export();
+        let found = if open.name == "none" { Err(Refusal::unknown("no")) } else { Ok(&export) };
+        server.answer_open(found, &mut out).unwrap();
+        out
+    }
+
+    const GO_A: &[u8] = b"\0\0\0\x01a\0\0";
+    const ALLOCATION_OF_A: &[u8] = b"\0\0\0\x01a\0\0\0\x01\0\0\0\x0fbase:allocation";
+
+    fn announced(out: &[u8]) -> TransmissionFlags {
+        assert_eq!(be_u32(out, 12), reply::INFO);
+        TransmissionFlags(be_u16(out, 30))
+    }
+
+    #[test]
+    fn structured_replies_are_negotiated_and_announce_df() {
+        let mut server = begun();
+        let flags = announced(&ask(&mut server, option::INFO, GO_A));
+        assert!(!flags.contains(TransmissionFlags::SEND_DF));
+        let with_data = answer(&mut server, option::STRUCTURED_REPLY, b"x");
+        assert_eq!(only_reply(&with_data), reply::ERR_INVALID);
+        let acked = answer(&mut server, option::STRUCTURED_REPLY, b"");
+        assert_eq!(acked, reply_bytes(option::STRUCTURED_REPLY, reply::ACK, b""));
+        let info = ask(&mut server, option::INFO, GO_A);
+        assert!(announced(&info).contains(TransmissionFlags::SEND_DF));
+        let go = ask(&mut server, option::GO, GO_A);
+        assert_eq!(announced(&go), announced(&info));
+        assert_eq!(
+            server.negotiated(),
+            Negotiated { headers: HeaderStyle::Structured, allocation_context: false }
+        );
+    }
+
+    #[test]
+    fn extended_headers_win_over_structured_replies_and_export_name() {
+        let mut server = begun();
+        answer(&mut server, option::STRUCTURED_REPLY, b"");
+        assert_eq!(only_reply(&answer(&mut server, option::EXTENDED_HEADERS, b"x")), reply::ERR_INVALID);
+        assert_eq!(only_reply(&answer(&mut server, option::EXTENDED_HEADERS, b"")), reply::ACK);
+        let back = answer(&mut server, option::STRUCTURED_REPLY, b"");
+        assert_eq!(only_reply(&back), reply::ERR_EXT_HEADER_REQD);
+        let old_way = server.handle_bytes(&option_bytes(option::EXPORT_NAME, b"a"), &mut Vec::new());
+        assert!(matches!(old_way, Err(ServerHandshakeError::ExportNameRefused(_))));
+    }
+
+    #[test]
+    fn block_status_payloads_are_announced_only_with_extended_headers_and_a_context() {
+        for (headers, selects, expected) in [
+            (option::STRUCTURED_REPLY, true, false),
+            (option::EXTENDED_HEADERS, false, false),
+            (option::EXTENDED_HEADERS, true, true),
+        ] {
+            let mut server = begun();
+            answer(&mut server, headers, b"");
+            if selects {
+                ask(&mut server, option::SET_META_CONTEXT, ALLOCATION_OF_A);
+            }
+            let flags = announced(&ask(&mut server, option::GO, GO_A));
+            assert_eq!(flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD), expected);
+            assert!(flags.contains(TransmissionFlags::SEND_DF));
+        }
+    }
+
+    #[test]
+    fn contexts_need_replies_in_chunks() {
+        for number in [option::LIST_META_CONTEXT, option::SET_META_CONTEXT] {
+            let mut server = begun();
+            let refused = answer(&mut server, number, ALLOCATION_OF_A);
+            assert_eq!(only_reply(&refused), reply::ERR_INVALID);
+            assert!(!announced(&ask(&mut server, option::GO, GO_A)).contains(TransmissionFlags::SEND_DF));
+            assert!(!server.negotiated().allocation_context);
+        }
+    }
+
+    #[test]
+    fn contexts_are_listed_without_an_id_and_selected_with_one() {
+        let mut server = begun();
+        answer(&mut server, option::STRUCTURED_REPLY, b"");
+        let listed = ask(&mut server, option::LIST_META_CONTEXT, b"\0\0\0\x01a\0\0\0\0");
+        let number = option::LIST_META_CONTEXT;
+        let expected = [
+            reply_bytes(number, reply::META_CONTEXT, b"\0\0\0\0base:allocation"),
+            reply_bytes(number, reply::ACK, b""),
+        ];
+        assert_eq!(listed, expected.concat());
+        let number = option::SET_META_CONTEXT;
+        let expected = [
+            reply_bytes(number, reply::META_CONTEXT, b"\0\0\0\x01base:allocation"),
+            reply_bytes(number, reply::ACK, b""),
+        ];
+        assert_eq!(ask(&mut server, number, ALLOCATION_OF_A), expected.concat());
+        ask(&mut server, option::GO, GO_A);
+        assert!(server.negotiated().allocation_context);
+    }
+
+    #[test]
+    fn a_context_counts_for_the_export_it_was_selected_for() {
+        let selects_none: &[u8] = b"\0\0\0\x01a\0\0\0\0";
+        let malformed: &[u8] = b"\0\0\0\x01a\0\0\0\x01";
+        let of_none: &[u8] = b"\0\0\0\x04none\0\0\0\x01\0\0\0\x0fbase:allocation";
+        let of_b: &[u8] = b"\0\0\0\x01b\0\0\0\x01\0\0\0\x0fbase:allocation";
+        for replaced_by in [selects_none, malformed, of_none, of_b] {
+            let mut server = begun();
+            answer(&mut server, option::STRUCTURED_REPLY, b"");
+            ask(&mut server, option::SET_META_CONTEXT, ALLOCATION_OF_A);
+            let mut out = Vec::new();
+            let event = server.handle_bytes(&option_bytes(option::SET_META_CONTEXT, replaced_by), &mut out);
+            if let Some(Event::Open(open)) = event.unwrap() {
+                let export = export();
+                let found = if open.name == "none" { Err(Refusal::unknown("no")) } else { Ok(&export) };
+                server.answer_open(found, &mut out).unwrap();
+            }
+            ask(&mut server, option::GO, GO_A);
+            assert!(!server.negotiated().allocation_context, "{replaced_by:?}");
+        }
+    }
+
+    #[test]
+    fn unknown_exports_have_no_contexts() {
+        let mut server = begun();
+        answer(&mut server, option::STRUCTURED_REPLY, b"");
+        let listed = ask(&mut server, option::LIST_META_CONTEXT, b"\0\0\0\x04none\0\0\0\0");
+        assert_eq!(only_reply(&listed), reply::ERR_UNKNOWN);
+    }
+
+    #[test]
+    fn owners_with_simple_replies_know_nothing_else() {
+        for number in [
+            option::STRUCTURED_REPLY,
+            option::EXTENDED_HEADERS,
+            option::LIST_META_CONTEXT,
+            option::SET_META_CONTEXT,
+        ] {
+            let mut server = ServerHandshake::with_simple_replies_only(&mut Vec::new());
+            server.handle_bytes(&[0, 0, 0, 3], &mut Vec::new()).unwrap();
+            assert_eq!(only_reply(&answer(&mut server, number, b"")), reply::ERR_UNSUP);
+        }
+    }
+
+    #[test]
+    fn the_debug_form_tells_no_name() {
+        let mut server = begun();
+        server
+            .handle_bytes(&option_bytes(option::GO, b"\0\0\0\x06secret\0\0")[..26], &mut Vec::new())
+            .unwrap();
+        assert!(!format!("{server:?}").contains("115, 101"), "the bytes of a name");
     }
 
     fn with_tls(tls: TlsState) -> ServerHandshake {
