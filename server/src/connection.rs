@@ -16,7 +16,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::nbd::handshake::server::{Open, Refusal, TlsState};
+use proto::nbd::handshake::server::{ListedExport, Open, Refusal, TlsState};
+use proto::nbd::replies::ReplyHead;
 use proto::nbd::transmission::{Command, NbdError};
 use tls::kernel::ControlRecord;
 use tracing::{debug, info};
@@ -253,9 +254,9 @@ impl Connection {
     }
 
     /// The list was answered.
-    pub fn listed(&mut self, names: &[String]) {
+    pub fn listed(&mut self, exports: &[ListedExport]) {
         if self.phase == Phase::Open {
-            self.session.listed(names);
+            self.session.listed(exports);
         }
     }
 
@@ -400,8 +401,9 @@ impl Connection {
         if !text.is_empty() {
             ring.add_text(self.index, text);
         }
-        while let Some(reply) = self.session.next_reply() {
-            ring.add_header(self.index, &reply.header);
+        let mut head = ReplyHead::default();
+        while let Some(reply) = self.session.next_reply(&mut head) {
+            ring.add_header(self.index, head.bytes());
             if reply.payload_bytes > 0 {
                 ring.add_payload(self.index, self.place(reply.slot), reply.payload_bytes);
             }
@@ -441,7 +443,7 @@ impl Connection {
         if let Some((slot, missing_bytes)) = self.session.missing_payload()
             && missing_bytes >= DIRECT_RECEIVE_BYTES_MIN
         {
-            let done_bytes = self.session.request(slot).length_bytes - missing_bytes;
+            let done_bytes = self.session.payload_bytes(slot) - missing_bytes;
             let length_bytes = missing_bytes.min(DIRECT_RECEIVE_BYTES_MAX);
             ring.push_receive_payload(self.index, slot, self.place(slot), done_bytes, length_bytes);
             self.receiving = Receiving::Payload;
@@ -506,7 +508,7 @@ impl Connection {
         }
         let range = self.bulk_start..self.bulk_start + taken_bytes;
         self.bulk_start = range.end;
-        let done_bytes = self.session.request(slot).length_bytes - missing_bytes;
+        let done_bytes = self.session.payload_bytes(slot) - missing_bytes;
         ring.store_payload(self.index, range, self.place(slot), done_bytes);
         let is_complete = self.session.payload_received(taken_bytes as u32);
         if is_complete {
@@ -518,8 +520,8 @@ impl Connection {
     /// Finds the place of a request's payload; begins it if none of it has to arrive first.
     fn prepare(&mut self, ring: &mut Ring, slot: SlotId) {
         let request = self.session.request(slot);
-        let length_bytes = request.length_bytes;
-        let has_payload = matches!(request.command, Command::Read | Command::Write);
+        let length_bytes = self.session.payload_bytes(slot);
+        let has_payload = length_bytes > 0;
         if request.command == Command::Write
             && let Some(memory) = self.volume.as_deref().and_then(Volume::memory)
         {
@@ -529,7 +531,9 @@ impl Connection {
             let is_large = request.command == Command::Write && length_bytes >= LARGE_WRITE_BYTES;
             self.receive_bytes = if is_large { SHORT_RECEIVE_BYTES } else { BULK_BYTES };
         }
-        if !has_payload || self.volume.as_deref().is_some_and(|volume| volume.memory().is_some()) {
+        let is_in_place = request.command != Command::BlockStatus
+            && self.volume.as_deref().is_some_and(|volume| volume.memory().is_some());
+        if !has_payload || is_in_place {
             self.begin_unless_payload_is_missing(ring, slot);
             return;
         }
@@ -544,7 +548,7 @@ impl Connection {
     }
 
     fn give_buffer(&mut self, ring: &mut Ring, slot: SlotId, buffer: Buffer) {
-        let buffer_bytes = self.session.request(slot).length_bytes as usize;
+        let buffer_bytes = self.session.payload_bytes(slot) as usize;
         self.held_bytes += buffer_bytes;
         let request = &mut self.requests[usize::from(slot.0)];
         (request.buffer, request.buffer_bytes) = (Some(buffer), buffer_bytes);
@@ -561,10 +565,26 @@ impl Connection {
         if self.phase == Phase::Closing {
             return;
         }
+        if self.session.request(slot).command == Command::BlockStatus {
+            ring.find_extents(self.index, slot, self.session.status_query(slot));
+            return;
+        }
         let Some(volume) = self.volume.clone() else { panic!("a request without a volume") };
         let (progress, next) = RequestProgress::begin(&volume, self.session.request(slot));
         self.requests[usize::from(slot.0)].progress = Some(progress);
         self.follow(ring, slot, next);
+    }
+
+    /// The extents that a BLOCK_STATUS asked for, as its reply's payload.
+    pub fn extents_found(&mut self, ring: &mut Ring, slot: SlotId, payload: &[u8]) {
+        if self.phase == Phase::Closing {
+            return;
+        }
+        let Some(buffer) = &self.requests[usize::from(slot.0)].buffer else {
+            panic!("extents for a request without a buffer")
+        };
+        ring.fill(buffer, payload);
+        self.session.complete_status(slot, payload.len() as u32);
     }
 
     fn volume_completed(&mut self, ring: &mut Ring, slot: SlotId, result: i32) {
@@ -591,10 +611,20 @@ impl Connection {
 
     fn done(&mut self, ring: &mut Ring, slot: SlotId, result: Result<(), NbdError>) {
         let is_read = self.session.request(slot).command == Command::Read;
-        if !is_read || result.is_err() {
-            self.release_buffer(ring, slot);
+        match result {
+            Ok(()) => {
+                if !is_read {
+                    self.release_buffer(ring, slot);
+                }
+                self.session.complete(slot);
+            }
+            Err(error) => {
+                let progress = self.requests[usize::from(slot.0)].progress.as_ref();
+                let at_bytes = progress.and_then(RequestProgress::failed_at_bytes);
+                self.release_buffer(ring, slot);
+                self.session.fail(slot, error, at_bytes);
+            }
         }
-        self.session.complete(slot, result);
     }
 
     fn release_buffer(&mut self, ring: &mut Ring, slot: SlotId) {

@@ -66,7 +66,7 @@ impl IoLoop {
         limits: Limits,
         tls: Arc<ServerTls>,
     ) -> io::Result<Self> {
-        let mut ring = Ring::new(ring_number)?;
+        let mut ring = Ring::new(ring_number, &mailbox)?;
         ring.push_wakeup(mailbox.wakeup());
         Ok(Self {
             ring_number,
@@ -165,8 +165,15 @@ impl IoLoop {
                 RingMessage::Opened { connection, answer } => {
                     self.with(connection, |connection, ring| connection.opened(ring, answer));
                 }
-                RingMessage::Listed { connection, names } => {
-                    self.with(connection, |connection, _| connection.listed(&names));
+                RingMessage::Listed { connection, exports } => {
+                    self.with(connection, |connection, _| connection.listed(&exports));
+                }
+                RingMessage::ExtentsFound { connection: index, slot, payload } => {
+                    self.ring.extents_found(index);
+                    if let Some(connection) = self.connections[index as usize].as_mut() {
+                        connection.extents_found(&mut self.ring, slot, &payload);
+                    }
+                    self.note(index);
                 }
                 RingMessage::TlsStarted { connection, secured } => {
                     self.with(connection, |connection, ring| connection.tls_started(ring, secured));

@@ -12,6 +12,7 @@
 
 pub mod acceptor;
 pub mod backend;
+pub mod block_status;
 pub mod buffers;
 pub mod catalog;
 pub mod config;

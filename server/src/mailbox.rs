@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use proto::nbd::ExportInfo;
-use proto::nbd::handshake::server::Refusal;
+use proto::nbd::handshake::server::{ListedExport, Refusal};
 use proto::nbd::validate::RequestLimits;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::fence::ConnectionId;
+use crate::session::SlotId;
 use crate::tls::Secured;
 use crate::volume::Volume;
 
@@ -53,8 +54,17 @@ pub enum RingMessage {
     Listed {
         /// Whose.
         connection: ConnectionId,
-        /// Names of the public exports.
-        names: Vec<String>,
+        /// The public exports.
+        exports: Vec<ListedExport>,
+    },
+    /// The answer to a BLOCK_STATUS.
+    ExtentsFound {
+        /// Whose: its index in the ring, which it keeps until this has come.
+        connection: u32,
+        /// For which request.
+        slot: SlotId,
+        /// The reply's payload.
+        payload: Vec<u8>,
     },
     /// A TLS handshake has ended.
     TlsStarted {

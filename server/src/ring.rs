@@ -26,11 +26,13 @@ use rustix::fs::sendfile;
 
 use crate::backend::memory::MemoryVolume;
 use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
+use crate::block_status::{ExtentFinder, StatusQuery};
 use crate::buffers::{Buffer, BufferPool, Region};
+use crate::mailbox::Mailbox;
 use crate::session::{IN_FLIGHT_REQUESTS_MAX, SlotId};
 use crate::sync_groups::{Begin, Member, SyncGroups};
 use crate::volume::{Backend, Volume};
-use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
+use proto::nbd::replies::REPLY_HEAD_BYTES_MAX;
 use tls::kernel::{self, ControlRecord};
 use tls::stream::Carrier;
 
@@ -158,16 +160,17 @@ pub struct Ring {
     free_indices: Vec<u32>,
     syncs: SyncGroups,
     synced: Vec<Member>,
+    extents: ExtentFinder,
     ops_in_flight: u32,
 }
 
 impl Ring {
-    /// Makes ring number `number` of the server; on the thread that will use it.
+    /// Makes ring number `number` of the server, whose mailbox this is; on the thread that will use it.
     ///
     /// # Errors
     /// `EPERM` or `ENOSYS`: io_uring is switched off (sysctl, container profile) or missing; `EINVAL`: a kernel before
     /// 6.1; `ENOMEM`.
-    pub fn new(number: usize) -> io::Result<Self> {
+    pub fn new(number: usize, mailbox: &Arc<Mailbox>) -> io::Result<Self> {
         let io = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
@@ -187,6 +190,7 @@ impl Ring {
             free_indices: Vec::new(),
             syncs: SyncGroups::default(),
             synced: Vec::with_capacity(IN_FLIGHT_REQUESTS_MAX),
+            extents: ExtentFinder::start(number, Arc::clone(mailbox))?,
             ops_in_flight: 0,
         })
     }
@@ -325,6 +329,32 @@ impl Ring {
         }
     }
 
+    /// Has the extents of the connection's volume looked up; comes back as [`crate::mailbox::RingMessage::ExtentsFound`], which has to be
+    /// brought to [`Self::extents_found`].
+    ///
+    /// # Panics
+    /// When the connection has no volume.
+    pub fn find_extents(&mut self, connection: u32, slot: SlotId, query: StatusQuery) {
+        let Some(volume) = self.connection(connection).volume.clone() else {
+            panic!("the connection has no volume")
+        };
+        self.connection_mut(connection).ops_in_flight += 1;
+        self.extents.ask(connection, slot, volume, query);
+    }
+
+    /// A question has been answered: it is not in flight any more.
+    pub fn extents_found(&mut self, connection: u32) {
+        self.connection_mut(connection).ops_in_flight -= 1;
+    }
+
+    /// Fills the beginning of a buffer.
+    pub fn fill(&mut self, buffer: &Buffer, bytes: &[u8]) {
+        let target = self.memory.pool.address(buffer, 0, bytes.len());
+        // SAFETY: `address` checked the target's range; the buffer belongs to a request for which no operation is in
+        // flight; `bytes` is Rust's own memory.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+    }
+
     /// Receives up to the end of `range` into the receive memory.
     pub fn push_receive_bulk(&mut self, connection: u32, range: Range<usize>) {
         let memory = self.connection_mut(connection);
@@ -361,7 +391,7 @@ impl Ring {
     }
 
     /// Adds a reply's header.
-    pub fn add_header(&mut self, connection: u32, header: &[u8; SIMPLE_REPLY_BYTES]) {
+    pub fn add_header(&mut self, connection: u32, header: &[u8]) {
         let send = self.idle_send(connection);
         let target = send.headers.address(send.headers_used_bytes, header.len());
         send.headers_used_bytes += header.len();
@@ -551,7 +581,13 @@ impl Ring {
                 opcode::Write::new(file, source, length_bytes).offset(offset_bytes).build()
             }
             VolumeOp::Allocate { mode, offset_bytes, length_bytes } => {
-                opcode::Fallocate::new(file, u64::from(length_bytes)).offset(offset_bytes).mode(mode).build()
+                opcode::Fallocate::new(file, length_bytes).offset(offset_bytes).mode(mode).build()
+            }
+            VolumeOp::Prefetch { offset_bytes, length_bytes } => {
+                let length_bytes = libc::off_t::from(length_bytes);
+                opcode::Fadvise::new(file, length_bytes, libc::POSIX_FADV_WILLNEED)
+                    .offset(offset_bytes)
+                    .build()
             }
             VolumeOp::Sync { .. } => panic!("a sync is of the volume, not of one request"),
         }
@@ -644,7 +680,7 @@ impl Drop for Ring {
 impl SendArea {
     fn new() -> io::Result<Self> {
         Ok(Self {
-            headers: Region::new(IN_FLIGHT_REQUESTS_MAX * SIMPLE_REPLY_BYTES)?,
+            headers: Region::new(IN_FLIGHT_REQUESTS_MAX * REPLY_HEAD_BYTES_MAX)?,
             headers_used_bytes: 0,
             text: Vec::new(),
             // A header and a payload for each request, and the text; below IOV_MAX (1024).

@@ -16,21 +16,30 @@
 
 use std::collections::VecDeque;
 
-use proto::nbd::ExportInfo;
-use proto::nbd::handshake::server::{Event, Open, Refusal, ServerHandshake, ServerHandshakeError, TlsState};
-use proto::nbd::transmission::{
-    Command, NbdError, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply, TransmissionError,
+use proto::nbd::block_status::{STATUS_PAYLOAD_BYTES, StatusPayload, extents_in};
+use proto::nbd::handshake::server::{
+    Event, ListedExport, Open, Refusal, ServerHandshake, ServerHandshakeError, TlsState,
 };
-use proto::nbd::validate::{RequestLimits, validate_request};
+use proto::nbd::replies::ReplyHead;
+use proto::nbd::transmission::{
+    Command, CommandFlags, EXTENDED_REQUEST_BYTES, NbdError, REQUEST_BYTES, Request, TransmissionError,
+};
+use proto::nbd::validate::{
+    PayloadTooLong, Refused, RequestLimits, take_status_payload, validate_payload, validate_request,
+};
+use proto::nbd::{ExportInfo, HeaderStyle};
 use tracing::debug;
+
+use crate::block_status::StatusQuery;
 
 /// Requests of one connection that are in flight at once. As many as ublk and the kernel's nbd client put on a queue by
 /// default, so that neither is held back; a peer that sends more finds its socket full.
 pub const IN_FLIGHT_REQUESTS_MAX: usize = 128;
 
-/// Longest payload of a refused WRITE that is read and thrown away. Twice what is ever announced: a longer one is not a
-/// request that went wrong but a stream that did, and ends the connection.
-pub const DISCARDED_BYTES_MAX: u32 = 64 << 20;
+/// Room for a BLOCK_STATUS's extents, in bytes: some 4,000 with 64-bit lengths. Who wants more asks again.
+const STATUS_REPLY_BYTES: u32 = 64 << 10;
+/// Room for the only extent that REQ_ONE wants, in bytes.
+const STATUS_REPLY_ONE_BYTES: u32 = 24;
 
 /// The peer broke the protocol: close its connection, after sending what is left to send.
 #[derive(Debug, thiserror::Error)]
@@ -41,9 +50,9 @@ pub enum SessionError {
     /// In the transmission phase.
     #[error(transparent)]
     Transmission(#[from] TransmissionError),
-    /// A WRITE that is refused carries more than [`DISCARDED_BYTES_MAX`].
-    #[error("a refused WRITE carries {0} bytes of payload")]
-    RefusedPayloadTooLong(u32),
+    /// A payload that nobody would send in good faith.
+    #[error(transparent)]
+    PayloadTooLong(#[from] PayloadTooLong),
 }
 
 /// Which in-flight request: an index below [`IN_FLIGHT_REQUESTS_MAX`].
@@ -61,7 +70,7 @@ pub enum Action {
     Paused,
     /// Find the export and call [`Session::opened`].
     Open(Open),
-    /// Find the names of the public exports and call [`Session::listed`].
+    /// Find the public exports and call [`Session::listed`].
     List,
     /// Send the output, start TLS and call [`Session::tls_started`].
     StartTls,
@@ -73,14 +82,12 @@ pub enum Action {
     End,
 }
 
-/// A reply that is due.
+/// A reply that is due; what goes on the wire first is in the [`ReplyHead`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reply {
     /// Whose; to be given back with [`Session::reply_sent`].
     pub slot: SlotId,
-    /// What goes on the wire first.
-    pub header: [u8; SIMPLE_REPLY_BYTES],
-    /// How much of a READ's payload follows, in bytes.
+    /// How much of a READ's or BLOCK_STATUS's payload follows, in bytes.
     pub payload_bytes: u32,
 }
 
@@ -102,7 +109,16 @@ enum Payload {
 #[derive(Debug, Clone, Copy)]
 struct Slot {
     request: Option<Request>,
-    error: u32,
+    outcome: Outcome,
+}
+
+/// How a request ended, or will if nothing else happens.
+#[derive(Debug, Clone, Copy)]
+enum Outcome {
+    Done,
+    StatusFound { payload_bytes: u32 },
+    Refused(Refused),
+    Failed { error: NbdError, at_bytes: Option<u64> },
 }
 
 /// The state of one conversation.
@@ -110,6 +126,9 @@ struct Slot {
 pub struct Session {
     stage: Stage,
     handshake: ServerHandshake,
+    headers: HeaderStyle,
+    /// Of the export that is open.
+    minimum_block_bytes: u32,
     out: Vec<u8>,
     slots: Box<[Slot]>,
     free_slots: Vec<SlotId>,
@@ -125,8 +144,11 @@ impl Session {
         Self {
             stage: Stage::Handshake,
             handshake,
+            headers: HeaderStyle::Simple,
+            minimum_block_bytes: 1,
             out,
-            slots: vec![Slot { request: None, error: 0 }; IN_FLIGHT_REQUESTS_MAX].into_boxed_slice(),
+            slots: vec![Slot { request: None, outcome: Outcome::Done }; IN_FLIGHT_REQUESTS_MAX]
+                .into_boxed_slice(),
             free_slots: (0..IN_FLIGHT_REQUESTS_MAX as u8).rev().map(SlotId).collect(),
             payload: Payload::None,
             due: VecDeque::with_capacity(IN_FLIGHT_REQUESTS_MAX),
@@ -175,15 +197,18 @@ impl Session {
         let limits = answer.as_ref().ok().map(|(_, limits)| *limits);
         let is_open = self.handshake.answer_open(answer.map(|(export, _)| export), &mut self.out)?;
         if let (true, Some(limits)) = (is_open, limits) {
+            let limits = limits.for_client(self.handshake.negotiated());
+            self.headers = limits.negotiated.headers;
+            self.minimum_block_bytes = limits.block_sizes.minimum_bytes;
             self.stage = Stage::Transmission(limits);
         }
         Ok(is_open)
     }
 
     /// The list was answered.
-    pub fn listed(&mut self, names: &[String]) {
+    pub fn listed(&mut self, exports: &[ListedExport]) {
         self.stage = Stage::Handshake;
-        self.handshake.answer_list(names, &mut self.out);
+        self.handshake.answer_list(exports, &mut self.out);
     }
 
     /// TLS has started: the bytes to come are what it carries.
@@ -243,21 +268,75 @@ impl Session {
         }
     }
 
+    /// Bytes of the payload that the request brings, or room for the one that its reply may have.
+    pub fn payload_bytes(&self, slot: SlotId) -> u32 {
+        let request = self.request(slot);
+        match request.command {
+            // Validated to be no longer than the largest payload that was announced.
+            Command::Read | Command::Write => request.length_bytes as u32,
+            Command::BlockStatus if request.flags.contains(CommandFlags::REQ_ONE) => STATUS_REPLY_ONE_BYTES,
+            Command::BlockStatus => STATUS_REPLY_BYTES,
+            _ => 0,
+        }
+    }
+
+    /// What a BLOCK_STATUS asks.
+    pub fn status_query(&self, slot: SlotId) -> StatusQuery {
+        let request = self.request(slot);
+        let wants_one = request.flags.contains(CommandFlags::REQ_ONE);
+        let room = extents_in(self.payload_bytes(slot) as usize, self.headers);
+        StatusQuery {
+            offset_bytes: request.offset_bytes,
+            length_bytes: request.length_bytes,
+            extents_max: if wants_one { 1 } else { room },
+            alignment_bytes: u64::from(self.minimum_block_bytes),
+            headers: self.headers,
+        }
+    }
+
     /// The request is done; its reply becomes due.
-    pub fn complete(&mut self, slot: SlotId, result: Result<(), NbdError>) {
-        self.slots[usize::from(slot.0)].error = result.map_or_else(|error| error as u32, |()| 0);
+    pub fn complete(&mut self, slot: SlotId) {
+        self.finish(slot, Outcome::Done);
+    }
+
+    /// The extents of a BLOCK_STATUS are in its buffer; its reply becomes due.
+    pub fn complete_status(&mut self, slot: SlotId, payload_bytes: u32) {
+        self.finish(slot, Outcome::StatusFound { payload_bytes });
+    }
+
+    /// The request failed, at a place if that is known; its reply becomes due.
+    pub fn fail(&mut self, slot: SlotId, error: NbdError, at_bytes: Option<u64>) {
+        self.finish(slot, Outcome::Failed { error, at_bytes });
+    }
+
+    fn finish(&mut self, slot: SlotId, outcome: Outcome) {
+        self.slots[usize::from(slot.0)].outcome = outcome;
         self.due.push_back(slot);
     }
 
-    /// The next reply that is due.
-    pub fn next_reply(&mut self) -> Option<Reply> {
+    /// The next reply that is due; puts what goes first into `head`.
+    pub fn next_reply(&mut self, head: &mut ReplyHead) -> Option<Reply> {
         let slot = self.due.pop_front()?;
-        let error = self.slots[usize::from(slot.0)].error;
-        let request = self.request(slot);
-        let header = SimpleReply { error, cookie: request.cookie }.encode();
-        let has_payload = request.command == Command::Read && error == 0;
-        let payload_bytes = if has_payload { request.length_bytes } else { 0 };
-        Some(Reply { slot, header, payload_bytes })
+        let (headers, request) = (self.headers, self.request(slot));
+        let mut payload_bytes = 0;
+        match self.slots[usize::from(slot.0)].outcome {
+            Outcome::Done if request.command == Command::Read => {
+                payload_bytes = self.payload_bytes(slot);
+                head.put_data(headers, request);
+            }
+            Outcome::Done => head.put_done(headers, request),
+            Outcome::StatusFound { payload_bytes: found_bytes } => {
+                payload_bytes = found_bytes;
+                head.put_status(headers, request, found_bytes);
+            }
+            Outcome::Refused(reason) => {
+                head.put_error(headers, request, reason.error() as u32, reason.words(), None);
+            }
+            Outcome::Failed { error, at_bytes } => {
+                head.put_error(headers, request, error as u32, error.words(), at_bytes);
+            }
+        }
+        Some(Reply { slot, payload_bytes })
     }
 
     /// The reply has left: its slot is free again.
@@ -324,43 +403,60 @@ impl Session {
             }
             Payload::None => {}
         }
-        let Some(header) = bytes.first_chunk::<REQUEST_BYTES>() else { return Ok((0, Action::NeedsBytes)) };
+        let Some((request, header_bytes)) = decode(bytes, self.headers)? else {
+            return Ok((0, Action::NeedsBytes));
+        };
         if self.free_slots.is_empty() {
             return Ok((0, Action::Paused));
         }
-        let request = Request::decode(header)?;
         if request.command == Command::Disconnect {
             self.stage = Stage::Ended;
-            return Ok((REQUEST_BYTES, Action::End));
+            return Ok((header_bytes, Action::End));
         }
-        let action = self.accept(request, limits)?;
-        Ok((REQUEST_BYTES, action))
+        let payload_bytes = validate_payload(&request, limits)?;
+        if request.command == Command::BlockStatus && payload_bytes as usize == STATUS_PAYLOAD_BYTES {
+            return Ok(self.accept_status_payload(request, &bytes[header_bytes..], header_bytes, limits));
+        }
+        let verdict = validate_request(&request, limits);
+        Ok((header_bytes, self.accept(request, payload_bytes, verdict)))
+    }
+
+    /// A BLOCK_STATUS whose payload may name a context; it is taken in with its header.
+    fn accept_status_payload(
+        &mut self,
+        request: Request,
+        after_header: &[u8],
+        header_bytes: usize,
+        limits: &RequestLimits,
+    ) -> (usize, Action) {
+        let Some(payload) = after_header.first_chunk::<STATUS_PAYLOAD_BYTES>() else {
+            return (0, Action::NeedsBytes);
+        };
+        let taken = take_status_payload(&request, StatusPayload::decode(payload), limits);
+        let verdict = taken.and_then(|taken| validate_request(&taken, limits));
+        let action = self.accept(taken.unwrap_or(request), 0, verdict);
+        (header_bytes + STATUS_PAYLOAD_BYTES, action)
     }
 
     /// Puts a request into a slot; what is refused is answered without reaching the volume.
-    fn accept(&mut self, request: Request, limits: &RequestLimits) -> Result<Action, SessionError> {
-        let refused = validate_request(&request, limits);
-        let payload_bytes = request.payload_bytes();
-        if refused.is_err() && payload_bytes > DISCARDED_BYTES_MAX {
-            return Err(SessionError::RefusedPayloadTooLong(payload_bytes));
-        }
+    fn accept(&mut self, request: Request, payload_bytes: u32, verdict: Result<(), Refused>) -> Action {
         let Some(slot) = self.free_slots.pop() else { panic!("accept: no slot is free") };
-        self.slots[usize::from(slot.0)] = Slot { request: Some(request), error: 0 };
-        if let Err(reason) = refused {
+        let outcome = verdict.map_or_else(Outcome::Refused, |()| Outcome::Done);
+        self.slots[usize::from(slot.0)] = Slot { request: Some(request), outcome };
+        if let Err(reason) = verdict {
             debug!(?request, %reason, "a request is refused");
             if payload_bytes == 0 {
-                self.complete(slot, Err(reason.error()));
+                self.due.push_back(slot);
             } else {
-                self.slots[usize::from(slot.0)].error = reason.error() as u32;
                 self.payload = Payload::Discarding { slot, remaining_bytes: payload_bytes };
             }
-            return Ok(Action::NextBytes);
+            return Action::NextBytes;
         }
         if payload_bytes == 0 {
-            return Ok(Action::Begin(slot));
+            return Action::Begin(slot);
         }
         self.payload = Payload::Accepting { slot, remaining_bytes: payload_bytes };
-        Ok(Action::TakePayload(slot))
+        Action::TakePayload(slot)
     }
 
     fn discard(&mut self, slot: SlotId, remaining_bytes: u32, bytes: &[u8]) -> (usize, Action) {
@@ -382,11 +478,26 @@ impl Default for Session {
     }
 }
 
+/// Reads a request's header; `None`: it is not there yet. Gives its length too.
+fn decode(bytes: &[u8], headers: HeaderStyle) -> Result<Option<(Request, usize)>, TransmissionError> {
+    Ok(match headers {
+        HeaderStyle::Simple | HeaderStyle::Structured => match bytes.first_chunk::<REQUEST_BYTES>() {
+            Some(header) => Some((Request::decode(header)?, REQUEST_BYTES)),
+            None => None,
+        },
+        HeaderStyle::Extended => match bytes.first_chunk::<EXTENDED_REQUEST_BYTES>() {
+            Some(header) => Some((Request::decode_extended(header)?, EXTENDED_REQUEST_BYTES)),
+            None => None,
+        },
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use proto::nbd::handshake::client::ClientHandshake;
     use proto::nbd::transmission::CommandFlags;
-    use proto::nbd::{BlockSizes, TransmissionFlags};
+    use proto::nbd::transmission::SimpleReply;
+    use proto::nbd::{BlockSizes, Negotiated, TransmissionFlags};
 
     use super::*;
 
@@ -395,7 +506,7 @@ mod tests {
     fn limits() -> RequestLimits {
         let flags = TransmissionFlags::HAS_FLAGS.with(TransmissionFlags::SEND_FLUSH);
         let block_sizes = BlockSizes { minimum_bytes: 512, preferred_bytes: 4096, maximum_bytes: 32 << 20 };
-        RequestLimits { size_bytes: SIZE_BYTES, flags, block_sizes }
+        RequestLimits { size_bytes: SIZE_BYTES, flags, block_sizes, negotiated: Negotiated::default() }
     }
 
     fn export() -> ExportInfo {
@@ -423,13 +534,14 @@ mod tests {
         session
     }
 
-    fn request(command: Command, cookie: u64, offset_bytes: u64, length_bytes: u32) -> Vec<u8> {
+    fn request(command: Command, cookie: u64, offset_bytes: u64, length_bytes: u64) -> Vec<u8> {
         Request { flags: CommandFlags::NONE, command, cookie, offset_bytes, length_bytes }.encode().to_vec()
     }
 
     fn reply(session: &mut Session) -> (u64, u32, u32) {
-        let reply = session.next_reply().expect("a reply is due");
-        let header = SimpleReply::decode(&reply.header).unwrap();
+        let mut head = ReplyHead::default();
+        let reply = session.next_reply(&mut head).expect("a reply is due");
+        let header = SimpleReply::decode(head.bytes().try_into().unwrap()).unwrap();
         session.reply_sent(reply.slot);
         (header.cookie, header.error, reply.payload_bytes)
     }
@@ -442,8 +554,8 @@ mod tests {
         let Action::Begin(first) = action else { panic!("{action:?}") };
         let (_, action) = session.advance(&stream[used..]).unwrap();
         let Action::Begin(second) = action else { panic!("{action:?}") };
-        session.complete(second, Ok(()));
-        session.complete(first, Err(NbdError::Eio));
+        session.complete(second);
+        session.fail(first, NbdError::Eio, None);
         assert_eq!(reply(&mut session), (2, 0, 1024));
         assert_eq!(reply(&mut session), (1, 5, 0), "an error carries no payload");
         assert!(session.is_idle());
@@ -486,8 +598,8 @@ mod tests {
     #[test]
     fn an_absurd_payload_ends_the_connection() {
         let mut session = transmitting();
-        let error = session.advance(&request(Command::Write, 1, 0, u32::MAX)).unwrap_err();
-        assert!(matches!(error, SessionError::RefusedPayloadTooLong(u32::MAX)));
+        let error = session.advance(&request(Command::Write, 1, 0, u32::MAX.into())).unwrap_err();
+        assert!(matches!(error, SessionError::PayloadTooLong(_)));
     }
 
     #[test]
@@ -513,7 +625,7 @@ mod tests {
         }
         let one_more = request(Command::Read, 1000, 0, 512);
         assert_eq!(session.advance(&one_more).unwrap(), (0, Action::Paused));
-        session.complete(SlotId(5), Ok(()));
+        session.complete(SlotId(5));
         reply(&mut session);
         assert_eq!(session.advance(&one_more).unwrap(), (REQUEST_BYTES, Action::Begin(SlotId(5))));
     }
@@ -527,7 +639,7 @@ mod tests {
         assert_eq!(end, (REQUEST_BYTES, Action::End));
         assert_eq!(session.advance(&request(Command::Read, 3, 0, 512)).unwrap(), (0, Action::End));
         assert!(!session.is_idle());
-        session.complete(slot, Ok(()));
+        session.complete(slot);
         assert_eq!(reply(&mut session), (1, 0, 512));
         assert!(session.is_idle());
     }

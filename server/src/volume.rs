@@ -10,16 +10,18 @@
 //!   FLUSH           Sync
 //!   TRIM            Allocate(punch) ─(FUA)─► Sync
 //!   WRITE_ZEROES    Allocate(punch or zero) ─(not supported)─► WriteZeroes… ─(FUA)─► Sync
+//!   CACHE           Prefetch, or nothing where there is no cache to read into
 //!   in memory       TRIM, WRITE_ZEROES: Allocate(punch) ─(NO_HOLE)─► Allocate(fill); the others: nothing is left to do
 //! ```
 //! Invariants: a request is reported done only when every byte of it is; where the write cache is off every writing
 //! request is treated as FUA; after a failed sync nothing is acknowledged as durable until the volume was opened anew.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use proto::nbd::transmission::{Command, CommandFlags, NbdError, Request};
 use proto::nbd::validate::RequestLimits;
-use proto::nbd::{BlockSizes, PAYLOAD_BYTES_MAX_DEFAULT, TransmissionFlags};
+use proto::nbd::{BlockSizes, Negotiated, PAYLOAD_BYTES_MAX_DEFAULT, TransmissionFlags};
 use tracing::{error, warn};
 use uuid::Uuid;
 
@@ -29,6 +31,9 @@ use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
 
 /// Below this, requests make the file system handle parts of a page.
 const PREFERRED_BLOCK_BYTES: u32 = 4096;
+
+/// Most that one CACHE brings into the page cache: what would push out much of what is there helps nobody.
+const PREFETCH_BYTES_MAX: u64 = 64 << 20;
 
 /// Ways in which this server can be made to fail, for tests only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -110,6 +115,8 @@ impl Volume {
             .with(TransmissionFlags::SEND_FUA)
             .with(TransmissionFlags::SEND_TRIM)
             .with(TransmissionFlags::SEND_WRITE_ZEROES)
+            .with(TransmissionFlags::SEND_FAST_ZERO)
+            .with(TransmissionFlags::SEND_CACHE)
             .with(TransmissionFlags::CAN_MULTI_CONN);
         if self.write_cache_on {
             // Announcing FLUSH is how NBD says that there is a volatile cache.
@@ -123,7 +130,16 @@ impl Volume {
             preferred_bytes: minimum_bytes.max(PREFERRED_BLOCK_BYTES),
             maximum_bytes: PAYLOAD_BYTES_MAX_DEFAULT,
         };
-        RequestLimits { size_bytes: self.capacity_bytes, flags, block_sizes }
+        let negotiated = Negotiated::default();
+        RequestLimits { size_bytes: self.capacity_bytes, flags, block_sizes, negotiated }
+    }
+
+    /// The file that holds the bytes, each at its offset in the volume: on disk or in memory.
+    pub fn backing_file(&self) -> &File {
+        match &self.backend {
+            Backend::File(file) => file.file(),
+            Backend::Memory(memory) => memory.file(),
+        }
     }
 
     /// What the volume's bytes are in, for the log.
@@ -169,6 +185,7 @@ enum Stage {
     Writing,
     Allocating,
     Zeroing,
+    Prefetching,
     Populating,
     Syncing,
 }
@@ -179,7 +196,7 @@ pub struct RequestProgress {
     request: Request,
     stage: Stage,
     durable: bool,
-    done_bytes: u32,
+    done_bytes: u64,
 }
 
 impl RequestProgress {
@@ -208,9 +225,16 @@ impl RequestProgress {
         match self.stage {
             Stage::Reading | Stage::Writing | Stage::Zeroing => self.transferred(volume, result as u32),
             Stage::Allocating => self.allocated(volume),
-            Stage::Populating => Next::Done(Ok(())),
+            Stage::Populating | Stage::Prefetching => Next::Done(Ok(())),
             Stage::Syncing => durable_answer(volume),
         }
+    }
+
+    /// The first byte for which nothing was done, of a request that failed while its bytes were on their way; `None` where
+    /// the failure is not of a place.
+    pub fn failed_at_bytes(&self) -> Option<u64> {
+        let has_place = matches!(self.stage, Stage::Reading | Stage::Writing | Stage::Zeroing);
+        has_place.then(|| self.request.offset_bytes + self.done_bytes)
     }
 
     fn begin_file(&mut self, volume: &Volume) -> Next {
@@ -221,6 +245,8 @@ impl RequestProgress {
             Command::Read => Stage::Reading,
             Command::Write => Stage::Writing,
             Command::Trim | Command::WriteZeroes => Stage::Allocating,
+            Command::Cache if volume.is_direct() => return Next::Done(Ok(())),
+            Command::Cache => Stage::Prefetching,
             _ => return self.sync(volume),
         };
         self.repeat(volume)
@@ -237,9 +263,11 @@ impl RequestProgress {
 
     /// The operation of the current stage, from where it has got to.
     fn repeat(&mut self, volume: &Volume) -> Next {
-        let offset_bytes = self.request.offset_bytes + u64::from(self.done_bytes);
-        let length_bytes = self.request.length_bytes - self.done_bytes;
-        let buffer_offset_bytes = self.done_bytes;
+        let offset_bytes = self.request.offset_bytes + self.done_bytes;
+        let remaining_bytes = self.request.length_bytes - self.done_bytes;
+        // Whole where it counts: a READ or WRITE was validated to be no longer than a buffer.
+        let length_bytes = u32::try_from(remaining_bytes).unwrap_or(u32::MAX);
+        let buffer_offset_bytes = u32::try_from(self.done_bytes).unwrap_or(u32::MAX);
         let op = match self.stage {
             Stage::Reading => VolumeOp::Read { offset_bytes, length_bytes, buffer_offset_bytes },
             Stage::Writing => {
@@ -251,9 +279,14 @@ impl RequestProgress {
                 VolumeOp::WriteZeroes { offset_bytes, length_bytes: length_bytes.min(ZEROES_BYTES_MAX) }
             }
             Stage::Allocating => {
-                VolumeOp::Allocate { mode: self.allocate_mode(volume), offset_bytes, length_bytes }
+                let mode = self.allocate_mode(volume);
+                VolumeOp::Allocate { mode, offset_bytes, length_bytes: remaining_bytes }
             }
-            Stage::Populating => VolumeOp::Allocate { mode: 0, offset_bytes, length_bytes },
+            Stage::Populating => VolumeOp::Allocate { mode: 0, offset_bytes, length_bytes: remaining_bytes },
+            Stage::Prefetching => {
+                let length_bytes = remaining_bytes.min(PREFETCH_BYTES_MAX) as u32;
+                VolumeOp::Prefetch { offset_bytes, length_bytes }
+            }
             // What a hole or a preallocation changed is metadata through and through.
             Stage::Syncing => VolumeOp::Sync {
                 metadata: matches!(self.request.command, Command::Trim | Command::WriteZeroes),
@@ -287,7 +320,7 @@ impl RequestProgress {
     }
 
     fn transferred(&mut self, volume: &Volume, bytes: u32) -> Next {
-        self.done_bytes = self.done_bytes.saturating_add(bytes);
+        self.done_bytes += u64::from(bytes);
         if self.done_bytes < self.request.length_bytes && bytes > 0 {
             return self.repeat(volume);
         }
@@ -332,9 +365,13 @@ impl RequestProgress {
                 if self.request.command == Command::Trim {
                     return Next::Done(Ok(())); // Only advice: a file system without holes keeps the bytes.
                 }
+                if self.request.flags.contains(CommandFlags::FAST_ZERO) {
+                    return Next::Done(Err(NbdError::Enotsup)); // Nothing was changed, and zeroes would have to be written.
+                }
                 self.stage = Stage::Zeroing;
                 return self.repeat(volume);
             }
+            Stage::Prefetching => return Next::Done(Ok(())), // Only advice as well.
             Stage::Syncing => volume.report_failed_sync(errno),
             Stage::Writing if self.durable && volume.is_direct() && !no_space => {
                 volume.report_failed_sync(errno)

@@ -83,7 +83,7 @@ impl NbdClient {
     ) -> Result<u64> {
         self.cookies_used += 1;
         let cookie = self.cookies_used;
-        let request = Request { flags, command, cookie, offset_bytes, length_bytes };
+        let request = Request { flags, command, cookie, offset_bytes, length_bytes: length_bytes.into() };
         self.stream.write_all(&[&request.encode(), payload].concat()).context("sending a request")?;
         self.in_flight.insert(cookie, if command == Command::Read { length_bytes } else { 0 });
         Ok(cookie)

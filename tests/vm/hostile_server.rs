@@ -208,7 +208,7 @@ fn shake_hands(peer: &mut TcpStream) -> Result<Vec<u8>> {
     let flags = TransmissionFlags::HAS_FLAGS;
     let export = ExportInfo { size_bytes: SIZE_BYTES, flags, block_sizes: None, description: None };
     let mut out = Vec::new();
-    let mut handshake = ServerHandshake::new(&mut out);
+    let mut handshake = ServerHandshake::with_simple_replies_only(&mut out);
     let mut buffer = [0; 4096];
     loop {
         peer.write_all(&out)?;

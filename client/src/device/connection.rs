@@ -218,7 +218,8 @@ impl Connection {
         {
             let entry = &mut self.entries[usize::from(tag)];
             let request = entry.request();
-            let payload_bytes = request.payload_bytes();
+            let is_write = request.command == Command::Write;
+            let payload_bytes = if is_write { entry.operation.length_bytes } else { 0 };
             let small_bytes = if payload_bytes <= self.small_bytes_max { payload_bytes as usize } else { 0 };
             let Some(place) = outbox[end..].get_mut(..REQUEST_BYTES + small_bytes) else { break };
             let (header, payload) = place.split_at_mut(REQUEST_BYTES);
@@ -356,7 +357,7 @@ impl Entry {
             command: self.operation.command,
             cookie: self.cookie,
             offset_bytes: self.operation.offset_bytes,
-            length_bytes: self.operation.length_bytes,
+            length_bytes: u64::from(self.operation.length_bytes),
         }
     }
 

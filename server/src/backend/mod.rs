@@ -49,6 +49,13 @@ pub enum VolumeOp {
         /// Where in the volume.
         offset_bytes: u64,
         /// How much.
+        length_bytes: u64,
+    },
+    /// Read the range into the page cache, in the background (`POSIX_FADV_WILLNEED`).
+    Prefetch {
+        /// Where in the volume.
+        offset_bytes: u64,
+        /// How much.
         length_bytes: u32,
     },
 }

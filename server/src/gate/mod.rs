@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
 
-use proto::nbd::handshake::server::{Open, OpenKind, Refusal};
+use proto::nbd::handshake::server::{ListedExport, Open, OpenKind, Refusal};
 use tracing::error;
 use uuid::Uuid;
 
@@ -227,8 +227,8 @@ impl Gate {
                 self.open(connection, ring, &open, &rights);
             }
             GateMessage::List { connection, ring, rights } => {
-                let names = self.listed_names(&rights);
-                self.rings[ring].post(RingMessage::Listed { connection, names });
+                let exports = self.listed_exports(&rights);
+                self.rings[ring].post(RingMessage::Listed { connection, exports });
             }
             GateMessage::Closed { connection } => self.closed(connection),
             GateMessage::VolumeOpened { volume_uid, result } => self.volume_opened(volume_uid, result),
@@ -254,15 +254,16 @@ impl Gate {
         }
     }
 
-    fn listed_names(&self, rights: &Rights) -> Vec<String> {
+    fn listed_exports(&self, rights: &Rights) -> Vec<ListedExport> {
         if !self.config.export_by_name {
             return Vec::new();
         }
         match self.catalog.list_volumes("", LISTED_NAMES_MAX) {
-            Ok(volumes) => {
-                let names = volumes.into_iter().map(|volume| volume.name);
-                names.filter(|name| rights.may_open(name, None)).collect()
-            }
+            Ok(volumes) => volumes
+                .into_iter()
+                .filter(|volume| rights.may_open(&volume.name, None))
+                .map(|volume| ListedExport { description: self.description(&volume), name: volume.name })
+                .collect(),
             Err(error) => {
                 error!(%error, "the catalog cannot list volumes");
                 Vec::new()

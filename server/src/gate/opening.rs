@@ -196,27 +196,32 @@ impl Gate {
             Err(error) => return self.give_up(connection, catalog_refusal(error)),
         };
         known.deadline = None;
+        let (ring, is_info) = (known.ring, known.kind == OpenKind::Info);
         let block_size_bytes =
             if let Right::Attachment { .. } = known.right { record.block_size_bytes } else { 1 };
         let limits = volume.limits(known.read_only, block_size_bytes);
-        let description = ExportDescription {
-            server_id: self.catalog.server_id(),
-            volume_uid: record.volume_uid,
-            incarnation: incarnation(&record, &self.boot_id, &self.process_id),
-        };
         let export = ExportInfo {
             size_bytes: limits.size_bytes,
             flags: limits.flags,
             block_sizes: Some(limits.block_sizes),
-            description: Some(description.to_string()),
+            description: Some(self.description(&record)),
         };
-        let is_info = known.kind == OpenKind::Info;
         let volume = (!is_info).then(|| Arc::clone(volume));
         let opened = Opened { export, limits, volume };
-        self.rings[known.ring].post(RingMessage::Opened { connection, answer: Ok(opened) });
+        self.rings[ring].post(RingMessage::Opened { connection, answer: Ok(opened) });
         if is_info {
             self.connections.remove(&connection);
         }
+    }
+
+    /// What INFO and LIST tell of a volume in words.
+    pub(super) fn description(&self, record: &VolumeRecord) -> String {
+        let description = ExportDescription {
+            server_id: self.catalog.server_id(),
+            volume_uid: record.volume_uid,
+            incarnation: incarnation(record, &self.boot_id, &self.process_id),
+        };
+        description.to_string()
     }
 
     /// Refuses a connection that had been granted or was about to be.

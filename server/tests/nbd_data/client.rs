@@ -70,7 +70,7 @@ impl Client {
     ) -> u64 {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
-        let request = Request { flags, command, cookie, offset_bytes, length_bytes };
+        let request = Request { flags, command, cookie, offset_bytes, length_bytes: length_bytes.into() };
         if command == Command::Read {
             self.reads.insert(cookie, length_bytes);
         }

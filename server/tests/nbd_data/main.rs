@@ -4,6 +4,8 @@
 //! a loop device or a program that is not here says `SKIP why`; with `VOLNODE_LAB_TOOLS=1` that is a failure.
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
+mod block_status;
+mod chunks;
 mod client;
 mod fencing;
 mod foreign;

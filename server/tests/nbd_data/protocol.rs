@@ -124,10 +124,10 @@ fn requests_that_cannot_be_are_refused_and_the_connection_lives() {
     assert_eq!(client.write(u64::MAX - 511, &vec![1; 1024]).map(|()| vec![]), enospc);
     assert_eq!(client.write(3, &vec![1; minimum as usize]).map(|()| vec![]), einval);
     let large = vec![1; 33 << 20];
-    assert_eq!(client.write(0, &large), Err(NbdError::Eoverflow as u32));
+    assert_eq!(client.write(0, &large), Err(NbdError::Einval as u32));
     assert_eq!(client.call(Command::Trim, none, MIB as u64, 4096, &[]), einval);
     assert_eq!(client.call(Command::WriteZeroes, none, MIB as u64, 4096, &[]), enospc);
-    assert_eq!(client.call(Command::Cache, none, 0, 4096, &[]), einval);
+    assert_eq!(client.call(Command::Cache, none, MIB as u64, 4096, &[]), einval);
     assert_eq!(client.call(Command::BlockStatus, none, 0, 4096, &[]), einval);
     assert_eq!(client.call(Command::Unknown(77), none, 0, 0, &[]), einval);
     assert_eq!(client.call(Command::Flush, none, 0, 512, &[]), einval);

@@ -13,13 +13,13 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use proto::nbd::handshake::server::{Event, ServerHandshake};
 use proto::nbd::transmission::{
     Command, CommandFlags, NbdError, REQUEST_BYTES, Request, SimpleReply, TransmissionError,
 };
-use proto::nbd::validate::{RequestLimits, validate_request};
-use proto::nbd::{BlockSizes, ExportInfo, PAYLOAD_BYTES_MAX_DEFAULT, TransmissionFlags};
+use proto::nbd::validate::{RequestLimits, validate_payload, validate_request};
+use proto::nbd::{BlockSizes, ExportInfo, Negotiated, PAYLOAD_BYTES_MAX_DEFAULT, TransmissionFlags};
 
 use super::image::{Image, Losses, SECTOR_BYTES};
 
@@ -73,7 +73,7 @@ impl LyingDisk {
             preferred_bytes: 4096,
             maximum_bytes: PAYLOAD_BYTES_MAX_DEFAULT,
         };
-        let limits = RequestLimits { size_bytes, flags, block_sizes };
+        let limits = RequestLimits { size_bytes, flags, block_sizes, negotiated: Negotiated::default() };
         let shared = Arc::new(Shared { limits, state: Mutex::default() });
         let acceptor = {
             let shared = Arc::clone(&shared);
@@ -184,8 +184,8 @@ fn serve(mut stream: TcpStream, shared: &Shared) -> Result<()> {
             other => other.context("reading a request")?,
         }
         let request = Request::decode(&header).map_err(|error: TransmissionError| anyhow::anyhow!(error))?;
-        ensure!(request.payload_bytes() <= PAYLOAD_BYTES_MAX_DEFAULT, "an absurd payload: {request:?}");
-        payload.resize(request.payload_bytes() as usize, 0);
+        let payload_bytes = validate_payload(&request, &shared.limits)?;
+        payload.resize(payload_bytes as usize, 0);
         input.read_exact(&mut payload).context("reading a payload")?;
         if request.command == Command::Disconnect {
             return Ok(());
@@ -209,7 +209,7 @@ fn shake_hands(stream: &mut TcpStream, limits: &RequestLimits) -> Result<Option<
         description: None,
     };
     let mut out = Vec::new();
-    let mut handshake = ServerHandshake::new(&mut out);
+    let mut handshake = ServerHandshake::with_simple_replies_only(&mut out);
     let mut buffer = [0; 4096];
     let mut arrived = 0;
     loop {
@@ -219,6 +219,7 @@ fn shake_hands(stream: &mut TcpStream, limits: &RequestLimits) -> Result<Option<
                 Event::Open(_) => drop(handshake.answer_open(Ok(&export), &mut out)?),
                 Event::List => handshake.answer_list(&[], &mut out),
                 Event::Abort => return Ok(stream.write_all(&out).map(|()| None)?),
+                Event::StartTls => bail!("TLS was started, which this server does not offer"),
             }
             event = handshake.handle_bytes(&[], &mut out)?;
         }
@@ -248,7 +249,7 @@ fn handle(shared: &Shared, request: &Request, payload: &[u8], reply: &mut Vec<u8
         }
         Command::Write => state.image.write(request.offset_bytes, payload, fua),
         Command::Trim | Command::WriteZeroes => {
-            state.image.write_zeroes(request.offset_bytes, u64::from(request.length_bytes), fua);
+            state.image.write_zeroes(request.offset_bytes, request.length_bytes, fua);
         }
         Command::Flush => state.image.flush(),
         _ => return Err(NbdError::Einval),

@@ -120,8 +120,8 @@ impl Connection {
             Operation::Read => Command::Read,
             Operation::Write => Command::Write,
         };
-        let length_bytes = self.block_bytes as u32;
-        let request = Request { flags: CommandFlags::NONE, command, cookie, offset_bytes, length_bytes };
+        let (flags, length_bytes) = (CommandFlags::NONE, self.block_bytes as u64);
+        let request = Request { flags, command, cookie, offset_bytes, length_bytes };
         self.slots[usize::from(index)] =
             Slot { header: request.encode(), cookie, offset_bytes, sent_at: None };
         self.to_send.push_back(index);

@@ -1,0 +1,227 @@
+//! BLOCK_STATUS: which parts of a volume are allocated, asked of the file that holds it, off the ring.
+//!
+//! Owns: one thread for each ring, because `lseek(SEEK_HOLE)` may read a file system's metadata, or wait for its locks, and
+//! io_uring has no such operation. Never: touches a ring or a connection; its answer goes through the mailbox.
+//! Called by: `ring.rs` (asks; counts the question as an operation in flight, so that the connection and the volume outlive
+//! it), `io_loop.rs` (gets the answer).
+//!
+//! Invariants: what is reported as a hole was one at a moment between the request's arrival and its reply, so a write that
+//! was answered before is never reported as a hole; edges that are not aligned to the export's blocks are data; where the
+//! file system does not tell, all is data; a question takes bounded time, and is answered at least in part.
+//! Source: `lseek(2)`; NBD `doc/proto.md`, "`base:allocation` metadata context".
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use proto::nbd::HeaderStyle;
+use proto::nbd::block_status::{AllocationExtents, ExtentState};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use crate::mailbox::{Mailbox, RingMessage};
+use crate::session::SlotId;
+use crate::volume::Volume;
+
+/// How long one question may look for extents. Others of the ring wait behind it; what is not found by then, the client
+/// asks for again.
+const LOOK_LIMIT: Duration = Duration::from_millis(50);
+
+/// What a BLOCK_STATUS asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatusQuery {
+    /// From where.
+    pub offset_bytes: u64,
+    /// How far; not 0, and inside the volume.
+    pub length_bytes: u64,
+    /// Extents that the reply has room for.
+    pub extents_max: usize,
+    /// Multiple of which extents begin and end.
+    pub alignment_bytes: u64,
+    /// How the reply is encoded.
+    pub headers: HeaderStyle,
+}
+
+struct Question {
+    connection: u32,
+    slot: SlotId,
+    volume: Arc<Volume>,
+    query: StatusQuery,
+}
+
+/// The thread that answers one ring's questions; it ends when this is dropped.
+#[derive(Debug)]
+pub struct ExtentFinder {
+    questions: Sender<Question>,
+}
+
+impl ExtentFinder {
+    /// Starts the thread for ring number `ring`; answers go to its mailbox.
+    ///
+    /// # Errors
+    /// `EAGAIN`: no more threads.
+    pub fn start(ring: usize, mailbox: Arc<Mailbox>) -> io::Result<Self> {
+        let (questions, asked) = channel();
+        std::thread::Builder::new()
+            .name(format!("extents-{ring}"))
+            .spawn(move || answer(&asked, &mailbox))?;
+        Ok(Self { questions })
+    }
+
+    /// Asks; the answer comes as [`RingMessage::ExtentsFound`].
+    pub fn ask(&self, connection: u32, slot: SlotId, volume: Arc<Volume>, query: StatusQuery) {
+        // The thread ends only after this sender.
+        let _ = self.questions.send(Question { connection, slot, volume, query });
+    }
+}
+
+fn answer(asked: &Receiver<Question>, mailbox: &Mailbox) {
+    while let Ok(Question { connection, slot, volume, query }) = asked.recv() {
+        let extents = find(volume.backing_file(), &query, Instant::now() + LOOK_LIMIT);
+        let payload = extents.encode(query.headers);
+        // Let go of before the ring is told: it may be the last to hold the volume.
+        drop(volume);
+        mailbox.post(RingMessage::ExtentsFound { connection, slot, payload });
+    }
+}
+
+/// Finds extents until there are enough, or until the deadline and one.
+fn find(file: &File, query: &StatusQuery, deadline: Instant) -> AllocationExtents {
+    let end = query.offset_bytes + query.length_bytes;
+    let mut extents = AllocationExtents::new(query.length_bytes, query.extents_max);
+    let mut at = query.offset_bytes;
+    loop {
+        let data = next_data(file, at, end, query.alignment_bytes);
+        if !extents.push(data.start - at, ExtentState::HOLE)
+            || !extents.push(data.end - data.start, ExtentState::DATA)
+            || Instant::now() >= deadline
+        {
+            return extents;
+        }
+        at = data.end;
+    }
+}
+
+/// The first run of data from `at` on, which may be empty at `end`; one that is not empty ends after `at`.
+fn next_data(file: &File, at: u64, end: u64, alignment_bytes: u64) -> std::ops::Range<u64> {
+    let first = match seek(file, SeekFrom::Data(at)) {
+        Ok(first) => first.max(at),
+        // Nothing but a hole up to the end of the file.
+        Err(Errno::NXIO) => return end..end,
+        // The file system cannot tell, or failed: then all may be data.
+        Err(_) => return at..end,
+    };
+    if first >= end {
+        return end..end;
+    }
+    let start = (first - first % alignment_bytes).max(at);
+    // Another's TRIM may have made a hole of it meanwhile; it counts as data for one block, so that there is progress.
+    let after = seek(file, SeekFrom::Hole(first)).unwrap_or(end).max(first + 1);
+    start..after.next_multiple_of(alignment_bytes).min(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use proto::nbd::block_status::Extent;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A file with data at 1 MiB (64 KiB) and at 4 MiB (4 KiB), 8 MiB long.
+    fn file() -> File {
+        let file = tempfile::tempfile_in(".").unwrap();
+        file.set_len(8 * MIB).unwrap();
+        file.write_all_at(&[1; 65536], MIB).unwrap();
+        file.write_all_at(&[1; 4096], 4 * MIB).unwrap();
+        file
+    }
+
+    fn query(offset_bytes: u64, length_bytes: u64) -> StatusQuery {
+        let headers = HeaderStyle::Structured;
+        StatusQuery { offset_bytes, length_bytes, extents_max: 100, alignment_bytes: 512, headers }
+    }
+
+    fn found(file: &File, query: &StatusQuery) -> Vec<(u64, ExtentState)> {
+        let extents = find(file, query, Instant::now() + Duration::from_secs(10));
+        extents.as_slice().iter().map(|Extent { length_bytes, state }| (*length_bytes, *state)).collect()
+    }
+
+    const DATA: ExtentState = ExtentState::DATA;
+    const HOLE: ExtentState = ExtentState::HOLE;
+
+    #[test]
+    fn extents_follow_the_files_holes() {
+        let file = file();
+        let all = [(MIB, HOLE), (65536, DATA), (3 * MIB - 65536, HOLE), (4096, DATA), (4 * MIB - 4096, HOLE)];
+        assert_eq!(found(&file, &query(0, 8 * MIB)), all);
+        assert_eq!(found(&file, &query(MIB + 512, 1024)), [(1024, DATA)]);
+        assert_eq!(found(&file, &query(MIB - 512, 1024)), [(512, HOLE), (512, DATA)]);
+        assert_eq!(found(&file, &query(7 * MIB, MIB)), [(MIB, HOLE)]);
+    }
+
+    #[test]
+    fn extents_stop_where_the_reply_is_full() {
+        let mut one = query(0, 8 * MIB);
+        one.extents_max = 1;
+        assert_eq!(found(&file(), &one), [(MIB, HOLE)]);
+        one.offset_bytes = MIB;
+        one.length_bytes = MIB;
+        assert_eq!(found(&file(), &one), [(65536, DATA)]);
+    }
+
+    #[test]
+    fn a_question_out_of_time_is_answered_in_part() {
+        let extents = find(&file(), &query(0, 8 * MIB), Instant::now());
+        let told: u64 = extents.as_slice().iter().map(|extent| extent.length_bytes).sum();
+        assert_eq!(told, MIB + 65536);
+    }
+
+    #[test]
+    fn edges_inside_a_block_are_data() {
+        let mut coarse = query(0, 8 * MIB);
+        coarse.alignment_bytes = 2 * MIB;
+        assert_eq!(
+            found(&file(), &coarse),
+            [(2 * MIB, DATA), (2 * MIB, HOLE), (2 * MIB, DATA), (2 * MIB, HOLE)]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_asked_is_data() {
+        let (pipe, _writer) = std::io::pipe().unwrap();
+        let file = File::from(std::os::fd::OwnedFd::from(pipe));
+        assert_eq!(found(&file, &query(0, 8 * MIB)), [(8 * MIB, DATA)]);
+    }
+
+    #[test]
+    fn a_write_that_has_ended_is_never_reported_as_a_hole() {
+        let file = Arc::new(tempfile::tempfile_in(".").unwrap());
+        let blocks = 2048u64;
+        file.set_len(blocks * 4096).unwrap();
+        let written = Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let writer = std::thread::spawn({
+            let (file, written) = (Arc::clone(&file), Arc::clone(&written));
+            move || {
+                for block in (0..blocks).rev().step_by(2) {
+                    file.write_all_at(&[1; 4096], block * 4096).unwrap();
+                    written.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                }
+            }
+        });
+        let mut is_over = false;
+        while !is_over {
+            is_over = writer.is_finished();
+            let before = written.load(std::sync::atomic::Ordering::SeqCst);
+            let mut all = query(0, blocks * 4096);
+            all.extents_max = 1 << 20;
+            let data: u64 = found(&file, &all).iter().filter(|(_, state)| *state == DATA).map(|e| e.0).sum();
+            assert!(data >= before * 4096, "{data} bytes of data after {before} blocks were written");
+        }
+        writer.join().unwrap();
+    }
+}
