@@ -13,6 +13,7 @@ use tls::certificates::Pair;
 use tls::stream::Records;
 
 use crate::backend::file::CacheMode;
+use crate::data_address::DataAddress;
 use crate::tls::TlsFiles;
 use crate::volume::Faults;
 
@@ -37,11 +38,11 @@ pub struct Config {
     #[arg(
         long,
         env = "VOLSERVER_LISTEN",
-        value_name = "ADDR:PORT",
+        value_name = "ADDR:PORT|unix:PATH",
         default_value = "127.0.0.1:10809",
         value_delimiter = ','
     )]
-    pub listen: Vec<SocketAddr>,
+    pub listen: Vec<DataAddress>,
 
     /// Where the gRPC management API listens
     #[arg(long, env = "VOLSERVER_MANAGEMENT", value_name = "ADDR:PORT", default_value = "127.0.0.1:10810")]
@@ -159,7 +160,7 @@ impl Config {
     pub fn exposed(&self) -> impl Iterator<Item = SocketAddr> {
         let is_encrypted = self.tls == TlsMode::Required;
         let is_protected = is_encrypted && self.tls_client_ca.is_some();
-        let data = self.listen.iter().copied().filter(move |_| !is_encrypted);
+        let data = self.listen.iter().filter_map(DataAddress::tcp).filter(move |_| !is_encrypted);
         let management = Some(self.management).filter(|_| !is_protected);
         data.chain(management).filter(|address| !address.ip().to_canonical().is_loopback())
     }
@@ -217,6 +218,7 @@ mod tests {
         assert_eq!(beyond(&["--listen", "127.0.0.1:1", "--listen", "[::]:2"]), ["[::]:2"]);
         assert_eq!(beyond(&["--management", "192.0.2.1:2"]), ["192.0.2.1:2"]);
         assert_eq!(beyond(&["--listen", "[::ffff:127.0.0.1]:1,127.8.9.1:2"]), [""; 0]);
+        assert_eq!(beyond(&["--listen", "unix:/run/nbd.sock"]), [""; 0]);
     }
 
     #[test]

@@ -12,7 +12,6 @@
 //! all slots are in use, or while the export is being opened, so the peer is held back by TCP; once Closing, no operation
 //! is submitted any more, and the connection is gone only when all that were have completed.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,7 @@ use tls::kernel::ControlRecord;
 use tracing::{debug, info};
 
 use crate::buffers::Buffer;
+use crate::data_address::Peer;
 use crate::fence::ConnectionId;
 use crate::mailbox::Opened;
 use crate::ring::{BULK_BYTES, Completion, OpKind, PayloadPlace, Ring};
@@ -105,7 +105,7 @@ struct InFlight {
 pub struct Connection {
     id: ConnectionId,
     index: u32,
-    peer: SocketAddr,
+    peer: Peer,
     phase: Phase,
     session: Session,
     volume: Option<Arc<Volume>>,
@@ -132,7 +132,7 @@ impl Connection {
     pub fn new(
         id: ConnectionId,
         index: u32,
-        peer: SocketAddr,
+        peer: Peer,
         now: Instant,
         handshake_limit: Duration,
         tls: TlsState,

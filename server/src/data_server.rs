@@ -6,7 +6,6 @@
 //! none may be called with a lock of the catalog held, because the gate uses the catalog.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -19,10 +18,11 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::acceptor::{Acceptor, listen};
+use crate::acceptor::Acceptor;
 use crate::backend::file::{self, CacheMode};
 use crate::buffers;
 use crate::catalog::{BackendKind, Catalog, VolumeRecord};
+use crate::data_address::{DataAddress, Listener};
 use crate::gate::{self, Gate, GateMessage};
 use crate::io_loop::IoLoop;
 use crate::mailbox::{Mailbox, RingMessage};
@@ -69,8 +69,8 @@ impl Default for Limits {
 /// What the data side is started with.
 #[derive(Debug, Clone)]
 pub struct DataServerConfig {
-    /// Addresses to listen on; port 0 is one of the system's choice.
-    pub listen: Vec<SocketAddr>,
+    /// Addresses to listen on.
+    pub listen: Vec<DataAddress>,
     /// Ring threads; 0 is one for each core.
     pub threads: usize,
     /// Where the backing files are.
@@ -109,7 +109,7 @@ pub enum DataServerError {
     #[error("cannot listen on {address} (NBD): {source}; stop what uses it or choose another --listen")]
     Address {
         /// The address.
-        address: SocketAddr,
+        address: DataAddress,
         /// The system's own error.
         source: io::Error,
     },
@@ -162,7 +162,7 @@ pub struct VolumeBusy {
 /// A running data side.
 #[derive(Debug)]
 pub struct DataServer {
-    local_addrs: Vec<SocketAddr>,
+    local_addrs: Vec<DataAddress>,
     volumes_dir: PathBuf,
     boot_id: String,
     process_id: String,
@@ -189,9 +189,8 @@ impl DataServer {
             warn!(faults = ?config.faults, "THIS SERVER LIES about what is durable: it is for tests only");
         }
         raise_descriptor_limit();
-        let listeners =
-            config.listen.iter().map(|address| listen(*address)).collect::<Result<Vec<_>, _>>()?;
-        let local_addrs = local_addrs(&listeners)?;
+        let listeners = config.listen.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
+        let local_addrs = listeners.iter().map(|listener| listener.address().clone()).collect();
         let boot_id =
             std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("read the boot id"))?;
         let boot_id = boot_id.trim().to_owned();
@@ -245,7 +244,7 @@ impl DataServer {
     }
 
     /// Where clients can connect, in the order of the configuration.
-    pub fn local_addrs(&self) -> &[SocketAddr] {
+    pub fn local_addrs(&self) -> &[DataAddress] {
         &self.local_addrs
     }
 
@@ -411,12 +410,8 @@ fn start_ring(
     }
 }
 
-fn local_addrs(listeners: &[TcpListener]) -> Result<Vec<SocketAddr>, DataServerError> {
-    listeners
-        .iter()
-        .map(TcpListener::local_addr)
-        .collect::<io::Result<_>>()
-        .map_err(system("read an address"))
+fn listen(address: &DataAddress) -> Result<Listener, DataServerError> {
+    Listener::bind(address).map_err(|source| DataServerError::Address { address: address.clone(), source })
 }
 
 /// A connection takes one descriptor and a volume two or more: what the administrator allows at most is asked for.

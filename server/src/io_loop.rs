@@ -11,7 +11,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -20,6 +19,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, error, warn};
 
 use crate::connection::{Ask, Connection};
+use crate::data_address::Peer;
 use crate::data_server::Limits;
 use crate::fence::ConnectionId;
 use crate::gate::GateMessage;
@@ -194,7 +194,7 @@ impl IoLoop {
         }
     }
 
-    fn accept(&mut self, id: ConnectionId, socket: OwnedFd, peer: SocketAddr, now: Instant) {
+    fn accept(&mut self, id: ConnectionId, socket: OwnedFd, peer: Peer, now: Instant) {
         if self.shutdown_deadline.is_some() {
             self.mailbox.connection_removed();
             return;

@@ -17,6 +17,7 @@ pub mod buffers;
 pub mod catalog;
 pub mod config;
 pub mod connection;
+pub mod data_address;
 pub mod data_server;
 mod data_side;
 pub mod fence;

@@ -5,7 +5,6 @@
 //! Called by: the acceptor and the gate (post), `io_loop.rs` (take).
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +14,7 @@ use proto::nbd::handshake::server::{ListedExport, Refusal};
 use proto::nbd::validate::RequestLimits;
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::data_address::Peer;
 use crate::fence::ConnectionId;
 use crate::session::SlotId;
 use crate::tls::Secured;
@@ -41,7 +41,7 @@ pub enum RingMessage {
         /// The socket, with its options set.
         socket: OwnedFd,
         /// Where it comes from, for the log.
-        peer: SocketAddr,
+        peer: Peer,
     },
     /// The answer to an open.
     Opened {

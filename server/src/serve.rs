@@ -23,6 +23,7 @@ use tonic::transport::Server;
 
 use crate::catalog::{Catalog, CatalogError};
 use crate::config::{Config, TlsMode, TlsRecords};
+use crate::data_address::DataAddress;
 use crate::data_server::{DataServer, DataServerConfig, DataServerError};
 use crate::data_side::ServedData;
 use crate::lifecycle::{Lifecycle, LifecycleError};
@@ -245,10 +246,12 @@ fn data_server_config(config: &Config, catalog: &Catalog, tls: &Arc<ServerTls>) 
 }
 
 /// What clients are told: as configured, else where the data side listens.
-fn data_addresses(config: &Config, local: &[SocketAddr]) -> Vec<String> {
+fn data_addresses(config: &Config, local: &[DataAddress]) -> Vec<String> {
     if !config.advertise.is_empty() {
         return config.advertise.clone();
     }
+    // Clients on other machines are told, who can do nothing with a Unix socket of this one.
+    let local: Vec<SocketAddr> = local.iter().filter_map(DataAddress::tcp).collect();
     for address in local.iter().filter(|address| address.ip().is_unspecified()) {
         tracing::warn!(%address, "clients on other machines cannot connect to this address: give theirs with --advertise");
     }
@@ -291,8 +294,8 @@ fn answer<D: crate::lifecycle::DataSide>(
 }
 
 /// Says on stdout, and to systemd, that the server can be used.
-fn announce(data: &[SocketAddr], management: SocketAddr) {
-    let data: Vec<String> = data.iter().map(SocketAddr::to_string).collect();
+fn announce(data: &[DataAddress], management: SocketAddr) {
+    let data: Vec<String> = data.iter().map(DataAddress::to_string).collect();
     let line = format!("volserver ready: data {}, management {management}", data.join(" "));
     let mut stdout = std::io::stdout();
     if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {

@@ -125,6 +125,9 @@ impl Volume {
         if read_only {
             flags = flags.with(TransmissionFlags::READ_ONLY);
         }
+        if matches!(&self.backend, Backend::File(file) if file.is_rotational()) {
+            flags = flags.with(TransmissionFlags::ROTATIONAL);
+        }
         let block_sizes = BlockSizes {
             minimum_bytes,
             preferred_bytes: minimum_bytes.max(PREFERRED_BLOCK_BYTES),
@@ -256,6 +259,9 @@ impl RequestProgress {
     fn begin_memory(&mut self, volume: &Volume) -> Next {
         if !matches!(self.request.command, Command::Trim | Command::WriteZeroes) {
             return Next::Done(Ok(()));
+        }
+        if self.wants_no_hole() && self.request.flags.contains(CommandFlags::FAST_ZERO) {
+            return Next::Done(Err(NbdError::Enotsup)); // Memory is zeroed as it is taken, byte for byte.
         }
         self.stage = Stage::Allocating;
         self.repeat(volume)
@@ -545,5 +551,66 @@ mod tests {
         let next = zeroes.completed(&volume, 0);
         assert_eq!(next, allocate(0));
         assert_eq!(zeroes.completed(&volume, 0), OK);
+    }
+
+    fn memory() -> Volume {
+        let backend = Backend::Memory(MemoryVolume::new(1 << 20).unwrap());
+        Volume::new(Uuid::nil(), 1 << 20, backend, true, Faults::default())
+    }
+
+    #[test]
+    fn a_fast_zero_that_would_be_slow_is_refused_before_anything_is_changed() {
+        let fixture = buffered();
+        let enotsup = Next::Done(Err(NbdError::Enotsup));
+        for flags in [CommandFlags::FAST_ZERO, CommandFlags::FAST_ZERO.with(CommandFlags::NO_HOLE)] {
+            let (mut zeroes, next) = fixture.begin(Command::WriteZeroes, flags);
+            assert!(matches!(next, Next::Submit(VolumeOp::Allocate { .. })), "{next:?}");
+            assert_eq!(zeroes.completed(&fixture.volume, -libc::EOPNOTSUPP), enotsup);
+        }
+        let flags = CommandFlags::FAST_ZERO.with(CommandFlags::NO_HOLE);
+        let command = Command::WriteZeroes;
+        let request = Request { flags, command, cookie: 1, offset_bytes: 0, length_bytes: 4096 };
+        assert_eq!(RequestProgress::begin(&memory(), &request).1, enotsup);
+        let punched = Request { flags: CommandFlags::FAST_ZERO, ..request };
+        assert!(matches!(RequestProgress::begin(&memory(), &punched).1, Next::Submit(_)));
+    }
+
+    #[test]
+    fn cache_reads_ahead_where_there_is_a_cache_and_never_fails() {
+        let fixture = buffered();
+        let (mut cache, next) = fixture.begin(Command::Cache, CommandFlags::NONE);
+        assert_eq!(next, Next::Submit(VolumeOp::Prefetch { offset_bytes: 4096, length_bytes: 8192 }));
+        assert_eq!(cache.completed(&fixture.volume, -libc::EIO), OK);
+        let command = Command::Cache;
+        let flags = CommandFlags::NONE;
+        let request = Request { flags, command, cookie: 1, offset_bytes: 0, length_bytes: 4096 };
+        assert_eq!(RequestProgress::begin(&memory(), &request).1, OK);
+    }
+
+    #[test]
+    fn large_effects_go_to_the_file_system_whole() {
+        let fixture = buffered();
+        let (command, flags) = (Command::WriteZeroes, CommandFlags::NONE);
+        let request = Request { flags, command, cookie: 1, offset_bytes: 4096, length_bytes: 1 << 40 };
+        let (mut zeroes, next) = RequestProgress::begin(&fixture.volume, &request);
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let whole = VolumeOp::Allocate { mode, offset_bytes: 4096, length_bytes: 1 << 40 };
+        assert_eq!(next, Next::Submit(whole));
+        let written =
+            |offset_bytes| Next::Submit(VolumeOp::WriteZeroes { offset_bytes, length_bytes: 1 << 20 });
+        assert_eq!(zeroes.completed(&fixture.volume, -libc::EOPNOTSUPP), written(4096));
+        assert_eq!(zeroes.completed(&fixture.volume, 1 << 20), written(4096 + (1 << 20)));
+    }
+
+    #[test]
+    fn a_failed_transfer_tells_how_far_it_came() {
+        let fixture = buffered();
+        let (mut read, _) = fixture.begin(Command::Read, CommandFlags::NONE);
+        read.completed(&fixture.volume, 4096);
+        assert_eq!(read.completed(&fixture.volume, -libc::EIO), EIO);
+        assert_eq!(read.failed_at_bytes(), Some(8192));
+        let (mut flush, _) = fixture.begin(Command::Flush, CommandFlags::NONE);
+        assert_eq!(flush.completed(&fixture.volume, -libc::EIO), EIO);
+        assert_eq!(flush.failed_at_bytes(), None);
     }
 }

@@ -249,15 +249,14 @@ pub enum NbdError {
 }
 
 impl NbdError {
-    /// The NBD error for a Linux errno (positive); what NBD cannot say becomes EIO.
+    /// The NBD error for a Linux errno (positive) of the storage; what NBD cannot say becomes EIO. So do EOVERFLOW and
+    /// EOPNOTSUPP, which in a reply speak of the request's length and of FAST_ZERO.
     pub const fn from_errno(errno: i32) -> Self {
         match errno {
             1 => Self::Eperm,
             12 => Self::Enomem,
             22 => Self::Einval,
             28 | 122 | 27 => Self::Enospc, // ENOSPC, EDQUOT, EFBIG
-            75 => Self::Eoverflow,
-            95 => Self::Enotsup,
             108 => Self::Eshutdown,
             _ => Self::Eio,
         }

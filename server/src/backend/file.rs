@@ -58,6 +58,7 @@ pub struct FileVolume {
     /// One description for each ring to sync on; see `sync_groups.rs`. Nothing is written through them.
     sync_files: Vec<File>,
     direct_alignment_bytes: Option<u32>,
+    is_rotational: bool,
 }
 
 impl FileVolume {
@@ -82,6 +83,11 @@ impl FileVolume {
     /// What offsets and lengths of requests have to be multiples of.
     pub fn alignment_bytes(&self) -> u32 {
         self.direct_alignment_bytes.unwrap_or(1)
+    }
+
+    /// Whether the disk below turns, so that near offsets are fast one after the other.
+    pub fn is_rotational(&self) -> bool {
+        self.is_rotational
     }
 
     /// Waits for the lock for as long as a predecessor's process, or its last I/O, holds it. On a thread that may wait.
@@ -191,10 +197,12 @@ pub fn open(
     let fail = |action| move |path: &Path, source| FileError::Io { action, path: path.into(), source };
     let file =
         OpenOptions::new().read(true).write(true).open(&path).map_err(|e| fail("cannot open")(&path, e))?;
-    let found_bytes = file.metadata().map_err(|e| fail("cannot look at")(&path, e))?.len();
+    let metadata = file.metadata().map_err(|e| fail("cannot look at")(&path, e))?;
+    let found_bytes = metadata.len();
     if found_bytes != capacity_bytes {
         return Err(FileError::WrongSize { path, found_bytes, expected_bytes: capacity_bytes });
     }
+    let is_rotational = is_rotational(Path::new(BLOCK_DEVICES_DIR), metadata.dev());
     // Opened before the lock is taken: an error that a predecessor never saw is then reported to us.
     let open_again = || File::open(&path).map_err(|e| fail("cannot open")(&path, e));
     let sync_files = (0..ring_count).map(|_| open_again()).collect::<Result<_, _>>()?;
@@ -202,7 +210,18 @@ pub fn open(
         CacheMode::Auto => use_direct(&file, capacity_bytes),
         CacheMode::Buffered => None,
     };
-    Ok(FileVolume { file, sync_files, direct_alignment_bytes })
+    Ok(FileVolume { file, sync_files, direct_alignment_bytes, is_rotational })
+}
+
+/// Where Linux tells about a block device by its number.
+const BLOCK_DEVICES_DIR: &str = "/sys/dev/block";
+
+/// Whether a block device turns; one that is not known (a file system on several devices, or on none) does not.
+fn is_rotational(devices_dir: &Path, device: u64) -> bool {
+    let device = devices_dir.join(format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
+    // A partition has no queue; the disk's directory is above its own.
+    let queues = [device.join("queue/rotational"), device.join("../queue/rotational")];
+    queues.iter().find_map(|path| std::fs::read_to_string(path).ok()).is_some_and(|text| text.trim() == "1")
 }
 
 /// Largest alignment that is announced; buffers are aligned to pages, so it cannot be more.
@@ -291,5 +310,23 @@ mod tests {
         create(&dir.0, uid, 1 << 20).unwrap();
         assert!(matches!(open(&dir.0, uid, 2 << 20, CacheMode::Auto, 1), Err(FileError::WrongSize { .. })));
         assert!(matches!(open(&dir.0, Uuid::nil(), 1, CacheMode::Auto, 1), Err(FileError::Io { .. })));
+    }
+
+    #[test]
+    fn a_disk_turns_as_the_kernel_says_and_so_do_its_partitions() {
+        let dir = TempDir::new();
+        for (disk, number, rotational) in [("turns", 0, "1\n"), ("still", 16, "0\n")] {
+            let queue = dir.0.join(format!("devices/{disk}/queue"));
+            std::fs::create_dir_all(&queue).unwrap();
+            std::fs::write(queue.join("rotational"), rotational).unwrap();
+            std::fs::create_dir(dir.0.join(format!("devices/{disk}/part"))).unwrap();
+            let link = |target: String, number: u32| {
+                std::os::unix::fs::symlink(target, dir.0.join(format!("8:{number}"))).unwrap();
+            };
+            link(format!("devices/{disk}"), number);
+            link(format!("devices/{disk}/part"), number + 1);
+        }
+        let answers = [0, 1, 16, 17, 32].map(|minor| is_rotational(&dir.0, rustix::fs::makedev(8, minor)));
+        assert_eq!(answers, [true, true, false, false, false]);
     }
 }

@@ -6,7 +6,7 @@ use server::catalog::BackendKind;
 
 use super::support::{Random, Server, TempDir, is_installed, run, skip};
 
-const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 
 pub(crate) fn have(programs: &[&str]) -> bool {
     let missing: Vec<_> = programs.iter().filter(|program| !is_installed(program)).collect();

@@ -11,6 +11,7 @@ mod fencing;
 mod foreign;
 mod hostile;
 mod model;
+mod peers;
 mod protocol;
 mod storage;
 mod support;

@@ -1,6 +1,7 @@
 //! What depends on the file system below: O_DIRECT, space, and file systems that lack what we would use.
 
 use proto::export_name::ExportDescription;
+use proto::nbd::TransmissionFlags;
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use server::backend::file::{self, CacheMode};
 
@@ -18,6 +19,23 @@ fn xfs_is_used_past_the_page_cache() {
     assert_eq!(sizes.minimum_bytes, opened.alignment_bytes().max(512));
     client.call(Command::Write, CommandFlags::FUA, 0, 4096, &[8; 4096]).unwrap();
     assert_eq!(client.read(0, 4096), Ok(vec![8; 4096]));
+}
+
+#[test]
+fn a_disk_that_turns_is_announced_as_such() {
+    let Some(fs) = LoopFs::new("ext4", 24 << 20) else { return };
+    let device = run("findmnt", &["-no", "SOURCE", fs.mount.to_str().unwrap()]);
+    let queue = format!("/sys/block/{}/queue/rotational", device.trim().trim_start_matches("/dev/"));
+    for (turns, told) in [(true, "1"), (false, "0")] {
+        if let Err(error) = std::fs::write(&queue, told) {
+            return skip(&format!("{queue}: {error}"));
+        }
+        let server = Server::start_with(|config| config.volumes_dir = fs.mount.clone());
+        let (volume, client) = server.open_new("vol", 1 << 20);
+        assert_eq!(client.info.flags.contains(TransmissionFlags::ROTATIONAL), turns);
+        drop((client, server));
+        file::delete(&fs.mount, volume.volume_uid).unwrap();
+    }
 }
 
 #[test]

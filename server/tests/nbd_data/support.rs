@@ -66,7 +66,7 @@ impl Server {
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
-        self.data.local_addrs()[0]
+        self.data.local_addrs()[0].tcp().unwrap()
     }
 
     pub(crate) fn create(&self, name: &str, capacity_bytes: u64) -> VolumeRecord {

@@ -1,0 +1,284 @@
+//! Where NBD clients connect: TCP addresses and Unix sockets, how each is listened on, and who has connected.
+//!
+//! Owns: a Unix socket's file, which is made for the server's user alone, replaces what a killed server left, and is taken
+//! away when the listener is dropped. Never: accepts (`acceptor.rs` does) or decides whether an address is safe (`config.rs`
+//! does). Called by: `config.rs` (parses), `data_server.rs` (listens), `acceptor.rs` (peers).
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use rustix::fs::{Mode, fchmod};
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
+
+/// Marks a Unix socket in the configuration.
+const UNIX_PREFIX: &str = "unix:";
+
+/// An address of the data side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DataAddress {
+    /// A TCP address; port 0 is one of the system's choice.
+    Tcp(SocketAddr),
+    /// The path of a Unix socket.
+    Unix(PathBuf),
+}
+
+impl DataAddress {
+    /// The TCP address, if it is one.
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(address) => Some(*address),
+            Self::Unix(_) => None,
+        }
+    }
+}
+
+impl From<SocketAddr> for DataAddress {
+    fn from(address: SocketAddr) -> Self {
+        Self::Tcp(address)
+    }
+}
+
+impl FromStr for DataAddress {
+    type Err = String;
+
+    /// Reads `ADDR:PORT` or `unix:/PATH`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if let Some(path) = text.strip_prefix(UNIX_PREFIX) {
+            let path = PathBuf::from(path);
+            return if path.is_absolute() {
+                Ok(Self::Unix(path))
+            } else {
+                Err(format!(
+                    "{text:?}: a Unix socket needs an absolute path, such as unix:/run/volnode/nbd.sock"
+                ))
+            };
+        }
+        text.parse().map(Self::Tcp).map_err(|_| {
+            format!("{text:?} is neither ADDR:PORT, such as 127.0.0.1:10809, nor unix:/PATH of a Unix socket")
+        })
+    }
+}
+
+impl fmt::Display for DataAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "{UNIX_PREFIX}{}", path.display()),
+        }
+    }
+}
+
+/// Who has connected; for the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// From this address.
+    Tcp(SocketAddr),
+    /// A process of this machine.
+    Unix {
+        /// Its id, as it was when it connected.
+        process_id: i32,
+        /// Its user.
+        user_id: u32,
+    },
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix { process_id, user_id } => write!(f, "process {process_id} of user {user_id}"),
+        }
+    }
+}
+
+/// A socket that clients connect to; not blocking.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    address: DataAddress,
+    /// Device and inode of the file that a Unix socket was bound to.
+    file: Option<(u64, u64)>,
+}
+
+impl Listener {
+    /// Listens on an address.
+    ///
+    /// # Errors
+    /// The system's own: it is in use, not this machine's, not allowed, or a path that is too long or is no socket's.
+    pub fn bind(address: &DataAddress) -> io::Result<Self> {
+        let (socket, file) = match address {
+            DataAddress::Tcp(address) => (bind_tcp(*address)?, None),
+            DataAddress::Unix(path) => {
+                let socket = bind_unix(path)?;
+                let metadata = fs::symlink_metadata(path)?;
+                (socket, Some((metadata.dev(), metadata.ino())))
+            }
+        };
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        let address = match address {
+            // With the port that the system chose.
+            DataAddress::Tcp(_) => {
+                let local = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
+                DataAddress::Tcp(local)
+            }
+            DataAddress::Unix(path) => DataAddress::Unix(path.clone()),
+        };
+        Ok(Self { socket, address, file })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &DataAddress {
+        &self.address
+    }
+
+    /// Takes the next connection, with its options set.
+    ///
+    /// # Errors
+    /// `EAGAIN`: there is none. `EMFILE`, `ENFILE`, `ENOMEM`: none can be taken now. Others: the peer has gone again.
+    pub fn accept(&self) -> io::Result<(Socket, Peer)> {
+        let (socket, address) = self.socket.accept()?;
+        let peer = match address.as_socket() {
+            Some(address) => {
+                set_tcp_options(&socket)?;
+                Peer::Tcp(address)
+            }
+            None => {
+                let credentials = rustix::net::sockopt::socket_peercred(&socket)?;
+                let process_id = credentials.pid.as_raw_nonzero().get();
+                Peer::Unix { process_id, user_id: credentials.uid.as_raw() }
+            }
+        };
+        Ok((socket, peer))
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    /// Takes a Unix socket's file away, unless somebody has put another in its place.
+    fn drop(&mut self) {
+        let (DataAddress::Unix(path), Some(file)) = (&self.address, self.file) else { return };
+        let is_ours = fs::symlink_metadata(path).is_ok_and(|found| (found.dev(), found.ino()) == file);
+        if is_ours && let Err(error) = fs::remove_file(path) {
+            tracing::warn!(path = %path.display(), %error, "a Unix socket's file cannot be removed");
+        }
+    }
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+fn bind_unix(path: &Path) -> io::Result<Socket> {
+    let address = SockAddr::unix(path)?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // Before the file is there: from its first moment on nobody but the server's user can connect.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    match socket.bind(&address) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left_behind(path, &address) => {
+            fs::remove_file(path)?;
+            socket.bind(&address)?;
+        }
+        bound => bound?,
+    }
+    Ok(socket)
+}
+
+/// Whether there is a Unix socket that nobody listens on any more.
+fn is_left_behind(path: &Path, address: &SockAddr) -> bool {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    let refused = || {
+        let connected =
+            Socket::new(Domain::UNIX, Type::STREAM, None).and_then(|probe| probe.connect(address));
+        connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    };
+    is_socket && refused()
+}
+
+/// Small replies leave at once; a peer that vanished is noticed within about a minute even when nothing is sent.
+fn set_tcp_options(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(30))
+        .with_interval(Duration::from_secs(10))
+        .with_retries(3);
+    socket.set_tcp_keepalive(&keepalive)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_they_are_shown() {
+        for text in ["127.0.0.1:10809", "[::1]:0", "unix:/run/volnode/nbd.sock"] {
+            assert_eq!(text.parse::<DataAddress>().unwrap().to_string(), text);
+        }
+        for wrong in ["", "localhost:1", "unix:", "unix:relative/path", "/run/nbd.sock", "127.0.0.1"] {
+            assert!(wrong.parse::<DataAddress>().is_err(), "{wrong}");
+        }
+    }
+
+    fn address(dir: &tempfile::TempDir) -> (PathBuf, DataAddress) {
+        let path = dir.path().join("nbd.sock");
+        (path.clone(), DataAddress::Unix(path))
+    }
+
+    #[test]
+    fn a_unix_socket_is_its_owners_alone_and_gone_with_the_listener() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, address) = address(&dir);
+        let listener = Listener::bind(&address).unwrap();
+        assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o177, 0);
+        let _client = UnixStream::connect(&path).unwrap();
+        let (_, peer) = listener.accept().unwrap();
+        let user_id = rustix::process::geteuid().as_raw();
+        assert_eq!(peer, Peer::Unix { process_id: std::process::id() as i32, user_id });
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_that_was_left_behind_is_replaced_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, address) = address(&dir);
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "std leaves the file, as a killed server does");
+        let first = Listener::bind(&address).unwrap();
+        assert_eq!(Listener::bind(&address).unwrap_err().kind(), io::ErrorKind::AddrInUse, "one that serves");
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "precious").unwrap();
+        assert!(Listener::bind(&address).is_err(), "not a socket");
+        drop(first);
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_tcp_listener_tells_the_port_it_got() {
+        let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
+        assert_ne!(listener.address().tcp().unwrap().port(), 0);
+    }
+}
