@@ -21,8 +21,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::tls_spec::TlsSpec;
+
 /// Version of [`DeviceSpec`], [`DeviceStatus`] and the control socket's lines.
 pub const CONTRACT_VERSION: u32 = 1;
+/// Version of a [`DeviceSpec`] with TLS: a program that does not know it must not take it, or it would leave TLS out.
+pub const CONTRACT_VERSION_TLS: u32 = 2;
 
 /// Why a spec, a status or a control line cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +48,9 @@ pub enum ContractError {
         source: serde_json::Error,
     },
     /// Written by a newer program.
-    #[error("{path} has format version {version}, this program knows {CONTRACT_VERSION}: upgrade volclient")]
+    #[error(
+        "{path} has format version {version}, this program knows {CONTRACT_VERSION_TLS}: upgrade volclient"
+    )]
     Version {
         /// Which file.
         path: PathBuf,
@@ -130,7 +136,7 @@ impl std::fmt::Debug for ExportSpec {
 /// Everything a device process needs to know; it asks nobody else.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceSpec {
-    /// [`CONTRACT_VERSION`]
+    /// [`CONTRACT_VERSION`]; with TLS [`CONTRACT_VERSION_TLS`]
     pub format_version: u32,
     /// Names the folder; its hash is kept in the device's `ublksrv_flags`.
     pub attachment_id: Uuid,
@@ -155,6 +161,9 @@ pub struct DeviceSpec {
     pub block_size_bytes: u32,
     /// Stable name to make for the device.
     pub device_link: PathBuf,
+    /// How TLS is spoken to the server; `None`: it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsSpec>,
 }
 
 impl DeviceSpec {
@@ -223,6 +232,9 @@ pub struct DeviceStatus {
     pub queue_depth: u16,
     /// The data address in use.
     pub server_address: String,
+    /// Who encrypts what goes there, for people; empty in a status of a program that knew no encryption.
+    #[serde(default)]
+    pub encryption: String,
     /// 0 for a foreign server.
     pub session_epoch: u64,
 }
@@ -309,7 +321,7 @@ fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, ContractErr
     }
     let syntax = |source| ContractError::Syntax { path: path.into(), source };
     let Versioned { format_version } = serde_json::from_slice(text).map_err(syntax)?;
-    if format_version > CONTRACT_VERSION {
+    if format_version > CONTRACT_VERSION_TLS {
         return Err(ContractError::Version { path: path.into(), version: format_version });
     }
     serde_json::from_slice(text).map_err(syntax)
@@ -354,11 +366,25 @@ mod tests {
         assert_eq!(again, spec);
     }
 
+    const TLS_V2: &str = r#"{"ca": "/etc/volnode/ca.pem", "pair": {"cert": "/c.pem", "key": "/k.pem"},
+        "server_name": "storage-1.example"}"#;
+
+    #[test]
+    fn spec_of_version_2_has_tls() {
+        let text = SPEC_V1.replacen("1,", "2,", 1).replacen('{', &format!("{{\"tls\": {TLS_V2},"), 1);
+        let spec: DeviceSpec = parse(text.as_bytes(), Path::new("spec.json")).unwrap();
+        let tls = spec.tls.clone().unwrap();
+        assert_eq!((tls.server_name.as_str(), tls.user_space_only), ("storage-1.example", false));
+        assert!(tls.files.pair.is_some());
+        let again: DeviceSpec = parse(&serde_json::to_vec(&spec).unwrap(), Path::new("spec.json")).unwrap();
+        assert_eq!(again, spec);
+    }
+
     #[test]
     fn a_newer_version_is_refused_by_name() {
-        let newer = r#"{"format_version": 2, "something": "else"}"#;
+        let newer = r#"{"format_version": 3, "something": "else"}"#;
         let error = parse::<DeviceSpec>(newer.as_bytes(), Path::new("spec.json")).unwrap_err();
-        assert!(matches!(error, ContractError::Version { version: 2, .. }), "{error}");
+        assert!(matches!(error, ContractError::Version { version: 3, .. }), "{error}");
     }
 
     #[test]

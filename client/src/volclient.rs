@@ -7,11 +7,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand};
 use client::contract::AttachmentDir;
 use client::node::device_process;
 use client::node::error::with_sources;
 use client::node::serve::{ServeOptions, serve};
+use client::tls_spec::ClientFiles;
 use tracing_subscriber::EnvFilter;
 
 /// Turns network volumes into local disks (/dev/ublkbN).
@@ -41,6 +43,20 @@ struct ServeArgs {
     /// Management API of the storage server
     #[arg(long, env = "VOLCLIENT_SERVER", default_value = "http://127.0.0.1:10810", value_name = "URI")]
     server: String,
+    /// Authority of the servers' certificates (PEM): needed for https:// and nbds://
+    ///
+    /// With an https:// server its volumes' data is encrypted, too. The files are read at each connect.
+    #[arg(long, env = "VOLCLIENT_TLS_CA", value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+    /// This machine's certificate (PEM), for servers that ask for one
+    #[arg(long, env = "VOLCLIENT_TLS_CERT", value_name = "FILE", requires_all = ["tls_ca", "tls_key"])]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, env = "VOLCLIENT_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Encrypt in the device processes even where the kernel could (kTLS)
+    #[arg(long, env = "VOLCLIENT_TLS_USER_SPACE", value_parser = BoolishValueParser::new())]
+    tls_user_space: bool,
     /// Where the state of attachments is kept; gone with a reboot
     #[arg(long, env = "VOLCLIENT_RUN_DIR", default_value = "/run/volnode", value_name = "DIR")]
     run_dir: PathBuf,
@@ -98,8 +114,16 @@ fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
         Some(socket) => std::path::absolute(socket).context("--socket")?,
         None => run_dir.join("volclient.sock"),
     };
-    let options =
-        ServeOptions { server: args.server, run_dir, socket, node_id: args.node_id, device_dir, log_filter };
+    let options = ServeOptions {
+        server: args.server,
+        tls_files: ClientFiles::named(args.tls_ca, args.tls_cert, args.tls_key).context("--tls-ca")?,
+        tls_user_space_only: args.tls_user_space,
+        run_dir,
+        socket,
+        node_id: args.node_id,
+        device_dir,
+        log_filter,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     Ok(runtime.block_on(serve(options))?)
 }

@@ -115,7 +115,7 @@ impl Disk {
         data_path: DataPath,
         transfer: Transfer,
     ) -> Result<Self> {
-        let connect = || -> Result<Dialled> { Ok(dial(&[address.to_owned()], VOLUME)?) };
+        let connect = || -> Result<Dialled> { Ok(dial(&[address.to_owned()], VOLUME, None)?) };
         let (one, other) = (connect()?, connect()?);
         let params = device_params(&one.export, 0, false)?;
         let spec = DeviceSpec {

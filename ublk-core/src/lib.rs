@@ -28,4 +28,4 @@ pub use device::{Device, DeviceError};
 pub use params::{DeviceParams, Discard, ParamsError};
 pub use queue::{Queue, TagBuffer};
 pub use tag::{TagError, TagState, TagTable};
-pub use transfer::{Place, Transfer};
+pub use transfer::{Place, Transfer, TransferError};

@@ -38,6 +38,8 @@ pub enum Transfer {
     ReadWriteFixed,
     /// RECV and SEND with memory of the process: the whole length, or an error.
     RecvSend,
+    /// READ and WRITE with memory of the process: any part of the length counts as done, but breaks a link.
+    ReadWrite,
 }
 
 /// Where a part of a request's data is.
@@ -52,6 +54,15 @@ pub struct Place {
 }
 
 impl Transfer {
+    /// What does the same on a socket whose bytes the kernel encrypts (kTLS): there MSG_WAITALL is refused on SEND and
+    /// breaks every link behind a RECV. To be proved like any other.
+    pub const fn over_ktls(self) -> Self {
+        match self {
+            Self::RecvSendFixed | Self::ReadWriteFixed => Self::ReadWriteFixed,
+            Self::RecvSend | Self::ReadWrite => Self::ReadWrite,
+        }
+    }
+
     /// Receives the part from `socket`.
     pub fn receive(self, socket: types::Fd, place: Place) -> Sqe {
         let Place { buf_index, addr, len_bytes } = place;
@@ -65,11 +76,15 @@ impl Transfer {
                 let buffer = ptr::with_exposed_provenance_mut(addr as usize);
                 opcode::Recv::new(socket, buffer, len_bytes).flags(libc::MSG_WAITALL).build().into()
             }
+            Self::ReadWrite => {
+                let buffer = ptr::with_exposed_provenance_mut(addr as usize);
+                opcode::Read::new(socket, buffer, len_bytes).build().into()
+            }
         }
     }
 
-    /// Sends the part to `socket`. `msg_flags` (`MSG_MORE`, `MSG_NOSIGNAL`) go beside `MSG_WAITALL`; WRITE_FIXED takes
-    /// none, so there the process must ignore SIGPIPE, as a Rust program does unless told otherwise.
+    /// Sends the part to `socket`. `msg_flags` (`MSG_MORE`, `MSG_NOSIGNAL`) go beside `MSG_WAITALL`; WRITE and WRITE_FIXED
+    /// take none, so there the process must ignore SIGPIPE, as a Rust program does unless told otherwise.
     pub fn send(self, socket: types::Fd, place: Place, msg_flags: i32) -> Sqe {
         let Place { buf_index, addr, len_bytes } = place;
         match self {
@@ -83,6 +98,10 @@ impl Transfer {
                 let flags = libc::MSG_WAITALL | msg_flags;
                 opcode::Send::new(socket, buffer, len_bytes).flags(flags).build().into()
             }
+            Self::ReadWrite => {
+                let buffer = ptr::with_exposed_provenance(addr as usize);
+                opcode::Write::new(socket, buffer, len_bytes).build().into()
+            }
         }
     }
 
@@ -92,7 +111,7 @@ impl Transfer {
         let mut buffer = Mapping::anonymous(TRIAL_BUFFER_BYTES).map_err(TransferError::Setup)?;
         // Declared after the buffer, so dropped, with its registration, before it.
         let mut ring = build_queue_ring(4, 4).map_err(TransferError::Setup)?;
-        if self != Self::RecvSend {
+        if matches!(self, Self::RecvSendFixed | Self::ReadWriteFixed) {
             let iovec = libc::iovec {
                 iov_base: ptr::with_exposed_provenance_mut(buffer.address(0) as usize),
                 iov_len: buffer.len_bytes(),
@@ -132,6 +151,7 @@ impl Transfer {
             }
             Self::ReadWriteFixed => ["READ_FIXED on a socket", "WRITE_FIXED on a socket"],
             Self::RecvSend => ["RECV", "SEND"],
+            Self::ReadWrite => ["READ on a socket", "WRITE on a socket"],
         }
     }
 }
@@ -184,7 +204,7 @@ mod tests {
 
     #[test]
     fn what_every_kernel_has_is_proved() {
-        for transfer in [Transfer::ReadWriteFixed, Transfer::RecvSend] {
+        for transfer in [Transfer::ReadWriteFixed, Transfer::RecvSend, Transfer::ReadWrite] {
             transfer.prove().unwrap();
         }
     }

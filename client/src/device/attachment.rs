@@ -11,7 +11,6 @@
 //! dies, the kernel ends its device with errors, and `volclient serve` clears up what is left.
 
 use std::io;
-use std::net::TcpStream;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -21,11 +20,13 @@ use std::time::{Duration, Instant};
 use ublk_core::abi::UBLK_F_USER_COPY;
 use ublk_core::{
     ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec,
+    TransferError,
 };
 
 use super::affinity;
 use super::block_request::{self, GeometryError};
 use super::control_socket::{self, PendingRequest};
+use super::data_socket::DataSocket;
 use super::ladder::{Chosen, Ladder, LadderError};
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
@@ -76,6 +77,9 @@ pub enum AttachmentError {
     /// No data path can be used, or not the one that was asked for.
     #[error(transparent)]
     Ladder(#[from] LadderError),
+    /// What the data path needs on a socket that the kernel encrypts does not work.
+    #[error("the data path cannot be used with TLS by the kernel: {0}")]
+    Ktls(TransferError),
     /// A queue thread did not get ready.
     #[error("a queue could not start: {0}")]
     Queue(String),
@@ -158,10 +162,14 @@ impl Attachment {
             status.data_path = chosen.data_path.to_string();
             status.data_path_reason.clone_from(&chosen.reason);
             status.server_address.clone_from(&first.address);
+            status.encryption = first.socket.encryption().as_str().to_owned();
             status.nr_hw_queues = nr_hw_queues;
             status.nr_connections = nr_connections;
             status.queue_depth = device.info().queue_depth;
         })?;
+        if first.socket.is_ktls() {
+            chosen.transfer.over_ktls().prove().map_err(AttachmentError::Ktls)?;
+        }
         let sockets = slots::dial_others(spec, first, nr_connections, nr_hw_queues)?;
         let mut attachment = Self {
             device,
@@ -184,7 +192,7 @@ impl Attachment {
     fn start_queues(
         &mut self,
         control: &ControlDevice,
-        sockets: Vec<Vec<TcpStream>>,
+        sockets: Vec<Vec<DataSocket>>,
         params: &DeviceParams,
         chosen: &Chosen,
         sender: &Sender<Event>,

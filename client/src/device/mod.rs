@@ -2,7 +2,7 @@
 //!
 //! Reading path: [`attachment`] (the life of the process) → [`queue_loop`] (the data path) → [`connection`] (NBD, without
 //! I/O), [`stream`] (how far its bytes got), [`queue_ring`] (the ring, without decisions) and [`payload`] (where the data
-//! lies), [`balance`] (which connection). Beside it: [`ladder`] (which data path), [`slots`], [`dial`], [`affinity`],
+//! lies), [`balance`] (which connection). Beside it: [`ladder`] (which data path), [`slots`], [`dial`], [`data_socket`], [`affinity`],
 //! [`block_request`], [`protections`], [`mount_namespace`], [`control_socket`], [`status_file`].
 //!
 //! No gRPC and no async runtime here: plain threads, so that nothing stands between a block request and the wire.
@@ -13,6 +13,7 @@ pub mod balance;
 pub mod block_request;
 pub mod connection;
 pub mod control_socket;
+pub mod data_socket;
 pub mod dial;
 pub mod ladder;
 pub mod mount_namespace;

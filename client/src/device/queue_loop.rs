@@ -23,8 +23,7 @@
 //! shut down; once every operation on one of them is reaped, and only then, its requests in flight end with EIO: no late
 //! byte can reach a page that was given back. From then on the queue answers EIO until its device is detached.
 
-use std::io::{self, Write as _};
-use std::net::Shutdown;
+use std::io;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -315,6 +314,9 @@ impl<'a> QueueLoop<'a> {
         if self.has_failed() {
             return;
         }
+        // Where the kernel does the records it only says EIO of one that is not data.
+        let record = self.ring.socket(connection).take_control_record();
+        let reason = record.map_or(reason, |record| record.to_string());
         let queue_id = self.ring.queue().q_id();
         tracing::error!(queue_id, connection, reason, "the connection is lost: I/O gets EIO");
         self.shut_down();
@@ -326,7 +328,7 @@ impl<'a> QueueLoop<'a> {
         for (connection, lane) in (0..).zip(&mut self.lanes) {
             lane.connection.fail();
             // ENOTCONN: the peer was first.
-            let _ = self.ring.socket(connection).shutdown(Shutdown::Both);
+            let _ = self.ring.socket(connection).shut_down();
         }
     }
 

@@ -4,9 +4,10 @@
 //! when it is ready, when it fails and when it ends, never while requests are served without an error.
 
 use std::io;
-use std::net::TcpStream;
 
 use ublk_core::{DataPath, Queue, Transfer};
+
+use super::data_socket::DataSocket;
 
 /// What a queue thread tells of itself.
 #[derive(Debug)]
@@ -57,7 +58,7 @@ pub struct QueueParts {
     pub queue: Queue,
     /// How its data travels.
     pub data_path: DataPath,
-    /// How its bytes move, as was proved.
+    /// How its bytes move, as was proved; on kTLS sockets what takes its place there was, too.
     pub transfer: Transfer,
     /// Whether the device was made with `UBLK_F_USER_COPY`.
     pub has_user_copy: bool,
@@ -66,5 +67,5 @@ pub struct QueueParts {
     /// Whether a FLUSH has to end the session.
     pub volatile_cache: bool,
     /// Its connections, in the transmission phase; at least one.
-    pub sockets: Vec<TcpStream>,
+    pub sockets: Vec<DataSocket>,
 }

@@ -8,19 +8,20 @@
 //! - inbox and outbox are lent to the loop only while no operation that names them is out (`*_out` counts, asserted).
 //!
 //! Sources: `include/uapi/linux/ublk_cmd.h`, `io_uring.h`, Linux 7.3. MSG_WAITALL is on every SEND and RECV, because
-//! without it a short transfer counts as success and the link behind it goes on; READ_FIXED and WRITE_FIXED break it.
+//! without it a short transfer counts as success and the link behind it goes on; READ_FIXED and WRITE_FIXED break it. On a
+//! kTLS socket, where MSG_WAITALL is refused, there is READ and WRITE in all places ([`Transfer::over_ktls`]).
 #![allow(unsafe_code)] // Submissions name memory by address.
 
 use std::io;
-use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 
 use io_uring::{opcode, squeue, types};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
 use ublk_core::ring::{self, Sqe};
-use ublk_core::{Place, Queue};
+use ublk_core::{Place, Queue, Transfer};
 
+use super::data_socket::DataSocket;
 use super::payload::Payloads;
 use super::stream::Stretch;
 
@@ -89,9 +90,18 @@ pub enum Link {
     None,
 }
 
+/// What a SEND does while the socket is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Patience {
+    /// It waits for room.
+    Waits(Link),
+    /// It ends, with what was sent.
+    AtOnce,
+}
+
 /// A connection's socket and the memory of its headers.
 struct Wire {
-    socket: TcpStream,
+    socket: DataSocket,
     outbox: Box<[u8]>,
     inbox: Box<[u8]>,
     sends_out: usize,
@@ -100,7 +110,7 @@ struct Wire {
 }
 
 impl Wire {
-    fn new(socket: TcpStream) -> Self {
+    fn new(socket: DataSocket) -> Self {
         Self {
             socket,
             // Zeroed by the kernel when first touched: an idle connection has no memory here.
@@ -153,7 +163,7 @@ impl QueueRing {
     /// Makes the ring. Must be called on the thread that will use it (single issuer).
     ///
     /// Errors: those of io_uring_setup and of registering the buffer table.
-    pub fn new(queue: Queue, payloads: Payloads, sockets: Vec<TcpStream>) -> io::Result<Self> {
+    pub fn new(queue: Queue, payloads: Payloads, sockets: Vec<DataSocket>) -> io::Result<Self> {
         let depth = u32::from(queue.queue_depth());
         // In one pass a tag can bring a commit with the unregistration before it, or two sends, and a connection two
         // receives; and each is one completion.
@@ -180,7 +190,7 @@ impl QueueRing {
     }
 
     /// A connection's socket.
-    pub fn socket(&self, connection: u16) -> &TcpStream {
+    pub fn socket(&self, connection: u16) -> &DataSocket {
         &self.wire(connection).socket
     }
 
@@ -278,19 +288,19 @@ impl QueueRing {
     /// Receives the rest of the tag's payload; what is pushed next starts when all of it has come.
     pub fn receive_payload(&mut self, connection: u16, tag: u16, rest: Stretch) {
         let place = self.place(tag, rest);
-        let sqe = self.payloads.transfer().receive(self.wire(connection).fd(), place);
+        let sqe = self.transfer(connection).receive(self.wire(connection).fd(), place);
         self.push(Operation::ReceivePayload(connection, tag), sqe, Link::ToNext);
     }
 
     /// Sends the rest of the bytes of the connection's outbox that begin at `start`.
     pub fn send_outbox(&mut self, connection: u16, start: usize, rest: Stretch, link: Link) {
-        let sqe = self.outbox_sqe(connection, start, rest, send_flags(link));
+        let sqe = self.outbox_sqe(connection, start, rest, Patience::Waits(link));
         self.push(Operation::SendOutbox(connection), sqe, link);
     }
 
     /// The same, at once or not at all: completes, with what was sent, only if that is not everything.
     pub fn send_outbox_silently(&mut self, connection: u16, start: usize, rest: Stretch) {
-        let sqe = self.outbox_sqe(connection, start, rest, libc::MSG_DONTWAIT | send_flags(Link::None));
+        let sqe = self.outbox_sqe(connection, start, rest, Patience::AtOnce);
         self.wire_mut(connection).silent_sends_out += 1;
         self.push(Operation::SendOutbox(connection), sqe.flags(squeue::Flags::SKIP_SUCCESS), Link::None);
     }
@@ -310,18 +320,35 @@ impl QueueRing {
         true
     }
 
-    fn outbox_sqe(&mut self, connection: u16, start: usize, rest: Stretch, flags: i32) -> Sqe {
+    fn outbox_sqe(&mut self, connection: u16, start: usize, rest: Stretch, patience: Patience) -> Sqe {
         let wire = self.wire_mut(connection);
         wire.sends_out += 1;
         let place = &wire.outbox[start + rest.done_bytes() as usize..][..rest.rest_bytes() as usize];
+        if wire.socket.is_ktls() {
+            let flags = if patience == Patience::AtOnce { libc::RWF_NOWAIT } else { 0 };
+            return opcode::Write::new(wire.fd(), place.as_ptr(), rest.rest_bytes())
+                .rw_flags(flags)
+                .build()
+                .into();
+        }
+        let flags = match patience {
+            Patience::Waits(link) => send_flags(link),
+            Patience::AtOnce => libc::MSG_DONTWAIT | send_flags(Link::None),
+        };
         let send = opcode::Send::new(wire.fd(), place.as_ptr(), rest.rest_bytes());
         send.flags(libc::MSG_WAITALL | flags).build().into()
+    }
+
+    /// How payloads move on a connection.
+    fn transfer(&self, connection: u16) -> Transfer {
+        let transfer = self.payloads.transfer();
+        if self.wire(connection).socket.is_ktls() { transfer.over_ktls() } else { transfer }
     }
 
     /// Sends the rest of the tag's payload.
     pub fn send_payload(&mut self, connection: u16, tag: u16, rest: Stretch, link: Link) {
         let place = self.place(tag, rest);
-        let sqe = self.payloads.transfer().send(self.wire(connection).fd(), place, send_flags(link));
+        let sqe = self.transfer(connection).send(self.wire(connection).fd(), place, send_flags(link));
         self.wire_mut(connection).sends_out += 1;
         self.push(Operation::SendPayload(connection, tag), sqe, link);
     }

@@ -6,11 +6,10 @@
 //! Invariant: there is more than one connection only where the server says that a FLUSH on any of them covers all
 //! (`NBD_FLAG_CAN_MULTI_CONN`; NBD `doc/proto.md`).
 
-use std::net::TcpStream;
-
 use proto::export_name::{AttachmentExportName, DescriptionError, ExportDescription};
 use proto::nbd::{ExportInfo, TransmissionFlags};
 
+use super::data_socket::DataSocket;
 use super::dial::{self, DialError, Dialled};
 use crate::contract::{DeviceSpec, ExportSpec};
 
@@ -109,7 +108,7 @@ impl Layout {
 /// # Errors
 /// [`SlotError`]: it cannot be opened, or is not the attachment's volume.
 pub fn dial_slot(spec: &DeviceSpec, slot: u16) -> Result<Dialled, SlotError> {
-    let dialled = dial::dial(&spec.addresses, &export_name(spec, slot)?)?;
+    let dialled = dial::dial(&spec.addresses, &export_name(spec, slot)?, spec.tls.as_ref())?;
     check_identity(spec, &dialled)?;
     Ok(dialled)
 }
@@ -123,7 +122,7 @@ pub fn dial_others(
     first: Dialled,
     nr_connections: u16,
     nr_hw_queues: u16,
-) -> Result<Vec<Vec<TcpStream>>, SlotError> {
+) -> Result<Vec<Vec<DataSocket>>, SlotError> {
     let mut others = Vec::new();
     for slot in 1..nr_connections {
         let next = dial_slot(spec, slot)?;
@@ -133,7 +132,7 @@ pub fn dial_others(
         }
         others.push(next.socket);
     }
-    let mut by_queue: Vec<Vec<TcpStream>> = (0..nr_hw_queues).map(|_| Vec::new()).collect();
+    let mut by_queue: Vec<Vec<DataSocket>> = (0..nr_hw_queues).map(|_| Vec::new()).collect();
     for (slot, socket) in std::iter::once(first.socket).chain(others).enumerate() {
         by_queue[slot % usize::from(nr_hw_queues)].push(socket);
     }

@@ -48,6 +48,7 @@ impl StatusFile {
             nr_connections: spec.nr_connections,
             queue_depth: spec.queue_depth,
             server_address: String::new(),
+            encryption: String::new(),
             session_epoch,
         };
         let file = Self { path: dir.status(), status };

@@ -143,6 +143,7 @@ impl AttachmentRecord {
             attachment.nr_connections = status.connections().into();
             attachment.queue_depth = status.queue_depth.into();
             attachment.server_address.clone_from(&status.server_address);
+            attachment.encryption.clone_from(&status.encryption);
             attachment.session_epoch = status.session_epoch;
         }
         if self.pid.is_none() && attachment.state_reason.is_empty() {
@@ -176,6 +177,7 @@ pub(crate) mod tests {
             queue_depth: 128,
             block_size_bytes: 4096,
             device_link: PathBuf::from("/dev/volnode").join(target),
+            tls: None,
         }
     }
 
@@ -201,6 +203,7 @@ pub(crate) mod tests {
             nr_connections: 1,
             queue_depth: 128,
             server_address: "127.0.0.1:10809".to_owned(),
+            encryption: "none".to_owned(),
             session_epoch: 3,
         }
     }

@@ -14,15 +14,15 @@ use proto::v1::management_client::ManagementClient as Stub;
 use proto::v1::{
     AccessMode, AttachVolumeRequest, DetachVolumeRequest, GetServerInfoRequest, ListAttachmentsRequest,
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
-use super::error::{NodeError, with_sources};
+use super::error::NodeError;
+use crate::api_channel;
+use crate::tls_spec::ClientFiles;
 
-/// TCP and HTTP/2 to the server.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// A call: a detach waits there for the I/O of fenced connections.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -55,18 +55,14 @@ pub struct ManagementClient {
 }
 
 impl ManagementClient {
-    /// For the server at this URI, such as `http://127.0.0.1:10810`. Does not connect yet; within a tokio runtime.
+    /// For the server at this URI, such as `http://127.0.0.1:10810`, or `https://…` with the files of TLS. Does not connect
+    /// yet; within a tokio runtime.
     ///
     /// # Errors
-    /// [`NodeError::InvalidField`]: not such a URI.
-    pub fn new(server: &str) -> Result<Self, NodeError> {
+    /// [`NodeError::InvalidField`]: not such a URI, or no files.
+    pub fn new(server: &str, files: Option<&ClientFiles>) -> Result<Self, NodeError> {
         let off = |message: String| NodeError::InvalidField { field: "server", message };
-        if !server.starts_with("http://") {
-            return Err(off(format!("{server:?} is not of the form http://host:port")));
-        }
-        let endpoint = Endpoint::from_shared(server.to_owned());
-        let endpoint = endpoint.map_err(|e| off(format!("{server:?}: {}", with_sources(&e))))?;
-        let channel = endpoint.connect_timeout(CONNECT_DEADLINE).connect_lazy();
+        let channel = api_channel::connect_lazy(server, files).map_err(|error| off(error.to_string()))?;
         Ok(Self { server: server.to_owned(), stub: Stub::new(channel) })
     }
 
@@ -187,7 +183,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_is_not_there_is_named() {
         // Port 9 of the loopback interface: nothing listens there.
-        let client = ManagementClient::new("http://127.0.0.1:9").unwrap();
+        let client = ManagementClient::new("http://127.0.0.1:9", None).unwrap();
         let error = client.detach_volume("x").await.unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, NodeError::ServerUnreachable { .. }), "{error:?}");
@@ -200,7 +196,7 @@ mod tests {
     #[tokio::test]
     async fn a_uri_of_another_form_is_refused() {
         for bad in ["127.0.0.1:10810", "https://h:1", "http://", "unix:/x"] {
-            assert!(ManagementClient::new(bad).is_err(), "{bad}");
+            assert!(ManagementClient::new(bad, None).is_err(), "{bad}");
         }
     }
 }

@@ -25,6 +25,7 @@ use super::management_client::ManagementClient;
 use super::node_service::NodeService;
 use super::supervisor::{Supervisor, SupervisorConfig};
 use crate::contract::AttachmentDir;
+use crate::tls_spec::ClientFiles;
 
 /// Longest path of a Unix socket, in bytes: `sun_path` less its final zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -34,6 +35,10 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 pub struct ServeOptions {
     /// The storage server's management API.
     pub server: String,
+    /// The files of TLS, where there is TLS.
+    pub tls_files: Option<ClientFiles>,
+    /// The kernel may not encrypt, even if it could.
+    pub tls_user_space_only: bool,
     /// Run directory.
     pub run_dir: PathBuf,
     /// The node API's socket.
@@ -98,12 +103,14 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     }
     let _lock = lock_run_dir(&options.run_dir)?;
     let node_id = options.node_id.clone().map_or_else(default_node_id, Ok)?;
-    let management = ManagementClient::new(&options.server)?;
+    let management = ManagementClient::new(&options.server, options.tls_files.as_ref())?;
     let config = SupervisorConfig {
         run_dir: options.run_dir.clone(),
         device_dir: options.device_dir.clone(),
         node_id,
         log_filter: options.log_filter.clone(),
+        tls_files: options.tls_files.clone(),
+        tls_user_space_only: options.tls_user_space_only,
     };
     tracing::info!(node_id = config.node_id, server = options.server, "volclient starts");
     let supervisor = Arc::new(Supervisor::new(config, management));
@@ -239,6 +246,8 @@ mod tests {
         let run_dir = PathBuf::from("/").join("x".repeat(60));
         let options = ServeOptions {
             server: String::new(),
+            tls_files: None,
+            tls_user_space_only: false,
             socket: run_dir.join("s"),
             run_dir,
             node_id: None,

@@ -32,10 +32,12 @@ use super::leftovers;
 use super::management_client::ManagementClient;
 use super::target::{DetachSelector, NbdUri, Target};
 use super::target_locks::TargetLocks;
+use crate::api_channel;
 use crate::contract::{
-    AttachmentDir, CONTRACT_VERSION, ControlResponse, DeviceSpec, DeviceState, DeviceStatus, ExportSpec,
-    now_ms, write_file,
+    AttachmentDir, CONTRACT_VERSION, CONTRACT_VERSION_TLS, ControlResponse, DeviceSpec, DeviceState,
+    DeviceStatus, ExportSpec, now_ms, write_file,
 };
+use crate::tls_spec::{ClientFiles, TlsSpec};
 
 /// Most connections of one attachment, and so most queues: a server that is asked for more by mistake should not have
 /// to refuse them one by one.
@@ -57,6 +59,10 @@ pub struct SupervisorConfig {
     pub node_id: String,
     /// What device processes log.
     pub log_filter: String,
+    /// The files of TLS, where there is TLS.
+    pub tls_files: Option<ClientFiles>,
+    /// The kernel may not encrypt, even if it could.
+    pub tls_user_space_only: bool,
 }
 
 /// The attachments of this node.
@@ -209,11 +215,16 @@ impl Supervisor {
             }
             remove_device_and_link(&record.spec).await?;
         }
+        let tls = self.tls_for(&target)?;
         check_machine(wishes.data_path).await?;
-        let new = match &target {
+        let mut new = match &target {
             Target::Volume(name) => self.prepare_volume(name, &wishes, request.force, found.as_ref()).await?,
             Target::Nbd(uri) => self.prepare_nbd(uri, &request.target, &wishes, found.as_ref()),
         };
+        if tls.is_some() {
+            new.spec.format_version = CONTRACT_VERSION_TLS;
+            new.spec.tls = tls;
+        }
         if let Some(old) = found.filter(|old| old.spec.attachment_id != new.spec.attachment_id) {
             remove_folder(&old.dir)?;
         }
@@ -294,6 +305,23 @@ impl Supervisor {
         NewAttachment { spec, is_granted_now: false }
     }
 
+    /// How TLS is spoken for a target; `None`: it is not. Whoever answers for a volume, at whichever address, has to be the
+    /// server that is managed.
+    fn tls_for(&self, target: &Target) -> Result<Option<TlsSpec>, NodeError> {
+        let server = self.management.server();
+        let server_name = match target {
+            Target::Volume(_) => api_channel::host(server).filter(|_| api_channel::is_https(server)),
+            Target::Nbd(uri) => uri.tls.then(|| uri.host.clone()),
+        };
+        let Some(server_name) = server_name else { return Ok(None) };
+        let Some(files) = self.config.tls_files.clone() else {
+            let message =
+                "TLS needs the certificate of the server's authority: start volclient with --tls-ca";
+            return Err(NodeError::InvalidField { field: "target", message: message.to_owned() });
+        };
+        Ok(Some(TlsSpec { files, server_name, user_space_only: self.config.tls_user_space_only }))
+    }
+
     fn spec(&self, attachment_id: Uuid, target: &Target, export: ExportSpec, wishes: &Wishes) -> DeviceSpec {
         DeviceSpec {
             format_version: CONTRACT_VERSION,
@@ -308,6 +336,7 @@ impl Supervisor {
             queue_depth: wishes.queue_depth.unwrap_or(QUEUE_DEPTH_DEFAULT),
             block_size_bytes: 0,
             device_link: self.config.device_dir.join(target.link_name(attachment_id)),
+            tls: None,
         }
     }
 

@@ -1,9 +1,9 @@
 //! What can be attached: a volume's name or an NBD URI; and how a detach names it.
 //!
 //! Owns: the syntax of both, and the name of the stable link below the device directory. Never: looks anything up.
-//! A URI is `nbd://host[:port]/export`: port 10809 unless given, one `/` after the authority removed, the rest
+//! A URI is `nbd://host[:port]/export`, or `nbds://` for the same over TLS: port 10809 unless given, one `/` after the authority removed, the rest
 //! percent-decoded; an empty export name is the server's default export. Two spellings of one URI are one target.
-//! Link names: a volume's is its name; an NBD URI's is `nbd@<host>@<port>@<export>`, percent-encoded but for letters,
+//! Link names: a volume's is its name; an NBD URI's is `nbd@<host>@<port>@<export>` (or `nbds@`…), percent-encoded but for letters,
 //! digits, `-`, `_` and `.`. `@` is in no volume's name, so that no two targets share a link.
 //! Called by: `supervisor`.
 //! Source: the NBD project's doc/uri.md.
@@ -37,9 +37,11 @@ pub enum Target {
     Nbd(NbdUri),
 }
 
-/// `nbd://host[:port]/export`
+/// `nbd://host[:port]/export` or `nbds://host[:port]/export`
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NbdUri {
+    /// `nbds`: over TLS.
+    pub tls: bool,
     /// Name or address; an IPv6 address without its brackets.
     pub host: String,
     /// TCP port.
@@ -67,9 +69,11 @@ impl Target {
             Self::Volume(name) => name.clone(),
             Self::Nbd(uri) => {
                 let escaped = |text| utf8_percent_encode(text, LINK_NAME_ESCAPED).to_string();
-                let name = format!("nbd@{}@{}@{}", escaped(&uri.host), uri.port, escaped(&uri.export_name));
+                let scheme = uri.scheme();
+                let name =
+                    format!("{scheme}@{}@{}@{}", escaped(&uri.host), uri.port, escaped(&uri.export_name));
                 // No file could be named so; the attachment's id is as unique.
-                if name.len() <= LINK_NAME_BYTES_MAX { name } else { format!("nbd@{attachment_id}") }
+                if name.len() <= LINK_NAME_BYTES_MAX { name } else { format!("{scheme}@{attachment_id}") }
             }
         }
     }
@@ -93,15 +97,16 @@ fn volume_name(text: &str) -> Result<String, String> {
     }
     Err(format!(
         "{text:?} is neither a volume's name (1 to {VOLUME_NAME_LEN_MAX} letters, digits, '-', '_' and '.', \
-         beginning with a letter or digit) nor an NBD URI (nbd://host[:port]/export)"
+         beginning with a letter or digit) nor an NBD URI (nbd://host[:port]/export, or nbds:// for TLS)"
     ))
 }
 
 impl NbdUri {
     fn parse(text: &str, scheme: &str) -> Result<Self, String> {
-        match scheme.to_ascii_lowercase().as_str() {
-            "nbd" => {}
-            "nbds" | "nbd+unix" | "nbds+unix" | "nbd+vsock" | "nbds+vsock" => {
+        let scheme = scheme.to_ascii_lowercase();
+        match scheme.as_str() {
+            "nbd" | "nbds" => {}
+            "nbd+unix" | "nbds+unix" | "nbd+vsock" | "nbds+vsock" => {
                 return Err(format!("{scheme}:// is not supported yet; nbd://host[:port]/export is"));
             }
             _ => return Err(format!("{scheme}:// is not an NBD URI; write nbd://host[:port]/export")),
@@ -134,7 +139,12 @@ impl NbdUri {
         if export_name.len() > EXPORT_NAME_BYTES_MAX || export_name.contains('\0') {
             return Err(off("has an export name that NBD does not allow"));
         }
-        Ok(Self { host, port, export_name: export_name.into_owned() })
+        Ok(Self { tls: scheme == "nbds", host, port, export_name: export_name.into_owned() })
+    }
+
+    /// `nbd` or `nbds`.
+    pub fn scheme(&self) -> &'static str {
+        if self.tls { "nbds" } else { "nbd" }
     }
 
     /// `host:port`, with the brackets of an IPv6 address.
@@ -150,7 +160,7 @@ impl NbdUri {
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let export_name = utf8_percent_encode(&self.export_name, URI_PATH_ESCAPED);
-        write!(f, "nbd://{}/{export_name}", self.address())
+        write!(f, "{}://{}/{export_name}", self.scheme(), self.address())
     }
 }
 
@@ -238,8 +248,16 @@ mod tests {
     }
 
     #[test]
+    fn the_same_export_over_tls_is_another_target() {
+        let (plain, tls) = (nbd("nbd://h/x"), nbd("NBDS://h/x"));
+        assert_ne!(plain, tls);
+        assert_eq!((tls.port, tls.to_string().as_str()), (10809, "nbds://h:10809/x"));
+        assert_eq!(Target::Nbd(tls).link_name(Uuid::from_u128(7)), "nbds@h@10809@x");
+    }
+
+    #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        assert!(refusal("nbds://h/x").contains("nbds:// is not supported yet"));
+        assert!(refusal("nbds+unix:///x?socket=/s").contains("not supported yet"));
         assert!(refusal("nbd+unix:///x?socket=/s").contains("not supported yet"));
         assert!(refusal("http://h/x").contains("not an NBD URI"));
         assert!(refusal("nbd://me@h/x").contains("names a user"));

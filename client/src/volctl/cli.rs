@@ -13,7 +13,7 @@ use crate::size::parse_size;
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// Management API of the storage server
+    /// Management API of the storage server: http://host:port or https://host:port
     #[arg(
         long,
         global = true,
@@ -22,6 +22,15 @@ pub(crate) struct Cli {
         value_name = "URI"
     )]
     pub(crate) server: String,
+    /// Authority of the server's certificate (PEM): needed for https://
+    #[arg(long, global = true, env = "VOLNODE_TLS_CA", value_name = "FILE")]
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// Your certificate (PEM), for a server that asks for one
+    #[arg(long, global = true, env = "VOLNODE_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// The certificate's private key (PEM)
+    #[arg(long, global = true, env = "VOLNODE_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
     /// Socket of this machine's node daemon, `volclient serve`
     #[arg(
         long,
@@ -110,7 +119,7 @@ pub(crate) enum Switch {
 
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
-    /// A volume's name, or nbd://host:port/export for any NBD server (port 10809 if left out)
+    /// A volume's name, or nbd://host:port/export for any NBD server (port 10809 if left out; nbds:// for TLS)
     pub(crate) target: String,
     /// How data moves between the kernel and the network; auto takes the best that this kernel proves it can do
     #[arg(long, value_enum, default_value_t = DataPathArg::Auto)]

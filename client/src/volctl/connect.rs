@@ -8,6 +8,8 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use client::api_channel::{self, ChannelError};
+use client::tls_spec::ClientFiles;
 use proto::v1::management_client::ManagementClient;
 use proto::v1::node_client::NodeClient;
 use tonic::transport::{self, Channel, Endpoint};
@@ -20,24 +22,35 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// Longer than the longest call of the node daemon (a detach: stopping the device, then the server).
 const CALL_DEADLINE: Duration = Duration::from_secs(300);
 
-/// The storage server at this URI.
-pub(crate) async fn server(uri: &str) -> Result<ManagementClient<Channel>, Failure> {
-    let off = |what: &str| {
-        let next = "write --server http://host:port (or set VOLNODE_SERVER)";
-        Failure::new(ExitCode::Usage, format!("{uri:?} {what}"), next)
-    };
-    if !uri.starts_with("http://") {
-        return Err(off("is not of the form http://host:port"));
-    }
-    let endpoint = Endpoint::from_shared(uri.to_owned()).map_err(|_| off("is not a valid URI"))?;
-    let connected = endpoint.connect_timeout(CONNECT_DEADLINE).connect().await;
-    connected.map(ManagementClient::new).map_err(|error| {
-        Failure::new(
+/// Where the storage server's management API is, and with which files TLS is spoken to it.
+#[derive(Debug)]
+pub(crate) struct ServerAddress {
+    /// `http://host:port` or `https://host:port`
+    pub(crate) uri: String,
+    /// For `https://`.
+    pub(crate) tls_files: Option<ClientFiles>,
+}
+
+/// The storage server at this address.
+pub(crate) async fn server(address: &ServerAddress) -> Result<ManagementClient<Channel>, Failure> {
+    let uri = &address.uri;
+    let connected = api_channel::connect(uri, address.tls_files.as_ref()).await;
+    connected.map(ManagementClient::new).map_err(|error| match error {
+        ChannelError::Uri(_) => {
+            let next = "write --server http://host:port or https://host:port (or set VOLNODE_SERVER)";
+            Failure::new(ExitCode::Usage, error.to_string(), next)
+        }
+        ChannelError::NoAuthority(_) => Failure::new(
+            ExitCode::Usage,
+            error.to_string(),
+            "give the file with --tls-ca (or VOLNODE_TLS_CA)",
+        ),
+        ChannelError::Connect(error) => Failure::new(
             ExitCode::Unreachable,
             format!("cannot reach the storage server at {uri}: {}", root_cause(&error)),
             "check that volserver runs and listens there; another address is given with --server \
              (or VOLNODE_SERVER)",
-        )
+        ),
     })
 }
 

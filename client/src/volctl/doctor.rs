@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use ublk_core::data_path::Rung;
 use ublk_core::{ControlDevice, ControlError, DataPath};
 
-use crate::connect::{self, call};
+use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
 use crate::report::{Report, properties};
@@ -32,7 +32,7 @@ struct DataPathFound {
     why_not: String,
 }
 
-pub(crate) async fn doctor(server: &str, socket: &Path) -> Report {
+pub(crate) async fn doctor(server: &ServerAddress, socket: &Path) -> Report {
     let control = ControlDevice::open();
     let checks = [
         Check::new("root", check_root()),
@@ -159,21 +159,21 @@ async fn check_node(socket: &Path) -> Result<String, Failure> {
     ))
 }
 
-async fn check_server(server: &str) -> Result<String, Failure> {
+async fn check_server(server: &ServerAddress) -> Result<String, Failure> {
     let info = server_info(server).await?;
-    Ok(format!("version {} at {server}, data at {}", info.version, info.data_addresses.join(", ")))
+    Ok(format!("version {} at {}, data at {}", info.version, server.uri, info.data_addresses.join(", ")))
 }
 
 async fn node_info(socket: &Path) -> Result<v1::GetNodeInfoResponse, Failure> {
     call(connect::node(socket).await?.get_node_info(v1::GetNodeInfoRequest {})).await
 }
 
-async fn server_info(server: &str) -> Result<v1::GetServerInfoResponse, Failure> {
+async fn server_info(server: &ServerAddress) -> Result<v1::GetServerInfoResponse, Failure> {
     call(connect::server(server).await?.get_server_info(v1::GetServerInfoRequest {})).await
 }
 
 /// Prints what answers; a program that does not is told as such, and is no failure.
-pub(crate) async fn version(server: &str, socket: &Path) -> Report {
+pub(crate) async fn version(server: &ServerAddress, socket: &Path) -> Report {
     let volctl = env!("CARGO_PKG_VERSION");
     let (volserver, volclient) = (server_info(server).await.ok(), node_info(socket).await.ok());
     let (volserver, volclient) = (volserver.map(|info| info.version), volclient.map(|info| info.version));
@@ -183,7 +183,7 @@ pub(crate) async fn version(server: &str, socket: &Path) -> Report {
     };
     let text = properties([
         ("volctl", volctl.to_owned()),
-        ("volserver", or_not(&volserver, server.to_owned())),
+        ("volserver", or_not(&volserver, server.uri.clone())),
         ("volclient", or_not(&volclient, socket.display().to_string())),
     ]);
     Report::new(text, json!({ "volctl": volctl, "volserver": volserver, "volclient": volclient }))

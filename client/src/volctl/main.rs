@@ -18,8 +18,10 @@ use std::io::{self, Write as _};
 use std::process::ExitCode as ProcessExitCode;
 
 use clap::Parser as _;
+use client::tls_spec::ClientFiles;
 
 use crate::cli::{Cli, Command, OutputFormat};
+use crate::connect::ServerAddress;
 use crate::failure::Failure;
 use crate::report::Report;
 
@@ -42,7 +44,9 @@ fn main() -> ProcessExitCode {
 }
 
 async fn run(cli: Cli) -> Result<Report, Failure> {
-    let (server, socket) = (cli.server.as_str(), cli.socket.as_path());
+    let tls_files = ClientFiles::named(cli.tls_ca, cli.tls_cert, cli.tls_key);
+    let tls_files = tls_files.map_err(|error| Failure::other(format!("--tls-ca: {error}")))?;
+    let (server, socket) = (&ServerAddress { uri: cli.server, tls_files }, cli.socket.as_path());
     match cli.command {
         Command::Create(args) => volumes::create(server, args).await,
         Command::List => volumes::list(server).await,

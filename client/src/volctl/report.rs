@@ -103,6 +103,7 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "nr_connections": attachment.nr_connections,
         "queue_depth": attachment.queue_depth,
         "server_address": attachment.server_address,
+        "encryption": attachment.encryption,
         "pid": attachment.pid,
         "session_epoch": attachment.session_epoch,
     })

@@ -4,7 +4,7 @@ use proto::v1;
 use serde_json::json;
 
 use crate::cli::{Backend, CreateArgs, Switch};
-use crate::connect::{self, call};
+use crate::connect::{self, ServerAddress, call};
 use crate::failure::Failure;
 use crate::report::{self, Report, backend_word, properties, table, volume_json, write_cache_word};
 use crate::size::human_size;
@@ -12,7 +12,7 @@ use crate::size::human_size;
 /// The most that the server gives in one page.
 const PAGE_SIZE: u32 = 1000;
 
-pub(crate) async fn create(server: &str, args: CreateArgs) -> Result<Report, Failure> {
+pub(crate) async fn create(server: &ServerAddress, args: CreateArgs) -> Result<Report, Failure> {
     let request = v1::CreateVolumeRequest {
         name: args.name,
         capacity_bytes: args.size,
@@ -33,7 +33,7 @@ pub(crate) async fn create(server: &str, args: CreateArgs) -> Result<Report, Fai
     Ok(Report::new(text, volume_json(&volume)))
 }
 
-pub(crate) async fn list(server: &str) -> Result<Report, Failure> {
+pub(crate) async fn list(server: &ServerAddress) -> Result<Report, Failure> {
     let mut client = connect::server(server).await?;
     let mut volumes: Vec<v1::Volume> = Vec::new();
     let mut page_token = String::new();
@@ -62,7 +62,7 @@ pub(crate) async fn list(server: &str) -> Result<Report, Failure> {
     Ok(Report::new(text, volumes.iter().map(volume_json).collect()))
 }
 
-pub(crate) async fn show(server: &str, name: String) -> Result<Report, Failure> {
+pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report, Failure> {
     let request = v1::GetVolumeRequest { name };
     let volume = call(connect::server(server).await?.get_volume(request)).await?;
     let mut text = properties([
@@ -90,7 +90,7 @@ pub(crate) async fn show(server: &str, name: String) -> Result<Report, Failure> 
     Ok(Report::new(text, volume_json(&volume)))
 }
 
-pub(crate) async fn delete(server: &str, name: String) -> Result<Report, Failure> {
+pub(crate) async fn delete(server: &ServerAddress, name: String) -> Result<Report, Failure> {
     let request = v1::DeleteVolumeRequest { name: name.clone() };
     let existed = call(connect::server(server).await?.delete_volume(request)).await?.existed;
     let text = if existed { format!("deleted {name}\n") } else { format!("there is no volume {name}\n") };

@@ -59,6 +59,7 @@ impl Folder {
             queue_depth: 128,
             block_size_bytes: 4096,
             device_link: run_dir.join("dev/link"),
+            tls: None,
         };
         let status = DeviceStatus {
             format_version: CONTRACT_VERSION,
@@ -81,6 +82,7 @@ impl Folder {
             nr_connections: 1,
             queue_depth: 128,
             server_address: "127.0.0.1:9".to_owned(),
+            encryption: "none".to_owned(),
             session_epoch: 3,
         };
         write_file(&dir.spec(), &spec).unwrap();

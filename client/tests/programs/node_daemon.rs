@@ -204,7 +204,11 @@ fn an_attach_that_this_machine_cannot_do_asks_the_server_for_nothing() {
 fn a_target_that_cannot_be_is_wrong_usage() {
     let run_dir = NodeDaemon::run_dir();
     let daemon = NodeDaemon::start(run_dir.path(), "http://127.0.0.1:9");
-    for (target, why) in [("a/b", "neither a volume's name"), ("nbds://h/x", "not supported yet")] {
+    for (target, why) in [
+        ("a/b", "neither a volume's name"),
+        ("nbd+unix:///x", "not supported yet"),
+        ("nbds://h/x", "--tls-ca"),
+    ] {
         let ended = daemon.volctl(&["attach", target]);
         assert_eq!(ended.exit_code, Some(2), "{ended:?}");
         assert!(ended.stderr.contains(why), "{ended:?}");

@@ -1,9 +1,9 @@
 //! The client's side of the handshake.
 //!
 //! ```text
-//!   Greeting ──► Going ──ACK──► done
-//!                  │
-//!                  └─ERR_UNSUP──► ExportName ──► done        (servers from before GO)
+//!   Greeting ──────────────────────────────────► Going ──ACK──► done
+//!      │                                            ▲  │
+//!      └─with TLS─► StartingTls ─ACK, tls_started───┘  └─ERR_UNSUP──► ExportName ──► done   (servers from before GO)
 //! ```
 //!
 //! Owned by `client/src/dial.rs`. Asks for nothing that would change the replies: neither structured replies nor
@@ -34,6 +34,14 @@ pub enum ClientHandshakeError {
     /// The server breaks the protocol.
     #[error("the NBD server breaks the protocol: {0}")]
     Protocol(&'static str),
+    /// The server does not start TLS, without which we say nothing else.
+    #[error("the NBD server does not start TLS: {text} (reply {reply:#x})")]
+    TlsRefused {
+        /// `NBD_REP_ERR_*`
+        reply: u32,
+        /// Its words, or ours for the number.
+        text: String,
+    },
     /// The server does not give us the export.
     #[error("the NBD server refuses the export: {text} (reply {reply:#x})")]
     Refused {
@@ -47,6 +55,8 @@ pub enum ClientHandshakeError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Greeting,
+    StartingTls,
+    TlsAcknowledged,
     Going,
     ExportName,
     Done,
@@ -58,6 +68,7 @@ pub struct ClientHandshake {
     state: State,
     name: String,
     no_zeroes: bool,
+    wants_tls: bool,
     replies_seen: u32,
     input: Vec<u8>,
     size_and_flags: Option<(u64, TransmissionFlags)>,
@@ -78,12 +89,33 @@ impl ClientHandshake {
             state: State::Greeting,
             name: export_name.to_owned(),
             no_zeroes: false,
+            wants_tls: false,
             replies_seen: 0,
             input: Vec::new(),
             size_and_flags: None,
             block_sizes: None,
             description: None,
         })
+    }
+
+    /// The same, over TLS or not at all: see [`Self::is_tls_acknowledged`].
+    #[must_use]
+    pub fn with_tls(self) -> Self {
+        Self { wants_tls: true, ..self }
+    }
+
+    /// Whether the server waits for the TLS handshake: do it, then call [`Self::tls_started`].
+    pub fn is_tls_acknowledged(&self) -> bool {
+        self.state == State::TlsAcknowledged
+    }
+
+    /// TLS has started: asks for the export. What `out` holds and what is handled from now on is what TLS carries.
+    ///
+    /// # Panics
+    /// Unless [`Self::is_tls_acknowledged`]: the caller is wrong.
+    pub fn tls_started(&mut self, out: &mut Vec<u8>) {
+        assert_eq!(self.state, State::TlsAcknowledged, "tls_started: TLS was not acknowledged");
+        self.go(out);
     }
 
     /// Takes bytes that arrived and appends what has to be sent to `out`; gives the export once it is open.
@@ -99,6 +131,12 @@ impl ClientHandshake {
         loop {
             let progressed = match self.state {
                 State::Greeting => self.take_greeting(out)?,
+                State::StartingTls => self.take_tls_reply()?,
+                // Whoever is between us and the server could have put it there.
+                State::TlsAcknowledged if !self.input.is_empty() => {
+                    return Err(ClientHandshakeError::Protocol("bytes came behind the answer to STARTTLS"));
+                }
+                State::TlsAcknowledged => return Ok(None),
                 State::Going => self.take_reply(out)?,
                 State::ExportName => self.take_export_name_answer(),
                 State::Done => return self.finish().map(Some),
@@ -129,7 +167,16 @@ impl ClientHandshake {
         self.no_zeroes = flags & handshake_flags::NO_ZEROES != 0;
         let zeroes_flag = if self.no_zeroes { handshake_flags::NO_ZEROES } else { 0 };
         out.extend_from_slice(&u32::from(handshake_flags::FIXED_NEWSTYLE | zeroes_flag).to_be_bytes());
+        if self.wants_tls {
+            put_option(out, option::STARTTLS, &[]);
+            self.state = State::StartingTls;
+        } else {
+            self.go(out);
+        }
+        Ok(true)
+    }
 
+    fn go(&mut self, out: &mut Vec<u8>) {
         let mut data = (self.name.len() as u32).to_be_bytes().to_vec();
         data.extend_from_slice(self.name.as_bytes());
         data.extend_from_slice(&2u16.to_be_bytes());
@@ -137,12 +184,25 @@ impl ClientHandshake {
         data.extend_from_slice(&info::DESCRIPTION.to_be_bytes());
         put_option(out, option::GO, &data);
         self.state = State::Going;
+    }
+
+    fn take_tls_reply(&mut self) -> Result<bool, ClientHandshakeError> {
+        let Some((kind, data)) = self.take_option_reply(option::STARTTLS)? else { return Ok(false) };
+        match kind {
+            reply::ACK => self.state = State::TlsAcknowledged,
+            error if error & reply::ERROR_BIT != 0 => {
+                let text = words_of(&data);
+                return Err(ClientHandshakeError::TlsRefused { reply: error, text });
+            }
+            _ => return Err(ClientHandshakeError::Protocol("an option reply of an unknown kind")),
+        }
         Ok(true)
     }
 
-    fn take_reply(&mut self, out: &mut Vec<u8>) -> Result<bool, ClientHandshakeError> {
-        let Some(header) = take::<20>(&self.input) else { return Ok(false) };
-        if be_u64(&header, 0) != OPTION_REPLY_MAGIC || be_u32(&header, 8) != option::GO {
+    /// Takes the next reply to this option, once all of it is there: its kind and its data.
+    fn take_option_reply(&mut self, option: u32) -> Result<Option<(u32, Vec<u8>)>, ClientHandshakeError> {
+        let Some(header) = take::<20>(&self.input) else { return Ok(None) };
+        if be_u64(&header, 0) != OPTION_REPLY_MAGIC || be_u32(&header, 8) != option {
             return Err(ClientHandshakeError::Protocol("an option reply has a wrong magic or option"));
         }
         let (kind, length_bytes) = (be_u32(&header, 12), be_u32(&header, 16) as usize);
@@ -151,13 +211,17 @@ impl ClientHandshake {
         }
         let end = header.len() + length_bytes;
         if self.input.len() < end {
-            return Ok(false);
+            return Ok(None);
         }
         self.replies_seen += 1;
         if self.replies_seen > REPLIES_MAX {
             return Err(ClientHandshakeError::Protocol("too many replies to one option"));
         }
-        let data: Vec<u8> = self.input.drain(..end).skip(header.len()).collect();
+        Ok(Some((kind, self.input.drain(..end).skip(header.len()).collect())))
+    }
+
+    fn take_reply(&mut self, out: &mut Vec<u8>) -> Result<bool, ClientHandshakeError> {
+        let Some((kind, data)) = self.take_option_reply(option::GO)? else { return Ok(false) };
         match kind {
             reply::INFO => self.take_info(&data)?,
             reply::ACK => self.state = State::Done,
@@ -222,9 +286,12 @@ impl ClientHandshake {
 }
 
 fn refused(reply: u32, data: &[u8]) -> ClientHandshakeError {
+    ClientHandshakeError::Refused { reply, text: words_of(data) }
+}
+
+fn words_of(data: &[u8]) -> String {
     let words = String::from_utf8_lossy(data);
-    let text = if words.is_empty() { "no reason given".into() } else { words.into_owned() };
-    ClientHandshakeError::Refused { reply, text }
+    if words.is_empty() { "no reason given".into() } else { words.into_owned() }
 }
 
 fn put_option(out: &mut Vec<u8>, number: u32, data: &[u8]) {
@@ -272,6 +339,37 @@ mod tests {
         assert!(matches!(http, Err(ClientHandshakeError::NotNbd(_))));
         let old = ClientHandshake::new("x").unwrap().handle_bytes(&greeting(0), &mut out);
         assert_eq!(old, Err(ClientHandshakeError::NotFixedNewstyle));
+    }
+
+    #[test]
+    fn tls_comes_first_or_nothing_does() {
+        let begun = || {
+            let mut client = ClientHandshake::new("secret").unwrap().with_tls();
+            let mut out = Vec::new();
+            client.handle_bytes(&greeting(3), &mut out).unwrap();
+            assert_eq!((out.len(), be_u32(&out, 12)), (4 + 16, option::STARTTLS));
+            client
+        };
+        let answer = |kind: u32, behind: &[u8]| {
+            let mut bytes = reply_bytes(kind, b"");
+            bytes[8..12].copy_from_slice(&option::STARTTLS.to_be_bytes());
+            [&bytes[..], behind].concat()
+        };
+        let (mut client, mut out) = (begun(), Vec::new());
+        assert_eq!(client.handle_bytes(&answer(reply::ACK, b""), &mut out), Ok(None));
+        assert!(client.is_tls_acknowledged() && out.is_empty());
+        client.tls_started(&mut out);
+        assert_eq!(be_u32(&out, 8), option::GO);
+        // A server without TLS, or somebody in between who says so, does not get to hear the name.
+        for refusal in [reply::ERR_UNSUP, reply::ERR_POLICY] {
+            let (mut client, mut out) = (begun(), Vec::new());
+            let refused = client.handle_bytes(&answer(refusal, b""), &mut out);
+            assert!(matches!(refused, Err(ClientHandshakeError::TlsRefused { .. })), "{refused:?}");
+            assert!(out.is_empty());
+        }
+        let (mut client, mut out) = (begun(), Vec::new());
+        let injected = client.handle_bytes(&answer(reply::ACK, b"x"), &mut out);
+        assert!(matches!(injected, Err(ClientHandshakeError::Protocol(_))), "{injected:?}");
     }
 
     #[test]

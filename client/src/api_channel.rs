@@ -1,0 +1,116 @@
+//! Channels to a storage server's management API: `http://`, or `https://` with the client's certificate.
+//!
+//! Owns: which URI is taken, and TLS under HTTP/2. The files are read at each connect, so that renewed certificates are
+//! taken without a restart. Never: makes a call. Called by the node daemon (`node/management_client.rs`) and volctl.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Uri;
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::transport::{self, Channel, Endpoint};
+use tower::service_fn;
+
+use crate::tls_spec::ClientFiles;
+
+/// TCP, TLS and HTTP/2 to the server.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+const HTTP: &str = "http://";
+const HTTPS: &str = "https://";
+
+/// Why there is no channel.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// Not such a URI.
+    #[error("{0:?} is not of the form http://host:port or https://host:port")]
+    Uri(String),
+    /// There is nobody to believe the server's certificate by.
+    #[error("{0} needs the certificate of the server's authority: give --tls-ca")]
+    NoAuthority(String),
+    /// The server cannot be reached, or is not believed.
+    #[error(transparent)]
+    Connect(#[from] transport::Error),
+}
+
+/// Whether TLS is spoken to the API at this URI.
+pub fn is_https(uri: &str) -> bool {
+    uri.starts_with(HTTPS)
+}
+
+/// The host of the API's URI, without the brackets of an IPv6 address: the name that the server's certificate bears.
+pub fn host(uri: &str) -> Option<String> {
+    let uri: Uri = uri.parse().ok()?;
+    Some(uri.host()?.trim_start_matches('[').trim_end_matches(']').to_owned())
+}
+
+/// Connects now.
+///
+/// # Errors
+/// [`ChannelError`], by cause.
+pub async fn connect(uri: &str, files: Option<&ClientFiles>) -> Result<Channel, ChannelError> {
+    let endpoint = endpoint(uri)?;
+    if !is_https(uri) {
+        return Ok(endpoint.connect().await?);
+    }
+    let files = files.ok_or_else(|| ChannelError::NoAuthority(uri.to_owned()))?.clone();
+    Ok(endpoint.connect_with_connector(service_fn(move |uri| tls_connect(uri, files.clone()))).await?)
+}
+
+/// Connects at the first call, and again when the connection was lost; within a tokio runtime.
+///
+/// # Errors
+/// [`ChannelError::Uri`], [`ChannelError::NoAuthority`]
+pub fn connect_lazy(uri: &str, files: Option<&ClientFiles>) -> Result<Channel, ChannelError> {
+    let endpoint = endpoint(uri)?;
+    if !is_https(uri) {
+        return Ok(endpoint.connect_lazy());
+    }
+    let files = files.ok_or_else(|| ChannelError::NoAuthority(uri.to_owned()))?.clone();
+    Ok(endpoint.connect_with_connector_lazy(service_fn(move |uri| tls_connect(uri, files.clone()))))
+}
+
+fn endpoint(uri: &str) -> Result<Endpoint, ChannelError> {
+    let off = || ChannelError::Uri(uri.to_owned());
+    if !uri.starts_with(HTTP) && !is_https(uri) {
+        return Err(off());
+    }
+    let endpoint = Endpoint::from_shared(uri.to_owned()).map_err(|_| off())?;
+    Ok(endpoint.connect_timeout(CONNECT_DEADLINE))
+}
+
+async fn tls_connect(uri: Uri, files: ClientFiles) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+    let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
+    let mut config = files.load().map_err(io::Error::other)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let socket = TcpStream::connect((host.as_str(), uri.port_u16().unwrap_or(443))).await?;
+    socket.set_nodelay(true)?;
+    let name = ServerName::try_from(host).map_err(io::Error::other)?;
+    let stream = TlsConnector::from(Arc::new(config)).connect(name, socket).await?;
+    Ok(TokioIo::new(stream))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_uri_of_another_form_is_refused() {
+        for bad in ["127.0.0.1:10810", "http://", "https://", "unix:/x", "ftp://h:1"] {
+            assert!(matches!(connect_lazy(bad, None), Err(ChannelError::Uri(_))), "{bad}");
+        }
+        assert!(matches!(connect_lazy("https://h:1", None), Err(ChannelError::NoAuthority(_))));
+        connect_lazy("http://h:1", None).unwrap();
+    }
+
+    #[test]
+    fn the_host_is_the_name_in_the_certificate() {
+        assert_eq!(host("https://storage-1.example:10810").as_deref(), Some("storage-1.example"));
+        assert_eq!(host("https://[2001:db8::1]:1").as_deref(), Some("2001:db8::1"));
+        assert_eq!(host("/nowhere"), None);
+    }
+}

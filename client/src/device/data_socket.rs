@@ -1,0 +1,102 @@
+//! The socket of one connection as a queue sees it, whoever encrypts what goes through it.
+//!
+//! Owns: the socket, and the one thing that differs for the ring: on a kTLS socket, MSG_WAITALL and links of RECV and SEND
+//! do not work (`queue_ring.rs` then takes other operations). A relay's end is a plain stream socket.
+//! Made by `dial.rs`; owned by `queue_ring.rs`.
+
+use std::io::{self, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+
+use socket2::Socket;
+use tls::kernel::{self, ControlRecord};
+use tls::stream::Carrier;
+
+/// A connection in the transmission phase.
+#[derive(Debug)]
+pub struct DataSocket {
+    socket: Socket,
+    encryption: Encryption,
+}
+
+/// Who encrypts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encryption {
+    /// Nobody.
+    None,
+    /// TLS, by the kernel (kTLS).
+    Kernel,
+    /// TLS, by a thread of this process.
+    UserSpace,
+}
+
+impl Encryption {
+    /// As the status tells it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Kernel => "tls by the kernel",
+            Self::UserSpace => "tls in user space",
+        }
+    }
+}
+
+impl From<TcpStream> for DataSocket {
+    fn from(socket: TcpStream) -> Self {
+        Self { socket: socket.into(), encryption: Encryption::None }
+    }
+}
+
+impl From<Carrier> for DataSocket {
+    fn from(carrier: Carrier) -> Self {
+        match carrier {
+            Carrier::Kernel(socket) => Self { socket: socket.into(), encryption: Encryption::Kernel },
+            Carrier::Relay(near_end) => Self { socket: near_end.into(), encryption: Encryption::UserSpace },
+        }
+    }
+}
+
+impl DataSocket {
+    /// Who encrypts what goes through it.
+    pub fn encryption(&self) -> Encryption {
+        self.encryption
+    }
+
+    /// Whether the kernel does.
+    pub fn is_ktls(&self) -> bool {
+        self.encryption == Encryption::Kernel
+    }
+
+    /// Ends both directions; what waits on the socket completes.
+    ///
+    /// # Errors
+    /// `ENOTCONN`: the peer was first.
+    pub fn shut_down(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Both)
+    }
+
+    /// Sends bytes, waiting until all have been taken.
+    ///
+    /// # Errors
+    /// Those of send(2).
+    pub fn write_all(&self, bytes: &[u8]) -> io::Result<()> {
+        (&self.socket).write_all(bytes)
+    }
+
+    /// After a receive ended with EIO: the TLS record that is not data, if that was the cause.
+    pub fn take_control_record(&self) -> Option<ControlRecord> {
+        self.is_ktls().then(|| kernel::take_control_record(&self.socket)).flatten()
+    }
+}
+
+impl AsFd for DataSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for DataSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
