@@ -3,6 +3,7 @@
 //! Independent of the codec under test: bytes are written and read here as the specification has them, and every rule of a
 //! reply that can be checked is (magic, cookie, offset, DONE once and last, lengths, data inside the request).
 
+use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 
@@ -38,6 +39,16 @@ pub(crate) struct ChunkClient {
     pub(crate) context_id: u32,
     headers: HeaderStyle,
     next_cookie: u64,
+    in_flight: HashMap<u64, InFlight>,
+}
+
+/// A request whose reply has not ended.
+#[derive(Debug)]
+struct InFlight {
+    command: Command,
+    offset: u64,
+    length: u64,
+    answer: ChunkedAnswer,
 }
 
 /// Sends an option of the handshake.
@@ -149,6 +160,7 @@ impl ChunkClient {
             context_id,
             headers: offer.headers,
             next_cookie: 0x0102_0304_0506_0708,
+            in_flight: HashMap::new(),
         }
     }
 
@@ -176,37 +188,27 @@ impl ChunkClient {
         }
         header.extend(payload);
         self.stream.write_all(&header).unwrap();
+        let answer = ChunkedAnswer::default();
+        self.in_flight.insert(self.next_cookie, InFlight { command, offset, length, answer });
         self.next_cookie
     }
 
-    /// Takes the whole reply to the only request in flight.
-    pub(crate) fn receive(
-        &mut self,
-        command: Command,
-        cookie: u64,
-        offset: u64,
-        length: u64,
-    ) -> ChunkedAnswer {
-        let mut answer = ChunkedAnswer::default();
+    /// Takes chunks until the reply to a request is whole; gives its cookie too.
+    pub(crate) fn receive(&mut self) -> (u64, ChunkedAnswer) {
         loop {
             let magic = take::<4>(&mut self.stream);
             if magic == [0x67, 0x44, 0x66, 0x98] {
-                assert_ne!(self.headers, HeaderStyle::Extended, "a simple reply with extended headers");
-                assert_ne!(command, Command::Read, "a simple reply to a READ");
-                let rest = take::<12>(&mut self.stream);
-                assert_eq!(be_u64(&rest[4..]), cookie);
-                let error = be_u32(&rest);
-                answer.error = (error != 0).then(|| (error, String::new(), None));
-                return answer;
+                return self.receive_simple();
             }
             let rest = take::<16>(&mut self.stream);
-            let (flags, kind) = (be_u16(&rest), be_u16(&rest[2..]));
-            assert_eq!(be_u64(&rest[4..]), cookie);
+            let (flags, kind, cookie) = (be_u16(&rest), be_u16(&rest[2..]), be_u64(&rest[4..]));
+            assert_eq!(flags & !1, 0, "unknown reply flags");
+            let mut request = self.in_flight.remove(&cookie).expect("a reply to nothing");
             let payload_bytes = if self.headers == HeaderStyle::Extended {
                 assert_eq!(magic, [0x6e, 0x8a, 0x27, 0x8c]);
                 let more = take::<12>(&mut self.stream);
-                let told_offset = u64::from(be_u32(&rest[12..])) << 32 | u64::from(be_u32(&more));
-                assert_eq!(told_offset, offset, "the offset is the request's");
+                let offset = u64::from(be_u32(&rest[12..])) << 32 | u64::from(be_u32(&more));
+                assert_eq!(offset, request.offset, "the offset is the request's");
                 be_u64(&more[4..])
             } else {
                 assert_eq!(magic, [0x66, 0x8e, 0x33, 0xef]);
@@ -215,16 +217,29 @@ impl ChunkClient {
             assert!(payload_bytes <= (32 << 20) + 8, "a chunk of {payload_bytes} bytes");
             let mut payload = vec![0; payload_bytes as usize];
             self.stream.read_exact(&mut payload).unwrap();
-            self.take_chunk(kind, &payload, offset, length, &mut answer);
-            assert_eq!(flags & !1, 0, "unknown reply flags");
+            self.take_chunk(kind, &payload, &mut request);
             if flags & 1 == 1 {
-                return answer;
+                return (cookie, request.answer);
             }
             assert_ne!(kind, 0, "NONE without DONE");
+            self.in_flight.insert(cookie, request);
         }
     }
 
-    fn take_chunk(&self, kind: u16, payload: &[u8], offset: u64, length: u64, answer: &mut ChunkedAnswer) {
+    fn receive_simple(&mut self) -> (u64, ChunkedAnswer) {
+        assert_ne!(self.headers, HeaderStyle::Extended, "a simple reply with extended headers");
+        let rest = take::<12>(&mut self.stream);
+        let (error, cookie) = (be_u32(&rest), be_u64(&rest[4..]));
+        let mut request = self.in_flight.remove(&cookie).expect("a reply to nothing");
+        assert!(!matches!(request.command, Command::Read | Command::BlockStatus), "{request:?}");
+        assert_eq!(error, 0, "errors come in chunks, with words");
+        request.answer.error = None;
+        (cookie, request.answer)
+    }
+
+    fn take_chunk(&self, kind: u16, payload: &[u8], request: &mut InFlight) {
+        let InFlight { offset, length, answer, .. } = request;
+        let (offset, length) = (*offset, *length);
         match kind {
             0 => assert!(payload.is_empty()),
             1 => {
@@ -237,21 +252,8 @@ impl ChunkClient {
                 answer.data.push((at, data.to_vec()));
             }
             5 | 6 => {
-                let is_extended = kind == 6;
-                assert_eq!(is_extended, self.headers == HeaderStyle::Extended);
-                assert_eq!(be_u32(payload), self.context_id);
                 assert!(answer.extents.is_empty(), "one status chunk for each context");
-                let (head, entry) = if is_extended { (8, 16) } else { (4, 8) };
-                assert!(payload.len() > head && (payload.len() - head).is_multiple_of(entry));
-                if is_extended {
-                    assert_eq!(be_u32(&payload[4..]) as usize, (payload.len() - head) / entry);
-                }
-                let extents = payload[head..].chunks_exact(entry).map(|entry| match entry.len() {
-                    16 => (be_u64(entry), be_u64(&entry[8..])),
-                    _ => (u64::from(be_u32(entry)), u64::from(be_u32(&entry[4..]))),
-                });
-                answer.extents = extents.collect();
-                assert!(answer.extents.iter().all(|(length, _)| *length > 0));
+                answer.extents = self.extents_of(kind, payload);
             }
             0x8001 | 0x8002 => {
                 let words_bytes = usize::from(be_u16(&payload[4..]));
@@ -268,6 +270,24 @@ impl ChunkClient {
         }
     }
 
+    fn extents_of(&self, kind: u16, payload: &[u8]) -> Vec<(u64, u64)> {
+        let is_extended = kind == 6;
+        assert_eq!(is_extended, self.headers == HeaderStyle::Extended);
+        assert_eq!(be_u32(payload), self.context_id);
+        let (head, entry) = if is_extended { (8, 16) } else { (4, 8) };
+        assert!(payload.len() > head && (payload.len() - head).is_multiple_of(entry));
+        if is_extended {
+            assert_eq!(be_u32(&payload[4..]) as usize, (payload.len() - head) / entry);
+        }
+        let extents = payload[head..].chunks_exact(entry).map(|entry| match entry.len() {
+            16 => (be_u64(entry), be_u64(&entry[8..])),
+            _ => (u64::from(be_u32(entry)), u64::from(be_u32(&entry[4..]))),
+        });
+        let extents: Vec<_> = extents.collect();
+        assert!(extents.iter().all(|(length, _)| *length > 0));
+        extents
+    }
+
     /// One request and its reply: what it brought, or the error number.
     pub(crate) fn call(
         &mut self,
@@ -278,7 +298,8 @@ impl ChunkClient {
         payload: &[u8],
     ) -> Result<ChunkedAnswer, u32> {
         let cookie = self.send(command, flags, offset, length, payload);
-        let answer = self.receive(command, cookie, offset, length);
+        let (answered, answer) = self.receive();
+        assert_eq!(answered, cookie);
         match answer.error {
             None => Ok(answer),
             Some((error, _, _)) => Err(error),
@@ -331,5 +352,18 @@ impl ChunkClient {
     ) -> Result<Vec<(u64, u64)>, u32> {
         self.call(Command::BlockStatus, flags, offset, payload.len() as u64, payload)
             .map(|found| found.extents)
+    }
+
+    /// Whether the server has closed the connection; waits for it.
+    pub(crate) fn is_closed_by_server(&mut self) -> bool {
+        is_closed(&mut self.stream)
+    }
+}
+
+/// Whether the peer has closed the connection without another word; waits for it.
+pub(crate) fn is_closed(stream: &mut TcpStream) -> bool {
+    match stream.read(&mut [0; 64]) {
+        Ok(bytes) => bytes == 0,
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
     }
 }
