@@ -11,8 +11,8 @@ use rustix::event::{PollFd, PollFlags, poll};
 use socket2::Socket;
 use tracing::warn;
 
+use crate::admission::Admission;
 use crate::data_address::{Listener, Peer};
-use crate::data_server::Limits;
 use crate::fence::ConnectionId;
 use crate::mailbox::{Mailbox, RingMessage};
 
@@ -24,7 +24,7 @@ pub struct Acceptor {
     /// Where they go.
     pub rings: Vec<Arc<Mailbox>>,
     /// How many there may be.
-    pub limits: Limits,
+    pub admission: Arc<Admission>,
 }
 
 /// Source of connection identities.
@@ -67,14 +67,16 @@ impl Acceptor {
     }
 
     fn hand_over(&self, socket: Socket, peer: Peer) {
-        let total: u32 = self.rings.iter().map(|ring| ring.connections()).sum();
-        if total >= self.limits.connections_max {
-            warn!(%peer, total, "too many connections: one is closed");
-            return;
-        }
+        let place = match self.admission.admit(peer.ip()) {
+            Ok(place) => place,
+            Err(reason) => {
+                warn!(%peer, %reason, "a connection is refused");
+                return;
+            }
+        };
         let Some(ring) = self.rings.iter().min_by_key(|ring| ring.connections()) else { return };
         let connection = ConnectionId(NEXT_CONNECTION.fetch_add(1, Ordering::Relaxed));
         ring.connection_added();
-        ring.post(RingMessage::Accept { connection, socket: socket.into(), peer });
+        ring.post(RingMessage::Accept { connection, socket: socket.into(), peer, place });
     }
 }

@@ -17,7 +17,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 /// Sizes in bytes and how many there are of each, for each ring. The largest is the announced maximum block size; the
 /// counts keep 128 requests of 4 KiB to 64 KiB going on several connections at once, and fewer of the larger, whose
-/// transfer takes longer than their turn-around.
+/// transfer takes longer than their turn-around. With less memory ([`PoolSize::within`]) there are fewer of each.
 const CLASSES: [(usize, usize); 7] = [
     (4 << 10, 2048),
     (16 << 10, 1024),
@@ -31,9 +31,49 @@ const CLASSES: [(usize, usize); 7] = [
 /// Size and alignment of a huge page, in bytes, where there are such: x86-64's and aarch64's usual one.
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Bytes that the pool of one ring may come to hold; they become resident only as they are first used.
-pub fn pool_bytes_max() -> usize {
-    CLASSES.iter().map(|(bytes, count)| bytes * count).sum()
+/// How many buffers of each class a ring has. They become resident only as they are first used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolSize {
+    counts: [usize; CLASSES.len()],
+}
+
+impl PoolSize {
+    /// As many as are of use, for requests of up to `request_bytes_max`.
+    pub fn full(request_bytes_max: u32) -> Self {
+        Self { counts: CLASSES.map(|(_, count)| count) }.without_classes_above(request_bytes_max)
+    }
+
+    /// One of each, for requests of up to `request_bytes_max`.
+    pub fn smallest(request_bytes_max: u32) -> Self {
+        Self { counts: [1; CLASSES.len()] }.without_classes_above(request_bytes_max)
+    }
+
+    /// As many as `bytes_max` allows, in the proportion of a full pool; `None` where it does not allow one of each.
+    pub fn within(bytes_max: u64, request_bytes_max: u32) -> Option<Self> {
+        let (full, smallest) = (Self::full(request_bytes_max), Self::smallest(request_bytes_max));
+        let (room_bytes, wanted_bytes) =
+            (bytes_max.checked_sub(smallest.bytes())?, full.bytes() - smallest.bytes());
+        let scaled = |count: usize| {
+            let more = (count.saturating_sub(1) as u128 * u128::from(room_bytes)) / u128::from(wanted_bytes);
+            // Rounded down, so the sum stays within the room.
+            count.min(1 + more as usize)
+        };
+        Some(Self { counts: full.counts.map(scaled) })
+    }
+
+    /// The sum, in bytes.
+    pub fn bytes(&self) -> u64 {
+        CLASSES.iter().zip(self.counts).map(|((bytes, _), count)| (bytes * count) as u64).sum()
+    }
+
+    /// No request needs a class behind the first that holds the longest one.
+    fn without_classes_above(mut self, request_bytes_max: u32) -> Self {
+        let needed = CLASSES.iter().position(|(bytes, _)| *bytes >= request_bytes_max as usize);
+        for count in self.counts.iter_mut().skip(needed.map_or(CLASSES.len(), |last| last + 1)) {
+            *count = 0;
+        }
+        self
+    }
 }
 
 /// A buffer of the pool. Not `Clone`: who holds it may use it, and has to give it back.
@@ -43,12 +83,37 @@ pub struct Buffer {
     index: u16,
 }
 
+/// How many buffers of each class one connection holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HeldBuffers([u16; CLASSES.len()]);
+
+impl HeldBuffers {
+    /// One more.
+    pub fn add(&mut self, buffer: &Buffer) {
+        self.0[usize::from(buffer.class)] += 1;
+    }
+
+    /// One less.
+    pub fn remove(&mut self, buffer: &Buffer) {
+        self.0[usize::from(buffer.class)] -= 1;
+    }
+}
+
+/// The smallest class that holds `length_bytes`.
+fn class_of(length_bytes: usize) -> Option<usize> {
+    CLASSES.iter().position(|(bytes, _)| *bytes >= length_bytes)
+}
+
 /// Who waits for a buffer: a connection's index in its ring.
 pub type Waiter = u32;
 
 struct Class {
     memory: Region,
     buffer_bytes: usize,
+    /// How many of them are kept for connections that hold no more than their share.
+    reserve: usize,
+    /// What each connection may have in any case.
+    share: usize,
     free: Vec<u16>,
     waiters: VecDeque<Waiter>,
 }
@@ -60,21 +125,24 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// Maps the memory.
+    /// Maps the memory, to be shared by at most so many connections.
     ///
     /// # Errors
     /// `ENOMEM`: the address space or the overcommit limit does not allow it.
-    pub fn new() -> io::Result<Self> {
-        let class = |&(buffer_bytes, count): &(usize, usize)| {
+    pub fn new(size: PoolSize, connections_max: u32) -> io::Result<Self> {
+        let class = |(&(buffer_bytes, _), count): (&(usize, usize), usize)| {
             Ok(Class {
-                memory: Region::new(buffer_bytes * count)?,
+                // An empty mapping is none.
+                memory: Region::new((buffer_bytes * count).max(1))?,
                 buffer_bytes,
+                reserve: count / 2,
+                share: (count / 2 / connections_max.max(1) as usize).max(1),
                 // Taken from the end, so the lowest, already resident ones are used again first.
                 free: (0..count as u16).rev().collect(),
                 waiters: VecDeque::with_capacity(1024),
             })
         };
-        let classes = CLASSES.iter().map(class).collect::<io::Result<_>>()?;
+        let classes = CLASSES.iter().zip(size.counts).map(class).collect::<io::Result<_>>()?;
         Ok(Self { classes, granted: VecDeque::with_capacity(1024) })
     }
 
@@ -84,8 +152,9 @@ impl BufferPool {
     /// # Panics
     /// When `length_bytes` is above the largest class: requests are validated before.
     pub fn take(&mut self, length_bytes: usize, waiter: Waiter) -> Option<Buffer> {
-        let fitting = CLASSES.iter().position(|(bytes, _)| *bytes >= length_bytes);
-        let Some(number) = fitting else { panic!("no buffer class holds {length_bytes} bytes") };
+        let Some(number) = class_of(length_bytes) else {
+            panic!("no buffer class holds {length_bytes} bytes")
+        };
         let class = &mut self.classes[number];
         let taken = class.free.pop().map(|index| Buffer { class: number as u8, index });
         if taken.is_none() {
@@ -101,6 +170,15 @@ impl BufferPool {
             Some(waiter) => self.granted.push_back((waiter, buffer)),
             None => class.free.push(buffer.index),
         }
+    }
+
+    /// Whether a connection that holds these may have one more of the class for `length_bytes`. Half of a class is divided
+    /// evenly among all the connections that there may be, at least one for each: those are anybody's at any time, whatever
+    /// others hold and for how long. Of the other half one may take as long as it leaves as much as it has.
+    pub fn may_take(&self, length_bytes: usize, held: &HeldBuffers) -> bool {
+        let Some(number) = class_of(length_bytes) else { return true };
+        let (class, held) = (&self.classes[number], usize::from(held.0[number]));
+        held < class.share || held < class.free.len().saturating_sub(class.reserve)
     }
 
     /// The next waiter that got its buffer.
@@ -216,7 +294,7 @@ mod tests {
 
     #[test]
     fn buffers_are_page_aligned_and_do_not_overlap() {
-        let mut pool = BufferPool::new().unwrap();
+        let mut pool = BufferPool::new(PoolSize::full(32 << 20), 500).unwrap();
         let first = pool.take(4096, 0).unwrap();
         let second = pool.take(1, 0).unwrap();
         let (a, b) = (pool.address(&first, 0, 4096) as usize, pool.address(&second, 0, 4096) as usize);
@@ -226,7 +304,7 @@ mod tests {
 
     #[test]
     fn waiters_get_buffers_in_the_order_they_came() {
-        let mut pool = BufferPool::new().unwrap();
+        let mut pool = BufferPool::new(PoolSize::full(32 << 20), 500).unwrap();
         let mut held: Vec<Buffer> = (0..4).map(|_| pool.take(32 << 20, 9).unwrap()).collect();
         for waiter in [1, 2, 3] {
             assert!(pool.take(32 << 20, waiter).is_none());
@@ -244,8 +322,56 @@ mod tests {
     #[test]
     #[should_panic(expected = "outside the buffer")]
     fn ranges_past_a_buffers_end_are_caught() {
-        let mut pool = BufferPool::new().unwrap();
+        let mut pool = BufferPool::new(PoolSize::full(32 << 20), 500).unwrap();
         let buffer = pool.take(4096, 0).unwrap();
         pool.address(&buffer, 4000, 97);
+    }
+
+    #[test]
+    fn a_pool_is_never_above_its_bound_and_has_one_of_each_class_that_is_needed() {
+        for request_bytes_max in [4 << 10, 64 << 10, (64 << 10) + 1, 1 << 20, 32 << 20] {
+            let (smallest, full) = (PoolSize::smallest(request_bytes_max), PoolSize::full(request_bytes_max));
+            assert_eq!(PoolSize::within(smallest.bytes() - 1, request_bytes_max), None);
+            assert_eq!(PoolSize::within(smallest.bytes(), request_bytes_max), Some(smallest));
+            assert_eq!(PoolSize::within(u64::MAX, request_bytes_max), Some(full));
+            for bytes_max in (smallest.bytes()..full.bytes()).step_by(3_333_333) {
+                let size = PoolSize::within(bytes_max, request_bytes_max).unwrap();
+                assert!(size.bytes() <= bytes_max, "{size:?} in {bytes_max}");
+                let needed = class_of(request_bytes_max as usize).unwrap();
+                assert!(size.counts[..=needed].iter().all(|count| *count > 0), "{size:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn any_number_of_hoarders_leave_something_for_a_newcomer() {
+        let mut pool = BufferPool::new(PoolSize::full(32 << 20), 500).unwrap();
+        let mut hoarded = Vec::new();
+        // One after the other, each as many as it gets, and none is ever given back.
+        for waiter in 0..499 {
+            let mut held = HeldBuffers::default();
+            while pool.may_take(4096, &held) {
+                let buffer = pool.take(4096, waiter).expect("nobody waits while others may take");
+                held.add(&buffer);
+                hoarded.push(buffer);
+            }
+        }
+        let mut newcomer = HeldBuffers::default();
+        for _ in 0..2 {
+            assert!(pool.may_take(4096, &newcomer));
+            newcomer.add(&pool.take(4096, 499).expect("a share of 1024 / 500 is free"));
+        }
+    }
+
+    #[test]
+    fn one_alone_gets_a_quarter_of_a_class() {
+        let mut pool = BufferPool::new(PoolSize::full(32 << 20), 500).unwrap();
+        let (mut held, mut buffers) = (HeldBuffers::default(), Vec::new());
+        while pool.may_take(4096, &held) {
+            let buffer = pool.take(4096, 0).unwrap();
+            held.add(&buffer);
+            buffers.push(buffer);
+        }
+        assert_eq!(buffers.len(), 2048 / 4);
     }
 }

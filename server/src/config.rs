@@ -5,15 +5,18 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
 use clap::{Parser, ValueEnum};
+use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
 
 use tls::certificates::Pair;
 use tls::stream::Records;
 
 use crate::backend::file::CacheMode;
 use crate::data_address::DataAddress;
+use crate::limits::Limits;
 use crate::tls::TlsFiles;
 use crate::volume::Faults;
 
@@ -21,10 +24,17 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0  stopped by SIGTERM or SIGINT, everything ended in order
   1  failed unexpectedly
-  2  bad options or certificates, or an address beyond loopback without TLS or --insecure
+  2  bad options or certificates, an address beyond loopback without TLS or --insecure, or a --memory-max that is too little
   3  the data directory or its catalog cannot be used
   4  an address cannot be listened on
   5  stopped, but connections or their I/O did not end in time";
+
+/// The least that `--request-max` may be: less than what clients send in one request without being asked to would only cost
+/// them time.
+const REQUEST_BYTES_LEAST: u32 = 64 << 10;
+
+/// Of the options that bound what clients can take.
+const LIMITS: &str = "Limits";
 
 /// A storage server: keeps volumes, serves them over NBD, and is managed over gRPC.
 #[derive(Debug, Clone, Parser)]
@@ -97,6 +107,42 @@ pub struct Config {
     /// Where clients are told to connect, if not where --listen says (behind NAT, or with a wildcard address)
     #[arg(long, env = "VOLSERVER_ADVERTISE", value_name = "HOST:PORT", value_delimiter = ',', value_parser = host_and_port)]
     pub advertise: Vec<String>,
+
+    /// Connections at once; more are closed as they come
+    #[arg(long, env = "VOLSERVER_CONNECTIONS_MAX", value_name = "N", default_value_t = Limits::default().connections_max,
+          value_parser = clap::value_parser!(u32).range(1..=65536), help_heading = LIMITS)]
+    pub connections_max: u32,
+
+    /// Connections at once from one address (with IPv6: from one /64)
+    #[arg(long, env = "VOLSERVER_CONNECTIONS_PER_ADDRESS_MAX", value_name = "N",
+          default_value_t = Limits::default().connections_per_address_max,
+          value_parser = clap::value_parser!(u32).range(1..), help_heading = LIMITS)]
+    pub connections_per_address_max: u32,
+
+    /// Seconds that a handshake may take; an open may have to wait up to 40 of them for a former connection's I/O
+    #[arg(long, env = "VOLSERVER_HANDSHAKE_TIMEOUT", value_name = "SECONDS", default_value_t = 60,
+          value_parser = clap::value_parser!(u32).range(1..=3600), help_heading = LIMITS)]
+    pub handshake_timeout: u32,
+
+    /// Options that one handshake may ask for
+    #[arg(long, env = "VOLSERVER_HANDSHAKE_OPTIONS_MAX", value_name = "N",
+          default_value_t = Limits::default().handshake_options_max,
+          value_parser = clap::value_parser!(u32).range(1..=4096), help_heading = LIMITS)]
+    pub handshake_options_max: u32,
+
+    /// Longest read and write, from 64K to 32M; announced to clients as the maximum block size
+    #[arg(long, env = "VOLSERVER_REQUEST_MAX", value_name = "SIZE", default_value = "32M", value_parser = request_bytes,
+          help_heading = LIMITS)]
+    pub request_max: u32,
+
+    /// Memory for buffers and connections [default: as much as is of use, at most half of this machine's]
+    #[arg(long, env = "VOLSERVER_MEMORY_MAX", value_name = "SIZE", value_parser = size_bytes, help_heading = LIMITS)]
+    pub memory_max: Option<u64>,
+
+    /// Seconds that a client may stand still with buffers that others wait for, before it is disconnected
+    #[arg(long, env = "VOLSERVER_STALL_TIMEOUT", value_name = "SECONDS", default_value_t = 10,
+          value_parser = clap::value_parser!(u32).range(1..=3600), help_heading = LIMITS)]
+    pub stall_timeout: u32,
 
     /// What to log on stderr: error, warn, info, debug or trace; or a filter such as server::lifecycle=debug
     #[arg(long, env = "VOLSERVER_LOG", value_name = "LEVEL", default_value = "info")]
@@ -174,6 +220,42 @@ impl Config {
         let pair = Pair { certificate, key };
         Some(TlsFiles { pair, client_authority: self.tls_client_ca.clone() })
     }
+
+    /// What clients can take at most.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            connections_max: self.connections_max,
+            connections_per_address_max: self.connections_per_address_max,
+            handshake_timeout: Duration::from_secs(self.handshake_timeout.into()),
+            handshake_options_max: self.handshake_options_max,
+            request_bytes_max: self.request_max,
+            memory_bytes_max: self.memory_max,
+            stall_timeout: Duration::from_secs(self.stall_timeout.into()),
+            ..Limits::default()
+        }
+    }
+}
+
+/// Takes a number of bytes, or of KiB, MiB, GiB or TiB with `K`, `M`, `G` or `T` behind it.
+fn size_bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((end, 'K')) => (&text[..end], 10),
+        Some((end, 'M')) => (&text[..end], 20),
+        Some((end, 'G')) => (&text[..end], 30),
+        Some((end, 'T')) => (&text[..end], 40),
+        _ => (text, 0),
+    };
+    let number = digits.parse::<u64>().map_err(|_| format!("{text:?} is not a size, such as 512M or 2G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too much"))
+}
+
+/// Takes a size that clients can be told as the maximum block size.
+fn request_bytes(text: &str) -> Result<u32, String> {
+    let bytes = size_bytes(text)?;
+    let bounds = u64::from(REQUEST_BYTES_LEAST)..=u64::from(PAYLOAD_BYTES_MAX_DEFAULT);
+    let is_power_of_two = bytes.is_power_of_two();
+    let fits = u32::try_from(bytes).ok().filter(|_| bounds.contains(&bytes) && is_power_of_two);
+    fits.ok_or_else(|| format!("{text:?} is not a power of two from 64K to 32M"))
 }
 
 /// Takes `host:port` with a host that is a name, an IPv4 address or an IPv6 address in brackets.
@@ -255,5 +337,33 @@ mod tests {
         {
             assert!(host_and_port(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn unset_limits_are_the_data_sides_own() {
+        assert_eq!(parse(&[]).unwrap().limits(), Limits::default());
+    }
+
+    #[test]
+    fn limits_are_taken_to_their_borders_and_not_beyond() {
+        for (option, good, bad) in [
+            ("--connections-max", ["1", "65536"], ["0", "65537"]),
+            ("--connections-per-address-max", ["1", "4294967295"], ["0", "-1"]),
+            ("--handshake-timeout", ["1", "3600"], ["0", "3601"]),
+            ("--handshake-options-max", ["1", "4096"], ["0", "4097"]),
+            ("--request-max", ["64K", "32M"], ["32K", "64M"]),
+            ("--memory-max", ["0", "16777215T"], ["16777216T", "a lot"]),
+            ("--stall-timeout", ["1", "3600"], ["0", "3601"]),
+        ] {
+            for value in good {
+                assert!(parse(&[option, value]).is_ok(), "{option} {value}");
+            }
+            for value in bad {
+                assert!(parse(&[option, value]).is_err(), "{option} {value}");
+            }
+        }
+        let limits = parse(&["--request-max", "1M", "--memory-max", "3G"]).unwrap().limits();
+        assert_eq!((limits.request_bytes_max, limits.memory_bytes_max), (1 << 20, Some(3 << 30)));
+        assert!(parse(&["--request-max", "96K"]).is_err(), "not a power of two");
     }
 }

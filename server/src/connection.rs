@@ -21,9 +21,11 @@ use proto::nbd::transmission::{Command, NbdError};
 use tls::kernel::ControlRecord;
 use tracing::{debug, info};
 
-use crate::buffers::Buffer;
+use crate::admission::Place;
+use crate::buffers::{Buffer, HeldBuffers};
 use crate::data_address::Peer;
 use crate::fence::ConnectionId;
+use crate::limits::Limits;
 use crate::mailbox::Opened;
 use crate::ring::{BULK_BYTES, Completion, OpKind, PayloadPlace, Ring};
 use crate::session::{Action, IN_FLIGHT_REQUESTS_MAX, Session, SlotId};
@@ -44,8 +46,9 @@ const LARGE_WRITE_BYTES: u32 = 64 << 10;
 /// Enough for the headers that may stand between two large payloads.
 const SHORT_RECEIVE_BYTES: usize = 4 << 10;
 
-/// Bytes of buffers that one connection may hold, beyond its first request: at most a third of any class (but the largest),
-/// so that one client that stands still does not take what others need.
+/// Bytes of buffers that one connection may hold, beyond its first request; of each class no more than its share of what
+/// others leave ([`BufferPool::may_take`](crate::buffers::BufferPool::may_take)). So clients that stand still do not take what
+/// others need.
 const HELD_BYTES_MAX: usize = 16 << 20;
 
 /// What the session wants from the rest of the server.
@@ -108,6 +111,8 @@ pub struct Connection {
     peer: Peer,
     phase: Phase,
     session: Session,
+    /// Given back with the connection.
+    _place: Place,
     volume: Option<Arc<Volume>>,
     bulk_start: usize,
     bulk_end: usize,
@@ -119,6 +124,7 @@ pub struct Connection {
     requests: Box<[InFlight]>,
     held: Held,
     held_bytes: usize,
+    held_buffers: HeldBuffers,
     tls: Tls,
     rights: Arc<Rights>,
     handshake_deadline: Instant,
@@ -133,8 +139,9 @@ impl Connection {
         id: ConnectionId,
         index: u32,
         peer: Peer,
+        place: Place,
         now: Instant,
-        handshake_limit: Duration,
+        limits: &Limits,
         tls: TlsState,
     ) -> Self {
         Self {
@@ -142,11 +149,13 @@ impl Connection {
             index,
             peer,
             phase: Phase::Open,
-            session: Session::new().with_tls(tls),
+            session: Session::new().with_tls(tls).with_options_max(limits.handshake_options_max),
+            _place: place,
             volume: None,
             bulk_start: 0,
             bulk_end: 0,
-            receive_bytes: BULK_BYTES,
+            // Options are short; what one that is long needs at most is bounded by this and by its own limit.
+            receive_bytes: SHORT_RECEIVE_BYTES,
             receiving: Receiving::Nothing,
             is_paused: false,
             is_sending: false,
@@ -154,9 +163,10 @@ impl Connection {
             requests: (0..IN_FLIGHT_REQUESTS_MAX).map(|_| InFlight::default()).collect(),
             held: Held::No,
             held_bytes: 0,
+            held_buffers: HeldBuffers::default(),
             tls: Tls::Idle,
             rights: Arc::new(Rights::everything()),
-            handshake_deadline: now + handshake_limit,
+            handshake_deadline: now + limits.handshake_timeout,
             progressed_at: now,
             is_listed: false,
         }
@@ -184,7 +194,9 @@ impl Connection {
 
     /// For how long the peer has neither taken nor sent a byte while buffers are held for it; `None` if none are.
     pub fn stalled_for(&self, now: Instant) -> Option<Duration> {
-        let waits_for_peer = self.is_sending || self.receiving == Receiving::Payload;
+        let waits_for_payload =
+            self.receiving != Receiving::Nothing && self.session.missing_payload().is_some();
+        let waits_for_peer = self.is_sending || waits_for_payload;
         let is_stalled = self.phase != Phase::Closing && self.held_bytes > 0 && waits_for_peer;
         is_stalled.then(|| now.saturating_duration_since(self.progressed_at))
     }
@@ -349,6 +361,11 @@ impl Connection {
             self.prepare(ring, slot);
         }
         while self.phase == Phase::Open && self.held == Held::No && self.receiving == Receiving::Nothing {
+            if self.is_sending && !self.session.is_transmitting() {
+                // Who does not read what a handshake answers makes it no longer by asking for more.
+                self.is_paused = true;
+                break;
+            }
             if let Some((slot, missing_bytes)) = self.session.missing_payload() {
                 if !self.store_payload(ring, slot, missing_bytes) {
                     break;
@@ -537,11 +554,14 @@ impl Connection {
             self.begin_unless_payload_is_missing(ring, slot);
             return;
         }
-        if self.held_bytes > 0 && self.held_bytes + length_bytes as usize > HELD_BYTES_MAX {
+        let length_bytes = length_bytes as usize;
+        let is_too_much = self.held_bytes > 0 && self.held_bytes + length_bytes > HELD_BYTES_MAX;
+        if is_too_much || !ring.pool().may_take(length_bytes, &self.held_buffers) {
+            // It holds some, so it is looked at again when it gives one back.
             self.held = Held::ByOwnShare(slot);
             return;
         }
-        match ring.pool().take(length_bytes as usize, self.index) {
+        match ring.pool().take(length_bytes, self.index) {
             Some(buffer) => self.give_buffer(ring, slot, buffer),
             None => self.held = Held::ByPool(slot),
         }
@@ -550,6 +570,7 @@ impl Connection {
     fn give_buffer(&mut self, ring: &mut Ring, slot: SlotId, buffer: Buffer) {
         let buffer_bytes = self.session.payload_bytes(slot) as usize;
         self.held_bytes += buffer_bytes;
+        self.held_buffers.add(&buffer);
         let request = &mut self.requests[usize::from(slot.0)];
         (request.buffer, request.buffer_bytes) = (Some(buffer), buffer_bytes);
         self.begin_unless_payload_is_missing(ring, slot);
@@ -632,6 +653,7 @@ impl Connection {
         request.progress = None;
         if let Some(buffer) = request.buffer.take() {
             self.held_bytes -= request.buffer_bytes;
+            self.held_buffers.remove(&buffer);
             ring.pool().release(buffer);
         }
     }

@@ -19,12 +19,13 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::acceptor::Acceptor;
+use crate::admission::Admission;
 use crate::backend::file::{self, CacheMode};
-use crate::buffers;
 use crate::catalog::{BackendKind, Catalog, VolumeRecord};
 use crate::data_address::{DataAddress, Listener};
 use crate::gate::{self, Gate, GateMessage};
 use crate::io_loop::IoLoop;
+use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::tls::ServerTls;
 use crate::volume::Faults;
@@ -34,37 +35,6 @@ use crate::volume::Faults;
 const GATE_ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// How long the threads have to end; the rings close what is left after five seconds, this leaves time for its I/O.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
-
-/// Bounds of the data side.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Connections at once; more are closed as they come.
-    pub connections_max: u32,
-    /// From the first byte to the transmission phase.
-    pub handshake_timeout: Duration,
-    /// How long an open may wait for a former session's I/O, or for the lock of a backing file.
-    pub open_timeout: Duration,
-    /// How long a fence may wait for the connections' I/O.
-    pub fence_timeout: Duration,
-    /// How long a peer may stand still with buffers that others wait for; while nobody does, it may for ever.
-    pub stall_timeout: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            // Each takes some 150 KiB of memory once it is used.
-            connections_max: 1024,
-            // Longer than an open may take, so that it gets its answer.
-            handshake_timeout: Duration::from_secs(60),
-            // A disk that retries takes tens of seconds; a client has given up after more.
-            open_timeout: Duration::from_secs(40),
-            fence_timeout: Duration::from_secs(40),
-            // A megabyte in ten seconds is slower than any link that a disk is put on.
-            stall_timeout: Duration::from_secs(10),
-        }
-    }
-}
 
 /// What the data side is started with.
 #[derive(Debug, Clone)]
@@ -118,6 +88,9 @@ pub enum DataServerError {
         "cannot make an io_uring: {0}; it needs Linux 6.1 or later, kernel.io_uring_disabled = 0, and a container profile that allows it"
     )]
     Ring(io::Error),
+    /// The memory limit leaves too little for buffers.
+    #[error(transparent)]
+    Memory(#[from] TooLittleMemory),
     /// A thread, an eventfd or the boot id.
     #[error("cannot {action}: {source}")]
     System {
@@ -188,7 +161,7 @@ impl DataServer {
         if config.faults != Faults::default() {
             warn!(faults = ?config.faults, "THIS SERVER LIES about what is durable: it is for tests only");
         }
-        raise_descriptor_limit();
+        raise_descriptor_limit(config.limits.connections_max);
         let listeners = config.listen.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
         let local_addrs = listeners.iter().map(|listener| listener.address().clone()).collect();
         let boot_id =
@@ -202,8 +175,9 @@ impl DataServer {
 
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let ring_count = if config.threads == 0 { cores } else { config.threads };
-        let (rings, ring_threads) = start_rings(ring_count, &gate_sender, config.limits, &config.tls)?;
         let limits = config.limits;
+        let plan = limits.plan(ring_count, machine_bytes())?;
+        let (rings, ring_threads) = start_rings(ring_count, &gate_sender, limits, plan, &config.tls)?;
         let volumes_dir = config.volumes_dir.clone();
         let identity = (boot_id.clone(), process_id.clone());
         let gate = Gate::new(catalog, config, identity, rings.clone(), gate_sender.clone());
@@ -218,14 +192,14 @@ impl DataServer {
             threads: Mutex::new(Threads { acceptor: None, rings: ring_threads, gate: None }),
         });
         // From here on a failure shuts down what is running.
-        let started =
-            server.start_gate_and_acceptor(gate, gate_receiver, Acceptor { listeners, rings, limits });
+        let acceptor = Acceptor { listeners, rings, admission: Admission::new(&limits) };
+        let started = server.start_gate_and_acceptor(gate, gate_receiver, acceptor);
         if let Err(error) = started {
             server.shutdown();
             return Err(error);
         }
-        let buffers_mib_max = (ring_count * buffers::pool_bytes_max()) >> 20;
-        info!(addresses = ?server.local_addrs, threads = ring_count, buffers_mib_max, "data side ready");
+        let memory_mib_max = plan.total_bytes >> 20;
+        info!(addresses = ?server.local_addrs, threads = ring_count, memory_mib_max, "data side ready");
         Ok(server)
     }
 
@@ -364,11 +338,12 @@ fn start_rings(
     count: usize,
     gate: &Sender<GateMessage>,
     limits: Limits,
+    plan: MemoryPlan,
     tls: &Arc<ServerTls>,
 ) -> Result<Rings, DataServerError> {
     let (mut mailboxes, mut threads) = (Vec::new(), Vec::new());
     for number in 0..count {
-        match start_ring(number, gate.clone(), limits, Arc::clone(tls)) {
+        match start_ring(number, gate.clone(), limits, plan, Arc::clone(tls)) {
             Ok((mailbox, thread)) => {
                 mailboxes.push(mailbox);
                 threads.push(thread);
@@ -386,6 +361,7 @@ fn start_ring(
     number: usize,
     gate: Sender<GateMessage>,
     limits: Limits,
+    plan: MemoryPlan,
     tls: Arc<ServerTls>,
 ) -> Result<(Arc<Mailbox>, JoinHandle<()>), DataServerError> {
     let mailbox = Arc::new(Mailbox::new().map_err(system("make an eventfd"))?);
@@ -393,7 +369,7 @@ fn start_ring(
     let own_mailbox = Arc::clone(&mailbox);
     let thread = spawn(format!("ring-{number}"), move || {
         // Made here because a ring belongs to the thread that makes it.
-        match IoLoop::new(number, own_mailbox, gate, limits, tls) {
+        match IoLoop::new(number, own_mailbox, gate, limits, plan, tls) {
             Ok(io_loop) => {
                 let _ = ready_sender.send(Ok(()));
                 io_loop.run();
@@ -414,10 +390,23 @@ fn listen(address: &DataAddress) -> Result<Listener, DataServerError> {
     Listener::bind(address).map_err(|source| DataServerError::Address { address: address.clone(), source })
 }
 
+/// The machine's memory, in bytes.
+fn machine_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(u64::from(info.mem_unit))
+}
+
+/// Descriptors beside those of the connections: listeners, rings, the catalog, two for each of some volumes.
+const OTHER_DESCRIPTORS: u64 = 256;
+
 /// A connection takes one descriptor and a volume two or more: what the administrator allows at most is asked for.
-fn raise_descriptor_limit() {
+fn raise_descriptor_limit(connections_max: u32) {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         warn!(%error, ?limit, "the limit of open files cannot be raised");
+    }
+    let needed = u64::from(connections_max) + OTHER_DESCRIPTORS;
+    if let Some(allowed) = limit.maximum.filter(|allowed| *allowed < needed) {
+        warn!(allowed, needed, "the limit of open files is lower than what --connections-max needs");
     }
 }

@@ -18,11 +18,12 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error, warn};
 
+use crate::admission::Place;
 use crate::connection::{Ask, Connection};
 use crate::data_address::Peer;
-use crate::data_server::Limits;
 use crate::fence::ConnectionId;
 use crate::gate::GateMessage;
+use crate::limits::{Limits, MemoryPlan};
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::ring::{Completion, OpKind, Ring};
 use crate::tls::ServerTls;
@@ -64,9 +65,10 @@ impl IoLoop {
         mailbox: Arc<Mailbox>,
         gate: Sender<GateMessage>,
         limits: Limits,
+        plan: MemoryPlan,
         tls: Arc<ServerTls>,
     ) -> io::Result<Self> {
-        let mut ring = Ring::new(ring_number, &mailbox)?;
+        let mut ring = Ring::new(ring_number, &mailbox, plan)?;
         ring.push_wakeup(mailbox.wakeup());
         Ok(Self {
             ring_number,
@@ -159,8 +161,8 @@ impl IoLoop {
     fn take_mail(&mut self, now: Instant) {
         for message in self.mailbox.take() {
             match message {
-                RingMessage::Accept { connection, socket, peer } => {
-                    self.accept(connection, socket, peer, now)
+                RingMessage::Accept { connection, socket, peer, place } => {
+                    self.accept(connection, socket, peer, place, now)
                 }
                 RingMessage::Opened { connection, answer } => {
                     self.with(connection, |connection, ring| connection.opened(ring, answer));
@@ -194,7 +196,7 @@ impl IoLoop {
         }
     }
 
-    fn accept(&mut self, id: ConnectionId, socket: OwnedFd, peer: Peer, now: Instant) {
+    fn accept(&mut self, id: ConnectionId, socket: OwnedFd, peer: Peer, place: Place, now: Instant) {
         if self.shutdown_deadline.is_some() {
             self.mailbox.connection_removed();
             return;
@@ -211,8 +213,7 @@ impl IoLoop {
         if index as usize == self.connections.len() {
             self.connections.push(None);
         }
-        let (limit, tls) = (self.limits.handshake_timeout, self.tls.state());
-        let connection = Connection::new(id, index, peer, now, limit, tls);
+        let connection = Connection::new(id, index, peer, place, now, &self.limits, self.tls.state());
         self.connections[index as usize] = Some(Box::new(connection));
         self.by_id.insert(id, index);
         self.has_handshakes = true;
@@ -260,16 +261,15 @@ impl IoLoop {
             self.connections.iter().flatten().any(|connection| connection.is_in_handshake());
         self.checked_at = now;
         if self.ring.has_waiters() {
-            let stalled = self.connections.iter_mut().flatten();
-            let worst = stalled.max_by_key(|connection| connection.stalled_for(now));
-            if let Some(connection) = worst
-                && connection.stalled_for(now).is_some_and(|stalled| stalled >= self.limits.stall_timeout)
-            {
-                warn!(
-                    connection = connection.id().0,
-                    "closing a connection that stands still with what others need"
-                );
-                connection.close(&mut self.ring);
+            let limit = self.limits.stall_timeout;
+            for connection in self.connections.iter_mut().flatten() {
+                if connection.stalled_for(now).is_some_and(|stalled| stalled >= limit) {
+                    warn!(
+                        connection = connection.id().0,
+                        "closing a connection that stands still with what others need"
+                    );
+                    connection.close(&mut self.ring);
+                }
             }
         }
     }

@@ -4,13 +4,14 @@
 //! - [`lifecycle`]: the order of steps in which they are made and ended.
 //! - [`management`]: the gRPC API over it.
 //! - [`data_server`]: the data side: [`io_loop`] and [`connection`] move bytes, [`session`] speaks NBD, [`volume`] and
-//!   [`backend`] know what a request needs, [`gate`] and [`fence`] decide who is served; [`ring`], [`buffers`],
-//!   [`sync_groups`] and [`mailbox`] carry it; [`tls`] has its handshakes.
+//!   [`backend`] know what a request needs, [`gate`] and [`fence`] decide who is served; [`admission`] and
+//!   [`limits`] say how much; [`ring`], [`buffers`], [`sync_groups`] and [`mailbox`] carry it; [`tls`] has its handshakes.
 //!
 //! Control (catalog, management API, on tokio) and data (sessions and volumes, on one ring thread for each core) meet only
 //! where the catalog is asked about a connection that opens, and where the management side has an attachment fenced.
 
 pub mod acceptor;
+pub mod admission;
 pub mod backend;
 pub mod block_status;
 pub mod buffers;
@@ -24,6 +25,7 @@ pub mod fence;
 pub mod gate;
 pub mod io_loop;
 pub mod lifecycle;
+pub mod limits;
 pub mod mailbox;
 pub mod management;
 pub mod ring;

@@ -14,6 +14,7 @@ use proto::nbd::handshake::server::{ListedExport, Refusal};
 use proto::nbd::validate::RequestLimits;
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::admission::Place;
 use crate::data_address::Peer;
 use crate::fence::ConnectionId;
 use crate::session::SlotId;
@@ -42,6 +43,8 @@ pub enum RingMessage {
         socket: OwnedFd,
         /// Where it comes from, for the log.
         peer: Peer,
+        /// To be kept as long as the connection.
+        place: Place,
     },
     /// The answer to an open.
     Opened {

@@ -28,6 +28,7 @@ use crate::backend::memory::MemoryVolume;
 use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
 use crate::block_status::{ExtentFinder, StatusQuery};
 use crate::buffers::{Buffer, BufferPool, Region};
+use crate::limits::MemoryPlan;
 use crate::mailbox::Mailbox;
 use crate::session::{IN_FLIGHT_REQUESTS_MAX, SlotId};
 use crate::sync_groups::{Begin, Member, SyncGroups};
@@ -170,7 +171,7 @@ impl Ring {
     /// # Errors
     /// `EPERM` or `ENOSYS`: io_uring is switched off (sysctl, container profile) or missing; `EINVAL`: a kernel before
     /// 6.1; `ENOMEM`.
-    pub fn new(number: usize, mailbox: &Arc<Mailbox>) -> io::Result<Self> {
+    pub fn new(number: usize, mailbox: &Arc<Mailbox>, plan: MemoryPlan) -> io::Result<Self> {
         let io = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
@@ -178,7 +179,7 @@ impl Ring {
             .setup_cqsize(CQ_ENTRIES)
             .build(SQ_ENTRIES)?;
         let memory = Memory {
-            pool: BufferPool::new()?,
+            pool: BufferPool::new(plan.pool, plan.connections_per_ring)?,
             zeroes: Region::new(ZEROES_BYTES_MAX as usize)?,
             connections: Vec::new(),
             wakeup_value: Box::new(0),

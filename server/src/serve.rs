@@ -92,6 +92,7 @@ impl ServeError {
             Self::Catalog(_) | Self::Recovery(_) => 3,
             Self::ManagementAddress { .. } => 4,
             Self::Data(error) if error.is_address() => 4,
+            Self::Data(DataServerError::Memory(_)) => 2,
             Self::Data(_) | Self::SetUp { .. } | Self::Management(_) => 1,
             Self::Unclean(_) => 5,
         }
@@ -241,7 +242,7 @@ fn data_server_config(config: &Config, catalog: &Catalog, tls: &Arc<ServerTls>) 
         export_by_name: config.export_by_name,
         tls: Arc::clone(tls),
         faults: config.fault.unwrap_or_default(),
-        ..DataServerConfig::default()
+        limits: config.limits(),
     }
 }
 

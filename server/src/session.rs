@@ -162,6 +162,13 @@ impl Session {
         self
     }
 
+    /// The same, for a handshake of at most so many options.
+    #[must_use]
+    pub fn with_options_max(mut self, options_max: u32) -> Self {
+        self.handshake = self.handshake.with_options_max(options_max);
+        self
+    }
+
     /// Parses some of `bytes`; tells how many were used and what to do. Call again with the rest unless the action is
     /// [`Action::NeedsBytes`], [`Action::Paused`] or [`Action::End`].
     ///

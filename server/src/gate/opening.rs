@@ -199,7 +199,9 @@ impl Gate {
         let (ring, is_info) = (known.ring, known.kind == OpenKind::Info);
         let block_size_bytes =
             if let Right::Attachment { .. } = known.right { record.block_size_bytes } else { 1 };
-        let limits = volume.limits(known.read_only, block_size_bytes);
+        let mut limits = volume.limits(known.read_only, block_size_bytes);
+        let request_bytes_max = self.config.limits.request_bytes_max;
+        limits.block_sizes.maximum_bytes = limits.block_sizes.maximum_bytes.min(request_bytes_max);
         let export = ExportInfo {
             size_bytes: limits.size_bytes,
             flags: limits.flags,

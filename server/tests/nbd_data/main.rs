@@ -11,6 +11,7 @@ mod fencing;
 mod foreign;
 mod handshake;
 mod hostile;
+mod limits;
 mod model;
 mod peers;
 mod protocol;

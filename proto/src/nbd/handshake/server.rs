@@ -26,7 +26,7 @@ use super::super::{
 use super::meta_context::{self, QueryKind};
 use super::{OPTION_BYTES_MAX, take};
 
-/// Most options in one handshake; a client that wants more is not negotiating.
+/// Most options in one handshake unless its owner says otherwise; a client that wants more is not negotiating.
 pub const OPTIONS_MAX: u32 = 64;
 
 /// The client broke the protocol: close the connection.
@@ -41,9 +41,9 @@ pub enum ServerHandshakeError {
     /// An option's data is longer than [`OPTION_BYTES_MAX`].
     #[error("an option carries {0} bytes; at most {OPTION_BYTES_MAX} are taken")]
     OptionTooLong(u32),
-    /// More than [`OPTIONS_MAX`] options.
-    #[error("more than {OPTIONS_MAX} options")]
-    TooManyOptions,
+    /// More options than it may ask for.
+    #[error("more than {0} options")]
+    TooManyOptions(u32),
     /// EXPORT_NAME asked for what cannot be opened; the protocol has no other answer than to close.
     #[error("EXPORT_NAME was refused: {0}")]
     ExportNameRefused(String),
@@ -177,6 +177,7 @@ pub struct ServerHandshake {
     state: State,
     offers_chunks: bool,
     no_zeroes: bool,
+    options_max: u32,
     options_seen: u32,
     tls: TlsState,
     negotiation: Negotiation,
@@ -206,12 +207,19 @@ impl ServerHandshake {
             state: State::ClientFlags,
             offers_chunks: true,
             no_zeroes: false,
+            options_max: OPTIONS_MAX,
             options_seen: 0,
             tls: TlsState::Off,
             negotiation: Negotiation::default(),
             negotiated: Negotiated::default(),
             input: Vec::new(),
         }
+    }
+
+    /// The same, with another limit than [`OPTIONS_MAX`].
+    #[must_use]
+    pub fn with_options_max(self, options_max: u32) -> Self {
+        Self { options_max, ..self }
     }
 
     /// The same, for a server that allows or requires TLS.
@@ -226,9 +234,9 @@ impl ServerHandshake {
     /// When no [`Event::StartTls`] is waiting for it: the caller is wrong.
     pub fn tls_started(&mut self) {
         assert_eq!(self.state, State::StartingTls, "tls_started: nobody asked for TLS");
-        let Self { offers_chunks, no_zeroes, options_seen, .. } = *self;
+        let Self { offers_chunks, no_zeroes, options_max, options_seen, .. } = *self;
         // All but what the server offers, the client's flags, which it does not repeat, and what bounds it.
-        *self = Self { offers_chunks, no_zeroes, options_seen, ..Self::new(&mut Vec::new()) };
+        *self = Self { offers_chunks, no_zeroes, options_max, options_seen, ..Self::new(&mut Vec::new()) };
         self.state = State::Options;
         self.tls = TlsState::Active;
     }
@@ -381,8 +389,8 @@ impl ServerHandshake {
             return Ok(Progress::NeedsBytes);
         }
         self.options_seen += 1;
-        if self.options_seen > OPTIONS_MAX {
-            return Err(ServerHandshakeError::TooManyOptions);
+        if self.options_seen > self.options_max {
+            return Err(ServerHandshakeError::TooManyOptions(self.options_max));
         }
         let data: Vec<u8> = self.input.drain(..end).skip(header.len()).collect();
         self.handle_option(number, &data, out)

@@ -69,7 +69,7 @@ fn hostile_bytes_end_the_session() {
     long[12..16].copy_from_slice(&u32::MAX.to_be_bytes());
     assert!(matches!(begun().handle_bytes(&long, &mut out), Err(ServerHandshakeError::OptionTooLong(_))));
     let many: Vec<u8> = (0..=OPTIONS_MAX).flat_map(|_| option_bytes(77, &[])).collect();
-    assert_eq!(begun().handle_bytes(&many, &mut out), Err(ServerHandshakeError::TooManyOptions));
+    assert_eq!(begun().handle_bytes(&many, &mut out), Err(ServerHandshakeError::TooManyOptions(OPTIONS_MAX)));
 }
 
 #[test]

@@ -1,0 +1,176 @@
+//! What the data side may take at most: connections, time, sizes, and memory.
+//!
+//! Owns the bounds, their defaults, and the one sum of all memory that peers can make the data side hold. Enforces nothing
+//! itself: connections are counted by `admission.rs`, times are kept by `io_loop.rs` and the gate, sizes are announced by the
+//! gate and checked by `proto`'s validation, buffers come from `buffers.rs`, whose pools are made as large as is said here.
+//! Called by `config.rs`, `serve.rs` and `data_server.rs`.
+//!
+//! **What the memory limit means.** Nothing that a peer does makes the data side allocate beyond what was set aside at start:
+//! every ring has a pool of buffers, and every connection that may exist has its own part. Both are address space until they
+//! are first used. Not in the sum, because no peer decides it: the program, the catalog, and memory volumes, which are data.
+//! Nor is the kernel's: what waits in sockets is bounded by `net.ipv4.tcp_mem` for the whole machine.
+
+use std::time::Duration;
+
+use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
+use proto::nbd::handshake::OPTION_BYTES_MAX;
+use proto::nbd::handshake::server::OPTIONS_MAX;
+
+use crate::backend::ZEROES_BYTES_MAX;
+use crate::buffers::PoolSize;
+use crate::ring::BULK_BYTES;
+
+/// What a connection has beside its receive memory: slots, vectors, headers, the queues of its session.
+const BOOKKEEPING_BYTES: u64 = 64 << 10;
+
+/// What a ring has beside its pool and its connections: zeroes to write, lists.
+const RING_BYTES: u64 = ZEROES_BYTES_MAX as u64 + (256 << 10);
+
+/// What a handshake may come to hold: a long option as it arrives, in a vector that grows by doubling, and once more when it is
+/// looked at. It is let go before the receive memory is used in full.
+const HANDSHAKE_BYTES: u64 = 3 * OPTION_BYTES_MAX as u64;
+
+/// Memory that one connection may come to hold, in bytes; its payload buffers are the pool's.
+pub const CONNECTION_BYTES: u64 =
+    BOOKKEEPING_BYTES + if HANDSHAKE_BYTES > BULK_BYTES as u64 { HANDSHAKE_BYTES } else { BULK_BYTES as u64 };
+
+/// Bounds of the data side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at once; more are closed as they come.
+    pub connections_max: u32,
+    /// Connections at once from one address (from one /64 with IPv6); more are closed as they come.
+    pub connections_per_address_max: u32,
+    /// From the first byte to the transmission phase.
+    pub handshake_timeout: Duration,
+    /// Options that one handshake may ask for; more end it.
+    pub handshake_options_max: u32,
+    /// Longest READ and WRITE, in bytes: announced as the maximum block size.
+    pub request_bytes_max: u32,
+    /// Memory that peers can make the data side hold, in bytes; `None` is what full pools need, but no more than half of
+    /// the machine's.
+    pub memory_bytes_max: Option<u64>,
+    /// How long an open may wait for a former session's I/O, or for the lock of a backing file.
+    pub open_timeout: Duration,
+    /// How long a fence may wait for the connections' I/O.
+    pub fence_timeout: Duration,
+    /// How long a peer may stand still with buffers that others wait for; while nobody does, it may for ever.
+    pub stall_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 1024,
+            // A node with a hundred disks has some four hundred.
+            connections_per_address_max: 512,
+            // Longer than an open may take, so that it gets its answer.
+            handshake_timeout: Duration::from_secs(60),
+            handshake_options_max: OPTIONS_MAX,
+            request_bytes_max: PAYLOAD_BYTES_MAX_DEFAULT,
+            memory_bytes_max: None,
+            // A disk that retries takes tens of seconds; a client has given up after more.
+            open_timeout: Duration::from_secs(40),
+            fence_timeout: Duration::from_secs(40),
+            // A megabyte in ten seconds is slower than any link that a disk is put on.
+            stall_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The memory limit leaves too little for buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "a memory limit of {limit_mib} MiB is too little: {connections_max} connections and {rings} threads need at least \
+     {needed_mib} MiB; raise --memory-max, or lower --connections-max, --request-max or --threads"
+)]
+pub struct TooLittleMemory {
+    /// What was set, or half of the machine's, in MiB.
+    pub limit_mib: u64,
+    /// The least that would do, in MiB.
+    pub needed_mib: u64,
+    /// As set.
+    pub connections_max: u32,
+    /// Ring threads.
+    pub rings: usize,
+}
+
+/// How the memory is divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlan {
+    /// Buffers of each ring.
+    pub pool: PoolSize,
+    /// Connections that a ring may come to have, if they are evenly divided.
+    pub connections_per_ring: u32,
+    /// The sum of everything, in bytes.
+    pub total_bytes: u64,
+}
+
+impl Limits {
+    /// Divides the memory among `rings` rings and all the connections there may be; `machine_bytes` is what the machine has.
+    ///
+    /// # Errors
+    /// [`TooLittleMemory`]
+    pub fn plan(&self, rings: usize, machine_bytes: u64) -> Result<MemoryPlan, TooLittleMemory> {
+        let rings_count = rings as u64;
+        let fixed_bytes = u64::from(self.connections_max) * CONNECTION_BYTES + rings_count * RING_BYTES;
+        let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
+        let full_bytes = with_pools(PoolSize::full(self.request_bytes_max));
+        let limit_bytes = self.memory_bytes_max.unwrap_or_else(|| full_bytes.min(machine_bytes / 2));
+        let pool_bytes_max = limit_bytes.saturating_sub(fixed_bytes) / rings_count.max(1);
+        match PoolSize::within(pool_bytes_max, self.request_bytes_max) {
+            Some(pool) => Ok(MemoryPlan {
+                pool,
+                connections_per_ring: self.connections_max.div_ceil(rings as u32),
+                total_bytes: with_pools(pool),
+            }),
+            None => Err(TooLittleMemory {
+                limit_mib: limit_bytes >> 20,
+                needed_mib: with_pools(PoolSize::smallest(self.request_bytes_max)).div_ceil(1 << 20),
+                connections_max: self.connections_max,
+                rings,
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn no_plan_is_above_its_limit_and_one_byte_less_than_the_least_is_refused() {
+        for rings in [1, 2, 16, 64] {
+            for (connections_max, request_bytes_max) in [(1, 32 << 20), (1024, 32 << 20), (1024, 64 << 10)] {
+                let limits = |memory_bytes_max| Limits {
+                    connections_max,
+                    request_bytes_max,
+                    memory_bytes_max: Some(memory_bytes_max),
+                    ..Limits::default()
+                };
+                let least_bytes = u64::from(connections_max) * CONNECTION_BYTES
+                    + rings as u64 * (RING_BYTES + PoolSize::smallest(request_bytes_max).bytes());
+                assert!(limits(least_bytes - 1).plan(rings, GIB).is_err());
+                for memory_bytes_max in [least_bytes, least_bytes + (7 << 20), 2 * least_bytes, 1 << 40] {
+                    let plan = limits(memory_bytes_max).plan(rings, GIB).unwrap();
+                    assert!(plan.total_bytes <= memory_bytes_max, "{plan:?}");
+                    assert!(plan.pool.bytes() <= PoolSize::full(request_bytes_max).bytes());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn unset_it_is_half_of_the_machine_at_most_and_full_pools_where_there_is_room() {
+        let limits = Limits::default();
+        assert_eq!(limits.plan(2, 1 << 40).unwrap().pool, PoolSize::full(limits.request_bytes_max));
+        let plan = limits.plan(8, 2 * GIB).unwrap();
+        assert!(
+            plan.total_bytes <= GIB && plan.pool.bytes() < PoolSize::full(limits.request_bytes_max).bytes()
+        );
+        let error = limits.plan(8, GIB / 2).unwrap_err();
+        assert!(error.to_string().contains("a memory limit of 256 MiB is too little"), "{error}");
+    }
+}
