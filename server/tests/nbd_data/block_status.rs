@@ -8,7 +8,7 @@ use server::catalog::BackendKind;
 
 use super::chunks::{ChunkClient, Offer};
 use super::foreign::have;
-use super::support::{Server, run};
+use super::support::{LoopFs, Server, run};
 
 const MIB: u64 = 1 << 20;
 const HOLE: u64 = ExtentState::HOLE.0 as u64;
@@ -214,4 +214,34 @@ fn status_payloads_select_the_context_and_others_are_consumed() {
     assert_eq!(client.read(0, 4096), Ok(vec![0; 4096]), "the stream is still in step");
     let without = ChunkClient::open(server.address(), "vol", structured);
     assert!(!without.flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD));
+}
+
+#[test]
+fn what_is_reported_as_data_can_be_written_when_the_disk_is_full() {
+    let Some(fs) = LoopFs::new("ext4", 24 << 20) else { return };
+    let server = Server::start_with(|config| {
+        config.export_by_name = true;
+        config.volumes_dir = fs.mount.clone();
+    });
+    server.create("vol", 64 * MIB);
+    let [structured, _] = offers();
+    let mut client = ChunkClient::open(server.address(), "vol", structured);
+    let enospc = NbdError::Enospc as u32;
+    let full = (0..1024u64)
+        .map(|number| number * 65536)
+        .find(|offset| client.write(*offset, &[1; 65536]) == Err(enospc));
+    assert!(full.is_some(), "64 MiB do not fit into 24");
+    let mut at = 0;
+    for (length, state) in client.extents(CommandFlags::NONE, 0, 64 * MIB).unwrap() {
+        if state == DATA {
+            for offset in (at..at + length).step_by(4096) {
+                client.write(offset, &[2; 4096]).unwrap();
+            }
+        }
+        at += length;
+    }
+    client.call(Command::Flush, CommandFlags::NONE, 0, 0, &[]).unwrap();
+    let hole = client.extents(CommandFlags::REQ_ONE, 63 * MIB, MIB).unwrap();
+    assert_eq!(hole, [(MIB, HOLE)]);
+    assert!((0..16u64).any(|number| client.write(63 * MIB + number * 65536, &[3; 65536]) == Err(enospc)));
 }

@@ -7,6 +7,7 @@
 mod block_status;
 mod chunks;
 mod client;
+mod conformance;
 mod fencing;
 mod foreign;
 mod handshake;

@@ -362,3 +362,17 @@ fn where_tls_is_required_nothing_else_is_answered_before() {
     let event = server.handle_bytes(&option_bytes(option::ABORT, &[]), &mut out);
     assert_eq!(event, Ok(Some(Event::Abort)));
 }
+
+#[test]
+fn starttls_drops_header_style_and_contexts() {
+    let mut server = begun().with_tls(TlsState::Allowed);
+    answer(&mut server, option::EXTENDED_HEADERS, b"");
+    ask(&mut server, option::SET_META_CONTEXT, ALLOCATION_OF_A);
+    let mut out = Vec::new();
+    let event = server.handle_bytes(&option_bytes(option::STARTTLS, b""), &mut out);
+    assert_eq!(event, Ok(Some(Event::StartTls)));
+    server.tls_started();
+    let flags = announced(&ask(&mut server, option::GO, GO_A));
+    assert!(!flags.contains(TransmissionFlags::SEND_DF));
+    assert_eq!(server.negotiated(), Negotiated::default());
+}
