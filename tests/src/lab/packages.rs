@@ -22,7 +22,7 @@ struct Package {
 const QEMU: Package = Package { name: "qemu-system-x86", program: "qemu-system-x86_64" };
 
 /// What else the lab and the tests in the VM call.
-const PACKAGES: [Package; 17] = [
+const PACKAGES: [Package; 18] = [
     Package { name: "busybox-static", program: "busybox" },
     Package { name: "cpio", program: "cpio" },
     Package { name: "xz-utils", program: "xz" },
@@ -38,6 +38,7 @@ const PACKAGES: [Package; 17] = [
     Package { name: "qemu-utils", program: "qemu-img" },
     Package { name: "nbdkit", program: "nbdkit" },
     Package { name: "libnbd-bin", program: "nbdcopy" },
+    Package { name: "python3-libnbd", program: "nbdsh" },
     Package { name: "nbd-client", program: "nbd-client" },
     Package { name: "nbd-server", program: "nbd-server" },
 ];
