@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
+use tls::test_authority::Issued;
 
 use crate::harness::Env;
 use crate::kernel_series::KernelSeries;
@@ -55,6 +56,17 @@ impl Volctl {
     }
 }
 
+/// How a node speaks TLS.
+#[derive(Debug, Clone)]
+pub struct NodeTls {
+    /// The server's certificate; its authority vouches for clients, too.
+    pub server: Issued,
+    /// The node daemon's certificate, which volctl uses as well.
+    pub client: Issued,
+    /// Neither side leaves the records to the kernel.
+    pub user_space_only: bool,
+}
+
 /// A server, a node daemon, and where they keep what.
 pub struct StorageNode {
     /// The server's data directory.
@@ -71,6 +83,7 @@ pub struct StorageNode {
     logs: PathBuf,
     series: KernelSeries,
     server_options: Vec<String>,
+    tls: Option<NodeTls>,
     server: Option<Child>,
     client: Option<Child>,
 }
@@ -106,16 +119,38 @@ impl StorageNode {
         Ok(node)
     }
 
+    /// Starts both; the server requires TLS and a client's certificate, for NBD and for its API.
+    ///
+    /// # Errors
+    /// One of them does not get ready.
+    pub fn start_over_tls(env: &Env, tls: NodeTls, server_options: &[&str]) -> Result<Self> {
+        if env.in_vm {
+            run("modprobe", &["-a", "ublk_drv", "tls"])?;
+        }
+        let mut node = Self::new(env, &env.directory.join("data"), server_options)?;
+        node.management_uri = "https://127.0.0.1:0".into();
+        node.tls = Some(tls);
+        node.start_server()?;
+        node.start_client()?;
+        Ok(node)
+    }
+
     /// Starts the server alone, for tests that need no block device.
     ///
     /// # Errors
     /// It does not get ready.
     pub fn start_server_only(env: &Env, data_dir: &Path, server_options: &[&str]) -> Result<Self> {
+        let mut node = Self::new(env, data_dir, server_options)?;
+        node.start_server()?;
+        Ok(node)
+    }
+
+    fn new(env: &Env, data_dir: &Path, server_options: &[&str]) -> Result<Self> {
         let logs = env.directory.join("logs");
         fs::create_dir_all(&logs)?;
         let device_dir =
             if env.in_vm { PathBuf::from("/dev/volnode") } else { env.directory.join("by-name") };
-        let mut node = Self {
+        Ok(Self {
             data_dir: data_dir.to_owned(),
             data_address: "127.0.0.1:0".into(),
             management_uri: "http://127.0.0.1:0".into(),
@@ -125,11 +160,10 @@ impl StorageNode {
             logs,
             series: env.series,
             server_options: server_options.iter().map(|&option| option.to_owned()).collect(),
+            tls: None,
             server: None,
             client: None,
-        };
-        node.start_server()?;
-        Ok(node)
+        })
     }
 
     /// Starts the server, on the ports it had before if it ran before.
@@ -139,8 +173,15 @@ impl StorageNode {
     pub fn start_server(&mut self) -> Result<()> {
         let mut server = Command::new(self.programs.join("volserver"));
         server.arg("--data-dir").arg(&self.data_dir).args(["--listen", &self.data_address]);
-        server.args(["--management", self.management_uri.trim_start_matches("http://")]);
-        server.args(&self.server_options);
+        let (scheme, management) = self.management_uri.split_once("://").context("management URI")?;
+        server.args(["--management", management]).args(&self.server_options);
+        if let Some(NodeTls { server: files, user_space_only, .. }) = &self.tls {
+            let records = if *user_space_only { "user-space" } else { "auto" };
+            server.args(["--tls", "required", "--tls-records", records, "--tls-cert"]);
+            server.arg(files.pair().certificate).arg("--tls-key").arg(files.pair().key);
+            server.arg("--tls-client-ca").arg(files.authority());
+        }
+        let scheme = scheme.to_owned();
         let (child, ready) = self.spawn(server, "volserver")?;
         self.server = Some(child);
         let address_after = |word: &str| -> Result<String> {
@@ -148,7 +189,7 @@ impl StorageNode {
             Ok(rest.split([',', ' ']).next().unwrap_or_default().to_owned())
         };
         self.data_address = address_after("data ")?;
-        self.management_uri = format!("http://{}", address_after("management ")?);
+        self.management_uri = format!("{scheme}://{}", address_after("management ")?);
         Ok(())
     }
 
@@ -160,6 +201,10 @@ impl StorageNode {
         let mut client = Command::new(self.programs.join("volclient"));
         client.arg("serve").args(["--server", &self.management_uri, "--node-id", "node-1"]);
         client.arg("--run-dir").arg(&self.run_dir).arg("--device-dir").arg(&self.device_dir);
+        self.add_tls_options(&mut client);
+        if self.tls.as_ref().is_some_and(|tls| tls.user_space_only) {
+            client.arg("--tls-user-space");
+        }
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
         Ok(())
@@ -196,6 +241,7 @@ impl StorageNode {
     pub fn volctl(&self, arguments: &[&str]) -> Result<Volctl> {
         let mut volctl = Command::new(self.programs.join("volctl"));
         volctl.args(["--server", &self.management_uri, "--socket"]).arg(self.run_dir.join("volclient.sock"));
+        self.add_tls_options(&mut volctl);
         let output = volctl.args(arguments).stdin(Stdio::null()).output().context("volctl")?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let exit_code = output.status.code().context("volctl was killed")?;
@@ -265,6 +311,13 @@ impl StorageNode {
             }
         }
         bail!("no file of volume {uid}")
+    }
+
+    fn add_tls_options(&self, command: &mut Command) {
+        if let Some(NodeTls { client: files, .. }) = &self.tls {
+            command.arg("--tls-ca").arg(files.authority());
+            command.arg("--tls-cert").arg(files.pair().certificate).arg("--tls-key").arg(files.pair().key);
+        }
     }
 
     fn spawn(&self, mut command: Command, name: &str) -> Result<(Child, String)> {

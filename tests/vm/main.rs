@@ -17,6 +17,7 @@ mod lying_disk;
 mod queues;
 mod rungs;
 mod smoke;
+mod tls_disks;
 
 use std::process::ExitCode;
 
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         queues::TESTS,
         file_systems::TESTS,
         foreign::TESTS,
+        tls_disks::TESTS,
         bad_input::TESTS,
         daemons::TESTS,
         hostile_server::TESTS,
