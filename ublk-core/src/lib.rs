@@ -17,6 +17,7 @@ mod mapping;
 pub mod params;
 pub mod queue;
 pub mod ring;
+mod staging;
 pub mod tag;
 pub mod transfer;
 
@@ -27,5 +28,6 @@ pub use data_path::{DataPath, ProbeReport, probe, probe_driver};
 pub use device::{Device, DeviceError};
 pub use params::{DeviceParams, Discard, ParamsError};
 pub use queue::{Queue, TagBuffer};
+pub use staging::StagingMemory;
 pub use tag::{TagError, TagState, TagTable};
 pub use transfer::{Place, Transfer, TransferError};

@@ -18,6 +18,9 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mun
 
 use crate::abi::IoDesc;
 
+/// Size and alignment of a huge page, in bytes, where there are such: x86-64's and aarch64's usual one.
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
+
 /// One mapped region.
 #[derive(Debug)]
 pub(crate) struct Mapping {
@@ -50,6 +53,29 @@ impl Mapping {
             Ok(()) | Err(Errno::INVAL) => Ok(mapping),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// Maps a file, shared and writable, at a multiple of [`HUGE_PAGE_BYTES`], because only so can huge pages be mapped as
+    /// such: the mapping, and where in it the file begins. Errors: mmap's.
+    pub(crate) fn of_file(file: &File, len_bytes: usize) -> io::Result<(Self, usize)> {
+        let room = Self::anonymous(len_bytes + HUGE_PAGE_BYTES)?;
+        let start_bytes = room.start.as_ptr().align_offset(HUGE_PAGE_BYTES);
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
+        let target = room.at(start_bytes, len_bytes).cast::<c_void>();
+        // SAFETY: replaces a part of the room made above, of which nobody else knows.
+        unsafe { mmap(target, len_bytes, protection, flags, file, 0) }?;
+        Ok((room, start_bytes))
+    }
+
+    /// Asks for a huge page at `offset_bytes`, which [`Mapping::of_file`] aligned: memory files are of small pages otherwise,
+    /// and each costs work when it is sent. Refused, they stay small.
+    pub(crate) fn make_huge(&mut self, offset_bytes: usize) {
+        let start = self.at(offset_bytes, HUGE_PAGE_BYTES);
+        // The kernel makes a huge page only of memory of which a page was written.
+        // SAFETY: `at` asserted that the byte lies inside the live, writable region, which is borrowed exclusively.
+        unsafe { start.write_volatile(0) };
+        // SAFETY: this advice changes no byte of the region.
+        let _ = unsafe { libc::madvise(start.cast::<c_void>(), HUGE_PAGE_BYTES, libc::MADV_COLLAPSE) };
     }
 
     fn adopt(start: *mut c_void, len_bytes: usize) -> io::Result<Self> {
@@ -105,7 +131,7 @@ impl Mapping {
             let part = place.wrapping_add(done_bytes).cast::<c_void>();
             let from = (from_bytes + done_bytes as u64) as libc::off_t;
             // SAFETY: `at` asserted that the whole target lies inside the live region, which is writable (only
-            // `buffers` calls this, on an anonymous map); no Rust reference to it exists.
+            // `buffers` and `staging` call this); no Rust reference to it exists.
             unsafe { libc::pread(file.as_raw_fd(), part, len_bytes - done_bytes, from) }
         })
     }

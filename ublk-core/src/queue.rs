@@ -23,6 +23,7 @@ use crate::abi::{
 use crate::buffers::UserBuffers;
 use crate::mapping::{Mapping, round_up_to_pages};
 use crate::ring::Sqe;
+use crate::staging::StagingMemory;
 
 /// Where the data of a tag's next request shall be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +115,20 @@ impl Queue {
     /// holds no request, `UnexpectedEof` when the request is shorter.
     pub fn copy_from_request(&self, tag: u16, buffers: &mut UserBuffers, len_bytes: u32) -> io::Result<()> {
         buffers.read_from(tag, len_bytes, &self.char_device, user_copy_offset(self.q_id, tag))
+    }
+
+    /// Copies `len_bytes` of the tag's WRITE, from `from_bytes` on, into a piece of `memory`; otherwise as
+    /// [`copy_from_request`](Self::copy_from_request).
+    pub fn stage_request(
+        &self,
+        tag: u16,
+        from_bytes: u32,
+        len_bytes: usize,
+        memory: &mut StagingMemory,
+        piece: u16,
+    ) -> io::Result<()> {
+        let from_bytes = user_copy_offset(self.q_id, tag) + u64::from(from_bytes);
+        memory.read_from(piece, len_bytes, &self.char_device, from_bytes)
     }
 
     /// Copies `len_bytes` of the tag's buffer to the pages of its READ; otherwise as

@@ -53,6 +53,35 @@ pub struct Operation {
     pub length_bytes: u32,
 }
 
+/// Where the data of WRITEs comes from.
+pub trait PayloadSource {
+    /// What can go wrong.
+    type Error;
+
+    /// Fills `payload` with the data of the tag's WRITE, which is small. Errors: the batch is of no use.
+    fn gather(&mut self, tag: u16, payload: &mut [u8]) -> Result<(), Self::Error>;
+
+    /// Brings the data of the tag's WRITE to where it is sent from; false: there is no room for it until others complete.
+    /// Errors: as above.
+    fn stage(&mut self, tag: u16, len_bytes: u32) -> Result<bool, Self::Error>;
+}
+
+/// A function that gathers, where large payloads are sent from their pages.
+impl<F, E> PayloadSource for F
+where
+    F: FnMut(u16, &mut [u8]) -> Result<(), E>,
+{
+    type Error = E;
+
+    fn gather(&mut self, tag: u16, payload: &mut [u8]) -> Result<(), E> {
+        self(tag, payload)
+    }
+
+    fn stage(&mut self, _: u16, _: u32) -> Result<bool, E> {
+        Ok(true)
+    }
+}
+
 /// What to send, in order; every piece but the last of a batch has more behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece {
@@ -63,7 +92,7 @@ pub enum Piece {
         /// How many.
         len: usize,
     },
-    /// The whole of the tag's pages.
+    /// The whole of the tag's data, from its pages or from where it was staged.
     Payload {
         /// Whose.
         tag: u16,
@@ -195,18 +224,18 @@ impl Connection {
     }
 
     /// Fills `outbox` and `pieces` with what is to be sent next; both stay empty when there is nothing, when a batch is
-    /// still out, or when the connection failed. `gather` fills a slice of the outbox with a tag's small payload. Headers
-    /// and small payloads lie together in one piece, up to each payload that is sent from its pages.
+    /// still out, or when the connection failed. Small payloads are gathered from `source` into the outbox. Headers and small
+    /// payloads lie together in one piece, up to each large payload.
     ///
     /// # Errors
-    /// That of `gather`; the batch is of no use then, and neither is the connection.
-    pub fn take_batch<E>(
+    /// That of `source`; the batch is of no use then, and neither is the connection.
+    pub fn take_batch<S: PayloadSource>(
         &mut self,
         outbox: &mut [u8],
         pieces: &mut Vec<Piece>,
         pieces_max: usize,
-        mut gather: impl FnMut(u16, &mut [u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+        mut source: S,
+    ) -> Result<(), S::Error> {
         pieces.clear();
         if self.failed || !self.sending.is_empty() {
             return Ok(());
@@ -225,7 +254,9 @@ impl Connection {
             let (header, payload) = place.split_at_mut(REQUEST_BYTES);
             header.copy_from_slice(&request.encode());
             if small_bytes > 0 {
-                gather(tag, payload)?;
+                source.gather(tag, payload)?;
+            } else if payload_bytes > 0 && !source.stage(tag, payload_bytes)? {
+                break;
             }
             self.to_send.pop_front();
             end += REQUEST_BYTES + small_bytes;
@@ -241,11 +272,6 @@ impl Connection {
             pieces.push(Piece::Outbox { start, len: end - start });
         }
         Ok(())
-    }
-
-    /// Whether requests wait for the batch after the one that was taken.
-    pub fn has_more_to_send(&self) -> bool {
-        !self.to_send.is_empty()
     }
 
     /// The whole batch was sent, and no operation of it is out any more.
@@ -432,9 +458,8 @@ mod tests {
         }
         connection.take_batch(&mut outbox, &mut pieces, 16, gather).unwrap();
         assert_eq!(pieces, [Piece::Outbox { start: 0, len: REQUEST_BYTES + 512 }]);
-        assert!(connection.has_more_to_send());
         connection.batch_sent();
-        connection.take_batch(&mut outbox, &mut pieces, 16, |_, _| Err("gone")).unwrap_err();
+        connection.take_batch(&mut outbox, &mut pieces, 16, |_: u16, _: &mut [u8]| Err("gone")).unwrap_err();
     }
 
     #[test]

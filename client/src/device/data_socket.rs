@@ -75,10 +75,18 @@ impl DataSocket {
         self.socket.shutdown(Shutdown::Both)
     }
 
-    /// Sends bytes, waiting until all have been taken.
+    /// What is sent without the ring from now on does not wait.
     ///
     /// # Errors
-    /// Those of send(2).
+    /// Those of fcntl(2).
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        self.socket.set_nonblocking(true)
+    }
+
+    /// Sends bytes.
+    ///
+    /// # Errors
+    /// Those of send(2); `EAGAIN` when the socket is full.
     pub fn write_all(&self, bytes: &[u8]) -> io::Result<()> {
         (&self.socket).write_all(bytes)
     }

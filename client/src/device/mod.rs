@@ -23,6 +23,7 @@ pub mod queue_loop;
 mod queue_parts;
 pub mod queue_ring;
 pub mod slots;
+mod staging;
 pub mod status_file;
 pub mod stream;
 

@@ -2,7 +2,8 @@
 //!
 //! | path | FETCH and COMMIT say | before the transfer | the transfer's buffer | before COMMIT |
 //! | --- | --- | --- | --- | --- |
-//! | `fused`, `fixed-rw` | put it at this index | – | the request's pages | – |
+//! | `fused` | put it at this index | WRITE: pread | READ: the request's pages; WRITE: ours | – |
+//! | `fixed-rw` | put it at this index | – | the request's pages | – |
 //! | `registered` | nothing | REGISTER_IO_BUF | the request's pages | UNREGISTER_IO_BUF |
 //! | `user-copy` | nothing | WRITE: pread | ours | READ: pwrite |
 //! | `mapped` | this address | – (the driver copies) | ours | – (the driver copies) |
@@ -15,6 +16,8 @@ use std::ops::Range;
 
 use ublk_core::{DataPath, Place, Queue, TagBuffer, Transfer, UserBuffers};
 
+use super::staging::Staging;
+
 /// A copy of this size costs less than the operations on the socket that it saves.
 const SMALL_BYTES_MAX: u32 = 8 << 10;
 
@@ -25,13 +28,13 @@ pub enum Payloads {
     Automatic {
         /// How bytes move.
         transfer: Transfer,
-        /// Whether we can copy to and from the pages, too (`UBLK_F_USER_COPY`).
-        has_user_copy: bool,
+        /// Where we can copy to and from the pages, too (`UBLK_F_USER_COPY`).
+        staging: Option<Staging>,
     },
     /// The same, where the daemon puts them there.
     ByHand(Transfer),
-    /// In a buffer of ours, copied by us.
-    UserCopy(UserBuffers),
+    /// In memory of ours, copied by us: of READs, and of WRITEs.
+    UserCopy(UserBuffers, Staging),
     /// In a buffer of ours, copied by the driver.
     Mapped(UserBuffers),
 }
@@ -47,10 +50,13 @@ impl Payloads {
     ) -> io::Result<Self> {
         let buffers = || UserBuffers::new(queue_depth, max_io_bytes);
         Ok(match data_path {
-            DataPath::UserCopy => Self::UserCopy(buffers()?),
+            DataPath::UserCopy => Self::UserCopy(buffers()?, Staging::new(queue_depth)?),
             DataPath::Mapped => Self::Mapped(buffers()?),
             DataPath::Registered => Self::ByHand(transfer),
-            _ => Self::Automatic { transfer, has_user_copy },
+            _ => {
+                let staging = has_user_copy.then(|| Staging::new(queue_depth)).transpose()?;
+                Self::Automatic { transfer, staging }
+            }
         })
     }
 
@@ -63,7 +69,7 @@ impl Payloads {
     pub fn tag_buffer(&self, tag: u16) -> TagBuffer {
         match self {
             Self::Automatic { .. } => TagBuffer::AutoRegister { index: tag },
-            Self::ByHand(_) | Self::UserCopy(_) => TagBuffer::None,
+            Self::ByHand(_) | Self::UserCopy(..) => TagBuffer::None,
             Self::Mapped(buffers) => TagBuffer::UserAddress(buffers.address(tag)),
         }
     }
@@ -82,7 +88,7 @@ impl Payloads {
     /// many. 0: none is.
     pub fn small_bytes_max(&self) -> u32 {
         match self {
-            Self::Automatic { has_user_copy: false, .. } | Self::ByHand(_) => 0,
+            Self::Automatic { staging: None, .. } | Self::ByHand(_) => 0,
             _ => SMALL_BYTES_MAX,
         }
     }
@@ -90,7 +96,7 @@ impl Payloads {
     /// Fills `payload` with the data of the tag's WRITE. Errors: those of [`Queue::read_request`].
     pub fn gather(&self, queue: &Queue, tag: u16, payload: &mut [u8]) -> io::Result<()> {
         match self {
-            Self::UserCopy(buffers) | Self::Mapped(buffers) => buffers.copy_out(tag, 0, payload),
+            Self::Mapped(buffers) => buffers.copy_out(tag, 0, payload),
             _ => queue.read_request(tag, payload)?,
         }
         Ok(())
@@ -99,7 +105,7 @@ impl Payloads {
     /// Puts the first bytes of the tag's READ to where its data belongs. Errors: those of [`Queue::write_request`].
     pub fn scatter(&mut self, queue: &Queue, tag: u16, payload: &[u8]) -> io::Result<()> {
         match self {
-            Self::UserCopy(buffers) | Self::Mapped(buffers) => buffers.copy_in(tag, 0, payload),
+            Self::UserCopy(buffers, _) | Self::Mapped(buffers) => buffers.copy_in(tag, 0, payload),
             _ => queue.write_request(tag, payload)?,
         }
         Ok(())
@@ -109,7 +115,7 @@ impl Payloads {
     pub fn transfer(&self) -> Transfer {
         match self {
             Self::Automatic { transfer, .. } | Self::ByHand(transfer) => *transfer,
-            Self::UserCopy(_) | Self::Mapped(_) => Transfer::RecvSend,
+            Self::UserCopy(..) | Self::Mapped(_) => Transfer::RecvSend,
         }
     }
 
@@ -119,7 +125,7 @@ impl Payloads {
         let addr = match self {
             // What ublk puts in the table starts at address zero.
             Self::Automatic { .. } | Self::ByHand(_) => u64::from(bytes.start),
-            Self::UserCopy(buffers) | Self::Mapped(buffers) => {
+            Self::UserCopy(buffers, _) | Self::Mapped(buffers) => {
                 assert!(bytes.end as usize <= buffers.buffer_bytes(), "a request is larger than its buffer");
                 buffers.address(tag) + u64::from(bytes.start)
             }
@@ -127,19 +133,28 @@ impl Payloads {
         Place { buf_index, addr, len_bytes }
     }
 
-    /// Brings the data of the tag's WRITE to where it is sent from. Errors: those of
-    /// [`Queue::copy_from_request`].
-    pub fn copy_from_request(&mut self, queue: &Queue, tag: u16, len_bytes: u32) -> io::Result<()> {
+    /// Where the data of large WRITEs is sent from, if it is copied first.
+    pub fn staging(&self) -> Option<&Staging> {
         match self {
-            Self::UserCopy(buffers) => queue.copy_from_request(tag, buffers, len_bytes),
-            _ => Ok(()),
+            Self::Automatic { staging, .. } => staging.as_ref(),
+            Self::UserCopy(_, staging) => Some(staging),
+            _ => None,
+        }
+    }
+
+    /// The same, to change it.
+    pub fn staging_mut(&mut self) -> Option<&mut Staging> {
+        match self {
+            Self::Automatic { staging, .. } => staging.as_mut(),
+            Self::UserCopy(_, staging) => Some(staging),
+            _ => None,
         }
     }
 
     /// Brings what was received to the pages of the tag's READ. Errors: those of [`Queue::copy_to_request`].
     pub fn copy_to_request(&self, queue: &Queue, tag: u16, len_bytes: u32) -> io::Result<()> {
         match self {
-            Self::UserCopy(buffers) => queue.copy_to_request(tag, buffers, len_bytes),
+            Self::UserCopy(buffers, _) => queue.copy_to_request(tag, buffers, len_bytes),
             _ => Ok(()),
         }
     }

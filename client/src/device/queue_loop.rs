@@ -162,15 +162,15 @@ impl<'a> QueueLoop<'a> {
         }
         for connection in self.connections() {
             let lane = &mut self.lanes[usize::from(connection)];
-            if self.ring.settle(connection) && lane.outgoing.settle() {
-                lane.connection.batch_sent();
-            }
             if lane.connection.has_failed() && lane.operations_out() == 0 {
                 lane.connection.reaped();
             }
             if self.held_bytes == 0 {
                 self.commit_completed(connection);
             }
+        }
+        // What ended on one connection may have made room for what waits on another.
+        for connection in self.connections() {
             self.receive(connection);
             self.send(connection);
         }
@@ -201,6 +201,10 @@ impl<'a> QueueLoop<'a> {
                 assert_ours(self.tags.operation_completed(tag));
                 self.send_completed(connection, result);
             }
+            // Whether there is room, or the socket is shut down: the next send tells.
+            RingOperation::RoomToSend(connection) => {
+                self.lanes[usize::from(connection)].outgoing.room_came();
+            }
         }
         Ok(())
     }
@@ -229,12 +233,6 @@ impl<'a> QueueLoop<'a> {
         let has_data = matches!(operation.command, Command::Read | Command::Write);
         if has_data && self.ring.needs_registration(tag) {
             return self.ring.register(tag);
-        }
-        if operation.command == Command::Write
-            && let Err(error) = self.ring.copy_from_request(tag, operation.length_bytes)
-        {
-            tracing::error!(tag, %error, "a WRITE's data cannot be copied from its pages");
-            return self.commit(tag, -libc::EIO);
         }
         self.submit(tag, operation);
     }
@@ -349,6 +347,7 @@ impl<'a> QueueLoop<'a> {
                 self.final_flush = Some(result);
                 continue;
             }
+            self.ring.release(tag);
             let operation = self.requests[usize::from(tag)];
             let mut result = block_request::commit_result(&operation, result);
             if result > 0
@@ -389,30 +388,61 @@ impl<'a> QueueLoop<'a> {
         self.ring.receive_inbox(connection, part);
     }
 
-    /// Sends what waits, or the rest of what stopped short: one chain in flight for each socket.
+    /// Sends what waits, or the rest of what stopped short: one batch at a time for each socket.
     fn send(&mut self, connection: u16) {
-        let lane = &mut self.lanes[usize::from(connection)];
-        if lane.outgoing.operations_out() > 0 || lane.connection.has_failed() {
-            return;
-        }
-        if lane.outgoing.is_done() {
-            let (outbox, small) = self.ring.outbox(connection);
-            let gather = |tag, payload: &mut [u8]| small.gather(tag, payload);
-            let filled = lane
-                .outgoing
-                .next_batch(|pieces| lane.connection.take_batch(outbox, pieces, BATCH_PIECES_MAX, gather));
-            if let Err(error) = filled {
-                return self
-                    .fail(connection, format!("a WRITE's data cannot be copied from its pages: {error}"));
+        loop {
+            let lane = &mut self.lanes[usize::from(connection)];
+            if lane.outgoing.operations_out() > 0 || lane.connection.has_failed() {
+                return;
+            }
+            if lane.outgoing.is_done() {
+                let (outbox, source) = self.ring.outbox(connection);
+                let filled = lane.outgoing.next_batch(|pieces| {
+                    lane.connection.take_batch(outbox, pieces, BATCH_PIECES_MAX, source)
+                });
+                if let Err(error) = filled {
+                    let reason = format!("a WRITE's data cannot be copied from its pages: {error}");
+                    return self.fail(connection, reason);
+                }
+                if lane.outgoing.is_done() {
+                    return;
+                }
+            }
+            if lane.outgoing.has_payloads() && !self.ring.stages() {
+                return self.push_batch(connection);
+            }
+            if let Err(error) = self.send_now(connection) {
+                return self.fail(connection, describe("send", &error));
             }
         }
-        // Nothing tells when a silent send is over, so nothing may wait for it.
-        if !lane.connection.has_more_to_send()
-            && let Some((start, whole)) = lane.outgoing.silent_piece()
-        {
-            self.ring.send_outbox_silently(connection, start, whole);
-            return lane.outgoing.pushed_silently();
+    }
+
+    /// Sends as much of the batch as the socket takes; where that is not all, an operation waits for room.
+    fn send_now(&mut self, connection: u16) -> Result<(), StreamError> {
+        let lane = &mut self.lanes[usize::from(connection)];
+        while let Some((piece, rest, has_more)) = lane.outgoing.next() {
+            let sent = match piece {
+                Piece::Outbox { start, .. } => self.ring.send_outbox_now(connection, start, rest, has_more),
+                Piece::Payload { tag, .. } => self.ring.send_staged_now(connection, tag, rest),
+            };
+            match sent {
+                Ok(bytes) => lane.outgoing.sent(bytes)?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    lane.outgoing.waits_for_room();
+                    self.ring.wait_for_room(connection);
+                    return Ok(());
+                }
+                Err(error) => return Err(StreamError::Socket(error)),
+            }
         }
+        lane.connection.batch_sent();
+        Ok(())
+    }
+
+    /// Sends the rest of a batch by operations that name the requests' pages, in one chain.
+    fn push_batch(&mut self, connection: u16) {
+        let lane = &mut self.lanes[usize::from(connection)];
         let mut rest = lane.outgoing.rest().peekable();
         while let Some((piece, rest_of_piece)) = rest.next() {
             let link = if rest.peek().is_some() { Link::ToNext } else { Link::None };

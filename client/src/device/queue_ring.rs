@@ -18,9 +18,11 @@ use std::os::fd::AsRawFd as _;
 
 use io_uring::{opcode, squeue, types};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
+use rustix::net::SendFlags;
 use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
+use super::connection::PayloadSource;
 use super::data_socket::DataSocket;
 use super::payload::Payloads;
 use super::stream::Stretch;
@@ -47,6 +49,8 @@ pub enum Operation {
     Register(u16),
     /// UNREGISTER_IO_BUF of a tag.
     Unregister(u16),
+    /// POLL for room in a connection's socket.
+    RoomToSend(u16),
 }
 
 impl Operation {
@@ -59,6 +63,7 @@ impl Operation {
             Self::SendPayload(connection, tag) => (4, connection, tag),
             Self::Register(tag) => (5, 0, tag),
             Self::Unregister(tag) => (6, 0, tag),
+            Self::RoomToSend(connection) => (7, connection, 0),
         };
         (kind as u64) << 32 | (connection as u64) << 16 | tag as u64
     }
@@ -73,6 +78,7 @@ impl Operation {
             4 => Self::SendPayload(connection, tag),
             5 => Self::Register(tag),
             6 => Self::Unregister(tag),
+            7 => Self::RoomToSend(connection),
             kind => unreachable!("completion of kind {kind}, which is never submitted"),
         }
     }
@@ -90,22 +96,12 @@ pub enum Link {
     None,
 }
 
-/// What a SEND does while the socket is full.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Patience {
-    /// It waits for room.
-    Waits(Link),
-    /// It ends, with what was sent.
-    AtOnce,
-}
-
 /// A connection's socket and the memory of its headers.
 struct Wire {
     socket: DataSocket,
     outbox: Box<[u8]>,
     inbox: Box<[u8]>,
     sends_out: usize,
-    silent_sends_out: usize,
     inbox_receives_out: usize,
 }
 
@@ -117,7 +113,6 @@ impl Wire {
             outbox: vec![0; BOX_BYTES].into_boxed_slice(),
             inbox: vec![0; BOX_BYTES].into_boxed_slice(),
             sends_out: 0,
-            silent_sends_out: 0,
             inbox_receives_out: 0,
         }
     }
@@ -132,16 +127,24 @@ impl Wire {
     }
 }
 
-/// Where the outbox's small payloads come from.
-pub struct SmallPayloads<'a> {
+/// Where the data of a connection's WRITEs comes from.
+pub struct Source<'a> {
     queue: &'a Queue,
-    payloads: &'a Payloads,
+    payloads: &'a mut Payloads,
 }
 
-impl SmallPayloads<'_> {
-    /// Fills `payload` with the data of the tag's WRITE. Errors: those of [`Payloads::gather`].
-    pub fn gather(&self, tag: u16, payload: &mut [u8]) -> io::Result<()> {
+impl PayloadSource for Source<'_> {
+    type Error = io::Error;
+
+    fn gather(&mut self, tag: u16, payload: &mut [u8]) -> io::Result<()> {
         self.payloads.gather(self.queue, tag, payload)
+    }
+
+    fn stage(&mut self, tag: u16, len_bytes: u32) -> io::Result<bool> {
+        match self.payloads.staging_mut() {
+            Some(staging) => staging.stage(self.queue, tag, len_bytes),
+            None => Ok(true),
+        }
     }
 }
 
@@ -155,8 +158,6 @@ pub struct QueueRing {
     by_hand: Box<[bool]>,
     wires: Box<[Wire]>,
     operations_out: usize,
-    /// The kernel took everything that had been pushed when it was last called.
-    took_all: bool,
 }
 
 impl QueueRing {
@@ -165,9 +166,13 @@ impl QueueRing {
     /// Errors: those of io_uring_setup and of registering the buffer table.
     pub fn new(queue: Queue, payloads: Payloads, sockets: Vec<DataSocket>) -> io::Result<Self> {
         let depth = u32::from(queue.queue_depth());
+        for socket in &sockets {
+            // For what is sent without the ring; the ring's own operations wait all the same.
+            socket.set_nonblocking()?;
+        }
         // In one pass a tag can bring a commit with the unregistration before it, or two sends, and a connection two
-        // receives; and each is one completion.
-        let entries = (depth * 3 + sockets.len() as u32 * 2 + 8).next_power_of_two();
+        // receives and a poll; and each is one completion.
+        let entries = (depth * 3 + sockets.len() as u32 * 3 + 8).next_power_of_two();
         let ring = ring::build_queue_ring(entries, entries * 2)?;
         if payloads.uses_buffer_table() {
             // The upper half is for buffers registered by hand: the automatic ones own the index of their tag.
@@ -180,7 +185,6 @@ impl QueueRing {
             payloads,
             wires: sockets.into_iter().map(Wire::new).collect(),
             operations_out: 0,
-            took_all: true,
         })
     }
 
@@ -194,11 +198,11 @@ impl QueueRing {
         &self.wire(connection).socket
     }
 
-    /// A connection's outbox, and where small payloads for it come from. Panics while a SEND from it is out.
-    pub fn outbox(&mut self, connection: u16) -> (&mut [u8], SmallPayloads<'_>) {
+    /// A connection's outbox, and where payloads come from. Panics while a SEND from it is out.
+    pub fn outbox(&mut self, connection: u16) -> (&mut [u8], Source<'_>) {
         let wire = &mut self.wires[usize::from(connection)];
         assert_eq!(wire.sends_out, 0, "the outbox is being sent");
-        (&mut wire.outbox, SmallPayloads { queue: &self.queue, payloads: &self.payloads })
+        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads })
     }
 
     /// A header in a connection's inbox. Panics while a RECV into it is out, as in the next two.
@@ -265,9 +269,16 @@ impl QueueRing {
         self.push(Operation::Unregister(tag), sqe, Link::None);
     }
 
-    /// Before a WRITE is sent. Errors: those of [`Payloads::copy_from_request`].
-    pub fn copy_from_request(&mut self, tag: u16, len_bytes: u32) -> io::Result<()> {
-        self.payloads.copy_from_request(&self.queue, tag, len_bytes)
+    /// Whether large payloads are staged, so that they need no operation to be sent.
+    pub fn stages(&self) -> bool {
+        self.payloads.staging().is_some()
+    }
+
+    /// The tag's request has got its reply.
+    pub fn release(&mut self, tag: u16) {
+        if let Some(staging) = self.payloads.staging_mut() {
+            staging.release(tag);
+        }
     }
 
     /// Before a READ that was received is committed. Errors: those of [`Payloads::copy_to_request`].
@@ -294,49 +305,44 @@ impl QueueRing {
 
     /// Sends the rest of the bytes of the connection's outbox that begin at `start`.
     pub fn send_outbox(&mut self, connection: u16, start: usize, rest: Stretch, link: Link) {
-        let sqe = self.outbox_sqe(connection, start, rest, Patience::Waits(link));
-        self.push(Operation::SendOutbox(connection), sqe, link);
-    }
-
-    /// The same, at once or not at all: completes, with what was sent, only if that is not everything.
-    pub fn send_outbox_silently(&mut self, connection: u16, start: usize, rest: Stretch) {
-        let sqe = self.outbox_sqe(connection, start, rest, Patience::AtOnce);
-        self.wire_mut(connection).silent_sends_out += 1;
-        self.push(Operation::SendOutbox(connection), sqe.flags(squeue::Flags::SKIP_SUCCESS), Link::None);
-    }
-
-    /// To be called when completions were reaped, before more is sent on the connection: whether what was pushed in silence
-    /// before the last submit is over.
-    pub fn settle(&mut self, connection: u16) -> bool {
-        // What the kernel has not taken yet is still to be sent. What is in the queue by now does not matter: other
-        // connections and the tags have pushed since.
-        if self.wire(connection).silent_sends_out == 0 || !self.took_all {
-            return false;
-        }
-        let wire = self.wire_mut(connection);
-        let silent_sends = std::mem::take(&mut wire.silent_sends_out);
-        wire.sends_out -= silent_sends;
-        self.operations_out -= silent_sends;
-        true
-    }
-
-    fn outbox_sqe(&mut self, connection: u16, start: usize, rest: Stretch, patience: Patience) -> Sqe {
         let wire = self.wire_mut(connection);
         wire.sends_out += 1;
         let place = &wire.outbox[start + rest.done_bytes() as usize..][..rest.rest_bytes() as usize];
         if wire.socket.is_ktls() {
-            let flags = if patience == Patience::AtOnce { libc::RWF_NOWAIT } else { 0 };
-            return opcode::Write::new(wire.fd(), place.as_ptr(), rest.rest_bytes())
-                .rw_flags(flags)
-                .build()
-                .into();
+            let sqe = opcode::Write::new(wire.fd(), place.as_ptr(), rest.rest_bytes()).build();
+            return self.push(Operation::SendOutbox(connection), sqe.into(), link);
         }
-        let flags = match patience {
-            Patience::Waits(link) => send_flags(link),
-            Patience::AtOnce => libc::MSG_DONTWAIT | send_flags(Link::None),
-        };
         let send = opcode::Send::new(wire.fd(), place.as_ptr(), rest.rest_bytes());
-        send.flags(libc::MSG_WAITALL | flags).build().into()
+        let sqe = send.flags(libc::MSG_WAITALL | send_flags(link)).build();
+        self.push(Operation::SendOutbox(connection), sqe.into(), link);
+    }
+
+    /// The same at once, without the ring: how many bytes the socket took. Errors: send's, `EAGAIN` when it took none.
+    pub fn send_outbox_now(
+        &mut self,
+        connection: u16,
+        start: usize,
+        rest: Stretch,
+        has_more: bool,
+    ) -> io::Result<u32> {
+        let wire = self.wire(connection);
+        let place = &wire.outbox[start + rest.done_bytes() as usize..][..rest.rest_bytes() as usize];
+        let more = if has_more { SendFlags::MORE } else { SendFlags::empty() };
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | more;
+        Ok(rustix::net::send(&wire.socket, place, flags)? as u32)
+    }
+
+    /// Sends of the rest of the tag's staged payload what the socket takes at once: how many bytes. Errors: those of
+    /// [`Staging::send`](super::staging::Staging::send).
+    pub fn send_staged_now(&mut self, connection: u16, tag: u16, rest: Stretch) -> io::Result<u32> {
+        let Some(staging) = self.payloads.staging() else { panic!("payloads are not staged") };
+        staging.send(&self.wire(connection).socket, tag, rest)
+    }
+
+    /// Waits until the connection's socket takes more.
+    pub fn wait_for_room(&mut self, connection: u16) {
+        let sqe = opcode::PollAdd::new(self.wire(connection).fd(), libc::POLLOUT as u32).build();
+        self.push(Operation::RoomToSend(connection), sqe.into(), Link::None);
     }
 
     /// How payloads move on a connection.
@@ -362,7 +368,6 @@ impl QueueRing {
             None => submitter.submit_and_wait(1),
             Some(timespec) => submitter.submit_with_args(1, &types::SubmitArgs::new().timespec(timespec)),
         };
-        self.took_all = self.ring.submission().is_empty();
         unless_interrupted(outcome)
     }
 
@@ -376,7 +381,6 @@ impl QueueRing {
         // leave GETEVENTS out where nothing is waited for, and without it linked operations do not go on.
         let outcome =
             unsafe { submitter.enter::<libc::sigset_t>(to_submit, 0, IORING_ENTER_GETEVENTS, None) };
-        self.took_all = self.ring.submission().is_empty();
         unless_interrupted(outcome)
     }
 
@@ -388,9 +392,7 @@ impl QueueRing {
         match operation {
             Operation::ReceiveInbox(connection) => self.wire_mut(connection).inbox_receives_out -= 1,
             Operation::SendOutbox(connection) | Operation::SendPayload(connection, _) => {
-                let wire = self.wire_mut(connection);
-                wire.sends_out -= 1;
-                wire.silent_sends_out = 0;
+                self.wire_mut(connection).sends_out -= 1;
             }
             _ => {}
         }
@@ -472,6 +474,7 @@ mod tests {
             Operation::SendPayload(u16::MAX, 2),
             Operation::Register(3),
             Operation::Unregister(u16::MAX),
+            Operation::RoomToSend(7),
         ];
         for operation in operations {
             assert_eq!(Operation::from_user_data(operation.to_user_data()), operation);

@@ -191,24 +191,13 @@ pub struct Outgoing {
     /// How far that piece got.
     stretch: Stretch,
     chain: Chain,
-    /// What is out completes at once, and tells only when it did not move everything.
-    is_silent: bool,
-    /// The batch was tried in silence, and nothing of it fitted into the socket.
-    has_been_refused: bool,
 }
 
 impl Outgoing {
     /// Nothing to send; a batch has at most `pieces_max` pieces.
     pub fn new(pieces_max: usize) -> Self {
         let pieces = Vec::with_capacity(pieces_max);
-        Self {
-            pieces,
-            index: 0,
-            stretch: Stretch::default(),
-            chain: Chain::default(),
-            is_silent: false,
-            has_been_refused: false,
-        }
+        Self { pieces, index: 0, stretch: Stretch::default(), chain: Chain::default() }
     }
 
     /// Operations that are not reaped.
@@ -232,32 +221,41 @@ impl Outgoing {
         outcome
     }
 
-    /// The batch's one piece, if it is to be pushed so that it completes at once and in silence: nothing of it was tried
-    /// yet, and it comes from the outbox.
-    pub fn silent_piece(&self) -> Option<(usize, Stretch)> {
-        match *self.pieces {
-            [Piece::Outbox { start, .. }] if self.stretch.done_bytes == 0 && !self.has_been_refused => {
-                Some((start, self.stretch))
-            }
-            _ => None,
-        }
+    /// Whether the batch has data of WRITEs in pieces of their own.
+    pub fn has_payloads(&self) -> bool {
+        self.pieces.iter().any(|piece| matches!(piece, Piece::Payload { .. }))
     }
 
-    /// [`Outgoing::silent_piece`] was pushed.
-    pub fn pushed_silently(&mut self) {
+    /// The piece to go on with, what is left of it, and whether more follows; `None` when the batch is done.
+    pub fn next(&self) -> Option<(Piece, Stretch, bool)> {
+        let piece = *self.pieces.get(self.index)?;
+        Some((piece, self.stretch, self.index + 1 < self.pieces.len()))
+    }
+
+    /// The socket took bytes of that piece, without an operation.
+    ///
+    /// # Errors
+    /// It took none, or more than there were.
+    pub fn sent(&mut self, bytes: u32) -> Result<(), StreamError> {
+        match bytes {
+            0 => return Err(StreamError::Closed),
+            _ if bytes > self.stretch.rest_bytes() => return Err(StreamError::OutOfStep),
+            _ => self.stretch.done_bytes += bytes,
+        }
+        if self.stretch.is_done() {
+            self.enter(self.index + 1);
+        }
+        Ok(())
+    }
+
+    /// The socket was full, and an operation waits for room.
+    pub fn waits_for_room(&mut self) {
         self.chain.operations_out += 1;
-        self.is_silent = true;
     }
 
-    /// What was pushed in silence has been started, and completions were reaped. True: it told nothing, so the batch is
-    /// done.
-    pub fn settle(&mut self) -> bool {
-        if !std::mem::take(&mut self.is_silent) {
-            return false;
-        }
-        self.chain = Chain::default();
-        self.enter(self.pieces.len());
-        true
+    /// That operation completed.
+    pub fn room_came(&mut self) {
+        self.chain.operations_out -= 1;
     }
 
     /// The pieces that have bytes to be sent yet, each with what is left of it.
@@ -279,12 +277,6 @@ impl Outgoing {
     /// # Errors
     /// [`StreamError`], by cause.
     pub fn completed(&mut self, result: i32) -> Result<bool, StreamError> {
-        if std::mem::take(&mut self.is_silent) && result == -libc::EAGAIN {
-            // Nothing fitted into the socket; the rest will wait for room.
-            self.chain = Chain::default();
-            self.has_been_refused = true;
-            return Ok(false);
-        }
         self.chain.completed(&mut self.stretch, result)?;
         if self.stretch.is_done() && !self.is_done() {
             self.enter(self.index + 1);
@@ -294,7 +286,6 @@ impl Outgoing {
 
     fn enter(&mut self, index: usize) {
         self.index = index;
-        self.has_been_refused = false;
         self.stretch = Stretch::new(self.pieces.get(index).map_or(0, Piece::len_bytes));
     }
 }
@@ -376,32 +367,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sent_in_silence_is_done_unless_it_tells_otherwise() {
-        let piece = [Piece::Outbox { start: 0, len: 56 }];
-        let silent = |outgoing: &mut Outgoing| {
-            let (start, whole) = outgoing.silent_piece().expect("one piece, from the outbox");
-            assert_eq!((start, whole.rest_bytes()), (0, 56));
-            outgoing.pushed_silently();
-        };
-        let mut outgoing = unpushed_batch(&piece);
-        silent(&mut outgoing);
-        assert!(outgoing.settle() && outgoing.is_done());
-        assert_eq!((outgoing.operations_out(), outgoing.settle()), (0, false));
-        // Nothing of it fitted: the next try waits for room.
-        let mut outgoing = unpushed_batch(&piece);
-        silent(&mut outgoing);
-        assert!(!outgoing.completed(-libc::EAGAIN).unwrap() && !outgoing.settle());
-        assert_eq!((outgoing.operations_out(), outgoing.silent_piece()), (0, None));
-        assert_eq!(rest(&outgoing), [(piece[0], 0, 56)]);
-        outgoing.pushed();
-        assert!(outgoing.completed(56).unwrap());
-        // A part of it fitted: so does the rest.
-        let mut outgoing = unpushed_batch(&piece);
-        silent(&mut outgoing);
-        assert!(!outgoing.completed(28).unwrap() && !outgoing.settle());
-        assert_eq!((rest(&outgoing), outgoing.silent_piece()), (vec![(piece[0], 28, 28)], None));
-        // What has pages in it is never sent in silence: somebody has to tell when they are free.
-        assert_eq!(unpushed_batch(&write(3)).silent_piece(), None);
+    fn what_the_socket_takes_at_once_needs_no_operation() {
+        let pieces = write(3);
+        let mut outgoing = unpushed_batch(&pieces);
+        assert!(outgoing.has_payloads());
+        outgoing.sent(28).unwrap();
+        let (piece, rest, has_more) = outgoing.next().unwrap();
+        assert_eq!((piece, rest.done_bytes(), rest.rest_bytes(), has_more), (pieces[1], 0, 4096, false));
+        outgoing.sent(96).unwrap();
+        outgoing.waits_for_room();
+        assert_eq!((outgoing.operations_out(), outgoing.is_done()), (1, false));
+        outgoing.room_came();
+        assert!(matches!(outgoing.sent(0), Err(StreamError::Closed)));
+        assert!(matches!(outgoing.sent(4001), Err(StreamError::OutOfStep)));
+        outgoing.sent(4000).unwrap();
+        assert!(outgoing.is_done() && outgoing.next().is_none() && outgoing.operations_out() == 0);
     }
 
     #[test]
