@@ -117,6 +117,10 @@ pub struct Connection {
     bulk_start: usize,
     bulk_end: usize,
     receive_bytes: usize,
+    /// What the receive that is in flight, or was the last, asked for.
+    asked_bytes: usize,
+    /// The last receive got less than it asked for.
+    has_emptied_socket: bool,
     receiving: Receiving,
     is_paused: bool,
     is_sending: bool,
@@ -156,6 +160,8 @@ impl Connection {
             bulk_end: 0,
             // Options are short; what one that is long needs at most is bounded by this and by its own limit.
             receive_bytes: SHORT_RECEIVE_BYTES,
+            asked_bytes: 0,
+            has_emptied_socket: false,
             receiving: Receiving::Nothing,
             is_paused: false,
             is_sending: false,
@@ -208,6 +214,7 @@ impl Connection {
                 self.receiving = Receiving::Nothing;
                 if self.received(ring, completion.result, now) {
                     self.bulk_end += completion.result as usize;
+                    self.has_emptied_socket = (completion.result as usize) < self.asked_bytes;
                 }
             }
             OpKind::ReceivePayload => {
@@ -463,6 +470,7 @@ impl Connection {
             let done_bytes = self.session.payload_bytes(slot) - missing_bytes;
             let length_bytes = missing_bytes.min(DIRECT_RECEIVE_BYTES_MAX);
             ring.push_receive_payload(self.index, slot, self.place(slot), done_bytes, length_bytes);
+            self.has_emptied_socket = false;
             self.receiving = Receiving::Payload;
             return;
         }
@@ -473,7 +481,8 @@ impl Connection {
             (self.bulk_start, self.bulk_end) = (0, left_bytes);
         }
         let end = (left_bytes + self.receive_bytes).min(BULK_BYTES);
-        ring.push_receive_bulk(self.index, left_bytes..end);
+        self.asked_bytes = end - left_bytes;
+        ring.push_receive_bulk(self.index, left_bytes..end, self.has_emptied_socket);
         self.receiving = Receiving::Bulk;
     }
 

@@ -37,6 +37,9 @@ use proto::nbd::replies::REPLY_HEAD_BYTES_MAX;
 use tls::kernel::{self, ControlRecord};
 use tls::stream::Carrier;
 
+/// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before looking at it.
+const IORING_RECVSEND_POLL_FIRST: u16 = 1;
+
 /// Submissions that fit between two system calls. A pass with more submits twice.
 const SQ_ENTRIES: u32 = 512;
 /// Completions that fit; the kernel keeps more aside, at a cost.
@@ -356,12 +359,14 @@ impl Ring {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
     }
 
-    /// Receives up to the end of `range` into the receive memory.
-    pub fn push_receive_bulk(&mut self, connection: u32, range: Range<usize>) {
+    /// Receives up to the end of `range` into the receive memory. Where `was_empty` says that the last receive emptied the
+    /// socket, the kernel does not look again before it waits.
+    pub fn push_receive_bulk(&mut self, connection: u32, range: Range<usize>, was_empty: bool) {
         let memory = self.connection_mut(connection);
         let target = memory.bulk.address(range.start, range.len());
         memory.bulk_is_lent_to_kernel = true;
-        let op = opcode::Recv::new(types::Fd(memory.socket.as_raw_fd()), target, range.len() as u32).build();
+        let receive = opcode::Recv::new(types::Fd(memory.socket.as_raw_fd()), target, range.len() as u32);
+        let op = receive.ioprio(if was_empty { IORING_RECVSEND_POLL_FIRST } else { 0 }).build();
         self.push(op, OpKind::ReceiveBulk, connection, SlotId(0));
     }
 

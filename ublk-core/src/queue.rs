@@ -117,18 +117,16 @@ impl Queue {
         buffers.read_from(tag, len_bytes, &self.char_device, user_copy_offset(self.q_id, tag))
     }
 
-    /// Copies `len_bytes` of the tag's WRITE, from `from_bytes` on, into a piece of `memory`; otherwise as
+    /// Copies the `len_bytes` of the tag's WRITE into `memory`, from `piece` on; otherwise as
     /// [`copy_from_request`](Self::copy_from_request).
     pub fn stage_request(
         &self,
         tag: u16,
-        from_bytes: u32,
-        len_bytes: usize,
+        len_bytes: u32,
         memory: &mut StagingMemory,
         piece: u16,
     ) -> io::Result<()> {
-        let from_bytes = user_copy_offset(self.q_id, tag) + u64::from(from_bytes);
-        memory.read_from(piece, len_bytes, &self.char_device, from_bytes)
+        memory.read_from(piece, len_bytes, &self.char_device, user_copy_offset(self.q_id, tag))
     }
 
     /// Copies `len_bytes` of the tag's buffer to the pages of its READ; otherwise as

@@ -51,17 +51,17 @@ impl StagingMemory {
         (usize::from(piece) * self.piece_bytes) as u64
     }
 
-    /// Fills the start of a piece from `from`. Errors: pread's; `UnexpectedEof`.
+    /// Fills the memory from the start of `piece` on, further pieces included. Errors: pread's; `UnexpectedEof`.
     pub(crate) fn read_from(
         &mut self,
         piece: u16,
-        len_bytes: usize,
+        len_bytes: u32,
         from: &File,
         from_bytes: u64,
     ) -> io::Result<()> {
-        assert!(len_bytes <= self.piece_bytes, "{len_bytes} bytes do not fit a piece");
+        let len_bytes = len_bytes as usize;
         let at_bytes = usize::from(piece) * self.piece_bytes;
-        assert!(at_bytes + len_bytes <= self.len_bytes, "piece {piece} is beyond the memory");
+        assert!(at_bytes + len_bytes <= self.len_bytes, "{len_bytes} bytes at piece {piece} are too many");
         while self.prepared_bytes < at_bytes + len_bytes {
             self.mapping.make_huge(self.start_bytes + self.prepared_bytes);
             self.prepared_bytes += HUGE_PAGE_BYTES;
@@ -84,19 +84,19 @@ mod tests {
         let bytes: Vec<u8> = (0..200_000u32).map(|n| (n % 251) as u8).collect();
         source.write_all(&bytes).unwrap();
         source.rewind().unwrap();
-        for piece in [0, 17, 31] {
-            memory.read_from(piece, 100_000, &source, 1000).unwrap();
-            let mut staged = vec![0; 100_000];
+        for piece in [0, 17, 30] {
+            memory.read_from(piece, 150_000, &source, 1000).unwrap();
+            let mut staged = vec![0; 150_000];
             memory.file().read_exact_at(&mut staged, memory.offset_bytes(piece)).unwrap();
-            assert!(staged == bytes[1000..101_000]);
+            assert!(staged == bytes[1000..151_000]);
         }
     }
 
     #[test]
-    #[should_panic(expected = "do not fit")]
-    fn a_piece_holds_no_more_than_its_size() {
+    #[should_panic(expected = "too many")]
+    fn nothing_is_read_past_the_last_piece() {
         let mut memory = StagingMemory::new(16, 128 << 10).unwrap();
         let source = File::from(memfd_create("source", MemfdFlags::CLOEXEC).unwrap());
-        let _ = memory.read_from(0, (128 << 10) + 1, &source, 0);
+        let _ = memory.read_from(15, (128 << 10) + 1, &source, 0);
     }
 }

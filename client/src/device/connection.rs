@@ -334,6 +334,7 @@ impl Connection {
     /// When the connection did not fail: the caller is wrong.
     pub fn reaped(&mut self) {
         assert!(self.failed, "only a connection that failed is reaped");
+        (self.in_flight, self.large_reads) = (0, 0);
         self.to_send.clear();
         self.sending.clear();
         for (tag, entry) in self.entries.iter_mut().enumerate() {
@@ -349,9 +350,9 @@ impl Connection {
         self.completions.pop_front()
     }
 
-    #[cfg(test)]
-    fn in_flight(&self) -> usize {
-        self.entries.iter().filter(|entry| entry.stage != Stage::Idle).count()
+    /// Requests that were submitted and have not completed.
+    pub fn in_flight(&self) -> usize {
+        usize::from(self.in_flight)
     }
 
     /// Whether it failed.

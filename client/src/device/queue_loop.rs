@@ -381,11 +381,12 @@ impl<'a> QueueLoop<'a> {
             false => QueueRing::inbox_bytes(),
         };
         let (payload, part) = lane.incoming.push(inbox_end);
+        let is_idle = lane.connection.in_flight() == usize::from(payload.is_some());
         if let Some((tag, rest)) = payload {
             assert_ours(self.tags.operation_submitted(tag));
             self.ring.receive_payload(connection, tag, rest);
         }
-        self.ring.receive_inbox(connection, part);
+        self.ring.receive_inbox(connection, part, is_idle);
     }
 
     /// Sends what waits, or the rest of what stopped short: one batch at a time for each socket.

@@ -29,6 +29,8 @@ use super::stream::Stretch;
 
 /// `IORING_ENTER_GETEVENTS`: run what completions wait for.
 const IORING_ENTER_GETEVENTS: u32 = 1;
+/// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before looking at it.
+const IORING_RECVSEND_POLL_FIRST: u16 = 1;
 /// Bytes of a connection's inbox, and of its outbox: 31 headers with payloads of 4 KiB.
 const BOX_BYTES: usize = 128 << 10;
 
@@ -286,12 +288,14 @@ impl QueueRing {
         self.payloads.copy_to_request(&self.queue, tag, len_bytes)
     }
 
-    /// Receives what comes, into a part of the connection's inbox.
-    pub fn receive_inbox(&mut self, connection: u16, part: Range<usize>) {
+    /// Receives what comes, into a part of the connection's inbox. Where `is_idle` says that nothing can have come yet, the
+    /// kernel does not look before it waits.
+    pub fn receive_inbox(&mut self, connection: u16, part: Range<usize>, is_idle: bool) {
         let socket = self.wire(connection).fd();
         let wire = self.wire_mut(connection);
         let place = &mut wire.inbox[part];
-        let sqe = opcode::Recv::new(socket, place.as_mut_ptr(), place.len() as u32).build();
+        let receive = opcode::Recv::new(socket, place.as_mut_ptr(), place.len() as u32);
+        let sqe = receive.ioprio(if is_idle { IORING_RECVSEND_POLL_FIRST } else { 0 }).build();
         wire.inbox_receives_out += 1;
         self.push(Operation::ReceiveInbox(connection), sqe.into(), Link::None);
     }

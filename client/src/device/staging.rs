@@ -22,21 +22,18 @@ use super::stream::Stretch;
 
 /// Bytes of a piece: the size of many a large WRITE.
 const PIECE_BYTES: usize = 128 << 10;
-/// Pieces of a queue, 16 MiB: more in flight gains nothing on any network; a WRITE that finds none free waits.
-const PIECES: u16 = 128;
-/// No piece.
-const NONE: u16 = u16::MAX;
+/// Pieces of a queue, 16 MiB, one for each bit of a word: more in flight gains nothing on any network; a WRITE that finds
+/// no room waits.
+const PIECES: u16 = u128::BITS as u16;
 
 /// The memory of one queue's WRITEs.
 #[derive(Debug)]
 pub struct Staging {
     memory: StagingMemory,
-    /// The last is taken first, so few are ever touched where few are needed.
-    free: Vec<u16>,
-    /// By tag: the first piece of its data.
-    first: Box<[u16]>,
-    /// By piece: the one that follows it.
-    next: Box<[u16]>,
+    /// By bit: whether the piece is free. The lowest are taken first, so few are ever touched where few are needed.
+    free: u128,
+    /// By tag: the pieces of its data, by bit; they lie side by side.
+    taken: Box<[u128]>,
 }
 
 impl Staging {
@@ -44,35 +41,23 @@ impl Staging {
     pub fn new(queue_depth: u16) -> io::Result<Self> {
         Ok(Self {
             memory: StagingMemory::new(PIECES, PIECE_BYTES)?,
-            free: (0..PIECES).rev().collect(),
-            first: vec![NONE; usize::from(queue_depth)].into_boxed_slice(),
-            next: vec![NONE; usize::from(PIECES)].into_boxed_slice(),
+            free: u128::MAX,
+            taken: vec![0; usize::from(queue_depth)].into_boxed_slice(),
         })
     }
 
     /// Copies the data of the tag's WRITE; false: there is no room yet. Errors: those of [`Queue::stage_request`].
     ///
     /// # Panics
-    /// When the tag has data here, or more than fits at all.
+    /// When the tag has data here, or none, or more than fits at all.
     pub fn stage(&mut self, queue: &Queue, tag: u16, len_bytes: u32) -> io::Result<bool> {
-        assert_eq!(self.first[usize::from(tag)], NONE, "tag {tag} is staged");
-        let pieces = (len_bytes as usize).div_ceil(PIECE_BYTES);
-        assert!(pieces <= usize::from(PIECES), "a WRITE of {len_bytes} bytes does not fit");
-        if self.free.len() < pieces {
+        assert_eq!(self.taken[usize::from(tag)], 0, "tag {tag} is staged");
+        let Some(pieces) = side_by_side(self.free, len_bytes.div_ceil(PIECE_BYTES as u32)) else {
             return Ok(false);
-        }
-        let mut last = NONE;
-        for done_bytes in (0..len_bytes).step_by(PIECE_BYTES) {
-            let Some(piece) = self.free.pop() else { return Ok(false) };
-            self.next[usize::from(piece)] = NONE;
-            match last {
-                NONE => self.first[usize::from(tag)] = piece,
-                _ => self.next[usize::from(last)] = piece,
-            }
-            last = piece;
-            let piece_bytes = PIECE_BYTES.min((len_bytes - done_bytes) as usize);
-            queue.stage_request(tag, done_bytes, piece_bytes, &mut self.memory, piece)?;
-        }
+        };
+        self.free &= !pieces;
+        self.taken[usize::from(tag)] = pieces;
+        queue.stage_request(tag, len_bytes, &mut self.memory, pieces.trailing_zeros() as u16)?;
         Ok(true)
     }
 
@@ -82,25 +67,45 @@ impl Staging {
     /// # Panics
     /// When the tag has no data here.
     pub fn send(&self, socket: &DataSocket, tag: u16, rest: Stretch) -> io::Result<u32> {
-        let done_bytes = rest.done_bytes() as usize;
-        let mut piece = self.first[usize::from(tag)];
-        for _ in 0..done_bytes / PIECE_BYTES {
-            piece = self.next[usize::from(piece)];
-        }
-        assert_ne!(piece, NONE, "tag {tag} is not staged");
-        let in_piece_bytes = done_bytes % PIECE_BYTES;
-        let len_bytes = (PIECE_BYTES - in_piece_bytes).min(rest.rest_bytes() as usize);
-        let mut offset_bytes = self.memory.offset_bytes(piece) + in_piece_bytes as u64;
-        let sent_bytes = sendfile(socket, self.memory.file(), Some(&mut offset_bytes), len_bytes)?;
+        let pieces = self.taken[usize::from(tag)];
+        assert_ne!(pieces, 0, "tag {tag} is not staged");
+        let start_bytes = self.memory.offset_bytes(pieces.trailing_zeros() as u16);
+        let mut from_bytes = start_bytes + u64::from(rest.done_bytes());
+        let len_bytes = rest.rest_bytes() as usize;
+        let sent_bytes = sendfile(socket, self.memory.file(), Some(&mut from_bytes), len_bytes)?;
         Ok(sent_bytes as u32)
     }
 
     /// The reply to the tag's WRITE has come: its pieces, if it has any, are free.
     pub fn release(&mut self, tag: u16) {
-        let mut piece = std::mem::replace(&mut self.first[usize::from(tag)], NONE);
-        while piece != NONE {
-            self.free.push(piece);
-            piece = self.next[usize::from(piece)];
-        }
+        self.free |= std::mem::take(&mut self.taken[usize::from(tag)]);
+    }
+}
+
+/// The lowest `count` set bits of `free` that are side by side.
+///
+/// # Panics
+/// When `count` is 0, or more than there are bits.
+fn side_by_side(free: u128, count: u32) -> Option<u128> {
+    assert!((1..=u128::BITS).contains(&count), "{count} pieces");
+    let starts = (1..count).fold(free, |starts, distance| starts & (free >> distance));
+    (starts != 0).then(|| (u128::MAX >> (u128::BITS - count)) << starts.trailing_zeros())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_room_that_is_wide_enough_is_taken() {
+        assert_eq!(side_by_side(u128::MAX, 1), Some(1));
+        assert_eq!(side_by_side(u128::MAX, 128), Some(u128::MAX));
+        assert_eq!(side_by_side(0b1110_1101, 1), Some(0b1));
+        assert_eq!(side_by_side(0b1110_1101, 2), Some(0b1100));
+        assert_eq!(side_by_side(0b1110_1101, 3), Some(0b1110_0000));
+        assert_eq!(side_by_side(0b1110_1101, 4), None);
+        assert_eq!(side_by_side(0b111 << 125, 3), Some(0b111 << 125));
+        assert_eq!(side_by_side(0b111 << 125, 4), None, "nothing beyond the last");
+        assert_eq!(side_by_side(0, 1), None);
     }
 }
