@@ -25,6 +25,8 @@ pub const NO_SPACE: &str = "NO_SPACE";
 pub const FENCE_UNFINISHED: &str = "FENCE_UNFINISHED";
 /// UNAVAILABLE: the server is stopping; nothing was done.
 pub const SERVER_STOPPING: &str = "SERVER_STOPPING";
+/// PERMISSION_DENIED: the caller's certificate does not name what the call is about.
+pub const NOT_AUTHORIZED: &str = "NOT_AUTHORIZED";
 /// INTERNAL: the server failed; its log says why.
 pub const SERVER_FAILED: &str = "SERVER_FAILED";
 

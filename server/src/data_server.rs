@@ -176,7 +176,7 @@ impl DataServer {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let ring_count = if config.threads == 0 { cores } else { config.threads };
         let limits = config.limits;
-        let plan = limits.plan(ring_count, machine_bytes())?;
+        let plan = limits.plan(ring_count, machine_bytes(), config.tls.connection_bytes())?;
         let (rings, ring_threads) = start_rings(ring_count, &gate_sender, limits, plan, &config.tls)?;
         let volumes_dir = config.volumes_dir.clone();
         let identity = (boot_id.clone(), process_id.clone());

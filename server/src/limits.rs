@@ -107,13 +107,20 @@ pub struct MemoryPlan {
 }
 
 impl Limits {
-    /// Divides the memory among `rings` rings and all the connections there may be; `machine_bytes` is what the machine has.
+    /// Divides the memory among `rings` rings and all the connections there may be; `machine_bytes` is what the machine has,
+    /// `tls_bytes` what TLS may take for each connection.
     ///
     /// # Errors
     /// [`TooLittleMemory`]
-    pub fn plan(&self, rings: usize, machine_bytes: u64) -> Result<MemoryPlan, TooLittleMemory> {
+    pub fn plan(
+        &self,
+        rings: usize,
+        machine_bytes: u64,
+        tls_bytes: u64,
+    ) -> Result<MemoryPlan, TooLittleMemory> {
         let rings_count = rings as u64;
-        let fixed_bytes = u64::from(self.connections_max) * CONNECTION_BYTES + rings_count * RING_BYTES;
+        let connections_bytes = u64::from(self.connections_max) * (CONNECTION_BYTES + tls_bytes);
+        let fixed_bytes = connections_bytes + rings_count * RING_BYTES;
         let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
         let full_bytes = with_pools(PoolSize::full(self.request_bytes_max));
         let limit_bytes = self.memory_bytes_max.unwrap_or_else(|| full_bytes.min(machine_bytes / 2));
@@ -152,9 +159,9 @@ mod tests {
                 };
                 let least_bytes = u64::from(connections_max) * CONNECTION_BYTES
                     + rings as u64 * (RING_BYTES + PoolSize::smallest(request_bytes_max).bytes());
-                assert!(limits(least_bytes - 1).plan(rings, GIB).is_err());
+                assert!(limits(least_bytes - 1).plan(rings, GIB, 0).is_err());
                 for memory_bytes_max in [least_bytes, least_bytes + (7 << 20), 2 * least_bytes, 1 << 40] {
-                    let plan = limits(memory_bytes_max).plan(rings, GIB).unwrap();
+                    let plan = limits(memory_bytes_max).plan(rings, GIB, 0).unwrap();
                     assert!(plan.total_bytes <= memory_bytes_max, "{plan:?}");
                     assert!(plan.pool.bytes() <= PoolSize::full(request_bytes_max).bytes());
                 }
@@ -165,12 +172,20 @@ mod tests {
     #[test]
     fn unset_it_is_half_of_the_machine_at_most_and_full_pools_where_there_is_room() {
         let limits = Limits::default();
-        assert_eq!(limits.plan(2, 1 << 40).unwrap().pool, PoolSize::full(limits.request_bytes_max));
-        let plan = limits.plan(8, 2 * GIB).unwrap();
+        assert_eq!(limits.plan(2, 1 << 40, 0).unwrap().pool, PoolSize::full(limits.request_bytes_max));
+        let plan = limits.plan(8, 2 * GIB, 0).unwrap();
         assert!(
             plan.total_bytes <= GIB && plan.pool.bytes() < PoolSize::full(limits.request_bytes_max).bytes()
         );
-        let error = limits.plan(8, GIB / 2).unwrap_err();
+        let error = limits.plan(8, GIB / 2, 0).unwrap_err();
         assert!(error.to_string().contains("a memory limit of 256 MiB is too little"), "{error}");
+    }
+
+    #[test]
+    fn tls_is_in_the_sum() {
+        let limits = Limits { memory_bytes_max: Some(GIB), ..Limits::default() };
+        let (without, with) = (limits.plan(2, GIB, 0).unwrap(), limits.plan(2, GIB, 300 << 10).unwrap());
+        assert!(with.total_bytes <= GIB && with.pool.bytes() < without.pool.bytes());
+        assert!(limits.plan(2, GIB, 1 << 20).is_err(), "a GiB for TLS leaves none for buffers");
     }
 }

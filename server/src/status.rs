@@ -96,6 +96,17 @@ pub(crate) fn failed(cause: &str) -> Status {
     Status::with_error_details(Code::Internal, "the server failed: its log says why", details)
 }
 
+/// PERMISSION_DENIED: the caller's certificate does not say that it may `what`.
+pub(crate) fn forbidden(what: &str) -> Status {
+    let next = "use a certificate that names it, see docs/tls.md";
+    let details = error_info(reason::NOT_AUTHORIZED, next, []);
+    Status::with_error_details(
+        Code::PermissionDenied,
+        format!("the caller's certificate does not allow to {what}"),
+        details,
+    )
+}
+
 /// UNAVAILABLE: the call came after the server began to stop; nothing was done.
 pub(crate) fn stopping() -> Status {
     let details = error_info(reason::SERVER_STOPPING, "repeat the call once the server is there again", []);

@@ -40,7 +40,9 @@ impl ExitCode {
             reason::NO_UBLK_DRIVER | reason::NOT_PERMITTED | reason::DATA_PATH_UNSUPPORTED => {
                 return Self::MachineCannot;
             }
-            reason::DEVICE_START_FAILED | reason::NEWER_FORMAT => return Self::Other,
+            reason::DEVICE_START_FAILED | reason::NEWER_FORMAT | reason::NOT_AUTHORIZED => {
+                return Self::Other;
+            }
             _ => {}
         }
         match code {

@@ -26,6 +26,10 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(10);
 /// rustls needs little; what is not touched costs nothing.
 const STACK_BYTES: usize = 256 << 10;
 
+/// Memory that a relay may come to hold, in bytes: a chunk of plaintext and a quarter more to send, what rustls buffers in each
+/// direction (64 KiB), and the part of its stack that is touched.
+pub const CONNECTION_BYTES: u64 = (CHUNK_BYTES as u64 * 5 / 4) + 2 * (64 << 10) + (64 << 10);
+
 /// Starts a relay; gives the near end, which is blocking.
 ///
 /// # Errors

@@ -186,7 +186,9 @@ impl TlsStream {
         // Processing nothing tells how much plaintext waits.
         let has_plaintext =
             self.connection.process_new_packets().map_or(true, |state| state.plaintext_bytes_to_read() > 0);
-        is_known && !has_plaintext
+        // A Unix socket has an address of another family, and no kTLS.
+        let is_tcp = self.socket.local_addr().is_ok();
+        is_known && is_tcp && !has_plaintext
     }
 
     fn send_records(&mut self, deadline: Instant) -> io::Result<()> {

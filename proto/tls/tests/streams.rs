@@ -128,6 +128,26 @@ fn plaintext_that_came_with_the_handshake_is_not_lost() {
 }
 
 #[test]
+fn a_unix_socket_s_records_go_to_a_relay() {
+    let files = Files::new();
+    let (near, far) = UnixStream::pair().unwrap();
+    let [near, far] = [near, far].map(|end| TcpStream::from(std::os::fd::OwnedFd::from(end)));
+    let config = Arc::new(server_config(&files.issued.pair(), None).unwrap());
+    let deadline = Instant::now() + LIMIT;
+    let server = std::thread::spawn(move || TlsStream::accept(far, config, deadline));
+    let client = files.client(&rustls::version::TLS13);
+    let client = TlsStream::connect(near, client, "localhost".try_into().unwrap(), deadline).unwrap();
+    let server = server.join().unwrap().unwrap().hand_over(Records::Auto).unwrap();
+    let client = client.hand_over(Records::Auto).unwrap();
+    assert!(matches!((&server, &client), (Carrier::Relay(_), Carrier::Relay(_))));
+    let (mut server, mut client) = (plain(server), plain(client));
+    client.write_all(b"by a file's name").unwrap();
+    let mut received = [0; 16];
+    server.read_exact(&mut received).unwrap();
+    assert_eq!(&received, b"by a file's name");
+}
+
+#[test]
 fn the_end_of_a_relay_comes_after_its_last_byte() {
     let files = Files::new();
     let (server, client) = handshake(&files, files.client(&rustls::version::TLS13));

@@ -121,6 +121,15 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(())
     }
 
+    /// The node that holds an attachment; `None` where there is no such attachment.
+    ///
+    /// # Errors
+    /// The catalog's failure.
+    pub fn node_id_of(&self, attachment_id: Uuid) -> Result<Option<String>, LifecycleError> {
+        let found = self.catalog.attachment_in_any_state(attachment_id)?;
+        Ok(found.map(|(attachment, _)| attachment.node_id))
+    }
+
     /// The name of the volume that an attachment is of, to lock it; `None` where there is no such attachment.
     ///
     /// # Errors

@@ -1,13 +1,14 @@
 //! The management API `volnode.v1.Management` over gRPC.
 //!
 //! Owns the translation between messages and the lifecycle: fields checked (`fields.rs`), calls on one volume put in line
-//! (`NameLocks`), blocking work moved off tokio's threads, records turned into messages (`messages.rs`), errors into
+//! (`NameLocks`), callers held to what their certificates allow (`authorization.rs`), blocking work moved off tokio's threads, records turned into messages (`messages.rs`), errors into
 //! statuses (`status.rs`). It decides nothing itself; the semantics are those written in
 //! `proto/volnode/v1/management.proto`. Called by tonic.
 //!
 //! A call whose caller hangs up is finished all the same: the blocking work owns the lock and runs to its end, which a
 //! stop of the server waits for ([`Calls`]).
 
+mod authorization;
 mod fields;
 mod messages;
 mod page_token;
@@ -21,6 +22,7 @@ use tonic::{Request, Response, Status};
 
 use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLocks};
 use crate::status;
+use authorization::Caller;
 use fields::Fields;
 use page_token::PageToken;
 
@@ -102,6 +104,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::CreateVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
         let new = fields::new_volume(request.into_inner())?;
         let lock = self.locks.lock(&new.name).await;
         self.blocking(move |lifecycle| {
@@ -115,6 +118,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::GetVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
         let mut fields = Fields::default();
         let name = fields.volume_name("name", request.into_inner().name);
         fields.finish()?;
@@ -125,6 +129,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::ListVolumesRequest>,
     ) -> Result<Response<v1::ListVolumesResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
         let request = request.into_inner();
         let mut fields = Fields::default();
         let token = PageToken::new("volumes", self.lifecycle.catalog().server_id());
@@ -146,6 +151,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::DeleteVolumeRequest>,
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
         let mut fields = Fields::default();
         let name = fields.volume_name("name", request.into_inner().name);
         fields.finish()?;
@@ -161,13 +167,18 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::AttachVolumeRequest>,
     ) -> Result<Response<v1::AttachVolumeResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let request = request.into_inner();
         let mut fields = Fields::default();
         let name = fields.volume_name("volume_name", request.volume_name);
         let node_id = fields.node_id("node_id", request.node_id);
         let read_only = fields.read_only("access_mode", request.access_mode);
         fields.finish()?;
+        caller.require_node(&node_id)?;
         let force = request.force;
+        if force {
+            caller.require_force()?;
+        }
         let data_addresses = self.data_addresses.clone();
         let lock = self.locks.lock(&name).await;
         self.blocking(move |lifecycle| {
@@ -181,7 +192,19 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::DetachVolumeRequest>,
     ) -> Result<Response<v1::DetachVolumeResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let (named, wanted) = fields::detach_wanted(request.into_inner())?;
+        match (caller.may_manage(), &wanted.node_id, wanted.attachment_id) {
+            (true, ..) => {}
+            (false, None, Some(id)) => {
+                let holder = self.blocking(move |lifecycle| lifecycle.node_id_of(id)).await?.into_inner();
+                // One that is gone is nobody's, and detaching it does nothing.
+                if let Some(node_id) = holder {
+                    caller.require_node(&node_id)?;
+                }
+            }
+            (false, node_id, _) => caller.require_node(node_id.as_deref().unwrap_or_default())?,
+        }
         let name = match (named, wanted.attachment_id) {
             (Some(name), _) => Some(name),
             (None, Some(id)) => {
@@ -204,6 +227,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::ListAttachmentsRequest>,
     ) -> Result<Response<v1::ListAttachmentsResponse>, Status> {
+        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
         let request = request.into_inner();
         let mut fields = Fields::default();
         let filter = fields.attachment_filter(request.volume_name, request.node_id);

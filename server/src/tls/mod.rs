@@ -22,6 +22,7 @@ use std::time::Instant;
 use proto::nbd::handshake::server::TlsState;
 use rustls::ServerConfig;
 use tls::certificates::{CertificateError, Pair, server_config};
+use tls::relay;
 use tls::stream::{Carrier, Records, StreamError, TlsStream};
 use tracing::{debug, info};
 
@@ -31,6 +32,10 @@ use rights::Rights;
 
 /// A handshake needs some 100 KiB; what is not touched costs nothing.
 const STACK_BYTES: usize = 512 << 10;
+
+/// A handshake's flights and the part of its stack that is touched come to less than a relay: that has a chunk of plaintext,
+/// rustls's records both ways, and a stack.
+const CONNECTION_BYTES: u64 = relay::CONNECTION_BYTES;
 
 /// The files that TLS is spoken with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,6 +97,11 @@ impl ServerTls {
     /// Whether every client that uses TLS shows a certificate.
     pub fn checks_clients(&self) -> bool {
         self.files.as_ref().is_some_and(|files| files.client_authority.is_some())
+    }
+
+    /// Memory that TLS may take for one connection, in bytes: its handshake, then, if it comes to that, its relay.
+    pub fn connection_bytes(&self) -> u64 {
+        if self.state == TlsState::Off { 0 } else { CONNECTION_BYTES }
     }
 
     /// Reads the files again. Connections stay as they are; those that come get the new certificates.

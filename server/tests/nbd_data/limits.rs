@@ -80,7 +80,7 @@ fn the_longest_request_is_served_and_a_longer_one_refused() {
 
 /// The least memory with which a server of one thread and few connections starts.
 fn least_memory(limits: &Limits) -> u64 {
-    let error = Limits { memory_bytes_max: Some(0), ..*limits }.plan(1, 1 << 40).unwrap_err();
+    let error = Limits { memory_bytes_max: Some(0), ..*limits }.plan(1, 1 << 40, 0).unwrap_err();
     error.needed_mib << 20
 }
 

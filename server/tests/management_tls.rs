@@ -1,0 +1,235 @@
+//! The management API over TLS, spoken to the real volserver: who is let in, and to what.
+#![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
+
+mod volserver;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hyper_util::rt::TokioIo;
+use proto::error_reason as reason;
+use proto::v1;
+use proto::v1::management_client::ManagementClient;
+use rustix::process::{Pid, Signal, kill_process};
+use rustls::pki_types::ServerName;
+use tls::certificates::client_config;
+use tls::test_authority::{Authority, Issued};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+use volserver::{Volserver, attach_request, command, create_request, refused};
+
+/// A volserver that checks clients.
+struct Rig {
+    authority: Authority,
+    dir: tempfile::TempDir,
+    files: Issued,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::new();
+        let files = authority.issue(&dir.path().join("server"), &[]);
+        Self { authority, dir, files }
+    }
+
+    fn command(&self, mode: &str) -> Command {
+        let mut command = command(&self.dir.path().join("data"));
+        command.args(["--tls", mode, "--tls-cert"]).arg(self.files.pair().certificate);
+        command.arg("--tls-key").arg(self.files.pair().key);
+        command.arg("--tls-client-ca").arg(self.files.authority());
+        command
+    }
+
+    fn start(&self, mode: &str) -> Volserver {
+        Volserver::start_with(self.command(mode), &self.dir.path().join("log"))
+    }
+
+    fn client(&self, name: &str, uris: &[&str]) -> Issued {
+        self.authority.issue(&self.dir.path().join(name), uris)
+    }
+}
+
+/// A client of the API with this certificate.
+async fn connect(
+    address: SocketAddr,
+    client: &Issued,
+) -> Result<ManagementClient<Channel>, tonic::transport::Error> {
+    let mut config = client_config(&client.authority(), Some(&client.pair())).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = TlsConnector::from(Arc::new(config));
+    let connect = tower::service_fn(move |_| {
+        let connector = connector.clone();
+        async move {
+            let socket = TcpStream::connect(address).await?;
+            let name = ServerName::try_from("localhost").map_err(std::io::Error::other)?;
+            Ok::<_, std::io::Error>(TokioIo::new(connector.connect(name, socket).await?))
+        }
+    });
+    let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap().timeout(volserver::DEADLINE);
+    Ok(ManagementClient::new(endpoint.connect_with_connector(connect).await?))
+}
+
+fn is_forbidden(status: &Status) -> bool {
+    let reason = status.get_details_error_info().map(|info| info.reason);
+    status.code() == Code::PermissionDenied && reason.as_deref() == Some(reason::NOT_AUTHORIZED)
+}
+
+#[tokio::test]
+async fn each_certificate_may_call_what_it_names() {
+    let rig = Rig::new();
+    let server = rig.start("required");
+    let manager = rig.client("manager", &["volnode:manage"]);
+    let mut manager = connect(server.management, &manager).await.unwrap();
+    for name in ["vol-1", "vol-2"] {
+        manager.create_volume(create_request(name)).await.unwrap();
+    }
+    manager.attach_volume(attach_request("vol-2", "node-2", false)).await.unwrap();
+    assert_eq!(
+        manager.list_volumes(v1::ListVolumesRequest::default()).await.unwrap().get_ref().volumes.len(),
+        2
+    );
+
+    let node = rig.client("node", &["volnode:node/node-1"]);
+    let mut node = connect(server.management, &node).await.unwrap();
+    node.get_server_info(v1::GetServerInfoRequest {}).await.unwrap();
+    let attached = node.attach_volume(attach_request("vol-1", "node-1", false)).await.unwrap().into_inner();
+    let mine = v1::ListAttachmentsRequest { node_id: "node-1".into(), ..Default::default() };
+    assert_eq!(node.list_attachments(mine).await.unwrap().get_ref().attachments.len(), 1);
+
+    // Not for another node, not by force, and nothing that is about volumes.
+    let theirs = manager.list_attachments(v1::ListAttachmentsRequest::default()).await.unwrap().into_inner();
+    let theirs = theirs.attachments.into_iter().find(|one| one.node_id == "node-2").unwrap().attachment_id;
+    let by_id = |attachment_id: &str| v1::DetachVolumeRequest {
+        attachment_id: attachment_id.into(),
+        ..Default::default()
+    };
+    let by_name = v1::DetachVolumeRequest { volume_name: "vol-2".into(), ..Default::default() };
+    let refusals = [
+        node.attach_volume(attach_request("vol-1", "node-2", false)).await.unwrap_err(),
+        node.attach_volume(attach_request("vol-2", "node-1", true)).await.unwrap_err(),
+        node.detach_volume(by_id(&theirs)).await.unwrap_err(),
+        node.detach_volume(by_name).await.unwrap_err(),
+        node.list_attachments(v1::ListAttachmentsRequest::default()).await.unwrap_err(),
+        node.create_volume(create_request("vol-3")).await.unwrap_err(),
+        node.get_volume(v1::GetVolumeRequest { name: "vol-1".into() }).await.unwrap_err(),
+        node.list_volumes(v1::ListVolumesRequest::default()).await.unwrap_err(),
+        node.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".into() }).await.unwrap_err(),
+    ];
+    for (number, refused) in refusals.iter().enumerate() {
+        assert!(is_forbidden(refused), "{number}: {refused:?}");
+    }
+    let own = attached.attachment.unwrap().attachment_id;
+    assert!(node.detach_volume(by_id(&own)).await.unwrap().get_ref().existed);
+
+    let other = rig.client("other", &["volnode:volume/vol-1"]);
+    let mut other = connect(server.management, &other).await.unwrap();
+    let refused = other.attach_volume(attach_request("vol-1", "node-1", false)).await.unwrap_err();
+    assert!(is_forbidden(&refused), "{refused:?}");
+}
+
+#[tokio::test]
+async fn nobody_gets_in_without_a_good_certificate() {
+    let rig = Rig::new();
+    let server = rig.start("required");
+    let good = rig.client("good", &["volnode:*"]);
+    let stranger = Authority::new().issue(&rig.dir.path().join("stranger"), &["volnode:*"]);
+    let expired = rig.authority.issue_expired(&rig.dir.path().join("expired"), &["volnode:*"]);
+    // The stranger does not believe the server, either: only the server's refusal is of interest.
+    std::fs::copy(good.authority(), stranger.authority()).unwrap();
+    for client in [&stranger, &expired] {
+        let refused = match connect(server.management, client).await {
+            // In TLS 1.3 the client learns of the refusal after its own handshake.
+            Ok(mut client) => client.get_server_info(v1::GetServerInfoRequest {}).await.is_err(),
+            Err(_) => true,
+        };
+        assert!(refused, "{client:?}");
+    }
+    let plain = Endpoint::from_shared(format!("http://{}", server.management)).unwrap();
+    let refused = match plain.connect().await {
+        Ok(channel) => {
+            ManagementClient::new(channel).get_server_info(v1::GetServerInfoRequest {}).await.is_err()
+        }
+        Err(_) => true,
+    };
+    assert!(refused, "the API was spoken to in plain");
+    let mut good = connect(server.management, &good).await.unwrap();
+    good.list_volumes(v1::ListVolumesRequest::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn where_tls_is_allowed_the_first_byte_decides() {
+    let rig = Rig::new();
+    let server = rig.start("allowed");
+    server.client().await.create_volume(create_request("vol-1")).await.unwrap();
+    let client = rig.client("client", &["volnode:node/node-1"]);
+    let mut client = connect(server.management, &client).await.unwrap();
+    let refused = client.create_volume(create_request("vol-2")).await.unwrap_err();
+    assert!(is_forbidden(&refused), "who shows a certificate is held to it: {refused:?}");
+    assert!(server.log().contains("not restricted"), "the log warns of those who show none");
+}
+
+#[tokio::test]
+async fn a_hangup_brings_new_certificates() {
+    let rig = Rig::new();
+    let server = rig.start("required");
+    let old = rig.client("old", &["volnode:*"]);
+    let mut kept = connect(server.management, &old).await.unwrap();
+    kept.get_server_info(v1::GetServerInfoRequest {}).await.unwrap();
+
+    let new_authority = Authority::new();
+    new_authority.issue(&rig.dir.path().join("server"), &[]);
+    let new = new_authority.issue(&rig.dir.path().join("new"), &["volnode:*"]);
+    let pid = Pid::from_raw(server.pid() as i32).unwrap();
+    kill_process(pid, Signal::HUP).unwrap();
+    let deadline = Instant::now() + volserver::DEADLINE;
+    let mut client = loop {
+        match connect(server.management, &new).await {
+            Ok(client) => break client,
+            Err(error) => assert!(Instant::now() < deadline, "the new certificates are not taken: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    client.get_server_info(v1::GetServerInfoRequest {}).await.unwrap();
+    // The connection from before stays.
+    kept.get_server_info(v1::GetServerInfoRequest {}).await.unwrap();
+
+    // What cannot be used leaves everything as it is.
+    std::fs::write(rig.files.pair().certificate, "nothing").unwrap();
+    kill_process(pid, Signal::HUP).unwrap();
+    while !server.log().contains("stay in use") {
+        assert!(Instant::now() < deadline, "the log does not tell: {}", server.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    connect(server.management, &new).await.unwrap();
+}
+
+#[test]
+fn files_that_cannot_be_used_are_told_at_the_start() {
+    let rig = Rig::new();
+    let start = |file: &Path| {
+        std::fs::write(file, "nothing").unwrap();
+        refused(rig.command("required"))
+    };
+    let (code, stderr) = start(&rig.files.pair().certificate);
+    assert!(code == 2 && stderr.contains("server-cert.pem"), "{code} {stderr}");
+    let (code, stderr) = start(&rig.files.authority());
+    assert!(code == 2 && stderr.contains("ca-cert.pem"), "{code} {stderr}");
+}
+
+#[test]
+fn with_tls_and_client_certificates_addresses_beyond_loopback_are_no_danger() {
+    let rig = Rig::new();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_volserver"));
+    for argument in rig.command("required").get_args() {
+        command.arg(argument.to_string_lossy().replace("127.0.0.1:0", "0.0.0.0:0"));
+    }
+    let server = Volserver::start_with(command, &rig.dir.path().join("log"));
+    assert!(server.management.ip().is_unspecified() && !server.log().contains("--insecure"));
+}
