@@ -15,13 +15,14 @@ use std::ptr::NonNull;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-/// Sizes in bytes and how many there are of each, for each ring. The largest is the announced maximum block size; the
-/// counts keep 128 requests of 4 KiB to 64 KiB going on several connections at once, and fewer of the larger, whose
+/// Sizes in bytes and how many there are of each, for each ring. The largest is the announced maximum block size. Of the small
+/// classes half is enough for eight 4 KiB requests, two of 16 KiB and one of 64 KiB on each of 512 connections, so that a
+/// thousand of them on two rings lose nothing by others that stand still; of the large ones there are fewer, because their
 /// transfer takes longer than their turn-around. With less memory ([`PoolSize::within`]) there are fewer of each.
 const CLASSES: [(usize, usize); 7] = [
-    (4 << 10, 2048),
-    (16 << 10, 1024),
-    (64 << 10, 512),
+    (4 << 10, 8192),
+    (16 << 10, 2048),
+    (64 << 10, 1024),
     (256 << 10, 192),
     (1 << 20, 64),
     (4 << 20, 16),
@@ -30,6 +31,9 @@ const CLASSES: [(usize, usize); 7] = [
 
 /// Size and alignment of a huge page, in bytes, where there are such: x86-64's and aarch64's usual one.
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// How many of the classes are the small ones.
+const SMALL_CLASSES: usize = 3;
 
 /// How many buffers of each class a ring has. They become resident only as they are first used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,17 +52,30 @@ impl PoolSize {
         Self { counts: [1; CLASSES.len()] }.without_classes_above(request_bytes_max)
     }
 
-    /// As many as `bytes_max` allows, in the proportion of a full pool; `None` where it does not allow one of each.
+    /// As many as `bytes_max` allows: half of the room for the small classes, of which every connection is to have several,
+    /// and the rest for the large ones, each in the proportion of a full pool. `None` where it does not allow one of each.
     pub fn within(bytes_max: u64, request_bytes_max: u32) -> Option<Self> {
         let (full, smallest) = (Self::full(request_bytes_max), Self::smallest(request_bytes_max));
-        let (room_bytes, wanted_bytes) =
-            (bytes_max.checked_sub(smallest.bytes())?, full.bytes() - smallest.bytes());
-        let scaled = |count: usize| {
-            let more = (count.saturating_sub(1) as u128 * u128::from(room_bytes)) / u128::from(wanted_bytes);
-            // Rounded down, so the sum stays within the room.
-            count.min(1 + more as usize)
+        let room_bytes = bytes_max.checked_sub(smallest.bytes())?;
+        let wanted_bytes = |classes: std::ops::Range<usize>| -> u64 {
+            classes.map(|class| (full.counts[class].saturating_sub(1) * CLASSES[class].0) as u64).sum()
         };
-        Some(Self { counts: full.counts.map(scaled) })
+        let (small_bytes, large_bytes) =
+            (wanted_bytes(0..SMALL_CLASSES), wanted_bytes(SMALL_CLASSES..CLASSES.len()));
+        let small_room_bytes = small_bytes.min((room_bytes / 2).max(room_bytes.saturating_sub(large_bytes)));
+        let large_room_bytes = large_bytes.min(room_bytes - small_room_bytes);
+        let mut counts = full.counts;
+        for (class, count) in counts.iter_mut().enumerate().filter(|(_, count)| **count > 1) {
+            let (room_bytes, wanted_bytes) = if class < SMALL_CLASSES {
+                (small_room_bytes, small_bytes)
+            } else {
+                (large_room_bytes, large_bytes)
+            };
+            // Rounded down, so the sum stays within the room.
+            let more = (*count as u128 - 1) * u128::from(room_bytes) / u128::from(wanted_bytes);
+            *count = 1 + more as usize;
+        }
+        Some(Self { counts })
     }
 
     /// The sum, in bytes.
@@ -357,9 +374,9 @@ mod tests {
             }
         }
         let mut newcomer = HeldBuffers::default();
-        for _ in 0..2 {
+        for _ in 0..8 {
             assert!(pool.may_take(4096, &newcomer));
-            newcomer.add(&pool.take(4096, 499).expect("a share of 1024 / 500 is free"));
+            newcomer.add(&pool.take(4096, 499).expect("a share of 4096 / 500 is free"));
         }
     }
 
@@ -372,6 +389,6 @@ mod tests {
             held.add(&buffer);
             buffers.push(buffer);
         }
-        assert_eq!(buffers.len(), 2048 / 4);
+        assert_eq!(buffers.len(), 8192 / 4);
     }
 }

@@ -4,6 +4,7 @@
 //! a loop device or a program that is not here says `SKIP why`; with `VOLNODE_LAB_TOOLS=1` that is a failure.
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
+mod attack;
 mod block_status;
 mod chunks;
 mod client;
@@ -12,6 +13,8 @@ mod fencing;
 mod foreign;
 mod handshake;
 mod hostile;
+mod hostile_handshake;
+mod hostile_requests;
 mod limits;
 mod model;
 mod peers;
