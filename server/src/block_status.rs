@@ -7,7 +7,8 @@
 //!
 //! Invariants: what is reported as a hole was one at a moment between the request's arrival and its reply, so a write that
 //! was answered before is never reported as a hole; edges that are not aligned to the export's blocks are data; where the
-//! file system does not tell, all is data; a question takes bounded time, and is answered at least in part.
+//! file system does not tell, all is data; a question takes bounded time, and is answered at least in part; no more than
+//! [`ANSWERS_MAX`] answers are on their way to the ring at once.
 //! Source: `lseek(2)`; NBD `doc/proto.md`, "`base:allocation` metadata context".
 
 use std::fs::File;
@@ -21,8 +22,9 @@ use proto::nbd::block_status::{AllocationExtents, ExtentState};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
+use crate::backend::preallocated::{Space, first_run};
 use crate::mailbox::{Mailbox, RingMessage};
-use crate::session::SlotId;
+use crate::session::{STATUS_REPLY_BYTES_MAX, SlotId};
 use crate::volume::Volume;
 
 /// How long one question may look for extents. Others of the ring wait behind it; what is not found by then, the client
@@ -51,10 +53,18 @@ struct Question {
     query: StatusQuery,
 }
 
+/// Answers of one ring that may wait to be taken, each as long as the room that its request has.
+const ANSWERS_MAX: usize = 4;
+
+/// Memory of the answers on their way to one ring, in bytes.
+pub const ANSWERS_BYTES_MAX: u64 = ANSWERS_MAX as u64 * STATUS_REPLY_BYTES_MAX as u64;
+
 /// The thread that answers one ring's questions; it ends when this is dropped.
 #[derive(Debug)]
 pub struct ExtentFinder {
     questions: Sender<Question>,
+    /// One for each answer that may be made.
+    permits: Sender<()>,
 }
 
 impl ExtentFinder {
@@ -63,11 +73,19 @@ impl ExtentFinder {
     /// # Errors
     /// `EAGAIN`: no more threads.
     pub fn start(ring: usize, mailbox: Arc<Mailbox>) -> io::Result<Self> {
-        let (questions, asked) = channel();
+        let ((questions, asked), (permits, permitted)) = (channel(), channel());
         std::thread::Builder::new()
             .name(format!("extents-{ring}"))
-            .spawn(move || answer(&asked, &mailbox))?;
-        Ok(Self { questions })
+            .spawn(move || answer(&asked, &permitted, &mailbox))?;
+        let finder = Self { questions, permits };
+        (0..ANSWERS_MAX).for_each(|_| finder.answer_taken());
+        Ok(finder)
+    }
+
+    /// An answer was taken from the mailbox: one more may be made.
+    pub fn answer_taken(&self) {
+        // The thread ends only after this sender.
+        let _ = self.permits.send(());
     }
 
     /// Asks; the answer comes as [`RingMessage::ExtentsFound`].
@@ -77,8 +95,8 @@ impl ExtentFinder {
     }
 }
 
-fn answer(asked: &Receiver<Question>, mailbox: &Mailbox) {
-    while let Ok(Question { connection, slot, volume, query }) = asked.recv() {
+fn answer(asked: &Receiver<Question>, permitted: &Receiver<()>, mailbox: &Mailbox) {
+    while let (Ok(Question { connection, slot, volume, query }), Ok(())) = (asked.recv(), permitted.recv()) {
         let extents = find(volume.backing_file(), &query, Instant::now() + LOOK_LIMIT);
         let payload = extents.encode(query.headers);
         // Let go of before the ring is told: it may be the last to hold the volume.
@@ -92,15 +110,35 @@ fn find(file: &File, query: &StatusQuery, deadline: Instant) -> AllocationExtent
     let end = query.offset_bytes + query.length_bytes;
     let mut extents = AllocationExtents::new(query.length_bytes, query.extents_max);
     let mut at = query.offset_bytes;
+    let mut data = next_data(file, at, end, query.alignment_bytes);
     loop {
-        let data = next_data(file, at, end, query.alignment_bytes);
-        if !extents.push(data.start - at, ExtentState::HOLE)
-            || !extents.push(data.end - data.start, ExtentState::DATA)
-            || Instant::now() >= deadline
-        {
+        let (run_end, state) = if at < data.start {
+            zero_run(file, at, data.start, query.alignment_bytes)
+        } else {
+            (data.end, ExtentState::DATA)
+        };
+        if !extents.push(run_end - at, state) || Instant::now() >= deadline {
             return extents;
         }
-        at = data.end;
+        at = run_end;
+        if at == data.end {
+            data = next_data(file, at, end, query.alignment_bytes);
+        }
+    }
+}
+
+/// The first run inside a range without data, which begins and ends at a block: preallocated, or a hole.
+fn zero_run(file: &File, at: u64, end: u64, alignment_bytes: u64) -> (u64, ExtentState) {
+    let (run_end, space) = first_run(file, at, end);
+    let whole_blocks_end = if run_end == end { end } else { run_end - run_end % alignment_bytes };
+    match space {
+        // Written between the two questions.
+        Space::Written => (run_end.next_multiple_of(alignment_bytes).min(end), ExtentState::DATA),
+        Space::Preallocated if whole_blocks_end > at => (whole_blocks_end, ExtentState::ALLOCATED_ZEROES),
+        // What is a hole in part may need space.
+        Space::Preallocated | Space::Missing => {
+            (run_end.next_multiple_of(alignment_bytes).min(end), ExtentState::HOLE)
+        }
     }
 }
 
@@ -178,7 +216,7 @@ mod tests {
     fn a_question_out_of_time_is_answered_in_part() {
         let extents = find(&file(), &query(0, 8 * MIB), Instant::now());
         let told: u64 = extents.as_slice().iter().map(|extent| extent.length_bytes).sum();
-        assert_eq!(told, MIB + 65536);
+        assert_eq!(told, MIB, "the first extent");
     }
 
     #[test]
@@ -223,5 +261,24 @@ mod tests {
             assert!(data >= before * 4096, "{data} bytes of data after {before} blocks were written");
         }
         writer.join().unwrap();
+    }
+
+    #[test]
+    fn preallocated_space_is_no_hole_and_reads_as_zeroes() {
+        let file = file();
+        let reserved = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::KEEP_SIZE, 2 * MIB, MIB);
+        if reserved.is_err() || first_run(&file, 2 * MIB, 3 * MIB).1 != Space::Preallocated {
+            return println!("SKIP nothing is preallocated here");
+        }
+        let zeroes = ExtentState::ALLOCATED_ZEROES;
+        let expected = [(MIB, zeroes), (MIB, HOLE), (4096, DATA)];
+        assert_eq!(found(&file, &query(2 * MIB, 2 * MIB + 4096)), expected);
+        let mut coarse = query(0, 4 * MIB);
+        coarse.alignment_bytes = 1 << 16;
+        let expected = [(MIB, HOLE), (65536, DATA), (MIB - 65536, HOLE), (MIB, zeroes), (MIB, HOLE)];
+        assert_eq!(found(&file, &coarse), expected);
+        file.write_all_at(&[1; 4096], 2 * MIB + 65536).unwrap();
+        let expected = [(65536, zeroes), (4096, DATA), (MIB - 65536 - 4096, zeroes)];
+        assert_eq!(found(&file, &query(2 * MIB, MIB)), expected);
     }
 }

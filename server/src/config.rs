@@ -17,6 +17,7 @@ use tls::stream::Records;
 use crate::backend::file::CacheMode;
 use crate::data_address::DataAddress;
 use crate::limits::Limits;
+use crate::session::STATUS_REPLY_BYTES_MAX;
 use crate::tls::TlsFiles;
 use crate::volume::Faults;
 
@@ -32,6 +33,7 @@ Exit codes:
 /// The least that `--request-max` may be: less than what clients send in one request without being asked to would only cost
 /// them time.
 const REQUEST_BYTES_LEAST: u32 = 64 << 10;
+const _: () = assert!(REQUEST_BYTES_LEAST >= STATUS_REPLY_BYTES_MAX, "extents are sent in one chunk");
 
 /// Of the options that bound what clients can take.
 const LIMITS: &str = "Limits";

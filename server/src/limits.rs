@@ -17,14 +17,15 @@ use proto::nbd::handshake::OPTION_BYTES_MAX;
 use proto::nbd::handshake::server::OPTIONS_MAX;
 
 use crate::backend::ZEROES_BYTES_MAX;
+use crate::block_status::ANSWERS_BYTES_MAX;
 use crate::buffers::PoolSize;
 use crate::ring::BULK_BYTES;
 
 /// What a connection has beside its receive memory: slots, vectors, headers, the queues of its session.
 const BOOKKEEPING_BYTES: u64 = 64 << 10;
 
-/// What a ring has beside its pool and its connections: zeroes to write, lists.
-const RING_BYTES: u64 = ZEROES_BYTES_MAX as u64 + (256 << 10);
+/// What a ring has beside its pool and its connections: zeroes to write, extents on their way, lists.
+const RING_BYTES: u64 = ZEROES_BYTES_MAX as u64 + ANSWERS_BYTES_MAX + (256 << 10);
 
 /// What a handshake may come to hold: a long option as it arrives, in a vector that grows by doubling, and once more when it is
 /// looked at. It is let go before the receive memory is used in full.

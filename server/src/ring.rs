@@ -348,6 +348,7 @@ impl Ring {
 
     /// A question has been answered: it is not in flight any more.
     pub fn extents_found(&mut self, connection: u32) {
+        self.extents.answer_taken();
         self.connection_mut(connection).ops_in_flight -= 1;
     }
 

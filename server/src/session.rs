@@ -36,8 +36,9 @@ use crate::block_status::StatusQuery;
 /// default, so that neither is held back; a peer that sends more finds its socket full.
 pub const IN_FLIGHT_REQUESTS_MAX: usize = 128;
 
-/// Room for a BLOCK_STATUS's extents, in bytes: some 4,000 with 64-bit lengths. Who wants more asks again.
-const STATUS_REPLY_BYTES: u32 = 64 << 10;
+/// Room for a BLOCK_STATUS's extents, in bytes: some 4,000 with 64-bit lengths. Who wants more asks again. No maximum block
+/// size may be smaller.
+pub(crate) const STATUS_REPLY_BYTES_MAX: u32 = 64 << 10;
 /// Room for the only extent that REQ_ONE wants, in bytes.
 const STATUS_REPLY_ONE_BYTES: u32 = 24;
 
@@ -282,7 +283,7 @@ impl Session {
             // Validated to be no longer than the largest payload that was announced.
             Command::Read | Command::Write => request.length_bytes as u32,
             Command::BlockStatus if request.flags.contains(CommandFlags::REQ_ONE) => STATUS_REPLY_ONE_BYTES,
-            Command::BlockStatus => STATUS_REPLY_BYTES,
+            Command::BlockStatus => STATUS_REPLY_BYTES_MAX,
             _ => 0,
         }
     }

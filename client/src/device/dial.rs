@@ -200,8 +200,14 @@ impl<'a> Handshake<'a> {
             if received == 0 {
                 return Err(self.io_error(io::ErrorKind::UnexpectedEof.into()));
             }
-            let opened = self.machine.handle_bytes(&input[..received], &mut output);
-            let opened = opened.map_err(|source| self.handshake_error(source))?;
+            let opened = match self.machine.handle_bytes(&input[..received], &mut output) {
+                Ok(opened) => opened,
+                Err(source) => {
+                    // A farewell, if anything; whether it arrives changes nothing.
+                    let _ = stream.send(&output, self.deadline);
+                    return Err(self.handshake_error(source));
+                }
+            };
             stream.send(&output, self.deadline).map_err(|error| self.stream_error(error))?;
             output.clear();
             if opened.is_some() && !self.machine.leftover().is_empty() {

@@ -245,3 +245,25 @@ fn what_is_reported_as_data_can_be_written_when_the_disk_is_full() {
     assert_eq!(hole, [(MIB, HOLE)]);
     assert!((0..16u64).any(|number| client.write(63 * MIB + number * 65536, &[3; 65536]) == Err(enospc)));
 }
+
+#[test]
+fn zeroes_that_keep_their_space_are_no_hole() {
+    let Some(fs) = LoopFs::new("ext4", 64 << 20) else { return };
+    let server = Server::start_with(|config| {
+        config.export_by_name = true;
+        config.volumes_dir = fs.mount.clone();
+    });
+    server.create("vol", 16 * MIB);
+    let zeroes = u64::from(ExtentState::ALLOCATED_ZEROES.0);
+    for offer in offers() {
+        let mut client = ChunkClient::open(server.address(), "vol", offer);
+        client.write(0, &[7; MIB as usize]).unwrap();
+        client.call(Command::WriteZeroes, CommandFlags::NO_HOLE, 0, MIB, &[]).unwrap();
+        let told = client.extents(CommandFlags::NONE, 0, 2 * MIB).unwrap();
+        assert_eq!(told, [(MIB, zeroes), (MIB, HOLE)], "{offer:?}");
+        assert_eq!(client.read(0, MIB).unwrap(), vec![0; MIB as usize]);
+        client.call(Command::WriteZeroes, CommandFlags::NONE, 0, MIB, &[]).unwrap();
+        let told = client.extents(CommandFlags::NONE, 0, 2 * MIB).unwrap();
+        assert_eq!(told, [(2 * MIB, HOLE)], "{offer:?}");
+    }
+}

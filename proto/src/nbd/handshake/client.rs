@@ -121,7 +121,7 @@ impl ClientHandshake {
     /// Takes bytes that arrived and appends what has to be sent to `out`; gives the export once it is open.
     ///
     /// # Errors
-    /// [`ClientHandshakeError`], by cause.
+    /// [`ClientHandshakeError`], by cause. What is in `out` then (ABORT, where the server refused) is still to be sent.
     pub fn handle_bytes(
         &mut self,
         arrived: &[u8],
@@ -131,7 +131,7 @@ impl ClientHandshake {
         loop {
             let progressed = match self.state {
                 State::Greeting => self.take_greeting(out)?,
-                State::StartingTls => self.take_tls_reply()?,
+                State::StartingTls => self.take_tls_reply(out)?,
                 // Whoever is between us and the server could have put it there.
                 State::TlsAcknowledged if !self.input.is_empty() => {
                     return Err(ClientHandshakeError::Protocol("bytes came behind the answer to STARTTLS"));
@@ -186,12 +186,13 @@ impl ClientHandshake {
         self.state = State::Going;
     }
 
-    fn take_tls_reply(&mut self) -> Result<bool, ClientHandshakeError> {
+    fn take_tls_reply(&mut self, out: &mut Vec<u8>) -> Result<bool, ClientHandshakeError> {
         let Some((kind, data)) = self.take_option_reply(option::STARTTLS)? else { return Ok(false) };
         match kind {
             reply::ACK => self.state = State::TlsAcknowledged,
             error if error & reply::ERROR_BIT != 0 => {
                 let text = words_of(&data);
+                put_option(out, option::ABORT, &[]);
                 return Err(ClientHandshakeError::TlsRefused { reply: error, text });
             }
             _ => return Err(ClientHandshakeError::Protocol("an option reply of an unknown kind")),
@@ -229,7 +230,11 @@ impl ClientHandshake {
                 put_option(out, option::EXPORT_NAME, self.name.as_bytes());
                 self.state = State::ExportName;
             }
-            error if error & reply::ERROR_BIT != 0 => return Err(refused(error, &data)),
+            error if error & reply::ERROR_BIT != 0 => {
+                // Whoever does not want to go on says so before it closes.
+                put_option(out, option::ABORT, &[]);
+                return Err(refused(error, &data));
+            }
             _ => return Err(ClientHandshakeError::Protocol("an option reply of an unknown kind")),
         }
         Ok(true)
@@ -365,7 +370,7 @@ mod tests {
             let (mut client, mut out) = (begun(), Vec::new());
             let refused = client.handle_bytes(&answer(refusal, b""), &mut out);
             assert!(matches!(refused, Err(ClientHandshakeError::TlsRefused { .. })), "{refused:?}");
-            assert!(out.is_empty());
+            assert_eq!(out, b"IHAVEOPT\0\0\0\x02\0\0\0\0", "nothing but ABORT");
         }
         let (mut client, mut out) = (begun(), Vec::new());
         let injected = client.handle_bytes(&answer(reply::ACK, b"x"), &mut out);
@@ -388,5 +393,16 @@ mod tests {
             let result = client.handle_bytes(&reply_bytes(kind, data), &mut out);
             assert!(matches!(result, Err(ClientHandshakeError::Protocol(_))), "{kind} {data:?}: {result:?}");
         }
+    }
+
+    #[test]
+    fn a_refusal_is_answered_with_abort() {
+        let mut client = ClientHandshake::new("x").unwrap();
+        let mut out = Vec::new();
+        client.handle_bytes(&greeting(3), &mut out).unwrap();
+        out.clear();
+        let refused = client.handle_bytes(&reply_bytes(reply::ERR_UNKNOWN, b"no"), &mut out);
+        assert!(matches!(refused, Err(ClientHandshakeError::Refused { .. })), "{refused:?}");
+        assert_eq!(out, b"IHAVEOPT\0\0\0\x02\0\0\0\0");
     }
 }
