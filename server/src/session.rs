@@ -503,6 +503,7 @@ fn decode(bytes: &[u8], headers: HeaderStyle) -> Result<Option<(Request, usize)>
 #[cfg(test)]
 mod tests {
     use proto::nbd::handshake::client::ClientHandshake;
+    use proto::nbd::handshake::server::OpenKind;
     use proto::nbd::transmission::CommandFlags;
     use proto::nbd::transmission::SimpleReply;
     use proto::nbd::{BlockSizes, Negotiated, TransmissionFlags};
@@ -685,5 +686,67 @@ mod tests {
         session.advance(&to_server).unwrap();
         session.opened(Ok((&export(), limits()))).unwrap();
         assert_eq!(session.leftover(), early);
+    }
+
+    fn option(number: u8, data: &[u8]) -> Vec<u8> {
+        [&b"IHAVEOPT\0\0\0"[..], &[number, 0, 0, 0, data.len() as u8], data].concat()
+    }
+
+    /// A session with extended headers, in which `base:allocation` was selected.
+    fn transmitting_extended() -> Session {
+        let mut session = Session::new();
+        session.advance(&[&[0, 0, 0, 3][..], &option(11, b"")].concat()).unwrap();
+        let select = option(10, b"\0\0\0\x03vol\0\0\0\x01\0\0\0\x0fbase:allocation");
+        assert!(
+            matches!(session.advance(&select).unwrap().1, Action::Open(open) if open.kind == OpenKind::Info)
+        );
+        assert!(!session.opened(Ok((&export(), limits()))).unwrap());
+        assert!(matches!(session.advance(&option(7, b"\0\0\0\x03vol\0\0")).unwrap().1, Action::Open(_)));
+        assert!(session.opened(Ok((&export(), limits()))).unwrap());
+        session.take_output();
+        session
+    }
+
+    fn extended(command: Command, flags: CommandFlags, length_bytes: u64) -> Vec<u8> {
+        let mut wire = vec![0x21, 0xe4, 0x1c, 0x71];
+        wire.extend(flags.0.to_be_bytes());
+        wire.extend(command.to_wire().to_be_bytes());
+        wire.extend(7u64.to_be_bytes());
+        wire.extend(4096u64.to_be_bytes());
+        wire.extend(length_bytes.to_be_bytes());
+        wire
+    }
+
+    #[test]
+    fn a_status_payload_is_taken_in_with_its_header_however_it_comes() {
+        let mut session = transmitting_extended();
+        let payload = [&8192u64.to_be_bytes()[..], &1u32.to_be_bytes()].concat();
+        let wire = [extended(Command::BlockStatus, CommandFlags::PAYLOAD_LEN, 12), payload].concat();
+        for end in 0..wire.len() {
+            assert_eq!(session.advance(&wire[..end]).unwrap(), (0, Action::NeedsBytes), "{end} bytes");
+        }
+        let (used, action) = session.advance(&wire).unwrap();
+        let Action::Begin(slot) = action else { panic!("{action:?}") };
+        assert_eq!(used, wire.len());
+        let query = session.status_query(slot);
+        assert_eq!((query.offset_bytes, query.length_bytes), (4096, 8192));
+        assert_eq!(query.headers, HeaderStyle::Extended);
+        session.complete_status(slot, 24);
+        let mut head = ReplyHead::default();
+        let reply = session.next_reply(&mut head).unwrap();
+        assert_eq!((reply.payload_bytes, head.bytes().len()), (24, 32));
+    }
+
+    #[test]
+    fn an_extended_reply_tells_the_offset_of_its_request() {
+        let mut session = transmitting_extended();
+        let (_, action) = session.advance(&extended(Command::Read, CommandFlags::NONE, 512)).unwrap();
+        let Action::Begin(slot) = action else { panic!("{action:?}") };
+        session.fail(slot, NbdError::Eio, Some(4096 + 100));
+        let mut head = ReplyHead::default();
+        assert_eq!(session.next_reply(&mut head).unwrap().payload_bytes, 0, "an error carries no payload");
+        let (header, rest) = head.bytes().split_at(32);
+        assert_eq!(header[16..24], 4096u64.to_be_bytes());
+        assert_eq!(rest[rest.len() - 8..], (4096u64 + 100).to_be_bytes());
     }
 }
