@@ -3,3 +3,5 @@
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
 mod bench_server;
+mod crowd;
+mod programs;

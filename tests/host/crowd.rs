@@ -1,0 +1,210 @@
+//! A thousand connections, of which nine hundred are idle or hostile: the other hundred keep their speed, and the server its
+//! memory limit.
+//!
+//! Owns the crowd: what each of its kinds does after it has connected, which is to stand still with as much of the server as it
+//! can get. The load of the others is the generator's. What they keep of their speed is told by a second server without a crowd,
+//! measured by turns with the first, because the machine's speed is not the same from second to second.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use proto::nbd::handshake::client::ClientHandshake;
+use proto::nbd::transmission::{Command as NbdCommand, CommandFlags, REQUEST_BYTES, Request};
+use testlab::nbd_load::{Load, Operation, Order, run, verify};
+use testlab::process_resources::Family;
+use testlab::shell;
+
+use super::programs;
+
+const EXPORT: &str = "vol";
+const VOLUME_BYTES: u64 = 64 << 20;
+
+/// What the server is told with `--memory-max`, and so what it may have resident, but for itself.
+const MEMORY_MAX_MIB: u64 = 1024;
+/// The program, its catalog and its threads' stacks: what the limit does not cover. Some 20 MiB without assertions.
+const PROGRAM_MIB: u64 = 48;
+
+/// Of each kind.
+const CROWD_OF_A_KIND: usize = 150;
+/// Those that behave.
+const LOAD_CONNECTIONS: u32 = 100;
+
+/// What the others keep of their speed, at least.
+const KEPT_SHARE_MIN: f64 = 0.9;
+/// So often each server is measured in one attempt, by turns; of the ratios the middle one counts.
+const PAIRS: usize = 9;
+/// On a machine that others use an attempt may be of no use.
+const ATTEMPTS: usize = 3;
+
+/// How a member of the crowd stands still.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// Connected, and not a byte sent.
+    SilentBeforeHandshake,
+    /// The export is open, and nothing is asked for.
+    IdleAfterHandshake,
+    /// Thousands of small READs are asked for, and no reply is read.
+    ReadsNoSmallReply,
+    /// The same with large ones.
+    ReadsNoLargeReply,
+    /// Half a request's header was sent, and a WRITE of which half the payload was sent comes before it.
+    HalfARequest,
+    /// Its side is closed, with READs in flight of which no reply is read.
+    HalfClosed,
+}
+
+const KINDS: [Kind; 6] = [
+    Kind::SilentBeforeHandshake,
+    Kind::IdleAfterHandshake,
+    Kind::ReadsNoSmallReply,
+    Kind::ReadsNoLargeReply,
+    Kind::HalfARequest,
+    Kind::HalfClosed,
+];
+
+/// A server of its own, ended with the value.
+struct Server {
+    process: Child,
+    address: SocketAddr,
+}
+
+impl Server {
+    fn start(directory: &Path) -> Self {
+        let programs = programs::directory();
+        let mut command = Command::new(programs.join("volserver"));
+        command.arg("--data-dir").arg(directory.join("data"));
+        command.args(["--listen", "127.0.0.1:0", "--management", "127.0.0.1:0", "--export-by-name"]);
+        command.args(["--cache", "writeback", "--log", "error", "--memory-max"]);
+        let mut process = command.arg(format!("{MEMORY_MAX_MIB}M")).stdout(Stdio::piped()).spawn().unwrap();
+        let ready = BufReader::new(process.stdout.take().unwrap()).lines().next().unwrap().unwrap();
+        let addresses = ready.strip_prefix("volserver ready: data ").unwrap();
+        let (data, management) = addresses.split_once(", management ").unwrap();
+        let server = Self { process, address: data.parse().unwrap() };
+        let (volctl, uri) = (programs.join("volctl").display().to_string(), format!("http://{management}"));
+        shell::run(&volctl, &["--server", &uri, "create", EXPORT, "--size", &VOLUME_BYTES.to_string()])
+            .unwrap();
+        server
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Connects from an address of its own, so that the crowd is not turned away for being one address.
+fn connect(source: [u8; 4], server: SocketAddr) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from((source, 0)).into()).unwrap();
+    // Little room for replies, so that they wait at the server.
+    socket.set_recv_buffer_size(4096).unwrap();
+    socket.connect(&server.into()).unwrap();
+    let stream: TcpStream = socket.into();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream
+}
+
+fn open(stream: &mut TcpStream) {
+    let mut handshake = ClientHandshake::new(EXPORT).unwrap();
+    let mut input = [0; 4096];
+    loop {
+        let arrived = stream.read(&mut input).unwrap();
+        assert!(arrived > 0, "the server does not let the crowd in");
+        let mut out = Vec::new();
+        let opened = handshake.handle_bytes(&input[..arrived], &mut out).unwrap();
+        stream.write_all(&out).unwrap();
+        if opened.is_some() {
+            return;
+        }
+    }
+}
+
+fn request(command: NbdCommand, number: u64, length_bytes: u64) -> [u8; REQUEST_BYTES] {
+    let offset_bytes = number * length_bytes % VOLUME_BYTES;
+    Request { flags: CommandFlags::NONE, command, cookie: number, offset_bytes, length_bytes }.encode()
+}
+
+/// Asks for more than the sockets hold, as far as the server takes it.
+fn flood(stream: &mut TcpStream, requests: u64, length_bytes: u64) {
+    let bytes: Vec<u8> =
+        (0..requests).flat_map(|number| request(NbdCommand::Read, number, length_bytes)).collect();
+    stream.set_nonblocking(true).unwrap();
+    // What the server does not take is not asked for.
+    let _ = stream.write(&bytes);
+    stream.set_nonblocking(false).unwrap();
+}
+
+fn member(kind: Kind, number: usize, server: SocketAddr) -> TcpStream {
+    let mut stream = connect([127, 0, 0, 2 + (number % 4) as u8], server);
+    if !matches!(kind, Kind::SilentBeforeHandshake) {
+        open(&mut stream);
+    }
+    match kind {
+        Kind::SilentBeforeHandshake | Kind::IdleAfterHandshake => {}
+        Kind::ReadsNoSmallReply => flood(&mut stream, 2000, 4 << 10),
+        Kind::ReadsNoLargeReply => flood(&mut stream, 200, 64 << 10),
+        Kind::HalfARequest => {
+            let write = request(NbdCommand::Write, 0, 8 << 10);
+            stream.write_all(&[&write[..], &[1; 4 << 10]].concat()).unwrap();
+        }
+        Kind::HalfClosed => {
+            flood(&mut stream, 2000, 4 << 10);
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+    }
+    stream
+}
+
+/// A server with a verified volume, and the load of those that behave.
+fn loaded_server(directory: &Path) -> (Server, Load) {
+    std::fs::create_dir(directory).unwrap();
+    let server = Server::start(directory);
+    let load = Load {
+        address: server.address,
+        export: EXPORT.into(),
+        connections: LOAD_CONNECTIONS,
+        depth: 4,
+        operation: Operation::Read,
+        order: Order::Random,
+        block_bytes: 4096,
+        warm_up: Duration::from_millis(50),
+        runtime: Duration::from_millis(200),
+    };
+    verify(&Load { connections: 4, block_bytes: 64 << 10, ..load.clone() }, VOLUME_BYTES, 1).unwrap();
+    (server, load)
+}
+
+fn speed(load: &Load) -> f64 {
+    let outcome = run(load).unwrap();
+    assert!(outcome.ios_of_slowest_connection > 0, "one of them starves: {outcome:?}");
+    outcome.iops()
+}
+
+#[test]
+fn a_hundred_keep_their_speed_beside_nine_hundred_that_stand_still() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_quiet, alone) = loaded_server(&directory.path().join("quiet"));
+    let (crowded, beside) = loaded_server(&directory.path().join("crowded"));
+    let crowd: Vec<TcpStream> = (0..CROWD_OF_A_KIND * KINDS.len())
+        .map(|number| member(KINDS[number % KINDS.len()], number, crowded.address))
+        .collect();
+    let mut shares = Vec::new();
+    for _ in 0..ATTEMPTS {
+        let mut of_attempt: Vec<f64> = (0..PAIRS).map(|_| speed(&beside) / speed(&alone)).collect();
+        of_attempt.sort_by(f64::total_cmp);
+        let share = of_attempt[PAIRS / 2];
+        let peak_mib = Family { pid: crowded.process.id() }.peak_kib().unwrap() >> 10;
+        println!("beside {} they keep {share:.2} of their speed; peak {peak_mib} MiB", crowd.len());
+        assert!(peak_mib <= MEMORY_MAX_MIB + PROGRAM_MIB, "{peak_mib} MiB of {MEMORY_MAX_MIB}");
+        if share >= KEPT_SHARE_MIN {
+            return;
+        }
+        shares.push(share);
+    }
+    panic!("of their speed they keep {shares:.2?}");
+}
