@@ -78,6 +78,10 @@ pub(crate) enum Subject {
 /// the volume; larger ones are received there (`server/src/connection.rs`).
 const RECEIVED_IN_PLACE_KIB_MIN: u64 = 16;
 
+/// Reads of a memory volume from this many KiB on are sent by our server as pages that it lends to the socket
+/// (`server/src/ring.rs`).
+const SENT_BY_REFERENCE_KIB_MIN: u64 = 32;
+
 /// Payloads up to this many KiB travel through our client's inbox and outbox together with the headers around them, where
 /// the data path lets it copy them from there (`client/src/device/payload.rs`).
 const SMALL_KIB_MAX: u64 = 8;
@@ -167,17 +171,14 @@ impl Subject {
     /// How often the payload of one I/O of a cell is copied on its way, by derivation; [`Self::copies_are`] says where.
     pub(crate) fn copies(self, cell: Cell) -> u32 {
         let in_and_out_of_the_socket = 2;
+        let is_by_reference = cell.reads && cell.block_kib >= SENT_BY_REFERENCE_KIB_MIN;
+        let by_our_server = 1 - u32::from(is_by_reference);
         let in_our_server = u32::from(!cell.reads && cell.block_kib < RECEIVED_IN_PLACE_KIB_MIN);
         match self {
-            Self::Ours(data_path) => {
-                let has_buffers = data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0;
-                let is_small = cell.block_kib <= SMALL_KIB_MAX
-                    && !matches!(data_path, DataPath::FixedRw | DataPath::Registered);
-                let in_our_client = u32::from(has_buffers) + u32::from(is_small);
-                in_and_out_of_the_socket + in_our_client + in_our_server
-            }
+            Self::Ours(data_path) if cell.reads => by_our_server + 1 + read_copies(data_path, cell),
+            Self::Ours(data_path) => write_copies(data_path, cell) + 1 + in_our_server,
             Self::KernelNbdAndNbdkit => in_and_out_of_the_socket + 1,
-            Self::KernelNbdAndOurServer => in_and_out_of_the_socket + in_our_server,
+            Self::KernelNbdAndOurServer => by_our_server + 1 + in_our_server,
             // The sender lends its pages to the socket, but the RAM disk has memory of its own.
             Self::NvmeTcp => 2,
             Self::UblkNull | Self::NullBlk => 0,
@@ -189,19 +190,27 @@ impl Subject {
     pub(crate) fn copies_are(self) -> &'static str {
         match self {
             Self::Ours(DataPath::Fused) => {
-                "into the socket and out of it, whose ends are the request's pages and the volume; of a small payload, \
-                 through the client's inbox or outbox; of a small write, from the server's receive memory to the volume"
+                "a large read: out of the socket, to which the server lends its pages, into the request's; a large write: into \
+                 pages that the client lends to the socket, and out of it; a small payload: into the socket, out of it, and \
+                 through the client's inbox or outbox; a small write also from the server's receive memory to the volume"
             }
-            Self::Ours(DataPath::FixedRw | DataPath::Registered) => {
-                "into the socket and out of it, whose ends are the request's pages and the volume; of a small write, \
-                 from the server's receive memory to the volume"
+            Self::Ours(DataPath::Mapped) => {
+                "as `fixed-rw`, and between the client's buffer and the request's pages; a small payload also through the \
+                 client's inbox or outbox"
             }
-            Self::Ours(_) => "as `fused`, and between the client's buffer and the request's pages",
+            Self::Ours(DataPath::UserCopy) => {
+                "writes as `fused`; reads also from the client's buffer to the request's pages"
+            }
+            Self::Ours(_) => {
+                "out of the socket and, but for large reads, into it; a small write also from the server's receive memory to \
+                 the volume"
+            }
             Self::KernelNbdAndNbdkit => {
                 "into the socket and out of it; between nbdkit's buffer and its memory plugin's pages"
             }
             Self::KernelNbdAndOurServer => {
-                "into the socket and out of it; of a small write, from the server's receive memory to the volume"
+                "out of the socket and, but for large reads, into it; of a small write, from the server's receive memory to \
+                 the volume"
             }
             Self::NvmeTcp => {
                 "out of the socket, to which the sender lends its pages; between the target's pages and the RAM disk"
@@ -210,6 +219,28 @@ impl Subject {
             Self::Tcp => "into the socket and out of it",
         }
     }
+}
+
+/// Copies of a read's payload in our client, besides the one out of the socket.
+fn read_copies(data_path: DataPath, cell: Cell) -> u32 {
+    let has_buffers = data_path.device_flags() & UBLK_F_SUPPORT_ZERO_COPY == 0;
+    u32::from(has_buffers) + u32::from(is_small(data_path, cell))
+}
+
+/// Copies of a write's payload in our client, the one into the socket included.
+fn write_copies(data_path: DataPath, cell: Cell) -> u32 {
+    let through_outbox = u32::from(is_small(data_path, cell));
+    match data_path {
+        // Into the outbox and on into the socket, or into pages that the socket is lent.
+        DataPath::Fused | DataPath::UserCopy => 1 + through_outbox,
+        DataPath::Mapped => 2 + through_outbox,
+        // FixedRw, Registered: from the request's pages into the socket.
+        _ => 1,
+    }
+}
+
+fn is_small(data_path: DataPath, cell: Cell) -> bool {
+    cell.block_kib <= SMALL_KIB_MAX && !matches!(data_path, DataPath::FixedRw | DataPath::Registered)
 }
 
 /// What to measure.
