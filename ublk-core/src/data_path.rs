@@ -21,8 +21,8 @@ use crate::transfer::{Transfer, TransferError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DataPath {
-    /// The request's own pages are the buffer of the socket's RECV and SEND; the driver puts them in the ring's buffer
-    /// table with FETCH and takes them out with COMMIT (Linux 7.2).
+    /// The request's own pages are the buffer of the socket's RECV, and of its SEND where the daemon may not copy them; the
+    /// driver puts them in the ring's buffer table with FETCH and takes them out with COMMIT (Linux 7.2).
     Fused,
     /// The same pages, moved by READ_FIXED and WRITE_FIXED on the socket, which may stop short (Linux 6.16).
     FixedRw,

@@ -4,13 +4,15 @@
 //! **one submit**, which also waits. No lock, no allocation, no log above `trace` while nothing goes wrong.
 //!
 //! ```text
-//!   FETCH/COMMIT done ─► connection.submit ─► take_batch ─► send outbox ─link─► send payload (the request's pages)
+//!   FETCH/COMMIT done ─► connection.submit ─► take_batch ─► send outbox, and payloads as they were staged, at once
+//!                                                      └──► send outbox ─link─► send payload (the request's pages)
 //!   inbox received    ─► header_received ─┬─► COMMIT
 //!                                         └─► receive payload (the request's pages) ─link─► inbox ─► COMMIT
 //! ```
 //!
 //! Small payloads are copied between the pages and inbox or outbox, so that one receive or send moves everything there is:
-//! the loop then gives many requests back at once, and gets as many at once.
+//! the loop then gives many requests back at once, and gets as many at once. What needs no page of a request is sent without
+//! the ring: it has left when the call returns, and the ring is entered only to wait.
 //!
 //! What moves a payload, and what has to be done before and after it, differs by data path (`payload.rs`); the loop is
 //! the same for all. An operation on the socket may stop short: `stream.rs` knows what is left.
