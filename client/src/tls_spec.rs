@@ -48,6 +48,17 @@ impl ClientFiles {
         Ok(ca?.map(|ca| Self { ca, pair }))
     }
 
+    /// Where the files are: as they were named, and where symbolic links lead from there.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        let named = [
+            Some(&self.ca),
+            self.pair.as_ref().map(|pair| &pair.cert),
+            self.pair.as_ref().map(|pair| &pair.key),
+        ];
+        let named = named.into_iter().flatten();
+        named.flat_map(|path| [Some(path.clone()), std::fs::canonicalize(path).ok()]).flatten().collect()
+    }
+
     /// Reads the files.
     ///
     /// # Errors

@@ -26,6 +26,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("tls_disks::our_disk_on_qemu_nbd_verifies", our_disk_on_qemu_nbd).within(300),
     Test::new("tls_disks::the_kernels_nbd_client_verifies_on_our_server", the_kernels_nbd_client).within(300),
     Test::new("tls_disks::the_end_of_the_server_is_the_end_of_the_disk", the_end_of_the_server),
+    Test::new("tls_disks::certificates_may_lie_on_another_file_system", on_another_file_system),
     Test::new("tls_disks::a_certificate_of_another_node_gets_no_disk", another_node),
 ];
 
@@ -228,6 +229,24 @@ fn the_end_of_the_server(env: &Env) -> Result<()> {
         Ok((state == "failed").then_some(()))
     })?;
     node.start_server()?;
+    node.detach("vol-1")
+}
+
+fn on_another_file_system(env: &Env) -> Result<()> {
+    // A device process keeps only the mounts that it needs.
+    let mount_point = env.directory.join("client-tls");
+    fs::create_dir_all(&mount_point)?;
+    run("mount", &["-t".as_ref(), "tmpfs".as_ref(), "certificates".as_ref(), mount_point.as_os_str()])?;
+    let used = attach_and_detach(env);
+    run("umount", &[mount_point.as_os_str()])?;
+    used
+}
+
+fn attach_and_detach(env: &Env) -> Result<()> {
+    let node = StorageNode::start_over_tls(env, Certificates::of_node(env, false).tls, &[])?;
+    node.volctl(&["create", "vol-1", "--size", "32M", "--backend", "memory"])?.succeeded()?;
+    let device = node.attach(&["vol-1"])?;
+    verify_mostly_small(&device, 4, 8)?;
     node.detach("vol-1")
 }
 

@@ -12,7 +12,7 @@
 
 use std::io;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -141,7 +141,11 @@ impl Attachment {
     ) -> Result<Self, AttachmentError> {
         protections::protect_process()?;
         let link_dir = spec.device_link.parent().unwrap_or(&spec.device_link);
-        mount_namespace::enter(&[dir.path(), link_dir]).map_err(AttachmentError::MountNamespace)?;
+        // Read at each dial, so they have to stay in sight.
+        let tls_paths = spec.tls.as_ref().map(|tls| tls.files.paths()).unwrap_or_default();
+        let needed: Vec<&Path> =
+            [dir.path(), link_dir].into_iter().chain(tls_paths.iter().map(PathBuf::as_path)).collect();
+        mount_namespace::enter(&needed).map_err(AttachmentError::MountNamespace)?;
         let (sender, events) = mpsc::channel();
         listen_for_signals(&sender)?;
         let control = ControlDevice::open()?;

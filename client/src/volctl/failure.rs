@@ -1,5 +1,6 @@
 //! A command that failed: what happened, what to do next, and the exit code.
 
+use std::error::Error;
 use std::fmt;
 
 use proto::error_reason as reason;
@@ -43,6 +44,14 @@ impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         let info = status.get_details_error_info();
         let error_reason = info.as_ref().map_or("", |info| info.reason.as_str());
+        if let Some(cause) = innermost_cause(&status).filter(|_| info.is_none()) {
+            // A refused certificate shows like this: the client learns of it with its first call.
+            return Self::new(
+                ExitCode::Unreachable,
+                format!("the connection failed: {cause}"),
+                "repeat the call; if it fails again: is it https:// or http://, and are --tls-ca and --tls-cert right?",
+            );
+        }
         let advised = info.as_ref().and_then(|info| info.metadata.get(reason::METADATA_NEXT).cloned());
         let what = match (status.message(), info.is_some()) {
             ("", _) => format!("the call failed: {}", status.code().description()),
@@ -59,6 +68,12 @@ impl From<Status> for Failure {
         });
         Self::new(ExitCode::of(status.code(), error_reason), what, next)
     }
+}
+
+/// What the system or TLS saw, if the status was made here because of it.
+fn innermost_cause(status: &Status) -> Option<String> {
+    let causes = std::iter::successors(status.source(), |cause| <dyn Error>::source(*cause));
+    causes.last().map(ToString::to_string)
 }
 
 impl fmt::Display for Failure {
