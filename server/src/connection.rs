@@ -125,6 +125,8 @@ pub struct Connection {
     is_paused: bool,
     is_sending: bool,
     sending: Vec<SlotId>,
+    /// Of the reply that is being put together.
+    head: ReplyHead,
     requests: Box<[InFlight]>,
     held: Held,
     held_bytes: usize,
@@ -166,6 +168,7 @@ impl Connection {
             is_paused: false,
             is_sending: false,
             sending: Vec::with_capacity(IN_FLIGHT_REQUESTS_MAX),
+            head: ReplyHead::default(),
             requests: (0..IN_FLIGHT_REQUESTS_MAX).map(|_| InFlight::default()).collect(),
             held: Held::No,
             held_bytes: 0,
@@ -425,9 +428,8 @@ impl Connection {
         if !text.is_empty() {
             ring.add_text(self.index, text);
         }
-        let mut head = ReplyHead::default();
-        while let Some(reply) = self.session.next_reply(&mut head) {
-            ring.add_header(self.index, head.bytes());
+        while let Some(reply) = self.session.next_reply(&mut self.head) {
+            ring.add_header(self.index, self.head.bytes());
             if reply.payload_bytes > 0 {
                 ring.add_payload(self.index, self.place(reply.slot), reply.payload_bytes);
             }
