@@ -8,7 +8,7 @@
 //! Invariants: what is reported as a hole was one at a moment between the request's arrival and its reply, so a write that
 //! was answered before is never reported as a hole; edges that are not aligned to the export's blocks are data; where the
 //! file system does not tell, all is data; a question takes bounded time, and is answered at least in part; no more than
-//! [`ANSWERS_MAX`] answers are on their way to the ring at once.
+//! `ANSWERS_MAX` answers are on their way to the ring at once.
 //! Source: `lseek(2)`; NBD `doc/proto.md`, "`base:allocation` metadata context".
 
 use std::fs::File;

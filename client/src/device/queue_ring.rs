@@ -337,7 +337,7 @@ impl QueueRing {
     }
 
     /// Sends of the rest of the tag's staged payload what the socket takes at once: how many bytes. Errors: those of
-    /// [`Staging::send`](super::staging::Staging::send).
+    /// `Staging::send`.
     pub fn send_staged_now(&mut self, connection: u16, tag: u16, rest: Stretch) -> io::Result<u32> {
         let Some(staging) = self.payloads.staging() else { panic!("payloads are not staged") };
         staging.send(&self.wire(connection).socket, tag, rest)

@@ -15,7 +15,7 @@
 //! meanwhile are kept; those after the end of the handshake are the transmission phase's ([`ServerHandshake::leftover`]).
 //! What is kept is bounded by [`OPTION_BYTES_MAX`] and what its owner feeds at a time. The two options about metadata
 //! contexts ask for an [`Event::Open`] as INFO does: whether there is such an export is the owner's to know.
-//! Everything that options before GO have settled is in one [`Negotiation`], so that it can be dropped at once.
+//! Everything that options before GO have settled is in one `Negotiation`, so that it can be dropped at once.
 
 use super::super::block_status::{ALLOCATION_CONTEXT, ALLOCATION_CONTEXT_ID};
 use super::super::wire::{be_u16, be_u32, be_u64};
