@@ -8,7 +8,7 @@
 //! connection, because it is a fallback: a system call and a copy each way more than kTLS, and a thread's stack.
 //! Invariants: what waits to be sent is bounded in both directions (a direction whose target is full is not read from);
 //! the end of one direction is passed on after the bytes before it. A near end that closes ends the relay within
-//! [`GOODBYE_LIMIT`], whatever the peer does.
+//! `GOODBYE_LIMIT`, whatever the peer does.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
