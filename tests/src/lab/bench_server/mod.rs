@@ -19,7 +19,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Pid;
 use rustix::thread::sched_getaffinity;
 use testlab::shell::wait_for;
@@ -44,6 +44,9 @@ const END: &str = "<!-- end: cargo lab bench-server --write -->\n";
 
 /// A process that served a connection has ended by then.
 const QUIET_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How often a run is tried in which nothing is answered.
+const ATTEMPTS: usize = 4;
 
 /// The programs that are measured beside ours, and what tells their versions.
 const PEERS: [(&str, &str); 5] = [
@@ -134,8 +137,20 @@ fn measure(programs: &Path, directory: &Path, plan: Plan) -> Result<Vec<Sample>>
     Ok(samples)
 }
 
-/// One run: all that the server does from before the load connects until after it has gone is the cost of its I/O.
+/// A run in which nothing was answered while it was measured is of no use, and is repeated.
 fn sample(drivers: &Drivers<'_>, cell: plan::Cell, subject: usize, server: &Server) -> Result<Sample> {
+    for _ in 0..ATTEMPTS {
+        let sample = sample_once(drivers, cell, subject, server)?;
+        if sample.run.iops != Some(0.0) {
+            return Ok(sample);
+        }
+        eprintln!("{}: nothing was answered while it was measured", cell.heading());
+    }
+    bail!("nothing was answered in {ATTEMPTS} runs")
+}
+
+/// One run: all that the server does from before the load connects until after it has gone is the cost of its I/O.
+fn sample_once(drivers: &Drivers<'_>, cell: plan::Cell, subject: usize, server: &Server) -> Result<Sample> {
     let family = server.family();
     family.forget_peak()?;
     let before_s = family.cpu_s()?;
