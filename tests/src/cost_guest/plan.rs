@@ -29,11 +29,24 @@ pub(crate) struct Cell {
 const SHAPES: [(u64, u32, u64); 5] =
     [(4, 1, 4000), (4, 16, 9600), (128, 1, 1500), (128, 16, 1600), (512, 4, 500)];
 
+/// The same for the comparison of data paths by size.
+const SIZES: [(u64, u32, u64); 5] =
+    [(4, 4, 6000), (16, 4, 4500), (64, 4, 2500), (256, 4, 1000), (1024, 4, 300)];
+
 impl Cell {
     /// Every column of the table.
     pub(crate) fn all() -> impl Iterator<Item = Self> {
-        [true, false].into_iter().flat_map(|reads| {
-            SHAPES.into_iter().map(move |(block_kib, depth, ios)| Self { reads, block_kib, depth, ios })
+        Self::of(SHAPES)
+    }
+
+    /// Every column of the table by size.
+    pub(crate) fn by_size() -> impl Iterator<Item = Self> {
+        Self::of(SIZES)
+    }
+
+    fn of(shapes: [(u64, u32, u64); 5]) -> impl Iterator<Item = Self> {
+        [true, false].into_iter().flat_map(move |reads| {
+            shapes.into_iter().map(move |(block_kib, depth, ios)| Self { reads, block_kib, depth, ios })
         })
     }
 
@@ -48,8 +61,8 @@ impl Cell {
     /// # Errors
     /// There is none; the error lists them.
     pub(crate) fn from_heading(heading: &str) -> Result<Self> {
-        let known = || Self::all().map(Self::heading).collect::<Vec<_>>().join(", ");
-        let mut all = Self::all();
+        let known = || Self::all().chain(Self::by_size()).map(Self::heading).collect::<Vec<_>>().join(", ");
+        let mut all = Self::all().chain(Self::by_size());
         all.find(|cell| cell.heading() == heading)
             .with_context(|| format!("there is no cell {heading:?}; known are {}", known()))
     }
@@ -92,6 +105,14 @@ impl Subject {
         let ours = DataPath::LADDER.into_iter().map(Self::Ours);
         ours.chain(Self::PEERS).chain(Self::FLOOR).chain([Self::NullBlk]).collect()
     }
+
+    /// What is compared by size: the pages lent to the ring with the request, put there by hand, and two ways of copying.
+    pub(crate) const BY_SIZE: [Self; 4] = [
+        Self::Ours(DataPath::Fused),
+        Self::Ours(DataPath::Registered),
+        Self::Ours(DataPath::UserCopy),
+        Self::Ours(DataPath::Mapped),
+    ];
 
     /// Whose cells ours are compared with.
     pub(crate) const PEERS: [Self; 3] =

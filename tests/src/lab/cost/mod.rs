@@ -36,10 +36,15 @@ const RUN_DEADLINE: Duration = Duration::from_secs(90 * 60);
 const DOCUMENT: &str = "docs/performance.md";
 const BEGIN: &str = "<!-- begin: cargo lab cost --write -->\n";
 const END: &str = "<!-- end: cargo lab cost --write -->\n";
+const SIZES_BEGIN: &str = "<!-- begin: cargo lab cost --sizes --write -->\n";
+const SIZES_END: &str = "<!-- end: cargo lab cost --sizes --write -->\n";
 
 /// Options of `cargo lab cost`.
 #[derive(Args)]
 pub(crate) struct CostOptions {
+    /// Compare the ways that pages can be lent and copied, by size from 4 KiB to 1 MiB, instead
+    #[arg(long, conflicts_with_all = ["rows", "cells"])]
+    sizes: bool,
     /// Also update the tables in docs/performance.md and the ratios that `cargo lab test` watches
     #[arg(long, conflicts_with_all = ["rows", "cells", "no_build", "no_calls"])]
     write: bool,
@@ -90,10 +95,7 @@ impl Measurement {
 /// # Errors
 /// The product does not build, the machine fails, or a row is missing.
 pub(crate) fn run(workspace: &Workspace, options: &CostOptions) -> Result<()> {
-    let subjects = if options.rows.is_empty() { Subject::all() } else { Subject::from_words(&options.rows)? };
-    let cells: Result<Vec<Cell>> =
-        options.cells.iter().map(|heading| Cell::from_heading(heading.trim())).collect();
-    let cells = if options.cells.is_empty() { Cell::all().collect() } else { cells? };
+    let (subjects, cells) = what(options)?;
     ensure!(options.repetitions > 0, "a cell has to be measured at least once");
     if !options.no_build {
         build(workspace)?;
@@ -104,11 +106,25 @@ pub(crate) fn run(workspace: &Workspace, options: &CostOptions) -> Result<()> {
     if options.write {
         let path = workspace.root.join(DOCUMENT);
         let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        let document = measurement::replaced(&document, BEGIN, END, &text)?;
+        let (begin, end) = if options.sizes { (SIZES_BEGIN, SIZES_END) } else { (BEGIN, END) };
+        let document = measurement::replaced(&document, begin, end, &text)?;
         fs::write(&path, document).with_context(|| path.display().to_string())?;
-        gate::commit(workspace, &measured)?;
+        if !options.sizes {
+            gate::commit(workspace, &measured)?;
+        }
     }
     Ok(())
+}
+
+/// The rows and columns that were asked for.
+fn what(options: &CostOptions) -> Result<(Vec<Subject>, Vec<Cell>)> {
+    if options.sizes {
+        return Ok((Subject::BY_SIZE.to_vec(), Cell::by_size().collect()));
+    }
+    let subjects = if options.rows.is_empty() { Subject::all() } else { Subject::from_words(&options.rows)? };
+    let cells: Result<Vec<Cell>> =
+        options.cells.iter().map(|heading| Cell::from_heading(heading.trim())).collect();
+    Ok((subjects, if options.cells.is_empty() { Cell::all().collect() } else { cells? }))
 }
 
 /// Builds what is measured.
