@@ -2,6 +2,7 @@
 //!
 //! Called by `cost`, `bench`, `bench_server` and `scale`. Knows nothing of what is measured.
 
+use std::fs;
 use std::io::{Write as _, stderr};
 use std::path::Path;
 use std::process::Stdio;
@@ -111,6 +112,20 @@ pub(crate) fn machine_line(release: &str) -> Result<String> {
     let version = |program: &str| version(program, "--version");
     let (fio, nbdkit, qemu) = (version("fio")?, version("nbdkit")?, version("qemu-system-x86_64")?);
     Ok(format!("Linux {release}, {fio}, {nbdkit}, {qemu}; volnode {}.\n", env!("CARGO_PKG_VERSION")))
+}
+
+/// Where measurements are kept, from the workspace's root.
+pub(crate) const DOCUMENT: &str = "docs/performance.md";
+
+/// Puts `text` between its markers in [`DOCUMENT`].
+///
+/// # Errors
+/// The document lacks one of them, or cannot be written.
+pub(crate) fn keep(workspace: &Workspace, begin: &str, end: &str, text: &str) -> Result<()> {
+    let path = workspace.root.join(DOCUMENT);
+    let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let document = replaced(&document, begin, end, text)?;
+    fs::write(&path, document).with_context(|| path.display().to_string())
 }
 
 /// The document with `text` between its markers.

@@ -6,7 +6,6 @@
 //! Called by `commands`. What was not measured is an error, never a gap.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -33,8 +32,6 @@ const RUN_DEADLINE: Duration = Duration::from_secs(60 * 60);
 /// What an idle attachment may have resident, in KiB.
 const RSS_AIM_KIB: u64 = 8 << 10;
 
-/// Where the tables are kept, from the workspace's root.
-const DOCUMENT: &str = "docs/performance.md";
 const BEGIN: &str = "<!-- begin: cargo lab scale --write -->\n";
 const END: &str = "<!-- end: cargo lab scale --write -->\n";
 
@@ -55,10 +52,7 @@ pub(crate) fn run(workspace: &Workspace, write: bool) -> Result<()> {
     let text = format!("{machine}\n{}\n{}", idle_table(&idle), growth_table(&growth)?);
     print!("{text}");
     if write {
-        let path = workspace.root.join(DOCUMENT);
-        let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        let document = measurement::replaced(&document, BEGIN, END, &text)?;
-        fs::write(&path, document).with_context(|| path.display().to_string())?;
+        measurement::keep(workspace, BEGIN, END, &text)?;
     }
     Ok(())
 }

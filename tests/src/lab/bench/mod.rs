@@ -29,8 +29,6 @@ const PROFILE: &str = "release";
 /// From QEMU's start to its end; a full run takes half of it on two cores that nobody else uses.
 const RUN_DEADLINE: Duration = Duration::from_secs(40 * 60);
 
-/// Where the results are kept, from the workspace's root.
-const DOCUMENT: &str = "docs/performance.md";
 const BEGIN: &str = "<!-- begin: cargo lab bench --write -->\n";
 const END: &str = "<!-- end: cargo lab bench --write -->\n";
 const MEDIANS: &str = "docs/bench.csv";
@@ -72,7 +70,7 @@ fn samples(stdout: &str) -> Result<Vec<Sample>> {
 
 /// Puts everything into the documentation; nothing is written before all of it is made.
 fn keep(workspace: &Workspace, rows: &[Row], text: &str) -> Result<()> {
-    let path = workspace.root.join(DOCUMENT);
+    let path = workspace.root.join(measurement::DOCUMENT);
     let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let mut files = vec![(MEDIANS, table::comma_separated(rows))];
     let mut shown = String::new();
@@ -84,7 +82,7 @@ fn keep(workspace: &Workspace, rows: &[Row], text: &str) -> Result<()> {
     }
     let medians = Path::new(MEDIANS).file_name().unwrap_or_default().display();
     let text = format!("{shown}Every median: [{medians}]({medians}).\n\n{text}");
-    files.push((DOCUMENT, measurement::replaced(&document, BEGIN, END, &text)?));
+    files.push((measurement::DOCUMENT, measurement::replaced(&document, BEGIN, END, &text)?));
     for (name, contents) in files {
         fs::write(workspace.root.join(name), contents).with_context(|| name.to_owned())?;
     }
@@ -112,17 +110,17 @@ mod tests {
         let rows =
             summary::rows(&summary::tests::samples(&Plan::FULL, |_, _, _| 1000.0), &Plan::FULL).unwrap();
         fs::create_dir_all(root.join("docs")).unwrap();
-        fs::write(root.join(DOCUMENT), "no markers\n").unwrap();
+        fs::write(root.join(measurement::DOCUMENT), "no markers\n").unwrap();
         assert!(keep(&workspace, &rows, "tables").is_err());
         assert_eq!(fs::read_dir(root.join("docs")).unwrap().count(), 1);
-        fs::write(root.join(DOCUMENT), format!("above\n{BEGIN}old\n{END}below\n")).unwrap();
+        fs::write(root.join(measurement::DOCUMENT), format!("above\n{BEGIN}old\n{END}below\n")).unwrap();
         keep(&workspace, &rows, "tables").unwrap();
-        let document = fs::read_to_string(root.join(DOCUMENT)).unwrap();
+        let document = fs::read_to_string(root.join(measurement::DOCUMENT)).unwrap();
         assert!(document.contains("tables") && !document.contains("old"), "{document}");
         for file in fs::read_dir(root.join("docs")).unwrap() {
             let name = file.unwrap().file_name().into_string().unwrap();
             let linked = document.contains(&format!("]({name})"));
-            assert!(linked || DOCUMENT.ends_with(&name), "{name} is not linked:\n{document}");
+            assert!(linked || measurement::DOCUMENT.ends_with(&name), "{name} is not linked:\n{document}");
         }
         assert_eq!(fs::read_dir(root.join("docs")).unwrap().count(), 4);
         fs::remove_dir_all(root).unwrap();

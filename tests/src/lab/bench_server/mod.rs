@@ -37,8 +37,6 @@ const PROFILE: &str = "release";
 /// What is built.
 const PROGRAMS: [&str; 3] = ["volserver", "volctl", "nbd-load"];
 
-/// Where the results are kept, from the workspace's root.
-const DOCUMENT: &str = "docs/performance.md";
 const BEGIN: &str = "<!-- begin: cargo lab bench-server --write -->\n";
 const END: &str = "<!-- end: cargo lab bench-server --write -->\n";
 
@@ -92,10 +90,7 @@ pub(crate) fn run(workspace: &Workspace, quick: bool, write: bool, parent: &Path
     let text = format!("{machine}\n{}\n{}", table::tables(&rows, &plan), table::verdict(&rows));
     println!("{text}");
     if write {
-        let path = workspace.root.join(DOCUMENT);
-        let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        let document = measurement::replaced(&document, BEGIN, END, &text)?;
-        fs::write(&path, document).with_context(|| path.display().to_string())?;
+        measurement::keep(workspace, BEGIN, END, &text)?;
     }
     Ok(())
 }

@@ -8,7 +8,6 @@
 pub(crate) mod gate;
 mod table;
 
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -32,8 +31,6 @@ const PROGRAMS: [&str; 4] = ["volserver", "volclient", "volctl", "floor"];
 /// From QEMU's start to its end: some two minutes for each row, more where others use the machine.
 const RUN_DEADLINE: Duration = Duration::from_secs(90 * 60);
 
-/// Where the table is kept, from the workspace's root.
-const DOCUMENT: &str = "docs/performance.md";
 const BEGIN: &str = "<!-- begin: cargo lab cost --write -->\n";
 const END: &str = "<!-- end: cargo lab cost --write -->\n";
 const SIZES_BEGIN: &str = "<!-- begin: cargo lab cost --sizes --write -->\n";
@@ -104,11 +101,8 @@ pub(crate) fn run(workspace: &Workspace, options: &CostOptions) -> Result<()> {
     let text = table::text(&measurement::machine_line(&measured.release)?, &measured);
     print!("{text}");
     if options.write {
-        let path = workspace.root.join(DOCUMENT);
-        let document = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let (begin, end) = if options.sizes { (SIZES_BEGIN, SIZES_END) } else { (BEGIN, END) };
-        let document = measurement::replaced(&document, begin, end, &text)?;
-        fs::write(&path, document).with_context(|| path.display().to_string())?;
+        measurement::keep(workspace, begin, end, &text)?;
         if !options.sizes {
             gate::commit(workspace, &measured)?;
         }
