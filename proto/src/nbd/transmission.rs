@@ -152,17 +152,7 @@ impl Request {
     /// # Errors
     /// [`TransmissionError::RequestMagic`]: the stream is out of step; close it.
     pub fn decode(wire: &[u8; REQUEST_BYTES]) -> Result<Self, TransmissionError> {
-        let magic = be_u32(wire, 0);
-        if magic != REQUEST_MAGIC {
-            return Err(TransmissionError::RequestMagic(magic));
-        }
-        Ok(Self {
-            flags: CommandFlags(be_u16(wire, 4)),
-            command: Command::from_wire(be_u16(wire, 6)),
-            cookie: be_u64(wire, 8),
-            offset_bytes: be_u64(wire, 16),
-            length_bytes: u64::from(be_u32(wire, 24)),
-        })
+        Self::decode_header(wire, REQUEST_MAGIC, u64::from(be_u32(wire, 24)))
     }
 
     /// Reads an extended header off the wire.
@@ -170,8 +160,13 @@ impl Request {
     /// # Errors
     /// [`TransmissionError::RequestMagic`]: the stream is out of step; close it.
     pub fn decode_extended(wire: &[u8; EXTENDED_REQUEST_BYTES]) -> Result<Self, TransmissionError> {
+        Self::decode_header(wire, EXTENDED_REQUEST_MAGIC, be_u64(wire, 24))
+    }
+
+    /// The two headers differ in their magic, and in the width of the length, which stands at the end of both.
+    fn decode_header(wire: &[u8], expected_magic: u32, length_bytes: u64) -> Result<Self, TransmissionError> {
         let magic = be_u32(wire, 0);
-        if magic != EXTENDED_REQUEST_MAGIC {
+        if magic != expected_magic {
             return Err(TransmissionError::RequestMagic(magic));
         }
         Ok(Self {
@@ -179,7 +174,7 @@ impl Request {
             command: Command::from_wire(be_u16(wire, 6)),
             cookie: be_u64(wire, 8),
             offset_bytes: be_u64(wire, 16),
-            length_bytes: be_u64(wire, 24),
+            length_bytes,
         })
     }
 
