@@ -90,13 +90,9 @@ fn our_disk_on_qemu_nbd(env: &Env) -> Result<()> {
 
 fn on_foreign_server(env: &Env, server: &str, arguments: &[&str], uri: &str) -> Result<()> {
     let node = StorageNode::start(env)?;
-    let server = Server(Command::new(server).args(arguments).stdin(Stdio::null()).spawn().context("server")?);
-    let device = wait_for("the foreign server", Duration::from_secs(60), || {
-        let attached = node.volctl(&["attach", uri])?;
-        let unreachable = attached.exit_code == 6;
-        if unreachable { Ok(None) } else { attached.succeeded().map(Some) }
-    })?;
-    let device = device.trim();
+    let server = Server::start(server, arguments)?;
+    let device = attach_when_there(&node, uri)?;
+    let device = device.as_str();
     ensure!(Path::new(device).exists(), "{device}");
     verify(device)?;
     sh(&format!("mkfs.ext4 -q {device}; e2fsck -fn {device}; blkdiscard {device}; blkdiscard -z {device}"))?;
@@ -106,8 +102,25 @@ fn on_foreign_server(env: &Env, server: &str, arguments: &[&str], uri: &str) -> 
     Ok(())
 }
 
+/// Attaches what a server serves that is still starting: the disk's path.
+pub(crate) fn attach_when_there(node: &StorageNode, uri: &str) -> Result<String> {
+    wait_for("the foreign server", Duration::from_secs(60), || {
+        let attached = node.volctl(&["attach", uri])?;
+        let unreachable = attached.exit_code == 6;
+        if unreachable { Ok(None) } else { attached.succeeded().map(|device| Some(device.trim().to_owned())) }
+    })
+}
+
 /// A foreign server, killed in the end.
-pub(crate) struct Server(pub(crate) Child);
+pub(crate) struct Server(Child);
+
+impl Server {
+    /// Starts it; whether it serves is seen when something is attached.
+    pub(crate) fn start(program: &str, arguments: &[&str]) -> Result<Self> {
+        let child = Command::new(program).args(arguments).stdin(Stdio::null()).spawn();
+        Ok(Self(child.with_context(|| program.to_owned())?))
+    }
+}
 
 impl Drop for Server {
     fn drop(&mut self) {

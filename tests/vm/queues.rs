@@ -6,16 +6,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use testlab::harness::{Env, Test};
-use testlab::shell::{run, wait_for};
+use testlab::shell::run;
 use testlab::storage_node::StorageNode;
 
 use crate::fio::verify;
-use crate::foreign::Server;
+use crate::foreign::{Server, attach_when_there};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("queues::two_queues_with_four_connections_verify", two_queues_with_four_connections)
@@ -127,7 +125,7 @@ fn the_default_is_what_the_server_allows(env: &Env) -> Result<()> {
     let device = attach_when_there(&node, NBDKIT_URI)?;
     let attachment = node.attachment(NBDKIT_URI)?;
     ensure!(attachment["nr_hw_queues"] == 1 && attachment["nr_connections"] == 1, "{attachment}");
-    verify(Path::new(device.trim()), 0, 16, 8)?;
+    verify(Path::new(&device), 0, 16, 8)?;
     node.detach(NBDKIT_URI)?;
     for asked in [["--queues", "2"], ["--connections", "2"]] {
         let refused = node.volctl(&[&["attach", NBDKIT_URI][..], &asked].concat())?;
@@ -142,19 +140,9 @@ fn the_default_is_what_the_server_allows(env: &Env) -> Result<()> {
 }
 
 fn nbdkit_without_multi_conn() -> Result<Server> {
-    let mut nbdkit = Command::new("nbdkit");
-    nbdkit.args(["-f", "-i", "127.0.0.1", "-p", "10997", "--filter=multi-conn", "memory", "64M"]);
-    nbdkit.args(["multi-conn-mode=disable"]).stdin(Stdio::null());
-    Ok(Server(nbdkit.spawn().context("nbdkit")?))
-}
-
-/// Attaches what a server serves that is still starting.
-fn attach_when_there(node: &StorageNode, uri: &str) -> Result<String> {
-    wait_for("the foreign server", Duration::from_secs(60), || {
-        let attached = node.volctl(&["attach", uri])?;
-        let unreachable = attached.exit_code == 6;
-        if unreachable { Ok(None) } else { attached.succeeded().map(Some) }
-    })
+    let listen = ["-f", "-i", "127.0.0.1", "-p", "10997"];
+    let serve = ["--filter=multi-conn", "memory", "64M", "multi-conn-mode=disable"];
+    Server::start("nbdkit", &[&listen[..], &serve].concat())
 }
 
 fn what_cannot_be_is_refused(env: &Env) -> Result<()> {

@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -16,7 +16,7 @@ use testlab::storage_node::{NodeTls, StorageNode};
 use tls::test_authority::Authority;
 
 use crate::fio::verify_mostly_small;
-use crate::foreign::Server;
+use crate::foreign::{Server, attach_when_there};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("tls_disks::every_data_path_verifies_with_the_kernel_s_records", by_the_kernel).within(420),
@@ -164,13 +164,9 @@ fn our_disk_on_qemu_nbd(env: &Env) -> Result<()> {
 
 fn on_foreign_server(env: &Env, tls: NodeTls, server: &str, arguments: &[&str], uri: &str) -> Result<()> {
     let node = StorageNode::start_over_tls(env, tls, &[])?;
-    let server = Server(Command::new(server).args(arguments).stdin(Stdio::null()).spawn().context("server")?);
-    let device = wait_for("the foreign server", Duration::from_secs(60), || {
-        let attached = node.volctl(&["attach", uri])?;
-        let unreachable = attached.exit_code == 6;
-        if unreachable { Ok(None) } else { attached.succeeded().map(Some) }
-    })?;
-    let device = device.trim();
+    let server = Server::start(server, arguments)?;
+    let device = attach_when_there(&node, uri)?;
+    let device = device.as_str();
     let attachment = node.attachment(uri)?;
     ensure!(attachment["encryption"] == BY_KERNEL, "{attachment}");
     verify_mostly_small(Path::new(device), 16, 16)?;
