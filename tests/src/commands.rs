@@ -15,6 +15,7 @@ use testlab::kernel_series::KernelSeries;
 use crate::lab::bench;
 use crate::lab::bench_server;
 use crate::lab::cost::{self, CostOptions};
+use crate::lab::fuzz::{self, FuzzOptions};
 use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
 use crate::lab::scale;
@@ -120,6 +121,11 @@ pub(crate) fn bench_server(quick: bool, write: bool, directory: &Path) -> Result
 /// Measures idle attachments and many of them; with `write`, keeps the results in the documentation.
 pub(crate) fn scale(write: bool) -> Result<u8> {
     scale::run(&Workspace::locate()?, write).map(|()| 0)
+}
+
+/// Fuzzes the parsers that face the network.
+pub(crate) fn fuzz(options: &FuzzOptions) -> Result<u8> {
+    fuzz::run(&Workspace::locate()?, options).map(|has_passed| u8::from(!has_passed))
 }
 
 /// Gives the terminal to a shell in the VM.

@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use lab::cost::CostOptions;
+use lab::fuzz::FuzzOptions;
 use lab::vm::Processors;
 use testlab::kernel_series::KernelSeries;
 
@@ -82,6 +83,8 @@ enum LabCommand {
         #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
         directory: PathBuf,
     },
+    /// Look for inputs that break the parsers which face the network
+    Fuzz(FuzzOptions),
     /// What an idle attachment costs, and an I/O beside up to 64 others
     Scale {
         /// Also update the tables in docs/performance.md
@@ -151,6 +154,7 @@ fn main() -> ExitCode {
         LabCommand::BenchServer { quick, write, directory } => {
             commands::bench_server(quick, write, &directory)
         }
+        LabCommand::Fuzz(options) => commands::fuzz(&options),
         LabCommand::Scale { write } => commands::scale(write),
         LabCommand::GuestScale { part, programs } => scale_guest::run(part, &programs).map(|()| 0),
         LabCommand::GuestDemo => demo::run().map(|()| 0),

@@ -9,6 +9,7 @@ pub(crate) mod apt;
 pub(crate) mod bench;
 pub(crate) mod bench_server;
 pub(crate) mod cost;
+pub(crate) mod fuzz;
 pub(crate) mod guest_command;
 pub(crate) mod host_tests;
 pub(crate) mod initramfs;

@@ -22,7 +22,8 @@ struct Package {
 const QEMU: Package = Package { name: "qemu-system-x86", program: "qemu-system-x86_64" };
 
 /// What else the lab and the tests in the VM call.
-const PACKAGES: [Package; 18] = [
+const PACKAGES: [Package; 19] = [
+    Package { name: "g++", program: "g++" },
     Package { name: "busybox-static", program: "busybox" },
     Package { name: "cpio", program: "cpio" },
     Package { name: "xz-utils", program: "xz" },

@@ -1,0 +1,6 @@
+//! libFuzzer's way into [`fuzz::server_handshake`]; built and run by `cargo lab fuzz`.
+
+#![no_main]
+#![allow(unsafe_code, reason = "the macro exports the function that libFuzzer's runtime calls")]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| fuzz::server_handshake(bytes));
