@@ -92,14 +92,16 @@ impl Apt {
         tool::output(&mut command, UPDATE_DEADLINE).map(drop)
     }
 
-    /// Installs packages, without recommended ones, taking all it can from `release` if one is given.
+    /// Installs packages, without recommended ones, taking all it can from `release` if one is given. Takes away none: what
+    /// the machine has is its user's.
     ///
     /// # Errors
-    /// Whatever stopped apt-get: no root rights, unknown packages, broken dependencies, no network.
+    /// Whatever stopped apt-get: no root rights, unknown packages, broken dependencies or ones that only removing others
+    /// would mend, no network.
     pub(crate) fn install(&self, packages: &[&str], release: Option<&str>) -> Result<()> {
         let mut command = self.command("apt-get");
         command.env("DEBIAN_FRONTEND", "noninteractive");
-        command.args(["install", "--yes", "--no-install-recommends"]);
+        command.args(["install", "--yes", "--no-install-recommends", "--no-remove"]);
         if let Some(release) = release {
             command.arg("--target-release").arg(release);
         }
