@@ -21,6 +21,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::device::data_socket::Encryption;
+use crate::device::reconnect::StallPolicy;
 use crate::tls_spec::TlsSpec;
 
 /// Version of [`DeviceSpec`], [`DeviceStatus`] and the control socket's lines.
@@ -161,6 +163,15 @@ pub struct DeviceSpec {
     pub block_size_bytes: u32,
     /// Stable name to make for the device.
     pub device_link: PathBuf,
+    /// Whether a server that restarts has forgotten all of the volume, flushed or not.
+    #[serde(default)]
+    pub is_volatile: bool,
+    /// What requests do while the server cannot be reached.
+    #[serde(default)]
+    pub on_stall: StallPolicy,
+    /// The device of a process that died, to go on with; `None`: make one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recover: Option<RecoverSpec>,
     /// How TLS is spoken to the server; `None`: it is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<TlsSpec>,
@@ -176,6 +187,49 @@ impl DeviceSpec {
     }
 }
 
+/// What a device process has to know of the one before it, whose device it takes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoverSpec {
+    /// `N` of /dev/ublkbN.
+    pub dev_id: u32,
+    /// The device's data path, by name.
+    pub data_path: String,
+    /// What it was made for.
+    pub session: SessionRecord,
+}
+
+/// The server's side of a device: what later connections, and later device processes, have to find again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionRecord {
+    /// Storage incarnation; empty for a foreign server.
+    pub incarnation: String,
+    /// Who encrypts.
+    pub encryption: Encryption,
+    /// Size of the export in bytes.
+    pub export_bytes: u64,
+    /// `NBD_FLAG_*` of the export.
+    pub export_flags: u16,
+    /// Minimum, preferred and maximum block size of the export, in bytes, where the server told them.
+    pub export_block_bytes: Option<[u32; 3]>,
+    /// Capacity of the disk in bytes.
+    pub capacity_bytes: u64,
+    /// Logical block size of the disk in bytes.
+    pub block_size_bytes: u32,
+    /// Largest READ or WRITE, in bytes.
+    pub max_io_bytes: u32,
+    /// Whether the disk has a volatile cache.
+    pub volatile_cache: bool,
+    /// No writes.
+    pub read_only: bool,
+}
+
+impl SessionRecord {
+    /// Whether there can be writes that were acknowledged and are not durable.
+    pub fn has_volatile_cache(&self) -> bool {
+        self.volatile_cache && !self.read_only
+    }
+}
+
 /// What the device process is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -184,7 +238,9 @@ pub enum DeviceState {
     Starting,
     /// It serves I/O.
     Live,
-    /// Its connection is gone: I/O gets EIO until it is detached.
+    /// The server cannot be reached: I/O waits, or fails until it is back, as the policy says.
+    Stalled,
+    /// Nothing brings it back: I/O gets EIO until it is detached.
     Failed,
     /// It goes away.
     Stopping,
@@ -237,6 +293,18 @@ pub struct DeviceStatus {
     pub encryption: String,
     /// 0 for a foreign server.
     pub session_epoch: u64,
+    /// The policy in force.
+    #[serde(default)]
+    pub on_stall: StallPolicy,
+    /// For a process that takes the device on; `None` before there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<SessionRecord>,
+    /// Version of the device process's program; empty in a status of one that did not tell.
+    #[serde(default)]
+    pub program_version: String,
+    /// How often the connections were lost and made again.
+    #[serde(default)]
+    pub reconnects: u64,
 }
 
 impl DeviceStatus {
@@ -263,6 +331,10 @@ pub enum ControlCommand {
     Status,
     /// Stop the device, flush, and end the process; refused while the device is open.
     Stop,
+    /// The same, whoever has it open: what is in flight, and all I/O after it, fails. Nothing is flushed.
+    ForceStop,
+    /// From now on, do this while the server cannot be reached.
+    SetStallPolicy(StallPolicy),
 }
 
 /// A device process's answer. To `Stop`, [`ControlResponse::Ok`] means that the device is gone.
@@ -362,6 +434,7 @@ mod tests {
         let spec: DeviceSpec = parse(SPEC_V1.as_bytes(), Path::new("spec.json")).unwrap();
         assert!(spec.secret().is_some());
         assert_eq!((spec.queue_depth, spec.nr_connections), (128, 0));
+        assert_eq!(spec.on_stall, StallPolicy::Wait);
         let again: DeviceSpec = parse(&serde_json::to_vec(&spec).unwrap(), Path::new("spec.json")).unwrap();
         assert_eq!(again, spec);
     }
@@ -397,6 +470,10 @@ mod tests {
     fn control_lines_of_version_1_are_read() {
         let request: ControlRequest = serde_json::from_str(r#"{"version":1,"command":"stop"}"#).unwrap();
         assert_eq!(request.command, ControlCommand::Stop);
+        let policy: ControlRequest =
+            serde_json::from_str(r#"{"version":1,"command":{"set_stall_policy":{"fail_after_ms":5000}}}"#)
+                .unwrap();
+        assert_eq!(policy.command, ControlCommand::SetStallPolicy(StallPolicy::FailAfterMs(5000)));
         let busy: ControlResponse =
             serde_json::from_str(r#"{"busy":{"holders":["mounted on /mnt"]}}"#).unwrap();
         assert_eq!(busy, ControlResponse::Busy { holders: vec!["mounted on /mnt".into()] });

@@ -38,8 +38,12 @@ pub const NOT_PERMITTED: &str = "NOT_PERMITTED";
 pub const DATA_PATH_UNSUPPORTED: &str = "DATA_PATH_UNSUPPORTED";
 /// FAILED_PRECONDITION: somebody has the device open.
 pub const DEVICE_OPEN: &str = "DEVICE_OPEN";
-/// FAILED_PRECONDITION: the device lost its connection; detach it first.
+/// NOT_FOUND: nothing of that name is attached to this machine.
+pub const NOT_ATTACHED: &str = "NOT_ATTACHED";
+/// FAILED_PRECONDITION: the device is dead or answers EIO for good; detach it first.
 pub const DEVICE_FAILED: &str = "DEVICE_FAILED";
+/// FAILED_PRECONDITION: the device cannot change hands, or not now.
+pub const UPGRADE_REFUSED: &str = "UPGRADE_REFUSED";
 /// FAILED_PRECONDITION: the device process could not make the device.
 pub const DEVICE_START_FAILED: &str = "DEVICE_START_FAILED";
 /// DEADLINE_EXCEEDED: the device process did not get ready, or did not answer, in time.

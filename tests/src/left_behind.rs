@@ -1,4 +1,4 @@
-//! Puts the VM back into the state a test found it in: mounts and processes the test left are removed.
+//! Puts the VM back into the state a test found it in: mounts, processes and ublk devices the test left are removed.
 //!
 //! Called by the harness between tests, and only in a VM, where every new process and mount is the test's. It is
 //! what keeps one failed test from failing those after it; a test that passes cleans up after itself, and
@@ -27,17 +27,21 @@ pub(crate) struct Machine {
     processes: BTreeSet<i32>,
     /// By the kernel's own number: what is mounted over another mount has the same mount point.
     mounts: BTreeMap<u64, String>,
+    /// By the number in their names. One outlives its process, and waits for another.
+    devices: BTreeSet<u32>,
 }
 
 impl Machine {
     /// Looks at the machine as it is.
     pub(crate) fn remember() -> Result<Self> {
-        Ok(Self { processes: user_processes()?, mounts: mounts()? })
+        Ok(Self { processes: user_processes()?, mounts: mounts()?, devices: ublk_devices()? })
     }
 
     /// Undoes what was added since. What cannot be undone is printed: it will show in the next test.
     pub(crate) fn restore(self) {
-        if let Err(error) = self.unmount_new().and_then(|()| self.kill_new()) {
+        let undone =
+            self.unmount_new().and_then(|()| self.kill_new()).and_then(|()| self.delete_new_devices());
+        if let Err(error) = undone {
             println!("cleaning up after the test: {error:#}");
         }
     }
@@ -53,6 +57,16 @@ impl Machine {
             if !ended {
                 println!("umount {mount_point} does not end");
             }
+        }
+        Ok(())
+    }
+
+    fn delete_new_devices(&self) -> Result<()> {
+        for dev_id in ublk_devices()?.difference(&self.devices) {
+            println!("left behind: ublk device {dev_id}");
+            let control = ublk_core::ControlDevice::open()?;
+            control.stop_dev(*dev_id)?;
+            control.del_dev(*dev_id)?;
         }
         Ok(())
     }
@@ -73,6 +87,11 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// None where the driver is not loaded.
+fn ublk_devices() -> Result<BTreeSet<u32>> {
+    Ok(ublk_core::control::list_devices()?.into_iter().collect())
 }
 
 fn wait_until(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {

@@ -7,6 +7,7 @@
 pub mod block_history;
 pub mod dribbling_relay;
 pub mod events;
+pub mod fault_proxy;
 pub mod harness;
 pub mod kernel_series;
 mod left_behind;

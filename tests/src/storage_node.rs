@@ -83,6 +83,8 @@ pub struct StorageNode {
     logs: PathBuf,
     series: KernelSeries,
     server_options: Vec<String>,
+    /// What the server takes for this machine's boot id; `None`: the true one.
+    boot_id: Option<String>,
     tls: Option<NodeTls>,
     server: Option<Child>,
     client: Option<Child>,
@@ -160,6 +162,7 @@ impl StorageNode {
             logs,
             series: env.series,
             server_options: server_options.iter().map(|&option| option.to_owned()).collect(),
+            boot_id: None,
             tls: None,
             server: None,
             client: None,
@@ -171,7 +174,7 @@ impl StorageNode {
     /// # Errors
     /// It does not get ready.
     pub fn start_server(&mut self) -> Result<()> {
-        let mut server = Command::new(self.programs.join("volserver"));
+        let mut server = self.server_command()?;
         server.arg("--data-dir").arg(&self.data_dir).args(["--listen", &self.data_address]);
         let (scheme, management) = self.management_uri.split_once("://").context("management URI")?;
         server.args(["--management", management]).args(&self.server_options);
@@ -193,6 +196,23 @@ impl StorageNode {
         Ok(())
     }
 
+    /// Lets the server, when it is started next, find itself on a machine that has been booted since.
+    pub fn boot_server_machine(&mut self, seed: u64) {
+        self.boot_id = Some(format!("00000000-0000-4000-8000-{:012x}", seed & 0xffff_ffff_ffff));
+    }
+
+    /// The server's program, under a boot id of the test's where there is one.
+    fn server_command(&self) -> Result<Command> {
+        let program = self.programs.join("volserver");
+        let Some(boot_id) = &self.boot_id else { return Ok(Command::new(program)) };
+        let file = self.logs.join("boot_id");
+        fs::write(&file, format!("{boot_id}\n"))?;
+        let script = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id; exec \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "bash", "-euc", script]).arg(file).arg(program);
+        Ok(command)
+    }
+
     /// Starts the node daemon.
     ///
     /// # Errors
@@ -208,6 +228,15 @@ impl StorageNode {
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
         Ok(())
+    }
+
+    /// Stops the server without a word (SIGSTOP): its sockets stay open, and nobody answers.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn freeze_server(&self) -> Result<()> {
+        let server = self.server.as_ref().context("the server does not run")?;
+        kill_process(Pid::from_child(server), Signal::STOP).context("SIGSTOP")
     }
 
     /// Kills the server (kill -9) and waits until it is gone.

@@ -6,14 +6,18 @@
 //! is another process, so that this one never waits for its own device.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use client::device::block_request::device_params;
+use client::device::connection::Resend;
 use client::device::dial::{Dialled, dial};
-use client::device::queue_loop::{self, QueueEvent, QueueParts};
+use client::device::queue_loop;
+use client::device::queue_parts::{QueueCommander, QueueEvent, QueueParts};
+use client::device::unflushed::Unflushed;
 use testlab::harness::{Env, Test};
 use testlab::shell::run;
 use testlab::storage_node::StorageNode;
@@ -128,6 +132,7 @@ impl Disk {
             ublksrv_flags: 0,
         };
         let device = Device::add(control, &spec, &params)?;
+        let (_, commands) = QueueCommander::new()?;
         let parts = QueueParts {
             queue: device.queue(0)?,
             data_path,
@@ -136,6 +141,10 @@ impl Disk {
             max_io_bytes: params.max_io_bytes,
             volatile_cache: params.volatile_cache,
             sockets: vec![one.socket, other.socket],
+            resend: Resend::Everything,
+            reply_timeout: QUEUE_DEADLINE,
+            unflushed: Arc::new(Unflushed::new(1)),
+            commands,
         };
         let (sender, events) = mpsc::channel();
         let allocations_before = allocations();

@@ -76,7 +76,7 @@ fn read_fails(node: &StorageNode, case: Case, data_path: DataPath) -> Result<()>
     let disk = HostileDisk::attach(node, case, data_path)?;
     ensure!(disk.read(TRAP_BYTES)?.is_none(), "{data_path} {case:?}: the read succeeded");
     let attachment = node.attachment(&disk.uri)?;
-    ensure!(attachment["state"] == "failed", "{data_path} {case:?}: {attachment}");
+    ensure!(attachment["state"] == "stalled", "{data_path} {case:?}: {attachment}");
     node.detach(&disk.uri)
 }
 
@@ -98,7 +98,7 @@ fn a_connection_lost_inside_a_write(env: &Env) -> Result<()> {
         let disk = HostileDisk::attach(&node, Case::CloseInsideWrite, data_path)?;
         ensure!(!disk.write(TRAP_BYTES)?, "{data_path}: the write succeeded");
         let attachment = node.attachment(&disk.uri)?;
-        ensure!(attachment["state"] == "failed", "{data_path}: {attachment}");
+        ensure!(attachment["state"] == "stalled", "{data_path}: {attachment}");
         node.detach(&disk.uri)?;
     }
     Ok(())
@@ -134,7 +134,10 @@ impl HostileDisk {
                 println!("{case:?}: {error:#}");
             }
         });
-        let device = node.attach(&[&uri, "--data-path", data_path.as_str()])?.to_string_lossy().into_owned();
+        // The server listens for one connection only: nothing is to be waited for when that is lost.
+        let fail = ["--on-stall", "fail", "--after", "0"];
+        let device = node.attach(&[&[&uri, "--data-path", data_path.as_str()][..], &fail].concat())?;
+        let device = device.to_string_lossy().into_owned();
         Ok(Self { uri, device })
     }
 

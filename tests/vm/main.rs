@@ -15,6 +15,8 @@ mod hostile_server;
 mod idle;
 mod lying_disk;
 mod queues;
+mod recovery;
+mod ride_through;
 mod rungs;
 mod smoke;
 mod tls_disks;
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
         bad_input::TESTS,
         daemons::TESTS,
         hostile_server::TESTS,
+        ride_through::TESTS,
+        recovery::TESTS,
         idle::TESTS,
         allocations::TESTS,
         bench::TESTS,

@@ -214,18 +214,30 @@ fn the_end_of_the_server(env: &Env) -> Result<()> {
     let device = node.attach(&["vol-1"])?;
     verify_mostly_small(&device, 4, 8)?;
     node.kill_server()?;
-    // As without TLS: errors instead of waiting, and a detach that works.
-    let read = Command::new("dd")
+    // As without TLS: the read waits, and is told that the server which comes back has forgotten.
+    let mut read = Command::new("dd")
         .arg(format!("if={}", device.display()))
-        .args(["of=/dev/null", "iflag=direct", "count=1"])
-        .output()?;
-    ensure!(!read.status.success(), "a read of a server that is gone succeeded");
-    wait_for("the failure to be told", Duration::from_secs(30), || {
-        let state = node.attachment("vol-1")?["state"].clone();
-        Ok((state == "failed").then_some(()))
-    })?;
+        .args(["of=/dev/null", "iflag=direct", "bs=4k", "count=1"])
+        .spawn()?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(read.try_wait()?.is_none(), "a read of a server that is gone did not wait");
     node.start_server()?;
-    node.detach("vol-1")
+    let ended = wait_for("the read to end", Duration::from_secs(30), || Ok(read.try_wait()?))?;
+    ensure!(!ended.success(), "a read of what is gone succeeded");
+    ensure!(node.attachment("vol-1")?["state"] == "failed");
+    node.detach("vol-1")?;
+    ridden_through(&mut node)
+}
+
+/// A file volume's restart, over TLS.
+fn ridden_through(node: &mut StorageNode) -> Result<()> {
+    let device = node.create_and_attach("vol-2", "32M", &[])?;
+    verify_mostly_small(&device, 4, 8)?;
+    node.kill_server()?;
+    node.start_server()?;
+    verify_mostly_small(&device, 4, 8)?;
+    ensure!(node.attachment("vol-2")?["reconnects"] != 0, "nobody noticed");
+    node.detach("vol-2")
 }
 
 fn on_another_file_system(env: &Env) -> Result<()> {

@@ -3,21 +3,25 @@
 //! ```text
 //!   spec ─► protect ─► choose data path ─► connect ─► ADD_DEV ─► connect the other slots ─► queue threads ─► START_DEV ─► live
 //!   live ─ Stop ─► TRY_STOP_DEV ─► queues flush and end ─► DEL_DEV ─► answer ─► exit
-//!          │            └─ open: Busy, live as before
-//!          └ connection lost ─► failed: I/O gets EIO until Stop
+//!    │ ▲      │         └─ open: Busy, live as before
+//!    │ │      └─ ForceStop: STOP_DEV, whoever has it open; what is in flight fails
+//!    │ └────── connected again
+//!    └ connection lost ─► stalled: I/O waits (`reconnect.rs`) ─► failed, where the server forgot: EIO until Stop
 //! ```
 //!
 //! Called by `volclient device`. The data path is in `queue_loop.rs`; nothing here touches a request. If this process
-//! dies, the kernel ends its device with errors, and `volclient serve` clears up what is left.
+//! dies, the kernel keeps its device and the requests in flight, and `volclient serve` starts another process that takes both
+//! on: it begins with connections that are lost already, so that all that follows is as after any loss.
 
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ublk_core::abi::UBLK_F_USER_COPY;
+use ublk_core::abi::{UBLK_F_USER_COPY, UBLK_F_USER_RECOVERY, UBLK_F_USER_RECOVERY_REISSUE};
 use ublk_core::{
     ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec,
     TransferError,
@@ -25,16 +29,22 @@ use ublk_core::{
 
 use super::affinity;
 use super::block_request::{self, GeometryError};
+use super::connection::Resend;
 use super::control_socket::{self, PendingRequest};
-use super::data_socket::DataSocket;
+use super::data_socket::{DataSocket, Encryption};
 use super::ladder::{Chosen, Ladder, LadderError};
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
-use super::queue_loop::{self, QueueError, QueueEvent, QueueParts};
+use super::queue_loop;
+use super::queue_parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts};
+use super::reconnect::{Condition, Output, Reconnect, StallPolicy};
+use super::redial::{Attempt, Redial};
 use super::slots::{self, Layout, SlotError};
 use super::status_file::StatusFile;
+use super::unflushed::Unflushed;
 use crate::contract::{
-    self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState,
+    self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState, ExportSpec,
+    RecoverSpec, SessionRecord,
 };
 use crate::node::error::with_sources;
 use crate::node::holders::holders;
@@ -46,6 +56,12 @@ const BUSY_PATIENCE: Duration = Duration::from_secs(2);
 const BUSY_RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// How long the queues may take to flush and end after the device stopped; above `queue_loop`'s own bounds.
 const QUEUES_END_TIMEOUT: Duration = Duration::from_secs(60);
+/// A server that is lost while the device is being made may come back for so long; then there is no device.
+const START_STALL_MS: u64 = 10_000;
+/// A server of ours that owes replies and sends nothing for so long is taken for lost: its requests are sent again.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+/// A foreign one has longer: what it owes cannot be sent again, and fails.
+const REPLY_TIMEOUT_FOREIGN: Duration = Duration::from_secs(120);
 
 /// Why there is no device.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +118,10 @@ pub enum AttachmentError {
 /// What the main thread is woken by.
 enum Event {
     Queue(QueueEvent),
+    /// Of this queue's connections.
+    Attempt(u16, Attempt),
+    /// START_DEV has returned.
+    Started,
     Control(PendingRequest),
     Terminate,
 }
@@ -125,12 +145,92 @@ pub fn run(dir: &AttachmentDir) -> Result<(), AttachmentError> {
 /// A device that serves I/O.
 struct Attachment {
     device: Device,
-    device_link: std::path::PathBuf,
+    device_link: PathBuf,
     queues: Vec<JoinHandle<()>>,
+    links: Links,
+    events: Receiver<Event>,
+    /// The disk was taken away from whoever had it open, so that nobody expects a good end.
+    is_forced: bool,
+}
+
+/// A device, not started, and what it is made for.
+struct Made {
+    device: Device,
+    chosen: Chosen,
+    session: SessionRecord,
+    nr_connections: u16,
+    /// By queue.
+    sockets: Vec<Vec<DataSocket>>,
+    /// Of the server.
+    address: String,
+}
+
+impl Made {
+    /// A new device for an export that is there.
+    fn anew(control: &ControlDevice, spec: &DeviceSpec) -> Result<Self, AttachmentError> {
+        let ladder = Ladder::new(&ublk_core::probe_driver(control)?, &spec.data_path)?;
+        let first = slots::dial_slot(spec, 0)?;
+        let params = block_request::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
+        let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
+        let add = |data_path| add_device(control, spec, &params, data_path, layout.nr_hw_queues);
+        let (device, chosen) = ladder.add_device(add)?;
+        let nr_hw_queues = device.info().nr_hw_queues;
+        let nr_connections = layout.nr_connections(nr_hw_queues);
+        let session = SessionRecord {
+            incarnation: slots::incarnation(spec, &first),
+            encryption: first.socket.encryption(),
+            export_bytes: first.export.size_bytes,
+            export_flags: first.export.flags.0,
+            export_block_bytes: slots::block_bytes(&first.export),
+            capacity_bytes: params.capacity_bytes,
+            block_size_bytes: params.logical_block_bytes,
+            max_io_bytes: params.max_io_bytes,
+            volatile_cache: params.volatile_cache,
+            read_only: params.read_only,
+        };
+        let address = first.address.clone();
+        let sockets = slots::dial_others(spec, first, nr_connections, nr_hw_queues)?;
+        Ok(Self { device, chosen, session, nr_connections, sockets, address })
+    }
+
+    /// The device of a process that died. Its connections are made as after any loss: the server need not be there.
+    fn again(
+        control: &ControlDevice,
+        spec: &DeviceSpec,
+        recover: &RecoverSpec,
+    ) -> Result<Self, AttachmentError> {
+        let report = ublk_core::probe_driver(control)?;
+        let no_new_device = |_| Ok(());
+        let ((), mut chosen) = Ladder::new(&report, &recover.data_path)?.add_device(no_new_device)?;
+        chosen.reason = "the device was made for it".to_owned();
+        let device = Device::recover(control, recover.dev_id)?;
+        if device.info().ublksrv_flags != contract::attachment_hash(spec.attachment_id) {
+            return Err(AttachmentError::Spec("recover.dev_id: the device is another attachment's"));
+        }
+        let nr_hw_queues = device.info().nr_hw_queues;
+        let nr_connections = spec.nr_connections.max(nr_hw_queues);
+        let mut sockets: Vec<Vec<DataSocket>> = (0..nr_hw_queues).map(|_| Vec::new()).collect();
+        for slot in 0..nr_connections {
+            let socket = DataSocket::disconnected().map_err(AttachmentError::Setup)?;
+            sockets[usize::from(slot % nr_hw_queues)].push(socket);
+        }
+        let address = spec.addresses.first().cloned().unwrap_or_default();
+        Ok(Self { device, chosen, session: recover.session.clone(), nr_connections, sockets, address })
+    }
+}
+
+/// The queues' threads and connections, as the main thread knows them.
+struct Links {
+    redial: Arc<Redial>,
+    reconnect: Reconnect<Vec<DataSocket>>,
+    commanders: Vec<QueueCommander>,
+    unflushed: Arc<Unflushed>,
+    /// A server that restarts has forgotten everything.
+    is_volatile: bool,
     queues_live: usize,
     /// The worst that a queue ended with.
     queue_error: Option<QueueError>,
-    events: Receiver<Event>,
+    sender: Sender<Event>,
 }
 
 impl Attachment {
@@ -149,46 +249,69 @@ impl Attachment {
         let (sender, events) = mpsc::channel();
         listen_for_signals(&sender)?;
         let control = ControlDevice::open()?;
-        let ladder = Ladder::new(&ublk_core::probe_driver(&control)?, &spec.data_path)?;
-        let first = slots::dial_slot(spec, 0)?;
-        let params = block_request::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
-        let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
-
-        let add = |data_path| add_device(&control, spec, &params, data_path, layout.nr_hw_queues);
-        let (device, chosen) = ladder.add_device(add)?;
+        let made = match &spec.recover {
+            None => Made::anew(&control, spec)?,
+            Some(recover) => Made::again(&control, spec, recover)?,
+        };
+        let Made { device, chosen, session, nr_connections, sockets, address } = made;
         let nr_hw_queues = device.info().nr_hw_queues;
-        let nr_connections = layout.nr_connections(nr_hw_queues);
         status.update(|status| {
             status.dev_id = Some(device.dev_id());
-            status.capacity_bytes = params.capacity_bytes;
-            status.block_size_bytes = params.logical_block_bytes;
-            status.read_only = params.read_only;
+            status.capacity_bytes = session.capacity_bytes;
+            status.block_size_bytes = session.block_size_bytes;
+            status.read_only = session.read_only;
             status.data_path = chosen.data_path.to_string();
             status.data_path_reason.clone_from(&chosen.reason);
-            status.server_address.clone_from(&first.address);
-            status.encryption = first.socket.encryption().as_str().to_owned();
+            status.server_address = address;
+            status.encryption = session.encryption.as_str().to_owned();
             status.nr_hw_queues = nr_hw_queues;
             status.nr_connections = nr_connections;
             status.queue_depth = device.info().queue_depth;
+            status.session = Some(session.clone());
         })?;
-        if first.socket.is_ktls() {
+        if session.encryption == Encryption::Kernel {
             chosen.transfer.over_ktls().prove().map_err(AttachmentError::Ktls)?;
         }
-        let sockets = slots::dial_others(spec, first, nr_connections, nr_hw_queues)?;
+        let unflushed = Arc::new(Unflushed::new(nr_hw_queues));
+        let is_recovered = spec.recover.is_some();
+        if is_recovered && session.has_volatile_cache() {
+            // Nobody knows what the process before had been told: until the first FLUSH there may be something.
+            unflushed.acknowledged(0);
+        }
+        // A device that is taken on has users, who wait as they were told to.
+        let starting = if is_recovered { spec.on_stall } else { StallPolicy::FailAfterMs(START_STALL_MS) };
+        let links = Links {
+            redial: Redial::new(spec, &session, nr_hw_queues, nr_connections),
+            reconnect: Reconnect::new(nr_hw_queues, session.incarnation.clone(), starting),
+            commanders: Vec::new(),
+            unflushed,
+            is_volatile: spec.is_volatile,
+            queues_live: 0,
+            queue_error: None,
+            sender: sender.clone(),
+        };
         let mut attachment = Self {
             device,
             device_link: spec.device_link.clone(),
             queues: Vec::new(),
-            queues_live: 0,
-            queue_error: None,
+            links,
             events,
+            is_forced: false,
         };
-        attachment.start_queues(&control, sockets, &params, &chosen, &sender)?;
-        attachment.device.start()?;
+        attachment.start_queues(&control, sockets, spec, &session, &chosen, status)?;
+        attachment.start_device(status)?;
+        match attachment.links.reconnect.condition() {
+            Condition::Failing(reason) | Condition::Lost(reason) if !is_recovered => {
+                return Err(AttachmentError::Queue(reason));
+            }
+            _ => {}
+        }
+        attachment.links.reconnect.set_policy(spec.on_stall);
         attachment.make_link()?;
         let on_request = move |request| drop(sender.send(Event::Control(request)));
         control_socket::listen(&dir.control_socket(), on_request).map_err(AttachmentError::Setup)?;
         status.enter(DeviceState::Live, "");
+        attachment.links.tell_condition(status);
         tracing::info!(target = spec.target, dev_id = attachment.device.dev_id(), data_path = %chosen.data_path, "live");
         Ok(attachment)
     }
@@ -197,25 +320,35 @@ impl Attachment {
         &mut self,
         control: &ControlDevice,
         sockets: Vec<Vec<DataSocket>>,
-        params: &DeviceParams,
+        spec: &DeviceSpec,
+        session: &SessionRecord,
         chosen: &Chosen,
-        sender: &Sender<Event>,
+        status: &mut StatusFile,
     ) -> Result<(), AttachmentError> {
         let is_pinned = sockets.len() > 1;
+        let (resend, reply_timeout) = match spec.export {
+            ExportSpec::Attachment { .. } => (Resend::Everything, REPLY_TIMEOUT),
+            ExportSpec::Nbd { .. } => (Resend::ReadsOnly, REPLY_TIMEOUT_FOREIGN),
+        };
         for (queue_id, sockets) in (0..).zip(sockets) {
             // A single queue has the requests of every processor.
             let cpus =
                 if is_pinned { control.get_queue_affinity(self.device.dev_id(), queue_id)? } else { vec![] };
+            let (commander, commands) = QueueCommander::new().map_err(AttachmentError::Setup)?;
             let parts = QueueParts {
                 queue: self.device.queue(queue_id)?,
                 data_path: chosen.data_path,
                 transfer: chosen.transfer,
                 has_user_copy: self.device.info().flags.contains(UBLK_F_USER_COPY),
-                max_io_bytes: params.max_io_bytes,
-                volatile_cache: params.volatile_cache && !params.read_only,
+                max_io_bytes: session.max_io_bytes,
+                volatile_cache: session.has_volatile_cache(),
                 sockets,
+                resend,
+                reply_timeout,
+                unflushed: Arc::clone(&self.links.unflushed),
+                commands,
             };
-            let sender = sender.clone();
+            let sender = self.links.sender.clone();
             // The main thread ends only with the process, so nobody is left to miss an event.
             let on_event = move |event| drop(sender.send(Event::Queue(event)));
             let thread = std::thread::Builder::new()
@@ -228,13 +361,36 @@ impl Attachment {
                 })
                 .map_err(AttachmentError::Setup)?;
             self.queues.push(thread);
-            self.queues_live += 1;
+            self.links.commanders.push(commander);
+            self.links.queues_live += 1;
         }
-        self.wait_until_ready()
+        self.wait_until_ready(status)
+    }
+
+    /// START_DEV reads the partition table through the queues, so what happens to their connections is to be heard
+    /// meanwhile.
+    fn start_device(&mut self, status: &mut StatusFile) -> Result<(), AttachmentError> {
+        let Self { device, links, events, .. } = self;
+        std::thread::scope(|scope| {
+            let sender = links.sender.clone();
+            let starting = scope.spawn(move || {
+                let outcome = device.start();
+                let _ = sender.send(Event::Started);
+                outcome
+            });
+            while let Some(event) = links.next_event(events, status) {
+                match event {
+                    Event::Started => break,
+                    event => drop(links.take_event(event, status)),
+                }
+            }
+            starting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })?;
+        Ok(())
     }
 
     /// START_DEV waits until every tag is fetched, so a queue that cannot start has to be noticed before.
-    fn wait_until_ready(&mut self) -> Result<(), AttachmentError> {
+    fn wait_until_ready(&mut self, status: &mut StatusFile) -> Result<(), AttachmentError> {
         let deadline = Instant::now() + READY_TIMEOUT;
         let mut ready = 0;
         while ready < self.queues.len() {
@@ -244,7 +400,7 @@ impl Attachment {
                 Ok(Event::Queue(QueueEvent::Ended { outcome: Err(error), .. })) => {
                     return Err(AttachmentError::Queue(with_sources(&error)));
                 }
-                Ok(_) => {}
+                Ok(event) => drop(self.links.take_event(event, status)),
                 Err(_) => return Err(AttachmentError::Queue("it was not ready in time".into())),
             }
         }
@@ -254,48 +410,55 @@ impl Attachment {
     fn serve(mut self, status: &mut StatusFile) -> Result<(), AttachmentError> {
         loop {
             // Every sender lives as long as the process, so this ends by an event.
-            let Ok(event) = self.events.recv() else { return Ok(()) };
-            match event {
-                Event::Queue(event) => self.queue_event(event, status),
-                Event::Control(request) if request.command == ControlCommand::Status => {
-                    request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
-                }
-                Event::Control(request) => match self.try_stop(status) {
-                    Ok(()) => return self.end(status, Some(request)),
-                    Err(refusal) => request.answer(&refusal),
+            let Some(event) = self.links.next_event(&self.events, status) else { return Ok(()) };
+            match self.links.take_event(event, status) {
+                None | Some(Event::Queue(_) | Event::Attempt(..) | Event::Started) => {}
+                Some(Event::Control(request)) => match request.command {
+                    ControlCommand::Status => {
+                        request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
+                    }
+                    ControlCommand::SetStallPolicy(policy) => {
+                        request.answer(&self.set_policy(policy, status));
+                    }
+                    ControlCommand::Stop => match self.try_stop(status) {
+                        Ok(()) => return self.end(status, Some(request)),
+                        Err(refusal) => request.answer(&refusal),
+                    },
+                    ControlCommand::ForceStop => match self.force_stop(status) {
+                        Ok(()) => return self.end(status, Some(request)),
+                        Err(error) => {
+                            request.answer(&ControlResponse::Error { message: with_sources(&error) });
+                        }
+                    },
                 },
-                Event::Terminate => match self.try_stop(status) {
+                Some(Event::Terminate) => match self.try_stop(status) {
                     Ok(()) => return self.end(status, None),
                     Err(refusal) => tracing::warn!(?refusal, "told to terminate, but the device is in use"),
                 },
             }
-            if self.queues_live == 0 {
+            if self.links.queues_live == 0 {
                 // Every queue ended though nobody stopped the device: the driver took it away, or broke.
                 return self.end(status, None);
             }
         }
     }
 
-    fn queue_event(&mut self, event: QueueEvent, status: &mut StatusFile) {
-        match event {
-            QueueEvent::Ready => {}
-            QueueEvent::ConnectionFailed { queue_id, connection, reason } => {
-                let slot = connection * status.status().nr_hw_queues + queue_id;
-                let address = &status.status().server_address;
-                let reason =
-                    format!("connection {slot} to {address} is lost ({reason}): I/O gets EIO until detach");
-                if status.status().state == DeviceState::Live {
-                    status.enter(DeviceState::Failed, &reason);
-                }
-            }
-            QueueEvent::Ended { queue_id, outcome } => {
-                self.queues_live -= 1;
-                if let Err(error) = outcome {
-                    tracing::error!(queue_id, error = with_sources(&error), "a queue ended badly");
-                    self.queue_error = Some(error);
-                }
-            }
+    fn set_policy(&mut self, policy: StallPolicy, status: &mut StatusFile) -> ControlResponse {
+        self.links.reconnect.set_policy(policy);
+        self.links.tick();
+        self.links.tell_condition(status);
+        match status.update(|status| status.on_stall = policy) {
+            Ok(()) => ControlResponse::Ok(Box::new(status.status().clone())),
+            Err(error) => ControlResponse::Error { message: with_sources(&error) },
         }
+    }
+
+    /// Takes the disk away from whoever has it open; the queues answer EIO, so nothing is waited for.
+    fn force_stop(&mut self, status: &mut StatusFile) -> Result<(), ControlError> {
+        status.enter(DeviceState::Stopping, "");
+        self.is_forced = true;
+        self.links.lose("the disk was taken away by force");
+        self.device.stop()
     }
 
     /// Takes the disk away unless somebody has it open.
@@ -342,24 +505,27 @@ impl Attachment {
         request: Option<PendingRequest>,
     ) -> Result<(), AttachmentError> {
         let deadline = Instant::now() + QUEUES_END_TIMEOUT;
-        while self.queues_live > 0 {
+        while self.links.queues_live > 0 {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Queue(event)) => self.queue_event(event, status),
                 Ok(Event::Control(other)) => {
                     other.answer(&ControlResponse::Error { message: "the device is being detached".into() });
                 }
-                Ok(Event::Terminate) => {}
+                Ok(event) => drop(self.links.take_event(event, status)),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
         }
-        let outcome = match self.queue_error.take() {
+        let outcome = match self.links.queue_error.take() {
+            Some(error) if self.is_forced => {
+                tracing::warn!(error = with_sources(&error), "taken away by force");
+                Ok(())
+            }
             Some(error) => Err(AttachmentError::Ended(with_sources(&error))),
-            None if self.queues_live > 0 => Err(AttachmentError::Ended(
+            None if self.links.queues_live > 0 => Err(AttachmentError::Ended(
                 "a queue did not end in time: what was not flushed may be lost".into(),
             )),
             None => Ok(()),
         };
-        if self.queues_live == 0 {
+        if self.links.queues_live == 0 {
             for queue in self.queues.drain(..) {
                 // A thread that panicked has aborted the process.
                 let _ = queue.join();
@@ -393,6 +559,125 @@ impl Attachment {
     }
 }
 
+impl Links {
+    /// The next event; what is due at a certain time is done meanwhile. `None`: there can be none any more.
+    fn next_event(&mut self, events: &Receiver<Event>, status: &mut StatusFile) -> Option<Event> {
+        loop {
+            let Some(deadline) = self.reconnect.deadline() else { return events.recv().ok() };
+            match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) => return Some(event),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.tick();
+                    self.tell_condition(status);
+                }
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        let mut outputs = Vec::new();
+        self.reconnect.tick(Instant::now(), &mut outputs);
+        self.carry_out(outputs);
+    }
+
+    /// Takes what concerns the queues; the others are given back.
+    fn take_event(&mut self, event: Event, status: &mut StatusFile) -> Option<Event> {
+        let mut outputs = Vec::new();
+        match event {
+            Event::Queue(QueueEvent::Ready) => {}
+            Event::Queue(QueueEvent::Disconnected { queue_id, connection, reason }) => {
+                let slot = connection * status.status().nr_hw_queues + queue_id;
+                let reason =
+                    format!("connection {slot} to {} was lost ({reason})", status.status().server_address);
+                let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
+                let has_unflushed = || is_volatile || unflushed.any();
+                self.reconnect.disconnected(queue_id, &reason, Instant::now(), has_unflushed, &mut outputs);
+            }
+            Event::Queue(QueueEvent::Ended { queue_id, outcome }) => {
+                self.queues_live -= 1;
+                if let Err(error) = outcome {
+                    tracing::error!(queue_id, error = with_sources(&error), "a queue ended badly");
+                    self.queue_error = Some(error);
+                }
+            }
+            Event::Attempt(queue_id, Attempt::Opened { sockets, incarnation, address }) => {
+                let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
+                let has_unflushed = || is_volatile || unflushed.any();
+                self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
+                self.note_address(address, status);
+            }
+            Event::Attempt(_, Attempt::Failed(error)) => self.reconnect.dial_failed(error),
+            Event::Attempt(_, Attempt::Refused(reason)) => {
+                self.reconnect.refused_for_good(reason, &mut outputs);
+            }
+            other => return Some(other),
+        }
+        self.carry_out(outputs);
+        self.tick();
+        self.tell_condition(status);
+        None
+    }
+
+    fn note_address(&self, address: String, status: &mut StatusFile) {
+        let changed = status.update(|status| {
+            status.server_address = address;
+            status.reconnects += 1;
+        });
+        if let Err(error) = changed {
+            tracing::error!(%error, "the status file cannot be written");
+        }
+    }
+
+    fn carry_out(&mut self, outputs: Vec<Output<Vec<DataSocket>>>) {
+        for output in outputs {
+            match output {
+                Output::Dial(queue_id) => {
+                    let sender = self.sender.clone();
+                    let on_attempt = move |attempt| drop(sender.send(Event::Attempt(queue_id, attempt)));
+                    if let Err(error) = self.redial.start(queue_id, on_attempt) {
+                        // Without a thread there is no other way back than the next loss; users see why.
+                        tracing::error!(queue_id, %error, "the server cannot be dialled");
+                        self.reconnect
+                            .dial_failed(format!("no thread can be made to dial the server: {error}"));
+                    }
+                }
+                Output::Connect(queue_id, sockets) => self.tell(queue_id, QueueCommand::Connect(sockets)),
+                Output::Disconnect(queue_id, why) => self.tell(queue_id, QueueCommand::Disconnect(why)),
+                Output::GiveUp(queue_id) => self.tell(queue_id, QueueCommand::GiveUp),
+            }
+        }
+    }
+
+    fn tell(&self, queue_id: u16, command: QueueCommand) {
+        self.commanders[usize::from(queue_id)].tell(command);
+    }
+
+    /// Every request fails from now on.
+    fn lose(&mut self, reason: &str) {
+        let mut outputs = Vec::new();
+        self.reconnect.refused_for_good(reason.to_owned(), &mut outputs);
+        self.carry_out(outputs);
+    }
+
+    /// Keeps the status at what the connections are, while the device is there to use.
+    fn tell_condition(&self, status: &mut StatusFile) {
+        let (state, reason) = match self.reconnect.condition() {
+            Condition::Live => (DeviceState::Live, String::new()),
+            Condition::Stalled(reason) => (DeviceState::Stalled, format!("I/O waits: {reason}")),
+            Condition::Failing(reason) => {
+                (DeviceState::Stalled, format!("I/O fails until the server is back: {reason}"))
+            }
+            Condition::Lost(reason) => (DeviceState::Failed, reason),
+        };
+        let is = status.status();
+        let is_usable = matches!(is.state, DeviceState::Live | DeviceState::Stalled | DeviceState::Failed);
+        if is_usable && (is.state != state || is.state_reason != reason) {
+            status.enter(state, &reason);
+        }
+    }
+}
+
 /// Removes the stable name if it still points to this device.
 fn remove_link(link: &Path, status: &StatusFile) {
     if std::fs::read_link(link).ok() == status.device_path() {
@@ -422,13 +707,15 @@ fn add_device(
     data_path: DataPath,
     nr_hw_queues: u16,
 ) -> Result<Device, DeviceError> {
+    // Where the driver cannot, a device ends with its process.
+    let recovery = UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE;
     let ublk_spec = UblkSpec {
         dev_id: None,
         nr_hw_queues,
         queue_depth: spec.queue_depth,
         max_io_buf_bytes: params.max_io_bytes,
         flags: data_path.device_flags(),
-        wished_flags: data_path.wished_device_flags(),
+        wished_flags: data_path.wished_device_flags() | recovery,
         ublksrv_flags: contract::attachment_hash(spec.attachment_id),
     };
     Device::add(control, &ublk_spec, params)

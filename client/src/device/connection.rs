@@ -4,9 +4,12 @@
 //! ```text
 //!            submit            take_batch            batch_sent
 //!   Idle ───────────► Queued ───────────► Sending ───────────► Sent
-//!    ▲                                       │ reply              │ reply
-//!    │                                       ▼                    ▼
+//!    ▲                  ▲                    │ reply              │ reply
+//!    │                  │ lost, re-sent      ▼                    ▼
+//!    │                  └─────────────────── ◄───────────────────┤
 //!    └───────── completion, once it is neither sending nor receiving ◄──┘
+//!
+//!   Up ──fail──► Failing ──reaped──► Down ──connected──► Up
 //! ```
 //!
 //! It sees no socket, no ring and no pages: `queue_loop.rs` moves the bytes and tells what happened. What it owes its
@@ -15,7 +18,9 @@
 //! - a READ completes without an error only when its whole payload was received;
 //! - a reply belongs to a request only if its cookie, tag and sequence number, is that request's: a late reply never
 //!   matches a reused tag;
-//! - after [`Connection::fail`] nothing completes until the caller says that every operation was reaped.
+//! - after [`Connection::fail`] nothing completes until the caller says that every operation was reaped;
+//! - what was lost in flight is sent again on the next connection of the same slot, under a new cookie, or ends with EIO:
+//!   [`Connection::reaped`] is told which.
 //!
 //! Nothing here allocates after [`Connection::new`].
 
@@ -134,6 +139,28 @@ pub struct Completion {
     pub result: Result<(), i32>,
 }
 
+/// What becomes of requests that were in flight on a connection that is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resend {
+    /// All are sent again: the server promises that none of the lost connection lands after the next one is open.
+    Everything,
+    /// What changes nothing is; a server that promises nothing may carry out the rest later, or twice. A FLUSH is not, sent
+    /// or not: what it is to cover may be gone.
+    ReadsOnly,
+    /// Nothing: the server broke the protocol, and would again.
+    Nothing,
+}
+
+/// Where a connection is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    Up,
+    /// Lost; operations on it may be out.
+    Failing,
+    /// Lost, and no byte of it can come any more.
+    Down,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Idle,
@@ -160,7 +187,9 @@ pub struct Connection {
     sending: Vec<u16>,
     completions: VecDeque<Completion>,
     sequence: u64,
-    failed: bool,
+    link: Link,
+    /// Requests end with EIO rather than wait for the next connection.
+    gives_up: bool,
     /// Requests that were submitted and have not completed.
     in_flight: u16,
     /// Payloads up to this size travel together with the headers around them.
@@ -188,7 +217,8 @@ impl Connection {
             sending: Vec::with_capacity(capacity),
             completions: VecDeque::with_capacity(capacity),
             sequence: 0,
-            failed: false,
+            link: Link::Up,
+            gives_up: false,
             in_flight: 0,
             small_bytes_max,
             large_reads: 0,
@@ -196,30 +226,33 @@ impl Connection {
         }
     }
 
-    /// Takes a request. On a connection that failed it completes with EIO.
+    /// Takes a request. Without a connection it waits for the next one, or completes with EIO after
+    /// [`Connection::give_up`].
     ///
     /// # Panics
     /// When the tag already has a request in flight: the caller is wrong.
     pub fn submit(&mut self, tag: u16, operation: Operation) {
         let entry = &mut self.entries[usize::from(tag)];
         assert_eq!(entry.stage, Stage::Idle, "tag {tag} has a request in flight");
-        if self.failed {
+        if self.gives_up {
             self.completions.push_back(Completion { tag, result: Err(NbdError::Eio as i32) });
             return;
         }
-        self.sequence += 1;
         self.in_flight += 1;
         if operation.command == Command::Read {
             self.latest_read_is_large = operation.length_bytes > self.small_bytes_max;
             self.large_reads += u16::from(self.latest_read_is_large);
         }
-        *entry = Entry {
-            stage: Stage::Queued,
-            cookie: self.sequence << COOKIE_TAG_BITS | u64::from(tag),
-            operation,
-            receiving: false,
-            reply: None,
-        };
+        *entry = Entry { stage: Stage::Queued, cookie: 0, operation, receiving: false, reply: None };
+        self.queue(tag);
+    }
+
+    /// Puts a request in line to be sent, under a cookie of its own.
+    fn queue(&mut self, tag: u16) {
+        self.sequence += 1;
+        let entry = &mut self.entries[usize::from(tag)];
+        entry.stage = Stage::Queued;
+        entry.cookie = self.sequence << COOKIE_TAG_BITS | u64::from(tag);
         self.to_send.push_back(tag);
     }
 
@@ -237,7 +270,7 @@ impl Connection {
         mut source: S,
     ) -> Result<(), S::Error> {
         pieces.clear();
-        if self.failed || !self.sending.is_empty() {
+        if self.link != Link::Up || !self.sending.is_empty() {
             return Ok(());
         }
         let (mut start, mut end) = (0, 0);
@@ -322,27 +355,66 @@ impl Connection {
         self.complete_if_done(tag);
     }
 
-    /// The connection is of no use any more. Nothing completes until [`Connection::reaped`].
+    /// The connection is lost. Nothing completes until [`Connection::reaped`].
     pub fn fail(&mut self) {
-        self.failed = true;
+        if self.link == Link::Up {
+            self.link = Link::Failing;
+        }
     }
 
     /// After [`Connection::fail`]: no operation on this connection is out any more, so that no late byte can reach a
-    /// page. Every request in flight completes with EIO.
+    /// page. Requests that were answered complete; the others wait to be sent again, as far as `resend` allows, and
+    /// complete with EIO where it does not or after [`Connection::give_up`].
     ///
     /// # Panics
     /// When the connection did not fail: the caller is wrong.
-    pub fn reaped(&mut self) {
-        assert!(self.failed, "only a connection that failed is reaped");
-        (self.in_flight, self.large_reads) = (0, 0);
+    pub fn reaped(&mut self, resend: Resend) {
+        assert_eq!(self.link, Link::Failing, "only a connection that failed is reaped");
+        self.link = Link::Down;
         self.to_send.clear();
         self.sending.clear();
-        for (tag, entry) in self.entries.iter_mut().enumerate() {
-            if entry.stage != Stage::Idle {
-                entry.stage = Stage::Idle;
-                self.completions.push_back(Completion { tag: tag as u16, result: Err(NbdError::Eio as i32) });
+        for tag in 0..self.entries.len() as u16 {
+            let entry = &mut self.entries[usize::from(tag)];
+            if entry.stage == Stage::Idle {
+                continue;
+            }
+            entry.receiving = false;
+            match entry.reply {
+                Some(result) => self.end(tag, result),
+                None if self.gives_up || !entry.may_be_sent_again(resend) => {
+                    self.end(tag, Err(NbdError::Eio as i32));
+                }
+                None => self.queue(tag),
             }
         }
+    }
+
+    /// There is a connection again, on the slot of the one before: what waits is sent.
+    ///
+    /// # Panics
+    /// Unless the one before was reaped: the caller is wrong.
+    pub fn connected(&mut self) {
+        assert_eq!(self.link, Link::Down, "a connection replaces one that was reaped");
+        self.link = Link::Up;
+        self.gives_up = false;
+    }
+
+    /// Nobody waits any longer: what is in flight, as soon as it was reaped, and all that comes until there is a connection
+    /// again completes with EIO. Where there is one, nothing happens.
+    pub fn give_up(&mut self) {
+        match self.link {
+            Link::Up => return,
+            Link::Failing => {}
+            Link::Down => {
+                self.to_send.clear();
+                for tag in 0..self.entries.len() as u16 {
+                    if self.entries[usize::from(tag)].stage != Stage::Idle {
+                        self.end(tag, Err(NbdError::Eio as i32));
+                    }
+                }
+            }
+        }
+        self.gives_up = true;
     }
 
     /// The next request that ended, if any.
@@ -355,9 +427,19 @@ impl Connection {
         usize::from(self.in_flight)
     }
 
-    /// Whether it failed.
-    pub fn has_failed(&self) -> bool {
-        self.failed
+    /// Whether requests end with EIO until there is a connection again.
+    pub fn has_given_up(&self) -> bool {
+        self.gives_up
+    }
+
+    /// Whether it is up.
+    pub fn is_up(&self) -> bool {
+        self.link == Link::Up
+    }
+
+    /// Whether it was lost and reaped.
+    pub fn is_down(&self) -> bool {
+        self.link == Link::Down
     }
 
     fn complete_if_done(&mut self, tag: u16) {
@@ -365,9 +447,14 @@ impl Connection {
         let Some(result) = entry.reply else { return };
         // A peer may answer before its last byte was sent, or rather before we were told so: the pages are still in
         // use, so the request waits for `batch_sent`.
-        if self.failed || entry.stage != Stage::Sent || entry.receiving {
+        if self.link != Link::Up || entry.stage != Stage::Sent || entry.receiving {
             return;
         }
+        self.end(tag, result);
+    }
+
+    fn end(&mut self, tag: u16, result: Result<(), i32>) {
+        let entry = &mut self.entries[usize::from(tag)];
         entry.stage = Stage::Idle;
         self.in_flight -= 1;
         if entry.operation.command == Command::Read && entry.operation.length_bytes > self.small_bytes_max {
@@ -385,6 +472,16 @@ impl Entry {
             cookie: self.cookie,
             offset_bytes: self.operation.offset_bytes,
             length_bytes: u64::from(self.operation.length_bytes),
+        }
+    }
+
+    fn may_be_sent_again(&self, resend: Resend) -> bool {
+        let was_sent = self.stage != Stage::Queued;
+        match (resend, self.operation.command) {
+            (Resend::Everything, _) => true,
+            (Resend::ReadsOnly, Command::Flush) => false,
+            (Resend::ReadsOnly, Command::Read | Command::Cache | Command::BlockStatus) => true,
+            (Resend::ReadsOnly | Resend::Nothing, _) => !was_sent,
         }
     }
 
@@ -575,7 +672,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_connection_completes_with_eio_once_it_is_reaped() {
+    fn a_connection_that_is_given_up_completes_with_eio_once_it_is_reaped() {
         let mut connection = Connection::new(4, 0);
         connection.submit(0, operation(Command::Read, 512));
         connection.submit(1, operation(Command::Write, 512));
@@ -584,13 +681,84 @@ mod tests {
         connection.submit(2, operation(Command::Flush, 0));
         connection.fail();
         connection.batch_sent();
+        connection.give_up();
         assert_eq!(completions(&mut connection), [], "late bytes may still come");
-        connection.reaped();
+        connection.reaped(Resend::Everything);
         let ended = completions(&mut connection);
         assert_eq!(ended.len(), 3);
         assert!(ended.iter().all(|completion| completion.result == Err(5)));
         connection.submit(0, operation(Command::Read, 512));
         assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Err(5) }]);
+        connection.connected();
+        connection.submit(0, operation(Command::Read, 512));
+        assert_eq!(batch(&mut connection).1.len(), 1, "it works again");
+    }
+
+    /// A READ and a WRITE that were sent, a FLUSH and a WRITE that were not; lost.
+    fn lost(resend: Resend) -> Connection {
+        let mut connection = Connection::new(4, 0);
+        connection.submit(0, operation(Command::Read, 512));
+        connection.submit(1, operation(Command::Write, 512));
+        batch(&mut connection);
+        connection.submit(2, operation(Command::Flush, 0));
+        connection.submit(3, operation(Command::Write, 512));
+        connection.fail();
+        connection.reaped(resend);
+        connection
+    }
+
+    fn sent_again(connection: &mut Connection) -> Vec<u16> {
+        assert!(batch(connection).1.is_empty(), "nothing is sent without a connection");
+        connection.connected();
+        batch(connection).1.iter().map(|cookie| *cookie as u16).collect()
+    }
+
+    #[test]
+    fn everything_lost_is_sent_again_under_other_cookies() {
+        let mut connection = lost(Resend::Everything);
+        assert_eq!(completions(&mut connection), []);
+        assert_eq!(sent_again(&mut connection), [0, 1, 2, 3]);
+        let first_cookie = 1 << COOKIE_TAG_BITS;
+        assert!(connection.header_received(&reply(0, first_cookie)).is_err(), "a reply to what was lost");
+        assert_eq!(connection.in_flight(), 4);
+    }
+
+    #[test]
+    fn a_server_that_promises_nothing_gets_no_write_twice() {
+        let mut connection = lost(Resend::ReadsOnly);
+        let ended: Vec<u16> = completions(&mut connection).iter().map(|ended| ended.tag).collect();
+        assert_eq!(ended, [1, 2], "the WRITE that was sent, and the FLUSH");
+        assert_eq!(sent_again(&mut connection), [0, 3]);
+    }
+
+    #[test]
+    fn a_server_that_broke_the_protocol_gets_nothing_twice() {
+        let mut connection = lost(Resend::Nothing);
+        assert_eq!(completions(&mut connection).len(), 2);
+        assert_eq!(sent_again(&mut connection), [2, 3]);
+    }
+
+    #[test]
+    fn what_was_answered_before_the_loss_is_not_sent_again() {
+        let mut connection = Connection::new(2, 0);
+        connection.submit(0, operation(Command::Write, 512));
+        let (_, cookies) = batch(&mut connection);
+        connection.header_received(&reply(0, cookies[0])).unwrap();
+        connection.fail();
+        connection.reaped(Resend::Everything);
+        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Ok(()) }]);
+        assert!(sent_again(&mut connection).is_empty());
+    }
+
+    #[test]
+    fn who_gives_up_without_a_connection_ends_what_waits() {
+        let mut connection = lost(Resend::Everything);
+        connection.give_up();
+        assert_eq!(completions(&mut connection).len(), 4);
+        assert!(sent_again(&mut connection).is_empty());
+        connection.give_up();
+        connection.submit(0, operation(Command::Read, 512));
+        assert_eq!(batch(&mut connection).1.len(), 1, "giving up means nothing while there is a connection");
     }
 
     /// What a random peer and a random ring do to a connection, with what must hold checked at every step.
@@ -719,12 +887,14 @@ mod tests {
         /// Ends the connection as the ring loop does, and counts what is left.
         fn end(mut self) -> usize {
             self.connection.fail();
+            self.connection.give_up();
             self.sending.clear();
             self.receiving = None;
             assert_eq!(self.connection.take_completion(), None, "nothing completes before it is reaped");
-            self.connection.reaped();
+            self.connection.reaped(Resend::Everything);
             for completion in completions(&mut self.connection) {
-                assert_eq!(completion.result, Err(NbdError::Eio as i32));
+                let told = self.told[usize::from(completion.tag)].take();
+                assert_eq!(completion.result, told.unwrap_or(Err(NbdError::Eio as i32)));
                 assert!(self.in_flight[usize::from(completion.tag)].take().is_some());
             }
             assert!(self.in_flight.iter().all(Option::is_none), "a request was lost");

@@ -6,8 +6,11 @@
 
 use std::io::{self, Write as _};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use socket2::Socket;
 use tls::kernel::{self, ControlRecord};
 use tls::stream::Carrier;
@@ -20,7 +23,8 @@ pub struct DataSocket {
 }
 
 /// Who encrypts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Encryption {
     /// Nobody.
     None,
@@ -57,6 +61,12 @@ impl From<Carrier> for DataSocket {
 }
 
 impl DataSocket {
+    /// One whose peer is gone already. Errors: those of socketpair(2).
+    pub fn disconnected() -> io::Result<Self> {
+        let (near_end, _) = UnixStream::pair()?;
+        Ok(Self { socket: OwnedFd::from(near_end).into(), encryption: Encryption::None })
+    }
+
     /// Who encrypts what goes through it.
     pub fn encryption(&self) -> Encryption {
         self.encryption
@@ -73,6 +83,12 @@ impl DataSocket {
     /// `ENOTCONN`: the peer was first.
     pub fn shut_down(&self) -> io::Result<()> {
         self.socket.shutdown(Shutdown::Both)
+    }
+
+    /// Closes it and drops what it has not sent yet.
+    pub fn abort(self) {
+        // Fails only on what is no TCP socket, where there is nothing to drop.
+        let _ = self.socket.set_linger(Some(Duration::ZERO));
     }
 
     /// What is sent without the ring from now on does not wait.

@@ -23,13 +23,13 @@ use crate::tls_spec::{TlsSpec, TlsSpecError};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the handshake may take: the server answers GO only when the I/O of fenced connections has finished.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
-/// A peer that acknowledges nothing for this long is gone. Long, because a lost connection is final for its device: a
-/// network that comes back within it goes unnoticed.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(120);
+/// A peer that acknowledges nothing for this long is gone. Some retransmissions more than a network loses on an ordinary
+/// day, and little enough that another connection is tried while people still wait.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
 /// An idle connection is asked after this long whether it is still there; with the probes, as long as a busy one.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-const KEEPALIVE_PROBES: u32 = 4;
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(6);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEPALIVE_PROBES: u32 = 3;
 
 /// Why an export could not be opened.
 #[derive(Debug, thiserror::Error)]

@@ -20,11 +20,14 @@ pub mod mount_namespace;
 pub mod payload;
 pub mod protections;
 pub mod queue_loop;
-mod queue_parts;
+pub mod queue_parts;
 pub mod queue_ring;
+pub mod reconnect;
+pub mod redial;
 pub mod slots;
 mod staging;
 pub mod status_file;
 pub mod stream;
+pub mod unflushed;
 
 pub use attachment::{AttachmentError, run};

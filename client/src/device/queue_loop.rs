@@ -21,12 +21,15 @@
 //! issues it when the writes it covers have completed, and none completes before its reply, whichever connection it
 //! was on.
 //!
-//! Called by `attachment.rs`, which starts one thread for each queue. When a connection fails, the sockets of all are
-//! shut down; once every operation on one of them is reaped, and only then, its requests in flight end with EIO: no late
-//! byte can reach a page that was given back. From then on the queue answers EIO until its device is detached.
+//! Called by `attachment.rs`, which starts one thread for each queue. When a connection is lost, the sockets of all are
+//! shut down; once every operation on them is reaped, and only then, the main thread is told: no late byte can reach a page
+//! any more. Requests wait and are sent again on the connections that `QueueCommand::Connect` brings, each on the slot where it
+//! was, or end with EIO after `QueueCommand::GiveUp`.
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::types::Timespec;
@@ -36,11 +39,13 @@ use ublk_core::{TagError, TagTable};
 
 use super::balance::Balance;
 use super::block_request;
-use super::connection::{Completion, Connection, Follows, Operation, Piece};
+use super::connection::{Completion, Connection, Follows, Operation, Piece, Resend};
+use super::data_socket::DataSocket;
 use super::payload::Payloads;
-pub use super::queue_parts::{QueueError, QueueEvent, QueueParts};
-use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing};
+use super::queue_parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts};
+use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing, TICK};
 use super::stream::{Incoming, Outgoing, StreamError};
+use super::unflushed::Unflushed;
 
 /// Most pieces of one batch: enough that a full queue leaves in a few, bounded so that replies are not kept waiting.
 const BATCH_PIECES_MAX: usize = 32;
@@ -65,6 +70,13 @@ struct Lane {
     connection: Connection,
     incoming: Incoming,
     outgoing: Outgoing,
+    /// Receives that brought something; only differences matter.
+    progress: u32,
+    /// What it was at the last tick, and how many ticks it has been so while replies were due.
+    progress_at_tick: u32,
+    silent_ticks: u32,
+    /// The server broke the protocol on it.
+    is_distrusted: bool,
 }
 
 impl Lane {
@@ -74,7 +86,19 @@ impl Lane {
             connection: Connection::new(queue_depth + 1, small_bytes_max),
             incoming: Incoming::default(),
             outgoing: Outgoing::new(BATCH_PIECES_MAX),
+            progress: 0,
+            progress_at_tick: 0,
+            silent_ticks: 0,
+            is_distrusted: false,
         }
+    }
+
+    /// A tick has passed: for how many replies were due and nothing came.
+    fn count_silence(&mut self) -> u32 {
+        let is_silent = self.connection.in_flight() > 0 && self.progress == self.progress_at_tick;
+        self.silent_ticks = if is_silent { self.silent_ticks + 1 } else { 0 };
+        self.progress_at_tick = self.progress;
+        self.silent_ticks
     }
 
     /// Operations on the socket that are not reaped.
@@ -91,10 +115,18 @@ struct QueueLoop<'a> {
     /// By tag: what its request is; the last one is the loop's own FLUSH.
     requests: Box<[Operation]>,
     volatile_cache: bool,
+    resend: Resend,
+    silent_ticks_max: u32,
+    unflushed: Arc<Unflushed>,
+    /// By tag: what its FLUSH covers, a counter for each queue of the device.
+    covered: Box<[u64]>,
+    commands: QueueCommands,
+    is_tick_out: bool,
+    /// Why the connections were lost; until they are reaped.
+    loss: Option<(u16, String)>,
     /// Payloads that were received since requests were last given back; while it is not 0 ended requests are held back.
     held_bytes: u32,
     final_flush: Option<Result<(), i32>>,
-    failure: Option<String>,
     on_event: &'a dyn Fn(QueueEvent),
 }
 
@@ -109,7 +141,7 @@ fn assert_ours<T>(outcome: Result<T, TagError>) -> T {
 impl<'a> QueueLoop<'a> {
     fn new(parts: QueueParts, on_event: &'a dyn Fn(QueueEvent)) -> Result<Self, QueueError> {
         let depth = parts.queue.queue_depth();
-        let QueueParts { data_path, transfer, has_user_copy, max_io_bytes, .. } = parts;
+        let QueueParts { data_path, transfer, has_user_copy, max_io_bytes, unflushed, .. } = parts;
         let payloads = Payloads::new(data_path, transfer, has_user_copy, depth, max_io_bytes)?;
         let flush = Operation {
             command: Command::Flush,
@@ -127,9 +159,15 @@ impl<'a> QueueLoop<'a> {
             balance: Balance::new(nr_connections, depth + 1),
             requests: vec![flush; usize::from(depth) + 1].into_boxed_slice(),
             volatile_cache: parts.volatile_cache,
+            resend: parts.resend,
+            silent_ticks_max: (parts.reply_timeout.as_millis() / TICK.as_millis()).max(1) as u32,
+            covered: vec![0; (usize::from(depth) + 1) * unflushed.nr_queues()].into_boxed_slice(),
+            unflushed,
+            commands: parts.commands,
+            is_tick_out: false,
+            loss: None,
             held_bytes: 0,
             final_flush: None,
-            failure: None,
             on_event,
         })
     }
@@ -142,6 +180,7 @@ impl<'a> QueueLoop<'a> {
         for connection in self.connections() {
             self.receive(connection);
         }
+        self.ring.wait_for_command(self.commands.eventfd.as_fd());
         (self.on_event)(QueueEvent::Ready);
         while !self.tags.is_finished() {
             self.pass(None)?;
@@ -162,12 +201,11 @@ impl<'a> QueueLoop<'a> {
         if self.held_bytes == held_before_bytes || !self.has_more_to_receive() {
             self.held_bytes = 0;
         }
-        for connection in self.connections() {
-            let lane = &mut self.lanes[usize::from(connection)];
-            if lane.connection.has_failed() && lane.operations_out() == 0 {
-                lane.connection.reaped();
-            }
-            if self.held_bytes == 0 {
+        if self.loss.is_some() && self.lanes.iter().all(|lane| lane.operations_out() == 0) {
+            self.reaped();
+        }
+        if self.held_bytes == 0 {
+            for connection in self.connections() {
                 self.commit_completed(connection);
             }
         }
@@ -176,13 +214,17 @@ impl<'a> QueueLoop<'a> {
             self.receive(connection);
             self.send(connection);
         }
+        if !self.is_tick_out && self.lanes.iter().any(|lane| lane.connection.in_flight() > 0) {
+            self.is_tick_out = true;
+            self.ring.start_tick();
+        }
         Ok(())
     }
 
     /// Whether a reply whose payload is large has begun to arrive, and ended requests may wait for it.
     fn has_more_to_receive(&self) -> bool {
         let has_payload = self.lanes.iter().any(|lane| lane.incoming.has_payload());
-        has_payload && self.held_bytes < HELD_BYTES_MAX && !self.has_failed()
+        has_payload && self.held_bytes < HELD_BYTES_MAX && self.is_up()
     }
 
     fn connections(&self) -> std::ops::Range<u16> {
@@ -207,6 +249,8 @@ impl<'a> QueueLoop<'a> {
             RingOperation::RoomToSend(connection) => {
                 self.lanes[usize::from(connection)].outgoing.room_came();
             }
+            RingOperation::Command => self.command_came()?,
+            RingOperation::Tick => self.tick_passed(),
         }
         Ok(())
     }
@@ -232,6 +276,12 @@ impl<'a> QueueLoop<'a> {
             Err(errno) => return self.commit(tag, -errno),
         };
         self.requests[usize::from(tag)] = operation;
+        if operation.command == Command::Flush {
+            if self.unflushed.take_doubt() {
+                return self.commit(tag, -libc::EIO);
+            }
+            self.unflushed.flush_begins(covered_by(&mut self.covered, &self.unflushed, tag));
+        }
         let has_data = matches!(operation.command, Command::Read | Command::Write);
         if has_data && self.ring.needs_registration(tag) {
             return self.ring.register(tag);
@@ -256,12 +306,13 @@ impl<'a> QueueLoop<'a> {
     fn inbox_completed(&mut self, connection: u16, result: i32) {
         let lane = &mut self.lanes[usize::from(connection)];
         match lane.incoming.inbox_completed(result) {
-            Ok(()) if !lane.connection.has_failed() => {}
+            Ok(()) if lane.connection.is_up() => lane.progress = lane.progress.wrapping_add(1),
             Ok(()) => return,
             Err(error) => return self.fail(connection, describe("reply", &error)),
         }
         while let Some(place) = self.lanes[usize::from(connection)].incoming.take_header() {
             if let Err(reason) = self.header_received(connection, place) {
+                self.lanes[usize::from(connection)].is_distrusted = true;
                 return self.fail(connection, reason);
             }
         }
@@ -289,6 +340,7 @@ impl<'a> QueueLoop<'a> {
     fn payload_completed(&mut self, connection: u16, tag: u16, result: i32) {
         assert_ours(self.tags.operation_completed(tag));
         let lane = &mut self.lanes[usize::from(connection)];
+        lane.progress = lane.progress.wrapping_add(1);
         match lane.incoming.payload_completed(result) {
             Ok(true) => {
                 lane.connection.payload_received(tag);
@@ -303,25 +355,23 @@ impl<'a> QueueLoop<'a> {
     fn send_completed(&mut self, connection: u16, result: i32) {
         let lane = &mut self.lanes[usize::from(connection)];
         match lane.outgoing.completed(result) {
-            Ok(true) if !lane.connection.has_failed() => lane.connection.batch_sent(),
+            Ok(true) if lane.connection.is_up() => lane.connection.batch_sent(),
             Ok(_) => {}
             Err(error) => self.fail(connection, describe("send", &error)),
         }
     }
 
-    /// A connection is of no use any more, and with it the queue: shut all down so that their operations end.
+    /// A connection is lost, and with it the others of the queue: shut all down so that their operations end.
     fn fail(&mut self, connection: u16, reason: String) {
-        if self.has_failed() {
+        if !self.is_up() {
             return;
         }
         // Where the kernel does the records it only says EIO of one that is not data.
         let record = self.ring.socket(connection).take_control_record();
         let reason = record.map_or(reason, |record| record.to_string());
-        let queue_id = self.ring.queue().q_id();
-        tracing::error!(queue_id, connection, reason, "the connection is lost: I/O gets EIO");
+        tracing::warn!(queue_id = self.ring.queue().q_id(), connection, reason, "the connection is lost");
         self.shut_down();
-        (self.on_event)(QueueEvent::ConnectionFailed { queue_id, connection, reason: reason.clone() });
-        self.failure = Some(reason);
+        self.loss = Some((connection, reason));
     }
 
     fn shut_down(&mut self) {
@@ -332,9 +382,71 @@ impl<'a> QueueLoop<'a> {
         }
     }
 
-    /// Connections fail together.
-    fn has_failed(&self) -> bool {
-        self.lanes.iter().any(|lane| lane.connection.has_failed())
+    /// Connections are lost, and come, together.
+    fn is_up(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.connection.is_up())
+    }
+
+    /// Nothing can come from the lost connections any more.
+    fn reaped(&mut self) {
+        let Some((connection, reason)) = self.loss.take() else { return };
+        if self.resend == Resend::ReadsOnly {
+            self.unflushed.connection_lost();
+        }
+        for lane in &mut self.lanes {
+            let is_distrusted = std::mem::take(&mut lane.is_distrusted);
+            lane.connection.reaped(if is_distrusted { Resend::Nothing } else { self.resend });
+            lane.incoming = Incoming::default();
+            lane.outgoing.abandon();
+        }
+        let queue_id = self.ring.queue().q_id();
+        (self.on_event)(QueueEvent::Disconnected { queue_id, connection, reason });
+    }
+
+    fn command_came(&mut self) -> Result<(), QueueError> {
+        // Cleared before the commands are taken, so that none is slept over.
+        let _ = rustix::io::read(&self.commands.eventfd, &mut [0; 8]);
+        self.ring.wait_for_command(self.commands.eventfd.as_fd());
+        while let Ok(command) = self.commands.commands.try_recv() {
+            match command {
+                QueueCommand::Connect(sockets) => self.connect(sockets)?,
+                QueueCommand::Disconnect(reason) => self.fail(0, reason),
+                QueueCommand::GiveUp => self.lanes.iter_mut().for_each(|lane| lane.connection.give_up()),
+            }
+        }
+        Ok(())
+    }
+
+    fn connect(&mut self, sockets: Vec<DataSocket>) -> Result<(), QueueError> {
+        assert_eq!(sockets.len(), self.lanes.len(), "a connection for each lane");
+        // What was given up is committed first: its memory is replaced next.
+        for connection in self.connections() {
+            self.commit_completed(connection);
+        }
+        if let Err(error) = self.ring.renew_staging() {
+            tracing::warn!(%error, "memory of writes that were given up cannot be replaced yet");
+        }
+        for (connection, socket) in (0..).zip(sockets) {
+            self.ring.replace_socket(connection, socket)?;
+            let lane = &mut self.lanes[usize::from(connection)];
+            lane.connection.connected();
+            lane.silent_ticks = 0;
+        }
+        Ok(())
+    }
+
+    /// Looks for connections on which replies are due and nothing comes.
+    fn tick_passed(&mut self) {
+        self.is_tick_out = false;
+        let silent_ticks_max = self.silent_ticks_max;
+        let mut silences =
+            (0..).zip(&mut self.lanes).map(|(connection, lane)| (connection, lane.count_silence()));
+        let silent = silences.find(|(_, ticks)| *ticks >= silent_ticks_max);
+        if let Some((connection, ticks)) = silent
+            && self.is_up()
+        {
+            self.fail(connection, format!("no reply for {} s", ticks * TICK.as_secs() as u32));
+        }
     }
 
     // ---------------------------------------------------------------------------------------------------- push
@@ -349,8 +461,12 @@ impl<'a> QueueLoop<'a> {
                 self.final_flush = Some(result);
                 continue;
             }
-            self.ring.release(tag);
+            // Without a connection, an error may be our own, of a request that the server may still be taking in.
+            self.ring.release(tag, result.is_ok() || self.is_up());
             let operation = self.requests[usize::from(tag)];
+            if result.is_ok() {
+                self.note_durability(tag, &operation);
+            }
             let mut result = block_request::commit_result(&operation, result);
             if result > 0
                 && operation.command == Command::Read
@@ -360,6 +476,21 @@ impl<'a> QueueLoop<'a> {
                 result = -libc::EIO;
             }
             self.commit(tag, result);
+        }
+    }
+
+    /// Counts what a server without power would forget; before the commit, because a FLUSH may follow it at once.
+    fn note_durability(&mut self, tag: u16, operation: &Operation) {
+        match operation.command {
+            Command::Write | Command::WriteZeroes | Command::Trim
+                if self.volatile_cache && !operation.flags.contains(CommandFlags::FUA) =>
+            {
+                self.unflushed.acknowledged(self.ring.queue().q_id());
+            }
+            Command::Flush => {
+                self.unflushed.flush_succeeded(covered_by(&mut self.covered, &self.unflushed, tag));
+            }
+            _ => {}
         }
     }
 
@@ -375,7 +506,7 @@ impl<'a> QueueLoop<'a> {
     /// Receives what the stream holds next, or the rest of what stopped short.
     fn receive(&mut self, connection: u16) {
         let lane = &mut self.lanes[usize::from(connection)];
-        if lane.incoming.operations_out() > 0 || lane.connection.has_failed() {
+        if lane.incoming.operations_out() > 0 || !lane.connection.is_up() {
             return;
         }
         let inbox_end = match lane.connection.expects_large_payload() {
@@ -395,7 +526,7 @@ impl<'a> QueueLoop<'a> {
     fn send(&mut self, connection: u16) {
         loop {
             let lane = &mut self.lanes[usize::from(connection)];
-            if lane.outgoing.operations_out() > 0 || lane.connection.has_failed() {
+            if lane.outgoing.operations_out() > 0 || !lane.connection.is_up() {
                 return;
             }
             if lane.outgoing.is_done() {
@@ -466,11 +597,12 @@ impl<'a> QueueLoop<'a> {
     /// The device is gone: put everything on stable storage, say goodbye, and reap the rest.
     fn finish(mut self) -> Result<(), QueueError> {
         let mut outcome = Ok(());
-        // Where a connection was lost before there is nothing to ask: its users were told by EIO.
-        if self.volatile_cache && !self.has_failed() {
+        // Where requests were given up, their users were told by EIO.
+        let has_given_up = self.lanes.iter().any(|lane| lane.connection.has_given_up());
+        if self.volatile_cache && self.unflushed.any() && !has_given_up {
             outcome = self.flush_finally();
         }
-        if !self.has_failed() {
+        if self.is_up() {
             let goodbye = Request {
                 flags: CommandFlags::NONE,
                 command: Command::Disconnect,
@@ -491,30 +623,32 @@ impl<'a> QueueLoop<'a> {
         outcome
     }
 
+    /// Puts what was acknowledged on stable storage, on whichever connections there are by then.
     fn flush_finally(&mut self) -> Result<(), QueueError> {
+        if self.unflushed.take_doubt() {
+            return Err(QueueError::FinalFlush("the connection was lost meanwhile".to_owned()));
+        }
         let flush_tag = self.flush_tag();
+        self.unflushed.flush_begins(covered_by(&mut self.covered, &self.unflushed, flush_tag));
         let connection = self.balance.choose(flush_tag);
         let lane = &mut self.lanes[usize::from(connection)];
         lane.connection.submit(flush_tag, self.requests[usize::from(flush_tag)]);
         self.send(connection);
         let deadline = Instant::now() + FINAL_FLUSH_TIMEOUT;
-        while self.final_flush.is_none() {
-            if Instant::now() >= deadline {
-                self.fail(
-                    connection,
-                    format!("no answer to FLUSH within {} s", FINAL_FLUSH_TIMEOUT.as_secs()),
-                );
-            }
+        let outcome = loop {
             self.pass_for(Duration::from_millis(100))?;
-        }
-        match self.final_flush {
-            Some(Ok(())) | None => Ok(()),
-            Some(Err(errno)) => {
-                let reason = self.failure.clone();
-                let text = reason.unwrap_or_else(|| io::Error::from_raw_os_error(errno).to_string());
-                Err(QueueError::FinalFlush(text))
+            match self.final_flush {
+                Some(result) => {
+                    break result.map_err(|errno| io::Error::from_raw_os_error(errno).to_string());
+                }
+                None if Instant::now() < deadline => {}
+                None => break Err(format!("no answer within {} s", FINAL_FLUSH_TIMEOUT.as_secs())),
             }
+        };
+        if outcome.is_ok() {
+            self.unflushed.flush_succeeded(covered_by(&mut self.covered, &self.unflushed, flush_tag));
         }
+        outcome.map_err(QueueError::FinalFlush)
     }
 
     fn pass_for(&mut self, wait: Duration) -> Result<(), QueueError> {
@@ -528,6 +662,12 @@ impl<'a> QueueLoop<'a> {
     fn flush_tag(&self) -> u16 {
         self.tags.queue_depth()
     }
+}
+
+/// The counters that the tag's FLUSH remembers.
+fn covered_by<'a>(covered: &'a mut [u64], unflushed: &Unflushed, tag: u16) -> &'a mut [u64] {
+    let nr_queues = unflushed.nr_queues();
+    &mut covered[usize::from(tag) * nr_queues..][..nr_queues]
 }
 
 fn describe(what: &str, error: &StreamError) -> String {

@@ -1,24 +1,31 @@
 //! What a queue thread is given, and what it tells: the two sides of `queue_loop.rs` towards the main thread.
 //!
-//! Types only. Made and read by `attachment.rs`, which starts one thread for each queue; a queue thread sends an event
-//! when it is ready, when it fails and when it ends, never while requests are served without an error.
+//! Made and read by `attachment.rs`, which starts one thread for each queue; a queue thread sends an event when it is
+//! ready, when it has lost its connections and when it ends, never while requests are served without an error.
 
 use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::Duration;
 
+use rustix::event::EventfdFlags;
 use ublk_core::{DataPath, Queue, Transfer};
 
+use super::connection::Resend;
 use super::data_socket::DataSocket;
+use super::unflushed::Unflushed;
 
 /// What a queue thread tells of itself.
 #[derive(Debug)]
 pub enum QueueEvent {
     /// The ring is made and every tag is about to be fetched: the device can be started.
     Ready,
-    /// A connection is gone: requests of the queue end with EIO.
-    ConnectionFailed {
+    /// The queue has no connections any more, and no byte of them can come: it waits for others.
+    Disconnected {
         /// Which queue.
         queue_id: u16,
-        /// Which of the queue's connections.
+        /// Which of the queue's connections was lost first.
         connection: u16,
         /// Why, for people.
         reason: String,
@@ -30,6 +37,50 @@ pub enum QueueEvent {
         /// `Err`: what was written may not be on stable storage, or the queue broke.
         outcome: Result<(), QueueError>,
     },
+}
+
+/// What a queue thread is told.
+#[derive(Debug)]
+pub enum QueueCommand {
+    /// Here are all connections anew, in the transmission phase, each on the slot of the one before it.
+    Connect(Vec<DataSocket>),
+    /// Drop the connections, for this reason.
+    Disconnect(String),
+    /// Without connections, requests end with EIO until there are some; with them, nothing changes.
+    GiveUp,
+}
+
+/// The main thread's way to a queue thread.
+#[derive(Debug)]
+pub struct QueueCommander {
+    commands: Sender<QueueCommand>,
+    eventfd: Arc<OwnedFd>,
+}
+
+/// The queue thread's end of it.
+#[derive(Debug)]
+pub struct QueueCommands {
+    /// What was commanded.
+    pub commands: Receiver<QueueCommand>,
+    /// Readable when something was.
+    pub eventfd: Arc<OwnedFd>,
+}
+
+impl QueueCommander {
+    /// Both ends. Errors: eventfd's.
+    pub fn new() -> io::Result<(Self, QueueCommands)> {
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        let eventfd = Arc::new(rustix::event::eventfd(0, flags)?);
+        let (sender, commands) = mpsc::channel();
+        Ok((Self { commands: sender, eventfd: Arc::clone(&eventfd) }, QueueCommands { commands, eventfd }))
+    }
+
+    /// Tells the queue. One that has ended hears nothing.
+    pub fn tell(&self, command: QueueCommand) {
+        let _ = self.commands.send(command);
+        // EAGAIN: it has not read what was raised before, which wakes it just as well.
+        let _ = rustix::io::write(&self.eventfd, &1u64.to_ne_bytes());
+    }
 }
 
 /// Why a queue ended badly.
@@ -68,4 +119,12 @@ pub struct QueueParts {
     pub volatile_cache: bool,
     /// Its connections, in the transmission phase; at least one.
     pub sockets: Vec<DataSocket>,
+    /// What becomes of requests on connections that are lost.
+    pub resend: Resend,
+    /// After so long without any reply while some are due, connections are given up as lost.
+    pub reply_timeout: Duration,
+    /// What has been acknowledged and not flushed, by all queues.
+    pub unflushed: Arc<Unflushed>,
+    /// What the main thread says.
+    pub commands: QueueCommands,
 }

@@ -14,7 +14,8 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::time::Duration;
 
 use io_uring::{opcode, squeue, types};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
@@ -25,6 +26,7 @@ use ublk_core::{Place, Queue, Transfer};
 use super::connection::PayloadSource;
 use super::data_socket::DataSocket;
 use super::payload::Payloads;
+use super::staging::Staging;
 use super::stream::Stretch;
 
 /// `IORING_ENTER_GETEVENTS`: run what completions wait for.
@@ -33,6 +35,9 @@ const IORING_ENTER_GETEVENTS: u32 = 1;
 const IORING_RECVSEND_POLL_FIRST: u16 = 1;
 /// Bytes of a connection's inbox, and of its outbox: 31 headers with payloads of 4 KiB.
 const BOX_BYTES: usize = 128 << 10;
+
+/// How often it is looked whether replies still come, while any are due.
+pub const TICK: Duration = Duration::from_secs(1);
 
 /// What a completion belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +58,10 @@ pub enum Operation {
     Unregister(u16),
     /// POLL for room in a connection's socket.
     RoomToSend(u16),
+    /// POLL of the eventfd: the main thread has a command.
+    Command,
+    /// TIMEOUT: time to see whether replies still come.
+    Tick,
 }
 
 impl Operation {
@@ -66,8 +75,15 @@ impl Operation {
             Self::Register(tag) => (5, 0, tag),
             Self::Unregister(tag) => (6, 0, tag),
             Self::RoomToSend(connection) => (7, connection, 0),
+            Self::Command => (8, 0, 0),
+            Self::Tick => (9, 0, 0),
         };
         (kind as u64) << 32 | (connection as u64) << 16 | tag as u64
+    }
+
+    /// Whether memory or sockets of ours have to outlive it.
+    const fn names_memory(self) -> bool {
+        !matches!(self, Self::Command | Self::Tick)
     }
 
     fn from_user_data(user_data: u64) -> Self {
@@ -81,6 +97,8 @@ impl Operation {
             5 => Self::Register(tag),
             6 => Self::Unregister(tag),
             7 => Self::RoomToSend(connection),
+            8 => Self::Command,
+            9 => Self::Tick,
             kind => unreachable!("completion of kind {kind}, which is never submitted"),
         }
     }
@@ -173,7 +191,7 @@ impl QueueRing {
             socket.set_nonblocking()?;
         }
         // In one pass a tag can bring a commit with the unregistration before it, or two sends, and a connection two
-        // receives and a poll; and each is one completion.
+        // receives and a poll; and each is one completion. The 8 hold the command's poll and the tick.
         let entries = (depth * 3 + sockets.len() as u32 * 3 + 8).next_power_of_two();
         let ring = ring::build_queue_ring(entries, entries * 2)?;
         if payloads.uses_buffer_table() {
@@ -276,10 +294,10 @@ impl QueueRing {
         self.payloads.staging().is_some()
     }
 
-    /// The tag's request has got its reply.
-    pub fn release(&mut self, tag: u16) {
+    /// The tag's request has ended, by a reply or without one.
+    pub fn release(&mut self, tag: u16, has_reply: bool) {
         if let Some(staging) = self.payloads.staging_mut() {
-            staging.release(tag);
+            staging.release(tag, has_reply);
         }
     }
 
@@ -343,6 +361,36 @@ impl QueueRing {
         staging.send(&self.wire(connection).socket, tag, rest)
     }
 
+    /// Waits until the eventfd is raised. It names no memory, so it may be left behind.
+    pub fn wait_for_command(&mut self, eventfd: BorrowedFd<'_>) {
+        let sqe = opcode::PollAdd::new(types::Fd(eventfd.as_raw_fd()), libc::POLLIN as u32).build();
+        self.push(Operation::Command, sqe.into(), Link::None);
+    }
+
+    /// Completes after [`TICK`]. Its memory is read when it is submitted, so it may be left behind.
+    pub fn start_tick(&mut self) {
+        static TICK_TIMESPEC: types::Timespec =
+            types::Timespec::new().sec(TICK.as_secs()).nsec(TICK.subsec_nanos());
+        self.push(Operation::Tick, opcode::Timeout::new(&TICK_TIMESPEC).build().into(), Link::None);
+    }
+
+    /// Replaces a connection whose operations were all reaped. Errors: fcntl's.
+    ///
+    /// # Panics
+    /// When an operation on it is out.
+    pub fn replace_socket(&mut self, connection: u16, socket: DataSocket) -> io::Result<()> {
+        socket.set_nonblocking()?;
+        let wire = self.wire_mut(connection);
+        assert_eq!((wire.sends_out, wire.inbox_receives_out), (0, 0), "the connection is in use");
+        std::mem::replace(&mut wire.socket, socket).abort();
+        Ok(())
+    }
+
+    /// Before new connections. Errors: those of `Staging::renew`.
+    pub fn renew_staging(&mut self) -> io::Result<()> {
+        self.payloads.staging_mut().map_or(Ok(()), Staging::renew)
+    }
+
     /// Waits until the connection's socket takes more.
     pub fn wait_for_room(&mut self, connection: u16) {
         let sqe = opcode::PollAdd::new(self.wire(connection).fd(), libc::POLLOUT as u32).build();
@@ -392,7 +440,7 @@ impl QueueRing {
     pub fn reap(&mut self) -> Option<Completed> {
         let cqe = self.ring.completion().next()?;
         let operation = Operation::from_user_data(cqe.user_data());
-        self.operations_out -= 1;
+        self.operations_out -= usize::from(operation.names_memory());
         match operation {
             Operation::ReceiveInbox(connection) => self.wire_mut(connection).inbox_receives_out -= 1,
             Operation::SendOutbox(connection) | Operation::SendPayload(connection, _) => {
@@ -431,7 +479,7 @@ impl QueueRing {
         // by nobody else between the tag's dispatch and its commit.
         let pushed = unsafe { self.ring.submission().push(&sqe) };
         assert!(pushed.is_ok(), "the submission queue was sized for everything a pass can push");
-        self.operations_out += 1;
+        self.operations_out += usize::from(operation.names_memory());
     }
 }
 
@@ -479,6 +527,8 @@ mod tests {
             Operation::Register(3),
             Operation::Unregister(u16::MAX),
             Operation::RoomToSend(7),
+            Operation::Command,
+            Operation::Tick,
         ];
         for operation in operations {
             assert_eq!(Operation::from_user_data(operation.to_user_data()), operation);

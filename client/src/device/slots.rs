@@ -139,6 +139,20 @@ pub fn dial_others(
     Ok(by_queue)
 }
 
+/// Minimum, preferred and maximum block size of an export, in bytes.
+pub fn block_bytes(export: &ExportInfo) -> Option<[u32; 3]> {
+    export.block_sizes.map(|sizes| [sizes.minimum_bytes, sizes.preferred_bytes, sizes.maximum_bytes])
+}
+
+/// The storage incarnation that a server of ours told; empty for a foreign one, which tells none.
+pub fn incarnation(spec: &DeviceSpec, dialled: &Dialled) -> String {
+    let is_ours = matches!(spec.export, ExportSpec::Attachment { .. });
+    let text = dialled.export.description.as_deref().filter(|_| is_ours);
+    text.and_then(|text| text.parse::<ExportDescription>().ok())
+        .map(|told| told.incarnation)
+        .unwrap_or_default()
+}
+
 fn export_name(spec: &DeviceSpec, slot: u16) -> Result<String, SlotError> {
     match &spec.export {
         ExportSpec::Nbd { export_name } => Ok(export_name.clone()),

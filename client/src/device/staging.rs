@@ -9,8 +9,9 @@
 //! Owns: the memory, and which pieces hold which tag's data. Called by: `payload.rs` (by `queue_ring.rs`). Invariant: pieces
 //! are free again only when the reply to their WRITE has come, because until then the socket may send them, for the first
 //! time or again. A server that has replied has taken all of the payload, so what is sent again later is thrown away by its
-//! TCP. Pieces sent on a connection that was lost are never used again: the queue sends nothing any more. Nothing here
-//! allocates after construction.
+//! TCP. After a connection was lost nobody knows what is still under way, and a server on this machine reads out of these
+//! very pages. What is sent again is sent from where it lies. The pieces of a WRITE that is not are never used again: all memory
+//! is replaced ([`Staging::renew`]) as soon as none of it is in use. But for that, nothing here allocates after construction.
 
 use std::io;
 
@@ -34,6 +35,8 @@ pub struct Staging {
     free: u128,
     /// By tag: the pieces of its data, by bit; they lie side by side.
     taken: Box<[u128]>,
+    /// Pieces whose WRITE ended without a reply.
+    doubtful: u128,
 }
 
 impl Staging {
@@ -43,18 +46,28 @@ impl Staging {
             memory: StagingMemory::new(PIECES, PIECE_BYTES)?,
             free: u128::MAX,
             taken: vec![0; usize::from(queue_depth)].into_boxed_slice(),
+            doubtful: 0,
         })
     }
 
-    /// Copies the data of the tag's WRITE; false: there is no room yet. Errors: those of [`Queue::stage_request`].
+    /// Copies the data of the tag's WRITE, unless it lies here already because it is sent again; false: there is no room
+    /// yet. Errors: those of [`Queue::stage_request`].
     ///
     /// # Panics
-    /// When the tag has data here, or none, or more than fits at all.
+    /// When the tag has no data, or more than fits at all.
     pub fn stage(&mut self, queue: &Queue, tag: u16, len_bytes: u32) -> io::Result<bool> {
-        assert_eq!(self.taken[usize::from(tag)], 0, "tag {tag} is staged");
-        let Some(pieces) = side_by_side(self.free, len_bytes.div_ceil(PIECE_BYTES as u32)) else {
-            return Ok(false);
+        if self.taken[usize::from(tag)] != 0 {
+            return Ok(true);
+        }
+        let count = len_bytes.div_ceil(PIECE_BYTES as u32);
+        let found = match side_by_side(self.free, count) {
+            None if self.doubtful != 0 => {
+                self.renew()?;
+                side_by_side(self.free, count)
+            }
+            found => found,
         };
+        let Some(pieces) = found else { return Ok(false) };
         self.free &= !pieces;
         self.taken[usize::from(tag)] = pieces;
         queue.stage_request(tag, len_bytes, &mut self.memory, pieces.trailing_zeros() as u16)?;
@@ -76,9 +89,24 @@ impl Staging {
         Ok(sent_bytes as u32)
     }
 
-    /// The reply to the tag's WRITE has come: its pieces, if it has any, are free.
-    pub fn release(&mut self, tag: u16) {
-        self.free |= std::mem::take(&mut self.taken[usize::from(tag)]);
+    /// The tag's request has ended. Its pieces, if it has any, are free if the server has replied.
+    pub fn release(&mut self, tag: u16, has_reply: bool) {
+        let pieces = std::mem::take(&mut self.taken[usize::from(tag)]);
+        match has_reply {
+            true => self.free |= pieces,
+            false => self.doubtful |= pieces,
+        }
+    }
+
+    /// Replaces the memory if a part of it may still be under way on a former connection and none is in use. The pages of
+    /// the old one live as long as a socket refers to them. Errors: as [`Staging::new`]; nothing has changed then.
+    pub fn renew(&mut self) -> io::Result<()> {
+        let is_in_use = self.taken.iter().any(|&pieces| pieces != 0);
+        if self.doubtful != 0 && !is_in_use {
+            self.memory = StagingMemory::new(PIECES, PIECE_BYTES)?;
+            (self.free, self.doubtful) = (u128::MAX, 0);
+        }
+        Ok(())
     }
 }
 

@@ -50,6 +50,10 @@ impl StatusFile {
             server_address: String::new(),
             encryption: String::new(),
             session_epoch,
+            on_stall: spec.on_stall,
+            reconnects: 0,
+            session: None,
+            program_version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let file = Self { path: dir.status(), status };
         file.write()?;
@@ -73,9 +77,11 @@ impl StatusFile {
     /// Enters a state and writes it. A status that cannot be written is logged: the device itself goes on.
     pub fn enter(&mut self, state: DeviceState, reason: &str) {
         let changed = self.update(|status| {
+            if status.state != state {
+                status.state_since_ms = contract::now_ms();
+            }
             status.state = state;
             status.state_reason = reason.to_owned();
-            status.state_since_ms = contract::now_ms();
         });
         if let Err(error) = changed {
             tracing::error!(%error, "the status file cannot be written");

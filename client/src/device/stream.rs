@@ -205,6 +205,14 @@ impl Outgoing {
         self.chain.operations_out
     }
 
+    /// Forgets the batch, whose connection was lost and reaped.
+    pub fn abandon(&mut self) {
+        assert_eq!(self.chain.operations_out, 0, "a batch is being sent");
+        self.pieces.clear();
+        self.chain = Chain::default();
+        self.enter(0);
+    }
+
     /// Whether the whole batch was sent.
     pub fn is_done(&self) -> bool {
         self.index == self.pieces.len()

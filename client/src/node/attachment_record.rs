@@ -17,6 +17,7 @@ use super::device_process;
 use super::error::NodeError;
 use super::target::{DetachSelector, Target};
 use crate::contract::{self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus};
+use crate::device::reconnect::StallPolicy;
 
 /// One attachment of this node.
 #[derive(Debug)]
@@ -76,6 +77,11 @@ impl AttachmentRecord {
         Ok(records)
     }
 
+    /// Under which calls on the target wait for each other.
+    pub fn lock_name(&self) -> String {
+        self.target().map_or_else(|| self.spec.target.clone(), |target| target.to_string())
+    }
+
     /// The target, if its spelling is one that this program knows.
     pub fn target(&self) -> Option<Target> {
         Target::parse(&self.spec.target).ok()
@@ -87,6 +93,7 @@ impl AttachmentRecord {
             (None, _) => v1::DeviceState::Dead,
             (Some(_), None | Some(DeviceState::Starting)) => v1::DeviceState::Starting,
             (Some(_), Some(DeviceState::Live)) => v1::DeviceState::Live,
+            (Some(_), Some(DeviceState::Stalled)) => v1::DeviceState::Stalled,
             (Some(_), Some(DeviceState::Failed)) => v1::DeviceState::Failed,
             (Some(_), Some(DeviceState::Stopping)) => v1::DeviceState::Stopping,
         }
@@ -129,6 +136,8 @@ impl AttachmentRecord {
             nr_connections: spec.nr_connections.into(),
             queue_depth: spec.queue_depth.into(),
             server_address: spec.addresses.first().cloned().unwrap_or_default(),
+            on_stall: stall_action(spec.on_stall).0.into(),
+            stall_fail_after_ms: stall_action(spec.on_stall).1,
             pid: self.pid.map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
             ..Default::default()
         };
@@ -145,6 +154,11 @@ impl AttachmentRecord {
             attachment.server_address.clone_from(&status.server_address);
             attachment.encryption.clone_from(&status.encryption);
             attachment.session_epoch = status.session_epoch;
+            let (on_stall, fail_after_ms) = stall_action(status.on_stall);
+            attachment.set_on_stall(on_stall);
+            attachment.stall_fail_after_ms = fail_after_ms;
+            attachment.reconnects = status.reconnects;
+            attachment.program_version.clone_from(&status.program_version);
         }
         if self.pid.is_none() && attachment.state_reason.is_empty() {
             let why =
@@ -152,6 +166,22 @@ impl AttachmentRecord {
             attachment.state_reason = format!("{why}; detach cleans up");
         }
         attachment
+    }
+}
+
+/// A policy as the node API tells it.
+fn stall_action(policy: StallPolicy) -> (v1::StallAction, u64) {
+    match policy {
+        StallPolicy::Wait => (v1::StallAction::Wait, 0),
+        StallPolicy::FailAfterMs(after_ms) => (v1::StallAction::Fail, after_ms),
+    }
+}
+
+/// A policy as the node API asks for it.
+pub(crate) fn stall_policy(action: v1::StallAction, fail_after_ms: u64) -> StallPolicy {
+    match action {
+        v1::StallAction::Unspecified | v1::StallAction::Wait => StallPolicy::Wait,
+        v1::StallAction::Fail => StallPolicy::FailAfterMs(fail_after_ms),
     }
 }
 
@@ -177,6 +207,9 @@ pub(crate) mod tests {
             queue_depth: 128,
             block_size_bytes: 4096,
             device_link: PathBuf::from("/dev/volnode").join(target),
+            is_volatile: false,
+            on_stall: StallPolicy::Wait,
+            recover: None,
             tls: None,
         }
     }
@@ -205,6 +238,10 @@ pub(crate) mod tests {
             server_address: "127.0.0.1:10809".to_owned(),
             encryption: "none".to_owned(),
             session_epoch: 3,
+            on_stall: StallPolicy::Wait,
+            reconnects: 0,
+            session: None,
+            program_version: String::new(),
         }
     }
 

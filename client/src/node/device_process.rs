@@ -15,11 +15,13 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::FlockOperation;
-use rustix::process::{Flock, FlockType, Pid, Signal, fcntl_getlk, kill_process};
+use rustix::process::{Flock, FlockType, Pid, PidfdFlags, Signal, fcntl_getlk, kill_process};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, interval, timeout};
 
 use super::error::NodeError;
@@ -32,8 +34,16 @@ use crate::contract::{
 const START_DEADLINE: Duration = Duration::from_secs(90);
 /// Stopping a device: what is in flight, dirty pages included; more than the driver's own deadline (120 s).
 const STOP_DEADLINE: Duration = Duration::from_secs(150);
+/// The same by force, where nothing is waited for but the driver.
+const FORCE_DEADLINE: Duration = Duration::from_secs(20);
+/// Anything else: at most a stop that somebody else has asked for is in the way.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 /// The end of a process that has said it is done, or was killed.
 const EXIT_DEADLINE: Duration = Duration::from_secs(15);
+/// Of a thread that calls poll(2) and nothing else.
+const WATCH_STACK_BYTES: usize = 64 << 10;
+/// How long a process takes to end that has said that it failed.
+const FAILED_PATIENCE: Duration = Duration::from_secs(3);
 /// Between two looks at a file or a lock that no event tells of.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -76,13 +86,50 @@ pub fn running_pid(dir: &AttachmentDir) -> Result<Option<Pid>, NodeError> {
 /// [`NodeError::Io`]: this program's file cannot be run.
 pub fn spawn(dir: &AttachmentDir, log_filter: &str) -> Result<Child, NodeError> {
     let io_error = |source| NodeError::Io { what: "cannot start a device process".to_owned(), source };
-    // After an upgrade in place, the program's path names a deleted file; the file itself can still be run.
-    let program = std::env::current_exe().ok().filter(|path| path.exists());
-    let mut command = Command::new(program.unwrap_or_else(|| PathBuf::from("/proc/self/exe")));
+    let mut command = Command::new(program());
     command.args(["device", "--log", log_filter, "--dir"]).arg(dir.path());
     // Its working directory must not keep a file system busy that is mounted on its own device.
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     command.spawn().map_err(io_error)
+}
+
+/// The program that is installed now: after an upgrade in place, the file that took our own one's name. Where there is
+/// none any more, our own file can still be run.
+fn program() -> PathBuf {
+    let own = std::env::current_exe().unwrap_or_default();
+    let own = own.to_string_lossy();
+    // What the kernel adds to the name of a file that was deleted or replaced.
+    let installed = PathBuf::from(own.strip_suffix(" (deleted)").unwrap_or(&own));
+    if installed.is_file() { installed } else { PathBuf::from("/proc/self/exe") }
+}
+
+/// Waits until a process has ended, whoever started it; at once if there is none. A thread sleeps on it meanwhile. Errors:
+/// pidfd's and poll's.
+pub async fn wait_until_ended(pid: Pid) -> io::Result<()> {
+    let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(errno) => return Err(errno.into()),
+    };
+    let (sender, ended) = oneshot::channel();
+    let watch = move || {
+        let outcome = loop {
+            // Readable once the process has ended, a zombie or not.
+            match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None) {
+                Err(rustix::io::Errno::INTR) => {}
+                outcome => break outcome,
+            }
+        };
+        // Nobody listens any more only where the daemon ends.
+        let _ = sender.send(outcome);
+    };
+    let name = format!("watch-{}", pid.as_raw_nonzero());
+    std::thread::Builder::new().name(name).stack_size(WATCH_STACK_BYTES).spawn(watch)?;
+    match ended.await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(errno)) => Err(errno.into()),
+        Err(_) => Err(io::Error::other("the watching thread ended")),
+    }
 }
 
 /// The status that the folder's present process wrote; `None` before its first.
@@ -102,7 +149,7 @@ pub fn status(dir: &AttachmentDir) -> Result<Option<DeviceStatus>, NodeError> {
 /// How the wait for a device ended.
 #[derive(Debug)]
 pub enum Started {
-    /// The device serves I/O.
+    /// The device is there, and serves I/O as well as its server lets it.
     Live(Box<DeviceStatus>),
     /// It does not; why, for people.
     Failed(String),
@@ -119,6 +166,7 @@ pub async fn wait_until_live(
 ) -> Result<Started, NodeError> {
     let give_up = Instant::now() + START_DEADLINE;
     let mut look = interval(LOOK_INTERVAL);
+    let mut failed_since = None;
     while Instant::now() < give_up {
         look.tick().await;
         // In this order: whatever the process wrote before its end is seen.
@@ -128,11 +176,20 @@ pub async fn wait_until_live(
         };
         let status = status(dir)?;
         match status {
-            Some(status) if status.state == DeviceState::Live && ended.is_none() => {
+            Some(status)
+                if matches!(status.state, DeviceState::Live | DeviceState::Stalled) && ended.is_none() =>
+            {
                 return Ok(Started::Live(Box::new(status)));
             }
-            Some(status) if status.state == DeviceState::Failed => {
+            Some(status) if status.state == DeviceState::Failed && ended.is_some() => {
                 return Ok(Started::Failed(status.state_reason));
+            }
+            // A process that could make no device ends; one that goes on answers EIO on a device that is there.
+            Some(status)
+                if status.state == DeviceState::Failed
+                    && failed_since.get_or_insert_with(Instant::now).elapsed() > FAILED_PATIENCE =>
+            {
+                return Ok(Started::Live(Box::new(status)));
             }
             Some(status) if ended.is_some() && !status.state_reason.is_empty() => {
                 return Ok(Started::Failed(status.state_reason));
@@ -146,14 +203,18 @@ pub async fn wait_until_live(
     Err(NodeError::TimedOut { target: target.to_owned(), what: "making the device", after: START_DEADLINE })
 }
 
-/// Asks the device process to take its device away; `None` if it ended without an answer.
+/// Asks the device process; `None` if it ended without an answer.
 ///
 /// # Errors
 /// [`NodeError::TimedOut`]: it does not answer.
-pub async fn stop(dir: &AttachmentDir, target: &str) -> Result<Option<ControlResponse>, NodeError> {
+pub async fn ask(
+    dir: &AttachmentDir,
+    target: &str,
+    command: ControlCommand,
+) -> Result<Option<ControlResponse>, NodeError> {
     let conversation = async {
         let mut stream = UnixStream::connect(dir.control_socket()).await?;
-        let request = ControlRequest { version: CONTRACT_VERSION, command: ControlCommand::Stop };
+        let request = ControlRequest { version: CONTRACT_VERSION, command };
         let mut line = serde_json::to_vec(&request)?;
         line.push(b'\n');
         stream.write_all(&line).await?;
@@ -161,17 +222,20 @@ pub async fn stop(dir: &AttachmentDir, target: &str) -> Result<Option<ControlRes
         BufReader::new(stream).read_line(&mut answer).await?;
         Ok::<_, io::Error>(serde_json::from_str(&answer)?)
     };
-    match timeout(STOP_DEADLINE, conversation).await {
+    let (deadline, what) = match command {
+        ControlCommand::Stop => (STOP_DEADLINE, "stopping the device"),
+        ControlCommand::ForceStop => (FORCE_DEADLINE, "stopping the device by force"),
+        ControlCommand::Status | ControlCommand::SetStallPolicy(_) => {
+            (ANSWER_DEADLINE, "the device process's answer")
+        }
+    };
+    match timeout(deadline, conversation).await {
         Ok(Ok(response)) => Ok(Some(response)),
         Ok(Err(error)) => {
             tracing::warn!(target, %error, "the device process did not answer");
             Ok(None)
         }
-        Err(_) => Err(NodeError::TimedOut {
-            target: target.to_owned(),
-            what: "stopping the device",
-            after: STOP_DEADLINE,
-        }),
+        Err(_) => Err(NodeError::TimedOut { target: target.to_owned(), what, after: deadline }),
     }
 }
 
@@ -231,6 +295,6 @@ mod tests {
     async fn a_process_that_does_not_listen_gives_no_answer() {
         let folder = tempfile::tempdir().unwrap();
         let dir = AttachmentDir::from_path(folder.path());
-        assert_eq!(stop(&dir, "vol-1").await.unwrap(), None);
+        assert_eq!(ask(&dir, "vol-1", ControlCommand::Stop).await.unwrap(), None);
     }
 }

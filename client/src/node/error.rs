@@ -90,6 +90,28 @@ pub enum NodeError {
         /// Its state's reason.
         why: String,
     },
+    /// Nothing of that name is attached here.
+    #[error("{target} is not attached to this machine")]
+    NotAttached {
+        /// As it was asked for.
+        target: String,
+    },
+    /// The device process did not take the policy.
+    #[error("the policy of {target} is as it was: {why}")]
+    PolicyRefused {
+        /// Whose.
+        target: String,
+        /// Its answer.
+        why: String,
+    },
+    /// The device process is not replaced.
+    #[error("cannot upgrade {target}: {why}")]
+    UpgradeRefused {
+        /// Whose.
+        target: String,
+        /// What is in the way.
+        why: String,
+    },
     /// The device process could not make the device.
     #[error("cannot attach {target}: {why}")]
     StartFailed {
@@ -157,6 +179,8 @@ impl NodeError {
             Self::Ublk(ControlError::TimedOut { .. }) | Self::TimedOut { .. } => {
                 (Code::DeadlineExceeded, reason::DEVICE_TIMED_OUT)
             }
+            Self::UpgradeRefused { .. } => (Code::FailedPrecondition, reason::UPGRADE_REFUSED),
+            Self::NotAttached { .. } => (Code::NotFound, reason::NOT_ATTACHED),
             Self::DeviceOpen { .. } => (Code::FailedPrecondition, reason::DEVICE_OPEN),
             Self::DeviceFailed { .. } => (Code::FailedPrecondition, reason::DEVICE_FAILED),
             Self::StartFailed { .. } => (Code::FailedPrecondition, reason::DEVICE_START_FAILED),
@@ -167,6 +191,7 @@ impl NodeError {
             Self::ServerAnswer { .. }
             | Self::Ublk(_)
             | Self::StopFailed { .. }
+            | Self::PolicyRefused { .. }
             | Self::StateFile(_)
             | Self::Io { .. }
             | Self::Panicked => (Code::Internal, reason::NODE_FAILED),
@@ -191,7 +216,13 @@ impl NodeError {
                                                    with CONFIG_BLK_DEV_UBLK (Ubuntu: package linux-modules-extra)"
                 .to_owned(),
             Self::Ublk(ControlError::PermissionDenied { .. }) => "run `volclient serve` as root".to_owned(),
-            Self::DeviceOpen { .. } => "close it (unmount, swapoff, stop the process), then detach again".to_owned(),
+            Self::DeviceOpen { .. } => "close it (unmount, swapoff, stop the process), then detach again; or take it \
+                                        away all the same (--force), and I/O on it fails"
+                .to_owned(),
+            Self::UpgradeRefused { .. } => {
+                "detach it and attach it again, or wait and try again".to_owned()
+            }
+            Self::NotAttached { .. } => "see `volctl attachments`".to_owned(),
             Self::DeviceFailed { .. } => "detach it, then attach it again".to_owned(),
             Self::StartFailed { .. } => {
                 "mend what it says; the logs of `volclient serve`, the server and the kernel (dmesg) tell more"

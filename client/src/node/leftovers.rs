@@ -17,11 +17,12 @@ use super::error::NodeError;
 use super::holders::holders;
 use crate::contract::attachment_hash;
 
-/// Removes every device in the kernel that belongs to the attachment. Blocks; not for an async thread.
+/// Removes every device in the kernel that belongs to the attachment, by force even if it is in use. Blocks; not for an async
+/// thread.
 ///
 /// # Errors
 /// [`NodeError::DeviceOpen`]: it is in use. [`NodeError::Ublk`]: the driver refuses.
-pub fn remove_devices(attachment_id: Uuid, target: &str) -> Result<(), NodeError> {
+pub fn remove_devices(attachment_id: Uuid, target: &str, by_force: bool) -> Result<(), NodeError> {
     let dev_ids = list_devices()?;
     if dev_ids.is_empty() {
         return Ok(());
@@ -33,7 +34,7 @@ pub fn remove_devices(attachment_id: Uuid, target: &str) -> Result<(), NodeError
             continue;
         }
         let holders = holders(dev_id);
-        if !holders.is_empty() {
+        if !holders.is_empty() && !by_force {
             return Err(NodeError::DeviceOpen { target: target.to_owned(), holders });
         }
         tracing::info!(target, dev_id, "removing the device of a dead device process");
@@ -82,6 +83,6 @@ mod tests {
 
     #[test]
     fn an_attachment_without_a_device_leaves_nothing_to_remove() {
-        remove_devices(Uuid::from_u128(7), "vol-1").unwrap();
+        remove_devices(Uuid::from_u128(7), "vol-1", false).unwrap();
     }
 }

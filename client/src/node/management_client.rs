@@ -12,7 +12,8 @@ use std::time::Duration;
 use proto::export_name::Secret;
 use proto::v1::management_client::ManagementClient as Stub;
 use proto::v1::{
-    AccessMode, AttachVolumeRequest, DetachVolumeRequest, GetServerInfoRequest, ListAttachmentsRequest,
+    AccessMode, AttachVolumeRequest, Backend, DetachVolumeRequest, GetServerInfoRequest,
+    ListAttachmentsRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
@@ -43,6 +44,8 @@ pub struct GrantedAttachment {
     pub data_addresses: Vec<String>,
     /// Logical block size in bytes.
     pub block_size_bytes: u32,
+    /// A restart of the server's process loses all of it, flushed or not.
+    pub is_volatile: bool,
     /// This node held it before the call.
     pub existed: bool,
 }
@@ -94,6 +97,7 @@ impl ManagementClient {
         let answer = self.call(stub.attach_volume(request)).await?;
         let off = |what| NodeError::ServerAnswer { server: self.server.clone(), what };
         let uuid = |text: &str, what| Uuid::from_str(text).map_err(|_| off(what));
+        let is_volatile = answer.backend() == Backend::Memory;
         let attachment = answer.attachment.ok_or_else(|| off("no attachment"))?;
         if answer.data_addresses.is_empty() {
             return Err(off("no data address"));
@@ -104,8 +108,9 @@ impl ManagementClient {
             session_epoch: attachment.session_epoch,
             server_id: uuid(&answer.server_id, "a server_id that is no UUID")?,
             volume_uid: uuid(&attachment.volume_uid, "a volume_uid that is no UUID")?,
-            data_addresses: answer.data_addresses,
             block_size_bytes: answer.block_size_bytes,
+            is_volatile,
+            data_addresses: answer.data_addresses,
             existed: answer.existed,
         })
     }

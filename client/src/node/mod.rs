@@ -21,6 +21,7 @@ pub mod holders;
 pub mod leftovers;
 pub mod management_client;
 pub mod node_service;
+mod recovery;
 pub mod serve;
 pub mod supervisor;
 pub mod target;

@@ -90,6 +90,26 @@ impl Node for NodeService {
         .await
     }
 
+    async fn set_stall_policy(
+        &self,
+        request: Request<v1::SetStallPolicyRequest>,
+    ) -> Result<Response<v1::SetStallPolicyResponse>, Status> {
+        let (supervisor, request) = (Arc::clone(&self.supervisor), request.into_inner());
+        finish("SetStallPolicy", request.target.clone(), async move {
+            let attachment = supervisor.set_stall_policy(&request).await?;
+            Ok(v1::SetStallPolicyResponse { attachment: Some(attachment) })
+        })
+        .await
+    }
+
+    async fn upgrade(
+        &self,
+        request: Request<v1::UpgradeRequest>,
+    ) -> Result<Response<v1::UpgradeResponse>, Status> {
+        let (supervisor, request) = (Arc::clone(&self.supervisor), request.into_inner());
+        finish("Upgrade", request.target.clone(), async move { supervisor.upgrade(&request).await }).await
+    }
+
     async fn list_node_attachments(
         &self,
         _: Request<v1::ListNodeAttachmentsRequest>,

@@ -114,7 +114,7 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     };
     tracing::info!(node_id = config.node_id, server = options.server, "volclient starts");
     let supervisor = Arc::new(Supervisor::new(config, management));
-    supervisor.log_found_attachments()?;
+    supervisor.adopt_found_attachments()?;
     let listener = listen(&options.socket)?;
     announce(&options.socket).map_err(ServeError::io(&options.socket))?;
     let served = run_grpc(listener, supervisor).await;

@@ -4,6 +4,7 @@
 //! attach:  server grants ──▶ spec written ──▶ device process started ──▶ live
 //!             │ any failure: process killed, device and link removed, grant given back, folder removed
 //! detach:  device process stops ──▶ server told ──▶ folder removed
+//! death:   process ends unasked ──▶ another one takes its device on (`recovery.rs`)
 //! ```
 //!
 //! Invariants: calls on one target run one after the other. A folder is removed last, so that whatever was left half
@@ -15,6 +16,7 @@ use std::fmt::Display;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1;
@@ -25,18 +27,20 @@ use ublk_core::abi::UBLK_MAX_QUEUE_DEPTH;
 use ublk_core::{ControlDevice, DataPath, ProbeReport};
 use uuid::Uuid;
 
-use super::attachment_record::AttachmentRecord;
+use super::attachment_record::{AttachmentRecord, stall_policy};
 use super::device_process::{self, Started};
 use super::error::NodeError;
 use super::leftovers;
 use super::management_client::ManagementClient;
+use super::recovery;
 use super::target::{DetachSelector, NbdUri, Target};
 use super::target_locks::TargetLocks;
 use crate::api_channel;
 use crate::contract::{
-    AttachmentDir, CONTRACT_VERSION, CONTRACT_VERSION_TLS, ControlResponse, DeviceSpec, DeviceState,
-    DeviceStatus, ExportSpec, now_ms, write_file,
+    AttachmentDir, CONTRACT_VERSION, CONTRACT_VERSION_TLS, ControlCommand, ControlResponse, DeviceSpec,
+    DeviceState, DeviceStatus, ExportSpec, now_ms, write_file,
 };
+use crate::device::reconnect::StallPolicy;
 use crate::tls_spec::{ClientFiles, TlsSpec};
 
 /// Most connections of one attachment, and so most queues: a server that is asked for more by mistake should not have
@@ -70,7 +74,7 @@ pub struct SupervisorConfig {
 pub struct Supervisor {
     config: SupervisorConfig,
     management: ManagementClient,
-    locks: TargetLocks,
+    pub(super) locks: TargetLocks,
 }
 
 /// How a target is to be attached; `None` where any will do.
@@ -81,6 +85,7 @@ struct Wishes {
     nr_hw_queues: Option<u16>,
     nr_connections: Option<u16>,
     queue_depth: Option<u16>,
+    on_stall: StallPolicy,
 }
 
 impl Wishes {
@@ -110,6 +115,7 @@ impl Wishes {
             nr_hw_queues,
             nr_connections,
             queue_depth: limited("queue_depth", request.queue_depth, UBLK_MAX_QUEUE_DEPTH)?,
+            on_stall: stall_policy(request.on_stall(), request.stall_fail_after_ms),
         })
     }
 
@@ -182,11 +188,12 @@ impl Supervisor {
         Ok(records.iter().map(AttachmentRecord::to_proto).collect())
     }
 
-    /// Tells the log what was found at the start of the daemon.
+    /// Tells the log what was found at the start of the daemon, and takes it on: what runs is watched, what died is
+    /// recovered where it can be.
     ///
     /// # Errors
     /// [`NodeError::Io`]
-    pub fn log_found_attachments(&self) -> Result<(), NodeError> {
+    pub fn adopt_found_attachments(self: &Arc<Self>) -> Result<(), NodeError> {
         for record in AttachmentRecord::read_all(&self.config.run_dir)? {
             let attachment = record.to_proto();
             let (target, state) = (&attachment.target, record.state());
@@ -195,6 +202,7 @@ impl Supervisor {
             } else {
                 tracing::warn!(target, reason = attachment.state_reason, "attachment found dead");
             }
+            self.watch(&record.dir);
         }
         Ok(())
     }
@@ -203,7 +211,10 @@ impl Supervisor {
     ///
     /// # Errors
     /// [`NodeError`], by cause; nothing of a new attachment is left then.
-    pub async fn attach(&self, request: v1::AttachRequest) -> Result<v1::AttachResponse, NodeError> {
+    pub async fn attach(
+        self: &Arc<Self>,
+        request: v1::AttachRequest,
+    ) -> Result<v1::AttachResponse, NodeError> {
         let target = Target::parse(&request.target)?;
         let wishes = Wishes::of(&request)?;
         let _guard = self.locks.lock(&target.to_string()).await;
@@ -213,7 +224,7 @@ impl Supervisor {
             if let Some(attachment) = self.reuse(record, &wishes).await? {
                 return Ok(v1::AttachResponse { attachment: Some(attachment), existed: true });
             }
-            remove_device_and_link(&record.spec).await?;
+            remove_device_and_link(&record.spec, false).await?;
         }
         let tls = self.tls_for(&target)?;
         check_machine(wishes.data_path).await?;
@@ -234,13 +245,16 @@ impl Supervisor {
 
     /// The attachment that is there, if it serves; `None` if it is dead.
     async fn reuse(
-        &self,
+        self: &Arc<Self>,
         record: &AttachmentRecord,
         wishes: &Wishes,
     ) -> Result<Option<v1::NodeAttachment>, NodeError> {
         let target = &record.spec.target;
         match record.state() {
-            v1::DeviceState::Dead | v1::DeviceState::Unspecified => return Ok(None),
+            v1::DeviceState::Dead | v1::DeviceState::Unspecified => {
+                let Some(spec) = recovery::spec(record) else { return Ok(None) };
+                return self.recover(record, spec).await.map(Some);
+            }
             v1::DeviceState::Stopping => {
                 device_process::wait_until_gone(&record.dir, target).await?;
                 return Ok(None);
@@ -249,6 +263,8 @@ impl Supervisor {
                 let why = record.to_proto().state_reason;
                 return Err(NodeError::DeviceFailed { target: target.clone(), why });
             }
+            // It is there, and its I/O waits or fails as it was asked to.
+            v1::DeviceState::Stalled => return Ok(Some(record.to_proto())),
             v1::DeviceState::Starting | v1::DeviceState::Live => {}
         }
         let status = match device_process::wait_until_live(&record.dir, target, None).await? {
@@ -286,6 +302,7 @@ impl Supervisor {
         let mut spec = self.spec(granted.attachment_id, &target, export, wishes);
         spec.addresses = granted.data_addresses;
         spec.block_size_bytes = granted.block_size_bytes;
+        spec.is_volatile = granted.is_volatile;
         Ok(NewAttachment { spec, is_granted_now: !granted.existed })
     }
 
@@ -336,12 +353,15 @@ impl Supervisor {
             queue_depth: wishes.queue_depth.unwrap_or(QUEUE_DEPTH_DEFAULT),
             block_size_bytes: 0,
             device_link: self.config.device_dir.join(target.link_name(attachment_id)),
+            is_volatile: false,
+            on_stall: wishes.on_stall,
+            recover: None,
             tls: None,
         }
     }
 
     /// Writes the spec, starts the device process and waits for its device; undoes all of it on failure.
-    async fn start(&self, new: NewAttachment) -> Result<v1::NodeAttachment, NodeError> {
+    async fn start(self: &Arc<Self>, new: NewAttachment) -> Result<v1::NodeAttachment, NodeError> {
         let dir = AttachmentDir::new(&self.config.run_dir, new.spec.attachment_id);
         match self.start_device(&dir, &new.spec).await {
             Ok(attachment) => Ok(attachment),
@@ -354,8 +374,8 @@ impl Supervisor {
         }
     }
 
-    async fn start_device(
-        &self,
+    pub(super) async fn start_device(
+        self: &Arc<Self>,
         dir: &AttachmentDir,
         spec: &DeviceSpec,
     ) -> Result<v1::NodeAttachment, NodeError> {
@@ -377,12 +397,9 @@ impl Supervisor {
             Started::Failed(why) => Err(start_failure(spec, why).await),
             Started::Live(status) => {
                 tracing::info!(target = spec.target, pid, dev_id = status.dev_id, "attached");
-                let target = spec.target.clone();
-                tokio::spawn(async move {
-                    // Takes the exit status, so that no zombie stays.
-                    let end = child.wait().await.map_or_else(|e| e.to_string(), |status| status.to_string());
-                    tracing::info!(target, pid, end, "device process ended");
-                });
+                // Takes the exit status, so that no zombie stays.
+                tokio::spawn(async move { drop(child.wait().await) });
+                self.watch(dir);
                 let record = AttachmentRecord::read(dir.clone())?;
                 record.map(|record| record.to_proto()).ok_or(NodeError::StartFailed {
                     target: spec.target.clone(),
@@ -397,7 +414,7 @@ impl Supervisor {
         let spec = &new.spec;
         let undone = async {
             device_process::kill(dir, &spec.target).await?;
-            remove_device_and_link(spec).await?;
+            remove_device_and_link(spec, false).await?;
             if new.is_granted_now {
                 self.management.detach_volume(&spec.attachment_id.to_string()).await?;
             }
@@ -424,7 +441,7 @@ impl Supervisor {
         // Another call may have ended it meanwhile.
         match (self.find(&selector)?, named_target) {
             (Some(record), _) => {
-                self.stop_device(&record).await?;
+                self.stop_device(&record, request.force).await?;
                 self.release(&record).await?;
                 remove_folder(&record.dir)?;
                 tracing::info!(target = record.spec.target, "detached");
@@ -435,16 +452,26 @@ impl Supervisor {
         }
     }
 
-    fn find(&self, selector: &DetachSelector) -> Result<Option<AttachmentRecord>, NodeError> {
+    pub(super) fn find(&self, selector: &DetachSelector) -> Result<Option<AttachmentRecord>, NodeError> {
         let records = AttachmentRecord::read_all(&self.config.run_dir)?;
         Ok(records.into_iter().find(|record| record.is_meant_by(selector)))
     }
 
     /// Has the device process take its device away, or removes what a dead one left.
-    async fn stop_device(&self, record: &AttachmentRecord) -> Result<(), NodeError> {
+    async fn stop_device(&self, record: &AttachmentRecord, by_force: bool) -> Result<(), NodeError> {
         let target = &record.spec.target;
-        if record.pid.is_some() {
-            match device_process::stop(&record.dir, target).await? {
+        if record.pid.is_some() && by_force {
+            let asked = device_process::ask(&record.dir, target, ControlCommand::ForceStop).await;
+            if !matches!(asked, Ok(Some(ControlResponse::Ok(_)) | None)) {
+                tracing::warn!(
+                    target,
+                    ?asked,
+                    "the device process does not take its device away: it is killed"
+                );
+            }
+            device_process::kill(&record.dir, target).await?;
+        } else if record.pid.is_some() {
+            match device_process::ask(&record.dir, target, ControlCommand::Stop).await? {
                 Some(ControlResponse::Busy { holders }) => {
                     let holders =
                         if holders.is_empty() { vec!["somebody has it open".to_owned()] } else { holders };
@@ -458,7 +485,43 @@ impl Supervisor {
             }
             device_process::wait_until_gone(&record.dir, target).await?;
         }
-        remove_device_and_link(&record.spec).await
+        remove_device_and_link(&record.spec, by_force).await
+    }
+
+    /// Changes what an attachment's I/O does while its server cannot be reached.
+    ///
+    /// # Errors
+    /// [`NodeError`], by cause.
+    pub async fn set_stall_policy(
+        &self,
+        request: &v1::SetStallPolicyRequest,
+    ) -> Result<v1::NodeAttachment, NodeError> {
+        let policy = match request.on_stall() {
+            v1::StallAction::Unspecified => {
+                let message = "say what I/O is to do: wait or fail".to_owned();
+                return Err(NodeError::InvalidField { field: "on_stall", message });
+            }
+            action => stall_policy(action, request.stall_fail_after_ms),
+        };
+        let selector = DetachSelector::parse(&request.target)?;
+        let target = request.target.clone();
+        let Some(record) = self.find(&selector)? else { return Err(NodeError::NotAttached { target }) };
+        if record.pid.is_none() {
+            let why = record.to_proto().state_reason;
+            return Err(NodeError::DeviceFailed { target, why });
+        }
+        match device_process::ask(&record.dir, &target, ControlCommand::SetStallPolicy(policy)).await? {
+            Some(ControlResponse::Ok(_)) => {}
+            Some(ControlResponse::Error { message: why }) => {
+                return Err(NodeError::PolicyRefused { target, why });
+            }
+            Some(ControlResponse::Busy { .. }) | None => {
+                let why = "the device process did not answer".to_owned();
+                return Err(NodeError::PolicyRefused { target, why });
+            }
+        }
+        let record = AttachmentRecord::read(record.dir.clone())?;
+        record.map(|record| record.to_proto()).ok_or(NodeError::NotAttached { target })
     }
 
     /// Tells the server that the volume is no longer used here.
@@ -530,17 +593,17 @@ pub async fn probe_data_paths() -> Result<ProbeReport, NodeError> {
     blocking(|| Ok(ublk_core::probe_driver(&ControlDevice::open()?)?)).await
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
 ) -> Result<T, NodeError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| NodeError::Panicked)?
 }
 
 /// Removes what a dead device process left in the kernel and in /dev. Of an earlier boot there is nothing.
-async fn remove_device_and_link(spec: &DeviceSpec) -> Result<(), NodeError> {
+async fn remove_device_and_link(spec: &DeviceSpec, by_force: bool) -> Result<(), NodeError> {
     let (attachment_id, target, link) = (spec.attachment_id, spec.target.clone(), spec.device_link.clone());
     blocking(move || {
-        leftovers::remove_devices(attachment_id, &target)?;
+        leftovers::remove_devices(attachment_id, &target, by_force)?;
         leftovers::remove_link(&link)
     })
     .await

@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use proto::v1;
 use serde_json::json;
 
-use crate::cli::AttachArgs;
+use crate::cli::{AttachArgs, OnStall, StallArgs};
 use crate::connect::{self, call};
 use crate::failure::Failure;
 use crate::report::{Report, node_attachment_json, state_word, table};
@@ -15,6 +15,8 @@ use crate::size::human_size;
 
 /// A frame of the spinner.
 const SPINNER_INTERVAL: Duration = Duration::from_millis(100);
+/// Of `--on-stall fail`; long enough for a server to be restarted.
+const FAIL_AFTER_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Prints the device path and nothing else, so that a script can use it.
 pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Failure> {
@@ -28,6 +30,8 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
         nr_connections: args.connections.unwrap_or_default(),
         queue_depth: args.queue_depth.unwrap_or_default(),
         force: args.force,
+        on_stall: stall_action(args.stall).into(),
+        stall_fail_after_ms: stall_fail_after_ms(args.stall),
     };
     let answer = call(client.attach(request)).await;
     spinner.finish_and_clear();
@@ -35,14 +39,77 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
     Ok(Report::new(format!("{}\n", attachment.device_path), node_attachment_json(&attachment)))
 }
 
-pub(crate) async fn detach(socket: &Path, target: String) -> Result<Report, Failure> {
+pub(crate) async fn detach(socket: &Path, target: String, force: bool) -> Result<Report, Failure> {
     let mut client = connect::node(socket).await?;
     let spinner = spinner(format!("detaching {target}"));
-    let answer = call(client.detach(v1::DetachRequest { target: target.clone() })).await;
+    let answer = call(client.detach(v1::DetachRequest { target: target.clone(), force })).await;
     spinner.finish_and_clear();
     let existed = answer?.existed;
     let text = if existed { format!("detached {target}\n") } else { format!("{target} is not attached\n") };
     Ok(Report::new(text, json!({ "target": target, "existed": existed })))
+}
+
+pub(crate) async fn set_policy(socket: &Path, target: String, stall: StallArgs) -> Result<Report, Failure> {
+    let request = v1::SetStallPolicyRequest {
+        target: target.clone(),
+        on_stall: stall_action(stall).into(),
+        stall_fail_after_ms: stall_fail_after_ms(stall),
+    };
+    let answer = call(connect::node(socket).await?.set_stall_policy(request)).await?;
+    let attachment = answer.attachment.ok_or_else(|| Failure::incomplete_answer("attachment"))?;
+    let text = match attachment.on_stall() {
+        v1::StallAction::Fail => {
+            let after = Duration::from_millis(attachment.stall_fail_after_ms);
+            format!("{target}: I/O fails once an outage has lasted {after:?}\n")
+        }
+        _ => format!("{target}: I/O waits while the server cannot be reached\n"),
+    };
+    Ok(Report::new(text, node_attachment_json(&attachment)))
+}
+
+/// One disk, or all of them.
+pub(crate) async fn upgrade(socket: &Path, target: Option<String>) -> Result<Report, Failure> {
+    let mut client = connect::node(socket).await?;
+    let targets = match target {
+        Some(target) => vec![target],
+        None => {
+            let listed = call(client.list_node_attachments(v1::ListNodeAttachmentsRequest {})).await?;
+            listed.attachments.into_iter().map(|attachment| attachment.target).collect()
+        }
+    };
+    let (mut text, mut json) = (String::new(), Vec::new());
+    for target in targets {
+        let spinner = spinner(format!("upgrading {target}"));
+        let answer = call(client.upgrade(v1::UpgradeRequest { target: target.clone() })).await;
+        spinner.finish_and_clear();
+        let answer = answer?;
+        let attachment = answer.attachment.ok_or_else(|| Failure::incomplete_answer("attachment"))?;
+        let (from, to) = (&answer.from_version, &attachment.program_version);
+        text +=
+            &format!("upgraded {target} from {from} to {to}: I/O stood still for {} ms\n", answer.stall_ms);
+        json.push(
+            json!({ "target": target, "from_version": from, "to_version": to, "stall_ms": answer.stall_ms }),
+        );
+    }
+    Ok(Report::new(text, json.into()))
+}
+
+fn stall_action(stall: StallArgs) -> v1::StallAction {
+    match stall.on_stall {
+        None => v1::StallAction::Unspecified,
+        Some(OnStall::Wait) => v1::StallAction::Wait,
+        Some(OnStall::Fail) => v1::StallAction::Fail,
+    }
+}
+
+fn stall_fail_after_ms(stall: StallArgs) -> u64 {
+    match stall.on_stall {
+        Some(OnStall::Fail) => {
+            let after = stall.after.unwrap_or(FAIL_AFTER_DEFAULT);
+            u64::try_from(after.as_millis()).unwrap_or(u64::MAX)
+        }
+        Some(OnStall::Wait) | None => 0,
+    }
 }
 
 pub(crate) async fn list(socket: &Path) -> Result<Report, Failure> {

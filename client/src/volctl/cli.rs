@@ -1,9 +1,11 @@
 //! The commands and options of volctl.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::duration::parse_duration;
 use crate::exit_code::EXIT_CODES_HELP;
 use crate::size::parse_size;
 
@@ -76,6 +78,26 @@ pub(crate) enum Command {
     Detach {
         /// What was attached: a volume's name or an NBD URI; or /dev/ublkbN, its stable name, or the attachment's id
         target: String,
+        /// Take it away whoever has it open: their I/O fails, and what was not flushed may be lost
+        #[arg(long)]
+        force: bool,
+    },
+    /// Change what I/O does while the storage server cannot be reached, during an outage, too
+    #[command(mut_arg("on_stall", |on_stall| on_stall.required(true)))]
+    Policy {
+        /// As for detach
+        target: String,
+        #[command(flatten)]
+        stall: StallArgs,
+    },
+    /// Replace a disk's device process by the program that is installed now; I/O waits meanwhile
+    #[command(group = clap::ArgGroup::new("which").required(true).args(["target", "all"]))]
+    Upgrade {
+        /// As for detach
+        target: Option<String>,
+        /// Every disk that is attached to this machine, one after another
+        #[arg(long)]
+        all: bool,
     },
     /// List the disks that are attached to this machine
     Attachments,
@@ -150,6 +172,30 @@ pub(crate) struct AttachArgs {
     /// Take the volume from the node that holds it; that node's I/O fails from then on
     #[arg(long)]
     pub(crate) force: bool,
+    #[command(flatten)]
+    pub(crate) stall: StallArgs,
+}
+
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct StallArgs {
+    /// What I/O does while the storage server cannot be reached; it works again when the server is back
+    ///
+    /// [default for attach: wait]
+    #[arg(long, value_enum, value_name = "ACTION")]
+    pub(crate) on_stall: Option<OnStall>,
+    /// With fail: how long an outage may last before I/O fails, such as 500ms, 30s or 2m
+    ///
+    /// [default: 30s]
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION", requires = "on_stall")]
+    pub(crate) after: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnStall {
+    /// It waits, however long it takes
+    Wait,
+    /// It gets EIO
+    Fail,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -191,6 +237,15 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_policy_has_to_say_what_is_to_be_done() {
+        assert!(Cli::try_parse_from(["volctl", "policy", "vol-1"]).is_err());
+        assert!(Cli::try_parse_from(["volctl", "policy", "vol-1", "--on-stall", "wait"]).is_ok());
+        assert!(Cli::try_parse_from(["volctl", "attach", "vol-1"]).is_ok());
+        let after_alone = ["volctl", "attach", "vol-1", "--after", "3s"];
+        assert!(Cli::try_parse_from(after_alone).is_err(), "after what?");
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod attachments;
 mod cli;
 mod connect;
 mod doctor;
+mod duration;
 mod exit_code;
 mod failure;
 mod report;
@@ -53,7 +54,9 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
         Command::Show { name } => volumes::show(server, name).await,
         Command::Delete { name } => volumes::delete(server, name).await,
         Command::Attach(args) => attachments::attach(socket, args).await,
-        Command::Detach { target } => attachments::detach(socket, target).await,
+        Command::Detach { target, force } => attachments::detach(socket, target, force).await,
+        Command::Policy { target, stall } => attachments::set_policy(socket, target, stall).await,
+        Command::Upgrade { target, .. } => attachments::upgrade(socket, target).await,
         Command::Attachments => attachments::list(socket).await,
         Command::Version => Ok(doctor::version(server, socket).await),
         Command::Doctor => Ok(doctor::doctor(server, socket).await),

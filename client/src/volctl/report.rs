@@ -106,7 +106,20 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "encryption": attachment.encryption,
         "pid": attachment.pid,
         "session_epoch": attachment.session_epoch,
+        "on_stall": stall_word(attachment.on_stall()),
+        "stall_fail_after_ms": attachment.stall_fail_after_ms,
+        "reconnects": attachment.reconnects,
+        "program_version": attachment.program_version,
     })
+}
+
+/// `wait` or `fail`.
+fn stall_word(action: v1::StallAction) -> &'static str {
+    match action {
+        v1::StallAction::Unspecified => "unknown",
+        v1::StallAction::Wait => "wait",
+        v1::StallAction::Fail => "fail",
+    }
 }
 
 /// `file` or `memory`.
@@ -136,12 +149,13 @@ pub(crate) fn access_mode_word(access_mode: v1::AccessMode) -> &'static str {
     }
 }
 
-/// `starting`, `live`, `failed`, `stopping` or `dead`.
+/// `starting`, `live`, `stalled`, `failed`, `stopping` or `dead`.
 pub(crate) fn state_word(state: v1::DeviceState) -> &'static str {
     match state {
         v1::DeviceState::Unspecified => "unknown",
         v1::DeviceState::Starting => "starting",
         v1::DeviceState::Live => "live",
+        v1::DeviceState::Stalled => "stalled",
         v1::DeviceState::Failed => "failed",
         v1::DeviceState::Stopping => "stopping",
         v1::DeviceState::Dead => "dead",

@@ -12,6 +12,7 @@ use client::contract::{
     AttachmentDir, CONTRACT_VERSION, ControlCommand, ControlRequest, ControlResponse, DeviceSpec,
     DeviceState, DeviceStatus, ExportSpec, boot_id, write_file,
 };
+use client::device::reconnect::StallPolicy;
 use client::node::device_process;
 use uuid::Uuid;
 
@@ -59,6 +60,9 @@ impl Folder {
             queue_depth: 128,
             block_size_bytes: 4096,
             device_link: run_dir.join("dev/link"),
+            is_volatile: false,
+            on_stall: StallPolicy::Wait,
+            recover: None,
             tls: None,
         };
         let status = DeviceStatus {
@@ -84,6 +88,10 @@ impl Folder {
             server_address: "127.0.0.1:9".to_owned(),
             encryption: "none".to_owned(),
             session_epoch: 3,
+            on_stall: StallPolicy::Wait,
+            reconnects: 0,
+            session: None,
+            program_version: String::new(),
         };
         write_file(&dir.spec(), &spec).unwrap();
         write_file(&dir.status(), &status).unwrap();

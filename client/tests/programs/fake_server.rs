@@ -219,6 +219,7 @@ impl Management for Service {
             data_addresses: vec!["127.0.0.1:9".to_owned()],
             capacity_bytes: volume.capacity_bytes,
             block_size_bytes: volume.block_size_bytes,
+            backend: v1::Backend::File.into(),
             existed: false,
         }))
     }

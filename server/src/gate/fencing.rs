@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
 use crate::data_server::FenceError;
-use crate::fence::{ConnectionId, Fence, Output};
+use crate::fence::{ConnectionId, Fence, Output, Reason};
 use crate::mailbox::RingMessage;
 
 impl Gate {
@@ -26,7 +26,7 @@ impl Gate {
                 Output::Grant(connection) => self.find_volume(connection),
                 Output::Refuse(connection, reason) => {
                     if let Some(known) = self.connections.remove(&connection) {
-                        self.refuse(connection, known.ring, Refusal::policy(reason.to_string()));
+                        self.refuse(connection, known.ring, refusal(reason));
                     }
                 }
                 Output::Persist(epoch) => {
@@ -165,4 +165,13 @@ impl Gate {
 
 fn is_named_writer(known: &Known, volume_uid: Uuid) -> bool {
     known.right == Right::NamedWriter && known.volume_uid == volume_uid
+}
+
+/// What the client is told. Of a session that is over there is no export any more, and a client that is told so need not
+/// come again; the others may.
+fn refusal(reason: Reason) -> Refusal {
+    match reason {
+        Reason::StaleEpoch | Reason::Fenced => Refusal::unknown(reason.to_string()),
+        Reason::Superseded | Reason::NotPersisted => Refusal::shutdown(reason.to_string()),
+    }
 }

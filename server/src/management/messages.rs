@@ -14,23 +14,26 @@ pub(super) fn volume<D: DataSide>(
 ) -> Result<v1::Volume, LifecycleError> {
     let data_side = lifecycle.data_side();
     let held = lifecycle.catalog().attachment_of_volume(volume.volume_uid)?;
-    let backend = match volume.backend {
-        BackendKind::File => v1::Backend::File,
-        BackendKind::Memory => v1::Backend::Memory,
-    };
     let write_cache = if volume.write_cache_on { v1::WriteCache::On } else { v1::WriteCache::Off };
     Ok(v1::Volume {
         name: volume.name.clone(),
         volume_uid: volume.volume_uid.to_string(),
         capacity_bytes: volume.capacity_bytes,
         block_size_bytes: volume.block_size_bytes,
-        backend: backend.into(),
+        backend: backend(volume.backend).into(),
         write_cache: write_cache.into(),
         allocated_bytes: data_side.allocated_bytes(volume),
         storage_incarnation: data_side.storage_incarnation(volume),
         created_at_ms: volume.created_at_ms,
         attachments: held.iter().map(|(held, _)| attachment(lifecycle, &volume.name, held)).collect(),
     })
+}
+
+fn backend(kind: BackendKind) -> v1::Backend {
+    match kind {
+        BackendKind::File => v1::Backend::File,
+        BackendKind::Memory => v1::Backend::Memory,
+    }
 }
 
 /// An attachment, without its secret.
@@ -71,5 +74,6 @@ pub(super) fn attached<D: DataSide>(
         capacity_bytes: attached.volume.capacity_bytes,
         block_size_bytes: attached.volume.block_size_bytes,
         existed: attached.existed,
+        backend: backend(attached.volume.backend).into(),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use client::device::connection::{Completion, Connection, Follows, Operation};
+use client::device::connection::{Completion, Connection, Follows, Operation, Resend};
 use client::device::stream::Incoming;
 use proto::nbd::transmission::{
     Command, CommandFlags, NbdError, REQUEST_BYTES, SIMPLE_REPLY_BYTES, SimpleReply,
@@ -197,10 +197,10 @@ impl World {
         self.take_completions();
         self.connection.fail();
         assert_eq!(self.connection.take_completion(), None, "late bytes may still come");
-        self.connection.reaped();
+        self.connection.reaped(Resend::Nothing);
         while let Some(Completion { tag, result }) = self.connection.take_completion() {
-            assert!(self.by_tag[usize::from(tag)].take().is_some(), "a request ended twice");
-            assert_eq!(result, Err(NbdError::Eio as i32));
+            let request = self.by_tag[usize::from(tag)].take().expect("a request ended twice");
+            assert_eq!(result, request.told.unwrap_or(Err(NbdError::Eio as i32)));
         }
         assert!(self.by_tag.iter().all(Option::is_none), "a request never ended");
     }

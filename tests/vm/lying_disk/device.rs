@@ -19,6 +19,7 @@ use rustix::io::{ReadWriteFlags, pwritev2};
 use testlab::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern};
 use testlab::harness::Env;
 use testlab::seed;
+use testlab::shell::wait_for;
 
 use super::rig::{Rig, run_rounds};
 
@@ -68,7 +69,12 @@ fn survives_power_cuts(env: &Env, attach_options: &[&str]) -> Result<()> {
     run_rounds(seed, |round_seed| {
         write_until_the_cut(&rig, &device, &mut history, round_seed)?;
         rig.power_cycle(round_seed)?;
-        // The device lost its server and says so until it is detached; a new one reads what the disk has.
+        // Unless all that was acknowledged was flushed, too, the device says that its server forgot until it is detached; a
+        // new one reads what the disk has.
+        wait_for("the device to see its server again", Duration::from_secs(60), || {
+            let state = rig.node().attachment(VOLUME)?["state"].clone();
+            Ok((state == "failed" || state == "live").then_some(()))
+        })?;
         rig.node().detach(VOLUME)?;
         device = rig.node().attach(&attach)?;
         check(&device, &mut history)

@@ -73,6 +73,7 @@ impl Rig {
         let killed = started.elapsed();
         let losses = self.file_system.power_cycle(seed)?;
         let mounted = started.elapsed();
+        self.node.boot_server_machine(seed);
         self.node.start_server().context("the server does not start after the power cut")?;
         println!(
             "power cut: of the unflushed writes {losses:?}; server dead after {killed:.1?}, disk back after {mounted:.1?}, \

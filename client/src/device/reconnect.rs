@@ -1,0 +1,419 @@
+//! What an attachment does while its server cannot be reached, as a pure state machine.
+//!
+//! Owns: which queues have connections, when an outage began, whether requests still wait, and whether the server that
+//! comes back is the one that left. Never: dials, reads a clock or touches a queue; `attachment.rs` feeds it events and the time
+//! and carries out its [`Output`]s. Tests drive it with numbers instead of sockets.
+//!
+//! ```text
+//!            lost                  dialled, same incarnation
+//!   Up ─────────────► Down ───────────────────────────────────────────────► Up
+//!    │                  │ dialled, another incarnation                        ▲
+//!    │ told to          ▼                            nothing was unflushed    │
+//!    └──close──► Closing ─► all queues Down or Dialled ──────────────────────┤
+//!                                                    │ something was          │
+//!                                                    └──► lost for good ──► every request EIO, until detached
+//! ```
+//! Invariants:
+//! - a queue gets connections only of the incarnation that all others have;
+//! - whether the server forgot anything is judged only when no queue has a connection: an acknowledgement of the former
+//!   incarnation could still arrive on one;
+//! - after `lost for good` no queue gets a connection again.
+
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+/// What requests do while there is no connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StallPolicy {
+    /// They wait, however long it takes.
+    #[default]
+    Wait,
+    /// They fail with EIO once an outage has lasted this long, and work again when the server is back.
+    FailAfterMs(u64),
+}
+
+/// What is to be done, in this order.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Output<S> {
+    /// Open the connections of this queue, again and again until it works, and tell [`Reconnect::dialled`].
+    Dial(u16),
+    /// Give the queue its connections.
+    Connect(u16, S),
+    /// Let the queue drop its connections, for this reason.
+    Disconnect(u16, String),
+    /// Requests of the queue fail while it has no connections.
+    GiveUp(u16),
+}
+
+#[derive(Debug)]
+enum QueueState<S> {
+    Up,
+    /// It was told to drop its connections.
+    Closing,
+    Down,
+    /// Connections of another incarnation wait until all queues are down.
+    Dialled(S, String),
+}
+
+/// What is told of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Condition {
+    /// Every queue has its connections.
+    Live,
+    /// Requests wait; why, for people.
+    Stalled(String),
+    /// Requests fail until the server is back; why, for people.
+    Failing(String),
+    /// Requests fail until the device is detached; why, for people.
+    Lost(String),
+}
+
+/// The connections of an attachment, each queue's as one `S`.
+#[derive(Debug)]
+pub struct Reconnect<S> {
+    queues: Vec<QueueState<S>>,
+    incarnation: String,
+    /// Left for good: who comes with one of these was dialled before its server went.
+    former_incarnations: Vec<String>,
+    policy: StallPolicy,
+    /// When the outage began, and why.
+    outage: Option<(Instant, String)>,
+    /// What the last attempt came to.
+    attempt: String,
+    has_given_up: bool,
+    lost: Option<String>,
+}
+
+impl<S> Reconnect<S> {
+    /// All queues have connections of this incarnation.
+    pub fn new(nr_hw_queues: u16, incarnation: String, policy: StallPolicy) -> Self {
+        Self {
+            queues: (0..nr_hw_queues).map(|_| QueueState::Up).collect(),
+            incarnation,
+            former_incarnations: Vec::new(),
+            policy,
+            outage: None,
+            attempt: String::new(),
+            has_given_up: false,
+            lost: None,
+        }
+    }
+
+    /// A queue has lost its connections, and no byte of them can come any more. `has_unflushed` tells whether a server that
+    /// forgets would have anything to forget; it is asked only when no queue has a connection.
+    pub fn disconnected(
+        &mut self,
+        queue_id: u16,
+        reason: &str,
+        now: Instant,
+        has_unflushed: impl FnOnce() -> bool,
+        outputs: &mut Vec<Output<S>>,
+    ) {
+        self.queues[usize::from(queue_id)] = QueueState::Down;
+        if self.lost.is_some() {
+            outputs.push(Output::GiveUp(queue_id));
+            return;
+        }
+        if self.outage.is_none() {
+            self.outage = Some((now, reason.to_owned()));
+            self.attempt.clear();
+        }
+        if self.has_given_up {
+            outputs.push(Output::GiveUp(queue_id));
+        }
+        outputs.push(Output::Dial(queue_id));
+        self.settle(has_unflushed, outputs);
+    }
+
+    /// An attempt to open a queue's connections failed; another follows.
+    pub fn dial_failed(&mut self, error: String) {
+        self.attempt = error;
+    }
+
+    /// The server says that the attachment is no more: nothing will bring it back.
+    pub fn refused_for_good(&mut self, reason: String, outputs: &mut Vec<Output<S>>) {
+        self.lose(reason, outputs);
+    }
+
+    /// A queue's connections are open, at a server of this incarnation.
+    pub fn dialled(
+        &mut self,
+        queue_id: u16,
+        sockets: S,
+        incarnation: String,
+        has_unflushed: impl FnOnce() -> bool,
+        outputs: &mut Vec<Output<S>>,
+    ) {
+        let index = usize::from(queue_id);
+        if self.lost.is_some() || !matches!(self.queues[index], QueueState::Down) {
+            return;
+        }
+        if incarnation == self.incarnation {
+            self.connect(queue_id, sockets, outputs);
+            return;
+        }
+        if self.former_incarnations.contains(&incarnation) {
+            outputs.push(Output::Dial(queue_id));
+            return;
+        }
+        self.queues[index] = QueueState::Dialled(sockets, incarnation);
+        for (queue_id, queue) in (0..).zip(&mut self.queues) {
+            if matches!(queue, QueueState::Up) {
+                *queue = QueueState::Closing;
+                let reason = "the server has another storage incarnation".to_owned();
+                outputs.push(Output::Disconnect(queue_id, reason));
+            }
+        }
+        self.settle(has_unflushed, outputs);
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
+        if self.deadline().is_some_and(|deadline| now >= deadline) {
+            self.has_given_up = true;
+            for (queue_id, queue) in (0..).zip(&self.queues) {
+                if !matches!(queue, QueueState::Up) {
+                    outputs.push(Output::GiveUp(queue_id));
+                }
+            }
+        }
+    }
+
+    /// When [`Reconnect::tick`] has something to do.
+    pub fn deadline(&self) -> Option<Instant> {
+        match (self.policy, &self.outage) {
+            (StallPolicy::FailAfterMs(after_ms), Some((since, _))) if !self.has_given_up => {
+                since.checked_add(Duration::from_millis(after_ms))
+            }
+            _ => None,
+        }
+    }
+
+    /// What is to be done from now on. Requests that failed stay failed; under `Wait` those that come wait again after
+    /// the next outage begins.
+    pub fn set_policy(&mut self, policy: StallPolicy) {
+        self.policy = policy;
+    }
+
+    /// The policy in force.
+    pub fn policy(&self) -> StallPolicy {
+        self.policy
+    }
+
+    /// How things stand.
+    pub fn condition(&self) -> Condition {
+        if let Some(reason) = &self.lost {
+            return Condition::Lost(reason.clone());
+        }
+        let Some((_, reason)) = &self.outage else { return Condition::Live };
+        let attempt = if self.attempt.is_empty() { "connecting" } else { &self.attempt };
+        let text = format!("{reason}; {attempt}");
+        if self.has_given_up { Condition::Failing(text) } else { Condition::Stalled(text) }
+    }
+
+    fn connect(&mut self, queue_id: u16, sockets: S, outputs: &mut Vec<Output<S>>) {
+        self.queues[usize::from(queue_id)] = QueueState::Up;
+        outputs.push(Output::Connect(queue_id, sockets));
+        if self.queues.iter().all(|queue| matches!(queue, QueueState::Up)) {
+            (self.outage, self.has_given_up) = (None, false);
+        }
+    }
+
+    /// Once no queue has a connection of the former incarnation: goes over to the new one, or cannot.
+    fn settle(&mut self, has_unflushed: impl FnOnce() -> bool, outputs: &mut Vec<Output<S>>) {
+        let has_old = self.queues.iter().any(|queue| matches!(queue, QueueState::Up | QueueState::Closing));
+        let new = self.queues.iter().find_map(|queue| match queue {
+            QueueState::Dialled(_, incarnation) => Some(incarnation.clone()),
+            _ => None,
+        });
+        let Some(new) = new.filter(|_| !has_old) else { return };
+        if has_unflushed() {
+            let reason = "the storage server came back without writes that it had acknowledged: I/O gets EIO until the \
+                          disk is detached; check its contents after that";
+            self.lose(reason.to_owned(), outputs);
+            return;
+        }
+        self.former_incarnations.push(std::mem::replace(&mut self.incarnation, new));
+        for queue_id in 0..self.queues.len() as u16 {
+            let queue = &mut self.queues[usize::from(queue_id)];
+            match std::mem::replace(queue, QueueState::Down) {
+                QueueState::Dialled(sockets, told) if told == self.incarnation => {
+                    self.connect(queue_id, sockets, outputs);
+                }
+                // It changed once more in between.
+                QueueState::Dialled(..) => outputs.push(Output::Dial(queue_id)),
+                other => *queue = other,
+            }
+        }
+    }
+
+    fn lose(&mut self, reason: String, outputs: &mut Vec<Output<S>>) {
+        for (queue_id, queue) in (0..).zip(&mut self.queues) {
+            match queue {
+                QueueState::Up => {
+                    *queue = QueueState::Closing;
+                    outputs.push(Output::Disconnect(queue_id, reason.clone()));
+                }
+                QueueState::Closing => {}
+                QueueState::Down | QueueState::Dialled(..) => *queue = QueueState::Down,
+            }
+            // At once: nobody may be left to hear that the queue is down.
+            outputs.push(Output::GiveUp(queue_id));
+        }
+        self.lost = Some(reason);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: &str = "boot.1";
+    const NEW: &str = "boot.2";
+
+    /// An attachment of two queues whose sockets are numbers, with a clock.
+    struct World {
+        reconnect: Reconnect<u32>,
+        start: Instant,
+        now_ms: u64,
+        has_unflushed: bool,
+        outputs: Vec<Output<u32>>,
+    }
+
+    impl World {
+        fn new(policy: StallPolicy) -> Self {
+            let reconnect = Reconnect::new(2, OLD.to_owned(), policy);
+            Self { reconnect, start: Instant::now(), now_ms: 0, has_unflushed: false, outputs: Vec::new() }
+        }
+
+        fn now(&self) -> Instant {
+            self.start + Duration::from_millis(self.now_ms)
+        }
+
+        fn disconnected(&mut self, queue_id: u16) -> Vec<Output<u32>> {
+            let (now, unflushed) = (self.now(), self.has_unflushed);
+            self.reconnect.disconnected(queue_id, "cut", now, || unflushed, &mut self.outputs);
+            std::mem::take(&mut self.outputs)
+        }
+
+        fn dialled(&mut self, queue_id: u16, sockets: u32, incarnation: &str) -> Vec<Output<u32>> {
+            let unflushed = self.has_unflushed;
+            let incarnation = incarnation.to_owned();
+            self.reconnect.dialled(queue_id, sockets, incarnation, || unflushed, &mut self.outputs);
+            std::mem::take(&mut self.outputs)
+        }
+
+        fn tick_at(&mut self, now_ms: u64) -> Vec<Output<u32>> {
+            self.now_ms = now_ms;
+            self.reconnect.tick(self.now(), &mut self.outputs);
+            std::mem::take(&mut self.outputs)
+        }
+    }
+
+    fn disconnects(outputs: &[Output<u32>]) -> Vec<u16> {
+        let told = outputs.iter().filter_map(|output| match output {
+            Output::Disconnect(queue_id, _) => Some(*queue_id),
+            _ => None,
+        });
+        told.collect()
+    }
+
+    #[test]
+    fn a_lost_queue_is_dialled_and_connected_while_the_other_goes_on() {
+        let mut world = World::new(StallPolicy::Wait);
+        assert_eq!(world.disconnected(1), [Output::Dial(1)]);
+        assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; connecting".into()));
+        world.reconnect.dial_failed("refused".into());
+        assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; refused".into()));
+        assert_eq!(world.tick_at(1 << 40), [], "it waits for ever");
+        world.has_unflushed = true;
+        assert_eq!(world.dialled(1, 7, OLD), [Output::Connect(1, 7)]);
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+    }
+
+    #[test]
+    fn after_its_time_an_outage_fails_what_waits_until_the_server_is_back() {
+        let mut world = World::new(StallPolicy::FailAfterMs(5_000));
+        world.disconnected(0);
+        assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_secs(5)));
+        assert_eq!(world.tick_at(4_999), []);
+        assert_eq!(world.tick_at(5_000), [Output::GiveUp(0)]);
+        assert_eq!(world.reconnect.deadline(), None, "once is enough");
+        assert!(matches!(world.reconnect.condition(), Condition::Failing(_)));
+        assert_eq!(world.disconnected(1), [Output::GiveUp(1), Output::Dial(1)], "a queue lost later, too");
+        assert_eq!(world.dialled(0, 1, OLD), [Output::Connect(0, 1)]);
+        assert_eq!(world.dialled(1, 2, OLD), [Output::Connect(1, 2)]);
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+        world.disconnected(0);
+        assert_eq!(world.reconnect.deadline(), Some(world.now() + Duration::from_secs(5)), "the next outage");
+    }
+
+    #[test]
+    fn a_policy_may_be_changed_during_an_outage() {
+        let mut world = World::new(StallPolicy::Wait);
+        world.disconnected(0);
+        world.tick_at(60_000);
+        world.reconnect.set_policy(StallPolicy::FailAfterMs(30_000));
+        assert_eq!(world.tick_at(60_000), [Output::GiveUp(0)], "it has lasted longer already");
+        let mut world = World::new(StallPolicy::FailAfterMs(30_000));
+        world.disconnected(0);
+        world.reconnect.set_policy(StallPolicy::Wait);
+        assert_eq!(world.tick_at(60_000), []);
+    }
+
+    #[test]
+    fn a_server_that_forgot_nothing_is_gone_over_to_when_no_queue_is_left_behind() {
+        let mut world = World::new(StallPolicy::Wait);
+        world.disconnected(0);
+        assert_eq!(
+            disconnects(&world.dialled(0, 7, NEW)),
+            [1],
+            "the other still has connections of the old one"
+        );
+        assert_eq!(world.disconnected(1), [Output::Dial(1), Output::Connect(0, 7)]);
+        assert_eq!(world.dialled(1, 8, OLD), [Output::Dial(1)], "who comes with the old one is too late");
+        assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; connecting".into()));
+    }
+
+    #[test]
+    fn a_server_that_forgot_acknowledged_writes_is_the_end() {
+        let mut world = World::new(StallPolicy::Wait);
+        world.disconnected(0);
+        assert_eq!(disconnects(&world.dialled(0, 7, NEW)), [1]);
+        // Acknowledged on the other queue before it was closed.
+        world.has_unflushed = true;
+        let outputs = world.disconnected(1);
+        assert_eq!(outputs, [Output::Dial(1), Output::GiveUp(0), Output::GiveUp(1)]);
+        assert!(matches!(world.reconnect.condition(), Condition::Lost(_)));
+        assert_eq!(world.dialled(1, 8, NEW), []);
+        assert_eq!(world.dialled(0, 9, OLD), []);
+        assert_eq!(world.tick_at(1 << 40), []);
+    }
+
+    #[test]
+    fn an_attachment_that_is_no_more_ends_every_queue() {
+        let mut world = World::new(StallPolicy::Wait);
+        world.disconnected(0);
+        world.reconnect.refused_for_good("fenced".into(), &mut world.outputs);
+        let outputs = std::mem::take(&mut world.outputs);
+        assert_eq!(disconnects(&outputs), [1]);
+        assert!(outputs.contains(&Output::GiveUp(0)) && outputs.contains(&Output::GiveUp(1)));
+        assert_eq!(world.disconnected(1), [Output::GiveUp(1)]);
+        assert_eq!(world.reconnect.condition(), Condition::Lost("fenced".into()));
+    }
+
+    #[test]
+    fn an_incarnation_that_changes_twice_is_dialled_again() {
+        let mut world = World::new(StallPolicy::Wait);
+        world.disconnected(0);
+        world.disconnected(1);
+        // The first goes over at once; the second comes with a still newer one, and the first has to be closed again.
+        assert_eq!(world.dialled(0, 7, NEW), [Output::Connect(0, 7)]);
+        assert_eq!(disconnects(&world.dialled(1, 8, "boot.3")), [0]);
+        assert_eq!(world.disconnected(0), [Output::Dial(0), Output::Connect(1, 8)]);
+        assert_eq!(world.dialled(0, 9, "boot.3"), [Output::Connect(0, 9)]);
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+    }
+}

@@ -1,0 +1,142 @@
+//! Opening a queue's connections again, for as long as it takes.
+//!
+//! One thread for each queue that has none, which ends with its success: a dial waits for names, handshakes and the server's
+//! draining, and must hold up neither the queues nor the main thread. Started by `attachment.rs`, which hears of every attempt;
+//! whether the server is the same one is looked at here, whether it forgot anything by `reconnect.rs`.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use proto::nbd::handshake::client::ClientHandshakeError;
+use proto::nbd::reply::ERR_UNKNOWN;
+
+use super::data_socket::DataSocket;
+use super::dial::{DialError, Dialled};
+use super::slots::{self, SlotError};
+use crate::contract::{DeviceSpec, ExportSpec, SessionRecord};
+use crate::node::error::with_sources;
+
+/// Between the first attempts, and at most. The pause grows by half each time and is cut by chance, so that many clients
+/// of a server that comes back do not come at once.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// What an attempt came to.
+#[derive(Debug)]
+pub enum Attempt {
+    /// The queue's connections, in the order of its lanes.
+    Opened {
+        /// The sockets.
+        sockets: Vec<DataSocket>,
+        /// The server's storage incarnation; empty for a foreign server.
+        incarnation: String,
+        /// The address that answered.
+        address: String,
+    },
+    /// Not this time; the next attempt follows.
+    Failed(String),
+    /// The server knows the attachment no more. No further attempt follows.
+    Refused(String),
+}
+
+/// What all connections of the attachment have in common.
+#[derive(Debug)]
+pub struct Redial {
+    spec: DeviceSpec,
+    session: SessionRecord,
+    nr_hw_queues: u16,
+    nr_connections: u16,
+}
+
+impl Redial {
+    /// As the session was first: what comes later has to be like it.
+    pub fn new(
+        spec: &DeviceSpec,
+        session: &SessionRecord,
+        nr_hw_queues: u16,
+        nr_connections: u16,
+    ) -> Arc<Self> {
+        Arc::new(Self { spec: spec.clone(), session: session.clone(), nr_hw_queues, nr_connections })
+    }
+
+    /// Dials until it succeeds, on a thread of its own. Errors: there can be no thread.
+    pub fn start(
+        self: &Arc<Self>,
+        queue_id: u16,
+        on_attempt: impl Fn(Attempt) + Send + 'static,
+    ) -> io::Result<()> {
+        let redial = Arc::clone(self);
+        let name = format!("dial-q{queue_id}");
+        thread::Builder::new().name(name).spawn(move || redial.run(queue_id, &on_attempt)).map(drop)
+    }
+
+    fn run(&self, queue_id: u16, on_attempt: &dyn Fn(Attempt)) {
+        let mut pause = PAUSE_MIN;
+        loop {
+            let attempt = self.attempt(queue_id);
+            let goes_on = matches!(attempt, Attempt::Failed(_));
+            on_attempt(attempt);
+            if !goes_on {
+                return;
+            }
+            thread::sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5)));
+            pause = PAUSE_MAX.min(pause.mul_f64(1.5));
+        }
+    }
+
+    fn attempt(&self, queue_id: u16) -> Attempt {
+        let mut sockets = Vec::new();
+        let mut last = None;
+        for slot in (queue_id..self.nr_connections).step_by(usize::from(self.nr_hw_queues)) {
+            let dialled = match slots::dial_slot(&self.spec, slot) {
+                Ok(dialled) => dialled,
+                Err(error) if self.is_final(&error) => return Attempt::Refused(with_sources(&error)),
+                Err(error) => return Attempt::Failed(with_sources(&error)),
+            };
+            let incarnation = slots::incarnation(&self.spec, &dialled);
+            if let Err(reason) = self.check(&dialled) {
+                return Attempt::Failed(format!("the server at {}: {reason}", dialled.address));
+            }
+            if last.as_ref().is_some_and(|(other, _)| *other != incarnation) {
+                return Attempt::Failed("the server's storage is changing".to_owned());
+            }
+            last = Some((incarnation, dialled.address));
+            sockets.push(dialled.socket);
+        }
+        let (incarnation, address) = last.unwrap_or_default();
+        Attempt::Opened { sockets, incarnation, address }
+    }
+
+    /// A disk cannot change under its users, but grow.
+    fn check(&self, dialled: &Dialled) -> Result<(), String> {
+        let (is, was) = (&dialled.export, &self.session);
+        if is.size_bytes < was.export_bytes {
+            return Err(format!(
+                "the export has shrunk from {} to {} bytes",
+                was.export_bytes, is.size_bytes
+            ));
+        }
+        if is.flags.0 != was.export_flags || slots::block_bytes(is) != was.export_block_bytes {
+            return Err("the export has other flags or block sizes than before".to_owned());
+        }
+        if dialled.socket.encryption() != was.encryption {
+            return Err("the connection is not encrypted as the former one was".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Whether the attachment is gone from the server that has to know it: taken by force, ended, or succeeded by a newer
+    /// session. An export of a foreign server may come again.
+    fn is_final(&self, error: &SlotError) -> bool {
+        let is_unknown = matches!(
+            error,
+            SlotError::Dial(DialError::Handshake {
+                source: ClientHandshakeError::Refused { reply: ERR_UNKNOWN, .. },
+                ..
+            })
+        );
+        is_unknown && matches!(self.spec.export, ExportSpec::Attachment { .. })
+    }
+}

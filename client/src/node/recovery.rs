@@ -1,0 +1,265 @@
+//! What becomes of a device whose process has ended unasked: another process takes it on.
+//!
+//! ```text
+//!   process ends ─► its device stays in the kernel, requests wait ─► new spec: same device, higher epoch ─► new process
+//!        ▲                                                                                                    │
+//!        └──────────────────────── at most RETRIES times in a row, with pauses ───────────────────────────────┘
+//! ```
+//! The kernel issues what was in flight once more (`UBLK_F_USER_RECOVERY_REISSUE`), so users see a pause and no error. What
+//! the former process had sent cannot land late: the new epoch's first GO waits for it at the server. Live upgrade is the
+//! same on purpose: the process is ended, and the program that is installed now takes over.
+//! Called by: `supervisor` and `node_service`. Invariant: the target's lock is held while a device changes hands.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use proto::v1;
+use ublk_core::ControlDevice;
+use ublk_core::control::DeviceState as UblkState;
+
+use super::attachment_record::AttachmentRecord;
+use super::device_process;
+use super::error::{NodeError, with_sources};
+use super::supervisor::{Supervisor, blocking};
+use super::target::DetachSelector;
+use crate::contract::{
+    AttachmentDir, DeviceSpec, DeviceState, ExportSpec, RecoverSpec, attachment_hash, boot_id,
+};
+
+/// How often a device is taken on in a row before it is left to its user.
+const RETRIES: u32 = 6;
+/// Before the second try, and before the first if the process did not live; each pause after it is twice as long.
+const PAUSE: Duration = Duration::from_millis(250);
+/// A process that has lived for so long did not die of being started.
+const LIVED: Duration = Duration::from_secs(3);
+
+/// With what another process can take the device of a dead one on; `None`: it cannot, or is not to.
+pub(super) fn spec(record: &AttachmentRecord) -> Option<DeviceSpec> {
+    if record.pid.is_some() {
+        return None;
+    }
+    let former = record.spec.recover.clone();
+    let status = record.status.clone().filter(|status| boot_id().is_ok_and(|now| now == status.boot_id));
+    let recover = match status {
+        Some(status) if status.state == DeviceState::Stopping => return None,
+        Some(status) => match (status.dev_id, status.session) {
+            (Some(dev_id), Some(session)) => {
+                Some(RecoverSpec { dev_id, data_path: status.data_path, session })
+            }
+            _ => former,
+        },
+        // It died before it said anything; a status of another boot is none, and so is what was to be recovered then.
+        None => former.filter(|_| record.status.is_none()),
+    }?;
+    let mut spec = record.spec.clone();
+    if let ExportSpec::Attachment { session_epoch, .. } = &mut spec.export {
+        *session_epoch += 1;
+    }
+    if let Some(status) = &record.status {
+        spec.on_stall = status.on_stall;
+    }
+    spec.recover = Some(recover);
+    Some(spec)
+}
+
+impl Supervisor {
+    /// Waits for the end of an attachment's process, on a task of its own, and recovers the device if nobody asked for it.
+    pub(super) fn watch(self: &Arc<Self>, dir: &AttachmentDir) {
+        let (supervisor, dir) = (Arc::clone(self), dir.clone());
+        tokio::spawn(async move {
+            let started = Instant::now();
+            let pid = device_process::running_pid(&dir).ok().flatten();
+            if let Some(pid) = pid
+                && let Err(error) = device_process::wait_until_ended(pid).await
+            {
+                tracing::error!(%error, folder = %dir.path().display(), "a device process cannot be watched");
+                return;
+            }
+            supervisor.recover_dead(&dir, started.elapsed() > LIVED).await;
+        });
+    }
+
+    async fn recover_dead(self: &Arc<Self>, dir: &AttachmentDir, has_lived: bool) {
+        let mut pause = PAUSE;
+        for retry in 0..RETRIES {
+            if retry > 0 || !has_lived {
+                tokio::time::sleep(pause).await;
+                pause *= 2;
+            }
+            // The folder of an attachment that was ended on purpose is gone, or says so.
+            let Ok(Some(record)) = AttachmentRecord::read(dir.clone()) else { return };
+            let _guard = self.locks.lock(&record.lock_name()).await;
+            let Ok(Some(record)) = AttachmentRecord::read(dir.clone()) else { return };
+            let Some(spec) = spec(&record) else { return };
+            let target = record.spec.target.clone();
+            match self.recover(&record, spec).await {
+                Ok(_) => return,
+                Err(error) => {
+                    tracing::error!(
+                        target,
+                        retry,
+                        error = with_sources(&error),
+                        "a device cannot be taken on"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Starts a process that takes the device on. The target's lock is held.
+    ///
+    /// # Errors
+    /// [`NodeError`]: the device is gone, or the process cannot take it on; it stays as it was.
+    pub(super) async fn recover(
+        self: &Arc<Self>,
+        record: &AttachmentRecord,
+        spec: DeviceSpec,
+    ) -> Result<v1::NodeAttachment, NodeError> {
+        let started = Instant::now();
+        check_device(&spec).await?;
+        let attachment = match self.start_device(&record.dir, &spec).await {
+            Ok(attachment) => attachment,
+            Err(error) => {
+                device_process::kill(&record.dir, &spec.target).await?;
+                return Err(error);
+            }
+        };
+        let stall_ms = started.elapsed().as_millis();
+        tracing::warn!(
+            target = spec.target,
+            stall_ms,
+            "a device process had ended; another one took its device on"
+        );
+        Ok(attachment)
+    }
+
+    /// Replaces a device process by the program that is installed now; gives how long I/O stood still.
+    ///
+    /// # Errors
+    /// [`NodeError`], by cause.
+    pub async fn upgrade(
+        self: &Arc<Self>,
+        request: &v1::UpgradeRequest,
+    ) -> Result<v1::UpgradeResponse, NodeError> {
+        let selector = DetachSelector::parse(&request.target)?;
+        let target = request.target.clone();
+        let not_attached = || NodeError::NotAttached { target: target.clone() };
+        let found = self.find(&selector)?.ok_or_else(not_attached)?;
+        let _guard = self.locks.lock(&found.lock_name()).await;
+        let record = AttachmentRecord::read(found.dir.clone())?.ok_or_else(not_attached)?;
+        let is_starting = matches!(record.state(), v1::DeviceState::Starting | v1::DeviceState::Stopping);
+        if is_starting {
+            let why = "it is being made or taken away".to_owned();
+            return Err(NodeError::UpgradeRefused { target, why });
+        }
+        let can_recover = can_recover(&record).await?;
+        if !can_recover {
+            let why = "the driver cannot hand its device to another process".to_owned();
+            return Err(NodeError::UpgradeRefused { target, why });
+        }
+        let from_version = record.status.as_ref().map(|status| status.program_version.clone());
+        let stalled = Instant::now();
+        device_process::kill(&record.dir, &record.spec.target).await?;
+        let record = AttachmentRecord::read(record.dir.clone())?.ok_or_else(not_attached)?;
+        let spec = spec(&record).ok_or_else(|| NodeError::UpgradeRefused {
+            target: target.clone(),
+            why: "its state is not known".to_owned(),
+        })?;
+        let attachment = self.recover(&record, spec).await?;
+        Ok(v1::UpgradeResponse {
+            stall_ms: u64::try_from(stalled.elapsed().as_millis()).unwrap_or(u64::MAX),
+            from_version: from_version.unwrap_or_default(),
+            attachment: Some(attachment),
+        })
+    }
+}
+
+/// Makes sure that the device is there, the attachment's, and without a process.
+async fn check_device(spec: &DeviceSpec) -> Result<(), NodeError> {
+    let Some(recover) = &spec.recover else { return Ok(()) };
+    let (dev_id, hash) = (recover.dev_id, attachment_hash(spec.attachment_id));
+    let is_there = blocking(move || {
+        let info = ControlDevice::open()?.get_dev_info2(dev_id)?;
+        Ok(info.is_some_and(|info| info.ublksrv_flags == hash && info.state != UblkState::Dead))
+    });
+    if is_there.await? {
+        return Ok(());
+    }
+    let why = format!("its device {dev_id} is gone");
+    Err(NodeError::DeviceFailed { target: spec.target.clone(), why })
+}
+
+/// Whether the driver keeps the attachment's device when its process ends.
+async fn can_recover(record: &AttachmentRecord) -> Result<bool, NodeError> {
+    let Some(dev_id) = record.status.as_ref().and_then(|status| status.dev_id) else { return Ok(false) };
+    blocking(move || {
+        let info = ControlDevice::open()?.get_dev_info2(dev_id)?;
+        Ok(info.is_some_and(|info| info.flags.contains(ublk_core::abi::UBLK_F_USER_RECOVERY)))
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::super::attachment_record::tests as records;
+    use super::*;
+    use crate::contract::{DeviceStatus, SessionRecord};
+    use crate::device::data_socket::Encryption;
+
+    fn session() -> SessionRecord {
+        SessionRecord {
+            incarnation: "boot.1".to_owned(),
+            encryption: Encryption::None,
+            export_bytes: 1 << 30,
+            export_flags: 1,
+            export_block_bytes: None,
+            capacity_bytes: 1 << 30,
+            block_size_bytes: 4096,
+            max_io_bytes: 1 << 20,
+            volatile_cache: true,
+            read_only: false,
+        }
+    }
+
+    /// An attachment of a volume whose process has died, with this of its status changed.
+    fn dead(change: impl FnOnce(&mut DeviceStatus)) -> AttachmentRecord {
+        let mut spec = records::spec(Uuid::from_u128(7), "vol-1");
+        spec.export = ExportSpec::Attachment {
+            secret: "0".repeat(64),
+            session_epoch: 3,
+            server_id: Uuid::from_u128(1),
+            volume_uid: Uuid::from_u128(2),
+        };
+        let mut status = records::status(&spec, DeviceState::Live, &boot_id().unwrap());
+        status.session = Some(session());
+        change(&mut status);
+        AttachmentRecord { dir: AttachmentDir::from_path("/nowhere"), spec, status: Some(status), pid: None }
+    }
+
+    #[test]
+    fn the_next_process_begins_a_higher_epoch_on_the_same_device() {
+        let spec = spec(&dead(|_| {})).unwrap();
+        assert!(matches!(spec.export, ExportSpec::Attachment { session_epoch: 4, .. }));
+        let recover = spec.recover.unwrap();
+        assert_eq!((recover.dev_id, recover.session), (4_000_000, session()));
+    }
+
+    #[test]
+    fn what_was_being_taken_away_is_not_recovered() {
+        assert!(spec(&dead(|status| status.state = DeviceState::Stopping)).is_none());
+        assert!(spec(&dead(|status| status.boot_id = "another".to_owned())).is_none());
+        assert!(spec(&dead(|status| status.session = None)).is_none());
+    }
+
+    #[test]
+    fn a_process_that_died_before_it_said_anything_leaves_what_it_was_told() {
+        let mut record = dead(|_| {});
+        record.spec = spec(&record).unwrap();
+        record.status = None;
+        let again = spec(&record).unwrap();
+        assert_eq!(again.recover, record.spec.recover);
+        assert!(matches!(again.export, ExportSpec::Attachment { session_epoch: 5, .. }));
+    }
+}

@@ -1,0 +1,332 @@
+//! What the disk does while its server cannot be reached: its I/O waits and goes on, or fails as its policy says; it never
+//! loses an acknowledged write in silence, and it can always be taken away.
+
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use fastrand::Rng;
+use testlab::fault_proxy::{Cut, FaultProxy};
+use testlab::harness::{Env, Test};
+use testlab::seed;
+use testlab::shell::{run, sh, wait_for};
+use testlab::storage_node::StorageNode;
+
+use crate::fio::verify_mostly_small;
+
+pub(crate) const TESTS: &[Test] = &[
+    Test::new("ride_through::a_killed_server_is_waited_for", a_killed_server).within(300),
+    Test::new("ride_through::cut_connections_are_made_again", cut_connections).within(300),
+    Test::new("ride_through::a_server_that_answers_nothing_is_left", a_silent_server).within(300),
+    Test::new("ride_through::with_fail_io_ends_in_time_and_works_again", fail_after),
+    Test::new("ride_through::a_policy_can_be_changed_during_an_outage", a_policy_changed_during_an_outage),
+    Test::new("ride_through::a_detach_by_force_returns_without_a_server", detach_by_force),
+    Test::new("ride_through::a_server_that_forgot_is_not_the_same_server", a_server_that_forgot),
+    Test::new("ride_through::a_flushed_volume_survives_a_reboot_of_its_server", a_reboot_after_a_flush),
+    Test::new("ride_through::a_foreign_server_gets_no_write_twice", a_foreign_server).within(300),
+];
+
+/// How often a server is killed or a connection cut in one test.
+const FAULTS: u64 = 6;
+/// The queue gives a server that owes replies 20 s; the rest is for a slow machine.
+const SILENCE_DEADLINE: Duration = Duration::from_secs(90);
+/// What returns within a bound returns within this one, on a slow machine.
+pub(crate) const BOUND: Duration = Duration::from_secs(30);
+
+/// Verifies over and over while `faults` does its worst; neither may fail.
+pub(crate) fn verify_meanwhile(device: &Path, faults: impl FnOnce() -> Result<()>) -> Result<()> {
+    let is_over = AtomicBool::new(false);
+    let rounds = thread::scope(|scope| {
+        let verifying = scope.spawn(|| -> Result<u32> {
+            let mut rounds = 0;
+            while rounds == 0 || !is_over.load(Ordering::Relaxed) {
+                verify_mostly_small(device, 8, 16)?;
+                rounds += 1;
+            }
+            Ok(rounds)
+        });
+        let outcome = faults();
+        is_over.store(true, Ordering::Relaxed);
+        let rounds = verifying.join().unwrap_or_else(|_| Err(anyhow!("the verifying thread panicked")));
+        outcome.and(rounds)
+    })?;
+    println!("{rounds} rounds of fio");
+    Ok(())
+}
+
+fn reconnects(node: &StorageNode, target: &str) -> Result<u64> {
+    node.attachment(target)?["reconnects"].as_u64().context("reconnects")
+}
+
+pub(crate) fn wait_for_state(
+    node: &StorageNode,
+    target: &str,
+    state: &str,
+    deadline: Duration,
+) -> Result<()> {
+    wait_for(&format!("{target} to be {state}"), deadline, || {
+        Ok((node.attachment(target)?["state"] == state).then_some(()))
+    })
+}
+
+fn pause(rng: &mut Rng) {
+    thread::sleep(Duration::from_millis(rng.u64(50..1500)));
+}
+
+fn a_killed_server(env: &Env) -> Result<()> {
+    let mut rng = Rng::with_seed(seed::choose()?);
+    let mut node = StorageNode::start(env)?;
+    let device = node.create_and_attach("vol-1", "64M", &[])?;
+    verify_meanwhile(&device, || {
+        for number in 0..FAULTS {
+            pause(&mut rng);
+            let before = reconnects(&node, "vol-1")?;
+            node.kill_server()?;
+            pause(&mut rng);
+            node.start_server()?;
+            wait_for(&format!("connections after kill {number}"), BOUND, || {
+                Ok((reconnects(&node, "vol-1")? > before).then_some(()))
+            })?;
+        }
+        wait_for_state(&node, "vol-1", "live", BOUND)
+    })?;
+    node.detach("vol-1")
+}
+
+/// A node whose device process reaches the server through a proxy only.
+fn node_behind_a_proxy(env: &Env) -> Result<(StorageNode, FaultProxy)> {
+    let proxy = FaultProxy::start()?;
+    let advertise = proxy.address().to_string();
+    let node = StorageNode::start_with(env, &env.directory.join("data"), &["--advertise", &advertise])?;
+    proxy.set_target(node.data_address.parse()?);
+    Ok((node, proxy))
+}
+
+fn cut_connections(env: &Env) -> Result<()> {
+    let mut rng = Rng::with_seed(seed::choose()?);
+    let (node, proxy) = node_behind_a_proxy(env)?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    let device = node.attach(&["vol-1", "--queues", "2", "--connections", "4"])?;
+    verify_meanwhile(&device, || {
+        for number in 0..FAULTS {
+            let before = proxy.connections();
+            let cut = [Cut::Reset, Cut::Close, Cut::HalfClose][number as usize % 3];
+            // Every other time the next connections break by themselves, somewhere in a reply.
+            let reply_bytes_max = (number % 2 == 0).then(|| rng.u64(100..100_000));
+            proxy.cut_replies_after(reply_bytes_max);
+            proxy.cut(cut);
+            pause(&mut rng);
+            proxy.cut_replies_after(None);
+            proxy.cut(Cut::Reset);
+            wait_for(&format!("connections after {cut:?}"), BOUND, || {
+                Ok((proxy.connections() > before).then_some(()))
+            })?;
+            pause(&mut rng);
+        }
+        wait_for_state(&node, "vol-1", "live", BOUND)
+    })?;
+    ensure!(reconnects(&node, "vol-1")? >= FAULTS);
+    node.detach("vol-1")
+}
+
+fn a_silent_server(env: &Env) -> Result<()> {
+    let (node, proxy) = node_behind_a_proxy(env)?;
+    let device = node.create_and_attach("vol-1", "64M", &[])?;
+    verify_mostly_small(&device, 4, 8)?;
+    proxy.cut(Cut::BlackHole);
+    let started = Instant::now();
+    // Waits for a reply that never comes, then on a new connection for the one that does.
+    verify_mostly_small(&device, 4, 8)?;
+    ensure!(started.elapsed() < SILENCE_DEADLINE, "it took {:.1?}", started.elapsed());
+    ensure!(reconnects(&node, "vol-1")? > 0, "nobody noticed");
+    node.detach("vol-1")
+}
+
+/// Begins to write one block past the page cache, in a process that may wait.
+pub(crate) fn begin_write(device: &Path) -> Result<Child> {
+    let mut dd = Command::new("dd");
+    dd.args(["if=/dev/urandom", "bs=4k", "count=1", "oflag=direct", "status=none"]);
+    dd.arg(format!("of={}", device.display())).stdin(Stdio::null()).stderr(Stdio::piped());
+    dd.spawn().context("dd")
+}
+
+/// How the write ended; an error if it did not within `deadline`.
+pub(crate) fn end_write(mut dd: Child, deadline: Duration) -> Result<Output> {
+    wait_for("a write to end", deadline, || Ok(dd.try_wait()?.map(drop)))?;
+    dd.wait_with_output().context("dd")
+}
+
+fn assert_fails(output: &Output) -> Result<()> {
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && complaint.contains("Input/output error"), "{output:?}");
+    Ok(())
+}
+
+fn fail_after(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start(env)?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    let device = node.attach(&["vol-1", "--on-stall", "fail", "--after", "3s"])?;
+    node.kill_server()?;
+    let started = Instant::now();
+    assert_fails(&end_write(begin_write(&device)?, BOUND)?)?;
+    let waited = started.elapsed();
+    ensure!(waited > Duration::from_millis(1500), "it did not wait at all: {waited:.1?}");
+    println!("the write failed after {waited:.1?}");
+    let started = Instant::now();
+    assert_fails(&end_write(begin_write(&device)?, BOUND)?)?;
+    ensure!(started.elapsed() < Duration::from_secs(2), "the next one waited {:.1?}", started.elapsed());
+    let attachment = node.attachment("vol-1")?;
+    ensure!(attachment["state"] == "stalled" && attachment["on_stall"] == "fail", "{attachment}");
+    ensure!(attachment["state_reason"].as_str().is_some_and(|why| why.contains("I/O fails")), "{attachment}");
+    // Nobody has to do anything but bring the server back.
+    node.start_server()?;
+    wait_for_state(&node, "vol-1", "live", BOUND)?;
+    verify_mostly_small(&device, 4, 8)?;
+    node.detach("vol-1")
+}
+
+fn a_policy_changed_during_an_outage(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start(env)?;
+    let device = node.create_and_attach("vol-1", "64M", &[])?;
+    node.kill_server()?;
+    let mut waiting = begin_write(&device)?;
+    wait_for_state(&node, "vol-1", "stalled", BOUND)?;
+    thread::sleep(Duration::from_secs(2));
+    ensure!(waiting.try_wait()?.is_none(), "the write did not wait");
+    let told = node.volctl(&["policy", "vol-1", "--on-stall", "fail", "--after", "1s"])?.succeeded()?;
+    ensure!(told == "vol-1: I/O fails once an outage has lasted 1s\n", "{told:?}");
+    assert_fails(&end_write(waiting, BOUND)?)?;
+    node.volctl(&["policy", "vol-1", "--on-stall", "wait"])?.succeeded()?;
+    node.start_server()?;
+    wait_for_state(&node, "vol-1", "live", BOUND)?;
+    // The next outage is waited for again.
+    node.kill_server()?;
+    let waiting = begin_write(&device)?;
+    thread::sleep(Duration::from_secs(1));
+    node.start_server()?;
+    ensure!(end_write(waiting, BOUND)?.status.success(), "the write failed");
+    node.volctl(&["policy", "vol-9", "--on-stall", "wait"])?.failed_with(3)?;
+    node.detach("vol-1")
+}
+
+fn detach_by_force(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start(env)?;
+    let device = node.create_and_attach("vol-1", "64M", &[])?;
+    let mount_point = env.directory.join("mnt");
+    std::fs::create_dir_all(&mount_point)?;
+    run("mkfs.ext4", &["-q".as_ref(), device.as_os_str()])?;
+    run("mount", &[device.as_os_str(), mount_point.as_os_str()])?;
+    let refused = node.volctl(&["detach", "vol-1"])?.failed_with(5)?;
+    ensure!(refused.contains("mounted on") && refused.contains("--force"), "{refused}");
+    node.kill_server()?;
+    let writer = format!("dd if=/dev/zero of={}/file bs=64k count=64 conv=fsync", mount_point.display());
+    let mut writer =
+        Command::new("bash").args(["-c", &writer]).stdin(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    wait_for_state(&node, "vol-1", "stalled", BOUND)?;
+    thread::sleep(Duration::from_secs(1));
+    let started = Instant::now();
+    // The disk goes at once; only the server could not be told.
+    let told = node.volctl(&["detach", "vol-1", "--force"])?.failed_with(6)?;
+    ensure!(started.elapsed() < BOUND, "it took {:.1?}", started.elapsed());
+    println!("taken away after {:.1?}: {told}", started.elapsed());
+    let ended = wait_for("the writer to end", BOUND, || Ok(writer.try_wait()?))?;
+    ensure!(!ended.success(), "a write to a disk that is gone succeeded");
+    run("umount", &[mount_point.as_os_str()])?;
+    ensure!(!device.exists(), "{} is left behind", device.display());
+    node.start_server()?;
+    node.detach("vol-1")?;
+    let device = node.attach(&["vol-1"])?;
+    run("e2fsck", &["-fp".as_ref(), device.as_os_str()]).map(drop).or_else(|error| {
+        // 1: errors were corrected, as after a crash.
+        if error.to_string().contains("exit status: 1") { Ok(()) } else { Err(error) }
+    })?;
+    // While the server answers, force takes a disk from whoever has it open, too.
+    run("mount", &[device.as_os_str(), mount_point.as_os_str()])?;
+    node.volctl(&["detach", "vol-1", "--force"])?.succeeded()?;
+    run("umount", &[mount_point.as_os_str()])?;
+    Ok(())
+}
+
+fn a_server_that_forgot(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start(env)?;
+    for (name, backend) in [("file-1", "file"), ("memory-1", "memory")] {
+        let device = node.create_and_attach(name, "16M", &["--backend", backend])?;
+        // Acknowledged and not flushed.
+        sh(&format!("dd if=/dev/urandom of={} bs=64k count=4 oflag=direct status=none", device.display()))?;
+        node.kill_server()?;
+        node.boot_server_machine(backend.len() as u64);
+        node.start_server()?;
+        wait_for_state(&node, name, "failed", BOUND)?;
+        for command in [
+            format!("dd if=/dev/zero of={} bs=4k count=1 oflag=direct", device.display()),
+            format!("dd if={} of=/dev/null bs=4k count=1 iflag=direct", device.display()),
+        ] {
+            ensure!(sh(&command).is_err(), "{backend}: {command} succeeded");
+        }
+        let reason = node.attachment(name)?["state_reason"].as_str().unwrap_or_default().to_owned();
+        ensure!(reason.contains("acknowledged"), "{backend}: {reason}");
+        node.detach(name)?;
+        let device = node.attach(&[name])?;
+        verify_mostly_small(&device, 2, 4)?;
+        node.detach(name)?;
+    }
+    Ok(())
+}
+
+fn a_reboot_after_a_flush(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start(env)?;
+    let device = node.create_and_attach("vol-1", "16M", &[])?;
+    let through = node.create_and_attach("vol-2", "16M", &["--write-cache", "off"])?;
+    let write = |device: &Path, flags: &str| {
+        sh(&format!("dd if=/dev/urandom of={} bs=64k count=4 {flags} status=none", device.display()))
+    };
+    write(&device, "oflag=direct conv=fsync")?;
+    write(&through, "oflag=direct")?;
+    node.kill_server()?;
+    node.boot_server_machine(7);
+    node.start_server()?;
+    for (name, device) in [("vol-1", &device), ("vol-2", &through)] {
+        write(device, "oflag=direct").with_context(|| name.to_owned())?;
+        wait_for_state(&node, name, "live", BOUND)?;
+        ensure!(reconnects(&node, name)? > 0, "{name} did not notice");
+        node.detach(name)?;
+    }
+    Ok(())
+}
+
+fn a_foreign_server(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let proxy = FaultProxy::start()?;
+    let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let mut nbdkit = Command::new("nbdkit")
+        .args(["--foreground", "-i", "127.0.0.1", "-p", &port.to_string(), "memory", "32M"])
+        .stdin(Stdio::null())
+        .spawn()
+        .context("nbdkit")?;
+    proxy.set_target(([127, 0, 0, 1], port).into());
+    wait_for("nbdkit", BOUND, || Ok(std::net::TcpStream::connect(("127.0.0.1", port)).ok().map(drop)))?;
+    let uri = format!("nbd://{}/", proxy.address());
+    let used = foreign_losses(&node, &proxy, &uri);
+    nbdkit.kill()?;
+    nbdkit.wait()?;
+    used
+}
+
+fn foreign_losses(node: &StorageNode, proxy: &FaultProxy, uri: &str) -> Result<()> {
+    let device = node.attach(&[uri])?;
+    verify_mostly_small(&device, 4, 8)?;
+    // Something acknowledged that nbdkit may have forgotten, for all we know: one fsync says so, the next is fine.
+    let write = format!("dd if=/dev/urandom of={} bs=64k count=4 oflag=direct status=none", device.display());
+    sh(&write)?;
+    proxy.cut(Cut::Reset);
+    wait_for("new connections", BOUND, || Ok((reconnects(node, uri)? > 0).then_some(())))?;
+    let fsync =
+        format!("dd if=/dev/urandom of={} bs=4k count=1 conv=fsync,notrunc status=none", device.display());
+    ensure!(sh(&fsync).is_err(), "an fsync after a loss succeeded");
+    sh(&fsync)?;
+    verify_mostly_small(&device, 4, 8)?;
+    node.detach(uri)
+}
