@@ -4,12 +4,13 @@
 
 use std::io::{IsTerminal, Write, stderr, stdin, stdout};
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
+use testlab::harness::Env;
 use testlab::kernel_series::KernelSeries;
 
 use crate::lab::bench;
@@ -19,6 +20,7 @@ use crate::lab::fuzz::{self, FuzzOptions};
 use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
 use crate::lab::scale;
+use crate::lab::soak::{self, SoakOptions};
 use crate::lab::vm::{self, Follower, Processors, Stream, Terminal, Vm};
 use crate::lab::workspace::{PROFILE, Workspace};
 use crate::lab::{host_tests, kernels, packages, this_machine, tool, vm_tests};
@@ -50,6 +52,23 @@ pub(crate) struct TestOptions {
     /// Show what passing tests print, too
     #[arg(long)]
     show_output: bool,
+}
+
+/// Options of the soak's own command.
+#[derive(Args)]
+pub(crate) struct GuestSoak {
+    /// The directory of the product's programs
+    programs: PathBuf,
+    /// The kernel it runs on
+    #[arg(value_enum)]
+    series: KernelSeries,
+    /// How long
+    minutes: u64,
+    /// What chooses the faults
+    seed: u64,
+    /// This machine is somebody's
+    #[arg(long)]
+    host: bool,
 }
 
 /// A part of `cargo lab test`.
@@ -128,6 +147,27 @@ pub(crate) fn fuzz(options: &FuzzOptions) -> Result<u8> {
     fuzz::run(&Workspace::locate()?, options).map(|has_passed| u8::from(!has_passed))
 }
 
+/// Lets faults happen under load, for as long as asked.
+pub(crate) fn soak(options: &SoakOptions) -> Result<u8> {
+    soak::run(&Workspace::locate()?, options)
+}
+
+/// What that runs where ublk is.
+pub(crate) fn guest_soak(guest: &GuestSoak) -> Result<u8> {
+    let directory = std::env::temp_dir().join(format!("volnode-soak-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).context("the soak's directory")?;
+    let env = Env {
+        series: guest.series,
+        directory: directory.clone(),
+        programs: guest.programs.clone(),
+        in_vm: !guest.host,
+    };
+    let report = testlab::soak::run(&env, guest.seed, Duration::from_secs(guest.minutes * 60))?;
+    println!("{report}");
+    std::fs::remove_dir_all(&directory).context("the soak's directory")?;
+    Ok(0)
+}
+
 /// Gives the terminal to a shell in the VM.
 pub(crate) fn shell(series: KernelSeries) -> Result<u8> {
     ensure!(stdin().is_terminal() && stdout().is_terminal(), "shell needs a terminal: use `run -- CMD`");
@@ -182,7 +222,7 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
     Ok(u8::from(!report.close(started.elapsed())))
 }
 
-fn run_command(
+pub(crate) fn run_command(
     workspace: &Workspace,
     series: Option<KernelSeries>,
     processors: Processors,
@@ -204,7 +244,7 @@ fn run_command(
 }
 
 /// Builds every program of the workspace with the lab's profile.
-fn build(workspace: &Workspace) -> Result<()> {
+pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     let mut cargo = workspace.cargo();
     cargo.args(["build", "--quiet", "--profile", PROFILE, "--workspace", "--bins"]).stdin(Stdio::null());
     let mut child = cargo.spawn().context("cannot run cargo")?;

@@ -5,6 +5,7 @@
 //! (that is the binary's part) and holds no test of the product (those are in `vm/`).
 
 pub mod block_history;
+pub mod direct_io;
 pub mod dribbling_relay;
 pub mod events;
 pub mod fault_proxy;
@@ -19,5 +20,6 @@ pub mod nbd_load;
 pub mod process_resources;
 pub mod seed;
 pub mod shell;
+pub mod soak;
 pub mod storage_node;
 pub mod stuck_tasks;

@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use lab::cost::CostOptions;
 use lab::fuzz::FuzzOptions;
+use lab::soak::SoakOptions;
 use lab::vm::Processors;
 use testlab::kernel_series::KernelSeries;
 
@@ -85,6 +86,8 @@ enum LabCommand {
     },
     /// Look for inputs that break the parsers which face the network
     Fuzz(FuzzOptions),
+    /// Kill, cut and upgrade at random under load, and believe nothing of what comes back
+    Soak(SoakOptions),
     /// What an idle attachment costs, and an I/O beside up to 64 others
     Scale {
         /// Also update the tables in docs/performance.md
@@ -110,6 +113,9 @@ enum LabCommand {
         /// The directory of the product's programs
         programs: PathBuf,
     },
+    /// What `soak` runs inside the VM
+    #[command(hide = true)]
+    GuestSoak(commands::GuestSoak),
     /// What `bench` runs inside the VM
     #[command(hide = true)]
     GuestBench {
@@ -154,6 +160,8 @@ fn main() -> ExitCode {
         LabCommand::BenchServer { quick, write, directory } => {
             commands::bench_server(quick, write, &directory)
         }
+        LabCommand::Soak(options) => commands::soak(&options),
+        LabCommand::GuestSoak(guest) => commands::guest_soak(&guest),
         LabCommand::Fuzz(options) => commands::fuzz(&options),
         LabCommand::Scale { write } => commands::scale(write),
         LabCommand::GuestScale { part, programs } => scale_guest::run(part, &programs).map(|()| 0),

@@ -106,7 +106,8 @@ fn on_foreign_server(env: &Env, server: &str, arguments: &[&str], uri: &str) -> 
 pub(crate) fn attach_when_there(node: &StorageNode, uri: &str) -> Result<String> {
     wait_for("the foreign server", Duration::from_secs(60), || {
         let attached = node.volctl(&["attach", uri])?;
-        let unreachable = attached.exit_code == 6;
+        // One that came up while the daemon looked for the cause is not called unreachable, but was.
+        let unreachable = attached.exit_code == 6 || attached.stderr.contains("Connection refused");
         if unreachable { Ok(None) } else { attached.succeeded().map(|device| Some(device.trim().to_owned())) }
     })
 }

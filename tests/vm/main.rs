@@ -19,6 +19,7 @@ mod recovery;
 mod ride_through;
 mod rungs;
 mod smoke;
+mod soak;
 mod tls_disks;
 
 use std::process::ExitCode;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         hostile_server::TESTS,
         ride_through::TESTS,
         recovery::TESTS,
+        soak::TESTS,
         idle::TESTS,
         allocations::TESTS,
         bench::TESTS,

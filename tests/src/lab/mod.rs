@@ -19,6 +19,7 @@ pub(crate) mod measurement;
 pub(crate) mod packages;
 pub(crate) mod report;
 pub(crate) mod scale;
+pub(crate) mod soak;
 pub(crate) mod this_machine;
 pub(crate) mod tool;
 pub(crate) mod vm;

@@ -7,16 +7,16 @@
 use std::fs::File;
 use std::io::IoSlice;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
-use rustix::fs::OFlags;
+use anyhow::{Result, anyhow, ensure};
 use rustix::io::{ReadWriteFlags, pwritev2};
 use testlab::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern};
+use testlab::direct_io::{AlignedBuffer, open_direct};
 use testlab::harness::Env;
 use testlab::seed;
 use testlab::shell::wait_for;
@@ -43,9 +43,6 @@ const DISK_REQUESTS: Range<u64> = 20..200;
 
 /// The power is cut by then, however few requests the disk has seen.
 const TRAFFIC_SECONDS_MAX: u64 = 4;
-
-/// What direct I/O needs of a buffer's address, at most.
-const BUFFER_ALIGNMENT_BYTES: usize = 4096;
 
 /// What is read at a time when the blocks are looked at.
 const CHECK_BLOCKS: usize = 128;
@@ -175,29 +172,4 @@ fn check(device: &Path, history: &mut BlockHistory) -> Result<()> {
         history.check_and_adopt(blocks, buffer.bytes())?;
     }
     Ok(())
-}
-
-fn open_direct(device: &Path) -> Result<File> {
-    let flags = OFlags::DIRECT.bits() as i32;
-    let opened = File::options().read(true).write(true).custom_flags(flags).open(device);
-    opened.with_context(|| format!("opening {}", device.display()))
-}
-
-/// Memory whose address direct I/O accepts.
-struct AlignedBuffer {
-    memory: Vec<u8>,
-    first: usize,
-    length_bytes: usize,
-}
-
-impl AlignedBuffer {
-    fn new(length_bytes: usize) -> Self {
-        let memory = vec![0; length_bytes + BUFFER_ALIGNMENT_BYTES];
-        let first = memory.as_ptr().align_offset(BUFFER_ALIGNMENT_BYTES);
-        Self { memory, first, length_bytes }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.memory[self.first..self.first + self.length_bytes]
-    }
 }

@@ -1,0 +1,58 @@
+//! `cargo lab soak`: faults at random under the oracle, for as long as wanted, in the VM or on this machine.
+//!
+//! Builds, boots, and lets `lab guest-soak` run there; what that prints is passed on.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use testlab::kernel_series::KernelSeries;
+use testlab::seed;
+
+use super::guest_command::GuestCommand;
+use super::vm::Processors;
+use super::workspace::Workspace;
+use crate::commands;
+
+/// Beside the minutes asked for: booting, and the last fault.
+const SLACK: Duration = Duration::from_secs(15 * 60);
+
+/// Options of `cargo lab soak`.
+#[derive(Args)]
+pub(crate) struct SoakOptions {
+    /// How long
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    minutes: u32,
+    /// What chooses the faults; printed where none is given
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The kernel to boot
+    #[arg(long, value_enum, default_value = "7")]
+    kernel: KernelSeries,
+    /// Use this machine's own kernel and ublk driver instead of a VM
+    #[arg(long, conflicts_with = "kernel")]
+    host: bool,
+}
+
+/// Runs it.
+///
+/// # Errors
+/// It cannot be run; or a promise was broken, which has been printed.
+pub(crate) fn run(workspace: &Workspace, options: &SoakOptions) -> Result<u8> {
+    let seed = match options.seed {
+        Some(seed) => seed,
+        None => seed::choose()?,
+    };
+    let programs = workspace.programs();
+    let mut words = vec![programs.join("lab").display().to_string(), "guest-soak".to_owned()];
+    words.extend([programs.display().to_string(), options.kernel.name().to_owned()]);
+    words.extend([options.minutes.to_string(), seed.to_string()]);
+    words.extend(options.host.then(|| "--host".to_owned()));
+    let command = GuestCommand::new(workspace, words)?;
+    let series = (!options.host).then_some(options.kernel);
+    let deadline = Duration::from_secs(u64::from(options.minutes) * 60) + SLACK;
+    commands::build(workspace)?;
+    let exit_code = commands::run_command(workspace, series, Processors::Two, &command, deadline)?;
+    ensure!(exit_code == 0, "the soak failed; --seed {seed} chooses the same faults again");
+    Ok(0)
+}
