@@ -19,6 +19,8 @@ pub const VOLUME_DIFFERS: &str = "VOLUME_DIFFERS";
 pub const VOLUME_ATTACHED: &str = "VOLUME_ATTACHED";
 /// FAILED_PRECONDITION: a client has the volume open.
 pub const VOLUME_OPEN: &str = "VOLUME_OPEN";
+/// FAILED_PRECONDITION: a volume of this backend keeps its size.
+pub const SIZE_FIXED: &str = "SIZE_FIXED";
 /// RESOURCE_EXHAUSTED: no space left on the server.
 pub const NO_SPACE: &str = "NO_SPACE";
 /// UNAVAILABLE: former connections are closed, but their I/O has not finished; repeating the call goes on from there.

@@ -242,6 +242,12 @@ impl DataServer {
             .unwrap_or(Err(FenceError::NoAnswer))
     }
 
+    /// Closes the connections of a volume's attachments: their clients come again, and are told its size anew.
+    pub fn reopen_attachments(&self, volume_uid: Uuid) {
+        // Without an answer the data side is ending, and with it every connection.
+        let _ = self.ask(|reply| GateMessage::ReopenAttachments { volume_uid, reply });
+    }
+
     /// Closes the storage of a volume that nobody has open; a memory volume's content is gone.
     ///
     /// # Errors

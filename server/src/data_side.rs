@@ -62,6 +62,14 @@ impl DataSide for ServedData {
         file::list_uids(&self.volumes_dir).map_err(io_error)
     }
 
+    fn grow_storage(&self, volume_uid: Uuid, capacity_bytes: u64) -> io::Result<()> {
+        file::grow(&self.volumes_dir, volume_uid, capacity_bytes).map_err(io_error)
+    }
+
+    fn reopen_attachments(&self, volume_uid: Uuid) {
+        self.server.reopen_attachments(volume_uid);
+    }
+
     fn fence_attachment(&self, attachment_id: Uuid) -> Result<(), String> {
         self.server.fence_attachment(attachment_id).map_err(|error| error.to_string())
     }

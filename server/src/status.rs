@@ -71,7 +71,13 @@ pub(crate) fn from_lifecycle(error: &LifecycleError) -> Status {
                 [],
             ),
         ),
-        LifecycleError::TooLarge { .. } => {
+        LifecycleError::SizeFixed { .. } => (
+            Code::FailedPrecondition,
+            error_info(reason::SIZE_FIXED, "make a new volume of the size that you want", []),
+        ),
+        LifecycleError::TooLarge { .. }
+        | LifecycleError::Shrink { .. }
+        | LifecycleError::SizeUnaligned { .. } => {
             return invalid_fields(vec![InvalidField { field: "capacity_bytes", description: message }]);
         }
         LifecycleError::NoSpace(_) => (

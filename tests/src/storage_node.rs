@@ -6,7 +6,8 @@
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -268,13 +269,25 @@ impl StorageNode {
     /// # Errors
     /// It cannot be run; its own failure is in the value.
     pub fn volctl(&self, arguments: &[&str]) -> Result<Volctl> {
-        let mut volctl = Command::new(self.programs.join("volctl"));
-        volctl.args(["--server", &self.management_uri, "--socket"]).arg(self.run_dir.join("volclient.sock"));
-        self.add_tls_options(&mut volctl);
-        let output = volctl.args(arguments).stdin(Stdio::null()).output().context("volctl")?;
+        let output = self.volctl_command(arguments).stdin(Stdio::null()).output().context("volctl")?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let exit_code = output.status.code().context("volctl was killed")?;
         Ok(Volctl { exit_code, stdout: text(&output.stdout), stderr: text(&output.stderr) })
+    }
+
+    /// Runs volctl against these daemons and does not wait for its end: its process, and its lines as they come.
+    ///
+    /// # Errors
+    /// It cannot be run.
+    pub fn volctl_lines(&self, arguments: &[&str]) -> Result<(Child, Receiver<String>)> {
+        let mut child = self
+            .volctl_command(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("volctl")?;
+        let lines = lines_of(child.stdout.take().context("stdout")?);
+        Ok((child, lines))
     }
 
     /// Makes a volume and attaches it over the data path this kernel is tested for; gives the device.
@@ -342,6 +355,14 @@ impl StorageNode {
         bail!("no file of volume {uid}")
     }
 
+    fn volctl_command(&self, arguments: &[&str]) -> Command {
+        let mut volctl = Command::new(self.programs.join("volctl"));
+        volctl.args(["--server", &self.management_uri, "--socket"]).arg(self.run_dir.join("volclient.sock"));
+        self.add_tls_options(&mut volctl);
+        volctl.args(arguments);
+        volctl
+    }
+
     fn add_tls_options(&self, command: &mut Command) {
         if let Some(NodeTls { client: files, .. }) = &self.tls {
             command.arg("--tls-ca").arg(files.authority());
@@ -358,15 +379,8 @@ impl StorageNode {
             .stderr(log)
             .spawn()
             .context(name.to_owned())?;
-        let stdout = child.stdout.take().context("stdout")?;
-        let (sender, receiver) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                // Only the first line, the ready line, is waited for.
-                let _ = sender.send(line);
-            }
-        });
-        match receiver.recv_timeout(READY_DEADLINE) {
+        // Only the first line, the ready line, is waited for.
+        match lines_of(child.stdout.take().context("stdout")?).recv_timeout(READY_DEADLINE) {
             Ok(ready) => Ok((child, ready)),
             Err(error) => {
                 kill_and_wait(child)?;
@@ -403,6 +417,17 @@ pub fn mount_xfs(env: &Env) -> Result<PathBuf> {
     run("mkfs.xfs", &["-q", "-f", &disk])?;
     run("mount", &[disk.as_ref(), mount_point.as_os_str()])?;
     Ok(mount_point)
+}
+
+/// The lines of a pipe, which is read to its end whether or not anybody takes them.
+fn lines_of(pipe: ChildStdout) -> Receiver<String> {
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            let _ = sender.send(line);
+        }
+    });
+    lines
 }
 
 fn end(mut child: Child) -> Result<()> {

@@ -23,6 +23,8 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("ride_through::a_server_that_answers_nothing_is_left", a_silent_server).within(300),
     Test::new("ride_through::with_fail_io_ends_in_time_and_works_again", fail_after),
     Test::new("ride_through::a_policy_can_be_changed_during_an_outage", a_policy_changed_during_an_outage),
+    Test::new("ride_through::a_volume_grows_under_its_users", a_volume_grows).within(300),
+    Test::new("ride_through::whoever_watches_is_told", events),
     Test::new("ride_through::a_detach_by_force_returns_without_a_server", detach_by_force),
     Test::new("ride_through::a_server_that_forgot_is_not_the_same_server", a_server_that_forgot),
     Test::new("ride_through::a_flushed_volume_survives_a_reboot_of_its_server", a_reboot_after_a_flush),
@@ -134,7 +136,9 @@ fn cut_connections(env: &Env) -> Result<()> {
 
 fn a_silent_server(env: &Env) -> Result<()> {
     let (node, proxy) = node_behind_a_proxy(env)?;
-    let device = node.create_and_attach("vol-1", "64M", &[])?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    // With more queues each waits for itself, one after another.
+    let device = node.attach(&["vol-1", "--queues", "1"])?;
     verify_mostly_small(&device, 4, 8)?;
     proxy.cut(Cut::BlackHole);
     let started = Instant::now();
@@ -210,6 +214,84 @@ fn a_policy_changed_during_an_outage(env: &Env) -> Result<()> {
     ensure!(end_write(waiting, BOUND)?.status.success(), "the write failed");
     node.volctl(&["policy", "vol-9", "--on-stall", "wait"])?.failed_with(3)?;
     node.detach("vol-1")
+}
+
+fn a_volume_grows(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let device = node.create_and_attach("vol-1", "32M", &[])?;
+    let mount_point = env.directory.join("mnt");
+    std::fs::create_dir_all(&mount_point)?;
+    run("mkfs.ext4", &["-q".as_ref(), device.as_os_str()])?;
+    run("mount", &[device.as_os_str(), mount_point.as_os_str()])?;
+    let file = mount_point.join("file");
+    sh(&format!("dd if=/dev/urandom of={} bs=64k count=64 conv=fsync status=none", file.display()))?;
+    let sum = sh(&format!("sha256sum < {}", file.display()))?;
+    let size = || -> Result<u64> {
+        Ok(run("blockdev", &["--getsize64".as_ref(), device.as_os_str()])?.trim().parse()?)
+    };
+    ensure!(size()? == 32 << 20);
+    // Smaller, not whole blocks, nothing.
+    for wanted in ["16M", "33001K", "0"] {
+        node.volctl(&["resize", "vol-1", "--size", wanted])?.failed_with(2)?;
+    }
+    node.volctl(&["resize", "vol-9", "--size", "64M"])?.failed_with(3)?;
+    node.volctl(&["create", "memory-1", "--size", "16M", "--backend", "memory"])?.succeeded()?;
+    node.volctl(&["resize", "memory-1", "--size", "32M"])?.failed_with(5)?;
+    for _ in 0..2 {
+        let told = node.volctl(&["resize", "vol-1", "--size", "64M"])?.succeeded()?;
+        ensure!(told == "volume vol-1 of 64M\n", "{told:?}");
+    }
+    let grows_live = sh("uname -r")?.trim_start().starts_with('7');
+    if grows_live {
+        wait_for("the disk to grow", BOUND, || Ok((size()? == 64 << 20).then_some(())))?;
+        run("resize2fs", &[device.as_os_str()])?;
+        sh(&format!(
+            "dd if=/dev/urandom of={}/more bs=1M count=36 conv=fsync status=none",
+            mount_point.display()
+        ))?;
+    }
+    ensure!(sh(&format!("sha256sum < {}", file.display()))? == sum, "the file is another one");
+    run("umount", &[mount_point.as_os_str()])?;
+    run("e2fsck", &["-fn".as_ref(), device.as_os_str()])?;
+    node.detach("vol-1")?;
+    // Where the kernel cannot grow a disk, the next one has the size.
+    let device = node.attach(&["vol-1"])?;
+    let size = run("blockdev", &["--getsize64".as_ref(), device.as_os_str()])?;
+    ensure!(size.trim() == (64 << 20).to_string(), "{size}");
+    node.detach("vol-1")
+}
+
+fn events(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start(env)?;
+    node.create_and_attach("vol-1", "16M", &[])?;
+    let now = node.volctl(&["events"])?.succeeded()?;
+    ensure!(now.lines().count() == 1 && now.contains("vol-1 present: live"), "{now}");
+    let (mut follower, lines) = node.volctl_lines(&["events", "--follow", "--output", "json"])?;
+    let mut seen = Vec::new();
+    let mut wait_for_event = |kind: &str, state: &str| -> Result<()> {
+        wait_for(&format!("event {kind} {state} after {seen:?}"), BOUND, || {
+            while let Ok(line) = lines.try_recv() {
+                let event: serde_json::Value = serde_json::from_str(&line)?;
+                ensure!(event["attachment"]["target"] == "vol-1", "{event}");
+                let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+                seen.push((word(&event["kind"]), word(&event["attachment"]["state"])));
+            }
+            let found = seen.iter().position(|(k, s)| k == kind && (s == state || state.is_empty()));
+            // In order: what was seen before is not looked at again.
+            Ok(found.map(|at| drop(seen.drain(..=at))))
+        })
+    };
+    wait_for_event("present", "live")?;
+    node.kill_server()?;
+    wait_for_event("state", "stalled")?;
+    node.start_server()?;
+    wait_for_event("reconnected", "live")?;
+    node.detach("vol-1")?;
+    // As it was when it was last looked at.
+    wait_for_event("detached", "")?;
+    follower.kill()?;
+    follower.wait()?;
+    Ok(())
 }
 
 fn detach_by_force(env: &Env) -> Result<()> {

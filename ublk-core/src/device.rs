@@ -161,6 +161,11 @@ impl Device {
         Ok(())
     }
 
+    /// Makes the disk larger while it is in use; see [`ControlDevice::update_size`].
+    pub fn update_size(&self, capacity_bytes: u64) -> Result<(), ControlError> {
+        self.control.update_size(self.info.dev_id, capacity_bytes)
+    }
+
     /// Deletes the device, stopping it if need be, and closes the character device. Queues made by
     /// [`queue`](Self::queue) should be gone by now: the number is free for reuse only when they are.
     pub fn delete(mut self) -> Result<(), ControlError> {

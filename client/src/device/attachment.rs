@@ -21,7 +21,9 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ublk_core::abi::{UBLK_F_USER_COPY, UBLK_F_USER_RECOVERY, UBLK_F_USER_RECOVERY_REISSUE};
+use ublk_core::abi::{
+    UBLK_F_UPDATE_SIZE, UBLK_F_USER_COPY, UBLK_F_USER_RECOVERY, UBLK_F_USER_RECOVERY_REISSUE,
+};
 use ublk_core::{
     ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec,
     TransferError,
@@ -151,6 +153,8 @@ struct Attachment {
     events: Receiver<Event>,
     /// The disk was taken away from whoever had it open, so that nobody expects a good end.
     is_forced: bool,
+    /// The driver has refused to make the disk larger.
+    cannot_grow: bool,
 }
 
 /// A device, not started, and what it is made for.
@@ -227,6 +231,8 @@ struct Links {
     unflushed: Arc<Unflushed>,
     /// A server that restarts has forgotten everything.
     is_volatile: bool,
+    /// The largest that the server has told the export to be.
+    export_bytes: u64,
     queues_live: usize,
     /// The worst that a queue ended with.
     queue_error: Option<QueueError>,
@@ -286,6 +292,7 @@ impl Attachment {
             commanders: Vec::new(),
             unflushed,
             is_volatile: spec.is_volatile,
+            export_bytes: session.export_bytes,
             queues_live: 0,
             queue_error: None,
             sender: sender.clone(),
@@ -297,6 +304,7 @@ impl Attachment {
             links,
             events,
             is_forced: false,
+            cannot_grow: false,
         };
         attachment.start_queues(&control, sockets, spec, &session, &chosen, status)?;
         attachment.start_device(status)?;
@@ -411,7 +419,9 @@ impl Attachment {
         loop {
             // Every sender lives as long as the process, so this ends by an event.
             let Some(event) = self.links.next_event(&self.events, status) else { return Ok(()) };
-            match self.links.take_event(event, status) {
+            let left = self.links.take_event(event, status);
+            self.grow(status);
+            match left {
                 None | Some(Event::Queue(_) | Event::Attempt(..) | Event::Started) => {}
                 Some(Event::Control(request)) => match request.command {
                     ControlCommand::Status => {
@@ -440,6 +450,37 @@ impl Attachment {
                 // Every queue ended though nobody stopped the device: the driver took it away, or broke.
                 return self.end(status, None);
             }
+        }
+    }
+
+    /// Tells the kernel of a volume that has grown, once all connections know it too: what lies behind the old end must
+    /// not be asked of one that does not.
+    fn grow(&mut self, status: &mut StatusFile) {
+        let Some(session) = &status.status().session else { return };
+        let export_bytes = self.links.export_bytes;
+        let capacity_bytes = export_bytes - export_bytes % u64::from(session.block_size_bytes);
+        let is_live = self.links.reconnect.condition() == Condition::Live;
+        if !is_live || capacity_bytes <= session.capacity_bytes || self.cannot_grow {
+            return;
+        }
+        if let Err(error) = self.device.update_size(capacity_bytes) {
+            self.cannot_grow = true;
+            tracing::warn!(
+                error = with_sources(&error),
+                "the volume has grown; the disk does when it is attached again"
+            );
+            return;
+        }
+        self.links.redial.grown(export_bytes);
+        tracing::info!(capacity_bytes, "the disk has grown");
+        let noted = status.update(|status| {
+            status.capacity_bytes = capacity_bytes;
+            if let Some(session) = &mut status.session {
+                (session.export_bytes, session.capacity_bytes) = (export_bytes, capacity_bytes);
+            }
+        });
+        if let Err(error) = noted {
+            tracing::error!(%error, "the status file cannot be written");
         }
     }
 
@@ -601,7 +642,8 @@ impl Links {
                     self.queue_error = Some(error);
                 }
             }
-            Event::Attempt(queue_id, Attempt::Opened { sockets, incarnation, address }) => {
+            Event::Attempt(queue_id, Attempt::Opened { sockets, incarnation, address, export_bytes }) => {
+                self.export_bytes = self.export_bytes.max(export_bytes);
                 let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
                 let has_unflushed = || is_volatile || unflushed.any();
                 self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
@@ -715,7 +757,7 @@ fn add_device(
         queue_depth: spec.queue_depth,
         max_io_buf_bytes: params.max_io_bytes,
         flags: data_path.device_flags(),
-        wished_flags: data_path.wished_device_flags() | recovery,
+        wished_flags: data_path.wished_device_flags() | recovery | UBLK_F_UPDATE_SIZE,
         ublksrv_flags: contract::attachment_hash(spec.attachment_id),
     };
     Device::add(control, &ublk_spec, params)

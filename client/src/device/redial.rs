@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -34,6 +35,8 @@ pub enum Attempt {
         incarnation: String,
         /// The address that answered.
         address: String,
+        /// Size of the export in bytes: what it was, or more.
+        export_bytes: u64,
     },
     /// Not this time; the next attempt follows.
     Failed(String),
@@ -46,6 +49,8 @@ pub enum Attempt {
 pub struct Redial {
     spec: DeviceSpec,
     session: SessionRecord,
+    /// As the disk's users know it.
+    export_bytes: AtomicU64,
     nr_hw_queues: u16,
     nr_connections: u16,
 }
@@ -58,7 +63,19 @@ impl Redial {
         nr_hw_queues: u16,
         nr_connections: u16,
     ) -> Arc<Self> {
-        Arc::new(Self { spec: spec.clone(), session: session.clone(), nr_hw_queues, nr_connections })
+        let export_bytes = AtomicU64::new(session.export_bytes);
+        Arc::new(Self {
+            spec: spec.clone(),
+            session: session.clone(),
+            export_bytes,
+            nr_hw_queues,
+            nr_connections,
+        })
+    }
+
+    /// The disk has grown to the export's size: it cannot shrink below that any more.
+    pub fn grown(&self, export_bytes: u64) {
+        self.export_bytes.fetch_max(export_bytes, Ordering::Relaxed);
     }
 
     /// Dials until it succeeds, on a thread of its own. Errors: there can be no thread.
@@ -89,6 +106,8 @@ impl Redial {
     fn attempt(&self, queue_id: u16) -> Attempt {
         let mut sockets = Vec::new();
         let mut last = None;
+        // The smallest that any of them tells: what all of them can do.
+        let mut export_bytes = u64::MAX;
         for slot in (queue_id..self.nr_connections).step_by(usize::from(self.nr_hw_queues)) {
             let dialled = match slots::dial_slot(&self.spec, slot) {
                 Ok(dialled) => dialled,
@@ -102,21 +121,20 @@ impl Redial {
             if last.as_ref().is_some_and(|(other, _)| *other != incarnation) {
                 return Attempt::Failed("the server's storage is changing".to_owned());
             }
+            export_bytes = export_bytes.min(dialled.export.size_bytes);
             last = Some((incarnation, dialled.address));
             sockets.push(dialled.socket);
         }
         let (incarnation, address) = last.unwrap_or_default();
-        Attempt::Opened { sockets, incarnation, address }
+        Attempt::Opened { sockets, incarnation, address, export_bytes }
     }
 
     /// A disk cannot change under its users, but grow.
     fn check(&self, dialled: &Dialled) -> Result<(), String> {
         let (is, was) = (&dialled.export, &self.session);
-        if is.size_bytes < was.export_bytes {
-            return Err(format!(
-                "the export has shrunk from {} to {} bytes",
-                was.export_bytes, is.size_bytes
-            ));
+        let export_bytes = self.export_bytes.load(Ordering::Relaxed);
+        if is.size_bytes < export_bytes {
+            return Err(format!("the export has shrunk from {export_bytes} to {} bytes", is.size_bytes));
         }
         if is.flags.0 != was.export_flags || slots::block_bytes(is) != was.export_block_bytes {
             return Err("the export has other flags or block sizes than before".to_owned());

@@ -14,6 +14,7 @@
 //! The daemon keeps no state of its own: an attachment is its folder under the run directory, its device process, its
 //! device in the kernel, and the server's record. So it may be killed and started again at any moment.
 
+mod attachment_events;
 pub mod attachment_record;
 pub mod device_process;
 pub mod error;

@@ -9,9 +9,11 @@ use std::sync::Arc;
 
 use proto::v1;
 use proto::v1::node_server::Node;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use ublk_core::DataPath;
 
+use super::attachment_events;
 use super::error::{NodeError, with_sources};
 use super::supervisor::{Supervisor, probe_data_paths};
 
@@ -108,6 +110,16 @@ impl Node for NodeService {
     ) -> Result<Response<v1::UpgradeResponse>, Status> {
         let (supervisor, request) = (Arc::clone(&self.supervisor), request.into_inner());
         finish("Upgrade", request.target.clone(), async move { supervisor.upgrade(&request).await }).await
+    }
+
+    type WatchAttachmentsStream = ReceiverStream<Result<v1::AttachmentEvent, Status>>;
+
+    async fn watch_attachments(
+        &self,
+        _: Request<v1::WatchAttachmentsRequest>,
+    ) -> Result<Response<Self::WatchAttachmentsStream>, Status> {
+        let events = attachment_events::watch(self.supervisor.config().run_dir.clone());
+        Ok(Response::new(ReceiverStream::new(events)))
     }
 
     async fn list_node_attachments(

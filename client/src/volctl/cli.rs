@@ -67,6 +67,14 @@ pub(crate) enum Command {
         /// The volume's name
         name: String,
     },
+    /// Make a volume larger, while it is in use, too; one that has the size is a success
+    Resize {
+        /// The volume's name
+        name: String,
+        /// New capacity, as for create
+        #[arg(long, value_parser = parse_size)]
+        size: u64,
+    },
     /// Delete a volume and its data; one that is not there is a success
     Delete {
         /// The volume's name
@@ -101,6 +109,12 @@ pub(crate) enum Command {
     },
     /// List the disks that are attached to this machine
     Attachments,
+    /// Tell what happens to the disks that are attached to this machine, a line each; first what there is
+    Events {
+        /// Go on until interrupted, instead of ending with what there is
+        #[arg(long)]
+        follow: bool,
+    },
     /// Print the versions of volctl, the storage server and the node daemon
     Version,
     /// Check that this machine can attach volumes, and say what to do where it cannot

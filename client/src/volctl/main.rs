@@ -9,6 +9,7 @@ mod cli;
 mod connect;
 mod doctor;
 mod duration;
+mod events;
 mod exit_code;
 mod failure;
 mod report;
@@ -52,11 +53,13 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
         Command::Create(args) => volumes::create(server, args).await,
         Command::List => volumes::list(server).await,
         Command::Show { name } => volumes::show(server, name).await,
+        Command::Resize { name, size } => volumes::resize(server, name, size).await,
         Command::Delete { name } => volumes::delete(server, name).await,
         Command::Attach(args) => attachments::attach(socket, args).await,
         Command::Detach { target, force } => attachments::detach(socket, target, force).await,
         Command::Policy { target, stall } => attachments::set_policy(socket, target, stall).await,
         Command::Upgrade { target, .. } => attachments::upgrade(socket, target).await,
+        Command::Events { follow } => events::events(socket, follow, cli.output).await,
         Command::Attachments => attachments::list(socket).await,
         Command::Version => Ok(doctor::version(server, socket).await),
         Command::Doctor => Ok(doctor::doctor(server, socket).await),
@@ -64,6 +67,9 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
 }
 
 fn print(report: &Report, output: OutputFormat) -> Result<(), Failure> {
+    if report.is_printed {
+        return Ok(());
+    }
     let text = match output {
         OutputFormat::Table => report.text.clone(),
         OutputFormat::Json => format!("{:#}\n", report.json),

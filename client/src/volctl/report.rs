@@ -18,12 +18,19 @@ pub(crate) struct Report {
     pub(crate) text: String,
     pub(crate) json: Value,
     pub(crate) exit_code: ExitCode,
+    /// It was printed already, piece by piece.
+    pub(crate) is_printed: bool,
 }
 
 impl Report {
     /// A success.
     pub(crate) fn new(text: impl Into<String>, json: Value) -> Self {
-        Self { text: text.into(), json, exit_code: ExitCode::Done }
+        Self { text: text.into(), json, exit_code: ExitCode::Done, is_printed: false }
+    }
+
+    /// The same, of which nothing is left to print.
+    pub(crate) fn printed(self) -> Self {
+        Self { is_printed: true, ..self }
     }
 }
 

@@ -1,4 +1,4 @@
-//! `create`, `list`, `show`, `delete`: the storage server's volumes.
+//! `create`, `list`, `show`, `resize`, `delete`: the storage server's volumes.
 
 use proto::v1;
 use serde_json::json;
@@ -29,6 +29,13 @@ pub(crate) async fn create(server: &ServerAddress, args: CreateArgs) -> Result<R
         .into(),
     };
     let volume = call(connect::server(server).await?.create_volume(request)).await?;
+    let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
+    Ok(Report::new(text, volume_json(&volume)))
+}
+
+pub(crate) async fn resize(server: &ServerAddress, name: String, size: u64) -> Result<Report, Failure> {
+    let request = v1::ResizeVolumeRequest { name, capacity_bytes: size };
+    let volume = call(connect::server(server).await?.resize_volume(request)).await?;
     let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
     Ok(Report::new(text, volume_json(&volume)))
 }

@@ -146,6 +146,22 @@ pub fn create(volumes_dir: &Path, volume_uid: Uuid, capacity_bytes: u64) -> Resu
     sync_directory(volumes_dir)
 }
 
+/// Makes the file of a volume larger, durably; the new part reads as zeroes. A file of that size or more is a success.
+///
+/// # Errors
+/// [`FileError::Io`], as of [`create`].
+pub fn grow(volumes_dir: &Path, volume_uid: Uuid, capacity_bytes: u64) -> Result<(), FileError> {
+    let path = path(volumes_dir, volume_uid);
+    let fail = |action| move |path: &Path, source| FileError::Io { action, path: path.into(), source };
+    let file = OpenOptions::new().write(true).open(&path).map_err(|e| fail("cannot open")(&path, e))?;
+    let found_bytes = file.metadata().map_err(|e| fail("cannot look at")(&path, e))?.len();
+    if found_bytes < capacity_bytes {
+        file.set_len(capacity_bytes).map_err(|e| fail("cannot size")(&path, e))?;
+        file.sync_all().map_err(|e| fail("cannot sync")(&path, e))?;
+    }
+    Ok(())
+}
+
 /// Deletes the file of a volume, durably. One that is not there is a success.
 ///
 /// # Errors
@@ -199,7 +215,8 @@ pub fn open(
         OpenOptions::new().read(true).write(true).open(&path).map_err(|e| fail("cannot open")(&path, e))?;
     let metadata = file.metadata().map_err(|e| fail("cannot look at")(&path, e))?;
     let found_bytes = metadata.len();
-    if found_bytes != capacity_bytes {
+    // A larger one was about to grow when its server died: nobody has been told of the rest.
+    if found_bytes < capacity_bytes {
         return Err(FileError::WrongSize { path, found_bytes, expected_bytes: capacity_bytes });
     }
     let is_rotational = is_rotational(Path::new(BLOCK_DEVICES_DIR), metadata.dev());

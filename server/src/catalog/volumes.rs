@@ -165,6 +165,18 @@ impl Catalog {
         if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
     }
 
+    /// Writes down how large a volume is now; its storage has that size.
+    ///
+    /// # Errors
+    /// [`CatalogError::VolumeNotFound`]; SQLite's.
+    pub fn set_capacity(&self, volume_uid: Uuid, capacity_bytes: u64) -> Result<(), CatalogError> {
+        let changed = self.state().db.execute(
+            "UPDATE volumes SET capacity_bytes = ?2 WHERE volume_uid = ?1",
+            (volume_uid.to_string(), to_db(capacity_bytes, "capacity_bytes")?),
+        )?;
+        if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+    }
+
     /// Drops the row of a volume whose storage is gone (state `creating` or `deleting`); no row is a success.
     ///
     /// # Errors

@@ -55,6 +55,16 @@ impl Gate {
         }
     }
 
+    /// Closes what serves attachments of a volume; nothing is refused to those who come again.
+    pub(super) fn reopen_attachments(&mut self, volume_uid: Uuid) {
+        let is_attached = |known: &&Known| {
+            known.volume_uid == volume_uid && matches!(known.right, Right::Attachment { .. })
+        };
+        let open = self.connections.iter().filter(|(_, known)| is_attached(known) && known.has_volume);
+        let open: Vec<ConnectionId> = open.map(|(connection, _)| *connection).collect();
+        open.into_iter().for_each(|connection| self.close(connection));
+    }
+
     pub(super) fn closed(&mut self, connection: ConnectionId) {
         if let Some(known) = self.connections.remove(&connection) {
             self.left(connection, &known);

@@ -84,6 +84,13 @@ pub enum GateMessage {
         /// Answered when drained, or too late.
         reply: Sender<Result<(), FenceError>>,
     },
+    /// See [`crate::data_server::DataServer::reopen_attachments`].
+    ReopenAttachments {
+        /// Of which volume.
+        volume_uid: Uuid,
+        /// Answered when all were told to close.
+        reply: Sender<()>,
+    },
     /// See [`crate::data_server::DataServer::release_volume`].
     ReleaseVolume {
         /// Which.
@@ -237,6 +244,10 @@ impl Gate {
             }
             GateMessage::FenceNamedWriters { volume_uid, reply } => {
                 self.fence_named_writers(volume_uid, reply)
+            }
+            GateMessage::ReopenAttachments { volume_uid, reply } => {
+                self.reopen_attachments(volume_uid);
+                let _ = reply.send(());
             }
             GateMessage::ReleaseVolume { volume_uid, reply } => {
                 let _ = reply.send(self.release_volume(volume_uid));

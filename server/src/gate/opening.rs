@@ -200,6 +200,8 @@ impl Gate {
         let block_size_bytes =
             if let Right::Attachment { .. } = known.right { record.block_size_bytes } else { 1 };
         let mut limits = volume.limits(known.read_only, block_size_bytes);
+        // It may have grown since it was opened.
+        limits.size_bytes = record.capacity_bytes;
         let request_bytes_max = self.config.limits.request_bytes_max;
         limits.block_sizes.maximum_bytes = limits.block_sizes.maximum_bytes.min(request_bytes_max);
         let export = ExportInfo {

@@ -58,6 +58,15 @@ pub trait DataSide: Send + Sync + 'static {
     /// The system's.
     fn stored_volumes(&self) -> io::Result<Vec<Uuid>>;
 
+    /// Makes the storage of a volume larger, durably; storage that is as large already is a success.
+    ///
+    /// # Errors
+    /// The system's: `StorageFull`, `FileTooLarge` and others.
+    fn grow_storage(&self, volume_uid: Uuid, capacity_bytes: u64) -> io::Result<()>;
+
+    /// Closes the connections of the volume's attachments, which come again and are told what is new.
+    fn reopen_attachments(&self, volume_uid: Uuid);
+
     /// Closes every connection of the attachment and waits until their submitted I/O has finished; from the call on, no
     /// new one is opened. The catalog does not show the attachment as active any more.
     ///
@@ -128,6 +137,26 @@ pub enum LifecycleError {
         name: String,
         /// By how many.
         still_open: StillOpen,
+    },
+    /// A volume cannot be made smaller: what its users keep at its end would be gone.
+    #[error("volume {name} has {capacity_bytes} bytes and cannot be made smaller")]
+    Shrink {
+        /// Its name.
+        name: String,
+        /// What it has.
+        capacity_bytes: u64,
+    },
+    /// The size is not one that a volume can grow to.
+    #[error("must be a multiple of {unit_bytes} bytes")]
+    SizeUnaligned {
+        /// Of what.
+        unit_bytes: u64,
+    },
+    /// A volume in memory keeps its size.
+    #[error("volume {name} is in memory, and keeps its size")]
+    SizeFixed {
+        /// Its name.
+        name: String,
     },
     /// The file system under the data directory cannot hold a file of that size.
     #[error("the server's file system cannot hold a file of {capacity_bytes} bytes")]

@@ -6,8 +6,13 @@
 
 use std::io;
 
+use uuid::Uuid;
+
 use super::{DataSide, Lifecycle, LifecycleError, NameLock};
 use crate::catalog::{BackendKind, NewVolume, VolumeRecord, VolumeState};
+
+/// A volume that grows ends on such a multiple: a file that is open for direct I/O may need it (`statx`, at most a page).
+const GROWTH_UNIT_BYTES: u64 = 4096;
 
 impl<D: DataSide> Lifecycle<D> {
     /// Makes the volume; one with the same name and properties is returned as it is.
@@ -39,14 +44,8 @@ impl<D: DataSide> Lifecycle<D> {
 
     fn make_storage(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
         let volume_uid = volume.volume_uid;
-        self.data_side.create_storage(volume).map_err(|source| match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                LifecycleError::NoSpace("make the volume")
-            }
-            io::ErrorKind::OutOfMemory => LifecycleError::NoSpace("hold the volume in memory"),
-            io::ErrorKind::FileTooLarge => LifecycleError::TooLarge { capacity_bytes: volume.capacity_bytes },
-            _ => LifecycleError::Storage { action: "make", volume_uid, source },
-        })
+        let made = self.data_side.create_storage(volume);
+        made.map_err(|source| storage_error(source, "make", volume_uid, volume.capacity_bytes))
     }
 
     /// Deletes the volume and its data; false where there is none.
@@ -85,6 +84,40 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(true)
     }
 
+    /// Makes the volume larger; one that has the size is returned as it is. The storage first, then the row: what a crash
+    /// leaves in between is a file with room at its end, which the next call finds.
+    ///
+    /// # Errors
+    /// [`LifecycleError::VolumeNotFound`], [`LifecycleError::Shrink`], [`LifecycleError::SizeUnaligned`],
+    /// [`LifecycleError::SizeFixed`], [`LifecycleError::NoSpace`], [`LifecycleError::TooLarge`]; the catalog's or the storage's
+    /// failure.
+    pub fn resize_volume(
+        &self,
+        lock: &NameLock,
+        capacity_bytes: u64,
+    ) -> Result<VolumeRecord, LifecycleError> {
+        let volume = self.volume(lock.name())?;
+        if capacity_bytes == volume.capacity_bytes {
+            return Ok(volume);
+        }
+        if capacity_bytes < volume.capacity_bytes {
+            let (name, capacity_bytes) = (volume.name, volume.capacity_bytes);
+            return Err(LifecycleError::Shrink { name, capacity_bytes });
+        }
+        if !capacity_bytes.is_multiple_of(GROWTH_UNIT_BYTES) {
+            return Err(LifecycleError::SizeUnaligned { unit_bytes: GROWTH_UNIT_BYTES });
+        }
+        if volume.backend == BackendKind::Memory {
+            return Err(LifecycleError::SizeFixed { name: volume.name });
+        }
+        let grown = self.data_side.grow_storage(volume.volume_uid, capacity_bytes);
+        grown.map_err(|source| storage_error(source, "grow", volume.volume_uid, capacity_bytes))?;
+        self.catalog.set_capacity(volume.volume_uid, capacity_bytes)?;
+        self.data_side.reopen_attachments(volume.volume_uid);
+        tracing::info!(name = %volume.name, volume_uid = %volume.volume_uid, capacity_bytes, "volume resized");
+        Ok(VolumeRecord { capacity_bytes, ..volume })
+    }
+
     /// Storage gone, then row gone: for a volume `creating` or `deleting`.
     pub(super) fn remove_volume(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
         let volume_uid = volume.volume_uid;
@@ -105,6 +138,23 @@ impl<D: DataSide> Lifecycle<D> {
             Some((volume, VolumeState::Ready)) => Ok(volume),
             _ => Err(LifecycleError::VolumeNotFound(name.to_owned())),
         }
+    }
+}
+
+/// What the system's error means for a volume whose storage was to be made or to grow.
+fn storage_error(
+    source: io::Error,
+    action: &'static str,
+    volume_uid: Uuid,
+    capacity_bytes: u64,
+) -> LifecycleError {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            LifecycleError::NoSpace("hold the volume's size")
+        }
+        io::ErrorKind::OutOfMemory => LifecycleError::NoSpace("hold the volume in memory"),
+        io::ErrorKind::FileTooLarge => LifecycleError::TooLarge { capacity_bytes },
+        _ => LifecycleError::Storage { action, volume_uid, source },
     }
 }
 

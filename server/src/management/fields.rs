@@ -135,6 +135,16 @@ pub(super) fn new_volume(request: v1::CreateVolumeRequest) -> Result<NewVolume, 
     })
 }
 
+/// The volume and the size that ResizeVolume asks for.
+pub(super) fn resize_wanted(request: v1::ResizeVolumeRequest) -> Result<(String, u64), Status> {
+    let mut fields = Fields::default();
+    let name = fields.volume_name("name", request.name);
+    // The volume's own block size is looked at when the volume is.
+    let capacity_bytes = fields.capacity_bytes(request.capacity_bytes, 512);
+    fields.finish()?;
+    Ok((name, capacity_bytes))
+}
+
 /// The volume's name, where it is given, and the attachment that DetachVolume asks for.
 pub(super) fn detach_wanted(
     request: v1::DetachVolumeRequest,

@@ -147,6 +147,20 @@ impl<D: DataSide> Management for ManagementService<D> {
         .await
     }
 
+    async fn resize_volume(
+        &self,
+        request: Request<v1::ResizeVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        let (name, capacity_bytes) = fields::resize_wanted(request.into_inner())?;
+        let lock = self.locks.lock(&name).await;
+        self.blocking(move |lifecycle| {
+            let volume = lifecycle.resize_volume(&lock, capacity_bytes)?;
+            messages::volume(lifecycle, &volume)
+        })
+        .await
+    }
+
     async fn delete_volume(
         &self,
         request: Request<v1::DeleteVolumeRequest>,
