@@ -81,6 +81,13 @@ pub struct TlsSpec {
     /// The kernel may not encrypt, even if it could.
     #[serde(default)]
     pub user_space_only: bool,
+    /// How much the kernel may encrypt under one key, in bytes; then the connection is made anew.
+    #[serde(default = "key_bytes_max")]
+    pub key_bytes_max: u64,
+}
+
+fn key_bytes_max() -> u64 {
+    tls::kernel::KEY_BYTES_MAX
 }
 
 /// TLS cannot be spoken with what the spec says.

@@ -57,6 +57,9 @@ struct ServeArgs {
     /// Encrypt in the device processes even where the kernel could (kTLS)
     #[arg(long, env = "VOLCLIENT_TLS_USER_SPACE", value_parser = BoolishValueParser::new())]
     tls_user_space: bool,
+    /// Make a connection anew once the kernel has encrypted so many bytes under one key (for tests)
+    #[arg(long, hide = true, default_value_t = tls::kernel::KEY_BYTES_MAX, value_name = "BYTES")]
+    tls_key_bytes_max: u64,
     /// Where the state of attachments is kept; gone with a reboot
     #[arg(long, env = "VOLCLIENT_RUN_DIR", default_value = "/run/volnode", value_name = "DIR")]
     run_dir: PathBuf,
@@ -118,6 +121,7 @@ fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
         server: args.server,
         tls_files: ClientFiles::named(args.tls_ca, args.tls_cert, args.tls_key).context("--tls-ca")?,
         tls_user_space_only: args.tls_user_space,
+        tls_key_bytes_max: args.tls_key_bytes_max,
         run_dir,
         socket,
         node_id: args.node_id,

@@ -70,7 +70,7 @@ fn spec(client: &Issued, server_name: &str, user_space_only: bool) -> TlsSpec {
     let pair = client.pair();
     let pair = Some(CertificateAndKey { cert: pair.certificate, key: pair.key });
     let files = ClientFiles { ca: client.authority(), pair };
-    TlsSpec { files, server_name: server_name.to_owned(), user_space_only }
+    TlsSpec { files, server_name: server_name.to_owned(), user_space_only, key_bytes_max: u64::MAX }
 }
 
 /// A WRITE and a READ of it, on a socket as the data path has it.
@@ -138,6 +138,7 @@ fn servers_and_clients_that_are_not_believed_are_refused() {
         files: ClientFiles { ca: Path::new("/nowhere/ca.pem").to_owned(), pair: None },
         server_name: "127.0.0.1".into(),
         user_space_only: false,
+        key_bytes_max: u64::MAX,
     });
     assert!(missing.to_string().contains("/nowhere/ca.pem"), "{missing}");
 }

@@ -84,6 +84,7 @@ pub struct StorageNode {
     logs: PathBuf,
     series: KernelSeries,
     server_options: Vec<String>,
+    client_options: Vec<String>,
     /// What the server takes for this machine's boot id; `None`: the true one.
     boot_id: Option<String>,
     tls: Option<NodeTls>,
@@ -127,12 +128,26 @@ impl StorageNode {
     /// # Errors
     /// One of them does not get ready.
     pub fn start_over_tls(env: &Env, tls: NodeTls, server_options: &[&str]) -> Result<Self> {
+        Self::start_over_tls_with(env, tls, server_options, &[])
+    }
+
+    /// The same with further options for the node daemon.
+    ///
+    /// # Errors
+    /// One of them does not get ready.
+    pub fn start_over_tls_with(
+        env: &Env,
+        tls: NodeTls,
+        server_options: &[&str],
+        client_options: &[&str],
+    ) -> Result<Self> {
         if env.in_vm {
             run("modprobe", &["-a", "ublk_drv", "tls"])?;
         }
         let mut node = Self::new(env, &env.directory.join("data"), server_options)?;
         node.management_uri = "https://127.0.0.1:0".into();
         node.tls = Some(tls);
+        node.client_options = client_options.iter().map(|&option| option.to_owned()).collect();
         node.start_server()?;
         node.start_client()?;
         Ok(node)
@@ -163,6 +178,7 @@ impl StorageNode {
             logs,
             series: env.series,
             server_options: server_options.iter().map(|&option| option.to_owned()).collect(),
+            client_options: Vec::new(),
             boot_id: None,
             tls: None,
             server: None,
@@ -226,6 +242,7 @@ impl StorageNode {
         if self.tls.as_ref().is_some_and(|tls| tls.user_space_only) {
             client.arg("--tls-user-space");
         }
+        client.args(&self.client_options);
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
         Ok(())

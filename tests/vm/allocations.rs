@@ -143,6 +143,7 @@ impl Disk {
             sockets: vec![one.socket, other.socket],
             resend: Resend::Everything,
             reply_timeout: QUEUE_DEADLINE,
+            key_bytes_max: u64::MAX,
             unflushed: Arc::new(Unflushed::new(1)),
             commands,
         };

@@ -25,6 +25,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("tls_disks::our_disk_on_nbdkit_verifies", our_disk_on_nbdkit).within(300),
     Test::new("tls_disks::our_disk_on_qemu_nbd_verifies", our_disk_on_qemu_nbd).within(300),
     Test::new("tls_disks::the_kernels_nbd_client_verifies_on_our_server", the_kernels_nbd_client).within(300),
+    Test::new("tls_disks::keys_that_have_served_long_enough_are_replaced", worn_keys).within(300),
     Test::new("tls_disks::the_end_of_the_server_is_the_end_of_the_disk", the_end_of_the_server),
     Test::new("tls_disks::certificates_may_lie_on_another_file_system", on_another_file_system),
     Test::new("tls_disks::a_certificate_of_another_node_gets_no_disk", another_node),
@@ -205,6 +206,21 @@ fn the_kernels_nbd_client(env: &Env) -> Result<()> {
         .and_then(|()| sh("mkfs.ext4 -q /dev/nbd0; e2fsck -fn /dev/nbd0"));
     run("nbd-client", &["-d", "/dev/nbd0"])?;
     used.map(drop)
+}
+
+fn worn_keys(env: &Env) -> Result<()> {
+    let certificates = Certificates::of_node(env, false);
+    let options = ["--tls-key-bytes-max", "2000000"];
+    let node = StorageNode::start_over_tls_with(env, certificates.tls, &[], &options)?;
+    let device = node.create_and_attach("vol-1", "32M", &[])?;
+    // fio sees nothing of it; the looks are a second apart.
+    for _ in 0..3 {
+        verify_mostly_small(&device, 8, 8)?;
+    }
+    let attachment = node.attachment("vol-1")?;
+    ensure!(attachment["encryption"] == BY_KERNEL, "{attachment}");
+    ensure!(attachment["reconnects"].as_u64().is_some_and(|times| times > 0), "{attachment}");
+    node.detach("vol-1")
 }
 
 fn the_end_of_the_server(env: &Env) -> Result<()> {

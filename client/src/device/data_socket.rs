@@ -107,6 +107,12 @@ impl DataSocket {
         (&self.socket).write_all(bytes)
     }
 
+    /// How much the kernel has encrypted or decrypted under the connection's keys, in bytes; 0 where it does neither.
+    pub fn key_bytes(&self) -> u64 {
+        // It fails on what is no TCP connection, which kTLS always is.
+        if self.is_ktls() { kernel::bytes_carried(&self.socket).unwrap_or(0) } else { 0 }
+    }
+
     /// After a receive ended with EIO: the TLS record that is not data, if that was the cause.
     pub fn take_control_record(&self) -> Option<ControlRecord> {
         self.is_ktls().then(|| kernel::take_control_record(&self.socket)).flatten()

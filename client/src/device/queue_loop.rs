@@ -117,6 +117,7 @@ struct QueueLoop<'a> {
     volatile_cache: bool,
     resend: Resend,
     silent_ticks_max: u32,
+    key_bytes_max: u64,
     unflushed: Arc<Unflushed>,
     /// By tag: what its FLUSH covers, a counter for each queue of the device.
     covered: Box<[u64]>,
@@ -161,6 +162,7 @@ impl<'a> QueueLoop<'a> {
             volatile_cache: parts.volatile_cache,
             resend: parts.resend,
             silent_ticks_max: (parts.reply_timeout.as_millis() / TICK.as_millis()).max(1) as u32,
+            key_bytes_max: parts.key_bytes_max,
             covered: vec![0; (usize::from(depth) + 1) * unflushed.nr_queues()].into_boxed_slice(),
             unflushed,
             commands: parts.commands,
@@ -446,6 +448,12 @@ impl<'a> QueueLoop<'a> {
             && self.is_up()
         {
             self.fail(connection, format!("no reply for {} s", ticks * TICK.as_secs() as u32));
+        }
+        let worn = self
+            .connections()
+            .find(|connection| self.ring.socket(*connection).key_bytes() > self.key_bytes_max);
+        if let Some(connection) = worn {
+            self.fail(connection, "its keys have encrypted as much as is good".to_owned());
         }
     }
 

@@ -39,6 +39,8 @@ pub struct ServeOptions {
     pub tls_files: Option<ClientFiles>,
     /// The kernel may not encrypt, even if it could.
     pub tls_user_space_only: bool,
+    /// How much the kernel may encrypt under one key, in bytes.
+    pub tls_key_bytes_max: u64,
     /// Run directory.
     pub run_dir: PathBuf,
     /// The node API's socket.
@@ -111,6 +113,7 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
         log_filter: options.log_filter.clone(),
         tls_files: options.tls_files.clone(),
         tls_user_space_only: options.tls_user_space_only,
+        tls_key_bytes_max: options.tls_key_bytes_max,
     };
     tracing::info!(node_id = config.node_id, server = options.server, "volclient starts");
     let supervisor = Arc::new(Supervisor::new(config, management));
@@ -248,6 +251,7 @@ mod tests {
             server: String::new(),
             tls_files: None,
             tls_user_space_only: false,
+            tls_key_bytes_max: 0,
             socket: run_dir.join("s"),
             run_dir,
             node_id: None,

@@ -67,6 +67,8 @@ pub struct SupervisorConfig {
     pub tls_files: Option<ClientFiles>,
     /// The kernel may not encrypt, even if it could.
     pub tls_user_space_only: bool,
+    /// How much the kernel may encrypt under one key, in bytes.
+    pub tls_key_bytes_max: u64,
 }
 
 /// The attachments of this node.
@@ -336,7 +338,12 @@ impl Supervisor {
                 "TLS needs the certificate of the server's authority: start volclient with --tls-ca";
             return Err(NodeError::InvalidField { field: "target", message: message.to_owned() });
         };
-        Ok(Some(TlsSpec { files, server_name, user_space_only: self.config.tls_user_space_only }))
+        Ok(Some(TlsSpec {
+            files,
+            server_name,
+            user_space_only: self.config.tls_user_space_only,
+            key_bytes_max: self.config.tls_key_bytes_max,
+        }))
     }
 
     fn spec(&self, attachment_id: Uuid, target: &Target, export: ExportSpec, wishes: &Wishes) -> DeviceSpec {

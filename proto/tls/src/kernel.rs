@@ -21,6 +21,10 @@ const RECORD_BYTES_MAX: usize = 16 << 10;
 /// Nonces with this bit are the kernel's, those without were rustls's: see [`CryptoInfo::new`].
 const KERNEL_NONCE_BIT: u8 = 0x80;
 
+/// How much one key of AES-GCM may encrypt, in bytes: less than a fifth of the 2^24.5 full records after which RFC 8446,
+/// section 5.5, wants another; so much less that records of any size, which waste a block or two each, are covered.
+pub const KEY_BYTES_MAX: u64 = 64 << 30;
+
 /// The keys were not taken; of the connection, which is in an unknown state, only the end is left.
 #[derive(Debug, thiserror::Error)]
 pub enum HandOverError {
@@ -99,6 +103,25 @@ pub fn hand_over(
     sending.set(socket, libc::TLS_TX)?;
     receiving.set(socket, libc::TLS_RX)?;
     Ok(())
+}
+
+/// How many bytes a connection has carried, in the direction that has carried more.
+///
+/// # Errors
+/// `EOPNOTSUPP`: not a TCP socket.
+pub fn bytes_carried(socket: impl AsFd) -> io::Result<u64> {
+    // `struct tcp_info` of `include/uapi/linux/tcp.h`: tcpi_bytes_acked at 120, tcpi_bytes_received behind it.
+    const BYTES_ACKED_OFFSET_BYTES: usize = 120;
+    let mut info = [0u8; BYTES_ACKED_OFFSET_BYTES + 16];
+    let mut length = info.len() as libc::socklen_t;
+    let (fd, address) = (socket.as_fd().as_raw_fd(), info.as_mut_ptr().cast());
+    // SAFETY: the kernel writes at most `length` bytes to `info`, which is that long and lives until the call has returned.
+    let result = unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, address, &raw mut length) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let counter = |at: usize| info[at..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+    Ok(counter(BYTES_ACKED_OFFSET_BYTES).max(counter(BYTES_ACKED_OFFSET_BYTES + 8)))
 }
 
 /// Takes the record because of which a receive on a kTLS socket has failed with EIO; does not wait. `None`: there is no
@@ -292,6 +315,23 @@ mod tests {
         assert_eq!(control_record(21, &[2, 42]), ControlRecord::Alert(42));
         assert_eq!(control_record(22, &[24, 0, 0, 1, 0]), ControlRecord::Handshake(24));
         assert_eq!(control_record(21, &[]), ControlRecord::Other(21));
+    }
+
+    #[test]
+    fn what_a_connection_carried_is_counted_both_ways() {
+        use std::io::{Read as _, Write as _};
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut far = listener.accept().unwrap().0;
+        assert!(bytes_carried(&near).unwrap() < 100);
+        near.write_all(&[7; 10_000]).unwrap();
+        far.read_exact(&mut [0; 10_000]).unwrap();
+        assert!((10_000..10_100).contains(&bytes_carried(&far).unwrap()));
+        // Its acknowledgement may still be on its way to the sender, but not behind an answer.
+        far.write_all(b"x").unwrap();
+        near.read_exact(&mut [0]).unwrap();
+        assert!((10_000..10_100).contains(&bytes_carried(&near).unwrap()));
+        assert!(bytes_carried(std::os::unix::net::UnixStream::pair().unwrap().0).is_err());
     }
 
     #[test]
