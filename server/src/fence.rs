@@ -18,6 +18,8 @@
 
 use std::collections::BTreeMap;
 
+use proto::nbd::handshake::server::Refusal;
+
 /// A connection's identity, unique in the life of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionId(pub u64);
@@ -37,6 +39,17 @@ pub enum Reason {
     /// The catalog could not take the epoch.
     #[error("the server cannot record the session now")]
     NotPersisted,
+}
+
+impl Reason {
+    /// What the client is told. Of a session that is over there is no export any more, and a client that is told so need
+    /// not come again; the others may.
+    pub fn refusal(self) -> Refusal {
+        match self {
+            Self::StaleEpoch | Self::Fenced => Refusal::unknown(self.to_string()),
+            Self::Superseded | Self::NotPersisted => Refusal::shutdown(self.to_string()),
+        }
+    }
 }
 
 /// What the owner has to do, in this order.

@@ -658,8 +658,25 @@ impl Links {
         }
         self.carry_out(outputs);
         self.tick();
+        self.note_incarnation(status);
         self.tell_condition(status);
         None
+    }
+
+    /// Keeps what a process that takes the disk on will compare with.
+    fn note_incarnation(&self, status: &mut StatusFile) {
+        let is = self.reconnect.incarnation();
+        if status.status().session.as_ref().is_none_or(|session| session.incarnation == is) {
+            return;
+        }
+        let changed = status.update(|status| {
+            if let Some(session) = &mut status.session {
+                is.clone_into(&mut session.incarnation);
+            }
+        });
+        if let Err(error) = changed {
+            tracing::error!(%error, "the status file cannot be written");
+        }
     }
 
     fn note_address(&self, address: String, status: &mut StatusFile) {

@@ -432,6 +432,12 @@ impl Connection {
         self.gives_up
     }
 
+    /// Under which cookie the tag's request is, or was last, known to the server; `None`: there is no such tag. For those who
+    /// look on.
+    pub fn cookie(&self, tag: u16) -> Option<u64> {
+        self.entries.get(usize::from(tag)).map(|entry| entry.cookie)
+    }
+
     /// Whether it is up.
     pub fn is_up(&self) -> bool {
         self.link == Link::Up

@@ -401,6 +401,10 @@ impl<'a> QueueLoop<'a> {
             lane.incoming = Incoming::default();
             lane.outgoing.abandon();
         }
+        // Counted before the main thread hears of the loss: it may look at once whether anything was unflushed.
+        for connection in self.connections() {
+            self.commit_completed(connection);
+        }
         let queue_id = self.ring.queue().q_id();
         (self.on_event)(QueueEvent::Disconnected { queue_id, connection, reason });
     }

@@ -13,8 +13,13 @@
 //!                                                    │ something was          │
 //!                                                    └──► lost for good ──► every request EIO, until detached
 //! ```
+//! Giving up takes the same way: every queue drops its connections, and all get new ones together. A write that failed may
+//! still be in the hands of the server, on the connection that was lost; were another queue served meanwhile, it could land on
+//! top of what was written there later. The server grants a slot only when the I/O of the one before it has ended.
+//!
 //! Invariants:
 //! - a queue gets connections only of the incarnation that all others have;
+//! - after a request was given up no queue has a connection until every queue can have one;
 //! - whether the server forgot anything is judged only when no queue has a connection: an acknowledgement of the former
 //!   incarnation could still arrive on one;
 //! - after `lost for good` no queue gets a connection again.
@@ -150,7 +155,7 @@ impl<S> Reconnect<S> {
         if self.lost.is_some() || !matches!(self.queues[index], QueueState::Down) {
             return;
         }
-        if incarnation == self.incarnation {
+        if incarnation == self.incarnation && !self.has_given_up {
             self.connect(queue_id, sockets, outputs);
             return;
         }
@@ -159,13 +164,7 @@ impl<S> Reconnect<S> {
             return;
         }
         self.queues[index] = QueueState::Dialled(sockets, incarnation);
-        for (queue_id, queue) in (0..).zip(&mut self.queues) {
-            if matches!(queue, QueueState::Up) {
-                *queue = QueueState::Closing;
-                let reason = "the server has another storage incarnation".to_owned();
-                outputs.push(Output::Disconnect(queue_id, reason));
-            }
-        }
+        self.close_all("the server has another storage incarnation", outputs);
         self.settle(has_unflushed, outputs);
     }
 
@@ -173,10 +172,18 @@ impl<S> Reconnect<S> {
     pub fn tick(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
         if self.deadline().is_some_and(|deadline| now >= deadline) {
             self.has_given_up = true;
-            for (queue_id, queue) in (0..).zip(&self.queues) {
-                if !matches!(queue, QueueState::Up) {
-                    outputs.push(Output::GiveUp(queue_id));
-                }
+            self.close_all("the other connections are given up", outputs);
+            for queue_id in 0..self.queues.len() as u16 {
+                outputs.push(Output::GiveUp(queue_id));
+            }
+        }
+    }
+
+    fn close_all(&mut self, reason: &str, outputs: &mut Vec<Output<S>>) {
+        for (queue_id, queue) in (0..).zip(&mut self.queues) {
+            if matches!(queue, QueueState::Up) {
+                *queue = QueueState::Closing;
+                outputs.push(Output::Disconnect(queue_id, reason.to_owned()));
             }
         }
     }
@@ -195,6 +202,11 @@ impl<S> Reconnect<S> {
     /// the next outage begins.
     pub fn set_policy(&mut self, policy: StallPolicy) {
         self.policy = policy;
+    }
+
+    /// The storage incarnation that all connections are of.
+    pub fn incarnation(&self) -> &str {
+        &self.incarnation
     }
 
     /// The policy in force.
@@ -221,29 +233,39 @@ impl<S> Reconnect<S> {
         }
     }
 
-    /// Once no queue has a connection of the former incarnation: goes over to the new one, or cannot.
+    /// Once no queue has a connection any more: goes over to the server's incarnation, or cannot. After giving up, waits until
+    /// every queue can be connected.
     fn settle(&mut self, has_unflushed: impl FnOnce() -> bool, outputs: &mut Vec<Output<S>>) {
-        let has_old = self.queues.iter().any(|queue| matches!(queue, QueueState::Up | QueueState::Closing));
-        let new = self.queues.iter().find_map(|queue| match queue {
-            QueueState::Dialled(_, incarnation) => Some(incarnation.clone()),
-            _ => None,
-        });
-        let Some(new) = new.filter(|_| !has_old) else { return };
-        if has_unflushed() {
-            let reason = "the storage server came back without writes that it had acknowledged: I/O gets EIO until the \
-                          disk is detached; check its contents after that";
-            self.lose(reason.to_owned(), outputs);
+        if self.queues.iter().any(|queue| matches!(queue, QueueState::Up | QueueState::Closing)) {
             return;
         }
-        self.former_incarnations.push(std::mem::replace(&mut self.incarnation, new));
+        let new = self.queues.iter().find_map(|queue| match queue {
+            QueueState::Dialled(_, told) if *told != self.incarnation => Some(told.clone()),
+            _ => None,
+        });
+        if let Some(new) = new {
+            if has_unflushed() {
+                let reason = "the storage server came back without writes that it had acknowledged: I/O gets EIO until \
+                              the disk is detached; check its contents after that";
+                self.lose(reason.to_owned(), outputs);
+                return;
+            }
+            self.former_incarnations.push(std::mem::replace(&mut self.incarnation, new));
+            for (queue_id, queue) in (0..).zip(&mut self.queues) {
+                // It changed once more in between.
+                if matches!(queue, QueueState::Dialled(_, told) if *told != self.incarnation) {
+                    *queue = QueueState::Down;
+                    outputs.push(Output::Dial(queue_id));
+                }
+            }
+        }
+        if self.has_given_up && self.queues.iter().any(|queue| matches!(queue, QueueState::Down)) {
+            return;
+        }
         for queue_id in 0..self.queues.len() as u16 {
             let queue = &mut self.queues[usize::from(queue_id)];
             match std::mem::replace(queue, QueueState::Down) {
-                QueueState::Dialled(sockets, told) if told == self.incarnation => {
-                    self.connect(queue_id, sockets, outputs);
-                }
-                // It changed once more in between.
-                QueueState::Dialled(..) => outputs.push(Output::Dial(queue_id)),
+                QueueState::Dialled(sockets, _) => self.connect(queue_id, sockets, outputs),
                 other => *queue = other,
             }
         }
@@ -339,15 +361,34 @@ mod tests {
         world.disconnected(0);
         assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_secs(5)));
         assert_eq!(world.tick_at(4_999), []);
-        assert_eq!(world.tick_at(5_000), [Output::GiveUp(0)]);
+        let outputs = world.tick_at(5_000);
+        assert_eq!(disconnects(&outputs), [1], "what failed may still land: no queue is served meanwhile");
+        assert!(outputs.contains(&Output::GiveUp(0)) && outputs.contains(&Output::GiveUp(1)));
         assert_eq!(world.reconnect.deadline(), None, "once is enough");
         assert!(matches!(world.reconnect.condition(), Condition::Failing(_)));
-        assert_eq!(world.disconnected(1), [Output::GiveUp(1), Output::Dial(1)], "a queue lost later, too");
-        assert_eq!(world.dialled(0, 1, OLD), [Output::Connect(0, 1)]);
-        assert_eq!(world.dialled(1, 2, OLD), [Output::Connect(1, 2)]);
+        assert_eq!(world.dialled(0, 1, OLD), []);
+        assert_eq!(world.disconnected(1), [Output::GiveUp(1), Output::Dial(1)], "nor before all can be");
+        assert_eq!(world.dialled(1, 2, OLD), [Output::Connect(0, 1), Output::Connect(1, 2)]);
         assert_eq!(world.reconnect.condition(), Condition::Live);
         world.disconnected(0);
         assert_eq!(world.reconnect.deadline(), Some(world.now() + Duration::from_secs(5)), "the next outage");
+    }
+
+    #[test]
+    fn after_giving_up_a_server_that_forgot_is_still_not_the_same() {
+        let mut world = World::new(StallPolicy::FailAfterMs(5_000));
+        world.disconnected(0);
+        world.disconnected(1);
+        world.tick_at(5_000);
+        assert_eq!(world.dialled(0, 1, OLD), []);
+        assert_eq!(world.dialled(1, 2, NEW), [Output::Dial(0)], "the first came from before the change");
+        assert_eq!(world.dialled(0, 3, NEW), [Output::Connect(0, 3), Output::Connect(1, 2)]);
+        world.disconnected(0);
+        world.disconnected(1);
+        world.tick_at(10_000);
+        world.has_unflushed = true;
+        world.dialled(0, 4, "boot.3");
+        assert!(matches!(world.reconnect.condition(), Condition::Lost(_)));
     }
 
     #[test]
@@ -356,7 +397,8 @@ mod tests {
         world.disconnected(0);
         world.tick_at(60_000);
         world.reconnect.set_policy(StallPolicy::FailAfterMs(30_000));
-        assert_eq!(world.tick_at(60_000), [Output::GiveUp(0)], "it has lasted longer already");
+        let outputs = world.tick_at(60_000);
+        assert!(outputs.contains(&Output::GiveUp(0)), "it has lasted longer already");
         let mut world = World::new(StallPolicy::FailAfterMs(30_000));
         world.disconnected(0);
         world.reconnect.set_policy(StallPolicy::Wait);

@@ -7,13 +7,12 @@ use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use proto::nbd::handshake::server::Refusal;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use super::{FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
 use crate::data_server::FenceError;
-use crate::fence::{ConnectionId, Fence, Output, Reason};
+use crate::fence::{ConnectionId, Fence, Output};
 use crate::mailbox::RingMessage;
 
 impl Gate {
@@ -26,7 +25,7 @@ impl Gate {
                 Output::Grant(connection) => self.find_volume(connection),
                 Output::Refuse(connection, reason) => {
                     if let Some(known) = self.connections.remove(&connection) {
-                        self.refuse(connection, known.ring, refusal(reason));
+                        self.refuse(connection, known.ring, reason.refusal());
                     }
                 }
                 Output::Persist(epoch) => {
@@ -175,13 +174,4 @@ impl Gate {
 
 fn is_named_writer(known: &Known, volume_uid: Uuid) -> bool {
     known.right == Right::NamedWriter && known.volume_uid == volume_uid
-}
-
-/// What the client is told. Of a session that is over there is no export any more, and a client that is told so need not
-/// come again; the others may.
-fn refusal(reason: Reason) -> Refusal {
-    match reason {
-        Reason::StaleEpoch | Reason::Fenced => Refusal::unknown(reason.to_string()),
-        Reason::Superseded | Reason::NotPersisted => Refusal::shutdown(reason.to_string()),
-    }
 }
