@@ -5,3 +5,4 @@
 mod bench_server;
 mod crowd;
 mod programs;
+mod simulator;

@@ -1,7 +1,12 @@
-//! What every block of a volume may hold after a power cut, by what was written and answered.
+//! What every block of a volume may hold, by what was written and answered: to whoever reads it, and after a power cut.
 //!
 //! Owns the history of writes to a range of blocks, the contents that each of them put there, and the verdict on what is
-//! found later. Never does I/O; its user tells it what it sends and which replies came. Used by the tests on the lying disk.
+//! found later. Never does I/O; its user tells it what it sends and which replies came. Used by the tests on the lying disk
+//! and by the simulator.
+//!
+//! What may be read while nothing is lost, for each 512-byte sector of a block by itself: the newest answered write when the
+//! read was sent, or any write that was sent later or failed since. Once a read has shown which of those it is, with no write
+//! under way, it stays: what failed may not land late.
 //!
 //! What may be found, for each 512-byte sector of a block by itself:
 //! - A write is *pinned* once it was answered with FUA, or was answered before a FLUSH was sent that was answered too (where
@@ -11,6 +16,8 @@
 //!   different writes of those allowed, because a disk that loses power may have written any of them.
 //!
 //! Invariant: never two writes of one block in flight, because nothing orders those.
+
+use std::sync::Arc;
 
 use crate::lying_disk::SECTOR_BYTES;
 
@@ -77,12 +84,44 @@ pub struct SentFlush {
     answers_before: u64,
 }
 
+/// A read that was sent, with what it may find of what was there by then.
+#[derive(Debug, Clone)]
+pub struct SentRead {
+    blocks: Blocks,
+    events_before: u64,
+    /// By block.
+    shown: Vec<Shown>,
+}
+
 /// The history of a volume's blocks; see the head of the file.
 pub struct BlockHistory {
     seed: u64,
     blocks: Vec<Vec<Version>>,
+    /// By block.
+    live: Vec<Live>,
     sequence: u64,
     answers: u64,
+    /// Writes that were sent or have ended.
+    events: u64,
+}
+
+/// What a block shows to whoever reads it.
+struct Live {
+    shown: Shown,
+    /// All writes, oldest first.
+    writes: Vec<(u64, Pattern)>,
+    /// What was found when the history began anew, and the last write before.
+    base: Option<(u64, Arc<[u8]>)>,
+    changed_at: u64,
+}
+
+/// Contents that may be seen: these, or those of any later write.
+#[derive(Debug, Clone)]
+enum Shown {
+    /// From the write of this number on.
+    From(u64),
+    /// These bytes, seen after the write of this number was sent.
+    Seen(u64, Arc<[u8]>),
 }
 
 /// Contents that a block may hold, oldest first in its list; the first one of the list is pinned.
@@ -91,6 +130,8 @@ struct Version {
     content: Content,
     /// Its place among all answers; `None` while it has none.
     answer: Option<u64>,
+    /// It ended with an error: it may be there or not.
+    has_failed: bool,
 }
 
 enum Content {
@@ -102,9 +143,23 @@ enum Content {
 impl BlockHistory {
     /// The history of `block_count` blocks that read as zeroes and are stable.
     pub fn new(seed: u64, block_count: usize) -> Self {
+        let content = || Content::Pattern(Pattern::Zeroes);
         let zeroes =
-            || vec![Version { sequence: 0, content: Content::Pattern(Pattern::Zeroes), answer: Some(0) }];
-        Self { seed, blocks: (0..block_count).map(|_| zeroes()).collect(), sequence: 0, answers: 0 }
+            || vec![Version { sequence: 0, content: content(), answer: Some(0), has_failed: false }];
+        let live = || Live {
+            shown: Shown::From(0),
+            writes: vec![(0, Pattern::Zeroes)],
+            base: None,
+            changed_at: 0,
+        };
+        Self {
+            seed,
+            blocks: (0..block_count).map(|_| zeroes()).collect(),
+            live: (0..block_count).map(|_| live()).collect(),
+            sequence: 0,
+            answers: 0,
+            events: 0,
+        }
     }
 
     /// How many blocks there are.
@@ -116,7 +171,7 @@ impl BlockHistory {
     pub fn is_idle(&self, blocks: Blocks) -> bool {
         self.blocks[blocks.numbers()]
             .iter()
-            .all(|versions| versions.last().is_none_or(|last| last.answer.is_some()))
+            .all(|versions| versions.last().is_none_or(|last| last.answer.is_some() || last.has_failed))
     }
 
     /// Notes a write that is about to be sent; gives its payload (empty for zeroes).
@@ -126,10 +181,14 @@ impl BlockHistory {
     pub fn send_write(&mut self, blocks: Blocks, pattern: Pattern) -> (SentWrite, Vec<u8>) {
         assert!(self.is_idle(blocks), "two writes of one block in flight: {blocks:?}");
         self.sequence += 1;
+        self.events += 1;
         let sequence = self.sequence;
         let mut payload = Vec::new();
         for block in blocks.numbers() {
-            self.blocks[block].push(Version { sequence, content: Content::Pattern(pattern), answer: None });
+            let content = Content::Pattern(pattern);
+            self.blocks[block].push(Version { sequence, content, answer: None, has_failed: false });
+            self.live[block].writes.push((sequence, pattern));
+            self.live[block].changed_at = self.events;
             if pattern == Pattern::Stamped {
                 (0..BLOCK_BYTES / SECTOR_BYTES).for_each(|sector| {
                     payload.extend_from_slice(&stamped_sector(self.seed, block, sector, sequence));
@@ -142,6 +201,7 @@ impl BlockHistory {
     /// Notes that a write was answered without an error; `durable` if it was sent with FUA or the write cache is off.
     pub fn write_answered(&mut self, write: SentWrite, durable: bool) {
         self.answers += 1;
+        self.events += 1;
         for block in write.blocks.numbers() {
             let versions = &mut self.blocks[block];
             let Some(at) = versions.iter().position(|version| version.sequence == write.sequence) else {
@@ -151,7 +211,101 @@ impl BlockHistory {
             if durable {
                 versions.drain(..at);
             }
+            self.live[block].shown = Shown::From(write.sequence);
+            self.live[block].changed_at = self.events;
         }
+    }
+
+    /// Notes that a write ended with an error: it is there, or parts of it, or nothing; but not later than it seems.
+    pub fn write_failed(&mut self, write: SentWrite) {
+        self.events += 1;
+        for block in write.blocks.numbers() {
+            let versions = &mut self.blocks[block];
+            if let Some(version) = versions.iter_mut().find(|version| version.sequence == write.sequence) {
+                version.has_failed = true;
+            }
+            self.live[block].changed_at = self.events;
+        }
+    }
+
+    /// Notes a read that is about to be sent.
+    pub fn send_read(&self, blocks: Blocks) -> SentRead {
+        let shown = self.live[blocks.numbers()].iter().map(|live| live.shown.clone()).collect();
+        SentRead { blocks, events_before: self.events, shown }
+    }
+
+    /// Checks what a read found.
+    ///
+    /// # Errors
+    /// Names the first sector that holds what it may not.
+    ///
+    /// # Panics
+    /// `found` is not as long as the blocks.
+    pub fn read_answered(&mut self, read: &SentRead, found: &[u8]) -> Result<(), Violation> {
+        assert_eq!(found.len(), read.blocks.length_bytes() as usize, "what was read of {:?}", read.blocks);
+        for ((block, bytes), shown) in
+            read.blocks.numbers().zip(found.chunks(BLOCK_BYTES)).zip(&read.shown)
+        {
+            for (sector, bytes) in bytes.chunks(SECTOR_BYTES).enumerate() {
+                self.check_read_sector(block, sector, shown, bytes)?;
+            }
+            let is_idle = self.is_idle(Blocks { first: block, count: 1 });
+            if is_idle && self.live[block].changed_at <= read.events_before {
+                self.live[block].shown = Shown::Seen(self.sequence, bytes.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The volume lost what was not pinned, and its users were told: any of what is allowed after a power cut may be read.
+    pub fn forgot(&mut self) {
+        for (versions, live) in self.blocks.iter_mut().zip(&mut self.live) {
+            let pinned = versions.first().map_or(0, |pinned| pinned.sequence);
+            live.shown = live.shown_from(pinned);
+            // A later FLUSH does not bring back what is gone.
+            for version in versions.iter_mut().skip(1) {
+                (version.answer, version.has_failed) = (None, true);
+            }
+        }
+    }
+
+    /// The volume lost power and nothing that was answered: what failed or is under way may have gone.
+    pub fn lost_power(&mut self) {
+        for (versions, live) in self.blocks.iter().zip(&mut self.live) {
+            let answered = versions.iter().rev().find(|version| version.answer.is_some());
+            let answered = answered.map_or(0, |answered| answered.sequence);
+            live.shown = live.shown_from(answered);
+        }
+    }
+
+    fn check_read_sector(
+        &self,
+        block: usize,
+        sector: usize,
+        shown: &Shown,
+        found: &[u8],
+    ) -> Result<(), Violation> {
+        let live = &self.live[block];
+        let place = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
+        let (from, seen) = match shown {
+            Shown::From(from) => {
+                (*from, live.base.as_ref().filter(|base| base.0 == *from).map(|base| &base.1))
+            }
+            Shown::Seen(after, bytes) => (after + 1, Some(bytes)),
+        };
+        let is_seen = seen.is_some_and(|bytes| found == &bytes[place]);
+        let of_write = |(sequence, pattern): &&(u64, Pattern)| match pattern {
+            _ if *sequence < from => false,
+            Pattern::Zeroes => found.iter().all(|&byte| byte == 0),
+            Pattern::Stamped => found == stamped_sector(self.seed, block, sector, *sequence),
+        };
+        if is_seen || live.writes.iter().rev().any(|write| of_write(&write)) {
+            return Ok(());
+        }
+        let mut allowed: Vec<String> = seen.map(|_| "what was read before".to_owned()).into_iter().collect();
+        let writes = live.writes.iter().filter(|(sequence, _)| *sequence >= from);
+        allowed.extend(writes.map(|(sequence, pattern)| format!("write {sequence} ({pattern:?})")));
+        Err(Violation { block, sector, found: describe_sector(found), allowed: allowed.join(", ") })
     }
 
     /// Notes a FLUSH that is about to be sent.
@@ -183,9 +337,11 @@ impl BlockHistory {
             for (sector, bytes) in bytes.chunks(SECTOR_BYTES).enumerate() {
                 self.check_sector(block, sector, bytes)?;
             }
+            let (sequence, answer) = (self.sequence, Some(self.answers));
             let content = Content::Found(bytes.into());
-            self.blocks[block] =
-                vec![Version { sequence: self.sequence, content, answer: Some(self.answers) }];
+            self.blocks[block] = vec![Version { sequence, content, answer, has_failed: false }];
+            self.live[block].base = Some((sequence, bytes.into()));
+            self.live[block].shown = Shown::Seen(sequence, bytes.into());
         }
         Ok(())
     }
@@ -207,9 +363,22 @@ impl BlockHistory {
     }
 }
 
+impl Live {
+    fn shown_from(&self, sequence: u64) -> Shown {
+        match &self.base {
+            Some((base, bytes)) if *base == sequence => Shown::Seen(sequence, Arc::clone(bytes)),
+            _ => Shown::From(sequence),
+        }
+    }
+}
+
 impl Version {
     fn describe(&self) -> String {
-        let answered = if self.answer.is_some() { "answered" } else { "in flight" };
+        let answered = match self.answer {
+            Some(_) => "answered",
+            None if self.has_failed => "failed",
+            None => "in flight",
+        };
         match &self.content {
             Content::Pattern(pattern) => format!("write {} ({pattern:?}, {answered})", self.sequence),
             Content::Found(_) => "what the last power cut left".to_owned(),
@@ -336,6 +505,64 @@ mod tests {
         let mut damaged = payload;
         damaged[511] ^= 1;
         assert!(refused(&mut history, &damaged[..BLOCK_BYTES]).contains("does not belong to it"));
+    }
+
+    fn read(history: &mut BlockHistory, found: &[u8]) -> Result<(), Violation> {
+        let read = history.send_read(ONE);
+        history.read_answered(&read, found)
+    }
+
+    #[test]
+    fn a_stale_read_is_noticed() {
+        let mut history = history();
+        let (old, old_payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(old, false);
+        let before = history.send_read(ONE);
+        let (new, new_payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(new, false);
+        history.read_answered(&before, &old_payload).unwrap();
+        history.read_answered(&before, &new_payload).unwrap();
+        let text = read(&mut history, &old_payload).unwrap_err().to_string();
+        assert!(text.contains("found write 1 of block 0") && text.contains("allowed: write 2"), "{text}");
+        read(&mut history, &new_payload).unwrap();
+    }
+
+    #[test]
+    fn a_write_that_was_answered_too_early_is_noticed() {
+        let mut history = history();
+        let (write, _) = history.send_write(ONE, Pattern::Stamped);
+        read(&mut history, &[0; BLOCK_BYTES]).unwrap();
+        history.write_answered(write, false);
+        assert!(read(&mut history, &[0; BLOCK_BYTES]).is_err());
+    }
+
+    #[test]
+    fn a_write_that_failed_may_be_there_or_not_but_does_not_come_later() {
+        for is_there in [false, true] {
+            let mut history = history();
+            let (write, payload) = history.send_write(ONE, Pattern::Stamped);
+            history.write_failed(write);
+            assert!(history.is_idle(ONE));
+            let (first, second) =
+                if is_there { (payload, vec![0; BLOCK_BYTES]) } else { (vec![0; BLOCK_BYTES], payload) };
+            read(&mut history, &first).unwrap();
+            read(&mut history, &first).unwrap();
+            let text = read(&mut history, &second).unwrap_err().to_string();
+            assert!(text.contains("what was read before"), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_volume_forgot_may_be_read_again_as_it_was() {
+        let mut history = history();
+        let (write, payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(write, false);
+        read(&mut history, &payload).unwrap();
+        history.lost_power();
+        assert!(read(&mut history, &[0; BLOCK_BYTES]).is_err(), "nothing that was answered is lost");
+        history.forgot();
+        read(&mut history, &[0; BLOCK_BYTES]).unwrap();
+        assert!(read(&mut history, &payload).is_err(), "it is gone");
     }
 
     #[test]

@@ -1,0 +1,116 @@
+//! The simulator: ten thousand simulations without a broken promise, every rule tried, and every broken rule noticed.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use testlab::seed;
+use testlab::simulator::{Coverage, Failure, Mutant, Stage};
+
+/// Simulations of one run, some 220 requests each.
+const SEEDS: u64 = 10_000;
+/// A broken rule is noticed within so many.
+const SEEDS_OF_A_MUTANT: u64 = 3_000;
+
+/// What has to come up, or a rule was not tried.
+const SITUATIONS: [&str; 24] = [
+    "a connection is closed with I/O under way",
+    "a connection stands still",
+    "a device process is killed",
+    "a new connection closes an older one",
+    "a power cut",
+    "a read is checked",
+    "a reply that came twice",
+    "a reply to nothing",
+    "a request fails",
+    "a request that the next process gets again",
+    "a server is killed with I/O under way",
+    "a server of another incarnation",
+    "a server that forgot is noticed",
+    "a sync fails",
+    "a sync that was waited for",
+    "a volume that lost writes is opened anew",
+    "a volume's lock is waited for",
+    "an attachment is fenced",
+    "an open of an attachment that is no more",
+    "bytes come after a loss",
+    "draining lets a connection in",
+    "replies are due for too long",
+    "requests are given up",
+    "requests are sent again",
+];
+
+fn stage() -> (tempfile::TempDir, Stage) {
+    let dir = tempfile::tempdir().unwrap();
+    let stage = Stage::new(dir.path()).unwrap();
+    (dir, stage)
+}
+
+#[test]
+fn ten_thousand_simulations_keep_every_promise() {
+    let (_dir, stage) = stage();
+    let seed = seed::choose().unwrap();
+    let began = Instant::now();
+    let coverage = match stage.run_many(seed, SEEDS) {
+        Ok(coverage) => coverage,
+        Err((seed, failure)) => panic!("cargo lab soak --sim --seeds 1 --seed {seed}: {failure}"),
+    };
+    println!("{SEEDS} simulations in {:?}", began.elapsed());
+    for (situation, count) in coverage.counts() {
+        println!("{count:>9}  {situation}");
+    }
+    for situation in SITUATIONS {
+        assert!(coverage.of(situation) > 0, "it never came up: {situation}");
+    }
+}
+
+#[test]
+fn a_seed_is_always_the_same_simulation() {
+    let (_dir, stage) = stage();
+    let run = |seed| {
+        let mut coverage = Coverage::default();
+        stage.run(seed, None, &mut coverage).unwrap();
+        coverage.counts().collect::<Vec<_>>()
+    };
+    for seed in 1..20 {
+        assert_eq!(run(seed), run(seed), "seed {seed}");
+    }
+    assert_ne!(run(1), run(2));
+}
+
+#[test]
+fn every_broken_rule_is_noticed() {
+    let (_dir, stage) = stage();
+    let mut unnoticed = Vec::new();
+    for mutant in Mutant::ALL {
+        let noticed = (1..=SEEDS_OF_A_MUTANT).find_map(|seed| {
+            let mut coverage = Coverage::default();
+            let run = AssertUnwindSafe(|| stage.run(seed, Some(mutant), &mut coverage));
+            match catch_unwind(run) {
+                Ok(Ok(())) => None,
+                Ok(Err(failure)) => Some((seed, failure.to_string())),
+                Err(_) => Some((seed, "an assertion of the product".to_owned())),
+            }
+        });
+        match noticed {
+            Some((seed, how)) => println!("{mutant:?}: seed {seed}: {how}"),
+            None => unnoticed.push(mutant),
+        }
+    }
+    assert!(unnoticed.is_empty(), "not noticed: {unnoticed:?}");
+}
+
+#[test]
+fn a_failure_says_what_it_is() {
+    let (_dir, stage) = stage();
+    let mut coverage = Coverage::default();
+    let failure = (1..).find_map(|seed| stage.run(seed, Some(Mutant::SwappedBlocks), &mut coverage).err());
+    assert!(matches!(failure, Some(Failure::Violation(_))), "{failure:?}");
+}
+
+#[test]
+fn zz_debug() {
+    let (_dir, stage) = stage();
+    let seed = std::env::var("S").unwrap().parse().unwrap();
+    let mut coverage = Coverage::told();
+    println!("{:?}", stage.run(seed, None, &mut coverage));
+}

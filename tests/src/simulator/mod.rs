@@ -1,0 +1,106 @@
+//! The simulator: the product's own state machines, on both sides of a connection, with a network, a disk and a clock that
+//! exist only here. One seed is one simulation, always the same.
+//!
+//! What is the product's: on the client `Connection`, `Incoming` and `Outgoing`, `Reconnect`, `Unflushed`, `Balance` and the
+//! handshake; on the server `Session`, `Fence`, `RequestProgress`, `SyncGroups` and the handshake. What stands for the code between
+//! them (rings, threads, the gate) is in `client.rs` and `server.rs`; `network.rs` and `disk.rs` are what they stand on, `world.rs`
+//! chooses what happens. Users' reads, and the disk after a last power cut, are checked by `block_history.rs`.
+//!
+//! [`Coverage`] counts which situations came up, [`Mutant`] breaks the rules one by one: see `tests/host/simulator.rs`.
+
+mod client;
+mod coverage;
+mod disk;
+mod mutant;
+mod network;
+mod server;
+mod world;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use ::server::backend::file;
+use uuid::Uuid;
+
+pub use coverage::Coverage;
+pub use mutant::Mutant;
+
+use crate::block_history::{BLOCK_BYTES, Violation};
+use world::World;
+
+/// A simulation ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Somebody read, or a power cut left, what must not be.
+    #[error("a promise was broken: {0}")]
+    Violation(#[from] Violation),
+    /// A request failed, or the disk did, for no reason.
+    #[error("an error for no reason: {0}")]
+    Error(String),
+    /// It does not come to an end.
+    #[error("stuck: {0}")]
+    Stuck(String),
+}
+
+/// Where simulations have the file that stands for their volume.
+#[derive(Debug)]
+pub struct Stage {
+    dir: PathBuf,
+    volume_uid: Uuid,
+}
+
+impl Stage {
+    /// In a directory that exists.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn new(dir: &Path) -> io::Result<Self> {
+        let volume_uid = Uuid::from_u128(2);
+        file::create(dir, volume_uid, (64 * BLOCK_BYTES) as u64).map_err(io::Error::other)?;
+        Ok(Self { dir: dir.to_owned(), volume_uid })
+    }
+
+    /// Runs the simulation of a seed, with a rule broken or none.
+    ///
+    /// # Errors
+    /// [`Failure`], by cause.
+    pub fn run(&self, seed: u64, mutant: Option<Mutant>, coverage: &mut Coverage) -> Result<(), Failure> {
+        World::new(seed, mutant, &self.dir, self.volume_uid, coverage).run()
+    }
+
+    /// Runs the simulations of many seeds, from `first_seed` on, on two threads.
+    ///
+    /// # Errors
+    /// A seed that failed, and how.
+    pub fn run_many(&self, first_seed: u64, seeds: u64) -> Result<Coverage, (u64, Failure)> {
+        let next = AtomicU64::new(0);
+        let has_failed = AtomicBool::new(false);
+        let outcome = Mutex::new((Coverage::default(), None));
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let mut coverage = Coverage::default();
+                    let mut failure = None;
+                    while !has_failed.load(Ordering::Relaxed) {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        if index >= seeds {
+                            break;
+                        }
+                        let seed = first_seed.wrapping_add(index);
+                        if let Err(error) = self.run(seed, None, &mut coverage) {
+                            has_failed.store(true, Ordering::Relaxed);
+                            failure = Some((seed, error));
+                        }
+                    }
+                    let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
+                    outcome.0.add(&coverage);
+                    outcome.1 = outcome.1.take().or(failure);
+                });
+            }
+        });
+        let (coverage, failure) = outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
+        failure.map_or(Ok(coverage), Err)
+    }
+}

@@ -1,0 +1,63 @@
+//! Rules that the simulation can break on purpose: each has to be noticed, or the simulation tests nothing.
+
+/// A rule that is broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutant {
+    /// The server takes a connection for gone while its I/O is still under way.
+    NoDraining,
+    /// The server does not look at the session epoch.
+    EpochIgnored,
+    /// The server does not close the older connection of a slot.
+    SlotIgnored,
+    /// The client sends again on another slot.
+    OtherSlot,
+    /// An attachment is given to another node without fencing the former holder.
+    NotFenced,
+    /// A new server process does not wait for the last I/O of the one before.
+    NoRestartLock,
+    /// A cookie is the tag alone.
+    TagOnlyCookie,
+    /// The client does not look at the storage incarnation.
+    IncarnationIgnored,
+    /// Requests are sent again before every operation on the lost connection is reaped.
+    NoReaping,
+    /// The main thread hears of a loss before acknowledged requests were counted.
+    CountedLate,
+    /// A FLUSH is taken to cover all that was acknowledged when it ended.
+    FlushCoversTooMuch,
+    /// After giving up, each queue is served again by itself.
+    GivesUpAlone,
+    /// The server answers every FLUSH without a sync.
+    FlushDropped,
+    /// The server does not look at FUA.
+    FuaDropped,
+    /// The server answers a WRITE before it is done.
+    EarlyAnswer,
+    /// The server puts two neighbouring blocks in each other's place.
+    SwappedBlocks,
+    /// After a reconnect, the server reads from stable storage past the cache.
+    StaleRead,
+}
+
+impl Mutant {
+    /// All there are.
+    pub const ALL: [Self; 17] = [
+        Self::NoDraining,
+        Self::EpochIgnored,
+        Self::SlotIgnored,
+        Self::OtherSlot,
+        Self::NotFenced,
+        Self::NoRestartLock,
+        Self::TagOnlyCookie,
+        Self::IncarnationIgnored,
+        Self::NoReaping,
+        Self::CountedLate,
+        Self::FlushCoversTooMuch,
+        Self::GivesUpAlone,
+        Self::FlushDropped,
+        Self::FuaDropped,
+        Self::EarlyAnswer,
+        Self::SwappedBlocks,
+        Self::StaleRead,
+    ];
+}

@@ -1,0 +1,104 @@
+//! The simulated network: connections as two pipes of bytes, of which a part has arrived and the rest is on its way.
+//!
+//! Owns the bytes between a client and a server. Never decides what happens to them: `world.rs` lets bytes arrive, cuts
+//! connections and lets them stand still. What a side sent before it closed may arrive long after, as on a real network.
+
+/// How a direction ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// Its sender closed: all bytes come first.
+    Fin,
+    /// What is not read yet may be lost.
+    Reset,
+}
+
+/// One direction of a connection.
+#[derive(Debug, Default)]
+pub(super) struct Pipe {
+    bytes: Vec<u8>,
+    /// Read up to here.
+    read: usize,
+    /// Arrived up to here.
+    arrived: usize,
+    end: Option<End>,
+    /// Nobody reads it any more.
+    pub(super) is_unread: bool,
+}
+
+impl Pipe {
+    /// How many bytes it takes, where it holds `room_bytes` at most.
+    pub(super) fn room(&self, room_bytes: usize) -> usize {
+        room_bytes.saturating_sub(self.bytes.len() - self.read)
+    }
+
+    /// Whether it takes bytes at all.
+    pub(super) fn is_open(&self) -> bool {
+        self.end.is_none() && !self.is_unread
+    }
+
+    pub(super) fn write(&mut self, bytes: &[u8]) {
+        if self.is_open() {
+            self.bytes.extend_from_slice(bytes);
+        }
+    }
+
+    pub(super) fn on_the_way(&self) -> usize {
+        self.bytes.len() - self.arrived
+    }
+
+    pub(super) fn arrive(&mut self, bytes: usize) {
+        self.arrived += bytes.min(self.on_the_way());
+    }
+
+    pub(super) fn readable(&self) -> &[u8] {
+        &self.bytes[self.read..self.arrived]
+    }
+
+    pub(super) fn consume(&mut self, bytes: usize) {
+        self.read += bytes;
+        debug_assert!(self.read <= self.arrived);
+        if self.read > 64 << 10 {
+            self.bytes.drain(..self.read);
+            (self.arrived, self.read) = (self.arrived - self.read, 0);
+        }
+    }
+
+    /// The sender ends it; nothing is sent after.
+    pub(super) fn close(&mut self, end: End) {
+        if self.end.is_none() {
+            self.end = Some(end);
+        }
+    }
+
+    /// The network ends it: what is on its way is lost, and maybe what has arrived, too.
+    pub(super) fn cut(&mut self, loses_arrived: bool) {
+        let kept = if loses_arrived { self.read } else { self.arrived };
+        self.bytes.truncate(kept);
+        self.arrived = kept;
+        self.end = Some(End::Reset);
+    }
+
+    /// The end, once everything before it was read.
+    pub(super) fn end(&self) -> Option<End> {
+        self.end.filter(|_| self.read == self.bytes.len())
+    }
+}
+
+/// A connection's number; they are never used again.
+pub(super) type LinkId = usize;
+
+/// One connection.
+#[derive(Debug, Default)]
+pub(super) struct Link {
+    pub(super) to_server: Pipe,
+    pub(super) to_client: Pipe,
+    /// Nothing arrives, in neither direction, and nobody is told.
+    pub(super) is_stalled: bool,
+}
+
+impl Link {
+    /// Whether bytes can arrive on it.
+    pub(super) fn has_traffic(&self) -> bool {
+        !self.is_stalled && self.to_server.on_the_way() + self.to_client.on_the_way() > 0
+    }
+}

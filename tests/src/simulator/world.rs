@@ -1,0 +1,683 @@
+//! One simulation: users, a device with its processes, a network, a storage node with its processes, and a disk, on one thread
+//! with a clock of its own. What happens next is chosen by the seed and by nothing else.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use ::client::device::connection::Operation;
+use ::client::device::reconnect::{Condition, StallPolicy};
+use fastrand::Rng;
+use proto::export_name::{SECRET_BYTES, Secret};
+use proto::nbd::transmission::{Command, CommandFlags};
+use uuid::Uuid;
+
+use super::client::{Bio, Bios, Client, EndedBio, Note, Spec, is_eio};
+use super::coverage::Coverage;
+use super::disk::Disk;
+use super::network::{End, Link};
+use super::server::{Attachment, Catalog, Server};
+use super::{Failure, Mutant, client, server};
+use crate::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern};
+
+/// Blocks of the volume.
+const BLOCKS: usize = 12;
+const BLOCKS_OF_A_REQUEST_MAX: usize = 3;
+/// Requests of one simulation.
+pub(super) const REQUESTS: usize = 220;
+/// A simulation that takes more is stuck.
+const STEPS_MAX: u64 = 400_000;
+/// Steps between two faults, on average.
+const STEPS_PER_FAULT: u64 = 300;
+
+/// A block device and the process behind it.
+struct Device {
+    bios: Bios,
+    spec: Spec,
+    client: Option<Client>,
+    /// What the last process knew.
+    incarnation: Option<String>,
+    /// The storage lost something since all connections were last up.
+    may_be_lost: bool,
+    /// Some requests were given up in this outage, or the peer lies.
+    may_fail: bool,
+}
+
+pub(super) struct World<'a> {
+    rng: Rng,
+    now: Instant,
+    links: Vec<Link>,
+    disk: Disk,
+    catalog: Catalog,
+    server: Option<Server>,
+    processes: u64,
+    devices: Vec<Device>,
+    history: BlockHistory,
+    requests_left: usize,
+    attachments: u64,
+    /// The volume is being taken away from its holder.
+    is_taking: bool,
+    room_bytes: usize,
+    lies: bool,
+    has_faults: bool,
+    may_fail_syncs: bool,
+    mutant: Option<Mutant>,
+    coverage: &'a mut Coverage,
+    /// Requests that have ended, and whether an error may be.
+    ended: Vec<(EndedBio, bool)>,
+    steps: u64,
+}
+
+impl<'a> World<'a> {
+    pub(super) fn new(
+        seed: u64,
+        mutant: Option<Mutant>,
+        volumes_dir: &Path,
+        volume_uid: Uuid,
+        coverage: &'a mut Coverage,
+    ) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        let catalog = Catalog {
+            server_id: Uuid::from_u128(1),
+            volume_uid,
+            capacity_bytes: capacity_bytes(),
+            write_cache_on: rng.u8(..4) > 0,
+            boot: 1,
+            incarnation: 0,
+            attachment: None,
+            volumes_dir: volumes_dir.to_owned(),
+        };
+        let room_bytes = [700, 5_000, 100_000][rng.usize(..3)];
+        let lies = rng.u8(..8) == 0 || mutant == Some(Mutant::TagOnlyCookie);
+        let may_fail_syncs = rng.u8(..6) == 0;
+        let mut world = Self {
+            now: Instant::now(),
+            links: Vec::new(),
+            disk: Disk::new(capacity_bytes()),
+            server: Some(Server::new(1, mutant)),
+            catalog,
+            processes: 1,
+            devices: Vec::new(),
+            history: BlockHistory::new(seed, BLOCKS),
+            requests_left: REQUESTS,
+            attachments: 0,
+            is_taking: false,
+            room_bytes,
+            lies,
+            has_faults: true,
+            may_fail_syncs,
+            mutant,
+            coverage,
+            ended: Vec::new(),
+            steps: 0,
+            rng,
+        };
+        world.attach();
+        world
+    }
+
+    /// Runs it to its end.
+    ///
+    /// # Errors
+    /// A promise was broken, or it is stuck.
+    pub(super) fn run(mut self) -> Result<(), Failure> {
+        while self.requests_left > 0 || self.is_busy() {
+            self.has_faults = self.requests_left > 0;
+            self.step()?;
+        }
+        self.read_everything()?;
+        self.flush_and_look_at_the_disk()
+    }
+
+    fn device(&mut self) -> &mut Device {
+        self.devices.last_mut().expect("there is always one")
+    }
+
+    fn is_busy(&self) -> bool {
+        let is_lost = |device: &Device| {
+            let client = device.client.as_ref();
+            client.is_none_or(|client| matches!(client.condition(), Condition::Lost(_)))
+        };
+        self.is_taking || self.devices.iter().any(|device| device.has_bios() || is_lost(device))
+    }
+
+    fn step(&mut self) -> Result<(), Failure> {
+        self.steps += 1;
+        if self.steps > STEPS_MAX {
+            return Err(self.stuck());
+        }
+        let has_done = match self.rng.u8(..16) {
+            0 => self.submit(),
+            1..=4 => self.client_step(false),
+            5..=8 => self.server_step(),
+            9..=12 => self.traffic(),
+            13 | 14 => self.disk_step(),
+            _ => {
+                self.disk.write_back(&mut self.rng);
+                self.chance()?;
+                true
+            }
+        };
+        self.now += Duration::from_micros(self.rng.u64(..2_000));
+        if !has_done && self.rng.u8(..8) == 0 && !self.do_anything() {
+            // Nothing can happen but that time passes.
+            self.now += Duration::from_millis(self.rng.u64(..1_500));
+        }
+        self.take_ended()
+    }
+
+    fn stuck(&self) -> Failure {
+        let conditions: Vec<String> = self
+            .devices
+            .iter()
+            .map(|device| match &device.client {
+                Some(client) => format!("{:?}, {} requests", client.condition(), device.bios_count()),
+                None => "no process".to_owned(),
+            })
+            .collect();
+        Failure::Stuck(format!("{conditions:?}, server {}", if self.server.is_some() { "up" } else { "down" }))
+    }
+
+    /// Tries everything; false: there was nothing.
+    fn do_anything(&mut self) -> bool {
+        let mut has_done = self.client_step(true);
+        has_done |= self.disk_step();
+        for _ in 0..8 {
+            has_done |= self.server_step();
+        }
+        has_done | self.traffic() | self.links.iter().any(Link::has_traffic)
+    }
+
+    // ------------------------------------------------------------------------------------------------ users
+
+    fn submit(&mut self) -> bool {
+        if self.requests_left == 0 {
+            return false;
+        }
+        let (queues, depth) = (self.device().spec.nr_queues, self.device().spec.queue_depth);
+        let (queue_id, tag) = (self.rng.u16(..queues), self.rng.u16(..depth));
+        let (has_cache, is_down) = (self.catalog.write_cache_on, self.device().client.is_none());
+        if is_down || self.device().bios[usize::from(queue_id)][usize::from(tag)].is_some() {
+            return false;
+        }
+        let count = if self.rng.bool() { 1 } else { self.rng.usize(1..=BLOCKS_OF_A_REQUEST_MAX) };
+        let blocks = Blocks { first: self.rng.usize(..=BLOCKS - count), count };
+        let kind = self.rng.u8(..16);
+        let is_fua = has_cache && self.rng.u8(..4) == 0;
+        let (command, pattern) = match kind {
+            0..=5 => (Command::Read, None),
+            6..=11 => (Command::Write, Some(Pattern::Stamped)),
+            12 => (Command::WriteZeroes, Some(Pattern::Zeroes)),
+            13 => (Command::Trim, Some(Pattern::Zeroes)),
+            _ if !has_cache => return false,
+            _ => (Command::Flush, None),
+        };
+        if pattern.is_some() && !self.history.is_idle(blocks) {
+            return false;
+        }
+        let (note, data) = match (command, pattern) {
+            (Command::Flush, _) => (Note::Flush(self.history.send_flush()), Vec::new()),
+            (_, None) => {
+                let data = vec![0xee; blocks.length_bytes() as usize];
+                (Note::Read(self.history.send_read(blocks)), data)
+            }
+            (_, Some(pattern)) => {
+                let (write, payload) = self.history.send_write(blocks, pattern);
+                (Note::Write { write, is_durable: is_fua || !has_cache }, payload)
+            }
+        };
+        let flags = if is_fua && pattern.is_some() { CommandFlags::FUA } else { CommandFlags::NONE };
+        let is_flush = command == Command::Flush;
+        let operation = Operation {
+            command,
+            flags,
+            offset_bytes: if is_flush { 0 } else { blocks.offset_bytes() },
+            length_bytes: if is_flush { 0 } else { blocks.length_bytes() },
+        };
+        self.requests_left -= 1;
+        self.coverage.say(|| format!("submitted to queue {queue_id} tag {tag}: {operation:?} {note:?}"));
+        let device = self.device();
+        device.bios[usize::from(queue_id)][usize::from(tag)] = Some(Bio { operation, data, note });
+        if let Some(client) = &mut device.client {
+            client.submit(queue_id, tag, operation);
+        }
+        true
+    }
+
+    fn take_ended(&mut self) -> Result<(), Failure> {
+        for (EndedBio { bio, result }, may_fail) in std::mem::take(&mut self.ended) {
+            self.coverage.say(|| format!("ended {:?} {:?} {result:?}", bio.operation, bio.note));
+            match (bio.note, result) {
+                (Note::Gone, _) => {}
+                (Note::Read(read), Ok(())) => {
+                    self.history.read_answered(&read, &bio.data)?;
+                    self.coverage.count("a read is checked");
+                }
+                (Note::Write { write, is_durable }, Ok(())) => {
+                    self.history.write_answered(write, is_durable);
+                }
+                (Note::Flush(flush), Ok(())) => self.history.flush_answered(flush),
+                (note, error) => {
+                    if !may_fail && !self.may_fail_syncs && !self.lies {
+                        return Err(Failure::Error(format!("{:?} {error:?}", bio.operation)));
+                    }
+                    debug_assert!(is_eio(error), "{error:?}");
+                    self.coverage.count("a request fails");
+                    if let Note::Write { write, .. } = note {
+                        self.history.write_failed(write);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read_everything(&mut self) -> Result<(), Failure> {
+        for first in 0..BLOCKS {
+            let blocks = Blocks { first, count: 1 };
+            let note = Note::Read(self.history.send_read(blocks));
+            let operation = Operation {
+                command: Command::Read,
+                flags: CommandFlags::NONE,
+                offset_bytes: blocks.offset_bytes(),
+                length_bytes: blocks.length_bytes(),
+            };
+            self.ask(Bio { operation, data: vec![0xee; BLOCK_BYTES], note })?;
+        }
+        Ok(())
+    }
+
+    /// Has a request served, with nothing else going on.
+    fn ask(&mut self, bio: Bio) -> Result<(), Failure> {
+        let operation = bio.operation;
+        let device = self.device();
+        device.bios[0][0] = Some(bio);
+        if let Some(client) = &mut device.client {
+            client.submit(0, 0, operation);
+        }
+        self.has_faults = false;
+        while self.is_busy() {
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    /// Without faults a last FLUSH is answered, and then the power goes.
+    fn flush_and_look_at_the_disk(&mut self) -> Result<(), Failure> {
+        if self.catalog.write_cache_on && self.rng.bool() {
+            let operation = Operation {
+                command: Command::Flush,
+                flags: CommandFlags::NONE,
+                offset_bytes: 0,
+                length_bytes: 0,
+            };
+            let note = Note::Flush(self.history.send_flush());
+            self.ask(Bio { operation, data: Vec::new(), note })?;
+        }
+        self.disk.power_cut(&mut self.rng);
+        let found = self.disk.contents();
+        Ok(self.history.check_and_adopt(Blocks { first: 0, count: BLOCKS }, &found)?)
+    }
+
+    // ------------------------------------------------------------------------------------------------ steps
+
+    fn client_step(&mut self, all: bool) -> bool {
+        let mut has_done = false;
+        let mut dialled = Vec::new();
+        for index in 0..self.devices.len() {
+            let device = &mut self.devices[index];
+            let Some(client) = &mut device.client else { continue };
+            let mut ended = Vec::new();
+            let might_fail = device.may_fail || device.may_be_lost;
+            let mut world = client::Surroundings {
+                links: &mut self.links,
+                bios: &mut device.bios,
+                ended: &mut ended,
+                rng: &mut self.rng,
+                coverage: self.coverage,
+                now: self.now,
+                room_bytes: self.room_bytes,
+                dialled: &mut dialled,
+                is_server_up: self.server.is_some(),
+            };
+            has_done |= if all { client.step_all(&mut world) } else { client.step(&mut world) };
+            device.incarnation = Some(client.incarnation());
+            match client.condition() {
+                Condition::Failing(_) => device.may_fail = true,
+                Condition::Live => {
+                    device.may_be_lost &= client.incarnation() != self.catalog.incarnation();
+                    device.may_fail &= device.has_bios();
+                }
+                _ => {}
+            }
+            let may_fail = might_fail || device.may_fail || device.may_be_lost;
+            self.ended.extend(ended.into_iter().map(|ended| (ended, may_fail)));
+        }
+        for link in dialled {
+            if let Some(server) = &mut self.server {
+                server.accept(link);
+            }
+        }
+        has_done
+    }
+
+    fn server_step(&mut self) -> bool {
+        let Some(server) = &mut self.server else { return false };
+        let mut world = server::Surroundings {
+            catalog: &mut self.catalog,
+            disk: &mut self.disk,
+            links: &mut self.links,
+            rng: &mut self.rng,
+            coverage: self.coverage,
+            room_bytes: self.room_bytes,
+            lies: self.lies,
+        };
+        let before = world.catalog.incarnation;
+        let mut has_done = server.step(&mut world);
+        let mut is_ended = false;
+        if self.is_taking && world.rng.u8(..4) == 0 {
+            is_ended = server.end_attachment(&mut world);
+            has_done |= is_ended;
+        }
+        if self.catalog.incarnation != before {
+            // A sync had failed: what it should have covered may be gone when the volume is opened anew.
+            self.disk.forget(&mut self.rng);
+            self.storage_lost();
+            self.coverage.count("a volume that lost writes is opened anew");
+        }
+        if is_ended {
+            self.is_taking = false;
+            self.give_away();
+        }
+        has_done
+    }
+
+    fn traffic(&mut self) -> bool {
+        let from = self.rng.usize(..=self.links.len());
+        // The newest ones first: the older ones are mostly silent.
+        let candidates = (0..self.links.len()).rev().cycle().skip(from).take(self.links.len().min(24));
+        let mut has_done = false;
+        for index in candidates {
+            let link = &mut self.links[index];
+            if !link.has_traffic() {
+                continue;
+            }
+            for pipe in [&mut link.to_server, &mut link.to_client] {
+                let on_the_way = pipe.on_the_way();
+                if on_the_way > 0 {
+                    let bytes = if self.rng.u8(..4) > 0 { on_the_way } else { self.rng.usize(1..=on_the_way) };
+                    pipe.arrive(bytes);
+                    has_done = true;
+                }
+            }
+            if self.rng.bool() {
+                break;
+            }
+        }
+        has_done
+    }
+
+    fn disk_step(&mut self) -> bool {
+        let had = self.disk.operations();
+        let Some(ended) = self.disk.step(&mut self.rng) else { return had > 0 };
+        let Some(server) = &mut self.server else { return true };
+        if ended.owner.process == server.process {
+            if ended.is_sync && ended.result < 0 {
+                self.coverage.count("a sync fails");
+            }
+            let mut world = server::Surroundings {
+                catalog: &mut self.catalog,
+                disk: &mut self.disk,
+                links: &mut self.links,
+                rng: &mut self.rng,
+                coverage: self.coverage,
+                room_bytes: self.room_bytes,
+                lies: self.lies,
+            };
+            server.ended(ended, &mut world);
+        }
+        true
+    }
+
+    // ------------------------------------------------------------------------------------------------ faults
+
+    /// Now and then, something happens to somebody; what was killed comes back; what was lost is attached anew.
+    fn chance(&mut self) -> Result<(), Failure> {
+        if self.server.is_none() && (self.rng.u8(..8) == 0 || !self.has_faults) {
+            self.processes += 1;
+            self.server = Some(Server::new(self.processes, self.mutant));
+        }
+        if self.device().client.is_none() && (self.rng.u8(..8) == 0 || !self.has_faults) {
+            self.start_process();
+        }
+        self.look_after_devices()?;
+        let faults_per_chance = STEPS_PER_FAULT / 16;
+        if !self.has_faults || self.rng.u64(..faults_per_chance) > 0 {
+            return Ok(());
+        }
+        match self.rng.u8(..20) {
+            0 | 1 => self.kill_server(),
+            2 => self.cut_power(),
+            3 | 4 => self.kill_client(),
+            5 => {
+                let policy = match self.rng.u8(..3) {
+                    0 => StallPolicy::FailAfterMs(self.rng.u64(..3_000)),
+                    _ => StallPolicy::Wait,
+                };
+                let device = self.device();
+                device.spec.policy = policy;
+                if let Some(client) = &mut device.client {
+                    client.set_policy(policy);
+                }
+            }
+            6 => {
+                self.now += Duration::from_secs(self.rng.u64(..25));
+                self.coverage.count("the clock jumps");
+            }
+            7 if self.rng.bool() => {
+                self.is_taking = true;
+                self.coverage.count("another node takes the volume by force");
+            }
+            8 => self.disk.fails_next_sync = self.may_fail_syncs,
+            _ => self.cut_link(),
+        }
+        Ok(())
+    }
+
+    fn cut_link(&mut self) {
+        let device = self.device();
+        let links = device.client.as_ref().map(Client::links).unwrap_or_default();
+        let Some(link) = self.rng.choice(links) else { return };
+        let loses_arrived = self.rng.bool();
+        let link = &mut self.links[link];
+        match self.rng.u8(..5) {
+            0 => {
+                link.to_client.cut(loses_arrived);
+                link.to_server.cut(self.rng.bool());
+                self.coverage.count("both sides are reset");
+            }
+            1 => {
+                link.to_client.cut(loses_arrived);
+                self.coverage.count("only the client is reset");
+            }
+            2 => {
+                link.to_server.cut(loses_arrived);
+                self.coverage.count("only the server is reset");
+            }
+            3 => {
+                link.to_client.close(End::Fin);
+                link.to_server.close(End::Fin);
+                self.coverage.count("a connection is closed by a FIN");
+            }
+            _ => {
+                link.is_stalled = true;
+                self.coverage.count("a connection stands still");
+            }
+        }
+    }
+
+    fn kill_server(&mut self) {
+        let Some(mut server) = self.server.take() else { return };
+        if self.disk.operations() > 0 {
+            self.coverage.count("a server is killed with I/O under way");
+        }
+        server.die(&mut self.links, &mut self.rng);
+        self.disk.process_died(server.process, &mut self.rng);
+    }
+
+    fn cut_power(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            if self.rng.bool() {
+                server.die(&mut self.links, &mut self.rng);
+            } else {
+                self.links.iter_mut().for_each(|link| link.is_stalled = true);
+            }
+        }
+        self.coverage.count("a power cut");
+        self.disk.power_cut(&mut self.rng);
+        self.catalog.boot += 1;
+        self.storage_lost();
+    }
+
+    fn storage_lost(&mut self) {
+        self.history.lost_power();
+        for device in &mut self.devices {
+            device.may_be_lost = true;
+            device.forget_reads();
+        }
+    }
+
+    fn kill_client(&mut self) {
+        let Some(device) = self.devices.last_mut() else { return };
+        let Some(mut client) = device.client.take() else { return };
+        client.die(&mut self.links, &mut self.rng);
+        self.coverage.count("a device process is killed");
+    }
+
+    // ------------------------------------------------------------------------------------------------ attaching
+
+    /// A device for an attachment that is new.
+    fn attach(&mut self) {
+        self.attachments += 1;
+        let secret = Secret::parse(&"5a".repeat(SECRET_BYTES)).expect("it is one");
+        let attachment = Attachment {
+            attachment_id: Uuid::from_u128(u128::from(100 + self.attachments)),
+            secret: secret.clone(),
+            generation: self.attachments,
+            session_epoch: 0,
+            is_ending: false,
+        };
+        let nr_queues = self.rng.u16(1..=2);
+        let spec = Spec {
+            attachment_id: attachment.attachment_id,
+            secret,
+            session_epoch: 0,
+            server_id: self.catalog.server_id,
+            volume_uid: self.catalog.volume_uid,
+            nr_queues,
+            nr_connections: nr_queues * self.rng.u16(1..=2),
+            queue_depth: self.rng.u16(1..=5),
+            small_bytes_max: [0, 4096, 8192][self.rng.usize(..3)],
+            stages: self.rng.bool(),
+            is_volatile_cache: self.catalog.write_cache_on,
+            policy: StallPolicy::Wait,
+        };
+        self.catalog.attachment = Some(attachment);
+        let tags = || (0..spec.queue_depth).map(|_| None).collect();
+        let device = Device {
+            bios: (0..spec.nr_queues).map(|_| tags()).collect(),
+            spec,
+            client: None,
+            incarnation: None,
+            may_be_lost: false,
+            may_fail: false,
+        };
+        self.devices.push(device);
+        self.start_process();
+    }
+
+    fn start_process(&mut self) {
+        let now_told = self.catalog.incarnation();
+        let Some(device) = self.devices.last_mut() else { return };
+        device.spec.session_epoch += 1;
+        let mut world = client::Surroundings {
+            links: &mut self.links,
+            bios: &mut device.bios,
+            ended: &mut Vec::new(),
+            rng: &mut self.rng,
+            coverage: self.coverage,
+            now: self.now,
+            room_bytes: self.room_bytes,
+            dialled: &mut Vec::new(),
+            is_server_up: true,
+        };
+        let former = device.incarnation.clone();
+        device.client = Some(Client::new(device.spec.clone(), former, now_told, self.mutant, &mut world));
+    }
+
+    /// The former holder has lost the volume; the next one begins.
+    fn give_away(&mut self) {
+        // Whose disk it was is told by EIO; the next holder finds what a power cut left.
+        if self.device().may_be_lost {
+            self.history.forgot();
+        }
+        for device in &mut self.devices {
+            for bio in device.bios.iter_mut().flatten().flatten() {
+                if let Note::Write { write, .. } = std::mem::replace(&mut bio.note, Note::Gone) {
+                    self.history.write_failed(write);
+                }
+            }
+        }
+        self.attach();
+    }
+
+    /// Who lost the volume is detached once its requests have ended; what a server forgot is told to the users.
+    fn look_after_devices(&mut self) -> Result<(), Failure> {
+        let is_lost = |device: &Device| {
+            device.client.as_ref().is_some_and(|client| matches!(client.condition(), Condition::Lost(_)))
+        };
+        let last = self.devices.len() - 1;
+        if !self.is_taking && is_lost(&self.devices[last]) && !self.devices[last].has_bios() {
+            if !self.devices[last].may_be_lost {
+                return Err(Failure::Error("the disk was lost although its storage was not".to_owned()));
+            }
+            self.coverage.count("a server that forgot is noticed");
+            self.history.forgot();
+            self.is_taking = true;
+        }
+        // Its machine goes: what it has sent may still arrive.
+        for index in 0..last {
+            if self.rng.u8(..16) == 0 || !self.has_faults {
+                let mut device = self.devices.remove(index);
+                if let Some(mut client) = device.client.take() {
+                    client.die(&mut self.links, &mut self.rng);
+                }
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Device {
+    fn bios_count(&self) -> usize {
+        self.bios.iter().flatten().flatten().count()
+    }
+
+    fn has_bios(&self) -> bool {
+        self.bios.iter().flatten().any(Option::is_some)
+    }
+
+    /// Reads under way may find what was there before the storage lost something, or after.
+    fn forget_reads(&mut self) {
+        for bio in self.bios.iter_mut().flatten().flatten() {
+            if let Note::Read(_) = bio.note {
+                bio.note = Note::Gone;
+            }
+        }
+    }
+}
+
+fn capacity_bytes() -> usize {
+    BLOCKS * BLOCK_BYTES
+}
+
