@@ -4,8 +4,10 @@
 //!   slot are what fencing works on: see `server/src/fence.rs`.
 //! - [`ExportDescription`]: what GO answers in `NBD_INFO_DESCRIPTION`: who serves which volume, and its storage
 //!   incarnation, so that a client can tell a server that forgot from one that did not.
+//! - [`ExportRefusal`]: what an error to GO says: why, and which server says so, so that a client can tell the server that
+//!   has to know its attachment from one that cannot.
 //!
-//! Both are spoken across versions. The description carries its version; a name of another form is simply not an
+//! All are spoken across versions. Description and refusal carry their version; a name of another form is simply not an
 //! attachment's (plain volume names have no `/`). Nothing here prints a secret: `Debug` hides it.
 
 use std::fmt;
@@ -163,6 +165,38 @@ impl FromStr for ExportDescription {
     }
 }
 
+/// Version of [`ExportRefusal`]'s text.
+pub const EXPORT_REFUSAL_VERSION: u32 = 1;
+
+/// The text of an error with which a volnode server refuses an export: `<reason> (volnode/1 server_id=<uuid>)`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportRefusal<'a> {
+    /// For people.
+    pub reason: &'a str,
+    /// Who refuses.
+    pub server_id: Uuid,
+}
+
+impl fmt::Display for ExportRefusal<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (volnode/{EXPORT_REFUSAL_VERSION} server_id={})", self.reason, self.server_id)
+    }
+}
+
+impl<'a> ExportRefusal<'a> {
+    /// Reads what a server says; `None` if that does not name a volnode server in a version that this program knows. Any
+    /// server may say anything.
+    pub fn parse(text: &'a str) -> Option<Self> {
+        let (reason, who) = text.strip_suffix(')')?.rsplit_once(" (volnode/")?;
+        let mut words = who.split_ascii_whitespace();
+        if words.next()?.parse() != Ok(EXPORT_REFUSAL_VERSION) {
+            return None;
+        }
+        let server_id = words.find_map(|word| word.strip_prefix("server_id="))?;
+        Some(Self { reason, server_id: Uuid::from_str(server_id).ok()? })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,5 +250,33 @@ mod tests {
         assert_eq!("a nice disk".parse::<ExportDescription>(), Err(DescriptionError::Foreign));
         assert_eq!("volnode/2 x=1".parse::<ExportDescription>(), Err(DescriptionError::UnknownVersion(2)));
         assert_eq!("volnode/1".parse::<ExportDescription>(), Err(DescriptionError::Field("incarnation")));
+    }
+    #[test]
+    fn refusal_of_version_1_is_read() {
+        // A fixture of the format as it was first released: it must be readable for ever.
+        let text = "the attachment has been fenced (volnode/1 server_id=00000000-0000-0000-0000-000000000001)";
+        let refusal = ExportRefusal::parse(text).unwrap();
+        let server_id = Uuid::from_u128(1);
+        assert_eq!(refusal, ExportRefusal { reason: "the attachment has been fenced", server_id });
+        assert_eq!(refusal.to_string(), text);
+        // Words that a later program adds are passed over.
+        let longer = text.replace(")", " node_id=a)");
+        assert_eq!(ExportRefusal::parse(&longer), Some(refusal));
+    }
+
+    #[test]
+    fn refusals_of_other_servers_name_nobody() {
+        let others = [
+            "",
+            ")",
+            "export not found",
+            "no such export (volnode/1)",
+            "no such export (volnode/1 server_id=x)",
+            "no such export (volnode/2 server_id=00000000-0000-0000-0000-000000000001)",
+            "no such export (volnode/1 server_id=00000000-0000-0000-0000-000000000001), or so",
+        ];
+        for text in others {
+            assert_eq!(ExportRefusal::parse(text), None, "{text:?}");
+        }
     }
 }

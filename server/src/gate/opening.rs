@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::export_name::{AttachmentExportName, ExportDescription};
+use proto::export_name::{AttachmentExportName, ExportDescription, ExportRefusal};
 use proto::nbd::ExportInfo;
 use proto::nbd::handshake::server::{Open, OpenKind, Refusal};
 use tracing::{error, info};
@@ -237,8 +237,11 @@ impl Gate {
         self.left(connection, &known);
     }
 
+    /// Tells the client that it does not get the export, why, and who says so.
     pub(super) fn refuse(&self, connection: ConnectionId, ring: usize, refusal: Refusal) {
         info!(connection = connection.0, reason = refusal.text(), "an open is refused");
+        let server_id = self.catalog.server_id();
+        let refusal = refusal.map_text(|reason| ExportRefusal { reason, server_id }.to_string());
         self.rings[ring].post(RingMessage::Opened { connection, answer: Err(refusal) });
     }
 }

@@ -138,6 +138,12 @@ impl Refusal {
         Self { reply: reply::ERR_SHUTDOWN, text: text.into() }
     }
 
+    /// The same refusal in other words.
+    #[must_use]
+    pub fn map_text(self, words: impl FnOnce(&str) -> String) -> Self {
+        Self { text: words(&self.text), ..self }
+    }
+
     /// The words that the client is told.
     pub fn text(&self) -> &str {
         &self.text
