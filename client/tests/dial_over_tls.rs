@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use client::device::data_socket::{DataSocket, Encryption};
-use client::device::dial::{DialError, dial};
+use client::device::dial::{DialError, Dialled, attempts};
 use client::tls_spec::{CertificateAndKey, ClientFiles, TlsSpec};
 use proto::nbd::transmission::{
     Command as NbdCommand, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply,
@@ -66,6 +66,11 @@ impl Drop for Nbdkit {
     }
 }
 
+/// The first attempt at this address.
+fn dial(address: &String, export_name: &str, spec: &TlsSpec) -> Result<Dialled, DialError> {
+    attempts(std::slice::from_ref(address), export_name, Some(spec))?.next().unwrap()
+}
+
 fn spec(client: &Issued, server_name: &str, user_space_only: bool) -> TlsSpec {
     let pair = client.pair();
     let pair = Some(CertificateAndKey { cert: pair.certificate, key: pair.key });
@@ -106,7 +111,7 @@ fn reads_and_writes_travel_over_tls() {
     let kernel_can = kernel::support(ProtocolVersion::TLSv1_3, CipherKind::Aes256Gcm).is_ok();
     for user_space_only in [false, true] {
         let spec = spec(&client, "127.0.0.1", user_space_only);
-        let dialled = dial(std::slice::from_ref(&nbdkit.address), "", Some(&spec)).unwrap();
+        let dialled = dial(&nbdkit.address, "", &spec).unwrap();
         assert_eq!(dialled.export.size_bytes, 16 << 20);
         let by_kernel = kernel_can && !user_space_only;
         let expected = if by_kernel { Encryption::Kernel } else { Encryption::UserSpace };
@@ -122,7 +127,7 @@ fn servers_and_clients_that_are_not_believed_are_refused() {
     let authority = Authority::new();
     let files = authority.issue(&dir.path().join("server"), &[]);
     let Some(nbdkit) = Nbdkit::start(&files) else { return };
-    let dial = |spec: &TlsSpec| dial(std::slice::from_ref(&nbdkit.address), "", Some(spec)).unwrap_err();
+    let dial = |spec: &TlsSpec| dial(&nbdkit.address, "", spec).unwrap_err();
     let client = authority.issue(&dir.path().join("client"), &[]);
     let other_name = dial(&spec(&client, "other.example", false));
     assert!(matches!(other_name, DialError::Tls { .. }), "{other_name}");
@@ -165,7 +170,7 @@ fn a_server_without_tls_does_not_learn_the_export_s_name() {
         peer.read_to_end(&mut said).unwrap();
         said
     });
-    let refused = dial(&[address], "a-secret-name", Some(&spec(&client, "127.0.0.1", false))).unwrap_err();
+    let refused = dial(&address, "a-secret-name", &spec(&client, "127.0.0.1", false)).unwrap_err();
     assert!(refused.to_string().contains("does not start TLS"), "{refused}");
     let said = server.join().unwrap();
     assert!(!said.windows(6).any(|bytes| bytes == b"secret"), "{said:?}");

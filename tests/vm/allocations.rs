@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use client::device::block_request::device_params;
 use client::device::connection::Resend;
-use client::device::dial::{Dialled, dial};
+use client::device::dial::{self, Dialled};
 use client::device::queue_loop;
 use client::device::queue_parts::{QueueCommander, QueueEvent, QueueParts};
 use client::device::unflushed::Unflushed;
@@ -119,7 +119,10 @@ impl Disk {
         data_path: DataPath,
         transfer: Transfer,
     ) -> Result<Self> {
-        let connect = || -> Result<Dialled> { Ok(dial(&[address.to_owned()], VOLUME, None)?) };
+        let addresses = [address.to_owned()];
+        let connect = || -> Result<Dialled> {
+            Ok(dial::attempts(&addresses, VOLUME, None)?.next().context("no address")??)
+        };
         let (one, other) = (connect()?, connect()?);
         let params = device_params(&one.export, 0, false)?;
         let spec = DeviceSpec {

@@ -173,7 +173,7 @@ impl Made {
     /// A new device for an export that is there.
     fn anew(control: &ControlDevice, spec: &DeviceSpec) -> Result<Self, AttachmentError> {
         let ladder = Ladder::new(&ublk_core::probe_driver(control)?, &spec.data_path)?;
-        let first = slots::dial_slot(spec, 0)?;
+        let first = slots::dial_slot(spec, 0, None)?;
         let params = block_request::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
         let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
         let add = |data_path| add_device(control, spec, &params, data_path, layout.nr_hw_queues);

@@ -1,6 +1,7 @@
 //! Opening a connection: TCP, its options, TLS where it is asked for, and the NBD handshake, on a blocking socket.
 //!
-//! Used before a queue thread starts. Every wait is bounded. The handshake itself is `proto`'s state machine. With TLS all
+//! Used before a queue thread starts, and to open what was lost. Every wait is bounded. What to make of a server that opens the
+//! export, or does not, is `slots.rs`'s to say: here one address is tried after the other for as long as it asks. The handshake itself is `proto`'s state machine. With TLS all
 //! of it but STARTTLS is done by rustls, which also takes the records that come behind a TLS handshake; only then the
 //! connection's records go to the kernel, or to a relay.
 
@@ -21,8 +22,10 @@ use crate::tls_spec::{TlsSpec, TlsSpecError};
 
 /// How long one address may take to accept a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the handshake may take: the server answers GO only when the I/O of fenced connections has finished.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a peer that accepts the connection may take to greet, and then to start TLS: it waits for nobody there.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the answer to GO may take: the server gives it only when the I/O of fenced connections has finished.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// A peer that acknowledges nothing for this long is gone. Some retransmissions more than a network loses on an ordinary
 /// day, and little enough that another connection is tried while people still wait.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -49,6 +52,14 @@ pub enum DialError {
         address: String,
         /// The operating system's reason.
         source: io::Error,
+    },
+    /// It accepts connections and does not go on.
+    #[error("{address} accepts connections, but did not answer within {} s", waited.as_secs())]
+    Silent {
+        /// `host:port`
+        address: String,
+        /// For how long an answer was waited for.
+        waited: Duration,
     },
     /// The connection broke during the handshake.
     #[error("the connection to {address} broke during the handshake: {source}")]
@@ -77,9 +88,6 @@ pub enum DialError {
     /// The spec's files or name are of no use.
     #[error(transparent)]
     TlsSpec(#[from] TlsSpecError),
-    /// The spec names no address at all.
-    #[error("there is no server address to try")]
-    NoAddress,
 }
 
 /// An open export.
@@ -93,34 +101,51 @@ pub struct Dialled {
     pub address: String,
 }
 
-/// Opens `export_name` at the first of `addresses` that can be reached, over TLS where `tls` says how.
+/// Tries to open `export_name` at each of `addresses` in turn, at every address that a host name stands for, over TLS where
+/// `tls` says how. Whoever asks for no further attempt leaves the other addresses alone.
 ///
 /// # Errors
-/// That of the last address tried. A server that answers and refuses ends the search: the others are the same server.
-pub fn dial(addresses: &[String], export_name: &str, tls: Option<&TlsSpec>) -> Result<Dialled, DialError> {
+/// [`DialError::TlsSpec`]: `tls` is of no use anywhere. That an attempt failed is its own result.
+pub fn attempts<'a>(
+    addresses: &'a [String],
+    export_name: &'a str,
+    tls: Option<&TlsSpec>,
+) -> Result<impl Iterator<Item = Result<Dialled, DialError>> + use<'a>, DialError> {
     let tls = tls.map(Tls::load).transpose()?;
-    let mut last_error = DialError::NoAddress;
-    for address in addresses {
-        match connect(address) {
-            Ok(socket) => return Handshake::new(address, export_name)?.run(socket, tls),
-            Err(error) => last_error = error,
-        }
-    }
-    Err(last_error)
+    let targets = addresses.iter().flat_map(|address| resolve(address));
+    Ok(targets.map(move |target| {
+        let target = target?;
+        let socket = connect(&target)?;
+        Handshake::new(target, export_name)?.run(socket, tls.as_ref())
+    }))
 }
 
-fn connect(address: &str) -> Result<TcpStream, DialError> {
-    let resolve_error = |source| DialError::Resolve { address: address.to_owned(), source };
-    let targets: Vec<SocketAddr> = address.to_socket_addrs().map_err(resolve_error)?.collect();
-    let connect_error = |source| DialError::Connect { address: address.to_owned(), source };
-    let mut last_error = io::Error::from(io::ErrorKind::AddrNotAvailable);
-    for target in targets {
-        match TcpStream::connect_timeout(&target, CONNECT_TIMEOUT) {
-            Ok(socket) => return set_options(&socket).map(|()| socket).map_err(connect_error),
-            Err(error) => last_error = error,
-        }
-    }
-    Err(connect_error(last_error))
+/// One place to connect to.
+struct Target {
+    /// `host:port`, as it was given.
+    address: String,
+    /// The same for people: with what the name stands for, where it is a name.
+    shown: String,
+    socket_address: SocketAddr,
+}
+
+fn resolve(address: &str) -> Vec<Result<Target, DialError>> {
+    let found = match address.to_socket_addrs() {
+        Ok(found) => found,
+        Err(source) => return vec![Err(DialError::Resolve { address: address.to_owned(), source })],
+    };
+    let target = |socket_address: SocketAddr| {
+        let is_name = socket_address.to_string() != address;
+        let shown = if is_name { format!("{address} ({})", socket_address.ip()) } else { address.to_owned() };
+        Ok(Target { address: address.to_owned(), shown, socket_address })
+    };
+    found.map(target).collect()
+}
+
+fn connect(target: &Target) -> Result<TcpStream, DialError> {
+    TcpStream::connect_timeout(&target.socket_address, CONNECT_TIMEOUT)
+        .and_then(|socket| set_options(&socket).map(|()| socket))
+        .map_err(|source| DialError::Connect { address: target.shown.clone(), source })
 }
 
 fn set_options(socket: &TcpStream) -> io::Result<()> {
@@ -150,41 +175,47 @@ impl Tls {
 }
 
 /// An NBD handshake with one server.
-struct Handshake<'a> {
-    address: &'a str,
+struct Handshake {
+    target: Target,
     machine: ClientHandshake,
+    /// How long what is waited for now may take.
+    patience: Duration,
     deadline: Instant,
 }
 
-impl<'a> Handshake<'a> {
-    fn new(address: &'a str, export_name: &str) -> Result<Self, DialError> {
-        let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
+impl Handshake {
+    fn new(target: Target, export_name: &str) -> Result<Self, DialError> {
         let machine = ClientHandshake::new(export_name)
-            .map_err(|source| DialError::Handshake { address: address.to_owned(), source })?;
-        Ok(Self { address, machine, deadline })
+            .map_err(|source| DialError::Handshake { address: target.shown.clone(), source })?;
+        Ok(Self { target, machine, patience: GREETING_TIMEOUT, deadline: Instant::now() + GREETING_TIMEOUT })
     }
 
-    fn run(mut self, socket: TcpStream, tls: Option<Tls>) -> Result<Dialled, DialError> {
+    fn run(mut self, socket: TcpStream, tls: Option<&Tls>) -> Result<Dialled, DialError> {
         let Some(tls) = tls else {
             let export = self.speak(&mut PlainStream(&socket), |_| false)?;
             let export = export.ok_or_else(|| self.protocol_error("it does not tell the export"))?;
             socket.set_read_timeout(None).map_err(|source| self.io_error(source))?;
-            return Ok(Dialled { socket: socket.into(), export, address: self.address.to_owned() });
+            return Ok(Dialled { socket: socket.into(), export, address: self.target.address });
         };
         self.machine = self.machine.with_tls();
         self.speak(&mut PlainStream(&socket), ClientHandshake::is_tls_acknowledged)?;
-        let address = self.address.to_owned();
-        let tls_error = |source| DialError::Tls { address: address.clone(), source };
-        let mut stream =
-            TlsStream::connect(socket, tls.config, tls.server_name, self.deadline).map_err(tls_error)?;
+        self.wait_for(GREETING_TIMEOUT);
+        let (config, server_name) = (Arc::clone(&tls.config), tls.server_name.clone());
+        let mut stream = TlsStream::connect(socket, config, server_name, self.deadline)
+            .map_err(|error| self.stream_error(error))?;
         let mut output = Vec::new();
         self.machine.tls_started(&mut output);
-        stream.write_all(&output, self.deadline).map_err(tls_error)?;
+        self.wait_for(OPEN_TIMEOUT);
+        stream.write_all(&output, self.deadline).map_err(|error| self.stream_error(error))?;
         let export = self.speak(&mut stream, |_| false)?;
         let export = export.ok_or_else(|| self.protocol_error("it does not tell the export"))?;
-        tracing::debug!(address, agreed = stream.describe(), "TLS has started");
-        let carrier = stream.hand_over(tls.records).map_err(tls_error)?;
-        Ok(Dialled { socket: carrier.into(), export, address: address.clone() })
+        tracing::debug!(address = self.target.shown, agreed = stream.describe(), "TLS has started");
+        let carrier = stream.hand_over(tls.records).map_err(|error| self.stream_error(error))?;
+        Ok(Dialled { socket: carrier.into(), export, address: self.target.address })
+    }
+
+    fn wait_for(&mut self, patience: Duration) {
+        (self.patience, self.deadline) = (patience, Instant::now() + patience);
     }
 
     /// Goes on until the export is open, or `is_enough`.
@@ -208,6 +239,9 @@ impl<'a> Handshake<'a> {
                     return Err(self.handshake_error(source));
                 }
             };
+            if self.machine.has_asked_for_export() && self.patience != OPEN_TIMEOUT {
+                self.wait_for(OPEN_TIMEOUT);
+            }
             stream.send(&output, self.deadline).map_err(|error| self.stream_error(error))?;
             output.clear();
             if opened.is_some() && !self.machine.leftover().is_empty() {
@@ -220,11 +254,17 @@ impl<'a> Handshake<'a> {
     }
 
     fn io_error(&self, source: io::Error) -> DialError {
-        DialError::Io { address: self.address.to_owned(), source }
+        let address = self.target.shown.clone();
+        match source.kind() {
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
+                DialError::Silent { address, waited: self.patience }
+            }
+            _ => DialError::Io { address, source },
+        }
     }
 
     fn handshake_error(&self, source: ClientHandshakeError) -> DialError {
-        DialError::Handshake { address: self.address.to_owned(), source }
+        DialError::Handshake { address: self.target.shown.clone(), source }
     }
 
     fn protocol_error(&self, what: &'static str) -> DialError {
@@ -234,7 +274,7 @@ impl<'a> Handshake<'a> {
     fn stream_error(&self, error: StreamError) -> DialError {
         match error {
             StreamError::Io(source) => self.io_error(source),
-            source => DialError::Tls { address: self.address.to_owned(), source },
+            source => DialError::Tls { address: self.target.shown.clone(), source },
         }
     }
 }
@@ -295,11 +335,11 @@ mod tests {
             let (mut peer, _) = listener.accept().unwrap();
             peer.write_all(b"220 mail.example.org ESMTP\r\n").unwrap();
         });
-        let foreign = dial(std::slice::from_ref(&address), "x", None).unwrap_err();
+        let dial = || attempts(std::slice::from_ref(&address), "x", None).unwrap().next().unwrap();
+        let foreign = dial().unwrap_err();
         assert!(matches!(foreign, DialError::Handshake { .. }), "{foreign}");
         server.join().unwrap();
-        let refused = dial(&[address], "x", None).unwrap_err();
+        let refused = dial().unwrap_err();
         assert!(matches!(refused, DialError::Connect { .. }), "{refused}");
-        assert!(matches!(dial(&[], "x", None).unwrap_err(), DialError::NoAddress));
     }
 }

@@ -5,18 +5,15 @@
 //! whether the server is the same one is looked at here, whether it forgot anything by `reconnect.rs`.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use proto::nbd::handshake::client::ClientHandshakeError;
-use proto::nbd::reply::ERR_UNKNOWN;
-
 use super::data_socket::DataSocket;
-use super::dial::{DialError, Dialled};
+use super::dial::Dialled;
 use super::slots::{self, SlotError};
-use crate::contract::{DeviceSpec, ExportSpec, SessionRecord};
+use crate::contract::{DeviceSpec, SessionRecord};
 use crate::node::error::with_sources;
 
 /// Between the first attempts, and at most. The pause grows by half each time and is cut by chance, so that many clients
@@ -53,6 +50,8 @@ pub struct Redial {
     export_bytes: AtomicU64,
     nr_hw_queues: u16,
     nr_connections: u16,
+    /// The address that worked last, on any queue: a silent one before it would cost each of them ten seconds.
+    worked_last: Mutex<Option<String>>,
 }
 
 impl Redial {
@@ -70,6 +69,7 @@ impl Redial {
             export_bytes,
             nr_hw_queues,
             nr_connections,
+            worked_last: Mutex::default(),
         })
     }
 
@@ -109,11 +109,13 @@ impl Redial {
         // The smallest that any of them tells: what all of them can do.
         let mut export_bytes = u64::MAX;
         for slot in (queue_id..self.nr_connections).step_by(usize::from(self.nr_hw_queues)) {
-            let dialled = match slots::dial_slot(&self.spec, slot) {
+            let worked_last = self.worked_last().clone();
+            let dialled = match slots::dial_slot(&self.spec, slot, worked_last.as_deref()) {
                 Ok(dialled) => dialled,
-                Err(error) if self.is_final(&error) => return Attempt::Refused(with_sources(&error)),
+                Err(error @ SlotError::Ended { .. }) => return Attempt::Refused(with_sources(&error)),
                 Err(error) => return Attempt::Failed(with_sources(&error)),
             };
+            *self.worked_last() = Some(dialled.address.clone());
             let incarnation = slots::incarnation(&self.spec, &dialled);
             if let Err(reason) = self.check(&dialled) {
                 return Attempt::Failed(format!("the server at {}: {reason}", dialled.address));
@@ -145,16 +147,8 @@ impl Redial {
         Ok(())
     }
 
-    /// Whether the attachment is gone from the server that has to know it: taken by force, ended, or succeeded by a newer
-    /// session. An export of a foreign server may come again.
-    fn is_final(&self, error: &SlotError) -> bool {
-        let is_unknown = matches!(
-            error,
-            SlotError::Dial(DialError::Handshake {
-                source: ClientHandshakeError::Refused { reply: ERR_UNKNOWN, .. },
-                ..
-            })
-        );
-        is_unknown && matches!(self.spec.export, ExportSpec::Attachment { .. })
+    fn worked_last(&self) -> MutexGuard<'_, Option<String>> {
+        // Nothing can panic while it is held.
+        self.worked_last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

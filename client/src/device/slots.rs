@@ -1,17 +1,24 @@
 //! The connections of an attachment: how many there are, that all of them lead to the right volume, and which queue
 //! serves which.
 //!
-//! Called by `attachment.rs` before the queue threads start; `dial.rs` opens each connection. Slot `i` of the attachment's
+//! Called by `attachment.rs` before the queue threads start and by `redial.rs`; `dial.rs` opens each connection. The addresses of an
+//! attachment are tried in turn. Whoever answers as another server, for another volume, not at all, or does not know the
+//! export, is passed over: an address may have been given to another machine. Only the attachment's own server ends the search,
+//! by saying that the attachment is no more. Slot `i` of the attachment's
 //! export is connection `i`, served by queue `i % nr_hw_queues`, so that every queue has nearly as many as the others.
 //! Invariant: there is more than one connection only where the server says that a FLUSH on any of them covers all
 //! (`NBD_FLAG_CAN_MULTI_CONN`; NBD `doc/proto.md`).
 
-use proto::export_name::{AttachmentExportName, DescriptionError, ExportDescription};
+use proto::export_name::{AttachmentExportName, DescriptionError, ExportDescription, ExportRefusal};
+use proto::nbd::handshake::client::ClientHandshakeError;
+use proto::nbd::reply::ERR_UNKNOWN;
 use proto::nbd::{ExportInfo, TransmissionFlags};
+use uuid::Uuid;
 
 use super::data_socket::DataSocket;
 use super::dial::{self, DialError, Dialled};
 use crate::contract::{DeviceSpec, ExportSpec};
+use crate::node::error::with_sources;
 
 /// Most queues that are made unasked: at some hundred thousand requests per second and queue, more wait for the network,
 /// not for a processor, and each costs the idle attachment a thread, a ring and a connection.
@@ -20,9 +27,24 @@ pub const NR_HW_QUEUES_DEFAULT_MAX: u16 = 4;
 /// Why the connections could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
-    /// One of them cannot be opened.
+    /// Nothing can be dialled with this spec.
     #[error(transparent)]
     Dial(#[from] DialError),
+    /// The spec names no address at all.
+    #[error("there is no server address to try")]
+    NoAddress,
+    /// None of the addresses leads to the export now.
+    #[error("{}", told(.0))]
+    PassedOver(Vec<PassedOver>),
+    /// The attachment's own server says that the attachment is no more: it was taken by force, ended, or succeeded by a
+    /// newer session. No other address will know better.
+    #[error("the server at {address} says: {reason}")]
+    Ended {
+        /// `host:port`
+        address: String,
+        /// Its words.
+        reason: String,
+    },
     /// The spec's secret is not one.
     #[error("the device spec has an invalid secret")]
     Secret,
@@ -39,22 +61,48 @@ pub enum SlotError {
         "the server does not allow several connections to one export: attach with one queue and one connection"
     )]
     NoMultiConn,
-    /// Another server, or another volume, answered.
-    #[error("the server at {address} does not serve this attachment's volume: {reason}")]
+    /// The export is not the same on every connection.
+    #[error("the server at {address} tells another size or other flags than on the first connection")]
+    Differs {
+        /// `host:port`
+        address: String,
+    },
+}
+
+/// Why an address was passed over.
+#[derive(Debug, thiserror::Error)]
+pub enum PassedOver {
+    /// The export does not open there.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// Another server, or another volume, answers there.
+    #[error(
+        "the server at {address} does not serve this attachment's volume: it is server {server_id} with volume {volume_uid}"
+    )]
     WrongServer {
         /// `host:port`
         address: String,
-        /// What differs.
-        reason: String,
+        /// Who it is.
+        server_id: Uuid,
+        /// What it serves.
+        volume_uid: Uuid,
     },
     /// The server's description of the export cannot be understood.
-    #[error("the server at {address}: {source}")]
+    #[error("the server at {address} does not serve this attachment's volume: {source}")]
     Description {
         /// `host:port`
         address: String,
         /// What is off.
         source: DescriptionError,
     },
+}
+
+fn told(passed_over: &[PassedOver]) -> String {
+    let reasons: Vec<String> = passed_over.iter().map(|reason| with_sources(reason)).collect();
+    match &reasons[..] {
+        [only] => only.clone(),
+        all => format!("none of the server's addresses can be used: {}", all.join("; ")),
+    }
 }
 
 /// How many queues and connections an attachment gets.
@@ -103,14 +151,25 @@ impl Layout {
     }
 }
 
-/// Opens a slot of the attachment's export.
+/// Opens a slot of the attachment's export, at the address that worked last if it still does.
 ///
 /// # Errors
-/// [`SlotError`]: it cannot be opened, or is not the attachment's volume.
-pub fn dial_slot(spec: &DeviceSpec, slot: u16) -> Result<Dialled, SlotError> {
-    let dialled = dial::dial(&spec.addresses, &export_name(spec, slot)?, spec.tls.as_ref())?;
-    check_identity(spec, &dialled)?;
-    Ok(dialled)
+/// [`SlotError::Ended`] is final; of the others [`SlotError::PassedOver`] tells of every address that was tried.
+pub fn dial_slot(spec: &DeviceSpec, slot: u16, worked_last: Option<&str>) -> Result<Dialled, SlotError> {
+    let mut addresses = spec.addresses.clone();
+    // Stable: the others stay in their order.
+    addresses.sort_by_key(|address| Some(address.as_str()) != worked_last);
+    let mut passed_over = Vec::new();
+    for attempt in dial::attempts(&addresses, &export_name(spec, slot)?, spec.tls.as_ref())? {
+        match judge(spec, attempt)? {
+            Ok(dialled) => return Ok(dialled),
+            Err(reason) => {
+                tracing::debug!(slot, reason = with_sources(&reason), "an address is passed over");
+                passed_over.push(reason);
+            }
+        }
+    }
+    Err(if passed_over.is_empty() { SlotError::NoAddress } else { SlotError::PassedOver(passed_over) })
 }
 
 /// Opens the slots after the first and deals all of them out: the sockets of each queue, by queue.
@@ -125,10 +184,9 @@ pub fn dial_others(
 ) -> Result<Vec<Vec<DataSocket>>, SlotError> {
     let mut others = Vec::new();
     for slot in 1..nr_connections {
-        let next = dial_slot(spec, slot)?;
+        let next = dial_slot(spec, slot, Some(&first.address))?;
         if !is_same_export(&first.export, &next.export) {
-            let reason = "its connections tell different sizes or flags".into();
-            return Err(SlotError::WrongServer { address: next.address, reason });
+            return Err(SlotError::Differs { address: next.address });
         }
         others.push(next.socket);
     }
@@ -166,18 +224,33 @@ fn export_name(spec: &DeviceSpec, slot: u16) -> Result<String, SlotError> {
     }
 }
 
-fn check_identity(spec: &DeviceSpec, dialled: &Dialled) -> Result<(), SlotError> {
-    let ExportSpec::Attachment { server_id, volume_uid, .. } = &spec.export else { return Ok(()) };
+/// What an attempt means: the connection, why to try the next address, or (the outer error) that there is nothing to try.
+fn judge(
+    spec: &DeviceSpec,
+    attempt: Result<Dialled, DialError>,
+) -> Result<Result<Dialled, PassedOver>, SlotError> {
+    let ExportSpec::Attachment { server_id, volume_uid, .. } = &spec.export else {
+        return Ok(attempt.map_err(PassedOver::from));
+    };
+    let dialled = match attempt {
+        Ok(dialled) => dialled,
+        Err(DialError::Handshake {
+            address,
+            source: ClientHandshakeError::Refused { reply: ERR_UNKNOWN, text },
+        }) if ExportRefusal::parse(&text).is_some_and(|refusal| refusal.server_id == *server_id) => {
+            return Err(SlotError::Ended { address, reason: text });
+        }
+        Err(error) => return Ok(Err(error.into())),
+    };
     let address = dialled.address.clone();
     let text = dialled.export.description.as_deref().unwrap_or_default();
-    match text.parse::<ExportDescription>() {
-        Ok(told) if told.server_id == *server_id && told.volume_uid == *volume_uid => Ok(()),
-        Ok(told) => {
-            let reason = format!("server {} volume {}", told.server_id, told.volume_uid);
-            Err(SlotError::WrongServer { address, reason })
+    Ok(match text.parse::<ExportDescription>() {
+        Ok(told) if told.server_id == *server_id && told.volume_uid == *volume_uid => Ok(dialled),
+        Ok(ExportDescription { server_id, volume_uid, .. }) => {
+            Err(PassedOver::WrongServer { address, server_id, volume_uid })
         }
-        Err(source) => Err(SlotError::Description { address, source }),
-    }
+        Err(source) => Err(PassedOver::Description { address, source }),
+    })
 }
 
 fn is_same_export(one: &ExportInfo, other: &ExportInfo) -> bool {
@@ -186,8 +259,6 @@ fn is_same_export(one: &ExportInfo, other: &ExportInfo) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
-
     use super::*;
     use crate::node::attachment_record::tests::spec;
 

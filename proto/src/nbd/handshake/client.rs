@@ -109,6 +109,11 @@ impl ClientHandshake {
         self.state == State::TlsAcknowledged
     }
 
+    /// Whether the export was asked for: before, the server's answers wait for nobody.
+    pub fn has_asked_for_export(&self) -> bool {
+        matches!(self.state, State::Going | State::ExportName | State::Done)
+    }
+
     /// TLS has started: asks for the export. What `out` holds and what is handled from now on is what TLS carries.
     ///
     /// # Panics
