@@ -254,7 +254,8 @@ mod tests {
     #[test]
     fn refusal_of_version_1_is_read() {
         // A fixture of the format as it was first released: it must be readable for ever.
-        let text = "the attachment has been fenced (volnode/1 server_id=00000000-0000-0000-0000-000000000001)";
+        let text =
+            "the attachment has been fenced (volnode/1 server_id=00000000-0000-0000-0000-000000000001)";
         let refusal = ExportRefusal::parse(text).unwrap();
         let server_id = Uuid::from_u128(1);
         assert_eq!(refusal, ExportRefusal { reason: "the attachment has been fenced", server_id });

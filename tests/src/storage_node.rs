@@ -85,6 +85,9 @@ pub struct StorageNode {
     series: KernelSeries,
     server_options: Vec<String>,
     client_options: Vec<String>,
+    node_id: String,
+    /// The network namespace that the server runs in; `None`: ours.
+    server_netns: Option<String>,
     /// What the server takes for this machine's boot id; `None`: the true one.
     boot_id: Option<String>,
     tls: Option<NodeTls>,
@@ -163,6 +166,40 @@ impl StorageNode {
         Ok(node)
     }
 
+    /// Starts both; the server runs in a network namespace, at an address there that we can reach.
+    ///
+    /// # Errors
+    /// One of them does not get ready.
+    pub fn start_in_netns(env: &Env, netns: &str, address: &str) -> Result<Self> {
+        if env.in_vm {
+            run("modprobe", &["ublk_drv"])?;
+        }
+        let mut node = Self::new(env, &env.directory.join("data"), &["--insecure"])?;
+        node.data_address = format!("{address}:0");
+        node.management_uri = format!("http://{address}:0");
+        node.server_netns = Some(netns.to_owned());
+        node.start_server()?;
+        node.start_client()?;
+        Ok(node)
+    }
+
+    /// Starts the daemon of another node, for the same server, on this machine.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_another_client(&self, env: &Env, node_id: &str) -> Result<Self> {
+        let mut other = Self::new(env, &self.data_dir, &[])?;
+        other.data_address.clone_from(&self.data_address);
+        other.management_uri.clone_from(&self.management_uri);
+        other.run_dir = env.directory.join(format!("run-{node_id}"));
+        other.device_dir = env.directory.join(format!("by-name-{node_id}"));
+        other.logs = env.directory.join(format!("logs-{node_id}"));
+        other.node_id = node_id.to_owned();
+        fs::create_dir_all(&other.logs)?;
+        other.start_client()?;
+        Ok(other)
+    }
+
     fn new(env: &Env, data_dir: &Path, server_options: &[&str]) -> Result<Self> {
         let logs = env.directory.join("logs");
         fs::create_dir_all(&logs)?;
@@ -179,6 +216,8 @@ impl StorageNode {
             series: env.series,
             server_options: server_options.iter().map(|&option| option.to_owned()).collect(),
             client_options: Vec::new(),
+            node_id: "node-1".into(),
+            server_netns: None,
             boot_id: None,
             tls: None,
             server: None,
@@ -221,6 +260,11 @@ impl StorageNode {
     /// The server's program, under a boot id of the test's where there is one.
     fn server_command(&self) -> Result<Command> {
         let program = self.programs.join("volserver");
+        if let Some(netns) = &self.server_netns {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", netns]).arg(program);
+            return Ok(command);
+        }
         let Some(boot_id) = &self.boot_id else { return Ok(Command::new(program)) };
         let file = self.logs.join("boot_id");
         fs::write(&file, format!("{boot_id}\n"))?;
@@ -236,7 +280,7 @@ impl StorageNode {
     /// It does not get ready.
     pub fn start_client(&mut self) -> Result<()> {
         let mut client = Command::new(self.programs.join("volclient"));
-        client.arg("serve").args(["--server", &self.management_uri, "--node-id", "node-1"]);
+        client.arg("serve").args(["--server", &self.management_uri, "--node-id", &self.node_id]);
         client.arg("--run-dir").arg(&self.run_dir).arg("--device-dir").arg(&self.device_dir);
         self.add_tls_options(&mut client);
         if self.tls.as_ref().is_some_and(|tls| tls.user_space_only) {

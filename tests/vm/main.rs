@@ -14,6 +14,7 @@ mod foreign;
 mod hostile_server;
 mod idle;
 mod lying_disk;
+mod network;
 mod queues;
 mod recovery;
 mod ride_through;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         hostile_server::TESTS,
         ride_through::TESTS,
         recovery::TESTS,
+        network::TESTS,
         soak::TESTS,
         idle::TESTS,
         allocations::TESTS,

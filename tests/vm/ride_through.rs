@@ -59,7 +59,7 @@ pub(crate) fn verify_meanwhile(device: &Path, faults: impl FnOnce() -> Result<()
     Ok(())
 }
 
-fn reconnects(node: &StorageNode, target: &str) -> Result<u64> {
+pub(crate) fn reconnects(node: &StorageNode, target: &str) -> Result<u64> {
     node.attachment(target)?["reconnects"].as_u64().context("reconnects")
 }
 

@@ -5,8 +5,8 @@
 //! whether the server is the same one is looked at here, whether it forgot anything by `reconnect.rs`.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
