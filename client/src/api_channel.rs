@@ -20,6 +20,10 @@ use crate::tls_spec::ClientFiles;
 
 /// TCP, TLS and HTTP/2 to the server.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// Between two pings while a call waits. A server that is stopped keeps its connections, and only its silence tells.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// A server that answers no ping for so long is gone, and with it the calls that wait.
+const PING_DEADLINE: Duration = Duration::from_secs(10);
 const HTTP: &str = "http://";
 const HTTPS: &str = "https://";
 
@@ -80,6 +84,7 @@ fn endpoint(uri: &str) -> Result<Endpoint, ChannelError> {
         return Err(off());
     }
     let endpoint = Endpoint::from_shared(uri.to_owned()).map_err(|_| off())?;
+    let endpoint = endpoint.http2_keep_alive_interval(PING_INTERVAL).keep_alive_timeout(PING_DEADLINE);
     Ok(endpoint.connect_timeout(CONNECT_DEADLINE))
 }
 

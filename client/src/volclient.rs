@@ -129,7 +129,10 @@ fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
         log_filter,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    Ok(runtime.block_on(serve(options))?)
+    let served = runtime.block_on(serve(options));
+    // A call that was cut off may be in the kernel, on a thread that nobody can end: it goes with the process.
+    runtime.shutdown_background();
+    Ok(served?)
 }
 
 fn run_device(args: DeviceArgs) -> anyhow::Result<()> {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use proto::v1::{AttachmentEvent, AttachmentEventKind as Kind, NodeAttachment};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
 use super::attachment_record::AttachmentRecord;
@@ -23,8 +23,8 @@ const WAITING_EVENTS: usize = 64;
 /// A watcher's stream.
 pub(super) type Events = mpsc::Receiver<Result<AttachmentEvent, Status>>;
 
-/// Watches until the stream is dropped.
-pub(super) fn watch(run_dir: PathBuf) -> Events {
+/// Watches until the stream is dropped, or the daemon ends: a watcher must not hold that up, and is told.
+pub(super) fn watch(run_dir: PathBuf, mut ended: watch::Receiver<bool>) -> Events {
     let (sender, events) = mpsc::channel(WAITING_EVENTS);
     tokio::spawn(async move {
         let mut told = Told::default();
@@ -35,12 +35,17 @@ pub(super) fn watch(run_dir: PathBuf) -> Events {
             };
             for (kind, attachment) in news {
                 let event = AttachmentEvent { time_ms: now_ms(), kind: kind.into(), attachment };
-                if sender.send(Ok(event)).await.is_err() {
-                    return;
+                tokio::select! {
+                    sent = sender.send(Ok(event)) => if sent.is_err() { return },
+                    // For one that does not read, there is no room to be told.
+                    _ = ended.wait_for(|is_ending| *is_ending) => return,
                 }
             }
             tokio::select! {
                 () = sender.closed() => return,
+                _ = ended.wait_for(|is_ending| *is_ending) => {
+                    return drop(sender.try_send(Err(Status::unavailable("the node daemon ends"))));
+                }
                 () = tokio::time::sleep(LOOK_INTERVAL) => {}
             }
         }

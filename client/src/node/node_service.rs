@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use proto::v1;
 use proto::v1::node_server::Node;
+use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use ublk_core::DataPath;
@@ -21,12 +22,13 @@ use super::supervisor::{Supervisor, probe_data_paths};
 #[derive(Debug, Clone)]
 pub struct NodeService {
     supervisor: Arc<Supervisor>,
+    ended: watch::Receiver<bool>,
 }
 
 impl NodeService {
-    /// Over this supervisor.
-    pub fn new(supervisor: Arc<Supervisor>) -> Self {
-        Self { supervisor }
+    /// Over this supervisor; whoever watches does so until `ended` turns true.
+    pub fn new(supervisor: Arc<Supervisor>, ended: watch::Receiver<bool>) -> Self {
+        Self { supervisor, ended }
     }
 }
 
@@ -118,7 +120,7 @@ impl Node for NodeService {
         &self,
         _: Request<v1::WatchAttachmentsRequest>,
     ) -> Result<Response<Self::WatchAttachmentsStream>, Status> {
-        let events = attachment_events::watch(self.supervisor.config().run_dir.clone());
+        let events = attachment_events::watch(self.supervisor.config().run_dir.clone(), self.ended.clone());
         Ok(Response::new(ReceiverStream::new(events)))
     }
 

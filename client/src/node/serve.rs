@@ -10,12 +10,14 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt 
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::v1::FILE_DESCRIPTOR_SET;
 use proto::v1::node_server::NodeServer;
 use rustix::fs::FlockOperation;
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use uuid::Uuid;
@@ -29,6 +31,9 @@ use crate::tls_spec::ClientFiles;
 
 /// Longest path of a Unix socket, in bytes: `sun_path` less its final zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// How long calls in progress may go on once the daemon is told to end. What is cut off then is left as by a crash: repeating
+/// the call goes on with it. `deploy/volclient.service` gives a stop more than this.
+const LAST_CALLS_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What `volclient serve` is told.
 #[derive(Debug, Clone)]
@@ -93,7 +98,7 @@ impl ServeError {
     }
 }
 
-/// Serves until SIGTERM or SIGINT; calls in progress are finished first.
+/// Serves until SIGTERM or SIGINT; calls in progress are finished first, if they end in time, and watchers are told the end.
 ///
 /// # Errors
 /// [`ServeError`], by cause.
@@ -134,13 +139,29 @@ async fn run_grpc(listener: UnixListener, supervisor: Arc<Supervisor>) -> Result
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|error| ServeError::Grpc(error.to_string()))?;
-    Server::builder()
+    let (ending, ended) = watch::channel(false);
+    let shutdown = {
+        let mut ended = ended.clone();
+        // Sent by this function alone, which outlives it.
+        async move { drop(ended.wait_for(|is_ending| *is_ending).await) }
+    };
+    let serving = Server::builder()
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(NodeServer::new(NodeService::new(supervisor)))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), ended_by_signal())
-        .await
-        .map_err(|error| ServeError::Grpc(with_sources(&error)))
+        .add_service(NodeServer::new(NodeService::new(supervisor, ended.clone())))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
+    let out_of_time = async {
+        ended_by_signal().await;
+        ending.send_replace(true);
+        tokio::time::sleep(LAST_CALLS_DEADLINE).await;
+    };
+    tokio::select! {
+        served = serving => served.map_err(|error| ServeError::Grpc(with_sources(&error))),
+        () = out_of_time => {
+            tracing::warn!("calls are cut off that did not end within {} s", LAST_CALLS_DEADLINE.as_secs());
+            Ok(())
+        }
+    }
 }
 
 async fn ended_by_signal() {
