@@ -13,6 +13,7 @@ use client::contract::AttachmentDir;
 use client::node::device_process;
 use client::node::error::with_sources;
 use client::node::serve::{ServeOptions, serve};
+use client::node::take_away::take_all_away;
 use client::tls_spec::ClientFiles;
 use tracing_subscriber::EnvFilter;
 
@@ -34,6 +35,11 @@ enum Command {
     /// Prints "volclient ready: SOCKET" once it can be used. It may be stopped and started at any time: attached
     /// volumes are served by processes of their own.
     Serve(ServeArgs),
+    /// Take every disk of this machine away, without the node daemon: the last step of a shutdown
+    ///
+    /// What is mounted is unmounted first, as far as that ends in time; then the disk goes, whoever has it open, and what was
+    /// not flushed may be lost. The node daemon must not run; while it does, use `volctl detach --all --force`.
+    TakeAway(ServeArgs),
     /// Serve one attachment; started by `volclient serve`, or by a service manager
     Device(DeviceArgs),
 }
@@ -88,6 +94,7 @@ fn main() -> ExitCode {
     }
     let outcome = match cli.command {
         Command::Serve(args) => run_serve(args, cli.log),
+        Command::TakeAway(args) => run_take_away(args, cli.log),
         Command::Device(args) => run_device(args),
     };
     outcome.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
@@ -110,6 +117,14 @@ fn start_log(filter: &str) -> anyhow::Result<()> {
 }
 
 fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
+    run_on_tokio(serve(serve_options(args, log_filter)?))
+}
+
+fn run_take_away(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
+    run_on_tokio(take_all_away(serve_options(args, log_filter)?))
+}
+
+fn serve_options(args: ServeArgs, log_filter: String) -> anyhow::Result<ServeOptions> {
     // The daemon's paths reach device processes, whose working directory is another.
     let run_dir = std::path::absolute(&args.run_dir).context("--run-dir")?;
     let device_dir = std::path::absolute(&args.device_dir).context("--device-dir")?;
@@ -117,7 +132,7 @@ fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
         Some(socket) => std::path::absolute(socket).context("--socket")?,
         None => run_dir.join("volclient.sock"),
     };
-    let options = ServeOptions {
+    Ok(ServeOptions {
         server: args.server,
         tls_files: ClientFiles::named(args.tls_ca, args.tls_cert, args.tls_key).context("--tls-ca")?,
         tls_user_space_only: args.tls_user_space,
@@ -127,12 +142,15 @@ fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
         node_id: args.node_id,
         device_dir,
         log_filter,
-    };
+    })
+}
+
+fn run_on_tokio<E: Into<anyhow::Error>>(work: impl Future<Output = Result<(), E>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let served = runtime.block_on(serve(options));
+    let outcome = runtime.block_on(work);
     // A call that was cut off may be in the kernel, on a thread that nobody can end: it goes with the process.
     runtime.shutdown_background();
-    Ok(served?)
+    outcome.map_err(Into::into)
 }
 
 fn run_device(args: DeviceArgs) -> anyhow::Result<()> {

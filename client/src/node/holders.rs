@@ -56,6 +56,15 @@ pub fn holders(dev_id: u32) -> Vec<String> {
     holders_below(Path::new("/proc"), Path::new("/sys"), dev_id)
 }
 
+/// Where `/dev/ublkb<dev_id>` or a partition of it is mounted in this process's mount namespace, the last mount first.
+pub(super) fn mounted_on(dev_id: u32) -> Vec<PathBuf> {
+    let devices = disk_and_partitions(Path::new("/sys"), dev_id);
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut points: Vec<PathBuf> = mount_points(&mountinfo, &devices).map(PathBuf::from).collect();
+    points.reverse();
+    points
+}
+
 fn holders_below(proc: &Path, sys: &Path, dev_id: u32) -> Vec<String> {
     let devices = disk_and_partitions(sys, dev_id);
     let mut found = mounts(proc, &devices);

@@ -3,6 +3,7 @@
 //! - [`serve`]: start-up: the run directory, its lock, the socket, the gRPC server.
 //! - [`node_service`]: the node API (`volnode.v1.Node`) in terms of the supervisor.
 //! - [`supervisor`]: attach, detach and list: the order of steps, and what is undone when one fails.
+//! - [`take_away`]: the last resort of a machine that goes down: every disk, by force, without a daemon.
 //! - [`target`]: what can be attached (a volume's name, an NBD URI), and how a detach names it.
 //! - [`attachment_record`]: an attachment as its folder tells it.
 //! - [`device_process`]: one device process: claim, start, wait, stop.
@@ -25,5 +26,6 @@ pub mod node_service;
 mod recovery;
 pub mod serve;
 pub mod supervisor;
+pub mod take_away;
 pub mod target;
 pub mod target_locks;

@@ -109,6 +109,19 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
         make_private_folder(folder)?;
     }
     let _lock = lock_run_dir(&options.run_dir)?;
+    let supervisor = supervisor(&options)?;
+    tracing::info!(node_id = supervisor.config().node_id, server = options.server, "volclient starts");
+    supervisor.adopt_found_attachments()?;
+    let listener = listen(&options.socket)?;
+    announce(&options.socket).map_err(ServeError::io(&options.socket))?;
+    let served = run_grpc(listener, supervisor).await;
+    fs::remove_file(&options.socket).ok();
+    tracing::info!("volclient ends; device processes go on");
+    served
+}
+
+/// What does the work, as the options have it.
+pub(super) fn supervisor(options: &ServeOptions) -> Result<Arc<Supervisor>, ServeError> {
     let node_id = options.node_id.clone().map_or_else(default_node_id, Ok)?;
     let management = ManagementClient::new(&options.server, options.tls_files.as_ref())?;
     let config = SupervisorConfig {
@@ -120,15 +133,7 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
         tls_user_space_only: options.tls_user_space_only,
         tls_key_bytes_max: options.tls_key_bytes_max,
     };
-    tracing::info!(node_id = config.node_id, server = options.server, "volclient starts");
-    let supervisor = Arc::new(Supervisor::new(config, management));
-    supervisor.adopt_found_attachments()?;
-    let listener = listen(&options.socket)?;
-    announce(&options.socket).map_err(ServeError::io(&options.socket))?;
-    let served = run_grpc(listener, supervisor).await;
-    fs::remove_file(&options.socket).ok();
-    tracing::info!("volclient ends; device processes go on");
-    served
+    Ok(Arc::new(Supervisor::new(config, management)))
 }
 
 async fn run_grpc(listener: UnixListener, supervisor: Arc<Supervisor>) -> Result<(), ServeError> {
@@ -195,7 +200,7 @@ fn make_private_folder(folder: &Path) -> Result<(), ServeError> {
 }
 
 /// Only this program takes the lock; the kernel drops it with the process. Children do not inherit it.
-fn lock_run_dir(run_dir: &Path) -> Result<File, ServeError> {
+pub(super) fn lock_run_dir(run_dir: &Path) -> Result<File, ServeError> {
     let path = run_dir.join("volclient.lock");
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);

@@ -1,18 +1,24 @@
 //! `attach`, `detach`, `attachments`: the disks of this machine.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use indicatif::ProgressBar;
 use proto::v1;
+use proto::v1::node_client::NodeClient;
 use serde_json::json;
+use tonic::transport::Channel;
 
 use crate::cli::{AttachArgs, OnStall, StallArgs};
 use crate::connect::{self, call};
+use crate::exit_code::ExitCode;
 use crate::failure::Failure;
 use crate::report::{Report, node_attachment_json, state_word, table};
 use crate::size::human_size;
 
+/// Between two tries to attach.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// A frame of the spinner.
 const SPINNER_INTERVAL: Duration = Duration::from_millis(100);
 /// Of `--on-stall fail`; long enough for a server to be restarted.
@@ -33,38 +39,100 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
         on_stall: stall_action(args.stall).into(),
         stall_fail_after_ms: stall_fail_after_ms(args.stall),
     };
-    let answer = call(client.attach(request)).await;
+    let give_up = Instant::now() + args.retry_for.unwrap_or_default();
+    let answer = loop {
+        match call(client.attach(request.clone())).await {
+            Err(failure) if failure.exit_code == ExitCode::Unreachable && Instant::now() < give_up => {
+                tokio::time::sleep(RETRY_INTERVAL).await;
+            }
+            answer => break answer,
+        }
+    };
     spinner.finish_and_clear();
     let attachment = answer?.attachment.ok_or_else(|| Failure::incomplete_answer("attachment"))?;
     Ok(Report::new(format!("{}\n", attachment.device_path), node_attachment_json(&attachment)))
 }
 
-pub(crate) async fn detach(socket: &Path, target: String, force: bool) -> Result<Report, Failure> {
-    let mut client = connect::node(socket).await?;
-    let spinner = spinner(format!("detaching {target}"));
-    let answer = call(client.detach(v1::DetachRequest { target: target.clone(), force })).await;
-    spinner.finish_and_clear();
-    let existed = answer?.existed;
-    let text = if existed { format!("detached {target}\n") } else { format!("{target} is not attached\n") };
-    Ok(Report::new(text, json!({ "target": target, "existed": existed })))
+/// One disk, or all of them.
+pub(crate) async fn detach(socket: &Path, target: Option<String>, force: bool) -> Result<Report, Failure> {
+    let client = connect::node(socket).await?;
+    for_each(client, target, "detaching", async move |mut client, target| {
+        let answer = call(client.detach(v1::DetachRequest { target: target.clone(), force })).await?;
+        let existed = answer.existed;
+        let text =
+            if existed { format!("detached {target}\n") } else { format!("{target} is not attached\n") };
+        Ok(Report::new(text, json!({ "target": target, "existed": existed })))
+    })
+    .await
 }
 
-pub(crate) async fn set_policy(socket: &Path, target: String, stall: StallArgs) -> Result<Report, Failure> {
-    let request = v1::SetStallPolicyRequest {
-        target: target.clone(),
-        on_stall: stall_action(stall).into(),
-        stall_fail_after_ms: stall_fail_after_ms(stall),
-    };
-    let answer = call(connect::node(socket).await?.set_stall_policy(request)).await?;
-    let attachment = answer.attachment.ok_or_else(|| Failure::incomplete_answer("attachment"))?;
-    let text = match attachment.on_stall() {
-        v1::StallAction::Fail => {
-            let after = Duration::from_millis(attachment.stall_fail_after_ms);
-            format!("{target}: I/O fails once an outage has lasted {after:?}\n")
+/// Of one disk, or of all of them.
+pub(crate) async fn set_policy(
+    socket: &Path,
+    target: Option<String>,
+    stall: StallArgs,
+) -> Result<Report, Failure> {
+    let client = connect::node(socket).await?;
+    for_each(client, target, "telling", async move |mut client, target| {
+        let request = v1::SetStallPolicyRequest {
+            target: target.clone(),
+            on_stall: stall_action(stall).into(),
+            stall_fail_after_ms: stall_fail_after_ms(stall),
+        };
+        let answer = call(client.set_stall_policy(request)).await?;
+        let attachment = answer.attachment.ok_or_else(|| Failure::incomplete_answer("attachment"))?;
+        let text = match attachment.on_stall() {
+            v1::StallAction::Fail => {
+                let after = Duration::from_millis(attachment.stall_fail_after_ms);
+                format!("{target}: I/O fails once an outage has lasted {after:?}\n")
+            }
+            _ => format!("{target}: I/O waits while the server cannot be reached\n"),
+        };
+        Ok(Report::new(text, node_attachment_json(&attachment)))
+    })
+    .await
+}
+
+/// Does the same to one disk, or to all of them at once, so that one that does not answer holds up no other.
+async fn for_each(
+    mut client: NodeClient<Channel>,
+    target: Option<String>,
+    doing: &str,
+    work: impl AsyncFn(NodeClient<Channel>, String) -> Result<Report, Failure>,
+) -> Result<Report, Failure> {
+    if let Some(target) = target {
+        let spinner = spinner(format!("{doing} {target}"));
+        let outcome = work(client, target).await;
+        spinner.finish_and_clear();
+        return outcome;
+    }
+    let targets = all_targets(&mut client).await?;
+    let spinner = spinner(format!("{doing} {} disks", targets.len()));
+    let outcomes = join_all(targets.into_iter().map(|target| work(client.clone(), target))).await;
+    spinner.finish_and_clear();
+    let (mut text, mut json, mut failures) = (String::new(), Vec::new(), Vec::new());
+    for outcome in outcomes {
+        match outcome {
+            Ok(report) => {
+                text += &report.text;
+                json.push(report.json);
+            }
+            Err(failure) => failures.push(failure),
         }
-        _ => format!("{target}: I/O waits while the server cannot be reached\n"),
-    };
-    Ok(Report::new(text, node_attachment_json(&attachment)))
+    }
+    match failures.split_first() {
+        None => Ok(Report::new(text, json.into())),
+        Some((first, others)) => {
+            let what =
+                others.iter().fold(first.what.clone(), |what, other| format!("{what}; {}", other.what));
+            Err(Failure::new(first.exit_code, what, first.next.clone()))
+        }
+    }
+}
+
+async fn all_targets(client: &mut NodeClient<Channel>) -> Result<Vec<String>, Failure> {
+    let listed = call(client.list_node_attachments(v1::ListNodeAttachmentsRequest {})).await?;
+    Ok(listed.attachments.into_iter().map(|attachment| attachment.target).collect())
 }
 
 /// One disk, or all of them.
@@ -72,10 +140,7 @@ pub(crate) async fn upgrade(socket: &Path, target: Option<String>) -> Result<Rep
     let mut client = connect::node(socket).await?;
     let targets = match target {
         Some(target) => vec![target],
-        None => {
-            let listed = call(client.list_node_attachments(v1::ListNodeAttachmentsRequest {})).await?;
-            listed.attachments.into_iter().map(|attachment| attachment.target).collect()
-        }
+        None => all_targets(&mut client).await?,
     };
     let (mut text, mut json) = (String::new(), Vec::new());
     for target in targets {

@@ -83,18 +83,26 @@ pub(crate) enum Command {
     /// Make a volume, or an export of any NBD server, a local disk; prints its path
     Attach(AttachArgs),
     /// Take a local disk away; what is not attached is a success
+    #[command(group = clap::ArgGroup::new("which").required(true).args(["target", "all"]))]
     Detach {
         /// What was attached: a volume's name or an NBD URI; or /dev/ublkbN, its stable name, or the attachment's id
-        target: String,
+        target: Option<String>,
+        /// Every disk that is attached to this machine, all at once
+        #[arg(long)]
+        all: bool,
         /// Take it away whoever has it open: their I/O fails, and what was not flushed may be lost
         #[arg(long)]
         force: bool,
     },
     /// Change what I/O does while the storage server cannot be reached, during an outage, too
     #[command(mut_arg("on_stall", |on_stall| on_stall.required(true)))]
+    #[command(group = clap::ArgGroup::new("which").required(true).args(["target", "all"]))]
     Policy {
         /// As for detach
-        target: String,
+        target: Option<String>,
+        /// Every disk that is attached to this machine, all at once
+        #[arg(long)]
+        all: bool,
         #[command(flatten)]
         stall: StallArgs,
     },
@@ -188,6 +196,9 @@ pub(crate) struct AttachArgs {
     pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) stall: StallArgs,
+    /// While the storage server cannot be reached, go on trying for so long, such as 30s or 2m
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub(crate) retry_for: Option<Duration>,
 }
 
 #[derive(Debug, Clone, Copy, Args)]
@@ -257,6 +268,9 @@ mod tests {
     fn a_policy_has_to_say_what_is_to_be_done() {
         assert!(Cli::try_parse_from(["volctl", "policy", "vol-1"]).is_err());
         assert!(Cli::try_parse_from(["volctl", "policy", "vol-1", "--on-stall", "wait"]).is_ok());
+        assert!(Cli::try_parse_from(["volctl", "policy", "--all", "--on-stall", "wait"]).is_ok());
+        assert!(Cli::try_parse_from(["volctl", "policy", "--on-stall", "wait"]).is_err(), "of which?");
+        assert!(Cli::try_parse_from(["volctl", "detach", "--all", "vol-1"]).is_err(), "one or all?");
         assert!(Cli::try_parse_from(["volctl", "attach", "vol-1"]).is_ok());
         let after_alone = ["volctl", "attach", "vol-1", "--after", "3s"];
         assert!(Cli::try_parse_from(after_alone).is_err(), "after what?");

@@ -1,0 +1,123 @@
+//! The last resort of a machine that goes down: takes every disk away, whatever the server, the daemon or the users do.
+//!
+//! ```text
+//!   each disk, all at once:  I/O that waits fails soon ─► unmount ─► detach ─ in use, or too slow ─► detach by force
+//! ```
+//! Invariants: the node daemon does not run (its lock is held meanwhile). Each step is bounded, and so is the whole, except by a
+//! driver that does not answer. Needs no server: what it could not be told is told when the machine attaches again.
+//! Called by: `volclient take-away`, which `deploy/volnode-shutdown.service` runs.
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::v1;
+use tokio::process::Command;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::error::{NodeError, with_sources};
+use super::holders::mounted_on;
+use super::serve::{ServeError, ServeOptions, lock_run_dir, supervisor};
+use super::supervisor::Supervisor;
+
+/// For how long an outage may go on before I/O fails: a server that is being restarted is not given up at once.
+const STALL_MS: u64 = 10_000;
+/// Writing back and unmounting; more than a stalled disk needs to fail.
+const UNMOUNT_DEADLINE: Duration = Duration::from_secs(20);
+/// A detach without force: the last flush, and telling the server.
+const DETACH_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Why the disks could not be taken away.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeAwayError {
+    /// The run directory, or the options.
+    #[error(transparent)]
+    Setup(#[from] ServeError),
+    /// The attachments cannot be read.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// What is left is in the log, by name.
+    #[error("{0} disks are left; see the log")]
+    Left(usize),
+}
+
+/// Takes every disk of the run directory away, all at once; no disk at all is a success.
+///
+/// # Errors
+/// [`TakeAwayError`]: the node daemon runs, or disks are left.
+pub async fn take_all_away(options: ServeOptions) -> Result<(), TakeAwayError> {
+    if !options.run_dir.exists() {
+        return Ok(());
+    }
+    let _lock = lock_run_dir(&options.run_dir)?;
+    let supervisor = supervisor(&options)?;
+    let mut work = JoinSet::new();
+    for attachment in supervisor.list()? {
+        let supervisor = Arc::clone(&supervisor);
+        work.spawn(async move {
+            let target = attachment.target.clone();
+            take_away(&supervisor, attachment).await.inspect_err(|error| {
+                tracing::error!(target, error = with_sources(error), "a disk is left");
+            })
+        });
+    }
+    let outcomes = work.join_all().await;
+    match outcomes.iter().filter(|outcome| outcome.is_err()).count() {
+        0 => Ok(()),
+        left => Err(TakeAwayError::Left(left)),
+    }
+}
+
+async fn take_away(supervisor: &Supervisor, attachment: v1::NodeAttachment) -> Result<(), NodeError> {
+    let (target, id) = (attachment.target, attachment.attachment_id);
+    let policy = v1::SetStallPolicyRequest {
+        target: id.clone(),
+        on_stall: v1::StallAction::Fail.into(),
+        stall_fail_after_ms: STALL_MS,
+    };
+    // One without a process has no policy; it goes all the same.
+    if let Err(error) = supervisor.set_stall_policy(&policy).await {
+        tracing::warn!(target, error = with_sources(&error), "the policy cannot be changed");
+    }
+    if let Some(dev_id) = attachment.device_path.strip_prefix("/dev/ublkb").and_then(|id| id.parse().ok()) {
+        unmount(&target, dev_id).await;
+    }
+    let detach = |force| v1::DetachRequest { target: id.clone(), force };
+    match timeout(DETACH_DEADLINE, supervisor.detach(&detach(false))).await {
+        Ok(outcome @ (Ok(_) | Err(NodeError::DetachUnfinished { .. }))) => {
+            return untold_is_done(&target, outcome);
+        }
+        Ok(Err(error)) => tracing::warn!(target, error = with_sources(&error), "it is taken away by force"),
+        Err(_) => tracing::warn!(target, "it does not detach in time; it is taken away by force"),
+    }
+    untold_is_done(&target, supervisor.detach(&detach(true)).await)
+}
+
+/// A server that was not told holds the attachment for this machine, which gets it again when it is up.
+fn untold_is_done(target: &str, outcome: Result<bool, NodeError>) -> Result<(), NodeError> {
+    match outcome {
+        Err(NodeError::DetachUnfinished { cause, .. }) => {
+            tracing::warn!(target, cause, "taken away; the storage server could not be told");
+            Ok(())
+        }
+        outcome => outcome.map(drop),
+    }
+}
+
+/// Unmounts what is mounted of a disk, as far as it ends in time: data that is written back now is not lost.
+async fn unmount(target: &str, dev_id: u32) {
+    for mount_point in mounted_on(dev_id) {
+        let mut umount = Command::new("umount");
+        umount.arg(&mount_point).stdin(Stdio::null()).kill_on_drop(true);
+        match timeout(UNMOUNT_DEADLINE, umount.status()).await {
+            Ok(Ok(status)) if status.success() => {
+                tracing::info!(target, mount_point = %mount_point.display(), "unmounted");
+            }
+            outcome => {
+                tracing::warn!(target, mount_point = %mount_point.display(), ?outcome, "it stays mounted");
+                return;
+            }
+        }
+    }
+}
