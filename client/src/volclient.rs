@@ -3,13 +3,14 @@
 //! Owns: the command line and the log. Never: does anything itself; see `node` and `device` of the library.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand};
 use client::contract::AttachmentDir;
+use client::node::attachment_record::AttachmentRecord;
 use client::node::device_process;
 use client::node::error::with_sources;
 use client::node::serve::{ServeOptions, serve};
@@ -40,6 +41,16 @@ enum Command {
     /// What is mounted is unmounted first, as far as that ends in time; then the disk goes, whoever has it open, and what was
     /// not flushed may be lost. The node daemon must not run; while it does, use `volctl detach --all --force`.
     TakeAway(ServeArgs),
+    /// Print whose disk a ublk device is, as udev imports it: VOLNODE_NAME, and VOLNODE_STALLED=1 where reading would wait
+    ///
+    /// Prints nothing for a disk of another program, or of an NBD server that is not volnode's.
+    DeviceName {
+        /// The kernel's name of the disk, such as ublkb0
+        disk: String,
+        /// The run directory of the node daemon
+        #[arg(long, env = "VOLCLIENT_RUN_DIR", default_value = "/run/volnode", value_name = "DIR")]
+        run_dir: PathBuf,
+    },
     /// Serve one attachment; started by `volclient serve`, or by a service manager
     Device(DeviceArgs),
 }
@@ -95,6 +106,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Serve(args) => run_serve(args, cli.log),
         Command::TakeAway(args) => run_take_away(args, cli.log),
+        Command::DeviceName { disk, run_dir } => run_device_name(&disk, &run_dir),
         Command::Device(args) => run_device(args),
     };
     outcome.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
@@ -151,6 +163,18 @@ fn run_on_tokio<E: Into<anyhow::Error>>(work: impl Future<Output = Result<(), E>
     // A call that was cut off may be in the kernel, on a thread that nobody can end: it goes with the process.
     runtime.shutdown_background();
     outcome.map_err(Into::into)
+}
+
+/// Reads state files and nothing else: udev may ask while the disk is being made, or hangs.
+fn run_device_name(disk: &str, run_dir: &Path) -> anyhow::Result<()> {
+    let dev_id: u32 = disk
+        .strip_prefix("ublkb")
+        .and_then(|number| number.parse().ok())
+        .with_context(|| format!("{disk:?} is not the name of a ublk disk, such as ublkb0"))?;
+    if let Some(name) = AttachmentRecord::name_of_device(run_dir, dev_id)? {
+        print!("{name}");
+    }
+    Ok(())
 }
 
 fn run_device(args: DeviceArgs) -> anyhow::Result<()> {

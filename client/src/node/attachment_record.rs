@@ -16,7 +16,7 @@ use ublk_core::control::block_device_path;
 use super::device_process;
 use super::error::NodeError;
 use super::target::{DetachSelector, Target};
-use crate::contract::{self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus};
+use crate::contract::{self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec};
 use crate::device::reconnect::StallPolicy;
 
 /// One attachment of this node.
@@ -49,6 +49,22 @@ impl AttachmentRecord {
         let boot_id = contract::boot_id()?;
         let status = device_process::status(&dir)?.filter(|status| status.boot_id == boot_id);
         Ok(Some(Self { dir, spec, status, pid }))
+    }
+
+    /// Whose disk `/dev/ublkb<dev_id>` is, in lines that udev imports; `None`: of no volume that is attached here.
+    ///
+    /// # Errors
+    /// [`NodeError::Io`]
+    pub fn name_of_device(run_dir: &Path, dev_id: u32) -> Result<Option<String>, NodeError> {
+        for record in Self::read_all(run_dir)? {
+            let Some(status) = record.status else { continue };
+            let is_volume = matches!(record.spec.export, ExportSpec::Attachment { .. });
+            if is_volume && status.dev_id == Some(dev_id) {
+                let stalled = if status.state == DeviceState::Stalled { "VOLNODE_STALLED=1\n" } else { "" };
+                return Ok(Some(format!("VOLNODE_NAME={}\n{stalled}", record.spec.target)));
+            }
+        }
+        Ok(None)
     }
 
     /// Every attachment of a run directory, in order of target.

@@ -7,6 +7,7 @@
 //! driver that does not answer. Needs no server: what it could not be told is told when the machine attaches again.
 //! Called by: `volclient take-away`, which `deploy/volnode-shutdown.service` runs.
 
+use std::ffi::OsStr;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,8 @@ use super::supervisor::Supervisor;
 const STALL_MS: u64 = 10_000;
 /// Writing back and unmounting; more than a stalled disk needs to fail.
 const UNMOUNT_DEADLINE: Duration = Duration::from_secs(20);
+/// Writing back what cannot be unmounted because files are open.
+const SYNC_DEADLINE: Duration = Duration::from_secs(10);
 /// A detach without force: the last flush, and telling the server.
 const DETACH_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -105,19 +108,23 @@ fn untold_is_done(target: &str, outcome: Result<bool, NodeError>) -> Result<(), 
     }
 }
 
-/// Unmounts what is mounted of a disk, as far as it ends in time: data that is written back now is not lost.
+/// Unmounts what is mounted of a disk, or at least writes it back, as far as that ends in time: what is on the server then is
+/// not lost.
 async fn unmount(target: &str, dev_id: u32) {
     for mount_point in mounted_on(dev_id) {
-        let mut umount = Command::new("umount");
-        umount.arg(&mount_point).stdin(Stdio::null()).kill_on_drop(true);
-        match timeout(UNMOUNT_DEADLINE, umount.status()).await {
-            Ok(Ok(status)) if status.success() => {
-                tracing::info!(target, mount_point = %mount_point.display(), "unmounted");
-            }
-            outcome => {
-                tracing::warn!(target, mount_point = %mount_point.display(), ?outcome, "it stays mounted");
-                return;
-            }
+        if run("umount", &[mount_point.as_os_str()], UNMOUNT_DEADLINE).await {
+            tracing::info!(target, mount_point = %mount_point.display(), "unmounted");
+            continue;
         }
+        let is_written = run("sync", &["-f".as_ref(), mount_point.as_os_str()], SYNC_DEADLINE).await;
+        tracing::warn!(target, mount_point = %mount_point.display(), is_written, "it stays mounted");
+        return;
     }
+}
+
+/// Whether the program succeeded in time. One that hangs in the kernel goes on: it ends when its disk is gone.
+async fn run(program: &str, arguments: &[&OsStr], deadline: Duration) -> bool {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    matches!(timeout(deadline, command.status()).await, Ok(Ok(status)) if status.success())
 }

@@ -1,9 +1,13 @@
 //! `volclient serve` as a process, with volctl as its user: starting, ending, finding attachments again, detaching them.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use client::contract::{ControlResponse, DeviceStatus, read_file};
 use tonic::transport::Endpoint;
@@ -235,4 +239,48 @@ fn an_attachment_of_a_newer_program_is_left_alone() {
     assert_eq!(daemon.volctl(&["attachments", "--output", "json"]).expect_success().stdout, "[]\n");
     let (_, log) = daemon.terminate();
     assert!(log.contains("format version 99") && attached.folder.exists(), "{log}");
+}
+
+/// A server that is stopped: the kernel takes connections for it, and nobody answers.
+fn silent_server() -> (TcpListener, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("http://{}", listener.local_addr().unwrap());
+    (listener, uri)
+}
+
+#[test]
+fn a_detach_does_not_wait_for_ever_for_a_server_that_says_nothing() {
+    let attached = Attached::new();
+    let (_listener, uri) = silent_server();
+    let daemon = NodeDaemon::start(attached.run_dir.path(), &uri);
+    let started = Instant::now();
+    daemon.volctl(&["detach", "vol-1"]).expect_failure(6, "the device of vol-1 is gone", "repeat the detach");
+    // Pings tell after 15 s; the call itself would have been waited for 60 s.
+    assert!(started.elapsed() < Duration::from_secs(30), "it took {:?}", started.elapsed());
+}
+
+#[test]
+fn a_daemon_that_is_told_to_end_waits_for_no_watcher() {
+    let attached = Attached::new();
+    let daemon = attached.daemon();
+    let mut watcher = Command::new(env!("CARGO_BIN_EXE_volctl"))
+        .args(["events", "--follow", "--socket"])
+        .arg(&daemon.socket)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = String::new();
+    let mut lines = BufReader::new(watcher.stdout.take().unwrap());
+    lines.read_line(&mut first).unwrap();
+    assert!(first.contains("vol-1"), "{first}");
+    let started = Instant::now();
+    let (status, _) = daemon.terminate();
+    assert!(status.success());
+    assert!(started.elapsed() < Duration::from_secs(10), "it took {:?}", started.elapsed());
+    // The watcher is told, and does not take it for a good end.
+    let mut told = String::new();
+    watcher.stderr.take().unwrap().read_to_string(&mut told).unwrap();
+    assert_eq!(watcher.wait().unwrap().code(), Some(6), "{told}");
+    assert!(told.contains("the node daemon ends"), "{told}");
 }
