@@ -6,3 +6,4 @@ mod bench_server;
 mod crowd;
 mod programs;
 mod simulator;
+mod units;

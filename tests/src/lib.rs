@@ -24,3 +24,4 @@ pub mod simulator;
 pub mod soak;
 pub mod storage_node;
 pub mod stuck_tasks;
+pub mod unit_file;

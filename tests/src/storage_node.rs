@@ -8,7 +8,7 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
@@ -307,6 +307,30 @@ impl StorageNode {
     /// It does not run, or cannot be killed.
     pub fn kill_server(&mut self) -> Result<()> {
         kill_and_wait(self.server.take().context("the server does not run")?)
+    }
+
+    /// Tells the node daemon to end (SIGTERM), and gives how long that took.
+    ///
+    /// # Errors
+    /// It does not run, or does not end within `deadline`.
+    pub fn end_client(&mut self, deadline: Duration) -> Result<Duration> {
+        let started = Instant::now();
+        let mut client = self.client.take().context("the node daemon does not run")?;
+        kill_process(Pid::from_child(&client), Signal::TERM).context("SIGTERM")?;
+        let ended = wait_for("the node daemon to end", deadline, || Ok(client.try_wait()?));
+        if ended.is_err() {
+            kill_and_wait(client)?;
+        }
+        ended.map(|_| started.elapsed())
+    }
+
+    /// A program of the product that finds these daemons by the environment, as service managers tell it.
+    pub fn program(&self, name: &str) -> Command {
+        let mut command = Command::new(self.programs.join(name));
+        command.env("VOLNODE_SERVER", &self.management_uri).env("VOLCLIENT_SERVER", &self.management_uri);
+        command.env("VOLNODE_SOCKET", self.run_dir.join("volclient.sock")).env("VOLCLIENT_NODE_ID", "node-1");
+        command.env("VOLCLIENT_RUN_DIR", &self.run_dir).env("VOLCLIENT_DEVICE_DIR", &self.device_dir);
+        command
     }
 
     /// Kills the node daemon (kill -9) and waits until it is gone.

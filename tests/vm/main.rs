@@ -19,6 +19,7 @@ mod queues;
 mod recovery;
 mod ride_through;
 mod rungs;
+mod shutdown;
 mod smoke;
 mod soak;
 mod tls_disks;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         ride_through::TESTS,
         recovery::TESTS,
         network::TESTS,
+        shutdown::TESTS,
         soak::TESTS,
         idle::TESTS,
         allocations::TESTS,

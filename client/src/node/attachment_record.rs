@@ -16,7 +16,9 @@ use ublk_core::control::block_device_path;
 use super::device_process;
 use super::error::NodeError;
 use super::target::{DetachSelector, Target};
-use crate::contract::{self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec};
+use crate::contract::{
+    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec,
+};
 use crate::device::reconnect::StallPolicy;
 
 /// One attachment of this node.

@@ -284,3 +284,84 @@ fn a_daemon_that_is_told_to_end_waits_for_no_watcher() {
     assert_eq!(watcher.wait().unwrap().code(), Some(6), "{told}");
     assert!(told.contains("the node daemon ends"), "{told}");
 }
+
+#[test]
+fn a_daemon_that_is_told_to_end_cuts_off_a_call_that_does_not() {
+    let attached = Attached::new();
+    // This process is the device process, takes the request to stop, and says nothing.
+    let _claim = client::node::device_process::claim(&attached.folder.dir).unwrap();
+    let control = std::os::unix::net::UnixListener::bind(attached.folder.dir.control_socket()).unwrap();
+    let daemon = attached.daemon();
+    let mut detach = Command::new(env!("CARGO_BIN_EXE_volctl"))
+        .args(["detach", "vol-1", "--socket"])
+        .arg(&daemon.socket)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (_asked, _) = control.accept().unwrap();
+    let started = Instant::now();
+    let (status, log) = daemon.terminate();
+    assert!(status.success() && log.contains("calls are cut off"), "{log}");
+    // As in deploy/volclient.service.
+    assert!(started.elapsed() < Duration::from_secs(30), "it took {:?}", started.elapsed());
+    assert_eq!(detach.wait().unwrap().code(), Some(6));
+    assert!(attached.folder.exists(), "what was cut off can be repeated");
+}
+
+#[test]
+fn all_disks_are_told_and_detached_at_once() {
+    let attached = Attached::new();
+    let foreign = Folder::of_uri(attached.run_dir.path(), "nbd://127.0.0.1:10809/x");
+    let daemon = attached.daemon();
+    // Both are dead, so nothing can be told; every one of them is named.
+    let refused = daemon.volctl(&["policy", "--all", "--on-stall", "fail"]);
+    assert_eq!(refused.exit_code, Some(5), "{refused:?}");
+    assert!(refused.stderr.contains("vol-1") && refused.stderr.contains("nbd://"), "{refused:?}");
+    let detached = daemon.volctl(&["detach", "--all"]).expect_success().stdout;
+    assert_eq!(detached, "detached nbd://127.0.0.1:10809/x\ndetached vol-1\n");
+    assert!(!attached.folder.exists() && !foreign.exists() && !attached.is_held_by_the_server());
+    assert_eq!(daemon.volctl(&["detach", "--all", "--force"]).expect_success().stdout, "");
+}
+
+#[test]
+fn disks_are_taken_away_without_a_daemon_and_not_beside_one() {
+    let attached = Attached::new();
+    let foreign = Folder::of_uri(attached.run_dir.path(), "nbd://127.0.0.1:10809/x");
+    let take_away = |server: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_volclient"));
+        command.arg("take-away").arg("--run-dir").arg(attached.run_dir.path());
+        command.args(["--node-id", NODE_ID, "--server", server]).output().unwrap()
+    };
+    let daemon = attached.daemon();
+    let refused = take_away(&attached.server.uri());
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("another volclient serves"), "{refused:?}");
+    assert!(attached.folder.exists() && foreign.exists());
+    daemon.terminate();
+    let (_listener, silent) = silent_server();
+    let taken = take_away(&silent);
+    assert!(taken.status.success(), "{taken:?}");
+    // The server could not be told, so that the next daemon knows of it.
+    assert!(!foreign.exists() && attached.folder.exists());
+    assert!(take_away(&attached.server.uri()).status.success());
+    assert!(!attached.folder.exists() && !attached.is_held_by_the_server());
+}
+
+#[test]
+fn udev_learns_the_name_of_a_volumes_disk() {
+    let attached = Attached::new();
+    let name = |disk: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_volclient"));
+        command.args(["device-name", disk, "--run-dir"]).arg(attached.run_dir.path()).output().unwrap()
+    };
+    let told = name("ublkb4000000");
+    assert_eq!(String::from_utf8_lossy(&told.stdout), "VOLNODE_NAME=vol-1\n", "{told:?}");
+    let mut status: DeviceStatus = read_file(&attached.folder.dir.status()).unwrap();
+    status.state = client::contract::DeviceState::Stalled;
+    client::contract::write_file(&attached.folder.dir.status(), &status).unwrap();
+    let told = name("ublkb4000000");
+    assert_eq!(String::from_utf8_lossy(&told.stdout), "VOLNODE_NAME=vol-1\nVOLNODE_STALLED=1\n");
+    let another = name("ublkb1");
+    assert!(another.status.success() && another.stdout.is_empty(), "{another:?}");
+    assert_eq!(name("sda").status.code(), Some(1));
+}

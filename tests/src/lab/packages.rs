@@ -22,7 +22,7 @@ struct Package {
 const QEMU: Package = Package { name: "qemu-system-x86", program: "qemu-system-x86_64" };
 
 /// What else the lab and the tests in the VM call.
-const PACKAGES: [Package; 19] = [
+const PACKAGES: [Package; 20] = [
     Package { name: "g++", program: "g++" },
     Package { name: "busybox-static", program: "busybox" },
     Package { name: "cpio", program: "cpio" },
@@ -31,6 +31,7 @@ const PACKAGES: [Package; 19] = [
     Package { name: "kmod", program: "depmod" },
     Package { name: "util-linux", program: "setpriv" },
     Package { name: "iproute2", program: "ip" },
+    Package { name: "systemd", program: "systemd-analyze" },
     Package { name: "procps", program: "ps" },
     Package { name: "e2fsprogs", program: "mkfs.ext4" },
     Package { name: "xfsprogs", program: "mkfs.xfs" },

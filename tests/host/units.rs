@@ -1,0 +1,64 @@
+//! The systemd units of `deploy/`: systemd takes every line of them, and every stop is bounded.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use testlab::unit_file::{INSTALLED_PROGRAMS, UnitFile};
+
+use crate::programs;
+
+const UNITS: [&str; 5] = [
+    "volclient.service",
+    "volnode-attach@.service",
+    "volnode-shutdown.service",
+    "volnode-stall-limit.service",
+    "volserver.service",
+];
+
+/// What systemd complains of in units with the programs at `programs`; empty if it takes them.
+fn complaints(programs: &Path, change: impl Fn(&str) -> String) -> String {
+    let directory = tempfile::tempdir().unwrap();
+    let mut verify = Command::new("systemd-analyze");
+    verify.args(["verify", "--man=no"]);
+    for name in UNITS {
+        let text = UnitFile::read(name)
+            .unwrap()
+            .text()
+            .replace(INSTALLED_PROGRAMS, &format!("{}/", programs.display()));
+        let path = directory.path().join(name);
+        fs::write(&path, change(&text)).unwrap();
+        verify.arg(path);
+    }
+    let output = verify.output().expect("systemd-analyze (Debian package systemd)");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    // Units of this machine's own are not ours to mend.
+    let ours: Vec<&str> = said.lines().filter(|line| line.contains("vol")).collect();
+    assert!(output.status.success() || !ours.is_empty(), "{said}");
+    ours.join("\n")
+}
+
+#[test]
+fn systemd_takes_every_line_of_the_units() {
+    let programs = programs::directory();
+    assert_eq!(complaints(&programs, str::to_owned), "");
+    let broken = complaints(&programs, |text| text.replace("TimeoutStopSec=", "TimeoutStopSeconds="));
+    assert!(
+        broken.contains("TimeoutStopSeconds"),
+        "a line that systemd does not know went unnoticed: {broken}"
+    );
+}
+
+#[test]
+fn every_unit_is_tested_and_bounds_its_stop() {
+    let mut found: Vec<String> = fs::read_dir(UnitFile::directory())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.ends_with(".service"))
+        .collect();
+    found.sort();
+    assert_eq!(found, UNITS);
+    for name in UNITS {
+        UnitFile::read(name).unwrap().timeout_stop().unwrap();
+    }
+}
