@@ -500,6 +500,9 @@ impl Entry {
 
 #[cfg(test)]
 mod tests {
+    use proto::nbd::replies::chunk::OFFSET_DATA;
+    use proto::nbd::{EXTENDED_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC};
+
     use super::*;
 
     fn operation(command: Command, length_bytes: u32) -> Operation {
@@ -675,6 +678,73 @@ mod tests {
         connection.header_received(&reply(0, cookies[0])).unwrap();
         assert!(connection.header_received(&reply(0, cookies[0])).is_err(), "its payload is being received");
         assert!(connection.header_received(&[0; 16]).is_err(), "no magic");
+    }
+
+    /// What the connection says to 16 bytes in place of the reply to a READ of 4096 bytes.
+    fn answer_to_a_read(bytes: impl FnOnce(u64) -> Vec<u8>) -> (Connection, Result<Follows, PeerError>) {
+        let mut connection = Connection::new(1, 0);
+        connection.submit(0, operation(Command::Read, 4096));
+        let (_, cookies) = batch(&mut connection);
+        connection.batch_sent();
+        let wire = bytes(cookies[0])[..SIMPLE_REPLY_BYTES].try_into().unwrap();
+        let answer = connection.header_received(&wire);
+        (connection, answer)
+    }
+
+    /// A chunk's header with that magic, the READ's own cookie, and what a chunk of 4096 bytes at `offset_bytes` goes on with.
+    fn chunk(magic: u32, kind: u16, cookie: u64, offset_bytes: u64) -> Vec<u8> {
+        let (flags, length) = (1_u16.to_be_bytes(), (8 + 4096_u32).to_be_bytes());
+        let head = [&magic.to_be_bytes()[..], &flags, &kind.to_be_bytes(), &cookie.to_be_bytes()].concat();
+        [&head[..], &length, &offset_bytes.to_be_bytes()].concat()
+    }
+
+    /// The READ ends with an error and nothing else, once the connection was reaped.
+    fn assert_is_out_of_step((mut connection, answer): (Connection, Result<Follows, PeerError>), magic: u32) {
+        assert_eq!(answer, Err(PeerError::Stream(TransmissionError::ReplyMagic(magic))));
+        assert_eq!(completions(&mut connection), [], "late bytes may still come");
+        connection.fail();
+        connection.reaped(Resend::Nothing);
+        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Err(5) }]);
+    }
+
+    #[test]
+    fn a_structured_chunk_that_was_not_negotiated_is_out_of_step() {
+        let read = |cookie| chunk(STRUCTURED_REPLY_MAGIC, OFFSET_DATA, cookie, 4096);
+        assert_is_out_of_step(answer_to_a_read(read), STRUCTURED_REPLY_MAGIC);
+    }
+
+    #[test]
+    fn a_chunk_of_an_unknown_type_is_out_of_step() {
+        let read = |cookie| chunk(STRUCTURED_REPLY_MAGIC, 0x7fff, cookie, 4096);
+        assert_is_out_of_step(answer_to_a_read(read), STRUCTURED_REPLY_MAGIC);
+    }
+
+    #[test]
+    fn a_chunk_that_overlaps_what_was_received_is_out_of_step() {
+        let (mut connection, answer) = answer_to_a_read(|cookie| reply(0, cookie).to_vec());
+        assert_eq!(answer, Ok(Follows::Payload { tag: 0, len_bytes: 4096 }));
+        connection.payload_received(0);
+        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Ok(()) }]);
+        // The same bytes once more, for a request that has ended: they reach no page.
+        let again = chunk(STRUCTURED_REPLY_MAGIC, OFFSET_DATA, 1 << COOKIE_TAG_BITS, 4096);
+        let again = connection.header_received(&again[..SIMPLE_REPLY_BYTES].try_into().unwrap());
+        assert_eq!(again, Err(PeerError::Stream(TransmissionError::ReplyMagic(STRUCTURED_REPLY_MAGIC))));
+        assert_eq!(completions(&mut connection), []);
+    }
+
+    #[test]
+    fn an_extended_header_that_was_not_negotiated_is_out_of_step() {
+        let read = |cookie| chunk(EXTENDED_REPLY_MAGIC, OFFSET_DATA, cookie, 4096);
+        assert_is_out_of_step(answer_to_a_read(read), EXTENDED_REPLY_MAGIC);
+    }
+
+    #[test]
+    fn data_behind_an_error_is_out_of_step() {
+        let (mut connection, answer) = answer_to_a_read(|cookie| reply(5, cookie).to_vec());
+        assert_eq!(answer, Ok(Follows::Header), "an error has no payload");
+        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Err(5) }]);
+        let data = connection.header_received(&[0xaa; SIMPLE_REPLY_BYTES]);
+        assert_eq!(data, Err(PeerError::Stream(TransmissionError::ReplyMagic(0xaaaa_aaaa))));
     }
 
     #[test]
