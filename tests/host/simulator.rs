@@ -106,11 +106,3 @@ fn a_failure_says_what_it_is() {
     let failure = (1..).find_map(|seed| stage.run(seed, Some(Mutant::SwappedBlocks), &mut coverage).err());
     assert!(matches!(failure, Some(Failure::Violation(_))), "{failure:?}");
 }
-
-#[test]
-fn zz_debug() {
-    let (_dir, stage) = stage();
-    let seed = std::env::var("S").unwrap().parse().unwrap();
-    let mut coverage = Coverage::told();
-    println!("{:?}", stage.run(seed, None, &mut coverage));
-}

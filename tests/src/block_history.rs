@@ -144,14 +144,9 @@ impl BlockHistory {
     /// The history of `block_count` blocks that read as zeroes and are stable.
     pub fn new(seed: u64, block_count: usize) -> Self {
         let content = || Content::Pattern(Pattern::Zeroes);
-        let zeroes =
-            || vec![Version { sequence: 0, content: content(), answer: Some(0), has_failed: false }];
-        let live = || Live {
-            shown: Shown::From(0),
-            writes: vec![(0, Pattern::Zeroes)],
-            base: None,
-            changed_at: 0,
-        };
+        let zeroes = || vec![Version { sequence: 0, content: content(), answer: Some(0), has_failed: false }];
+        let live =
+            || Live { shown: Shown::From(0), writes: vec![(0, Pattern::Zeroes)], base: None, changed_at: 0 };
         Self {
             seed,
             blocks: (0..block_count).map(|_| zeroes()).collect(),
@@ -243,9 +238,7 @@ impl BlockHistory {
     /// `found` is not as long as the blocks.
     pub fn read_answered(&mut self, read: &SentRead, found: &[u8]) -> Result<(), Violation> {
         assert_eq!(found.len(), read.blocks.length_bytes() as usize, "what was read of {:?}", read.blocks);
-        for ((block, bytes), shown) in
-            read.blocks.numbers().zip(found.chunks(BLOCK_BYTES)).zip(&read.shown)
-        {
+        for ((block, bytes), shown) in read.blocks.numbers().zip(found.chunks(BLOCK_BYTES)).zip(&read.shown) {
             for (sector, bytes) in bytes.chunks(SECTOR_BYTES).enumerate() {
                 self.check_read_sector(block, sector, shown, bytes)?;
             }
@@ -259,13 +252,18 @@ impl BlockHistory {
 
     /// The volume lost what was not pinned, and its users were told: any of what is allowed after a power cut may be read.
     pub fn forgot(&mut self) {
-        for (versions, live) in self.blocks.iter_mut().zip(&mut self.live) {
+        self.handed_over();
+        for (versions, live) in self.blocks.iter().zip(&mut self.live) {
             let pinned = versions.first().map_or(0, |pinned| pinned.sequence);
             live.shown = live.shown_from(pinned);
-            // A later FLUSH does not bring back what is gone.
-            for version in versions.iter_mut().skip(1) {
-                (version.answer, version.has_failed) = (None, true);
-            }
+        }
+    }
+
+    /// The volume was taken from its user, who has no claim any more on what is not pinned. It is there all the same, until a
+    /// power cut.
+    pub fn handed_over(&mut self) {
+        for version in self.blocks.iter_mut().flat_map(|versions| versions.iter_mut().skip(1)) {
+            (version.answer, version.has_failed) = (None, true);
         }
     }
 

@@ -125,9 +125,7 @@ impl<S> Reconnect<S> {
             self.outage = Some((now, reason.to_owned()));
             self.attempt.clear();
         }
-        if self.has_given_up {
-            outputs.push(Output::GiveUp(queue_id));
-        }
+        self.give_up(outputs);
         outputs.push(Output::Dial(queue_id));
         self.settle(has_unflushed, outputs);
     }
@@ -173,10 +171,19 @@ impl<S> Reconnect<S> {
         if self.deadline().is_some_and(|deadline| now >= deadline) {
             self.has_given_up = true;
             self.close_all("the other connections are given up", outputs);
-            for queue_id in 0..self.queues.len() as u16 {
-                outputs.push(Output::GiveUp(queue_id));
-            }
+            self.give_up(outputs);
         }
+    }
+
+    /// Once no queue is served any more: whoever is told of an error may write again at once, through any of them.
+    fn give_up(&self, outputs: &mut Vec<Output<S>>) {
+        if self.has_given_up && !self.is_served() {
+            outputs.extend((0..self.queues.len() as u16).map(Output::GiveUp));
+        }
+    }
+
+    fn is_served(&self) -> bool {
+        self.queues.iter().any(|queue| matches!(queue, QueueState::Up | QueueState::Closing))
     }
 
     fn close_all(&mut self, reason: &str, outputs: &mut Vec<Output<S>>) {
@@ -236,7 +243,7 @@ impl<S> Reconnect<S> {
     /// Once no queue has a connection any more: goes over to the server's incarnation, or cannot. After giving up, waits until
     /// every queue can be connected.
     fn settle(&mut self, has_unflushed: impl FnOnce() -> bool, outputs: &mut Vec<Output<S>>) {
-        if self.queues.iter().any(|queue| matches!(queue, QueueState::Up | QueueState::Closing)) {
+        if self.is_served() {
             return;
         }
         let new = self.queues.iter().find_map(|queue| match queue {
@@ -362,12 +369,13 @@ mod tests {
         assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_secs(5)));
         assert_eq!(world.tick_at(4_999), []);
         let outputs = world.tick_at(5_000);
-        assert_eq!(disconnects(&outputs), [1], "what failed may still land: no queue is served meanwhile");
-        assert!(outputs.contains(&Output::GiveUp(0)) && outputs.contains(&Output::GiveUp(1)));
+        assert_eq!(disconnects(&outputs), [1], "what fails may still land: no queue is served meanwhile");
+        assert!(!outputs.contains(&Output::GiveUp(0)), "nor when the first error is told");
         assert_eq!(world.reconnect.deadline(), None, "once is enough");
         assert!(matches!(world.reconnect.condition(), Condition::Failing(_)));
         assert_eq!(world.dialled(0, 1, OLD), []);
-        assert_eq!(world.disconnected(1), [Output::GiveUp(1), Output::Dial(1)], "nor before all can be");
+        let outputs = world.disconnected(1);
+        assert_eq!(outputs, [Output::GiveUp(0), Output::GiveUp(1), Output::Dial(1)]);
         assert_eq!(world.dialled(1, 2, OLD), [Output::Connect(0, 1), Output::Connect(1, 2)]);
         assert_eq!(world.reconnect.condition(), Condition::Live);
         world.disconnected(0);
@@ -397,8 +405,7 @@ mod tests {
         world.disconnected(0);
         world.tick_at(60_000);
         world.reconnect.set_policy(StallPolicy::FailAfterMs(30_000));
-        let outputs = world.tick_at(60_000);
-        assert!(outputs.contains(&Output::GiveUp(0)), "it has lasted longer already");
+        assert_eq!(disconnects(&world.tick_at(60_000)), [1], "it has lasted longer already");
         let mut world = World::new(StallPolicy::FailAfterMs(30_000));
         world.disconnected(0);
         world.reconnect.set_policy(StallPolicy::Wait);

@@ -1,13 +1,15 @@
 //! `cargo lab soak`: faults at random under the oracle, for as long as wanted, in the VM or on this machine.
 //!
-//! Builds, boots, and lets `lab guest-soak` run there; what that prints is passed on.
+//! Builds, boots, and lets `lab guest-soak` run there; what that prints is passed on. With `--sim` the simulator runs instead,
+//! in this process.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 use testlab::kernel_series::KernelSeries;
 use testlab::seed;
+use testlab::simulator::{Coverage, Stage};
 
 use super::guest_command::GuestCommand;
 use super::vm::Processors;
@@ -32,6 +34,12 @@ pub(crate) struct SoakOptions {
     /// Use this machine's own kernel and ublk driver instead of a VM
     #[arg(long, conflicts_with = "kernel")]
     host: bool,
+    /// Run the simulator, which needs no kernel, instead
+    #[arg(long, conflicts_with_all = ["kernel", "host", "minutes"])]
+    sim: bool,
+    /// How many simulations, from the seed on; a single one prints what happens in it
+    #[arg(long, default_value_t = 100_000, requires = "sim", value_parser = clap::value_parser!(u64).range(1..))]
+    seeds: u64,
 }
 
 /// Runs it.
@@ -43,6 +51,9 @@ pub(crate) fn run(workspace: &Workspace, options: &SoakOptions) -> Result<u8> {
         Some(seed) => seed,
         None => seed::choose()?,
     };
+    if options.sim {
+        return simulate(seed, options.seeds);
+    }
     let programs = workspace.programs();
     let mut words = vec![programs.join("lab").display().to_string(), "guest-soak".to_owned()];
     words.extend([programs.display().to_string(), options.kernel.name().to_owned()]);
@@ -55,4 +66,31 @@ pub(crate) fn run(workspace: &Workspace, options: &SoakOptions) -> Result<u8> {
     let exit_code = commands::run_command(workspace, series, Processors::Two, &command, deadline)?;
     ensure!(exit_code == 0, "the soak failed; --seed {seed} chooses the same faults again");
     Ok(0)
+}
+
+/// Runs the simulations of `seeds` seeds.
+fn simulate(seed: u64, seeds: u64) -> Result<u8> {
+    let dir = std::env::temp_dir().join(format!("volnode-simulator-{}", std::process::id()));
+    std::fs::create_dir(&dir)?;
+    let began = Instant::now();
+    let outcome = Stage::new(&dir).map(|stage| match seeds {
+        1 => {
+            let mut coverage = Coverage::told();
+            stage.run(seed, None, &mut coverage).map(|()| coverage).map_err(|failure| (seed, failure))
+        }
+        _ => stage.run_many(seed, seeds),
+    });
+    std::fs::remove_dir_all(&dir)?;
+    match outcome? {
+        Ok(coverage) => {
+            for (situation, count) in coverage.counts() {
+                println!("{count:>12}  {situation}");
+            }
+            println!("{seeds} simulations in {:.1} s, no promise broken", began.elapsed().as_secs_f64());
+            Ok(0)
+        }
+        Err((seed, failure)) => {
+            bail!("{failure}\n`cargo lab soak --sim --seeds 1 --seed {seed}` shows how it comes to that")
+        }
+    }
 }

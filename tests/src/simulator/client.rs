@@ -36,7 +36,10 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) enum Note {
     Read(SentRead),
-    Write { write: SentWrite, is_durable: bool },
+    Write {
+        write: SentWrite,
+        is_durable: bool,
+    },
     Flush(SentFlush),
     /// Whatever comes of it.
     Gone,
@@ -233,6 +236,11 @@ impl Client {
         self.reconnect.condition()
     }
 
+    /// Whether every queue has its connections, and has heard of it.
+    pub(super) fn is_connected(&self) -> bool {
+        self.queues.iter().all(|queue| queue.commands.is_empty() && queue.is_up())
+    }
+
     pub(super) fn incarnation(&self) -> String {
         self.reconnect.incarnation().to_owned()
     }
@@ -287,7 +295,12 @@ impl Client {
         for queue_id in 0..self.spec.nr_queues {
             has_done |= self.dial_step(queue_id, world);
             has_done |= self.command_step(queue_id, world);
-            has_done |= self.queue_step(queue_id, world);
+            has_done |= self.look_for_silence(queue_id, world);
+            for lane in 0..self.queues[usize::from(queue_id)].lanes.len() {
+                has_done |= self.send_step(queue_id, lane, world);
+                has_done |= self.receive_step(queue_id, lane, world);
+            }
+            has_done |= self.end_of_pass(queue_id, world);
         }
         has_done
     }
@@ -573,7 +586,8 @@ impl Client {
             while let Some(Completion { tag, result }) = lane.connection.take_completion() {
                 queue.balance.ended(tag);
                 has_ended = true;
-                let bio = world.bios[usize::from(queue_id)][usize::from(tag)].take().expect("it was in flight");
+                let bio =
+                    world.bios[usize::from(queue_id)][usize::from(tag)].take().expect("it was in flight");
                 let is_fua = bio.operation.flags.contains(CommandFlags::FUA);
                 let covered = &mut queue.covered[usize::from(tag)];
                 match bio.operation.command {
@@ -624,12 +638,10 @@ impl Client {
             match piece {
                 Piece::Outbox { start, .. } => pipe.write(&lane.outbox[start..][from]),
                 // The pages as they are now.
-                Piece::Payload { tag, .. } => {
-                    match &world.bios[usize::from(queue_id)][usize::from(tag)] {
-                        Some(bio) => pipe.write(&bio.data[from]),
-                        None => panic!("pages of a request that has ended are being sent"),
-                    }
-                }
+                Piece::Payload { tag, .. } => match &world.bios[usize::from(queue_id)][usize::from(tag)] {
+                    Some(bio) => pipe.write(&bio.data[from]),
+                    None => panic!("pages of a request that has ended are being sent"),
+                },
             }
             bytes as i32
         } else {
@@ -683,7 +695,9 @@ impl Client {
                 pipe.consume(bytes);
                 let outcome = lane.incoming.payload_completed(bytes as i32);
                 let mut is_broken = outcome.is_err();
-                if bytes < wanted && let Some(Receive::Inbox(..)) = lane.receives.pop_front() {
+                if bytes < wanted
+                    && let Some(Receive::Inbox(..)) = lane.receives.pop_front()
+                {
                     let canceled = -rustix::io::Errno::CANCELED.raw_os_error();
                     is_broken |= lane.incoming.inbox_completed(canceled).is_err();
                 }
@@ -804,8 +818,8 @@ impl Lane {
             }
             if self.outgoing.is_done() {
                 let Self { connection, outgoing, outbox, .. } = self;
-                let filled =
-                    outgoing.next_batch(|pieces| connection.take_batch(outbox, pieces, PIECES_MAX, Pages { bios }));
+                let filled = outgoing
+                    .next_batch(|pieces| connection.take_batch(outbox, pieces, PIECES_MAX, Pages { bios }));
                 let Ok(()) = filled;
                 if self.outgoing.is_done() {
                     return has_sent;
@@ -844,6 +858,7 @@ impl Lane {
 /// This side is done with a connection: what it sent may arrive, at any time, or not.
 fn abandon(link: &mut Link, rng: &mut Rng) {
     link.to_client.is_unread = true;
+    link.delay = if rng.u8(..3) == 0 { rng.u32(..500) } else { 0 };
     if rng.bool() {
         link.to_server.close(End::Fin);
     } else {

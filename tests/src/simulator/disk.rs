@@ -27,11 +27,23 @@ pub(super) struct Owner {
 /// What is to be done.
 #[derive(Debug)]
 pub(super) enum Work {
-    Read { offset_bytes: usize, into: Vec<u8>, is_stale: bool },
-    Write { offset_bytes: usize, bytes: Vec<u8> },
-    Zero { offset_bytes: usize, length_bytes: usize },
+    Read {
+        offset_bytes: usize,
+        into: Vec<u8>,
+        is_stale: bool,
+    },
+    Write {
+        offset_bytes: usize,
+        bytes: Vec<u8>,
+    },
+    Zero {
+        offset_bytes: usize,
+        length_bytes: usize,
+    },
     /// What was in the cache when it began.
-    Sync { cached: Vec<(u64, Sector)> },
+    Sync {
+        cached: Vec<(u64, Sector)>,
+    },
 }
 
 #[derive(Debug)]
@@ -39,6 +51,8 @@ struct Operation {
     owner: Owner,
     work: Work,
     done_bytes: usize,
+    /// So many steps it takes its time.
+    idle_steps: u32,
 }
 
 /// An operation that has ended.
@@ -72,13 +86,15 @@ impl Disk {
         Self { cached: sectors, stable, changes: 0, operations: Vec::new(), fails_next_sync: false }
     }
 
-    pub(super) fn begin_sync(&mut self, owner: Owner) {
+    pub(super) fn begin_sync(&mut self, owner: Owner, rng: &mut Rng) {
         let cached = self.cached.clone();
-        self.begin(owner, Work::Sync { cached });
+        self.begin(owner, Work::Sync { cached }, rng);
     }
 
-    pub(super) fn begin(&mut self, owner: Owner, work: Work) {
-        self.operations.push(Operation { owner, work, done_bytes: 0 });
+    /// Most operations are quick; some take long enough for much to happen meanwhile.
+    pub(super) fn begin(&mut self, owner: Owner, work: Work, rng: &mut Rng) {
+        let idle_steps = if rng.u8(..12) == 0 { rng.u32(..300) } else { 0 };
+        self.operations.push(Operation { owner, work, done_bytes: 0, idle_steps });
     }
 
     /// How many operations are under way.
@@ -97,6 +113,11 @@ impl Disk {
             return None;
         }
         let index = rng.usize(..self.operations.len());
+        let idle_steps = &mut self.operations[index].idle_steps;
+        if *idle_steps > 0 {
+            *idle_steps -= 1;
+            return None;
+        }
         let is_hurried = rng.u8(..4) > 0;
         loop {
             if self.step_sector(index) {
@@ -143,7 +164,7 @@ impl Disk {
     }
 
     fn end(&mut self, operation: Operation) -> Ended {
-        let Operation { owner, work, done_bytes } = operation;
+        let Operation { owner, work, done_bytes, .. } = operation;
         let (mut result, mut read, mut is_sync) = (done_bytes as i32, Vec::new(), false);
         match work {
             Work::Read { into, .. } => read = into,

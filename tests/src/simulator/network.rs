@@ -94,6 +94,8 @@ pub(super) struct Link {
     pub(super) to_client: Pipe,
     /// Nothing arrives, in neither direction, and nobody is told.
     pub(super) is_stalled: bool,
+    /// So many times it is passed by before bytes arrive.
+    pub(super) delay: u32,
 }
 
 impl Link {

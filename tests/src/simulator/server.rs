@@ -181,8 +181,9 @@ impl Server {
         let sent = self.send(id, world);
         let parsed = self.parse(id, world);
         let connection = self.connections.get_mut(&id).expect("it is there until it is closed");
-        let is_finished =
-            connection.phase == Phase::Finishing && connection.session.is_idle() && connection.output.is_empty();
+        let is_finished = connection.phase == Phase::Finishing
+            && connection.session.is_idle()
+            && connection.output.is_empty();
         if is_finished {
             self.close(id, world);
         }
@@ -330,22 +331,34 @@ impl Server {
             VolumeOp::Read { offset_bytes, length_bytes, .. } => {
                 let is_stale = stale && connection.is_late_in_slot;
                 let (offset_bytes, into) = (offset_bytes as usize, vec![0; length_bytes as usize]);
-                world.disk.begin(owner, Work::Read { offset_bytes, into, is_stale });
+                world.disk.begin(owner, Work::Read { offset_bytes, into, is_stale }, world.rng);
             }
             VolumeOp::Write { offset_bytes, buffer_offset_bytes, .. } => {
                 let mut bytes = buffer[buffer_offset_bytes as usize..].to_vec();
                 if swaps && bytes.len() >= 2 * BLOCK_BYTES {
                     bytes.rotate_left(BLOCK_BYTES);
                 }
-                world.disk.begin(owner, Work::Write { offset_bytes: offset_bytes as usize, bytes });
+                world.disk.begin(
+                    owner,
+                    Work::Write { offset_bytes: offset_bytes as usize, bytes },
+                    world.rng,
+                );
             }
             VolumeOp::WriteZeroes { offset_bytes, length_bytes } => {
                 let length_bytes = length_bytes as usize;
-                world.disk.begin(owner, Work::Zero { offset_bytes: offset_bytes as usize, length_bytes });
+                world.disk.begin(
+                    owner,
+                    Work::Zero { offset_bytes: offset_bytes as usize, length_bytes },
+                    world.rng,
+                );
             }
             VolumeOp::Allocate { offset_bytes, length_bytes, .. } => {
                 let length_bytes = length_bytes as usize;
-                world.disk.begin(owner, Work::Zero { offset_bytes: offset_bytes as usize, length_bytes });
+                world.disk.begin(
+                    owner,
+                    Work::Zero { offset_bytes: offset_bytes as usize, length_bytes },
+                    world.rng,
+                );
             }
             VolumeOp::Sync { metadata } => {
                 if let Some(begin) = self.syncs.join(SYNC_KEY, (id, slot), metadata) {
@@ -360,7 +373,7 @@ impl Server {
 
     fn begin_sync(&self, begin: Begin, world: &mut Surroundings<'_>) {
         let (connection, slot) = begin.leader;
-        world.disk.begin_sync(Owner { process: self.process, connection, slot });
+        world.disk.begin_sync(Owner { process: self.process, connection, slot }, world.rng);
     }
 
     /// An operation of this process has ended.
@@ -414,9 +427,10 @@ impl Server {
             world.coverage.count("an open of an attachment that is no more");
             return self.answer(id, Err(Refusal::unknown("no such export")));
         };
-        let is_late_in_slot = self.connections.values().any(|other| {
-            other.slot == name.slot && other.attachment_id == Some(name.attachment_id)
-        });
+        let is_late_in_slot = self
+            .connections
+            .values()
+            .any(|other| other.slot == name.slot && other.attachment_id == Some(name.attachment_id));
         let connection = self.connections.get_mut(&id).expect("it exists");
         connection.attachment_id = Some(name.attachment_id);
         connection.slot = name.slot;

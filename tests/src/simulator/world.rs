@@ -174,7 +174,10 @@ impl<'a> World<'a> {
                 None => "no process".to_owned(),
             })
             .collect();
-        Failure::Stuck(format!("{conditions:?}, server {}", if self.server.is_some() { "up" } else { "down" }))
+        Failure::Stuck(format!(
+            "{conditions:?}, server {}",
+            if self.server.is_some() { "up" } else { "down" }
+        ))
     }
 
     /// Tries everything; false: there was nothing.
@@ -327,7 +330,7 @@ impl<'a> World<'a> {
             let device = &mut self.devices[index];
             let Some(client) = &mut device.client else { continue };
             let mut ended = Vec::new();
-            let might_fail = device.may_fail || device.may_be_lost;
+            let might_fail = self.is_taking || device.may_fail || device.may_be_lost;
             let mut world = client::Surroundings {
                 links: &mut self.links,
                 bios: &mut device.bios,
@@ -343,7 +346,7 @@ impl<'a> World<'a> {
             device.incarnation = Some(client.incarnation());
             match client.condition() {
                 Condition::Failing(_) => device.may_fail = true,
-                Condition::Live => {
+                Condition::Live if client.is_connected() => {
                     device.may_be_lost &= client.incarnation() != self.catalog.incarnation();
                     device.may_fail &= device.has_bios();
                 }
@@ -394,17 +397,22 @@ impl<'a> World<'a> {
     fn traffic(&mut self) -> bool {
         let from = self.rng.usize(..=self.links.len());
         // The newest ones first: the older ones are mostly silent.
-        let candidates = (0..self.links.len()).rev().cycle().skip(from).take(self.links.len().min(24));
+        let candidates = (0..self.links.len()).rev().cycle().skip(from).take(self.links.len().min(32));
         let mut has_done = false;
         for index in candidates {
             let link = &mut self.links[index];
             if !link.has_traffic() {
                 continue;
             }
+            if link.delay > 0 {
+                link.delay -= 1;
+                continue;
+            }
             for pipe in [&mut link.to_server, &mut link.to_client] {
                 let on_the_way = pipe.on_the_way();
                 if on_the_way > 0 {
-                    let bytes = if self.rng.u8(..4) > 0 { on_the_way } else { self.rng.usize(1..=on_the_way) };
+                    let bytes =
+                        if self.rng.u8(..4) > 0 { on_the_way } else { self.rng.usize(1..=on_the_way) };
                     pipe.arrive(bytes);
                     has_done = true;
                 }
@@ -566,7 +574,8 @@ impl<'a> World<'a> {
             session_epoch: 0,
             is_ending: false,
         };
-        let nr_queues = self.rng.u16(1..=2);
+        // Who breaks the protocol promises nothing of what it had taken, while another queue goes on.
+        let nr_queues = if self.lies { 1 } else { self.rng.u16(1..=2) };
         let spec = Spec {
             attachment_id: attachment.attachment_id,
             secret,
@@ -616,10 +625,6 @@ impl<'a> World<'a> {
 
     /// The former holder has lost the volume; the next one begins.
     fn give_away(&mut self) {
-        // Whose disk it was is told by EIO; the next holder finds what a power cut left.
-        if self.device().may_be_lost {
-            self.history.forgot();
-        }
         for device in &mut self.devices {
             for bio in device.bios.iter_mut().flatten().flatten() {
                 if let Note::Write { write, .. } = std::mem::replace(&mut bio.note, Note::Gone) {
@@ -627,6 +632,11 @@ impl<'a> World<'a> {
                 }
             }
         }
+        // Whose disk it was is told by EIO; the next holder finds what a power cut left.
+        if self.device().may_be_lost {
+            self.history.forgot();
+        }
+        self.history.handed_over();
         self.attach();
     }
 
@@ -680,4 +690,3 @@ impl Device {
 fn capacity_bytes() -> usize {
     BLOCKS * BLOCK_BYTES
 }
-
