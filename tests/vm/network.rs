@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use rustix::io::Errno;
 use testlab::block_history::{BlockHistory, Blocks, Pattern};
 use testlab::direct_io::{AlignedBuffer, open_direct};
 use testlab::fault_proxy::{Cut, FaultProxy};
@@ -78,7 +79,7 @@ fn write_until_it_fails(file: &File, writer: usize, answers: &AtomicU64) -> Resu
         let mut buffer = AlignedBuffer::new(payload.len());
         buffer.bytes().copy_from_slice(&payload);
         if let Err(error) = file.write_all_at(buffer.bytes(), offset_bytes(writer, blocks)) {
-            ensure!(error.raw_os_error() == Some(libc::EIO), "not EIO: {error}");
+            ensure!(error.raw_os_error() == Some(Errno::IO.raw_os_error()), "not EIO: {error}");
             return Ok((history, Instant::now()));
         }
         history.write_answered(write, true);
@@ -144,7 +145,7 @@ fn a_forced_attach(env: &Env) -> Result<()> {
     for _ in 0..4 {
         let again =
             file.write_all_at(AlignedBuffer::new(4096).bytes(), 0).map_err(|error| error.raw_os_error());
-        ensure!(again == Err(Some(libc::EIO)), "the old holder wrote: {again:?}");
+        ensure!(again == Err(Some(Errno::IO.raw_os_error())), "the old holder wrote: {again:?}");
         thread::sleep(Duration::from_millis(500));
         check_stripes(&taken, &mut histories)?;
     }
