@@ -87,6 +87,8 @@ enum QueueCommand {
     Connect(Vec<LinkId>),
     Disconnect,
     GiveUp,
+    /// The queue does not look for so many steps.
+    Idle(u32),
 }
 
 struct Queue {
@@ -94,8 +96,8 @@ struct Queue {
     balance: Balance,
     commands: VecDeque<QueueCommand>,
     has_loss: bool,
-    /// A loss that the main thread heard of before this queue counted what was acknowledged.
-    counts_later: bool,
+    /// For so many passes after a loss that the main thread heard of, what was acknowledged is not counted.
+    counts_later: u32,
     covered: Vec<Vec<u64>>,
     /// Receives into pages that nobody waits for any more.
     forgotten: Vec<(LinkId, u16, Stretch)>,
@@ -199,7 +201,7 @@ impl Client {
             balance: Balance::new(lanes_of(queue), spec.queue_depth),
             commands: VecDeque::new(),
             has_loss: false,
-            counts_later: false,
+            counts_later: 0,
             covered: vec![vec![0; usize::from(spec.nr_queues)]; usize::from(spec.queue_depth)],
             forgotten: Vec::new(),
             dial: None,
@@ -339,6 +341,9 @@ impl Client {
         }
         let has_outputs = !outputs.is_empty();
         let gives_up_alone = self.is(Mutant::GivesUpAlone) && outputs.len() > before;
+        for queue in self.queues.iter_mut().filter(|queue| gives_up_alone && !queue.is_up()) {
+            queue.commands.push_back(QueueCommand::GiveUp);
+        }
         for output in outputs {
             match output {
                 Output::Dial(queue_id) => {
@@ -355,7 +360,10 @@ impl Client {
                 Output::Connect(queue_id, links) => {
                     self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Connect(links));
                 }
-                Output::Disconnect(..) if gives_up_alone => {}
+                Output::Disconnect(queue_id, _) if gives_up_alone => {
+                    let commands = &mut self.queues[usize::from(queue_id)].commands;
+                    commands.extend([QueueCommand::Idle(400), QueueCommand::Disconnect]);
+                }
                 Output::Disconnect(queue_id, _) => {
                     self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Disconnect);
                 }
@@ -370,7 +378,7 @@ impl Client {
     // ------------------------------------------------------------------------------------------------ dialling
 
     fn dial_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
-        let (spec, rotates) = (self.spec.clone(), self.is(Mutant::OtherSlot));
+        let (spec, changes_slots) = (self.spec.clone(), self.is(Mutant::OtherSlot));
         let queue = &mut self.queues[usize::from(queue_id)];
         let Some(dial) = &mut queue.dial else { return false };
         if world.now < dial.resumes_at {
@@ -381,12 +389,11 @@ impl Client {
                 dial.fail(world);
                 return true;
             }
-            let mut lane = dial.opened.len();
-            if rotates {
-                world.rng.u8(..2);
-                lane = (lane + 1) % queue.lanes.len();
+            let lane = dial.opened.len() as u32;
+            let mut slot = u32::from(queue_id) + lane * u32::from(spec.nr_queues);
+            if changes_slots {
+                slot += u32::from(spec.nr_connections) * world.rng.u32(..2);
             }
-            let slot = u32::from(queue_id) + lane as u32 * u32::from(spec.nr_queues);
             let (attachment_id, secret) = (spec.attachment_id, spec.secret);
             let name = AttachmentExportName { attachment_id, secret, epoch: spec.session_epoch, slot };
             let handshake = ClientHandshake::new(&name.expose()).expect("the name is short");
@@ -452,6 +459,12 @@ impl Client {
     fn command_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
         let Some(command) = self.queues[usize::from(queue_id)].commands.pop_front() else { return false };
         match command {
+            QueueCommand::Idle(steps) => {
+                if steps > 0 {
+                    let commands = &mut self.queues[usize::from(queue_id)].commands;
+                    commands.push_front(QueueCommand::Idle(steps - 1));
+                }
+            }
             QueueCommand::Disconnect => self.fail(queue_id, false, world),
             QueueCommand::GiveUp => {
                 for lane in &mut self.queues[usize::from(queue_id)].lanes {
@@ -512,10 +525,9 @@ impl Client {
             self.reap(queue_id, world);
         }
         let queue = &mut self.queues[usize::from(queue_id)];
-        if std::mem::take(&mut queue.counts_later) {
-            return true;
-        }
-        let has_ended = self.commit(queue_id, world);
+        let counts_later = queue.counts_later > 0;
+        queue.counts_later = queue.counts_later.saturating_sub(1);
+        let has_ended = !counts_later && self.commit(queue_id, world);
         let queue = &mut self.queues[usize::from(queue_id)];
         for lane in &mut queue.lanes {
             lane.push_receive();
@@ -556,7 +568,7 @@ impl Client {
             lane.link = None;
         }
         if counts_late {
-            queue.counts_later = true;
+            queue.counts_later = 200;
         } else {
             self.commit(queue_id, world);
         }
@@ -868,8 +880,13 @@ fn abandon(link: &mut Link, rng: &mut Rng) {
 
 /// A receive that nobody waits for any more brings bytes into the pages it was for.
 fn forgotten_step(queue: &mut Queue, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
-    let Some((link, tag, rest)) = queue.forgotten.pop() else { return false };
+    let index = world.rng.usize(..queue.forgotten.len());
+    let (link, tag, rest) = queue.forgotten[index];
     let pipe = &mut world.links[link].to_client;
+    if pipe.readable().is_empty() {
+        return false;
+    }
+    queue.forgotten.swap_remove(index);
     let bytes = pipe.readable().len().min(rest.rest_bytes() as usize);
     if let Some(bio) = &mut world.bios[usize::from(queue_id)][usize::from(tag)] {
         let start = rest.done_bytes() as usize;

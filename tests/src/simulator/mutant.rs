@@ -25,7 +25,7 @@ pub enum Mutant {
     CountedLate,
     /// A FLUSH is taken to cover all that was acknowledged when it ended.
     FlushCoversTooMuch,
-    /// After giving up, each queue is served again by itself.
+    /// Requests are given up while another queue is still served.
     GivesUpAlone,
     /// The server answers every FLUSH without a sync.
     FlushDropped,

@@ -157,6 +157,7 @@ impl<'a> World<'a> {
                 true
             }
         };
+        self.take_ended()?;
         self.now += Duration::from_micros(self.rng.u64(..2_000));
         if !has_done && self.rng.u8(..8) == 0 && !self.do_anything() {
             // Nothing can happen but that time passes.
@@ -182,12 +183,13 @@ impl<'a> World<'a> {
 
     /// Tries everything; false: there was nothing.
     fn do_anything(&mut self) -> bool {
-        let mut has_done = self.client_step(true);
-        has_done |= self.disk_step();
+        let mut has_done = self.disk_step();
         for _ in 0..8 {
             has_done |= self.server_step();
         }
-        has_done | self.traffic() | self.links.iter().any(Link::has_traffic)
+        has_done |= self.traffic() | self.links.iter().any(Link::has_traffic);
+        // The last, because what ended is to be told before anything else happens.
+        self.client_step(true) | has_done
     }
 
     // ------------------------------------------------------------------------------------------------ users
@@ -583,7 +585,7 @@ impl<'a> World<'a> {
             server_id: self.catalog.server_id,
             volume_uid: self.catalog.volume_uid,
             nr_queues,
-            nr_connections: nr_queues * self.rng.u16(1..=2),
+            nr_connections: nr_queues,
             queue_depth: self.rng.u16(1..=5),
             small_bytes_max: [0, 4096, 8192][self.rng.usize(..3)],
             stages: self.rng.bool(),
@@ -608,6 +610,8 @@ impl<'a> World<'a> {
         let now_told = self.catalog.incarnation();
         let Some(device) = self.devices.last_mut() else { return };
         device.spec.session_epoch += 1;
+        // Another process may have another number of connections: the slots that it lacks are nobody's.
+        device.spec.nr_connections = device.spec.nr_queues * self.rng.u16(1..=2);
         let mut world = client::Surroundings {
             links: &mut self.links,
             bios: &mut device.bios,
