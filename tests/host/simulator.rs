@@ -3,11 +3,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use testlab::seed;
 use testlab::simulator::{Coverage, Failure, Mutant, Stage};
 
-/// Simulations of one run, some 220 requests each.
+/// Simulations of one run, some 220 requests each; always the same ones, so that what fails is what was changed. `cargo lab soak
+/// --sim` takes others each time.
 const SEEDS: u64 = 10_000;
+const FIRST_SEED: u64 = 1;
 /// A broken rule is noticed within so many.
 const SEEDS_OF_A_MUTANT: u64 = 3_000;
 
@@ -48,9 +49,8 @@ fn stage() -> (tempfile::TempDir, Stage) {
 #[test]
 fn ten_thousand_simulations_keep_every_promise() {
     let (_dir, stage) = stage();
-    let seed = seed::choose().unwrap();
     let began = Instant::now();
-    let coverage = match stage.run_many(seed, SEEDS) {
+    let coverage = match stage.run_many(FIRST_SEED, SEEDS) {
         Ok(coverage) => coverage,
         Err((seed, failure)) => panic!("cargo lab soak --sim --seeds 1 --seed {seed}: {failure}"),
     };
