@@ -145,8 +145,6 @@ pub(super) struct Client {
     unflushed: Unflushed,
     events: VecDeque<MainEvent>,
     mutant: Option<Mutant>,
-    /// Incarnation told where nobody looks at it.
-    first_incarnation: Option<String>,
 }
 
 pub(super) struct Surroundings<'a> {
@@ -212,7 +210,6 @@ impl Client {
             unflushed,
             events: VecDeque::new(),
             mutant,
-            first_incarnation: None,
             spec,
         };
         // It has no connections to begin with, and what the kernel gives again waits for the first.
@@ -446,9 +443,6 @@ impl Client {
         if dial.opened.len() == queue.lanes.len()
             && let Some(Dial { opened, incarnation: Some(incarnation), .. }) = queue.dial.take()
         {
-            if self.first_incarnation.is_none() {
-                self.first_incarnation = Some(incarnation.clone());
-            }
             self.events.push_back(MainEvent::Opened(queue_id, opened, incarnation));
         }
         true

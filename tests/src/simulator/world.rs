@@ -365,8 +365,12 @@ impl<'a> World<'a> {
         has_done
     }
 
-    fn server_step(&mut self) -> bool {
-        let Some(server) = &mut self.server else { return false };
+    /// Has the server do something; `None` while there is none.
+    fn with_server<T>(
+        &mut self,
+        act: impl FnOnce(&mut Server, &mut server::Surroundings<'_>) -> T,
+    ) -> Option<T> {
+        let server = self.server.as_mut()?;
         let mut world = server::Surroundings {
             catalog: &mut self.catalog,
             disk: &mut self.disk,
@@ -376,13 +380,17 @@ impl<'a> World<'a> {
             room_bytes: self.room_bytes,
             lies: self.lies,
         };
-        let before = world.catalog.incarnation;
-        let mut has_done = server.step(&mut world);
-        let mut is_ended = false;
-        if self.is_taking && world.rng.u8(..4) == 0 {
-            is_ended = server.end_attachment(&mut world);
-            has_done |= is_ended;
-        }
+        Some(act(server, &mut world))
+    }
+
+    fn server_step(&mut self) -> bool {
+        let (before, is_taking) = (self.catalog.incarnation, self.is_taking);
+        let step = self.with_server(|server, world| {
+            let has_done = server.step(world);
+            let is_ended = is_taking && world.rng.u8(..4) == 0 && server.end_attachment(world);
+            (has_done | is_ended, is_ended)
+        });
+        let Some((has_done, is_ended)) = step else { return false };
         if self.catalog.incarnation != before {
             // A sync had failed: what it should have covered may be gone when the volume is opened anew.
             self.disk.forget(&mut self.rng);
@@ -429,22 +437,14 @@ impl<'a> World<'a> {
     fn disk_step(&mut self) -> bool {
         let had = self.disk.operations();
         let Some(ended) = self.disk.step(&mut self.rng) else { return had > 0 };
-        let Some(server) = &mut self.server else { return true };
-        if ended.owner.process == server.process {
-            if ended.is_sync && ended.result < 0 {
-                self.coverage.count("a sync fails");
-            }
-            let mut world = server::Surroundings {
-                catalog: &mut self.catalog,
-                disk: &mut self.disk,
-                links: &mut self.links,
-                rng: &mut self.rng,
-                coverage: self.coverage,
-                room_bytes: self.room_bytes,
-                lies: self.lies,
-            };
-            server.ended(ended, &mut world);
+        if ended.is_sync && ended.result < 0 {
+            self.coverage.count("a sync fails");
         }
+        self.with_server(|server, world| {
+            if ended.owner.process == server.process {
+                server.ended(ended, world);
+            }
+        });
         true
     }
 
