@@ -76,8 +76,12 @@ impl Chain {
     /// Takes the result of the oldest operation that is out; `stretch` is what it was asked to move.
     fn completed(&mut self, stretch: &mut Stretch, result: i32) -> Result<(), StreamError> {
         self.operations_out -= 1;
+        // Nothing was moved: a receive that is to wait for the socket first ends so when a kernel worker runs it, because a
+        // worker does not wait that way. It gets there behind an operation that had to wait 128 times (seen on 7.3.4).
+        if result == -libc::EAGAIN {
+            self.is_broken = true;
         // The first of a chain is never cancelled: that would be a chain which gets nowhere, over and over.
-        if result == -libc::ECANCELED && self.has_moved {
+        } else if result == -libc::ECANCELED && self.has_moved {
             self.is_broken = true;
         } else if result < 0 {
             return Err(StreamError::Socket(io::Error::from_raw_os_error(-result)));
@@ -442,6 +446,17 @@ mod tests {
         assert!(incoming.payload_completed(512).unwrap());
         incoming.inbox_completed(CANCELED).unwrap();
         assert_eq!(incoming.push(16), (None, 0..16));
+    }
+
+    #[test]
+    fn a_receive_that_a_worker_would_not_wait_for_is_asked_for_again() {
+        let mut incoming = incoming_with_payload(512);
+        assert!(incoming.payload_completed(512).unwrap());
+        incoming.inbox_completed(-libc::EAGAIN).unwrap();
+        assert_eq!((incoming.operations_out(), incoming.take_header()), (0, None));
+        assert_eq!(incoming.push(16), (None, 0..16));
+        incoming.inbox_completed(16).unwrap();
+        assert_eq!(incoming.take_header(), Some(0..16));
     }
 
     #[test]
