@@ -66,6 +66,13 @@ impl DataSide for ServedData {
         file::grow(&self.volumes_dir, volume_uid, capacity_bytes).map_err(io_error)
     }
 
+    fn sync_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        match volume.backend {
+            BackendKind::File => file::sync(&self.volumes_dir, volume.volume_uid).map_err(io_error),
+            BackendKind::Memory => Ok(()),
+        }
+    }
+
     fn reopen_attachments(&self, volume_uid: Uuid) {
         self.server.reopen_attachments(volume_uid);
     }

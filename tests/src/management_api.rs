@@ -76,9 +76,22 @@ impl ManagementApi {
     /// # Errors
     /// The server's answer.
     pub fn attach_volume(&mut self, name: &str, node_id: &str) -> Result<AttachVolumeResponse, Status> {
+        self.attach(name, node_id, false)
+    }
+
+    /// The same by force: whoever has it loses it.
+    ///
+    /// # Errors
+    /// The server's answer.
+    pub fn take_volume(&mut self, name: &str, node_id: &str) -> Result<AttachVolumeResponse, Status> {
+        self.attach(name, node_id, true)
+    }
+
+    fn attach(&mut self, name: &str, node_id: &str, force: bool) -> Result<AttachVolumeResponse, Status> {
         let request = AttachVolumeRequest {
             volume_name: name.to_owned(),
             node_id: node_id.to_owned(),
+            force,
             ..AttachVolumeRequest::default()
         };
         Ok(self.runtime.block_on(self.client.attach_volume(request))?.into_inner())

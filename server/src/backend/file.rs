@@ -13,7 +13,7 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags};
+use rustix::fs::{Advice, AtFlags, FlockOperation, OFlags, StatxFlags};
 use uuid::Uuid;
 
 /// Whether volumes are read and written past the page cache.
@@ -160,6 +160,22 @@ pub fn grow(volumes_dir: &Path, volume_uid: Uuid, capacity_bytes: u64) -> Result
         file.sync_all().map_err(|e| fail("cannot sync")(&path, e))?;
     }
     Ok(())
+}
+
+/// Makes what was written to the file of a volume durable. If that fails, the page cache may hold what the disk does not,
+/// so it is dropped.
+///
+/// # Errors
+/// [`FileError::Io`]
+pub fn sync(volumes_dir: &Path, volume_uid: Uuid) -> Result<(), FileError> {
+    let path = path(volumes_dir, volume_uid);
+    let fail = |action, source| FileError::Io { action, path: path.clone(), source };
+    let file = File::open(&path).map_err(|e| fail("cannot open", e))?;
+    file.sync_data().map_err(|source| {
+        // It drops what it can; a page that is in use is read by somebody who saw it before.
+        let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);
+        fail("cannot sync", source)
+    })
 }
 
 /// Deletes the file of a volume, durably. One that is not there is a success.

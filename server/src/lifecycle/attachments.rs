@@ -43,7 +43,7 @@ impl<D: DataSide> Lifecycle<D> {
     /// # Errors
     /// [`LifecycleError::VolumeNotFound`]; without force [`LifecycleError::VolumeAttached`] (another node) and
     /// [`LifecycleError::AttachedDifferently`] (this node, another mode); [`LifecycleError::Unfenced`]: repeat the call;
-    /// the catalog's failure.
+    /// [`LifecycleError::Storage`]: what was written before may be lost; the catalog's failure.
     pub fn attach_volume(
         &self,
         lock: &NameLock,
@@ -71,13 +71,23 @@ impl<D: DataSide> Lifecycle<D> {
         let new = NewAttachment { volume_uid: volume.volume_uid, node_id: node_id.to_owned(), read_only };
         let attachment = self.catalog.add_attachment(&new)?;
         // With the row there, no new writer by name gets in; those that are in end before anybody is told the secret.
-        if let Err(reason) = self.data_side.fence_named_writers(volume.volume_uid) {
+        if let Err(error) = self.settle(&volume) {
             self.catalog.end_attachment(attachment.attachment_id, false)?;
-            return Err(LifecycleError::Unfenced { name: volume.name, reason });
+            return Err(error);
         }
         let attachment_id = attachment.attachment_id;
         tracing::info!(name = %volume.name, %attachment_id, node_id, generation = attachment.generation, "volume attached");
         Ok(Attached { attachment, volume, existed: false })
+    }
+
+    /// Nobody writes to the volume any more, and what was written is durable: what its next holder reads, a power cut cannot
+    /// take back.
+    fn settle(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
+        let unfenced = |reason| LifecycleError::Unfenced { name: volume.name.clone(), reason };
+        self.data_side.fence_named_writers(volume.volume_uid).map_err(unfenced)?;
+        let volume_uid = volume.volume_uid;
+        let unsynced = |source| LifecycleError::Storage { action: "sync", volume_uid, source };
+        self.data_side.sync_storage(volume).map_err(unsynced)
     }
 
     /// Ends the attachment of the volume that is wanted; false where there is none such.

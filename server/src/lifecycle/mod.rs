@@ -8,7 +8,7 @@
 //! ```text
 //! create:  row creating → storage durable → row ready → answer
 //! delete:  hidden, nobody has it open → row deleting → storage gone → row gone → answer
-//! attach:  (former holder: row ending → fenced → row gone) → row active → writers by name fenced → answer
+//! attach:  (former holder: row ending → fenced → row gone) → row active → writers by name fenced → storage durable → answer
 //! detach:  row ending → connections closed and their I/O finished → row gone → answer
 //! ```
 //! A row `creating`, `deleting` or `ending` is work that somebody has to finish: the next call on that volume, or
@@ -63,6 +63,12 @@ pub trait DataSide: Send + Sync + 'static {
     /// # Errors
     /// The system's: `StorageFull`, `FileTooLarge` and others.
     fn grow_storage(&self, volume_uid: Uuid, capacity_bytes: u64) -> io::Result<()>;
+
+    /// Makes all that was written to the volume durable. After a failure, what is read of it is what its disk has.
+    ///
+    /// # Errors
+    /// The system's.
+    fn sync_storage(&self, volume: &VolumeRecord) -> io::Result<()>;
 
     /// Closes the connections of the volume's attachments, which come again and are told what is new.
     fn reopen_attachments(&self, volume_uid: Uuid);

@@ -21,6 +21,7 @@ struct DoubleState {
     delete_error: bool,
     fence_error: bool,
     named_writer_error: bool,
+    sync_error: bool,
     open_connections: u32,
 }
 
@@ -73,6 +74,12 @@ impl DataSide for Double {
     fn grow_storage(&self, _volume_uid: Uuid, capacity_bytes: u64) -> io::Result<()> {
         let state = self.record(format!("grow storage to {capacity_bytes}"));
         state.create_error.map_or(Ok(()), |kind| Err(kind.into()))
+    }
+
+    fn sync_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        let row = self.attachment_state(volume.volume_uid);
+        let state = self.record(format!("sync storage, row {row:?}"));
+        if state.sync_error { Err(io::Error::other("the disk is on fire")) } else { Ok(()) }
     }
 
     fn reopen_attachments(&self, _volume_uid: Uuid) {
@@ -280,7 +287,10 @@ fn an_attached_volume_is_not_deleted() {
 fn the_former_holder_is_fenced_before_the_new_attachment_exists() {
     let (bench, volume) = Bench::with_volume();
     let first = bench.attach("vol-1", "node-a", false).unwrap();
-    assert_eq!(bench.double().take_calls(), ["fence named writers, row Some(Active)"]);
+    assert_eq!(
+        bench.double().take_calls(),
+        ["fence named writers, row Some(Active)", "sync storage, row Some(Active)"]
+    );
     let again = bench.attach("vol-1", "node-a", true).unwrap();
     assert!(again.existed && !first.existed);
     assert_eq!(again.attachment, first.attachment, "force takes nothing from its own node");
@@ -294,7 +304,11 @@ fn the_former_holder_is_fenced_before_the_new_attachment_exists() {
     let second = bench.attach("vol-1", "node-b", true).unwrap();
     assert_eq!(
         bench.double().take_calls(),
-        ["fence node-a, row Ending", "fence named writers, row Some(Active)"]
+        [
+            "fence node-a, row Ending",
+            "fence named writers, row Some(Active)",
+            "sync storage, row Some(Active)"
+        ]
     );
     assert_ne!(second.attachment.attachment_id, first.attachment.attachment_id);
     assert_ne!(second.attachment.secret, first.attachment.secret);
@@ -320,7 +334,11 @@ fn nothing_gets_past_a_fence_that_has_not_finished() {
     assert_eq!((attached.existed, attached.attachment.generation), (false, 2));
     assert_eq!(
         bench.double().take_calls(),
-        ["fence node-a, row Ending", "fence named writers, row Some(Active)"]
+        [
+            "fence node-a, row Ending",
+            "fence named writers, row Some(Active)",
+            "sync storage, row Some(Active)"
+        ]
     );
 }
 
@@ -330,6 +348,16 @@ fn an_attachment_is_not_answered_while_writers_by_name_remain() {
     bench.double().change(|state| state.named_writer_error = true);
     assert!(matches!(bench.attach("vol-1", "node-a", false), Err(LifecycleError::Unfenced { .. })));
     bench.double().change(|state| state.named_writer_error = false);
+    assert!(!bench.attach("vol-1", "node-a", false).unwrap().existed);
+}
+
+#[test]
+fn an_attachment_is_not_answered_before_what_was_written_is_durable() {
+    let (bench, _) = Bench::with_volume();
+    bench.double().change(|state| state.sync_error = true);
+    let refused = bench.attach("vol-1", "node-a", false);
+    assert!(matches!(refused, Err(LifecycleError::Storage { action: "sync", .. })), "{refused:?}");
+    bench.double().change(|state| state.sync_error = false);
     assert!(!bench.attach("vol-1", "node-a", false).unwrap().existed);
 }
 

@@ -23,6 +23,9 @@ use super::rig::{Rig, run_rounds};
 
 const VOLUME: &str = "vol-1";
 
+const NODE: &str = "node-1";
+const OTHER_NODE: &str = "node-2";
+
 /// Blocks of the volume: few enough for most of them to be written several times between two cuts.
 const BLOCK_COUNT: usize = 1024;
 
@@ -70,6 +73,13 @@ pub(super) fn flushed_data_survives_a_power_cut_through_the_page_cache(env: &Env
 
 pub(super) fn without_a_write_cache_every_answered_write_survives_a_power_cut(env: &Env) -> Result<()> {
     survives_power_cuts(env, WriteCache::Off, &[])
+}
+
+/// What a former holder wrote is durable before the next one can read it.
+pub(super) fn what_the_next_holder_reads_survives_a_power_cut(env: &Env) -> Result<()> {
+    let seed = seed::choose()?;
+    let mut volume = VolumeUnderTest::make(env, seed, WriteCache::On, &["--cache", "writeback"])?;
+    run_rounds(seed, |round_seed| volume.take_over_and_cut(round_seed))
 }
 
 fn survives_power_cuts(env: &Env, write_cache: WriteCache, server_options: &[&str]) -> Result<()> {
@@ -164,20 +174,7 @@ impl VolumeUnderTest {
         let mut connections = self.open()?;
         let mut random = fastrand::Rng::with_seed(seed);
         for _ in 0..flushes {
-            for _ in 0..WRITES_BEFORE_A_FLUSH {
-                let blocks = Blocks { first: random.usize(0..BLOCK_COUNT), count: 1 };
-                let (write, payload) = self.history.send_write(blocks, Pattern::Stamped);
-                let (offset_bytes, length_bytes) = (blocks.offset_bytes(), blocks.length_bytes());
-                let (error, _) = connections[0].call(
-                    Command::Write,
-                    CommandFlags::NONE,
-                    offset_bytes,
-                    length_bytes,
-                    &payload,
-                )?;
-                ensure!(error == 0, "a write failed: error {error}");
-                self.history.write_answered(write, false);
-            }
+            self.write_blocks(&mut connections[0], &mut random)?;
             let flush = self.history.send_flush();
             let (error, _) = connections[1].call(Command::Flush, CommandFlags::NONE, 0, 0, &[])?;
             ensure!(error == 0, "a FLUSH failed: error {error}");
@@ -187,6 +184,41 @@ impl VolumeUnderTest {
         drop(connections);
         self.rig.power_cycle(seed)?;
         self.check()
+    }
+
+    /// Writes that nobody flushes, another holder, a power cut, and the verdict: it counts as a FLUSH that the volume was
+    /// attached anew. The one after takes it by force.
+    fn take_over_and_cut(&mut self, seed: u64) -> Result<()> {
+        let mut connections = self.open()?;
+        let mut random = fastrand::Rng::with_seed(seed);
+        self.write_blocks(&mut connections[0], &mut random)?;
+        let flush = self.history.send_flush();
+        let mut management = self.rig.management()?;
+        if random.bool() {
+            ensure!(management.detach_volume(VOLUME)?, "it was not attached");
+        }
+        let taken = management.take_volume(VOLUME, OTHER_NODE)?;
+        ensure!(!taken.existed, "the other node had it before");
+        self.history.flush_answered(flush);
+        self.rig.disk().cut_power();
+        drop(connections);
+        self.rig.power_cycle(seed)?;
+        ensure!(self.rig.management()?.detach_volume(VOLUME)?, "the other node lost it");
+        self.session_epoch = 0;
+        self.check()
+    }
+
+    fn write_blocks(&mut self, connection: &mut NbdClient, random: &mut fastrand::Rng) -> Result<()> {
+        for _ in 0..WRITES_BEFORE_A_FLUSH {
+            let blocks = Blocks { first: random.usize(0..BLOCK_COUNT), count: 1 };
+            let (write, payload) = self.history.send_write(blocks, Pattern::Stamped);
+            let (offset_bytes, length_bytes) = (blocks.offset_bytes(), blocks.length_bytes());
+            let (error, _) =
+                connection.call(Command::Write, CommandFlags::NONE, offset_bytes, length_bytes, &payload)?;
+            ensure!(error == 0, "a write failed: error {error}");
+            self.history.write_answered(write, false);
+        }
+        Ok(())
     }
 
     /// Reads every block and compares it with what it may hold.
@@ -202,7 +234,7 @@ impl VolumeUnderTest {
 
     /// Opens the attachment's export, with an epoch that fences whatever was open before.
     fn open(&mut self) -> Result<Vec<NbdClient>> {
-        let attached = self.rig.management()?.attach_volume(VOLUME, "node-1")?;
+        let attached = self.rig.management()?.attach_volume(VOLUME, NODE)?;
         ensure!(attached.existed == (self.session_epoch > 0), "the attachment did not survive the power cut");
         self.session_epoch += 1;
         let connect = |slot| {

@@ -1,7 +1,7 @@
 //! What the server promises about stable storage, on a disk that loses whatever was not flushed.
 //!
-//! - `data`: what was written with FUA, or before a FLUSH, or to a volume without a write cache, survives a power cut; and
-//!   the same check catches a server that skips its flush.
+//! - `data`: what was written with FUA, or before a FLUSH, or to a volume without a write cache, survives a power cut, and
+//!   so does what was written before the volume got another holder; the same check catches a server that skips its flush.
 //! - `device`: the same through an attached device, as its user sees it.
 //! - `catalog`: after a power cut the catalog holds exactly what was answered.
 //! - `rig`: a server whose data directory is on that disk, and its way through a power cut.
@@ -25,6 +25,10 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new(
         "lying_disk::without_a_write_cache_every_answered_write_survives_a_power_cut",
         data::without_a_write_cache_every_answered_write_survives_a_power_cut,
+    ),
+    Test::new(
+        "lying_disk::what_the_next_holder_reads_survives_a_power_cut",
+        data::what_the_next_holder_reads_survives_a_power_cut,
     ),
     Test::new(
         "lying_disk::a_server_that_skips_its_flush_is_caught",
