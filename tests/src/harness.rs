@@ -42,6 +42,9 @@ pub const KERNEL_VARIABLE: &str = "VOLNODE_LAB_KERNEL";
 /// `vm` or `host`: whether the machine is ours to wreck.
 pub const MACHINE_VARIABLE: &str = "VOLNODE_LAB_MACHINE";
 
+/// The management API of a storage server outside of the VM; not set with `--host`.
+pub const STORAGE_MACHINE_VARIABLE: &str = "VOLNODE_LAB_STORAGE_MACHINE";
+
 /// The directory of the programs under test.
 pub const PROGRAMS_VARIABLE: &str = "VOLNODE_LAB_PROGRAMS";
 
@@ -73,6 +76,12 @@ impl Test {
         Self { name, kernels: &KernelSeries::ALL, deadline_seconds: DEADLINE_SECONDS, run }
     }
 
+    /// The same test on the newest kernel only: what it says is the same on others.
+    #[must_use]
+    pub const fn once(self) -> Self {
+        self.on(&[KernelSeries::V7])
+    }
+
     /// The same test for some kernels only.
     #[must_use]
     pub const fn on(self, kernels: &'static [KernelSeries]) -> Self {
@@ -102,6 +111,17 @@ impl Env {
     /// The program `name` of this build.
     pub fn program(&self, name: &str) -> PathBuf {
         self.programs.join(name)
+    }
+
+    /// `http://host:port` of the management API of a storage server outside of this VM.
+    ///
+    /// # Errors
+    /// Outside a VM there is none, as for [`Env::scratch_disk`].
+    pub fn storage_machine(&self) -> Result<String> {
+        if !self.in_vm {
+            return Err(Lacking("a storage server on another machine".to_owned()).into());
+        }
+        std::env::var(STORAGE_MACHINE_VARIABLE).context(STORAGE_MACHINE_VARIABLE)
     }
 
     /// A disk to format and wreck. Its contents are whatever the test before left.

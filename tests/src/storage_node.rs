@@ -183,6 +183,18 @@ impl StorageNode {
         Ok(node)
     }
 
+    /// Starts a node daemon alone, for a server elsewhere.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_client_only(env: &Env, management_uri: &str) -> Result<Self> {
+        run("modprobe", &["ublk_drv"])?;
+        let mut node = Self::new(env, &env.directory.join("data"), &[])?;
+        node.management_uri = management_uri.to_owned();
+        node.start_client()?;
+        Ok(node)
+    }
+
     /// Starts the daemon of another node, for the same server, on this machine.
     ///
     /// # Errors

@@ -13,8 +13,10 @@ use testlab::shell::{run, sh, wait_for};
 use testlab::storage_node::{StorageNode, mount_xfs};
 
 pub(crate) const TESTS: &[Test] = &[
-    Test::new("foreign::the_kernels_nbd_client_verifies_on_our_server", the_kernels_nbd_client).within(300),
-    Test::new("foreign::nbdcopy_and_qemu_agree_with_our_server", nbdcopy_and_qemu).within(300),
+    Test::new("foreign::the_kernels_nbd_client_verifies_on_our_server", the_kernels_nbd_client)
+        .within(300)
+        .once(),
+    Test::new("foreign::nbdcopy_and_qemu_agree_with_our_server", nbdcopy_and_qemu).within(300).once(),
     Test::new("foreign::our_disk_on_nbdkit_verifies", our_disk_on_nbdkit).within(300),
     Test::new("foreign::our_disk_on_qemu_nbd_verifies", our_disk_on_qemu_nbd).within(300),
 ];

@@ -14,6 +14,7 @@ mod foreign;
 mod hostile_server;
 mod idle;
 mod lying_disk;
+mod memory_pressure;
 mod network;
 mod queues;
 mod recovery;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         ride_through::TESTS,
         recovery::TESTS,
         network::TESTS,
+        memory_pressure::TESTS,
         shutdown::TESTS,
         soak::TESTS,
         idle::TESTS,

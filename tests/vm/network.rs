@@ -20,9 +20,9 @@ use testlab::storage_node::StorageNode;
 use crate::ride_through::{BOUND, reconnects, verify_meanwhile, wait_for_state};
 
 pub(crate) const TESTS: &[Test] = &[
-    Test::new("network::a_server_that_moves_is_found", a_server_that_moves).within(300),
-    Test::new("network::a_forced_attach_stops_a_writer", a_forced_attach).within(300),
-    Test::new("network::packets_that_vanish_are_waited_for", vanishing_packets).within(300),
+    Test::new("network::a_server_that_moves_is_found", a_server_that_moves).within(300).once(),
+    Test::new("network::a_forced_attach_stops_a_writer", a_forced_attach).within(300).once(),
+    Test::new("network::packets_that_vanish_are_waited_for", vanishing_packets).within(300).once(),
 ];
 
 /// How often the server moves.

@@ -14,9 +14,11 @@ use testlab::unit_file::UnitFile;
 use crate::ride_through::BOUND;
 
 pub(crate) const TESTS: &[Test] = &[
-    Test::new("shutdown::nothing_is_lost_while_the_server_is_there", with_a_server),
-    Test::new("shutdown::a_server_that_stands_still_holds_nothing_up", with_a_frozen_server).within(300),
-    Test::new("shutdown::a_server_that_is_gone_holds_nothing_up", without_a_server).within(300),
+    Test::new("shutdown::nothing_is_lost_while_the_server_is_there", with_a_server).once(),
+    Test::new("shutdown::a_server_that_stands_still_holds_nothing_up", with_a_frozen_server)
+        .within(300)
+        .once(),
+    Test::new("shutdown::a_server_that_is_gone_holds_nothing_up", without_a_server).within(300).once(),
 ];
 
 /// systemd's own for a mount unit (`DefaultTimeoutStopSec`).

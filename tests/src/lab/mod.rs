@@ -20,6 +20,7 @@ pub(crate) mod packages;
 pub(crate) mod report;
 pub(crate) mod scale;
 pub(crate) mod soak;
+mod storage_machine;
 pub(crate) mod this_machine;
 pub(crate) mod tool;
 pub(crate) mod vm;

@@ -18,6 +18,9 @@ const OUTPUT_LINES_SHOWN: usize = 200;
 /// The tests of one machine.
 pub(crate) struct PartReport {
     title: String,
+    began: Instant,
+    /// Set when it is added to the report.
+    took: Duration,
     passed: usize,
     skipped: usize,
     /// Tests which cargo is going to count as ignored although another part runs them.
@@ -43,7 +46,15 @@ impl Report {
     /// Begins a part and says so.
     pub(crate) fn begin(&self, title: &str) -> PartReport {
         println!("\n== {title} ==");
-        PartReport { title: title.to_owned(), passed: 0, skipped: 0, run_later: 0, failed: Vec::new() }
+        PartReport {
+            title: title.to_owned(),
+            began: Instant::now(),
+            took: Duration::ZERO,
+            passed: 0,
+            skipped: 0,
+            run_later: 0,
+            failed: Vec::new(),
+        }
     }
 
     /// Takes a finished part.
@@ -52,6 +63,7 @@ impl Report {
         if part.passed + part.failed.len() == 0 && self.filter.is_none() {
             part.fail("any test at all", "this part ran no test");
         }
+        part.took = part.began.elapsed();
         self.parts.push(part);
     }
 
@@ -69,7 +81,8 @@ impl Report {
             }
         }
         for part in &self.parts {
-            println!("{:<40} {}", part.title, totals(part.passed, part.failed.len(), part.skipped));
+            let totals = totals(part.passed, part.failed.len(), part.skipped);
+            println!("{:<40} {totals} ({} s)", part.title, part.took.as_secs());
         }
         let sum = |count: fn(&PartReport) -> usize| self.parts.iter().map(count).sum::<usize>();
         let failed = sum(|part| part.failed.len());

@@ -51,6 +51,10 @@ const CONSOLE_PREFIX: &str = "lab-guest: ";
 /// Console lines shown with a failure; a boot has some fifty, a panic some hundred.
 const CONSOLE_LINES_SHOWN: usize = 300;
 
+/// Where the guest reaches this machine's loopback addresses: QEMU's user-mode network, whose own address for a guest is
+/// 10.0.2.15.
+pub(crate) const HOST_FROM_GUEST: &str = "10.0.2.2";
+
 /// Which of the two output streams of the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stream {
@@ -386,7 +390,9 @@ fn qemu_command(
             .args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"])
             .args(["-cpu", "max,-erms,-fsrm", "-smp", "1"]),
     };
-    command.args(["-nic", "none", "-serial"]).arg(format!("file:{}", file("console.log")));
+    // Its card's interrupts would be counted, too.
+    let card = if processors == Processors::Two { "user,model=virtio-net-pci" } else { "none" };
+    command.args(["-nic", card, "-serial"]).arg(format!("file:{}", file("console.log")));
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
     command.args(["-append", "console=ttyS0 panic=-1 oops=panic quiet mitigations=off"]);
     let read_only = "security_model=none,readonly=on,multidevs=remap";

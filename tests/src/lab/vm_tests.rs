@@ -8,12 +8,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
-use testlab::harness::{KERNEL_VARIABLE, LAB_VARIABLE, MACHINE_VARIABLE, PROGRAMS_VARIABLE, RUN_HERE};
+use testlab::harness::{
+    KERNEL_VARIABLE, LAB_VARIABLE, MACHINE_VARIABLE, PROGRAMS_VARIABLE, RUN_HERE, STORAGE_MACHINE_VARIABLE,
+};
 use testlab::kernel_series::KernelSeries;
 use testlab::libtest_binary::BINARIES_VARIABLE;
 
 use super::guest_command::GuestCommand;
 use super::report::{EventReader, PartReport, Report};
+use super::storage_machine::StorageMachine;
 use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::{PROFILE, Workspace};
 use super::{interrupt, kernels, this_machine, tool};
@@ -64,7 +67,9 @@ pub(crate) fn run_in_vm(
 ) -> Result<()> {
     let kernel = kernels::ensure_cached(workspace, series)?;
     let mut part = report.begin(&format!("kernel {series} ({})", kernel.release));
-    let command = test_command(workspace, binaries, report, series, "vm")?;
+    let storage_machine = StorageMachine::start(workspace)?;
+    let command = test_command(workspace, binaries, report, series, "vm")?
+        .with_variable(STORAGE_MACHINE_VARIABLE, &storage_machine.management_uri);
     let mut follower = TestFollower(EventReader::new(&mut part, report.show_output));
     let ended = vm::run(workspace, &kernel, &command, Processors::Two, PART_DEADLINE, &mut follower);
     let finished = follower.0.close();

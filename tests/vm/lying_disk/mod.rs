@@ -7,7 +7,7 @@
 //! - `rig`: a server whose data directory is on that disk, and its way through a power cut.
 //!
 //! Every test runs in rounds, each ended by a power cut in the middle of traffic, at a request of the disk's that the seed
-//! chooses. The state after one cut is what the next round starts from.
+//! chooses. The state after one cut is what the next round starts from. What needs no block device runs on one kernel.
 
 mod catalog;
 mod data;
@@ -17,27 +17,33 @@ mod rig;
 use testlab::harness::Test;
 
 pub(crate) const TESTS: &[Test] = &[
-    Test::new("lying_disk::flushed_data_survives_a_power_cut", data::flushed_data_survives_a_power_cut),
+    Test::new("lying_disk::flushed_data_survives_a_power_cut", data::flushed_data_survives_a_power_cut)
+        .once(),
     Test::new(
         "lying_disk::flushed_data_survives_a_power_cut_through_the_page_cache",
         data::flushed_data_survives_a_power_cut_through_the_page_cache,
-    ),
+    )
+    .once(),
     Test::new(
         "lying_disk::without_a_write_cache_every_answered_write_survives_a_power_cut",
         data::without_a_write_cache_every_answered_write_survives_a_power_cut,
-    ),
+    )
+    .once(),
     Test::new(
         "lying_disk::what_the_next_holder_reads_survives_a_power_cut",
         data::what_the_next_holder_reads_survives_a_power_cut,
-    ),
+    )
+    .once(),
     Test::new(
         "lying_disk::a_server_that_skips_its_flush_is_caught",
         data::a_server_that_skips_its_flush_is_caught,
-    ),
+    )
+    .once(),
     Test::new(
         "lying_disk::a_server_that_skips_one_flush_is_caught",
         data::a_server_that_skips_one_flush_is_caught,
-    ),
+    )
+    .once(),
     Test::new(
         "lying_disk::what_the_device_flushed_survives_a_power_cut_of_its_server",
         device::what_the_device_flushed_survives_a_power_cut_of_its_server,
@@ -49,5 +55,6 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new(
         "lying_disk::the_catalog_holds_exactly_what_was_answered",
         catalog::the_catalog_holds_exactly_what_was_answered,
-    ),
+    )
+    .once(),
 ];

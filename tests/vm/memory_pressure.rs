@@ -1,0 +1,183 @@
+//! A machine that has to write back through the disk to get memory: it goes on, nothing is lost, nobody is killed.
+//!
+//! The server is on another machine, as it must be: one beside the disk would need the memory that its own disk is to free.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use testlab::harness::{Env, Test};
+use testlab::seed;
+use testlab::shell::sh;
+use testlab::storage_node::StorageNode;
+
+pub(crate) const TESTS: &[Test] =
+    &[Test::new("memory_pressure::a_squeezed_machine_writes_back_and_goes_on", a_squeezed_machine)
+        .within(400)];
+
+/// What is left to everything else when memory is taken.
+const LEFT_BYTES: u64 = 160 << 20;
+
+/// How much is taken at a time.
+const PIECE_BYTES: usize = 8 << 20;
+
+/// Files that are written at the same time: together several times what is left.
+const FILES: u64 = 4;
+const FILE_BYTES: usize = 96 << 20;
+
+/// What one write of a file's writer has.
+const WRITE_BYTES: usize = 1 << 20;
+
+/// Writers that have got nowhere for so long, all of them, do not go on.
+const STANDSTILL_MAX: Duration = Duration::from_secs(30);
+
+fn a_squeezed_machine(env: &Env) -> Result<()> {
+    let seed = seed::choose()?;
+    let server = env.storage_machine()?;
+    // QEMU's user-mode network; the address stays for whoever comes next.
+    sh("ip link set eth0 up; ip address replace 10.0.2.15/24 dev eth0")?;
+    let node = StorageNode::start_client_only(env, &server)?;
+    let device = node.create_and_attach("squeezed", "512M", &[])?;
+    let mount_point = env.directory.join("mnt");
+    fs::create_dir(&mount_point)?;
+    // Writers may dirty nearly all that is left, so that memory is freed by writing back and in no other way.
+    let ratios =
+        sh("cd /proc/sys/vm; cat dirty_background_ratio dirty_ratio; echo 70 > dirty_background_ratio; \
+                     echo 90 > dirty_ratio")?;
+    sh(&format!("mkfs.ext4 -q {}; mount {0} {}", device.display(), mount_point.display()))?;
+    let before = Counters::read()?;
+    let outcome = {
+        let hog = take_memory()?;
+        let outcome = write_files(&mount_point, seed).and_then(|()| check_files(&mount_point, seed));
+        drop(hog);
+        outcome
+    };
+    let mut ratios = ratios.split_whitespace();
+    let (background, all) = (ratios.next().context("a ratio")?, ratios.next().context("a ratio")?);
+    sh(&format!("cd /proc/sys/vm; echo {background} > dirty_background_ratio; echo {all} > dirty_ratio"))?;
+    outcome?;
+    let after = Counters::read()?;
+    let reclaimed = after.reclaimed_pages - before.reclaimed_pages;
+    let waits = after.direct_reclaims - before.direct_reclaims;
+    println!("{reclaimed} pages reclaimed; {waits} allocations had to reclaim themselves");
+    ensure!(reclaimed > LEFT_BYTES / 4096, "memory was never short: only {reclaimed} pages were reclaimed");
+    ensure!(after.killed == before.killed, "the kernel killed a process for its memory");
+    let attachment = node.attachment("squeezed")?;
+    ensure!(attachment["state"] == "live" && attachment["reconnects"] == 0, "{attachment}");
+    sh(&format!("umount {}", mount_point.display()))?;
+    node.detach("squeezed")?;
+    node.volctl(&["delete", "squeezed"])?.succeeded().map(drop)
+}
+
+/// Takes memory until no more than [`LEFT_BYTES`] are left; there is no swap, so the kernel cannot take it back.
+fn take_memory() -> Result<Vec<Vec<u8>>> {
+    let mut taken = Vec::new();
+    while available_bytes()? > LEFT_BYTES {
+        taken.push(vec![1; PIECE_BYTES]);
+    }
+    println!("{} MiB taken, {} MiB left", (taken.len() * PIECE_BYTES) >> 20, available_bytes()? >> 20);
+    Ok(taken)
+}
+
+fn available_bytes() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("MemAvailable")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
+}
+
+/// Writes the files through the page cache, and fails if that stands still.
+fn write_files(directory: &Path, seed: u64) -> Result<()> {
+    let (written, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
+    let began = Instant::now();
+    thread::scope(|scope| {
+        let writers: Vec<_> = (0..FILES)
+            .map(|number| {
+                let written = &written;
+                scope.spawn(move || write_file(&directory.join(number.to_string()), seed ^ number, written))
+            })
+            .collect();
+        let watch = scope.spawn(|| longest_standstill(&written, &is_over));
+        let results: Vec<Result<()>> = writers
+            .into_iter()
+            .map(|writer| writer.join().unwrap_or_else(|_| Err(anyhow!("a writer panicked"))))
+            .collect();
+        is_over.store(true, Ordering::Relaxed);
+        let standstill = watch.join().map_err(|_| anyhow!("the watch panicked"))?;
+        println!(
+            "{} MiB written and synced in {:.1?}, the longest standstill was {standstill:.1?}",
+            written.load(Ordering::Relaxed) >> 20,
+            began.elapsed()
+        );
+        ensure!(standstill < STANDSTILL_MAX, "nothing went on for {standstill:?}");
+        results.into_iter().collect()
+    })
+}
+
+fn write_file(path: &Path, seed: u64, written: &AtomicU64) -> Result<()> {
+    let mut file = File::create(path)?;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut piece = vec![0; WRITE_BYTES];
+    for _ in 0..FILE_BYTES / WRITE_BYTES {
+        random.fill(&mut piece);
+        file.write_all(&piece).context("writing")?;
+        written.fetch_add(WRITE_BYTES as u64, Ordering::Relaxed);
+    }
+    file.sync_all().context("fsync")
+}
+
+/// Until it is over: the longest time in which no writer got further. The syncs at the end count as one.
+fn longest_standstill(written: &AtomicU64, is_over: &AtomicBool) -> Duration {
+    let (mut last, mut since, mut longest) = (0, Instant::now(), Duration::ZERO);
+    while !is_over.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(50));
+        let now = written.load(Ordering::Relaxed);
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+        longest = longest.max(since.elapsed());
+    }
+    longest
+}
+
+/// Reads the files from the disk while memory is still short, and compares every byte.
+fn check_files(directory: &Path, seed: u64) -> Result<()> {
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    let (mut expected, mut found) = (vec![0; WRITE_BYTES], vec![0; WRITE_BYTES]);
+    for number in 0..FILES {
+        let mut file = File::open(directory.join(number.to_string()))?;
+        let mut random = fastrand::Rng::with_seed(seed ^ number);
+        for piece in 0..FILE_BYTES / WRITE_BYTES {
+            random.fill(&mut expected);
+            file.read_exact(&mut found)?;
+            ensure!(found == expected, "file {number} differs in MiB {piece}");
+        }
+    }
+    Ok(())
+}
+
+/// What the kernel counted since it booted.
+struct Counters {
+    reclaimed_pages: u64,
+    direct_reclaims: u64,
+    killed: u64,
+}
+
+impl Counters {
+    fn read() -> Result<Self> {
+        let text = fs::read_to_string("/proc/vmstat")?;
+        // The kernel counts some of them by zone or by cause.
+        let sum = |prefix: &str| -> u64 {
+            let lines = text.lines().filter_map(|line| line.split_once(' '));
+            lines
+                .filter(|(name, _)| name.starts_with(prefix))
+                .filter_map(|(_, count)| count.parse::<u64>().ok())
+                .sum()
+        };
+        let reclaimed_pages = sum("pgsteal_kswapd") + sum("pgsteal_direct");
+        Ok(Self { reclaimed_pages, direct_reclaims: sum("allocstall_"), killed: sum("oom_kill") })
+    }
+}
