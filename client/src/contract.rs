@@ -169,6 +169,9 @@ pub struct DeviceSpec {
     /// What requests do while the server cannot be reached.
     #[serde(default)]
     pub on_stall: StallPolicy,
+    /// For how long after its last event a queue's thread looks for the next without sleeping, in microseconds.
+    #[serde(default)]
+    pub busy_poll_us: u16,
     /// The device of a process that died, to go on with; `None`: make one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recover: Option<RecoverSpec>,
@@ -433,7 +436,7 @@ mod tests {
     fn spec_of_version_1_is_read() {
         let spec: DeviceSpec = parse(SPEC_V1.as_bytes(), Path::new("spec.json")).unwrap();
         assert!(spec.secret().is_some());
-        assert_eq!((spec.queue_depth, spec.nr_connections), (128, 0));
+        assert_eq!((spec.queue_depth, spec.nr_connections, spec.busy_poll_us), (128, 0, 0));
         assert_eq!(spec.on_stall, StallPolicy::Wait);
         let again: DeviceSpec = parse(&serde_json::to_vec(&spec).unwrap(), Path::new("spec.json")).unwrap();
         assert_eq!(again, spec);

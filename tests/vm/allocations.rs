@@ -146,6 +146,7 @@ impl Disk {
             sockets: vec![one.socket, other.socket],
             resend: Resend::Everything,
             reply_timeout: QUEUE_DEADLINE,
+            busy_poll: Duration::ZERO,
             key_bytes_max: u64::MAX,
             unflushed: Arc::new(Unflushed::new(1)),
             commands,

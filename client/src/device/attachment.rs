@@ -353,6 +353,7 @@ impl Attachment {
                 sockets,
                 resend,
                 reply_timeout,
+                busy_poll: Duration::from_micros(spec.busy_poll_us.into()),
                 key_bytes_max: spec.tls.as_ref().map_or(u64::MAX, |tls| tls.key_bytes_max),
                 unflushed: Arc::clone(&self.links.unflushed),
                 commands,

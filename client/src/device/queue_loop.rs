@@ -117,6 +117,7 @@ struct QueueLoop<'a> {
     volatile_cache: bool,
     resend: Resend,
     silent_ticks_max: u32,
+    busy_poll: Duration,
     key_bytes_max: u64,
     unflushed: Arc<Unflushed>,
     /// By tag: what its FLUSH covers, a counter for each queue of the device.
@@ -162,6 +163,7 @@ impl<'a> QueueLoop<'a> {
             volatile_cache: parts.volatile_cache,
             resend: parts.resend,
             silent_ticks_max: (parts.reply_timeout.as_millis() / TICK.as_millis()).max(1) as u32,
+            busy_poll: parts.busy_poll,
             key_bytes_max: parts.key_bytes_max,
             covered: vec![0; (usize::from(depth) + 1) * unflushed.nr_queues()].into_boxed_slice(),
             unflushed,
@@ -193,7 +195,7 @@ impl<'a> QueueLoop<'a> {
     /// One pass: submit and wait, reap, advance, push.
     fn pass(&mut self, timeout: Option<Timespec>) -> Result<(), QueueError> {
         match self.held_bytes {
-            0 => self.ring.submit_and_wait(timeout)?,
+            0 => self.wait(timeout)?,
             _ => self.ring.submit_and_look()?,
         }
         let held_before_bytes = self.held_bytes;
@@ -221,6 +223,20 @@ impl<'a> QueueLoop<'a> {
             self.ring.start_tick();
         }
         Ok(())
+    }
+
+    /// Submits, and waits for a completion: awake at first, where that was asked for.
+    fn wait(&mut self, timeout: Option<Timespec>) -> Result<(), QueueError> {
+        if !self.busy_poll.is_zero() {
+            let until = Instant::now() + self.busy_poll;
+            while Instant::now() < until {
+                self.ring.submit_and_look()?;
+                if self.ring.has_completed() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(self.ring.submit_and_wait(timeout)?)
     }
 
     /// Whether a reply whose payload is large has begun to arrive, and ended requests may wait for it.

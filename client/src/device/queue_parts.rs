@@ -123,6 +123,8 @@ pub struct QueueParts {
     pub resend: Resend,
     /// After so long without any reply while some are due, connections are given up as lost.
     pub reply_timeout: Duration,
+    /// For so long after its last event the thread looks for the next without sleeping.
+    pub busy_poll: Duration,
     /// After so many bytes under one key a connection that the kernel encrypts is made anew.
     pub key_bytes_max: u64,
     /// What has been acknowledged and not flushed, by all queues.

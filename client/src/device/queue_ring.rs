@@ -436,6 +436,11 @@ impl QueueRing {
         unless_interrupted(outcome)
     }
 
+    /// Whether [`Self::reap`] will give something.
+    pub fn has_completed(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
     /// Takes the next completion, if one has come.
     pub fn reap(&mut self) -> Option<Completed> {
         let cqe = self.ring.completion().next()?;

@@ -154,6 +154,7 @@ impl AttachmentRecord {
             nr_connections: spec.nr_connections.into(),
             queue_depth: spec.queue_depth.into(),
             server_address: spec.addresses.first().cloned().unwrap_or_default(),
+            busy_poll_us: spec.busy_poll_us.into(),
             on_stall: stall_action(spec.on_stall).0.into(),
             stall_fail_after_ms: stall_action(spec.on_stall).1,
             pid: self.pid.map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
@@ -227,6 +228,7 @@ pub(crate) mod tests {
             device_link: PathBuf::from("/dev/volnode").join(target),
             is_volatile: false,
             on_stall: StallPolicy::Wait,
+            busy_poll_us: 0,
             recover: None,
             tls: None,
         }

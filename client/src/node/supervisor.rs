@@ -47,6 +47,8 @@ use crate::tls_spec::{ClientFiles, TlsSpec};
 /// to refuse them one by one.
 const NR_CONNECTIONS_MAX: u16 = 256;
 const QUEUE_DEPTH_DEFAULT: u16 = 128;
+/// Longer is not waiting for an answer any more.
+const BUSY_POLL_US_MAX: u16 = 10_000;
 /// Lets the device process choose the data path.
 const DATA_PATH_AUTO: &str = "auto";
 /// For a connection that only shows whether somebody is there.
@@ -88,6 +90,7 @@ struct Wishes {
     nr_connections: Option<u16>,
     queue_depth: Option<u16>,
     on_stall: StallPolicy,
+    busy_poll_us: Option<u16>,
 }
 
 impl Wishes {
@@ -118,6 +121,7 @@ impl Wishes {
             nr_connections,
             queue_depth: limited("queue_depth", request.queue_depth, UBLK_MAX_QUEUE_DEPTH)?,
             on_stall: stall_policy(request.on_stall(), request.stall_fail_after_ms),
+            busy_poll_us: limited("busy_poll_us", request.busy_poll_us, BUSY_POLL_US_MAX)?,
         })
     }
 
@@ -138,6 +142,7 @@ impl Wishes {
             ("nr_hw_queues", in_use.nr_hw_queues, spec.nr_hw_queues, self.nr_hw_queues),
             ("nr_connections", in_use.connections(), spec.nr_connections, self.nr_connections),
             ("queue_depth", in_use.queue_depth, spec.queue_depth, self.queue_depth),
+            ("busy_poll_us", spec.busy_poll_us, spec.busy_poll_us, self.busy_poll_us),
         ];
         for (name, is, asked, wished) in numbers {
             if let Some(wished) = wished.filter(|wished| ![is, asked].contains(wished)) {
@@ -362,6 +367,7 @@ impl Supervisor {
             device_link: self.config.device_dir.join(target.link_name(attachment_id)),
             is_volatile: false,
             on_stall: wishes.on_stall,
+            busy_poll_us: wishes.busy_poll_us.unwrap_or(0),
             recover: None,
             tls: None,
         }
@@ -678,6 +684,7 @@ mod tests {
             nr_hw_queues: 3,
             nr_connections: 6,
             queue_depth: 64,
+            busy_poll_us: 50,
             ..request()
         };
         let differences = Wishes::of(&asked).unwrap().differences(&spec, &status);
@@ -687,6 +694,7 @@ mod tests {
             "nr_hw_queues 2 instead of 3",
             "nr_connections 2 instead of 6",
             "queue_depth 128 instead of 64",
+            "busy_poll_us 0 instead of 50",
         ];
         assert_eq!(differences, expected);
     }
@@ -699,6 +707,7 @@ mod tests {
             v1::AttachRequest { nr_connections: 257, ..request() },
             v1::AttachRequest { nr_hw_queues: 4, nr_connections: 3, ..request() },
             v1::AttachRequest { queue_depth: 70_000, ..request() },
+            v1::AttachRequest { busy_poll_us: 10_001, ..request() },
         ] {
             assert!(matches!(Wishes::of(&bad), Err(NodeError::InvalidField { .. })), "{bad:?}");
         }

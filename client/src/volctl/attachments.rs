@@ -35,6 +35,7 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
         nr_hw_queues: args.queues.unwrap_or_default(),
         nr_connections: args.connections.unwrap_or_default(),
         queue_depth: args.queue_depth.unwrap_or_default(),
+        busy_poll_us: args.busy_poll,
         force: args.force,
         on_stall: stall_action(args.stall).into(),
         stall_fail_after_ms: stall_fail_after_ms(args.stall),

@@ -62,6 +62,7 @@ impl Folder {
             device_link: run_dir.join("dev/link"),
             is_volatile: false,
             on_stall: StallPolicy::Wait,
+            busy_poll_us: 0,
             recover: None,
             tls: None,
         };
