@@ -5,7 +5,7 @@
 use std::fs;
 use std::io::{Write as _, stderr};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -55,13 +55,49 @@ pub(crate) fn build_product(workspace: &Workspace, profile: &str) -> Result<()> 
 /// # Errors
 /// They do not build, or not in time; cargo has said why.
 pub(crate) fn build_programs(workspace: &Workspace, profile: &str, programs: &[&str]) -> Result<()> {
-    let mut cargo = workspace.cargo();
-    cargo.args(["build", "--quiet", "--profile", profile, "--workspace"]);
-    cargo.args(programs.iter().flat_map(|program| ["--bin", program]));
-    let mut child = cargo.stdin(Stdio::null()).spawn().context("cannot run cargo")?;
+    let mut child = build_command(workspace, profile, programs).spawn().context("cannot run cargo")?;
     let status = tool::wait(&mut child, BUILD_DEADLINE).context("cargo build")?;
     ensure!(status.success(), "the programs to measure do not build");
     Ok(())
+}
+
+fn build_command(workspace: &Workspace, profile: &str, programs: &[&str]) -> Command {
+    let mut cargo = workspace.cargo();
+    cargo.args(["build", "--quiet", "--profile", profile, "--workspace"]);
+    cargo.args(programs.iter().flat_map(|program| ["--bin", program])).stdin(Stdio::null());
+    cargo
+}
+
+/// A build beside other work, from the processor time that leaves over. [`build_programs`] then has little to do; it also
+/// says what went wrong.
+pub(crate) struct BuildBeside(Child);
+
+impl BuildBeside {
+    /// Begins as [`build_programs`] would.
+    ///
+    /// # Errors
+    /// cargo cannot be run.
+    pub(crate) fn start(workspace: &Workspace, profile: &str, programs: &[&str]) -> Result<Self> {
+        let cargo = build_command(workspace, profile, programs);
+        let mut nice = tool::command("setpriv");
+        nice.args(["--pdeathsig", "KILL", "--", "nice", "-n", "19"]).arg(cargo.get_program());
+        nice.args(cargo.get_args()).current_dir(&workspace.root).stdin(Stdio::null()).stderr(Stdio::null());
+        nice.spawn().map(Self).context("cannot run cargo beside the tests")
+    }
+
+    /// Waits for its end, whatever that is.
+    ///
+    /// # Errors
+    /// It does not end in time.
+    pub(crate) fn finish(mut self) -> Result<()> {
+        tool::wait(&mut self.0, BUILD_DEADLINE).context("cargo build beside the tests").map(drop)
+    }
+}
+
+impl Drop for BuildBeside {
+    fn drop(&mut self) {
+        tool::kill_and_reap(&mut self.0);
+    }
 }
 
 /// Runs a command that measures in a machine to its end; gives what it printed.

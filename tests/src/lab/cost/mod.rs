@@ -16,6 +16,7 @@ use clap::Args;
 use testlab::kernel_series::KernelSeries;
 
 use super::guest_command::GuestCommand;
+use super::measurement::BuildBeside;
 use super::vm::Processors;
 use super::workspace::Workspace;
 use super::{kernels, measurement, packages};
@@ -127,6 +128,14 @@ fn what(options: &CostOptions) -> Result<(Vec<Subject>, Vec<Cell>)> {
 /// It does not build; cargo has said why.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     measurement::build_programs(workspace, PROFILE, &PROGRAMS)
+}
+
+/// Begins to build it beside other work.
+///
+/// # Errors
+/// As [`BuildBeside::start`].
+pub(crate) fn build_beside(workspace: &Workspace) -> Result<BuildBeside> {
+    BuildBeside::start(workspace, PROFILE, &PROGRAMS)
 }
 
 /// Boots the machine and measures in it what was built.
