@@ -277,7 +277,15 @@ fn fio_verifies_what_it_wrote() {
     }
     each_export(|export| {
         let uri = format!("--uri={}", export.uri);
-        let common = ["--name=v", "--ioengine=nbd", &uri, "--size=16M", "--verify=crc32c", "--iodepth=16"];
+        let common = [
+            "--name=v",
+            "--ioengine=nbd",
+            &uri,
+            "--size=16M",
+            "--verify=crc32c",
+            "--verify_state_save=0",
+            "--iodepth=16",
+        ];
         let random = ["--rw=randwrite", "--bssplit=4k/60:16k/20:64k/20", "--do_verify=1", "--verify_fatal=1"];
         run("fio", &[&common[..], &random].concat());
     });
