@@ -211,6 +211,7 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
     let beside = wants_cost && !series.is_empty() && options.filter.is_none();
     let beside = beside.then(|| cost::build_beside(&workspace)).transpose()?;
     if options.host || !series.is_empty() {
+        packages::ensure_fsx(&workspace)?;
         let binaries = vm_tests::build(&workspace)?;
         if options.host {
             vm_tests::run_on_this_machine(&workspace, &binaries, &mut report)?;

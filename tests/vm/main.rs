@@ -11,6 +11,7 @@ mod daemons;
 mod file_systems;
 mod fio;
 mod foreign;
+mod fsx;
 mod hostile_server;
 mod idle;
 mod lying_disk;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         ride_through::TESTS,
         recovery::TESTS,
         network::TESTS,
+        fsx::TESTS,
         memory_pressure::TESTS,
         shutdown::TESTS,
         soak::TESTS,

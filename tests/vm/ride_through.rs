@@ -99,7 +99,7 @@ fn a_killed_server(env: &Env) -> Result<()> {
 }
 
 /// A node whose device process reaches the server through a proxy only.
-fn node_behind_a_proxy(env: &Env) -> Result<(StorageNode, FaultProxy)> {
+pub(crate) fn node_behind_a_proxy(env: &Env) -> Result<(StorageNode, FaultProxy)> {
     let proxy = FaultProxy::start()?;
     let advertise = proxy.address().to_string();
     let node = StorageNode::start_with(env, &env.directory.join("data"), &["--advertise", &advertise])?;

@@ -45,6 +45,12 @@ const PACKAGES: [Package; 20] = [
     Package { name: "nbd-server", program: "nbd-server" },
 ];
 
+/// The file system exerciser, from crates.io.
+const FSX: &str = "fsx@0.3.2";
+
+/// Building a small program and its dependencies from nothing.
+const TOOL_DEADLINE: Duration = Duration::from_secs(15 * 60);
+
 /// `--version` of a program that works takes no time at all.
 const VERSION_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -85,6 +91,20 @@ fn ensure_programs(workspace: &Workspace, qemu_missing: bool) -> Result<()> {
         ensure!(lacking.is_empty(), "{advice}\napt-get succeeded, yet there is no {}", lacking.join(", "));
     }
     Ok(())
+}
+
+/// Makes sure of the file system exerciser, which is no Debian package.
+///
+/// # Errors
+/// It cannot be installed; cargo has said why.
+pub(crate) fn ensure_fsx(workspace: &Workspace) -> Result<()> {
+    let tools = workspace.tools();
+    if tools.join("bin/fsx").exists() {
+        return Ok(());
+    }
+    let mut cargo = workspace.cargo();
+    cargo.args(["install", "--quiet", "--locked", FSX, "--root"]).arg(&tools);
+    tool::output(&mut cargo, TOOL_DEADLINE).context("installing fsx").map(drop)
 }
 
 /// The programs for which `packages` are wanted.

@@ -57,6 +57,11 @@ impl Workspace {
         self.target.join(PROFILE)
     }
 
+    /// Where programs from crates.io that the tests call are installed: in its `bin`.
+    pub(crate) fn tools(&self) -> PathBuf {
+        self.target.join("tools")
+    }
+
     /// A cargo command that runs in the workspace.
     pub(crate) fn cargo(&self) -> Command {
         let mut command = cargo();
@@ -64,12 +69,15 @@ impl Workspace {
         command
     }
 
-    /// PATH with the programs of this build first.
+    /// PATH with the programs of this build and the installed tools first.
     pub(crate) fn search_path(&self) -> Result<String> {
         let inherited = env::var_os("PATH").unwrap_or_default();
         let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
         let path = env::join_paths(
-            std::iter::once(self.programs()).chain(env::split_paths(&inherited)).chain(system),
+            [self.programs(), self.tools().join("bin")]
+                .into_iter()
+                .chain(env::split_paths(&inherited))
+                .chain(system),
         )
         .context("the target directory's name contains ':'")?;
         path.into_string().map_err(|path| anyhow::anyhow!("PATH is not UTF-8: {}", path.display()))
