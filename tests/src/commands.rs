@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use testlab::harness::Env;
 use testlab::kernel_series::KernelSeries;
+use testlab::soak::Fault;
 
 use crate::lab::bench;
 use crate::lab::bench_server;
@@ -69,6 +70,9 @@ pub(crate) struct GuestSoak {
     /// This machine is somebody's
     #[arg(long)]
     host: bool,
+    /// The only fault
+    #[arg(long, value_enum)]
+    fault: Option<Fault>,
 }
 
 /// A part of `cargo lab test`.
@@ -162,7 +166,7 @@ pub(crate) fn guest_soak(guest: &GuestSoak) -> Result<u8> {
         programs: guest.programs.clone(),
         in_vm: !guest.host,
     };
-    let report = testlab::soak::run(&env, guest.seed, Duration::from_secs(guest.minutes * 60))?;
+    let report = testlab::soak::run(&env, guest.seed, Duration::from_secs(guest.minutes * 60), guest.fault)?;
     println!("{report}");
     std::fs::remove_dir_all(&directory).context("the soak's directory")?;
     Ok(0)

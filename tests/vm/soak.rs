@@ -10,7 +10,7 @@ pub(crate) const TESTS: &[Test] =
     &[Test::new("soak::half_a_minute_of_faults_loses_nothing", half_a_minute).within(400)];
 
 fn half_a_minute(env: &Env) -> Result<()> {
-    let report = soak::run(env, seed::choose()?, Duration::from_secs(30))?;
+    let report = soak::run(env, seed::choose()?, Duration::from_secs(30), None)?;
     println!("{report}");
     Ok(())
 }

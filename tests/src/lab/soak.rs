@@ -6,10 +6,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 use testlab::kernel_series::KernelSeries;
 use testlab::seed;
 use testlab::simulator::{Coverage, Stage};
+use testlab::soak::Fault;
 
 use super::guest_command::GuestCommand;
 use super::vm::Processors;
@@ -34,8 +35,11 @@ pub(crate) struct SoakOptions {
     /// Use this machine's own kernel and ublk driver instead of a VM
     #[arg(long, conflicts_with = "kernel")]
     host: bool,
+    /// Let only this happen
+    #[arg(long, value_enum)]
+    fault: Option<Fault>,
     /// Run the simulator, which needs no kernel, instead
-    #[arg(long, conflicts_with_all = ["kernel", "host", "minutes"])]
+    #[arg(long, conflicts_with_all = ["kernel", "host", "minutes", "fault"])]
     sim: bool,
     /// How many simulations, from the seed on; a single one prints what happens in it
     #[arg(long, default_value_t = 100_000, requires = "sim", value_parser = clap::value_parser!(u64).range(1..))]
@@ -59,6 +63,9 @@ pub(crate) fn run(workspace: &Workspace, options: &SoakOptions) -> Result<u8> {
     words.extend([programs.display().to_string(), options.kernel.name().to_owned()]);
     words.extend([options.minutes.to_string(), seed.to_string()]);
     words.extend(options.host.then(|| "--host".to_owned()));
+    if let Some(fault) = options.fault.and_then(|fault| fault.to_possible_value()) {
+        words.extend(["--fault".to_owned(), fault.get_name().to_owned()]);
+    }
     let command = GuestCommand::new(workspace, words)?;
     let series = (!options.host).then_some(options.kernel);
     let deadline = Duration::from_secs(u64::from(options.minutes) * 60) + SLACK;

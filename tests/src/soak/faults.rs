@@ -5,6 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use clap::ValueEnum;
 use fastrand::Rng;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -20,16 +21,25 @@ const PAUSE_MS_MAX: u64 = 800;
 const BLACK_HOLE_ONE_IN: u32 = 12;
 
 /// Something that happens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Fault {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Fault {
+    /// kill -9 of the device process.
     KillDeviceProcess,
+    /// kill -9 of the server.
     KillServer,
+    /// kill -9 of the node daemon and the device process.
     KillBothDaemons,
+    /// `volctl upgrade`.
     Upgrade,
+    /// Connections end with RST.
     Reset,
+    /// Connections end with FIN.
     Close,
+    /// The server's half of the connections ends.
     HalfClose,
+    /// Nothing gets through any more.
     BlackHole,
+    /// Connections end somewhere in a reply.
     CutInsideReplies,
 }
 
@@ -55,14 +65,25 @@ pub(super) struct Rig {
     proxy: FaultProxy,
     volume: &'static str,
     rng: Rng,
+    /// The only one that happens, where there is such.
+    only: Option<Fault>,
 }
 
 impl Rig {
-    pub(super) fn new(node: StorageNode, proxy: FaultProxy, volume: &'static str, seed: u64) -> Self {
-        Self { node, proxy, volume, rng: Rng::with_seed(seed) }
+    pub(super) fn new(
+        node: StorageNode,
+        proxy: FaultProxy,
+        volume: &'static str,
+        seed: u64,
+        only: Option<Fault>,
+    ) -> Self {
+        Self { node, proxy, volume, rng: Rng::with_seed(seed), only }
     }
 
     pub(super) fn choose(&mut self) -> Fault {
+        if let Some(only) = self.only {
+            return only;
+        }
         match self.rng.u32(..9) {
             0 => Fault::KillServer,
             1 => Fault::KillDeviceProcess,

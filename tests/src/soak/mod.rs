@@ -23,7 +23,8 @@ use crate::fault_proxy::FaultProxy;
 use crate::harness::Env;
 use crate::storage_node::StorageNode;
 
-use faults::{Fault, Rig};
+pub use faults::Fault;
+use faults::Rig;
 use writers::Writers;
 
 const VOLUME: &str = "vol-1";
@@ -62,11 +63,11 @@ impl fmt::Display for Report {
     }
 }
 
-/// Lets faults happen for `duration`, one after another, each when the one before is over.
+/// Lets faults happen for `duration`, one after another, each when the one before is over; `only` this one, if one is given.
 ///
 /// # Errors
 /// A request failed, a read gave what it may not, a fault was not overcome in time, or something was left behind.
-pub fn run(env: &Env, seed: u64, duration: Duration) -> Result<Report> {
+pub fn run(env: &Env, seed: u64, duration: Duration, only: Option<Fault>) -> Result<Report> {
     let devices_before = list_devices()?;
     let proxy = FaultProxy::start()?;
     let advertise = proxy.address().to_string();
@@ -74,7 +75,7 @@ pub fn run(env: &Env, seed: u64, duration: Duration) -> Result<Report> {
     proxy.set_target(node.data_address.parse().context("the server's address")?);
     node.volctl(&["create", VOLUME, "--size", VOLUME_SIZE])?.succeeded()?;
     let device = node.attach(&[VOLUME, "--queues", "2", "--connections", "3"])?;
-    let mut rig = Rig::new(node, proxy, VOLUME, seed);
+    let mut rig = Rig::new(node, proxy, VOLUME, seed, only);
     let writers = Writers::new(&device, seed)?;
     let is_over = AtomicBool::new(false);
     let mut report = Report::default();
