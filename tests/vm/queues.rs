@@ -5,9 +5,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use testlab::harness::{Env, Test};
 use testlab::shell::run;
 use testlab::storage_node::StorageNode;
@@ -21,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("queues::one_queue_with_three_connections_verifies", one_queue_with_three_connections)
         .within(300),
     Test::new("queues::threads_stay_on_their_queues_processors", threads_stay_on_their_queues_processors),
+    Test::new("queues::a_polling_thread_sleeps_only_when_nothing_comes", a_polling_thread),
     Test::new("queues::the_default_is_what_the_server_allows", the_default_is_what_the_server_allows),
     Test::new("queues::what_cannot_be_is_refused", what_cannot_be_is_refused),
 ];
@@ -68,6 +70,56 @@ fn bytes_sent_to(address: &str) -> Result<Vec<u64>> {
     text.lines().map(bytes_of).collect()
 }
 
+/// Requests of a disk that is read one block at a time.
+const SINGLE_READS: u64 = 1000;
+
+fn a_polling_thread(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    node.volctl(&["create", "vol-1", "--size", "16M"])?.succeeded()?;
+    let mut sleeps = Vec::new();
+    for busy_poll_us in [0, 10_000] {
+        let option = busy_poll_us.to_string();
+        let device = node.attach(&["vol-1", "--queues", "1", "--busy-poll", &option])?;
+        let attachment = node.attachment("vol-1")?;
+        ensure!(attachment["busy_poll_us"] == busy_poll_us, "{attachment}");
+        verify(&device, 0, 8, 8)?;
+        let thread = thread_named(attachment["pid"].as_u64().context("pid")?, "ublk-q0")?;
+        let before = times_slept(&thread)?;
+        let (input, count) = (format!("if={}", device.display()), format!("count={SINGLE_READS}"));
+        run("dd", &[&input, "of=/dev/null", "bs=4k", "iflag=direct", "status=none", &count])?;
+        sleeps.push(times_slept(&thread)? - before);
+        std::thread::sleep(Duration::from_millis(100));
+        let idle = times_slept(&thread)?;
+        std::thread::sleep(Duration::from_secs(1));
+        ensure!(times_slept(&thread)? - idle <= 2, "the thread of an idle disk woke up");
+        node.detach("vol-1")?;
+    }
+    println!("{SINGLE_READS} reads: {sleeps:?} sleeps");
+    ensure!(sleeps[0] > SINGLE_READS / 2, "without polling there is a sleep in every read");
+    ensure!(sleeps[1] < SINGLE_READS / 4, "it does not poll");
+    Ok(())
+}
+
+/// The directory in /proc of the process's thread of that name.
+fn thread_named(pid: u64, name: &str) -> Result<PathBuf> {
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = thread?.path();
+        if fs::read_to_string(thread.join("comm"))?.trim_end() == name {
+            return Ok(thread);
+        }
+    }
+    bail!("process {pid} has no thread {name}")
+}
+
+fn times_slept(thread: &Path) -> Result<u64> {
+    status_field(thread, "voluntary_ctxt_switches:")?.trim().parse().context("a count")
+}
+
+fn status_field(thread: &Path, name: &str) -> Result<String> {
+    let status = fs::read_to_string(thread.join("status"))?;
+    status.lines().find_map(|line| line.strip_prefix(name)).map(str::to_owned).context(name.to_owned())
+}
+
 fn threads_stay_on_their_queues_processors(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
     node.volctl(&["create", "vol-1", "--size", "16M"])?.succeeded()?;
@@ -98,15 +150,7 @@ fn threads_stay_on_their_queues_processors(env: &Env) -> Result<()> {
 
 /// `Cpus_allowed_list` of the process's thread of that name.
 fn allowed_cpus(pid: u64, thread_name: &str) -> Result<String> {
-    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let task = task?.path();
-        if fs::read_to_string(task.join("comm"))?.trim() == thread_name {
-            let status = fs::read_to_string(task.join("status"))?;
-            let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
-            return list.map(str::to_owned).context("no Cpus_allowed_list");
-        }
-    }
-    anyhow::bail!("process {pid} has no thread {thread_name}")
+    status_field(&thread_named(pid, thread_name)?, "Cpus_allowed_list:")
 }
 
 /// The members of a list such as `0-2, 5`.
