@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
+use super::tool::Running;
 use super::workspace::{PROFILE, Workspace};
 use super::{packages, tool};
 
@@ -90,15 +91,6 @@ pub(crate) fn run(workspace: &Workspace, options: &FuzzOptions) -> Result<bool> 
     }
     println!("fuzz: {passed} of {} targets found nothing wrong", targets.len());
     Ok(passed == targets.len())
-}
-
-/// A fuzzer that does not outlive an error of ours.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        tool::kill_and_reap(&mut self.0);
-    }
 }
 
 fn build(workspace: &Workspace) -> Result<()> {

@@ -5,14 +5,14 @@
 use std::fs;
 use std::io::{Write as _, stderr};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use super::guest_command::GuestCommand;
 use super::kernels::Kernel;
-use super::tool;
+use super::tool::{self, Running};
 use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::Workspace;
 
@@ -70,7 +70,7 @@ fn build_command(workspace: &Workspace, profile: &str, programs: &[&str]) -> Com
 
 /// A build beside other work, from the processor time that leaves over. [`build_programs`] then has little to do; it also
 /// says what went wrong.
-pub(crate) struct BuildBeside(Child);
+pub(crate) struct BuildBeside(Running);
 
 impl BuildBeside {
     /// Begins as [`build_programs`] would.
@@ -82,7 +82,7 @@ impl BuildBeside {
         let mut nice = tool::command("setpriv");
         nice.args(["--pdeathsig", "KILL", "--", "nice", "-n", "19"]).arg(cargo.get_program());
         nice.args(cargo.get_args()).current_dir(&workspace.root).stdin(Stdio::null()).stderr(Stdio::null());
-        nice.spawn().map(Self).context("cannot run cargo beside the tests")
+        Ok(Self(Running(nice.spawn().context("cannot run cargo beside the tests")?)))
     }
 
     /// Waits for its end, whatever that is.
@@ -90,13 +90,7 @@ impl BuildBeside {
     /// # Errors
     /// It does not end in time.
     pub(crate) fn finish(mut self) -> Result<()> {
-        tool::wait(&mut self.0, BUILD_DEADLINE).context("cargo build beside the tests").map(drop)
-    }
-}
-
-impl Drop for BuildBeside {
-    fn drop(&mut self) {
-        tool::kill_and_reap(&mut self.0);
+        tool::wait(&mut self.0.0, BUILD_DEADLINE).context("cargo build beside the tests").map(drop)
     }
 }
 

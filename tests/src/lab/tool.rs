@@ -129,6 +129,15 @@ pub(crate) fn follow_lines(
     }
 }
 
+/// A process that does not outlive its value: an error of ours ends it.
+pub(crate) struct Running(pub(crate) Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        kill_and_reap(&mut self.0);
+    }
+}
+
 /// Kills a child and reaps it; a child that has already ended is only reaped.
 pub(crate) fn kill_and_reap(child: &mut Child) {
     // Both fail only for a child that is gone already, which is what is wanted.
