@@ -22,6 +22,7 @@ use crate::lab::guest_command::GuestCommand;
 use crate::lab::report::Report;
 use crate::lab::scale;
 use crate::lab::soak::{self, SoakOptions};
+use crate::lab::systemd_machine;
 use crate::lab::vm::{self, Follower, Processors, Stream, Terminal, Vm};
 use crate::lab::workspace::{PROFILE, Workspace};
 use crate::lab::{host_tests, kernels, packages, this_machine, tool, vm_tests};
@@ -91,7 +92,7 @@ enum Part {
 }
 
 /// Copies the command's output to ours.
-struct PassThrough;
+pub(crate) struct PassThrough;
 
 impl Follower for PassThrough {
     fn output(&mut self, stream: Stream, bytes: &[u8]) -> Result<()> {
@@ -170,6 +171,11 @@ pub(crate) fn guest_soak(guest: &GuestSoak) -> Result<u8> {
     println!("{report}");
     std::fs::remove_dir_all(&directory).context("the soak's directory")?;
     Ok(0)
+}
+
+/// Boots a machine under systemd, and shuts it down.
+pub(crate) fn systemd(series: KernelSeries) -> Result<u8> {
+    systemd_machine::run(&Workspace::locate()?, series).map(|()| 0)
 }
 
 /// Gives the terminal to a shell in the VM.

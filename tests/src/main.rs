@@ -41,6 +41,12 @@ enum LabCommand {
     Demo(Machine),
     /// Run every test: on this machine, and in the VM on every kernel
     Test(commands::TestOptions),
+    /// Boot the VM under systemd with our units, and shut it down with and without a network
+    Systemd {
+        /// The kernel to boot
+        #[arg(long, value_enum, default_value = "7")]
+        kernel: KernelSeries,
+    },
     /// An interactive prompt in the VM (Ctrl-D ends it)
     Shell {
         /// The kernel to boot
@@ -150,6 +156,7 @@ fn main() -> ExitCode {
     let result = lab::interrupt::install().and_then(|()| match command_line.command {
         LabCommand::Demo(machine) => commands::demo(machine.series()),
         LabCommand::Test(options) => commands::test(&options),
+        LabCommand::Systemd { kernel } => commands::systemd(kernel),
         LabCommand::Shell { kernel } => commands::shell(kernel),
         LabCommand::Run { machine, deadline_seconds, counted, command } => {
             let processors = if counted { Processors::Counted } else { Processors::Two };

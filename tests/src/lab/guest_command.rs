@@ -4,6 +4,7 @@
 //! host's: only PATH, HOME, TERM and variables of ours and Rust's go in.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -17,7 +18,13 @@ pub(crate) struct GuestCommand {
     words: Vec<String>,
     directory: PathBuf,
     environment: Vec<(String, String)>,
+    /// More files for the share.
+    files: Vec<(&'static str, &'static str)>,
+    power_off_max: Duration,
 }
+
+/// From the guest's `exit` to QEMU's end, where nothing has to be stopped.
+const POWER_OFF_DEADLINE: Duration = Duration::from_secs(30);
 
 impl GuestCommand {
     /// A command that runs in the directory the lab was called in.
@@ -34,7 +41,39 @@ impl GuestCommand {
         let passed =
             |name: &str| PASSED_PREFIXES.iter().any(|prefix| name.starts_with(prefix)) || name == "TERM";
         environment.extend(std::env::vars().filter(|(name, _)| passed(name)));
-        Ok(Self { words, directory, environment })
+        Ok(Self { words, directory, environment, files: Vec::new(), power_off_max: POWER_OFF_DEADLINE })
+    }
+
+    /// A script that runs in a machine of systemd's, with our units installed and `server` for their storage server.
+    ///
+    /// # Errors
+    /// As [`GuestCommand::new`].
+    pub(crate) fn under_systemd(
+        workspace: &Workspace,
+        script: &str,
+        server: &str,
+        power_off_max: Duration,
+    ) -> Result<Self> {
+        let mut command = Self::new(workspace, ["bash", "-c", script].map(str::to_owned).to_vec())?
+            .with_variable("PROGRAMS", &workspace.programs().display().to_string())
+            .with_variable("UNITS", &workspace.root.join("deploy").display().to_string())
+            .with_variable("SERVER", server);
+        command.files = vec![
+            ("prepare.sh", include_str!("guest/systemd/prepare.sh")),
+            ("run.sh", include_str!("guest/systemd/run.sh")),
+        ];
+        command.power_off_max = power_off_max;
+        Ok(command)
+    }
+
+    /// What else the share has, by name.
+    pub(crate) fn files(&self) -> &[(&'static str, &'static str)] {
+        &self.files
+    }
+
+    /// How long the machine may take to power off once the command has ended.
+    pub(crate) fn power_off_max(&self) -> Duration {
+        self.power_off_max
     }
 
     /// Adds a variable.

@@ -21,6 +21,7 @@ pub(crate) mod report;
 pub(crate) mod scale;
 pub(crate) mod soak;
 mod storage_machine;
+pub(crate) mod systemd_machine;
 pub(crate) mod this_machine;
 pub(crate) mod tool;
 pub(crate) mod vm;

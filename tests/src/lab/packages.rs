@@ -93,6 +93,14 @@ fn ensure_programs(workspace: &Workspace, qemu_missing: bool) -> Result<()> {
     Ok(())
 }
 
+/// Makes sure of udev, which a machine that systemd runs has, and a container has not.
+///
+/// # Errors
+/// As [`ensure_installed`].
+pub(crate) fn ensure_udev(workspace: &Workspace) -> Result<()> {
+    if tool::find("udevadm").is_some() { Ok(()) } else { install(workspace, &["udev"], false) }
+}
+
 /// Makes sure of the file system exerciser, which is no Debian package.
 ///
 /// # Errors

@@ -36,9 +36,6 @@ const BOOT_DEADLINE: Duration = Duration::from_secs(120);
 /// The same for a machine that counts instructions: one thread does all its work.
 const COUNTED_BOOT_DEADLINE: Duration = Duration::from_secs(600);
 
-/// From the guest's `exit` to QEMU's end.
-const POWER_OFF_DEADLINE: Duration = Duration::from_secs(30);
-
 /// Silence after which a dead machine has nothing more to say.
 const DRAIN_SILENCE: Duration = Duration::from_millis(500);
 
@@ -133,6 +130,7 @@ pub(crate) struct Vm {
     output: Receiver<(Stream, Vec<u8>)>,
     started: Instant,
     boot_deadline: Duration,
+    power_off_max: Duration,
     boot_time: Option<Duration>,
     directory: VmDirectory,
 }
@@ -143,6 +141,8 @@ pub(crate) struct Ended {
     pub(crate) exit_code: u8,
     /// From QEMU's start to the guest's `up`.
     pub(crate) boot_time: Duration,
+    /// From the command's end to the machine's.
+    pub(crate) power_off_time: Duration,
     /// What the kernel said on the console, without the guest's own messages.
     pub(crate) kernel_messages: String,
 }
@@ -192,7 +192,8 @@ impl Vm {
             Processors::Two => BOOT_DEADLINE,
             Processors::Counted => COUNTED_BOOT_DEADLINE,
         };
-        Ok(Self { qemu, output, started, boot_deadline, boot_time: None, directory })
+        let power_off_max = command.power_off_max();
+        Ok(Self { qemu, output, started, boot_deadline, power_off_max, boot_time: None, directory })
     }
 
     /// Passes the command's output to `follower` until the machine has powered off.
@@ -232,12 +233,16 @@ impl Vm {
                 let said = console.exit_code();
                 let exit_code =
                     said.ok_or_else(|| console.failure(&format!("the machine died ({status})")))?;
-                let boot_time = self.boot_time.unwrap_or_else(|| self.started.elapsed());
-                return Ok(Ended { exit_code, boot_time, kernel_messages: console.kernel_messages() });
+                return Ok(Ended {
+                    exit_code,
+                    boot_time: self.boot_time.unwrap_or_else(|| self.started.elapsed()),
+                    power_off_time: exit_seen_at.map_or(Duration::ZERO, |since: Instant| since.elapsed()),
+                    kernel_messages: console.kernel_messages(),
+                });
             }
             if console.exit_code().is_some() {
                 let since = *exit_seen_at.get_or_insert_with(Instant::now);
-                if since.elapsed() > POWER_OFF_DEADLINE {
+                if since.elapsed() > self.power_off_max {
                     return Err(console.failure("the command ended, but the machine did not power off"));
                 }
             } else if self.boot_time.is_none() && self.started.elapsed() > self.boot_deadline {
@@ -327,6 +332,9 @@ fn write_share(
         ("environment", environment),
         ("visible", visible.iter().map(|path| format!("{}\n", path.display())).collect()),
     ];
+    for (name, text) in command.files() {
+        fs::write(share.join(name), text).context("writing the share")?;
+    }
     for (name, text) in files {
         fs::write(share.join(name), text).context("writing the share")?;
     }
