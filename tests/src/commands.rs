@@ -119,7 +119,7 @@ pub(crate) fn run(
 /// Runs the demo.
 pub(crate) fn demo(series: Option<KernelSeries>) -> Result<u8> {
     let workspace = Workspace::locate()?;
-    let program = workspace.programs().join("lab").display().to_string();
+    let program = workspace.own_program().display().to_string();
     let command = GuestCommand::new(&workspace, vec![program, "guest-demo".to_owned()])?;
     let command = command.in_directory(&workspace.root);
     build(&workspace)?;

@@ -1,7 +1,8 @@
 //! A TCP proxy that breaks: between a client of ours and an honest server, in the ways in which networks and machines do.
 //!
 //! Connections are passed on faithfully until [`FaultProxy::cut`] ends all that are open in one of the ways of [`Cut`], or
-//! until one has passed on as many bytes of replies as [`FaultProxy::cut_replies_after`] allows it. New connections are passed on
+//! until one has passed on as many bytes of replies as [`FaultProxy::cut_replies_after`] allows it; and late, where
+//! [`FaultProxy::delay`] says so. New connections are passed on
 //! again, to wherever the server is then. Knows nothing of NBD. One thread for each connection; they end with it.
 
 use std::io::{self, Read as _, Write as _};
@@ -42,6 +43,12 @@ struct Shared {
     generation: u64,
     cut: Option<Cut>,
     reply_bytes_max: Option<u64>,
+    /// The same for the next connection only.
+    next_reply_bytes_max: Option<u64>,
+    /// Passed on to the client by whichever connection moved something last.
+    reply_bytes: u64,
+    /// How long a piece is held back before it is passed on.
+    delay: Duration,
     connections: u64,
 }
 
@@ -66,7 +73,8 @@ impl FaultProxy {
                 let (target, generation, reply_bytes_max) = {
                     let mut shared = lock(&shared);
                     shared.connections += 1;
-                    (shared.target, shared.generation, shared.reply_bytes_max)
+                    let reply_bytes_max = shared.next_reply_bytes_max.take().or(shared.reply_bytes_max);
+                    (shared.target, shared.generation, reply_bytes_max)
                 };
                 // Dropped otherwise: refused, as far as a client can tell.
                 if let Some(far) = target.and_then(|target| TcpStream::connect(target).ok()) {
@@ -99,6 +107,21 @@ impl FaultProxy {
     /// that is; `None`: no more.
     pub fn cut_replies_after(&self, reply_bytes_max: Option<u64>) {
         lock(&self.shared).reply_bytes_max = reply_bytes_max;
+    }
+
+    /// The same for one connection only, the next.
+    pub fn cut_next_replies_after(&self, reply_bytes_max: u64) {
+        lock(&self.shared).next_reply_bytes_max = Some(reply_bytes_max);
+    }
+
+    /// Bytes that the server has sent on the connection that moved something last.
+    pub fn reply_bytes(&self) -> u64 {
+        lock(&self.shared).reply_bytes
+    }
+
+    /// Holds every piece back for so long, in both directions.
+    pub fn delay(&self, delay: Duration) {
+        lock(&self.shared).delay = delay;
     }
 
     /// How many connections were made.
@@ -149,9 +172,9 @@ impl Relay {
         }
         let (mut requests, mut replies) = (Direction::default(), Direction::default());
         loop {
-            let (now, cut) = {
+            let (now, cut, delay) = {
                 let shared = lock(shared);
-                (shared.generation, shared.cut)
+                (shared.generation, shared.cut, shared.delay)
             };
             if now != generation {
                 return Ok(cut);
@@ -165,8 +188,12 @@ impl Relay {
             if requests.was_told && replies.was_told {
                 return Ok(None);
             }
-            if !moved {
-                self.wait(&requests, &replies)?;
+            match moved {
+                true => {
+                    lock(shared).reply_bytes = replies.passed_on;
+                    thread::sleep(delay);
+                }
+                false => self.wait(&requests, &replies)?,
             }
         }
     }

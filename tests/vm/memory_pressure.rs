@@ -27,13 +27,13 @@ const PIECE_BYTES: usize = 8 << 20;
 
 /// Files that are written at the same time: together more than is left.
 const FILES: u64 = 4;
-const FILE_BYTES: usize = 48 << 20;
+const FILE_BYTES: usize = 64 << 20;
 
 /// What one write of a file's writer has.
 const WRITE_BYTES: usize = 1 << 20;
 
 /// Pages that must have been reclaimed, or memory was not short.
-const RECLAIMED_PAGES_MIN: u64 = (48 << 20) / 4096;
+const RECLAIMED_PAGES_MIN: u64 = (16 << 20) / 4096;
 
 /// A disk to which nothing was written for so long, while files are, does not go on.
 const STANDSTILL_MAX: Duration = Duration::from_secs(20);

@@ -20,6 +20,7 @@ use crate::fio::verify_mostly_small;
 pub(crate) const TESTS: &[Test] = &[
     Test::new("ride_through::a_killed_server_is_waited_for", a_killed_server).within(300),
     Test::new("ride_through::cut_connections_are_made_again", cut_connections).within(300),
+    Test::new("ride_through::a_reply_may_break_at_any_byte", a_cut_at_every_byte).within(400),
     Test::new("ride_through::a_server_that_answers_nothing_is_left", a_silent_server).within(300),
     Test::new("ride_through::with_fail_io_ends_in_time_and_works_again", fail_after),
     Test::new("ride_through::a_policy_can_be_changed_during_an_outage", a_policy_changed_during_an_outage),
@@ -131,6 +132,47 @@ fn cut_connections(env: &Env) -> Result<()> {
         wait_for_state(&node, "vol-1", "live", BOUND)
     })?;
     ensure!(reconnects(&node, "vol-1")? >= FAULTS);
+    node.detach("vol-1")
+}
+
+/// What is read at once: one request.
+const READ_BYTES: usize = 16 << 10;
+
+/// Bytes of a reply after which it breaks: each of its header, the first ones of its payload, some in its middle, the last.
+fn breaking_points() -> impl Iterator<Item = u64> {
+    (1..=24).chain([511, 512, 4095, 4096, 4112, 8000, 16_383, 16_384, 16_399, 16_400])
+}
+
+fn a_cut_at_every_byte(env: &Env) -> Result<()> {
+    let (node, proxy) = node_behind_a_proxy(env)?;
+    node.volctl(&["create", "vol-1", "--size", "16M"])?.succeeded()?;
+    let device = node.attach(&["vol-1", "--queues", "1", "--connections", "1"])?;
+    sh(&format!(
+        "set +o pipefail; yes volnode | head -c 1M | dd of={} bs=1M iflag=fullblock oflag=direct status=none",
+        device.display()
+    ))?;
+    let expected: Vec<u8> = b"volnode\n".iter().copied().cycle().take(READ_BYTES).collect();
+    // The kernel itself may read a new disk; what was answered since the connection was made is the handshake then.
+    let handshake_bytes = {
+        proxy.cut(Cut::Reset);
+        wait_for("a new connection", BOUND, || Ok((reconnects(&node, "vol-1")? > 0).then_some(())))?;
+        wait_for_state(&node, "vol-1", "live", BOUND)?;
+        proxy.reply_bytes()
+    };
+    for bytes in breaking_points() {
+        let before = reconnects(&node, "vol-1")?;
+        proxy.cut_next_replies_after(handshake_bytes + bytes);
+        proxy.cut(Cut::Reset);
+        wait_for("the connection that will break", BOUND, || {
+            Ok((reconnects(&node, "vol-1")? > before).then_some(()))
+        })?;
+        let (input, size) = (format!("if={}", device.display()), format!("bs={READ_BYTES}"));
+        let found = run("dd", &[&input, &size, "count=1", "iflag=direct", "status=none"])?;
+        ensure!(found.as_bytes() == expected, "broken after {bytes} bytes, the read gave something else");
+        wait_for("the connection after that", BOUND, || {
+            Ok((reconnects(&node, "vol-1")? > before + 1).then_some(()))
+        })?;
+    }
     node.detach("vol-1")
 }
 

@@ -40,8 +40,7 @@ const END: &str = "<!-- end: cargo lab scale --write -->\n";
 /// # Errors
 /// The product does not build, a machine fails, or something was not measured.
 pub(crate) fn run(workspace: &Workspace, write: bool) -> Result<()> {
-    // Asked first: the file may be built anew while the product is being built.
-    let this_program = std::env::current_exe().context("the lab's own program")?;
+    let this_program = workspace.own_program();
     packages::ensure_installed(workspace)?;
     let kernel = kernels::ensure_cached(workspace, KernelSeries::V7)?;
     measurement::build_product(workspace, PROFILE)?;

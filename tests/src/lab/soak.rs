@@ -59,7 +59,7 @@ pub(crate) fn run(workspace: &Workspace, options: &SoakOptions) -> Result<u8> {
         return simulate(seed, options.seeds);
     }
     let programs = workspace.programs();
-    let mut words = vec![programs.join("lab").display().to_string(), "guest-soak".to_owned()];
+    let mut words = vec![workspace.own_program().display().to_string(), "guest-soak".to_owned()];
     words.extend([programs.display().to_string(), options.kernel.name().to_owned()]);
     words.extend([options.minutes.to_string(), seed.to_string()]);
     words.extend(options.host.then(|| "--host".to_owned()));

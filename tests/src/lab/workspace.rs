@@ -57,6 +57,12 @@ impl Workspace {
         self.target.join(PROFILE)
     }
 
+    /// The lab itself, for what it runs in a guest. By this name, because the file that this process was started from may have
+    /// been built anew since.
+    pub(crate) fn own_program(&self) -> PathBuf {
+        self.programs().join("lab")
+    }
+
     /// Where programs from crates.io that the tests call are installed: in its `bin`.
     pub(crate) fn tools(&self) -> PathBuf {
         self.target.join("tools")

@@ -17,6 +17,8 @@ use crate::storage_node::StorageNode;
 const RECOVERY_DEADLINE: Duration = Duration::from_secs(90);
 /// Longest pause before a fault, and between the halves of one.
 const PAUSE_MS_MAX: u64 = 800;
+/// How long each piece is held back by a delay.
+const DELAY: Duration = Duration::from_millis(50);
 /// One black hole in so many faults of the network: it takes a reply's time-out to notice.
 const BLACK_HOLE_ONE_IN: u32 = 12;
 
@@ -41,6 +43,8 @@ pub enum Fault {
     BlackHole,
     /// Connections end somewhere in a reply.
     CutInsideReplies,
+    /// Every piece is held back for a while, for some time.
+    Delay,
 }
 
 impl fmt::Display for Fault {
@@ -55,6 +59,7 @@ impl fmt::Display for Fault {
             Self::HalfClose => "connections half closed",
             Self::BlackHole => "connections into a black hole",
             Self::CutInsideReplies => "connections cut inside replies",
+            Self::Delay => "pieces held back for 50 ms",
         })
     }
 }
@@ -94,6 +99,7 @@ impl Rig {
             6 => Fault::CutInsideReplies,
             7 if self.rng.u32(..2) == 0 => Fault::KillBothDaemons,
             8 if self.rng.u32(..BLACK_HOLE_ONE_IN / 2) == 0 => Fault::BlackHole,
+            8 if self.rng.bool() => Fault::Delay,
             _ => Fault::Reset,
         }
     }
@@ -123,6 +129,11 @@ impl Rig {
             Fault::Close => self.proxy.cut(Cut::Close),
             Fault::HalfClose => self.proxy.cut(Cut::HalfClose),
             Fault::BlackHole => self.proxy.cut(Cut::BlackHole),
+            Fault::Delay => {
+                self.proxy.delay(DELAY);
+                self.pause();
+                self.proxy.delay(Duration::ZERO);
+            }
             Fault::CutInsideReplies => {
                 self.proxy.cut_replies_after(Some(self.rng.u64(300..60_000)));
                 self.proxy.cut(Cut::Reset);

@@ -40,8 +40,7 @@ const PLOTS: [(Operation, &str); 2] =
 /// # Errors
 /// The product does not build, the machine fails, or a run of fio is missing.
 pub(crate) fn run(workspace: &Workspace, quick: bool, write: bool) -> Result<()> {
-    // Asked first: the file may be built anew while the product is being built.
-    let this_program = std::env::current_exe().context("the lab's own program")?;
+    let this_program = workspace.own_program();
     packages::ensure_installed(workspace)?;
     let kernel = kernels::ensure_cached(workspace, KernelSeries::V7)?;
     let profile = if quick { workspace::PROFILE } else { PROFILE };

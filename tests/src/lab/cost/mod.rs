@@ -149,7 +149,7 @@ pub(crate) fn measure(
     repetitions: usize,
     counts_calls: bool,
 ) -> Result<Measurement> {
-    let this_program = std::env::current_exe().context("the lab's own program")?;
+    let this_program = workspace.own_program();
     packages::ensure_installed(workspace)?;
     let kernel = kernels::ensure_cached(workspace, KernelSeries::V7)?;
     let programs = workspace.target.join(PROFILE);
