@@ -44,7 +44,6 @@ fn main() -> ExitCode {
         recovery::TESTS,
         network::TESTS,
         fsx::TESTS,
-        memory_pressure::TESTS,
         shutdown::TESTS,
         soak::TESTS,
         idle::TESTS,
@@ -52,5 +51,9 @@ fn main() -> ExitCode {
         bench::TESTS,
         lying_disk::TESTS,
     ];
-    testlab::harness::main(&modules.concat())
+    let mut tests = modules.concat();
+    if std::env::var_os(memory_pressure::VARIABLE).is_some() {
+        tests.extend_from_slice(memory_pressure::TESTS);
+    }
+    testlab::harness::main(&tests)
 }
