@@ -2,8 +2,8 @@
 //!
 //! Connections are passed on faithfully until [`FaultProxy::cut`] ends all that are open in one of the ways of [`Cut`], or
 //! until one has passed on as many bytes of replies as [`FaultProxy::cut_replies_after`] allows it; and late, where
-//! [`FaultProxy::delay`] says so. New connections are passed on
-//! again, to wherever the server is then. Knows nothing of NBD. One thread for each connection; they end with it.
+//! [`FaultProxy::delay`] says so. New connections are passed on again, to wherever the server is then. Knows nothing of NBD.
+//! One thread for each connection; they end with it.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -188,12 +188,11 @@ impl Relay {
             if requests.was_told && replies.was_told {
                 return Ok(None);
             }
-            match moved {
-                true => {
-                    lock(shared).reply_bytes = replies.passed_on;
-                    thread::sleep(delay);
-                }
-                false => self.wait(&requests, &replies)?,
+            if moved {
+                lock(shared).reply_bytes = replies.passed_on;
+                thread::sleep(delay);
+            } else {
+                self.wait(&requests, &replies)?;
             }
         }
     }

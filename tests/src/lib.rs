@@ -6,6 +6,7 @@
 
 pub mod block_history;
 pub mod direct_io;
+pub mod disk_statistics;
 pub mod dribbling_relay;
 pub mod events;
 pub mod fault_proxy;

@@ -203,8 +203,11 @@ fn children(pid: u32) -> Result<Vec<u32>> {
     Ok(children)
 }
 
-/// The number in the line that begins with `name`.
-fn number_after(text: &str, name: &str) -> Result<u64> {
+/// The number in the line of such a file that begins with `name`, without its unit.
+///
+/// # Errors
+/// There is no such line, or no number in it.
+pub fn number_after(text: &str, name: &str) -> Result<u64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("no {name}"))?;
     let number = rest.split_whitespace().next().with_context(|| format!("no number after {name}"))?;
     number.parse().with_context(|| format!("{name} {rest}"))

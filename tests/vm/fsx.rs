@@ -4,14 +4,15 @@
 //! It reads, writes, maps, truncates, punches, copies and syncs one file, each piece over others. Meanwhile everything that
 //! is cached is written back and forgotten several times a second, so that much of what it reads comes from the disk.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use testlab::disk_statistics::DiskStatistics;
 use testlab::fault_proxy::{Cut, FaultProxy};
 use testlab::harness::{Env, Test};
 use testlab::seed;
@@ -66,21 +67,21 @@ fn a_cut_every_second(env: &Env) -> Result<()> {
     fs::create_dir(&mount_point)?;
     run("mkfs.ext4", &["-q".as_ref(), device.as_os_str()])?;
     run("mount", &["-o".as_ref(), "discard".as_ref(), device.as_os_str(), mount_point.as_os_str()])?;
-    let before = requests(&device)?;
+    let before = DiskStatistics::of(&device)?;
     let began = Instant::now();
     let cuts = exercise_meanwhile(env, &mount_point, operations, seed, &proxy)?;
     let took = began.elapsed();
-    let after = requests(&device)?;
+    let after = DiskStatistics::of(&device)?;
+    let reads = after.reads - before.reads;
     println!(
-        "{operations} operations in {took:.1?}: {} reads, {} writes and {} discards of the disk, {cuts} cuts",
-        after[0] - before[0],
-        after[1] - before[1],
-        after[2] - before[2]
+        "{operations} operations in {took:.1?}: {reads} reads, {} writes and {} discards of the disk, {cuts} cuts",
+        after.writes - before.writes,
+        after.discards - before.discards
     );
     // A slow machine may miss some, but not most.
     ensure!(cuts >= took.as_secs() / 2 && reconnects(&node, "vol-1")? > 0, "only {cuts} cuts in {took:.1?}");
     // On a machine of somebody's the page cache is left alone.
-    ensure!(!env.in_vm || after[0] - before[0] > operations / 10, "the disk was hardly read");
+    ensure!(!env.in_vm || reads > operations / 10, "the disk was hardly read");
     let written = fs::read(mount_point.join("file"))?;
     run("umount", &[&mount_point])?;
     wait_for_state(&node, "vol-1", "live", BOUND)?;
@@ -130,28 +131,15 @@ fn exercise_meanwhile(
             }
             Ok(())
         });
-        let mut fsx = Command::new("fsx");
-        fsx.args(["-N", &operations.to_string(), "-S", &(seed as u32).to_string(), "-q", "-f"]).arg(&config);
-        fsx.arg("-P").arg(&env.directory).arg(mount_point.join("file")).stdin(Stdio::null());
-        let output = fsx.output().context("running fsx");
+        let (operations, seed) = (operations.to_string(), (seed as u32).to_string());
+        let file = mount_point.join("file");
+        let paths =
+            ["-f".as_ref(), config.as_os_str(), "-P".as_ref(), env.directory.as_os_str(), file.as_os_str()];
+        let options = ["-q", "-N", &operations, "-S", &seed].map(OsStr::new);
+        let ended = run("fsx", &[&options[..], &paths[..]].concat());
         is_over.store(true, Ordering::Relaxed);
         forgetting.join().map_err(|_| anyhow!("a thread panicked"))??;
-        let output = output?;
-        let said =
-            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-        let tail: Vec<&str> = said.lines().rev().take(60).collect();
-        let tail: Vec<&str> = tail.into_iter().rev().collect();
-        ensure!(output.status.success(), "fsx: {}\n{}", output.status, tail.join("\n"));
+        ended?;
         Ok(cuts.load(Ordering::Relaxed))
     })
-}
-
-/// Reads, writes and discards that the disk has completed.
-fn requests(device: &Path) -> Result<[u64; 3]> {
-    let name = device.file_name().context("a device")?;
-    let stat = fs::read_to_string(Path::new("/sys/block").join(name).join("stat"))?;
-    let number = |index| -> Result<u64> {
-        stat.split_whitespace().nth(index).context("the disk's counters")?.parse().context("a counter")
-    };
-    Ok([number(0)?, number(4)?, number(11)?])
 }

@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use testlab::disk_statistics::DiskStatistics;
 use testlab::harness::{Env, Test};
+use testlab::process_resources::number_after;
 use testlab::seed;
 use testlab::shell::sh;
 use testlab::storage_node::StorageNode;
@@ -91,9 +93,7 @@ fn take_memory() -> Result<Vec<Vec<u8>>> {
 }
 
 fn available_bytes() -> Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("MemAvailable")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
+    Ok(number_after(&fs::read_to_string("/proc/meminfo")?, "MemAvailable:")? << 10)
 }
 
 /// Writes the files through the page cache, and fails if the disk stands still meanwhile.
@@ -134,17 +134,11 @@ fn write_file(path: &Path, seed: u64) -> Result<()> {
 
 /// Until it is over: the longest time in which the disk completed no write.
 fn longest_standstill(device: &Path, is_over: &AtomicBool) -> Result<Duration> {
-    let name = device.file_name().context("a device")?;
-    let stat = Path::new("/sys/block").join(name).join("stat");
-    // The fifth number counts writes that were completed.
-    let completed = || -> Result<String> {
-        let stat = fs::read_to_string(&stat)?;
-        stat.split_whitespace().nth(4).map(str::to_owned).context("the disk's counters")
-    };
-    let (mut last, mut since, mut longest) = (completed()?, Instant::now(), Duration::ZERO);
+    let writes = || Ok::<u64, anyhow::Error>(DiskStatistics::of(device)?.writes);
+    let (mut last, mut since, mut longest) = (writes()?, Instant::now(), Duration::ZERO);
     while !is_over.load(Ordering::Relaxed) {
         thread::sleep(Duration::from_millis(100));
-        let now = completed()?;
+        let now = writes()?;
         if now != last {
             (last, since) = (now, Instant::now());
         }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use testlab::harness::{Env, Test};
+use testlab::process_resources::number_after;
 use testlab::shell::run;
 use testlab::storage_node::StorageNode;
 
@@ -112,12 +113,7 @@ fn thread_named(pid: u64, name: &str) -> Result<PathBuf> {
 }
 
 fn times_slept(thread: &Path) -> Result<u64> {
-    status_field(thread, "voluntary_ctxt_switches:")?.trim().parse().context("a count")
-}
-
-fn status_field(thread: &Path, name: &str) -> Result<String> {
-    let status = fs::read_to_string(thread.join("status"))?;
-    status.lines().find_map(|line| line.strip_prefix(name)).map(str::to_owned).context(name.to_owned())
+    number_after(&fs::read_to_string(thread.join("status"))?, "voluntary_ctxt_switches:")
 }
 
 fn threads_stay_on_their_queues_processors(env: &Env) -> Result<()> {
@@ -150,7 +146,9 @@ fn threads_stay_on_their_queues_processors(env: &Env) -> Result<()> {
 
 /// `Cpus_allowed_list` of the process's thread of that name.
 fn allowed_cpus(pid: u64, thread_name: &str) -> Result<String> {
-    status_field(&thread_named(pid, thread_name)?, "Cpus_allowed_list:")
+    let status = fs::read_to_string(thread_named(pid, thread_name)?.join("status"))?;
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    list.map(str::to_owned).context("no Cpus_allowed_list")
 }
 
 /// The members of a list such as `0-2, 5`.

@@ -64,6 +64,11 @@ pub(crate) fn reconnects(node: &StorageNode, target: &str) -> Result<u64> {
     node.attachment(target)?["reconnects"].as_u64().context("reconnects")
 }
 
+/// Waits until connections were lost and made again more than `before` times.
+fn wait_for_reconnect(node: &StorageNode, target: &str, before: u64, what: &str) -> Result<()> {
+    wait_for(what, BOUND, || Ok((reconnects(node, target)? > before).then_some(())))
+}
+
 pub(crate) fn wait_for_state(
     node: &StorageNode,
     target: &str,
@@ -90,9 +95,7 @@ fn a_killed_server(env: &Env) -> Result<()> {
             node.kill_server()?;
             pause(&mut rng);
             node.start_server()?;
-            wait_for(&format!("connections after kill {number}"), BOUND, || {
-                Ok((reconnects(&node, "vol-1")? > before).then_some(()))
-            })?;
+            wait_for_reconnect(&node, "vol-1", before, &format!("connections after kill {number}"))?;
         }
         wait_for_state(&node, "vol-1", "live", BOUND)
     })?;
@@ -155,7 +158,7 @@ fn a_cut_at_every_byte(env: &Env) -> Result<()> {
     // The kernel itself may read a new disk; what was answered since the connection was made is the handshake then.
     let handshake_bytes = {
         proxy.cut(Cut::Reset);
-        wait_for("a new connection", BOUND, || Ok((reconnects(&node, "vol-1")? > 0).then_some(())))?;
+        wait_for_reconnect(&node, "vol-1", 0, "a new connection")?;
         wait_for_state(&node, "vol-1", "live", BOUND)?;
         proxy.reply_bytes()
     };
@@ -163,15 +166,11 @@ fn a_cut_at_every_byte(env: &Env) -> Result<()> {
         let before = reconnects(&node, "vol-1")?;
         proxy.cut_next_replies_after(handshake_bytes + bytes);
         proxy.cut(Cut::Reset);
-        wait_for("the connection that will break", BOUND, || {
-            Ok((reconnects(&node, "vol-1")? > before).then_some(()))
-        })?;
+        wait_for_reconnect(&node, "vol-1", before, "the connection that will break")?;
         let (input, size) = (format!("if={}", device.display()), format!("bs={READ_BYTES}"));
         let found = run("dd", &[&input, &size, "count=1", "iflag=direct", "status=none"])?;
         ensure!(found.as_bytes() == expected, "broken after {bytes} bytes, the read gave something else");
-        wait_for("the connection after that", BOUND, || {
-            Ok((reconnects(&node, "vol-1")? > before + 1).then_some(()))
-        })?;
+        wait_for_reconnect(&node, "vol-1", before + 1, "the connection after that")?;
     }
     node.detach("vol-1")
 }
@@ -446,7 +445,7 @@ fn foreign_losses(node: &StorageNode, proxy: &FaultProxy, uri: &str) -> Result<(
     let write = format!("dd if=/dev/urandom of={} bs=64k count=4 oflag=direct status=none", device.display());
     sh(&write)?;
     proxy.cut(Cut::Reset);
-    wait_for("new connections", BOUND, || Ok((reconnects(node, uri)? > 0).then_some(())))?;
+    wait_for_reconnect(node, uri, 0, "new connections")?;
     let fsync =
         format!("dd if=/dev/urandom of={} bs=4k count=1 conv=fsync,notrunc status=none", device.display());
     ensure!(sh(&fsync).is_err(), "an fsync after a loss succeeded");

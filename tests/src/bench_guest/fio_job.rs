@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use testlab::disk_statistics::DiskStatistics;
 use testlab::shell::wait_for;
 
 use super::Cell;
@@ -32,9 +33,6 @@ const BEGIN_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The part of a job's run time, in per cent, in which CPU time is counted: it ends before the job does.
 const WINDOW_PERCENT: u32 = 70;
-
-/// Bytes of a sector, whatever the device's block size is.
-const SECTOR_BYTES: u64 = 512;
 
 /// fio's names of the percentiles we keep.
 const PERCENTILES: [&str; 3] = ["50.000000", "99.000000", "99.900000"];
@@ -133,10 +131,7 @@ impl Fio<'_> {
 
     /// Bytes that the device has read or written so far.
     fn bytes_done(&self) -> Result<u64> {
-        let name = self.device.file_name().context("a device's name")?;
-        let file = Path::new("/sys/block").join(name).join("stat");
-        let stat = fs::read_to_string(&file).with_context(|| file.display().to_string())?;
-        sectors_done(&stat).map(|sectors| sectors * SECTOR_BYTES).with_context(|| stat.clone())
+        Ok(DiskStatistics::of(self.device)?.bytes_done())
     }
 
     /// Random writes of mixed sizes, read back and compared; then every byte is written once, so that no cell pays for a
@@ -190,13 +185,6 @@ impl Fio<'_> {
         ensure!(job["error"] == 0, "fio: {job}");
         Ok(job)
     }
-}
-
-/// Sectors read and written, the third and seventh field of a block device's `stat`.
-fn sectors_done(stat: &str) -> Option<u64> {
-    let fields: Vec<&str> = stat.split_whitespace().collect();
-    let field = |number: usize| -> Option<u64> { fields.get(number - 1)?.parse().ok() };
-    Some(field(3)? + field(7)?)
 }
 
 /// A load is the I/Os in flight, for every subject alike: one job for a single I/O; for more, a job on each of the two
@@ -256,13 +244,6 @@ mod tests {
         assert_eq!(outcome.ios, 2000);
         assert_eq!((outcome.iops, outcome.mib_per_s), (2048.0, 8.0));
         assert_eq!(outcome.latency_us, [1028.096, 3063.808, 6520.832]);
-    }
-
-    #[test]
-    fn reads_and_writes_of_a_device_are_added_up() {
-        let stat = "  11  2  1600  40  5  0  80  7  3  90  99  0 0 0 0 0 0\n";
-        assert_eq!(sectors_done(stat), Some(1680));
-        assert_eq!(sectors_done("11 2 1600"), None);
     }
 
     #[test]

@@ -34,12 +34,12 @@ const BOOTS: [Boot; 3] = [
     },
     Boot {
         name: "a boot with a disk in fstab, and a shutdown without a network",
-        script: include_str!("guest/systemd/second.sh"),
+        script: concat!(include_str!("guest/systemd/rebooted.sh"), include_str!("guest/systemd/second.sh")),
         power_off_max: Duration::from_secs(240),
     },
     Boot {
         name: "a boot after that",
-        script: include_str!("guest/systemd/third.sh"),
+        script: concat!(include_str!("guest/systemd/rebooted.sh"), include_str!("guest/systemd/third.sh")),
         power_off_max: Duration::from_secs(90),
     },
 ];

@@ -23,12 +23,6 @@ echo /sbin/modprobe > /proc/sys/kernel/modprobe
 echo 60 > /proc/sys/kernel/hung_task_timeout_secs
 echo "<0>lab-guest: up" > /dev/kmsg
 
-if [ -e /run/lab/prepare.sh ]; then
-    # shellcheck disable=SC1091
-    . /run/lab/prepare.sh
-    exec /lib/systemd/systemd < /dev/console > /dev/console 2>&1
-fi
-
 power_off() { # LINE
     echo "<0>lab-guest: $1" > /dev/kmsg
     # No sync: nothing of the guest outlives it but the share, which is not cached, and a stuck block device
@@ -49,6 +43,12 @@ port() { # NAME: waits for the virtio port of that name and prints its device
     done
     power_off "failed: there is no port $1"
 }
+
+if [ -e /run/lab/prepare.sh ]; then
+    # shellcheck disable=SC1091
+    . /run/lab/prepare.sh
+    exec /lib/systemd/systemd < /dev/console > /dev/console 2>&1
+fi
 
 if [ -e /run/lab/interactive ]; then
     setsid --ctty --wait bash /run/lab/command.sh < /dev/hvc0 > /dev/hvc0 2>&1

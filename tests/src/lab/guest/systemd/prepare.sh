@@ -19,6 +19,8 @@ cat > /etc/systemd/system/lab.service << END
 After=basic.target remote-fs.target network-online.target
 [Service]
 ExecStart=/bin/bash /run/lab/run.sh
+StandardOutput=file:$(port lab.stdout)
+StandardError=inherit
 END
 # Only what the machine needs: what else the host has installed is not asked for.
 cat > /etc/systemd/system/lab.target << END
