@@ -19,6 +19,7 @@ use proto::nbd::handshake::server::{ListedExport, Open, Refusal, TlsState};
 use proto::nbd::replies::ReplyHead;
 use proto::nbd::transmission::{Command, NbdError};
 use tls::kernel::ControlRecord;
+use tls::stream::Carrier;
 use tracing::{debug, info};
 
 use crate::admission::Place;
@@ -112,7 +113,7 @@ pub struct Connection {
     phase: Phase,
     session: Session,
     /// Given back with the connection.
-    _place: Place,
+    place: Place,
     volume: Option<Arc<Volume>>,
     bulk_start: usize,
     bulk_end: usize,
@@ -156,7 +157,7 @@ impl Connection {
             peer,
             phase: Phase::Open,
             session: Session::new().with_tls(tls).with_options_max(limits.handshake_options_max),
-            _place: place,
+            place,
             volume: None,
             bulk_start: 0,
             bulk_end: 0,
@@ -262,6 +263,7 @@ impl Connection {
         match (result, answer) {
             (Ok(false), _) => {}
             (Ok(true), Ok(Opened { volume: Some(volume), .. })) => {
+                self.place.widen(ring.socket(self.index));
                 ring.set_volume(self.index, Arc::clone(&volume));
                 self.volume = Some(volume);
                 self.put_back_leftover(ring);
@@ -299,6 +301,10 @@ impl Connection {
         }
         self.tls = Tls::Idle;
         let Some(Secured { carrier, rights }) = secured else { return self.close(ring) };
+        if matches!(carrier, Carrier::Relay(_)) {
+            // Later it is not the connection's any more.
+            self.place.widen(ring.socket(self.index));
+        }
         if let Err(error) = ring.set_carrier(self.index, carrier) {
             debug!(peer = %self.peer, %error, "TLS cannot be used");
             return self.close(ring);
@@ -431,7 +437,7 @@ impl Connection {
         while let Some(reply) = self.session.next_reply(&mut self.head) {
             ring.add_header(self.index, self.head.bytes());
             if reply.payload_bytes > 0 {
-                ring.add_payload(self.index, self.place(reply.slot), reply.payload_bytes);
+                ring.add_payload(self.index, self.payload_place(reply.slot), reply.payload_bytes);
             }
             self.sending.push(reply.slot);
         }
@@ -471,7 +477,7 @@ impl Connection {
         {
             let done_bytes = self.session.payload_bytes(slot) - missing_bytes;
             let length_bytes = missing_bytes.min(DIRECT_RECEIVE_BYTES_MAX);
-            ring.push_receive_payload(self.index, slot, self.place(slot), done_bytes, length_bytes);
+            ring.push_receive_payload(self.index, slot, self.payload_place(slot), done_bytes, length_bytes);
             self.has_emptied_socket = false;
             self.receiving = Receiving::Payload;
             return;
@@ -537,7 +543,7 @@ impl Connection {
         let range = self.bulk_start..self.bulk_start + taken_bytes;
         self.bulk_start = range.end;
         let done_bytes = self.session.payload_bytes(slot) - missing_bytes;
-        ring.store_payload(self.index, range, self.place(slot), done_bytes);
+        ring.store_payload(self.index, range, self.payload_place(slot), done_bytes);
         let is_complete = self.session.payload_received(taken_bytes as u32);
         if is_complete {
             self.begin(ring, slot);
@@ -669,7 +675,7 @@ impl Connection {
         }
     }
 
-    fn place(&self, slot: SlotId) -> PayloadPlace<'_> {
+    fn payload_place(&self, slot: SlotId) -> PayloadPlace<'_> {
         match &self.requests[usize::from(slot.0)].buffer {
             Some(buffer) => PayloadPlace::Buffer(buffer),
             None => PayloadPlace::Volume(self.session.request(slot).offset_bytes),

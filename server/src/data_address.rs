@@ -17,6 +17,8 @@ use std::time::Duration;
 use rustix::fs::{Mode, fchmod};
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
+use crate::socket_memory;
+
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 
@@ -164,6 +166,7 @@ impl Listener {
                 Peer::Tcp(address)
             }
             None => {
+                socket_memory::bound_unix(&socket)?;
                 let credentials = rustix::net::sockopt::socket_peercred(&socket)?;
                 let process_id = credentials.pid.as_raw_nonzero().get();
                 Peer::Unix { process_id, user_id: credentials.uid.as_raw() }
@@ -226,8 +229,10 @@ fn is_left_behind(path: &Path, address: &SockAddr) -> bool {
     is_socket && refused()
 }
 
-/// Small replies leave at once; a peer that vanished is noticed within about a minute even when nothing is sent.
+/// Small replies leave at once; a peer that vanished is noticed within about a minute even when nothing is sent; what waits in
+/// the kernel is bounded.
 fn set_tcp_options(socket: &Socket) -> io::Result<()> {
+    socket_memory::narrow(socket)?;
     socket.set_tcp_nodelay(true)?;
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(30))

@@ -27,6 +27,7 @@ use crate::gate::{self, Gate, GateMessage};
 use crate::io_loop::IoLoop;
 use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
 use crate::mailbox::{Mailbox, RingMessage};
+use crate::socket_memory::WideSockets;
 use crate::tls::ServerTls;
 use crate::volume::Faults;
 
@@ -176,7 +177,9 @@ impl DataServer {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let ring_count = if config.threads == 0 { cores } else { config.threads };
         let limits = config.limits;
-        let plan = limits.plan(ring_count, machine_bytes(), config.tls.connection_bytes())?;
+        let wide_sockets = WideSockets::of_this_machine();
+        let plan =
+            limits.plan(ring_count, machine_bytes(), config.tls.connection_bytes(), wide_sockets.bytes())?;
         let (rings, ring_threads) = start_rings(ring_count, &gate_sender, limits, plan, &config.tls)?;
         let volumes_dir = config.volumes_dir.clone();
         let identity = (boot_id.clone(), process_id.clone());
@@ -192,14 +195,22 @@ impl DataServer {
             threads: Mutex::new(Threads { acceptor: None, rings: ring_threads, gate: None }),
         });
         // From here on a failure shuts down what is running.
-        let acceptor = Acceptor { listeners, rings, admission: Admission::new(&limits) };
+        let admission = Admission::new(&limits, &plan, wide_sockets);
+        let acceptor = Acceptor { listeners, rings, admission };
         let started = server.start_gate_and_acceptor(gate, gate_receiver, acceptor);
         if let Err(error) = started {
             server.shutdown();
             return Err(error);
         }
         let memory_mib_max = plan.total_bytes >> 20;
-        info!(addresses = ?server.local_addrs, threads = ring_count, memory_mib_max, "data side ready");
+        let wide_sockets_max = plan.wide_sockets_max;
+        info!(
+            addresses = ?server.local_addrs,
+            threads = ring_count,
+            memory_mib_max,
+            wide_sockets_max,
+            "data side ready"
+        );
         Ok(server)
     }
 

@@ -7,8 +7,9 @@
 //!
 //! **What the memory limit means.** Nothing that a peer does makes the data side allocate beyond what was set aside at start:
 //! every ring has a pool of buffers, and every connection that may exist has its own part. Both are address space until they
-//! are first used. Not in the sum, because no peer decides it: the program, the catalog, and memory volumes, which are data.
-//! Nor is the kernel's: what waits in sockets is bounded by `net.ipv4.tcp_mem` for the whole machine.
+//! are first used. What the kernel keeps in the connections' sockets is in the sum: all of them are narrow, and as many may be
+//! wide as there is room for (`socket_memory.rs`). Not in the sum, because no peer decides it: the program, the catalog, and
+//! memory volumes, which are data.
 
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use crate::backend::ZEROES_BYTES_MAX;
 use crate::block_status::ANSWERS_BYTES_MAX;
 use crate::buffers::PoolSize;
 use crate::ring::BULK_BYTES;
+use crate::socket_memory::NARROW_BYTES;
 
 /// What a connection has beside its receive memory: slots, vectors, headers, the queues of its session.
 const BOOKKEEPING_BYTES: u64 = 64 << 10;
@@ -31,7 +33,7 @@ const RING_BYTES: u64 = ZEROES_BYTES_MAX as u64 + ANSWERS_BYTES_MAX + (256 << 10
 /// looked at. It is let go before the receive memory is used in full.
 const HANDSHAKE_BYTES: u64 = 3 * OPTION_BYTES_MAX as u64;
 
-/// Memory that one connection may come to hold, in bytes; its payload buffers are the pool's.
+/// Memory of the server's own that one connection may come to hold, in bytes; its payload buffers are the pool's.
 pub const CONNECTION_BYTES: u64 =
     BOOKKEEPING_BYTES + if HANDSHAKE_BYTES > BULK_BYTES as u64 { HANDSHAKE_BYTES } else { BULK_BYTES as u64 };
 
@@ -48,8 +50,8 @@ pub struct Limits {
     pub handshake_options_max: u32,
     /// Longest READ and WRITE, in bytes: announced as the maximum block size.
     pub request_bytes_max: u32,
-    /// Memory that peers can make the data side hold, in bytes; `None` is what full pools need, but no more than half of
-    /// the machine's.
+    /// Memory that peers can make the data side hold, in bytes; `None` is what full pools and wide sockets for all need, but no
+    /// more than half of the machine's.
     pub memory_bytes_max: Option<u64>,
     /// How long an open may wait for a former session's I/O, or for the lock of a backing file.
     pub open_timeout: Duration,
@@ -103,13 +105,16 @@ pub struct MemoryPlan {
     pub pool: PoolSize,
     /// Connections that a ring may come to have, if they are evenly divided.
     pub connections_per_ring: u32,
+    /// Connections whose sockets may be wide at once.
+    pub wide_sockets_max: u32,
     /// The sum of everything, in bytes.
     pub total_bytes: u64,
 }
 
 impl Limits {
     /// Divides the memory among `rings` rings and all the connections there may be; `machine_bytes` is what the machine has,
-    /// `tls_bytes` what TLS may take for each connection.
+    /// `tls_bytes` what TLS may take for each connection, `wide_bytes` what the kernel may keep in a wide socket. Of what is left
+    /// beside the least of everything, the pools get three quarters, until they are full, and wide sockets the rest.
     ///
     /// # Errors
     /// [`TooLittleMemory`]
@@ -118,23 +123,31 @@ impl Limits {
         rings: usize,
         machine_bytes: u64,
         tls_bytes: u64,
+        wide_bytes: u64,
     ) -> Result<MemoryPlan, TooLittleMemory> {
-        let rings_count = rings as u64;
-        let connections_bytes = u64::from(self.connections_max) * (CONNECTION_BYTES + tls_bytes);
+        let (rings_count, connections_max) = (rings as u64, u64::from(self.connections_max));
+        let connections_bytes = connections_max * (CONNECTION_BYTES + NARROW_BYTES + tls_bytes);
         let fixed_bytes = connections_bytes + rings_count * RING_BYTES;
         let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
-        let full_bytes = with_pools(PoolSize::full(self.request_bytes_max));
+        let least_bytes = with_pools(PoolSize::smallest(self.request_bytes_max));
+        let more_bytes = wide_bytes.saturating_sub(NARROW_BYTES).max(1);
+        let full_bytes = with_pools(PoolSize::full(self.request_bytes_max)) + connections_max * more_bytes;
         let limit_bytes = self.memory_bytes_max.unwrap_or_else(|| full_bytes.min(machine_bytes / 2));
-        let pool_bytes_max = limit_bytes.saturating_sub(fixed_bytes) / rings_count.max(1);
+        let spare_bytes = limit_bytes.saturating_sub(least_bytes);
+        let pool_bytes_max = (limit_bytes - spare_bytes / 4).saturating_sub(fixed_bytes) / rings_count.max(1);
         match PoolSize::within(pool_bytes_max, self.request_bytes_max) {
-            Some(pool) => Ok(MemoryPlan {
-                pool,
-                connections_per_ring: self.connections_max.div_ceil(rings as u32),
-                total_bytes: with_pools(pool),
-            }),
+            Some(pool) => {
+                let wide_sockets_max = connections_max.min((limit_bytes - with_pools(pool)) / more_bytes);
+                Ok(MemoryPlan {
+                    pool,
+                    connections_per_ring: self.connections_max.div_ceil(rings as u32),
+                    wide_sockets_max: wide_sockets_max as u32,
+                    total_bytes: with_pools(pool) + wide_sockets_max * more_bytes,
+                })
+            }
             None => Err(TooLittleMemory {
                 limit_mib: limit_bytes >> 20,
-                needed_mib: with_pools(PoolSize::smallest(self.request_bytes_max)).div_ceil(1 << 20),
+                needed_mib: least_bytes.div_ceil(1 << 20),
                 connections_max: self.connections_max,
                 rings,
             }),
@@ -147,6 +160,7 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
+    const WIDE_BYTES: u64 = 12 << 20;
 
     #[test]
     fn no_plan_is_above_its_limit_and_one_byte_less_than_the_least_is_refused() {
@@ -158,11 +172,11 @@ mod tests {
                     memory_bytes_max: Some(memory_bytes_max),
                     ..Limits::default()
                 };
-                let least_bytes = u64::from(connections_max) * CONNECTION_BYTES
+                let least_bytes = u64::from(connections_max) * (CONNECTION_BYTES + NARROW_BYTES)
                     + rings as u64 * (RING_BYTES + PoolSize::smallest(request_bytes_max).bytes());
-                assert!(limits(least_bytes - 1).plan(rings, GIB, 0).is_err());
+                assert!(limits(least_bytes - 1).plan(rings, GIB, 0, WIDE_BYTES).is_err());
                 for memory_bytes_max in [least_bytes, least_bytes + (7 << 20), 2 * least_bytes, 1 << 40] {
-                    let plan = limits(memory_bytes_max).plan(rings, GIB, 0).unwrap();
+                    let plan = limits(memory_bytes_max).plan(rings, GIB, 0, WIDE_BYTES).unwrap();
                     assert!(plan.total_bytes <= memory_bytes_max, "{plan:?}");
                     assert!(plan.pool.bytes() <= PoolSize::full(request_bytes_max).bytes());
                 }
@@ -173,20 +187,24 @@ mod tests {
     #[test]
     fn unset_it_is_half_of_the_machine_at_most_and_full_pools_where_there_is_room() {
         let limits = Limits::default();
-        assert_eq!(limits.plan(2, 1 << 40, 0).unwrap().pool, PoolSize::full(limits.request_bytes_max));
-        let plan = limits.plan(8, 2 * GIB, 0).unwrap();
+        let plan = limits.plan(2, 1 << 40, 0, WIDE_BYTES).unwrap();
+        assert_eq!(plan.pool, PoolSize::full(limits.request_bytes_max));
+        assert_eq!(plan.wide_sockets_max, limits.connections_max);
+        let plan = limits.plan(8, 2 * GIB, 0, WIDE_BYTES).unwrap();
+        assert!((1..limits.connections_max).contains(&plan.wide_sockets_max), "{plan:?}");
         assert!(
             plan.total_bytes <= GIB && plan.pool.bytes() < PoolSize::full(limits.request_bytes_max).bytes()
         );
-        let error = limits.plan(8, GIB / 2, 0).unwrap_err();
+        let error = limits.plan(8, GIB / 2, 0, WIDE_BYTES).unwrap_err();
         assert!(error.to_string().contains("a memory limit of 256 MiB is too little"), "{error}");
     }
 
     #[test]
     fn tls_is_in_the_sum() {
         let limits = Limits { memory_bytes_max: Some(GIB), ..Limits::default() };
-        let (without, with) = (limits.plan(2, GIB, 0).unwrap(), limits.plan(2, GIB, 300 << 10).unwrap());
+        let [without, with] =
+            [0, 300 << 10].map(|tls_bytes| limits.plan(2, GIB, tls_bytes, WIDE_BYTES).unwrap());
         assert!(with.total_bytes <= GIB && with.pool.bytes() < without.pool.bytes());
-        assert!(limits.plan(2, GIB, 1 << 20).is_err(), "a GiB for TLS leaves none for buffers");
+        assert!(limits.plan(2, GIB, 1 << 20, WIDE_BYTES).is_err(), "a GiB for TLS leaves none for buffers");
     }
 }

@@ -17,7 +17,7 @@ use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -249,6 +249,11 @@ impl Ring {
     /// `EMFILE` and the like.
     pub fn clone_socket(&self, connection: u32) -> io::Result<OwnedFd> {
         self.connection(connection).socket.try_clone()
+    }
+
+    /// The connection's socket, for its options.
+    pub fn socket(&self, connection: u32) -> BorrowedFd<'_> {
+        self.connection(connection).socket.as_fd()
     }
 
     /// The connection's bytes are carried by TLS from now on.

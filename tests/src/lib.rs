@@ -23,6 +23,7 @@ pub mod seed;
 pub mod shell;
 pub mod simulator;
 pub mod soak;
+pub mod socket_memory;
 pub mod storage_node;
 pub mod stuck_tasks;
 pub mod unit_file;

@@ -26,9 +26,14 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(10);
 /// rustls needs little; what is not touched costs nothing.
 const STACK_BYTES: usize = 256 << 10;
 
+/// What the kernel may keep of plaintext in each direction, in bytes as it counts them, with one packet too many.
+const PAIR_BUFFER_BYTES: u64 = 64 << 10;
+const PAIR_BYTES: u64 = 2 * (PAIR_BUFFER_BYTES + (36 << 10));
+
 /// Memory that a relay may come to hold, in bytes: a chunk of plaintext and a quarter more to send, what rustls buffers in each
-/// direction (64 KiB), and the part of its stack that is touched.
-pub const CONNECTION_BYTES: u64 = (CHUNK_BYTES as u64 * 5 / 4) + 2 * (64 << 10) + (64 << 10);
+/// direction (64 KiB), the part of its stack that is touched, and the kernel's between its two ends.
+pub const CONNECTION_BYTES: u64 =
+    (CHUNK_BYTES as u64 * 5 / 4) + 2 * (64 << 10) + (64 << 10) + PAIR_BYTES;
 
 /// Starts a relay; gives the near end, which is blocking.
 ///
@@ -36,6 +41,10 @@ pub const CONNECTION_BYTES: u64 = (CHUNK_BYTES as u64 * 5 / 4) + 2 * (64 << 10) 
 /// No sockets or no thread: `EMFILE`, `EAGAIN`.
 pub fn start(tcp: TcpStream, connection: Connection) -> io::Result<OwnedFd> {
     let (near, far) = UnixStream::pair()?;
+    for end in [&near, &far] {
+        // The kernel doubles it.
+        rustix::net::sockopt::set_socket_send_buffer_size(end, PAIR_BUFFER_BYTES as usize / 2)?;
+    }
     far.set_nonblocking(true)?;
     tcp.set_nonblocking(true)?;
     let relay = Relay {

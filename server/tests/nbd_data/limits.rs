@@ -80,7 +80,7 @@ fn the_longest_request_is_served_and_a_longer_one_refused() {
 
 /// The least memory with which a server of one thread and few connections starts.
 fn least_memory(limits: &Limits) -> u64 {
-    let error = Limits { memory_bytes_max: Some(0), ..*limits }.plan(1, 1 << 40, 0).unwrap_err();
+    let error = Limits { memory_bytes_max: Some(0), ..*limits }.plan(1, 1 << 40, 0, 1 << 20).unwrap_err();
     error.needed_mib << 20
 }
 
@@ -141,7 +141,7 @@ fn all_who_stand_still_with_what_others_need_are_closed_together() {
 
 #[test]
 fn a_small_write_that_never_ends_is_closed_when_its_buffer_is_needed() {
-    let limits = Limits { connections_max: 16, ..Limits::default() };
+    let limits = Limits { connections_max: 48, ..Limits::default() };
     let server = Server::start_with(|config| {
         config.threads = 1;
         let memory_bytes_max = Some(least_memory(&limits));
@@ -150,7 +150,7 @@ fn a_small_write_that_never_ends_is_closed_when_its_buffer_is_needed() {
     let volume = server.create("half", 1 << 20);
     let attachment = server.attach(&volume, false);
     // There are fewer buffers for 4 KiB than that: some have one, the others wait for one.
-    let mut halves: Vec<Client> = (0..14)
+    let mut halves: Vec<Client> = (0..40)
         .map(|slot| {
             let mut half = server.open(&attachment, 1, slot);
             half.send(Command::Write, CommandFlags::NONE, 0, 4096, &[1; 100]);

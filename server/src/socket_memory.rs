@@ -1,0 +1,218 @@
+//! How much of the kernel's memory a connection's socket may come to hold.
+//!
+//! Owns the two bounds and how a socket gets them: narrow, which every connection has from its first byte, and wide, which
+//! those get that are worth it. Never: decides who is; `admission.rs` counts, `limits.rs` adds up.
+//! Called by: `data_address.rs` (accept) and `admission.rs`.
+//!
+//! The kernel lets a socket's buffers grow with the connection's speed, up to `net.ipv4.tcp_wmem` and `tcp_rmem`: a thousand
+//! clients that read no replies would hold 4 GiB, as many that send what nobody takes 32. A size that is set ends the growing
+//! (`SO_SNDBUF`, `SO_RCVBUF`; socket(7)), and `SO_BUF_LOCK` (Linux 5.14, `include/uapi/linux/net.h`) lets it begin again.
+#![allow(unsafe_code)] // One call of setsockopt, for options that no library of ours has.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use socket2::Socket;
+
+/// Each direction's buffer of a narrow socket, in bytes as the kernel counts them: its own structures are included.
+const NARROW_BUFFER_BYTES: u64 = 64 << 10;
+
+/// A packet is taken into a buffer that is not yet full, so there may be one too many: 64 KiB of data and its structures.
+const PACKET_BYTES: u64 = 72 << 10;
+
+/// The kernel memory of a narrow socket, in bytes.
+pub const NARROW_BYTES: u64 = 2 * (NARROW_BUFFER_BYTES + PACKET_BYTES);
+
+/// The sending buffer of a Unix socket, in bytes as above: the kernel's default, which goes with packets of 32 KiB.
+const UNIX_BUFFER_BYTES: u64 = 208 << 10;
+const _: () = assert!(UNIX_BUFFER_BYTES + PACKET_BYTES / 2 <= NARROW_BYTES);
+
+/// Each direction's buffer of a wide socket is no larger than this, whatever the kernel's own maximum is, in bytes: enough for
+/// 25 Gbit/s over 1 ms.
+const WIDE_BUFFER_BYTES_MAX: u64 = 8 << 20;
+
+/// `SO_BUF_LOCK`, with the directions in which a size that was set holds.
+const SO_BUF_LOCK: libc::c_int = 72;
+const SOCK_SNDBUF_LOCK: libc::c_int = 1;
+const SOCK_RCVBUF_LOCK: libc::c_int = 2;
+
+/// The kernel's own maximum of each direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WideSockets {
+    send_bytes_max: u64,
+    receive_bytes_max: u64,
+}
+
+impl WideSockets {
+    /// As this machine's kernel is set, `net.ipv4.tcp_wmem` and `net.ipv4.tcp_rmem` (for IPv6, too).
+    pub fn of_this_machine() -> Self {
+        let maximum = |name: &str, otherwise: u64| {
+            let text = fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).ok();
+            text.and_then(|text| text.split_whitespace().nth(2)?.parse().ok()).unwrap_or(otherwise)
+        };
+        // Where they cannot be read: what current kernels have.
+        Self {
+            send_bytes_max: maximum("tcp_wmem", 4 << 20),
+            receive_bytes_max: maximum("tcp_rmem", 32 << 20),
+        }
+    }
+
+    /// The kernel memory of one, in bytes.
+    pub fn bytes(&self) -> u64 {
+        let buffer_bytes =
+            |bytes_max: u64| bytes_max.clamp(NARROW_BUFFER_BYTES, WIDE_BUFFER_BYTES_MAX) + PACKET_BYTES;
+        buffer_bytes(self.send_bytes_max) + buffer_bytes(self.receive_bytes_max)
+    }
+
+    /// Makes a narrow TCP socket a wide one.
+    ///
+    /// # Errors
+    /// The system's own; the socket is as it was, or wider in one direction.
+    pub fn widen(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        let mut locked = 0;
+        if self.send_bytes_max > WIDE_BUFFER_BYTES_MAX {
+            set_buffer(socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, WIDE_BUFFER_BYTES_MAX)?;
+            locked |= SOCK_SNDBUF_LOCK;
+        }
+        if self.receive_bytes_max > WIDE_BUFFER_BYTES_MAX {
+            set_buffer(socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, WIDE_BUFFER_BYTES_MAX)?;
+            locked |= SOCK_RCVBUF_LOCK;
+        }
+        // What is not locked may grow by itself again.
+        set_option(socket, SO_BUF_LOCK, locked)
+    }
+}
+
+/// Makes a TCP socket a narrow one.
+///
+/// # Errors
+/// The system's own.
+pub fn narrow(socket: &Socket) -> io::Result<()> {
+    // The kernel doubles what it is given, for its own structures.
+    let bytes = NARROW_BUFFER_BYTES as usize / 2;
+    socket.set_send_buffer_size(bytes)?;
+    socket.set_recv_buffer_size(bytes)
+}
+
+/// Bounds a Unix socket, whose buffer does not grow: what it may hold is about that of a narrow one. What comes in is the peer's
+/// memory.
+///
+/// # Errors
+/// The system's own.
+pub fn bound_unix(socket: &Socket) -> io::Result<()> {
+    socket.set_send_buffer_size(UNIX_BUFFER_BYTES as usize / 2)
+}
+
+/// Beyond `net.core.wmem_max` and `rmem_max` with CAP_NET_ADMIN, as far as they go without.
+fn set_buffer(
+    socket: BorrowedFd<'_>,
+    privileged: libc::c_int,
+    plain: libc::c_int,
+    bytes: u64,
+) -> io::Result<()> {
+    let bytes = (bytes / 2) as libc::c_int;
+    set_option(socket, privileged, bytes).or_else(|_| set_option(socket, plain, bytes))
+}
+
+fn set_option(socket: BorrowedFd<'_>, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let (address, length) = (std::ptr::from_ref(&value).cast(), size_of_val(&value) as libc::socklen_t);
+    // SAFETY: the value is an integer of this length, borrowed for the call; the kernel copies it.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, address, length) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd as _;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// A server's socket and its client's, which takes and sends as much as it can.
+    fn connect() -> (Socket, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let server = Socket::from(listener.accept().unwrap().0);
+        server.set_nonblocking(true).unwrap();
+        client.set_nonblocking(true).unwrap();
+        (server, client)
+    }
+
+    /// What the kernel holds for the socket, in bytes: `SO_MEMINFO` (55), of which 0, 4 and 5 are what was received, what is
+    /// reserved and what is to be sent (`include/uapi/linux/sock_diag.h`).
+    fn kernel_bytes(socket: &Socket) -> u64 {
+        let mut numbers = [0u32; 9];
+        let mut length = size_of_val(&numbers) as libc::socklen_t;
+        let address = numbers.as_mut_ptr().cast();
+        // SAFETY: the array is of the length that is given, and borrowed for the call.
+        let result =
+            unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, 55, address, &mut length) };
+        assert_eq!(result, 0);
+        [0, 4, 5].iter().map(|index| u64::from(numbers[*index])).sum()
+    }
+
+    /// Writes in pieces until nobody takes any more for a while; of the smallest there is always room for another.
+    fn stuff(mut stream: impl io::Write, piece_bytes: usize) {
+        let (began, mut last) = (Instant::now(), Instant::now());
+        while last.elapsed() < Duration::from_millis(300) && began.elapsed() < Duration::from_secs(3) {
+            match stream.write(&vec![1; piece_bytes]) {
+                Ok(_) => last = Instant::now(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    thread::sleep(Duration::from_millis(5))
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    /// Both directions move for a while, as fast as they can, so that the kernel lets the buffers grow.
+    fn exercise(server: &Socket, client: &TcpStream) {
+        let until = Instant::now() + Duration::from_millis(500);
+        let (mut server, mut client) = (server, client);
+        let mut piece = vec![0; 256 << 10];
+        while Instant::now() < until {
+            let _ = server.write(&piece);
+            let _ = client.write(&piece);
+            let _ = server.read(&mut piece);
+            let _ = client.read(&mut piece);
+        }
+    }
+
+    #[test]
+    fn a_narrow_socket_holds_no_more_than_it_is_counted_for_whatever_it_is_stuffed_with() {
+        for piece_bytes in [1, 100, 4096, 1 << 20] {
+            let (server, client) = connect();
+            narrow(&server).unwrap();
+            server.set_tcp_nodelay(true).unwrap();
+            client.set_nodelay(true).unwrap();
+            exercise(&server, &client);
+            stuff(&server, piece_bytes);
+            stuff(&client, piece_bytes);
+            let bytes = kernel_bytes(&server);
+            println!("in pieces of {piece_bytes}: {bytes} of {NARROW_BYTES}");
+            assert!((NARROW_BUFFER_BYTES..=NARROW_BYTES).contains(&bytes), "{piece_bytes}: {bytes}");
+        }
+    }
+
+    #[test]
+    fn a_wide_socket_grows_and_no_further_than_it_is_counted_for() {
+        for wide in [
+            WideSockets::of_this_machine(),
+            WideSockets { send_bytes_max: 1 << 40, receive_bytes_max: 1 << 40 },
+        ] {
+            let (server, client) = connect();
+            narrow(&server).unwrap();
+            wide.widen(server.as_fd()).unwrap();
+            exercise(&server, &client);
+            stuff(&server, 1 << 20);
+            stuff(&client, 1 << 20);
+            let bytes = kernel_bytes(&server);
+            println!("{bytes} of {}", wide.bytes());
+            assert!((4 * NARROW_BYTES..=wide.bytes()).contains(&bytes), "{bytes} of {}", wide.bytes());
+        }
+    }
+}
