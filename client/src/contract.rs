@@ -172,6 +172,9 @@ pub struct DeviceSpec {
     /// For how long after its last event a queue's thread looks for the next without sleeping, in microseconds.
     #[serde(default)]
     pub busy_poll_us: u16,
+    /// Whether large WRITEs are to leave from the requests' own pages.
+    #[serde(default)]
+    pub send_zc: bool,
     /// The device of a process that died, to go on with; `None`: make one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recover: Option<RecoverSpec>,
@@ -249,6 +252,36 @@ pub enum DeviceState {
     Stopping,
 }
 
+/// What became of [`DeviceSpec::send_zc`], on the connection that was tried last.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SendZc {
+    /// Nobody asked for it.
+    #[default]
+    Off,
+    /// The data path has nothing to do with SEND_ZC, or the socket is none of the kernel's TCP in the clear.
+    Unsupported,
+    /// No large WRITE was sent yet.
+    Untried,
+    /// Pages leave by reference.
+    Used,
+    /// The kernel copies them all the same, so it is not used.
+    Copied,
+}
+
+impl SendZc {
+    /// As the node API tells it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Unsupported => "unsupported",
+            Self::Untried => "untried",
+            Self::Used => "used",
+            Self::Copied => "copied",
+        }
+    }
+}
+
 /// What a device process tells of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
@@ -294,6 +327,9 @@ pub struct DeviceStatus {
     /// Who encrypts what goes there, for people; empty in a status of a program that knew no encryption.
     #[serde(default)]
     pub encryption: String,
+    /// Whether large WRITEs leave from the requests' own pages.
+    #[serde(default)]
+    pub send_zc: SendZc,
     /// 0 for a foreign server.
     pub session_epoch: u64,
     /// The policy in force.

@@ -16,7 +16,7 @@ use tls::test_authority::Issued;
 
 use crate::harness::Env;
 use crate::kernel_series::KernelSeries;
-use crate::shell::{run, wait_for};
+use crate::shell::{run, sh, wait_for};
 
 /// A daemon that is not ready by then is not coming.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
@@ -183,14 +183,16 @@ impl StorageNode {
         Ok(node)
     }
 
-    /// Starts a node daemon alone, for a server elsewhere.
+    /// Starts a node daemon alone, for the server on another machine.
     ///
     /// # Errors
-    /// It does not get ready.
-    pub fn start_client_only(env: &Env, management_uri: &str) -> Result<Self> {
+    /// It does not get ready, or there is no such machine ([`Env::storage_machine`]).
+    pub fn start_client_only(env: &Env) -> Result<Self> {
+        let management_uri = env.storage_machine()?;
+        set_network_card(true)?;
         run("modprobe", &["ublk_drv"])?;
         let mut node = Self::new(env, &env.directory.join("data"), &[])?;
-        node.management_uri = management_uri.to_owned();
+        node.management_uri = management_uri;
         node.start_client()?;
         Ok(node)
     }
@@ -501,6 +503,19 @@ impl Drop for StorageNode {
             println!("--- log of {name}\n{log}");
         }
     }
+}
+
+/// The VM's network card, over which the server on another machine is reached.
+///
+/// # Errors
+/// There is none.
+pub fn set_network_card(is_up: bool) -> Result<()> {
+    // QEMU's user-mode network; the address stays for whoever comes next.
+    let script = match is_up {
+        true => "ip link set eth0 up; ip address replace 10.0.2.15/24 dev eth0",
+        false => "ip link set eth0 down",
+    };
+    sh(script).map(drop)
 }
 
 /// Makes an XFS on the scratch disk and mounts it in the test's directory; gives the mount point.

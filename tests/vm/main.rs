@@ -21,6 +21,7 @@ mod queues;
 mod recovery;
 mod ride_through;
 mod rungs;
+mod send_zc;
 mod shutdown;
 mod smoke;
 mod soak;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         ride_through::TESTS,
         recovery::TESTS,
         network::TESTS,
+        send_zc::TESTS,
         fsx::TESTS,
         shutdown::TESTS,
         soak::TESTS,

@@ -1,4 +1,5 @@
-//! The ring of a queue thread, and the two opcodes the `io-uring` crate cannot build.
+//! The ring of a queue thread, and the opcodes that name a registered buffer on a socket, two of which the `io-uring` crate
+//! cannot build.
 //!
 //! Owns: the set-up flags of a queue's ring; SEND and RECV whose data is a registered buffer
 //! (`IORING_RECVSEND_FIXED_BUF`, Linux 7.2). Never: submits or waits; that is the queue loop's.
@@ -23,6 +24,9 @@ pub type QueueRing = IoUring<Sqe, Cqe>;
 
 /// `IORING_RECVSEND_FIXED_BUF` in `sqe->ioprio`: the data is the registered buffer `sqe->buf_index`.
 pub const IORING_RECVSEND_FIXED_BUF: u16 = 1 << 2;
+
+/// `IORING_SEND_ZC_REPORT_USAGE` in `sqe->ioprio`: the notification is to tell whether the data was copied.
+const IORING_SEND_ZC_REPORT_USAGE: u16 = 1 << 3;
 
 /// Byte offset of `opcode` in `struct io_uring_sqe`.
 const SQE_OPCODE_OFFSET_BYTES: usize = 0;
@@ -67,6 +71,17 @@ pub fn send_fixed(socket: types::Fd, buf_index: u16, addr: u64, len_bytes: u32, 
     sqe
 }
 
+/// [`send_fixed`] by reference (SEND_ZC): if the operation has begun, a second completion (`IORING_CQE_F_NOTIF`) tells when the
+/// socket does not refer to the buffer any more, and whether it was copied instead.
+pub fn send_zc_fixed(socket: types::Fd, buf_index: u16, addr: u64, len_bytes: u32, msg_flags: i32) -> Sqe {
+    opcode::SendZc::new(socket, ptr::without_provenance(addr as usize), len_bytes)
+        .buf_index(Some(buf_index))
+        .flags(libc::MSG_WAITALL | msg_flags)
+        .zc_flags(IORING_SEND_ZC_REPORT_USAGE)
+        .build()
+        .into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +106,15 @@ mod tests {
         assert_eq!(bytes[32..40], 0x1817_1615_1413_1211u64.to_ne_bytes(), "user_data");
         assert_eq!(bytes[40..42], 0x0a0bu16.to_ne_bytes(), "buf_index");
         assert!(bytes[42..].iter().all(|&byte| byte == 0), "nothing else is set");
+    }
+
+    #[test]
+    fn a_send_by_reference_differs_in_its_opcode_and_asks_whether_it_was_copied() {
+        let mut bytes = bytes_of(&send_zc_fixed(types::Fd(7), 0x0a0b, 0x1000, 0x2000, libc::MSG_MORE));
+        assert_eq!((bytes[0], bytes[2..4].try_into().unwrap()), (47, (4u16 | 8).to_ne_bytes()));
+        bytes[2..4].copy_from_slice(&4u16.to_ne_bytes());
+        bytes[0] = 26;
+        assert_eq!(bytes, bytes_of(&send_fixed(types::Fd(7), 0x0a0b, 0x1000, 0x2000, libc::MSG_MORE)));
     }
 
     #[test]

@@ -26,7 +26,7 @@ use ublk_core::abi::{
 };
 use ublk_core::{
     ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec,
-    TransferError,
+    Transfer, TransferError,
 };
 
 use super::affinity;
@@ -46,7 +46,7 @@ use super::status_file::StatusFile;
 use super::unflushed::Unflushed;
 use crate::contract::{
     self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState, ExportSpec,
-    RecoverSpec, SessionRecord,
+    RecoverSpec, SendZc, SessionRecord,
 };
 use crate::node::error::with_sources;
 use crate::node::holders::holders;
@@ -270,6 +270,11 @@ impl Attachment {
             status.data_path_reason.clone_from(&chosen.reason);
             status.server_address = address;
             status.encryption = session.encryption.as_str().to_owned();
+            status.send_zc = match spec.send_zc {
+                false => SendZc::Off,
+                true if may_send_zc(&chosen, session.encryption) => SendZc::Untried,
+                true => SendZc::Unsupported,
+            };
             status.nr_hw_queues = nr_hw_queues;
             status.nr_connections = nr_connections;
             status.queue_depth = device.info().queue_depth;
@@ -354,6 +359,7 @@ impl Attachment {
                 resend,
                 reply_timeout,
                 busy_poll: Duration::from_micros(spec.busy_poll_us.into()),
+                send_zc: spec.send_zc && may_send_zc(chosen, session.encryption),
                 key_bytes_max: spec.tls.as_ref().map_or(u64::MAX, |tls| tls.key_bytes_max),
                 unflushed: Arc::clone(&self.links.unflushed),
                 commands,
@@ -629,6 +635,9 @@ impl Links {
         let mut outputs = Vec::new();
         match event {
             Event::Queue(QueueEvent::Ready) => {}
+            Event::Queue(QueueEvent::SentByReference { was_copied }) => {
+                note_send_zc(if was_copied { SendZc::Copied } else { SendZc::Used }, status);
+            }
             Event::Queue(QueueEvent::Disconnected { queue_id, connection, reason }) => {
                 let slot = connection * status.status().nr_hw_queues + queue_id;
                 let reason =
@@ -736,6 +745,22 @@ impl Links {
         if is_usable && (is.state != state || is.state_reason != reason) {
             status.enter(state, &reason);
         }
+    }
+}
+
+/// Whether pages may leave by reference at all: with a SEND that names registered buffers, and nothing on the way that has to see
+/// the bytes.
+fn may_send_zc(chosen: &Chosen, encryption: Encryption) -> bool {
+    chosen.transfer == Transfer::RecvSendFixed && encryption == Encryption::None
+}
+
+fn note_send_zc(send_zc: SendZc, status: &mut StatusFile) {
+    if status.status().send_zc == send_zc {
+        return;
+    }
+    tracing::info!(send_zc = send_zc.as_str(), "large writes were sent from their own pages");
+    if let Err(error) = status.update(|status| status.send_zc = send_zc) {
+        tracing::error!(%error, "the status file cannot be written");
     }
 }
 

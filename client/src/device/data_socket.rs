@@ -77,6 +77,20 @@ impl DataSocket {
         self.encryption == Encryption::Kernel
     }
 
+    /// Whether its data may leave by reference: not through what encrypts or passes it on first.
+    pub fn takes_references(&self) -> bool {
+        let is_tcp = self.socket.local_addr().is_ok_and(|address| address.as_socket().is_some());
+        is_tcp && self.encryption == Encryption::None
+    }
+
+    /// Whenever it is closed, by the end of the process too, what it has not sent yet is dropped.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn drop_unsent_when_closed(&self) -> io::Result<()> {
+        self.socket.set_linger(Some(Duration::ZERO))
+    }
+
     /// Ends both directions; what waits on the socket completes.
     ///
     /// # Errors
@@ -88,7 +102,7 @@ impl DataSocket {
     /// Closes it and drops what it has not sent yet.
     pub fn abort(self) {
         // Fails only on what is no TCP socket, where there is nothing to drop.
-        let _ = self.socket.set_linger(Some(Duration::ZERO));
+        let _ = self.drop_unsent_when_closed();
     }
 
     /// What is sent without the ring from now on does not wait.

@@ -14,6 +14,9 @@
 //! the loop then gives many requests back at once, and gets as many at once. What needs no page of a request is sent without
 //! the ring: it has left when the call returns, and the ring is entered only to wait.
 //!
+//! With SEND_ZC, large WRITEs are sent as on the second line by a path that would stage them; the pages are the kernel's to keep
+//! until the socket does not refer to them any more, whatever the loop does with the tag meanwhile.
+//!
 //! What moves a payload, and what has to be done before and after it, differs by data path (`payload.rs`); the loop is
 //! the same for all. An operation on the socket may stop short: `stream.rs` knows what is left.
 //!
@@ -152,7 +155,7 @@ impl<'a> QueueLoop<'a> {
             length_bytes: 0,
         };
         let nr_connections = parts.sockets.len();
-        let ring = QueueRing::new(parts.queue, payloads, parts.sockets)?;
+        let ring = QueueRing::new(parts.queue, payloads, parts.sockets, parts.send_zc)?;
         let small_bytes_max = ring.small_bytes_max();
         Ok(Self {
             ring,
@@ -251,7 +254,16 @@ impl<'a> QueueLoop<'a> {
 
     // ------------------------------------------------------------------------------------------------- advance
 
-    fn advance(&mut self, (operation, result): Completed) -> Result<(), QueueError> {
+    fn advance(&mut self, completed: Completed) -> Result<(), QueueError> {
+        let (operation, result) = match completed {
+            Completed::Operation(operation, result) => (operation, result),
+            Completed::Notification { connection, was_copied } => {
+                if self.ring.notified(connection, was_copied) {
+                    (self.on_event)(QueueEvent::SentByReference { was_copied });
+                }
+                return Ok(());
+            }
+        };
         match operation {
             RingOperation::Tag(tag) => return self.tag_completed(tag, result),
             RingOperation::Register(tag) => self.registered(tag, result),
@@ -417,6 +429,11 @@ impl<'a> QueueLoop<'a> {
             lane.incoming = Incoming::default();
             lane.outgoing.abandon();
         }
+        for connection in self.connections() {
+            if let Err(error) = self.ring.drop_references(connection) {
+                tracing::warn!(connection, %error, "a lost connection's socket cannot be closed yet");
+            }
+        }
         // Counted before the main thread hears of the loss: it may look at once whether anything was unflushed.
         for connection in self.connections() {
             self.commit_completed(connection);
@@ -570,7 +587,7 @@ impl<'a> QueueLoop<'a> {
                     return;
                 }
             }
-            if lane.outgoing.has_payloads() && !self.ring.stages() {
+            if lane.outgoing.has_payloads() && !self.ring.stages(connection) {
                 return self.push_batch(connection);
             }
             if let Err(error) = self.send_now(connection) {

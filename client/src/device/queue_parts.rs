@@ -30,6 +30,11 @@ pub enum QueueEvent {
         /// Why, for people.
         reason: String,
     },
+    /// On a connection the first payload has left that was sent from a request's own pages.
+    SentByReference {
+        /// Whether the kernel has copied it all the same.
+        was_copied: bool,
+    },
     /// The thread ended, because the device went away or because of an error.
     Ended {
         /// Which queue.
@@ -125,6 +130,8 @@ pub struct QueueParts {
     pub reply_timeout: Duration,
     /// For so long after its last event the thread looks for the next without sleeping.
     pub busy_poll: Duration,
+    /// Whether large WRITEs are sent from the requests' own pages, by `Transfer::RecvSendFixed` only.
+    pub send_zc: bool,
     /// After so many bytes under one key a connection that the kernel encrypts is made anew.
     pub key_bytes_max: u64,
     /// What has been acknowledged and not flushed, by all queues.

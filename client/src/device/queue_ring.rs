@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::time::Duration;
 
-use io_uring::{opcode, squeue, types};
+use io_uring::{cqueue, opcode, squeue, types};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
 use rustix::net::SendFlags;
 use ublk_core::ring::{self, Sqe};
@@ -33,6 +33,8 @@ use super::stream::Stretch;
 const IORING_ENTER_GETEVENTS: u32 = 1;
 /// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before looking at it.
 const IORING_RECVSEND_POLL_FIRST: u16 = 1;
+/// `IORING_NOTIF_USAGE_ZC_COPIED`, the uppermost bit of a notification's result.
+const IORING_NOTIF_USAGE_ZC_COPIED: u32 = 1 << 31;
 /// Bytes of a connection's inbox, and of its outbox: 31 headers with payloads of 4 KiB.
 const BOX_BYTES: usize = 128 << 10;
 
@@ -81,7 +83,8 @@ impl Operation {
         (kind as u64) << 32 | (connection as u64) << 16 | tag as u64
     }
 
-    /// Whether memory or sockets of ours have to outlive it.
+    /// Whether memory or sockets of ours have to outlive it. The kernel itself holds on to the pages of a request until no socket
+    /// refers to them, and gives the request back only then.
     const fn names_memory(self) -> bool {
         !matches!(self, Self::Command | Self::Tick)
     }
@@ -104,8 +107,19 @@ impl Operation {
     }
 }
 
-/// A completion: what it belongs to, and its result (bytes, or a negative errno).
-pub type Completed = (Operation, i32);
+/// A completion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Completed {
+    /// What it belongs to, and its result: bytes, or a negative errno.
+    Operation(Operation, i32),
+    /// A connection's socket does not refer any more to the pages of a payload.
+    Notification {
+        /// Of this connection.
+        connection: u16,
+        /// Whether it ever did: the kernel may have copied them instead (`IORING_NOTIF_USAGE_ZC_COPIED`).
+        was_copied: bool,
+    },
+}
 
 /// How a submission stands to the one pushed after it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,18 +137,42 @@ struct Wire {
     inbox: Box<[u8]>,
     sends_out: usize,
     inbox_receives_out: usize,
+    /// Whether payloads are sent by reference.
+    sends_zc: bool,
+    /// Whether any was, so that the socket may refer to pages of requests.
+    may_refer: bool,
+    /// Whether a notification has come.
+    has_been_told: bool,
 }
 
 impl Wire {
-    fn new(socket: DataSocket) -> Self {
-        Self {
+    fn new(socket: DataSocket, send_zc: bool) -> io::Result<Self> {
+        let mut wire = Self {
             socket,
             // Zeroed by the kernel when first touched: an idle connection has no memory here.
             outbox: vec![0; BOX_BYTES].into_boxed_slice(),
             inbox: vec![0; BOX_BYTES].into_boxed_slice(),
             sends_out: 0,
             inbox_receives_out: 0,
+            sends_zc: false,
+            may_refer: false,
+            has_been_told: false,
+        };
+        wire.prepare(send_zc)?;
+        Ok(wire)
+    }
+
+    /// The socket is a new one: sends by reference if that is wanted and it can.
+    fn prepare(&mut self, send_zc: bool) -> io::Result<()> {
+        // For what is sent without the ring; the ring's own operations wait all the same.
+        self.socket.set_nonblocking()?;
+        (self.may_refer, self.has_been_told) = (false, false);
+        self.sends_zc = send_zc && self.socket.takes_references();
+        if self.sends_zc {
+            // If this process is killed, the next gets the requests only when no socket refers to their pages.
+            self.socket.drop_unsent_when_closed()?;
         }
+        Ok(())
     }
 
     fn fd(&self) -> types::Fd {
@@ -151,6 +189,7 @@ impl Wire {
 pub struct Source<'a> {
     queue: &'a Queue,
     payloads: &'a mut Payloads,
+    sends_zc: bool,
 }
 
 impl PayloadSource for Source<'_> {
@@ -162,8 +201,8 @@ impl PayloadSource for Source<'_> {
 
     fn stage(&mut self, tag: u16, len_bytes: u32) -> io::Result<bool> {
         match self.payloads.staging_mut() {
-            Some(staging) => staging.stage(self.queue, tag, len_bytes),
-            None => Ok(true),
+            Some(staging) if !self.sends_zc => staging.stage(self.queue, tag, len_bytes),
+            _ => Ok(true),
         }
     }
 }
@@ -178,21 +217,29 @@ pub struct QueueRing {
     by_hand: Box<[bool]>,
     wires: Box<[Wire]>,
     operations_out: usize,
+    /// Whether payloads are to be sent by reference, where a socket can.
+    send_zc: bool,
 }
 
 impl QueueRing {
-    /// Makes the ring. Must be called on the thread that will use it (single issuer).
+    /// Makes the ring. Must be called on the thread that will use it (single issuer). With `send_zc` the transfer has to be
+    /// [`Transfer::RecvSendFixed`].
     ///
     /// Errors: those of io_uring_setup and of registering the buffer table.
-    pub fn new(queue: Queue, payloads: Payloads, sockets: Vec<DataSocket>) -> io::Result<Self> {
+    pub fn new(
+        queue: Queue,
+        payloads: Payloads,
+        sockets: Vec<DataSocket>,
+        send_zc: bool,
+    ) -> io::Result<Self> {
         let depth = u32::from(queue.queue_depth());
-        for socket in &sockets {
-            // For what is sent without the ring; the ring's own operations wait all the same.
-            socket.set_nonblocking()?;
-        }
+        let nr_connections = sockets.len() as u32;
+        let wires =
+            sockets.into_iter().map(|socket| Wire::new(socket, send_zc)).collect::<io::Result<_>>()?;
         // In one pass a tag can bring a commit with the unregistration before it, or two sends, and a connection two
-        // receives and a poll; and each is one completion. The 8 hold the command's poll and the tick.
-        let entries = (depth * 3 + sockets.len() as u32 * 3 + 8).next_power_of_two();
+        // receives and a poll; and each is one completion, or two where it is sent by
+        // reference. The 8 hold the command's poll and the tick.
+        let entries = (depth * 3 + nr_connections * 3 + 8).next_power_of_two();
         let ring = ring::build_queue_ring(entries, entries * 2)?;
         if payloads.uses_buffer_table() {
             // The upper half is for buffers registered by hand: the automatic ones own the index of their tag.
@@ -203,8 +250,9 @@ impl QueueRing {
             by_hand: vec![false; depth as usize].into_boxed_slice(),
             queue,
             payloads,
-            wires: sockets.into_iter().map(Wire::new).collect(),
+            wires,
             operations_out: 0,
+            send_zc,
         })
     }
 
@@ -222,7 +270,8 @@ impl QueueRing {
     pub fn outbox(&mut self, connection: u16) -> (&mut [u8], Source<'_>) {
         let wire = &mut self.wires[usize::from(connection)];
         assert_eq!(wire.sends_out, 0, "the outbox is being sent");
-        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads })
+        let sends_zc = wire.sends_zc;
+        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads, sends_zc })
     }
 
     /// A header in a connection's inbox. Panics while a RECV into it is out, as in the next two.
@@ -289,9 +338,9 @@ impl QueueRing {
         self.push(Operation::Unregister(tag), sqe, Link::None);
     }
 
-    /// Whether large payloads are staged, so that they need no operation to be sent.
-    pub fn stages(&self) -> bool {
-        self.payloads.staging().is_some()
+    /// Whether large payloads are staged for a connection, so that they need no operation to be sent.
+    pub fn stages(&self, connection: u16) -> bool {
+        self.payloads.staging().is_some() && !self.wire(connection).sends_zc
     }
 
     /// The tag's request has ended, by a reply or without one.
@@ -374,16 +423,36 @@ impl QueueRing {
         self.push(Operation::Tick, opcode::Timeout::new(&TICK_TIMESPEC).build().into(), Link::None);
     }
 
-    /// Replaces a connection whose operations were all reaped. Errors: fcntl's.
+    /// Replaces a connection whose operations were all reaped. Errors: fcntl's and setsockopt's.
     ///
     /// # Panics
     /// When an operation on it is out.
     pub fn replace_socket(&mut self, connection: u16, socket: DataSocket) -> io::Result<()> {
-        socket.set_nonblocking()?;
+        let send_zc = self.send_zc;
         let wire = self.wire_mut(connection);
         assert_eq!((wire.sends_out, wire.inbox_receives_out), (0, 0), "the connection is in use");
         std::mem::replace(&mut wire.socket, socket).abort();
-        Ok(())
+        wire.prepare(send_zc)
+    }
+
+    /// A connection was lost, and its operations are reaped: its socket lets go of the pages that it may still refer to, or their
+    /// requests would not end before its peer is given up. Errors: those of socketpair(2).
+    ///
+    /// # Panics
+    /// As [`Self::replace_socket`].
+    pub fn drop_references(&mut self, connection: u16) -> io::Result<()> {
+        match self.wire(connection).may_refer {
+            true => self.replace_socket(connection, DataSocket::disconnected()?),
+            false => Ok(()),
+        }
+    }
+
+    /// What a notification says. After the first that was copied nothing more is sent by reference on the connection. True: it is
+    /// the connection's first.
+    pub fn notified(&mut self, connection: u16, was_copied: bool) -> bool {
+        let wire = self.wire_mut(connection);
+        wire.sends_zc &= !was_copied;
+        !std::mem::replace(&mut wire.has_been_told, true)
     }
 
     /// Before new connections. Errors: those of `Staging::renew`.
@@ -406,8 +475,16 @@ impl QueueRing {
     /// Sends the rest of the tag's payload.
     pub fn send_payload(&mut self, connection: u16, tag: u16, rest: Stretch, link: Link) {
         let place = self.place(tag, rest);
-        let sqe = self.transfer(connection).send(self.wire(connection).fd(), place, send_flags(link));
-        self.wire_mut(connection).sends_out += 1;
+        let socket = self.wire(connection).fd();
+        let sqe = match self.wire(connection).sends_zc {
+            true => {
+                ring::send_zc_fixed(socket, place.buf_index, place.addr, place.len_bytes, send_flags(link))
+            }
+            false => self.transfer(connection).send(socket, place, send_flags(link)),
+        };
+        let wire = self.wire_mut(connection);
+        wire.may_refer |= wire.sends_zc;
+        wire.sends_out += 1;
         self.push(Operation::SendPayload(connection, tag), sqe, link);
     }
 
@@ -445,6 +522,12 @@ impl QueueRing {
     pub fn reap(&mut self) -> Option<Completed> {
         let cqe = self.ring.completion().next()?;
         let operation = Operation::from_user_data(cqe.user_data());
+        if let Operation::SendPayload(connection, _) = operation
+            && cqueue::notif(cqe.flags())
+        {
+            let was_copied = cqe.result() as u32 & IORING_NOTIF_USAGE_ZC_COPIED != 0;
+            return Some(Completed::Notification { connection, was_copied });
+        }
         self.operations_out -= usize::from(operation.names_memory());
         match operation {
             Operation::ReceiveInbox(connection) => self.wire_mut(connection).inbox_receives_out -= 1,
@@ -453,7 +536,7 @@ impl QueueRing {
             }
             _ => {}
         }
-        Some((operation, cqe.result()))
+        Some(Completed::Operation(operation, cqe.result()))
     }
 
     fn wire(&self, connection: u16) -> &Wire {

@@ -9,6 +9,7 @@ use ublk_core::control::block_device_path;
 
 use crate::contract::{
     self, AttachmentDir, CONTRACT_VERSION, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec,
+    SendZc,
 };
 
 /// The status file of this process.
@@ -49,6 +50,7 @@ impl StatusFile {
             queue_depth: spec.queue_depth,
             server_address: String::new(),
             encryption: String::new(),
+            send_zc: SendZc::default(),
             session_epoch,
             on_stall: spec.on_stall,
             reconnects: 0,

@@ -172,6 +172,7 @@ impl AttachmentRecord {
             attachment.queue_depth = status.queue_depth.into();
             attachment.server_address.clone_from(&status.server_address);
             attachment.encryption.clone_from(&status.encryption);
+            status.send_zc.as_str().clone_into(&mut attachment.send_zc);
             attachment.session_epoch = status.session_epoch;
             let (on_stall, fail_after_ms) = stall_action(status.on_stall);
             attachment.set_on_stall(on_stall);
@@ -209,7 +210,7 @@ pub(crate) mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::contract::{CONTRACT_VERSION, ExportSpec, write_file};
+    use crate::contract::{CONTRACT_VERSION, ExportSpec, SendZc, write_file};
 
     /// A spec for a volume, as the supervisor would write it.
     pub(crate) fn spec(attachment_id: Uuid, target: &str) -> DeviceSpec {
@@ -229,6 +230,7 @@ pub(crate) mod tests {
             is_volatile: false,
             on_stall: StallPolicy::Wait,
             busy_poll_us: 0,
+            send_zc: false,
             recover: None,
             tls: None,
         }
@@ -257,6 +259,7 @@ pub(crate) mod tests {
             queue_depth: 128,
             server_address: "127.0.0.1:10809".to_owned(),
             encryption: "none".to_owned(),
+            send_zc: SendZc::Off,
             session_epoch: 3,
             on_stall: StallPolicy::Wait,
             reconnects: 0,

@@ -91,6 +91,7 @@ struct Wishes {
     queue_depth: Option<u16>,
     on_stall: StallPolicy,
     busy_poll_us: Option<u16>,
+    send_zc: bool,
 }
 
 impl Wishes {
@@ -122,6 +123,7 @@ impl Wishes {
             queue_depth: limited("queue_depth", request.queue_depth, UBLK_MAX_QUEUE_DEPTH)?,
             on_stall: stall_policy(request.on_stall(), request.stall_fail_after_ms),
             busy_poll_us: limited("busy_poll_us", request.busy_poll_us, BUSY_POLL_US_MAX)?,
+            send_zc: request.send_zc,
         })
     }
 
@@ -134,6 +136,10 @@ impl Wishes {
         };
         if spec.read_only != self.read_only {
             differ("read_only", &spec.read_only, &self.read_only);
+        }
+        // Not to ask for it leaves the choice.
+        if self.send_zc && !spec.send_zc {
+            differ("send_zc", &spec.send_zc, &self.send_zc);
         }
         if let Some(wished) = self.data_path.filter(|path| path.as_str() != in_use.data_path) {
             differ("data_path", &in_use.data_path, &wished);
@@ -368,6 +374,7 @@ impl Supervisor {
             is_volatile: false,
             on_stall: wishes.on_stall,
             busy_poll_us: wishes.busy_poll_us.unwrap_or(0),
+            send_zc: wishes.send_zc,
             recover: None,
             tls: None,
         }
@@ -685,11 +692,13 @@ mod tests {
             nr_connections: 6,
             queue_depth: 64,
             busy_poll_us: 50,
+            send_zc: true,
             ..request()
         };
         let differences = Wishes::of(&asked).unwrap().differences(&spec, &status);
         let expected = [
             "read_only false instead of true",
+            "send_zc false instead of true",
             "data_path mapped instead of fused",
             "nr_hw_queues 2 instead of 3",
             "nr_connections 2 instead of 6",

@@ -36,6 +36,7 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
         nr_connections: args.connections.unwrap_or_default(),
         queue_depth: args.queue_depth.unwrap_or_default(),
         busy_poll_us: args.busy_poll,
+        send_zc: args.send_zc,
         force: args.force,
         on_stall: stall_action(args.stall).into(),
         stall_fail_after_ms: stall_fail_after_ms(args.stall),

@@ -197,6 +197,12 @@ pub(crate) struct AttachArgs {
     /// while requests come, and nothing while none do.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, hide_default_value = true)]
     pub(crate) busy_poll: u32,
+    /// Let large writes leave from the requests' own pages (SEND_ZC)
+    ///
+    /// Spares the client's one copy of their data where the network card can fetch it by itself. A connection on which the
+    /// kernel copies it all the same, as on loopback, goes back to the usual way after the first one.
+    #[arg(long)]
+    pub(crate) send_zc: bool,
     /// Take the volume from the node that holds it; that node's I/O fails from then on
     #[arg(long)]
     pub(crate) force: bool,

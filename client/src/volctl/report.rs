@@ -110,6 +110,7 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "nr_connections": attachment.nr_connections,
         "queue_depth": attachment.queue_depth,
         "busy_poll_us": attachment.busy_poll_us,
+        "send_zc": attachment.send_zc,
         "server_address": attachment.server_address,
         "encryption": attachment.encryption,
         "pid": attachment.pid,

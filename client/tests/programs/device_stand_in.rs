@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use client::contract::{
     AttachmentDir, CONTRACT_VERSION, ControlCommand, ControlRequest, ControlResponse, DeviceSpec,
-    DeviceState, DeviceStatus, ExportSpec, boot_id, write_file,
+    DeviceState, DeviceStatus, ExportSpec, SendZc, boot_id, write_file,
 };
 use client::device::reconnect::StallPolicy;
 use client::node::device_process;
@@ -63,6 +63,7 @@ impl Folder {
             is_volatile: false,
             on_stall: StallPolicy::Wait,
             busy_poll_us: 0,
+            send_zc: false,
             recover: None,
             tls: None,
         };
@@ -88,6 +89,7 @@ impl Folder {
             queue_depth: 128,
             server_address: "127.0.0.1:9".to_owned(),
             encryption: "none".to_owned(),
+            send_zc: SendZc::Off,
             session_epoch: 3,
             on_stall: StallPolicy::Wait,
             reconnects: 0,

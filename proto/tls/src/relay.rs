@@ -32,8 +32,7 @@ const PAIR_BYTES: u64 = 2 * (PAIR_BUFFER_BYTES + (36 << 10));
 
 /// Memory that a relay may come to hold, in bytes: a chunk of plaintext and a quarter more to send, what rustls buffers in each
 /// direction (64 KiB), the part of its stack that is touched, and the kernel's between its two ends.
-pub const CONNECTION_BYTES: u64 =
-    (CHUNK_BYTES as u64 * 5 / 4) + 2 * (64 << 10) + (64 << 10) + PAIR_BYTES;
+pub const CONNECTION_BYTES: u64 = (CHUNK_BYTES as u64 * 5 / 4) + 2 * (64 << 10) + (64 << 10) + PAIR_BYTES;
 
 /// Starts a relay; gives the near end, which is blocking.
 ///

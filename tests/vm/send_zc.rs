@@ -1,0 +1,109 @@
+//! Large writes that are sent from the requests' own pages (SEND_ZC): where the kernel copies them all the same, where it does
+//! not, and what becomes of pages that a dead network has taken.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use testlab::harness::{Env, Test};
+use testlab::kernel_series::KernelSeries;
+use testlab::shell::{run, wait_for};
+use testlab::storage_node::{StorageNode, set_network_card};
+
+use crate::fio::verify;
+use crate::ride_through::{BOUND, reconnects, wait_for_state};
+
+pub(crate) const TESTS: &[Test] = &[
+    Test::new("send_zc::where_the_kernel_copies_it_turns_itself_off", where_the_kernel_copies),
+    Test::new("send_zc::a_network_card_takes_pages_and_a_dead_one_keeps_none", by_reference)
+        .once()
+        .within(400),
+];
+
+/// A lost server is noticed within 20 s (`REPLY_TIMEOUT`), and then requests fail after this.
+const FAIL_AFTER: Duration = Duration::from_secs(2);
+const FAILED_WITHIN: Duration = Duration::from_secs(35);
+/// How long a process that was killed may take to be replaced.
+const RECOVERED_WITHIN: Duration = Duration::from_secs(20);
+
+fn expect(node: &StorageNode, send_zc: &str) -> Result<()> {
+    wait_for(&format!("send_zc {send_zc}"), BOUND, || {
+        Ok((node.attachment("vol-1")?["send_zc"] == send_zc).then_some(()))
+    })
+}
+
+/// Of the size that is sent by reference.
+fn write_large(device: &Path) -> Result<String> {
+    let output = format!("of={}", device.display());
+    run("dd", &["if=/dev/zero", &output, "bs=1M", "count=4", "oflag=direct", "status=none"])
+}
+
+fn where_the_kernel_copies(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start(env)?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    let device = node.attach(&["vol-1", "--queues", "1", "--send-zc"])?;
+    let (before, after) = match env.series {
+        KernelSeries::V7 => ("untried", "copied"),
+        // A SEND cannot name a request's pages there.
+        KernelSeries::V6_12 => ("unsupported", "unsupported"),
+    };
+    // The kernel may have read the new disk, and not written it.
+    expect(&node, before)?;
+    verify(&device, 0, 16, 8)?;
+    expect(&node, after)?;
+    // The next connection is tried anew, because it may lead elsewhere.
+    let lost = reconnects(&node, "vol-1")?;
+    node.kill_server()?;
+    node.start_server()?;
+    wait_for("a new connection", BOUND, || Ok((reconnects(&node, "vol-1")? > lost).then_some(())))?;
+    verify(&device, 16, 16, 8)?;
+    expect(&node, after)?;
+    node.detach("vol-1")
+}
+
+fn by_reference(env: &Env) -> Result<()> {
+    let node = StorageNode::start_client_only(env)?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    let policy = format!("{}s", FAIL_AFTER.as_secs());
+    let options = ["--on-stall", "fail", "--after", &policy];
+    let device = node.attach(&[&["vol-1", "--queues", "1", "--send-zc"], &options[..]].concat())?;
+    verify(&device, 0, 16, 8)?;
+    expect(&node, "used")?;
+    // Pages that were handed to a card that sends nothing come back with the request's error, not when TCP gives up.
+    set_network_card(false)?;
+    let began = Instant::now();
+    let failed = write_large(&device);
+    let took = began.elapsed();
+    set_network_card(true)?;
+    ensure!(failed.is_err() && took < FAILED_WITHIN, "{failed:?} after {took:?}");
+    println!("without a network: {:#} after {took:.1?}", failed.err().context("an error")?);
+    wait_for_state(&node, "vol-1", "live", BOUND)?;
+    verify(&device, 16, 16, 8)?;
+    expect(&node, "used")?;
+    // And with the process that dies meanwhile: the next one gets the request.
+    node.volctl(&["policy", "vol-1", "--on-stall", "wait"])?.succeeded()?;
+    let pid = node.attachment("vol-1")?["pid"].as_u64().context("pid")?;
+    set_network_card(false)?;
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| write_large(&device));
+        // Not a wait for something: so much time the socket gets to take the pages.
+        thread::sleep(Duration::from_secs(1));
+        run("kill", &["-KILL", &pid.to_string()])?;
+        let began = Instant::now();
+        let recovered = wait_for("another process", RECOVERED_WITHIN, || {
+            let attachment = node.attachment("vol-1")?;
+            let is_there = attachment["pid"] != pid && attachment["state"] == "stalled";
+            Ok(is_there.then_some(()))
+        });
+        println!("the next process has the disk after {:.1?}", began.elapsed());
+        set_network_card(true)?;
+        recovered?;
+        writer.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+        wait_for_state(&node, "vol-1", "live", BOUND)
+    })?;
+    verify(&device, 32, 16, 8)?;
+    expect(&node, "used")?;
+    node.detach("vol-1")?;
+    node.volctl(&["delete", "vol-1"])?.succeeded().map(drop)
+}
