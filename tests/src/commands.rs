@@ -87,6 +87,8 @@ enum Part {
     /// The VM tests on kernel 6.12
     #[value(name = "6.12")]
     V6_12,
+    /// A machine that systemd boots and shuts down
+    Systemd,
     /// What an I/O costs, beside the floor
     Cost,
 }
@@ -207,7 +209,7 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
         .filter(|series| wants(if *series == KernelSeries::V7 { Part::V7 } else { Part::V6_12 }))
         .collect();
     let mut report = Report::new(options.filter.clone(), options.show_output);
-    if !options.host && !series.is_empty() {
+    if !options.host && (!series.is_empty() || wants(Part::Systemd)) {
         packages::ensure_installed(&workspace)?;
     } else if wants(Part::Host) {
         packages::ensure_tools(&workspace)?;
@@ -230,6 +232,9 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
                 vm_tests::run_in_vm(&workspace, series, &binaries, &mut report)?;
             }
         }
+    }
+    if wants(Part::Systemd) && options.kernel.is_none() && !options.host {
+        systemd_machine::test(&workspace, KernelSeries::V7, &mut report)?;
     }
     if let Some(build) = beside {
         build.finish()?;

@@ -52,10 +52,7 @@ fn main() -> ExitCode {
         allocations::TESTS,
         bench::TESTS,
         lying_disk::TESTS,
+        memory_pressure::TESTS,
     ];
-    let mut tests = modules.concat();
-    if std::env::var_os(memory_pressure::VARIABLE).is_some() {
-        tests.extend_from_slice(memory_pressure::TESTS);
-    }
-    testlab::harness::main(&tests)
+    testlab::harness::main(&modules.concat())
 }

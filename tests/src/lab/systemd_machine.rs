@@ -1,18 +1,20 @@
-//! `cargo lab systemd`: a machine that systemd boots and shuts down, with the units of `deploy/` installed as
+//! `cargo lab systemd`, and a part of `cargo lab test`: a machine that systemd boots and shuts down, with the units of `deploy/` installed as
 //! `docs/systemd.md` says, and a storage server on another machine.
 //!
 //! Three boots: a volume is made and mounted by its line in fstab; it is there after a reboot, and then the network goes
 //! before the machine does; and all is well after that. Each has to power off within a bound. What runs in each boot is in
 //! `guest/systemd/`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use testlab::kernel_series::KernelSeries;
 
 use super::guest_command::GuestCommand;
+use super::interrupt;
+use super::report::Report;
 use super::storage_machine::StorageMachine;
-use super::vm::{self, Processors};
+use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::Workspace;
 use super::{kernels, packages};
 use crate::commands::{self, PassThrough};
@@ -47,18 +49,69 @@ const BOOTS: [Boot; 3] = [
 /// Booting, and what runs there.
 const BOOT_DEADLINE: Duration = Duration::from_secs(400);
 
-/// Boots the machine three times.
+/// The name of all boots together as a test.
+const TEST_NAME: &str = "systemd::three_boots";
+
+/// Boots the machine three times, and shows what runs there.
 ///
 /// # Errors
 /// It cannot be made; or something in it failed, which has been printed, or it did not power off in time.
 pub(crate) fn run(workspace: &Workspace, series: KernelSeries) -> Result<()> {
     packages::ensure_installed(workspace)?;
-    packages::ensure_udev(workspace)?;
     commands::build(workspace)?;
+    println!("{}", boot_all(workspace, series, &mut PassThrough)?);
+    Ok(())
+}
+
+/// The same as a test of the report, if the filter wants it.
+///
+/// # Errors
+/// The lab was interrupted.
+pub(crate) fn test(workspace: &Workspace, series: KernelSeries, report: &mut Report) -> Result<()> {
+    if report.filter.as_ref().is_some_and(|filter| !TEST_NAME.contains(filter.as_str())) {
+        return Ok(());
+    }
+    let mut part = report.begin("a machine under systemd");
+    let began = Instant::now();
+    let mut output = Output::default();
+    let outcome = boot_all(workspace, series, &mut output);
+    interrupt::check()?;
+    let failure = outcome.as_ref().err().map(|error| format!("{error:#}\n{}", output.tail()));
+    part.end(TEST_NAME, began.elapsed().as_secs_f64(), failure.as_deref());
+    if let Ok(summary) = outcome {
+        println!("{summary}");
+    }
+    report.add(part);
+    Ok(())
+}
+
+/// What the machine said, to be shown if it fails.
+#[derive(Default)]
+struct Output(Vec<u8>);
+
+impl Output {
+    const LINES_SHOWN: usize = 100;
+
+    fn tail(&self) -> String {
+        let text = String::from_utf8_lossy(&self.0);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(Self::LINES_SHOWN)..].join("\n")
+    }
+}
+
+impl Follower for Output {
+    fn output(&mut self, _: Stream, bytes: &[u8]) -> Result<()> {
+        self.0.extend_from_slice(bytes);
+        Ok(())
+    }
+}
+
+fn boot_all(workspace: &Workspace, series: KernelSeries, follower: &mut dyn Follower) -> Result<String> {
+    packages::ensure_udev(workspace)?;
     let kernel = kernels::ensure_cached(workspace, series)?;
     let storage_machine = StorageMachine::start(workspace)?;
+    let mut power_off_times = Vec::new();
     for boot in BOOTS {
-        println!("== {} ==", boot.name);
         let command = GuestCommand::under_systemd(
             workspace,
             boot.script,
@@ -66,11 +119,13 @@ pub(crate) fn run(workspace: &Workspace, series: KernelSeries) -> Result<()> {
             boot.power_off_max,
         )?;
         let deadline = BOOT_DEADLINE + boot.power_off_max;
-        let ended = vm::run(workspace, &kernel, &command, Processors::Two, deadline, &mut PassThrough)
-            .context(boot.name)?;
+        let ended =
+            vm::run(workspace, &kernel, &command, Processors::Two, deadline, follower).context(boot.name)?;
         ensure!(ended.exit_code == 0, "{}: exit code {}", boot.name, ended.exit_code);
-        println!("powered off after {:.1} s", ended.power_off_time.as_secs_f64());
+        power_off_times.push(ended.power_off_time.as_secs_f64());
     }
-    println!("systemd: {} boots, nothing was lost and nothing held the machine up", BOOTS.len());
-    Ok(())
+    Ok(format!(
+        "systemd: {} boots, powered off after {power_off_times:.1?} s; nothing was lost and nothing held the machine up",
+        BOOTS.len()
+    ))
 }
