@@ -19,7 +19,7 @@ use super::tool;
 /// What the first stage needs before it can reach the other modules: PCI, 9p over virtio, overlay, the ports
 /// over which output leaves the guest, and the scratch disk.
 const MODULES: [&str; 7] =
-    ["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "virtio_blk", "virtio_net"];
+    ["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "virtio_blk", "e1000"];
 
 /// Runs as process 1 of the initramfs.
 const FIRST_STAGE: &str = include_str!("guest/first_stage.sh");
