@@ -17,7 +17,7 @@ use super::kernels::Kernel;
 use super::tool;
 
 /// What the first stage needs before it can reach the other modules: PCI, 9p over virtio, overlay, the ports
-/// over which output leaves the guest, and the scratch disk.
+/// over which output leaves the guest, the scratch disk, and the network card.
 const MODULES: [&str; 7] =
     ["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console", "virtio_blk", "e1000"];
 
