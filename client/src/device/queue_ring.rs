@@ -237,8 +237,8 @@ impl QueueRing {
         let wires =
             sockets.into_iter().map(|socket| Wire::new(socket, send_zc)).collect::<io::Result<_>>()?;
         // In one pass a tag can bring a commit with the unregistration before it, or two sends, and a connection two
-        // receives and a poll; and each is one completion, or two where it is sent by
-        // reference. The 8 hold the command's poll and the tick.
+        // receives and a poll; and each is one completion, or two
+        // where it is sent by reference. The 8 hold the command's poll and the tick.
         let entries = (depth * 3 + nr_connections * 3 + 8).next_power_of_two();
         let ring = ring::build_queue_ring(entries, entries * 2)?;
         if payloads.uses_buffer_table() {
