@@ -6,6 +6,7 @@
 //! the product, and it stores nothing.
 
 mod exchange;
+mod null_batch;
 mod null_target;
 
 use std::net::SocketAddr;
@@ -28,6 +29,9 @@ enum Part {
         /// Its size
         #[arg(long, default_value_t = 256)]
         size_mib: u64,
+        /// With commands for many requests at once (`UBLK_F_BATCH_IO`)
+        #[arg(long)]
+        batch: bool,
     },
     /// Exchanges requests and replies with a process of its own; prints nanoseconds per request
     Tcp(exchange::Shape),
@@ -53,7 +57,7 @@ fn main() -> ExitCode {
 
 fn run(part: &Part) -> Result<()> {
     match part {
-        Part::Null { size_mib } => null_target::serve(*size_mib),
+        Part::Null { size_mib, batch } => null_target::serve(*size_mib, *batch),
         Part::Tcp(shape) => exchange::ask(shape),
         Part::Answer { address, shape } => exchange::answer(*address, shape),
     }

@@ -6,13 +6,17 @@
 #![allow(unsafe_code)] // Pushing SQEs.
 
 use std::io::{Read as _, stdin};
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use ublk_core::abi::{UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
+use ublk_core::abi::{UBLK_F_BATCH_IO, UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
 use ublk_core::control::block_device_path;
 use ublk_core::ring::{Sqe, build_queue_ring};
 use ublk_core::{ControlDevice, DataPath, Device, DeviceParams, DeviceSpec, IoOp, Queue, TagBuffer};
+
+use super::null_batch;
 
 /// As deep as the product's queues are by default.
 const QUEUE_DEPTH: u16 = 128;
@@ -21,20 +25,24 @@ const QUEUE_DEPTH: u16 = 128;
 const MAX_IO_BYTES: u32 = 1 << 20;
 
 /// Adds the disk, says its path, serves until standard input ends, deletes it.
-pub(crate) fn serve(size_mib: u64) -> Result<()> {
+pub(crate) fn serve(size_mib: u64, is_batched: bool) -> Result<()> {
     let control = ControlDevice::open()?;
     let spec = DeviceSpec {
         dev_id: None,
         nr_hw_queues: 1,
         queue_depth: QUEUE_DEPTH,
         max_io_buf_bytes: MAX_IO_BYTES,
-        flags: DataPath::Fused.device_flags(),
+        flags: DataPath::Fused.device_flags() | if is_batched { UBLK_F_BATCH_IO } else { 0 },
         wished_flags: 0,
         ublksrv_flags: 0,
     };
     let mut device = Device::add(&control, &spec, &DeviceParams::new(size_mib << 20))?;
     let queue = device.queue(0)?;
-    let thread = thread::Builder::new().name("floor-q0".to_owned()).spawn(move || serve_queue(&queue))?;
+    let char_device = Arc::clone(device.char_device());
+    let thread = thread::Builder::new().name("floor-q0".to_owned()).spawn(move || match is_batched {
+        true => null_batch::serve_queue(&queue, char_device.as_raw_fd()),
+        false => serve_queue(&queue),
+    })?;
     device.start()?;
     println!("{}", block_device_path(device.dev_id()).display());
     stdin().read_to_end(&mut Vec::new())?;
@@ -67,12 +75,15 @@ fn serve_queue(queue: &Queue) -> Result<()> {
     Ok(())
 }
 
-/// Success, in full length.
 fn answer(queue: &Queue, tag: u16) -> Sqe {
+    queue.commit_and_fetch_req(tag, result(queue, tag), TagBuffer::AutoRegister { index: tag })
+}
+
+/// Success, in full length.
+pub(crate) fn result(queue: &Queue, tag: u16) -> i32 {
     let desc = queue.io_desc(tag);
     let has_data = matches!(desc.op(), IoOp::Read | IoOp::Write);
-    let result = if has_data { desc.len_bytes() as i32 } else { 0 };
-    queue.commit_and_fetch_req(tag, result, TagBuffer::AutoRegister { index: tag })
+    if has_data { desc.len_bytes() as i32 } else { 0 }
 }
 
 fn push(submissions: &mut io_uring::SubmissionQueue<'_, Sqe>, tag: u16, sqe: Sqe) -> Result<()> {

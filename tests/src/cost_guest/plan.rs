@@ -81,6 +81,8 @@ pub(crate) enum Subject {
     NvmeTcp,
     /// A ublk disk that answers at once: a part of the floor.
     UblkNull,
+    /// The same with commands for many requests at once, which volnode does not use.
+    UblkNullBatch,
     /// An exchange over TCP with no disk at all: the other part of the floor.
     Tcp,
     /// The kernel's own disk that answers at once.
@@ -103,7 +105,7 @@ impl Subject {
     /// In the order of the table.
     pub(crate) fn all() -> Vec<Self> {
         let ours = DataPath::LADDER.into_iter().map(Self::Ours);
-        ours.chain(Self::PEERS).chain(Self::FLOOR).chain([Self::NullBlk]).collect()
+        ours.chain(Self::PEERS).chain(Self::FLOOR).chain([Self::UblkNullBatch, Self::NullBlk]).collect()
     }
 
     /// What is compared by size: the pages lent to the ring with the request, put there by hand, and two ways of copying.
@@ -123,7 +125,7 @@ impl Subject {
 
     /// Whether it keeps what is written to it, so that this is verified first.
     pub(crate) fn stores(self) -> bool {
-        !matches!(self, Self::UblkNull | Self::Tcp | Self::NullBlk)
+        !matches!(self, Self::UblkNull | Self::UblkNullBatch | Self::Tcp | Self::NullBlk)
     }
 
     /// How often it is measured where `asked` is what was asked for: what involves no more than one daemon and one queue
@@ -135,7 +137,7 @@ impl Subject {
     /// How many times the cell's I/Os it is given: where an I/O does less, a measurement of the same length has more.
     pub(crate) fn ios_factor(self) -> u64 {
         match self {
-            Self::UblkNull => 6,
+            Self::UblkNull | Self::UblkNullBatch => 6,
             Self::Tcp => 2,
             Self::NullBlk => 8,
             _ => 1,
@@ -150,6 +152,7 @@ impl Subject {
             Self::KernelNbdAndOurServer => "nbd-volserver",
             Self::NvmeTcp => "nvme-tcp",
             Self::UblkNull => "ublk-null",
+            Self::UblkNullBatch => "ublk-null-batch",
             Self::Tcp => "tcp",
             Self::NullBlk => "null-blk",
         }
@@ -163,6 +166,7 @@ impl Subject {
             Self::KernelNbdAndOurServer => "kernel nbd + volserver".to_owned(),
             Self::NvmeTcp => "kernel NVMe/TCP + nvmet + brd".to_owned(),
             Self::UblkNull => "ublk null target, zero copy (stores nothing)".to_owned(),
+            Self::UblkNullBatch => "the same with `UBLK_F_BATCH_IO`".to_owned(),
             Self::Tcp => "TCP alone (stores nothing)".to_owned(),
             Self::NullBlk => "null_blk (fio and block layer alone, stores nothing)".to_owned(),
         }
@@ -202,7 +206,7 @@ impl Subject {
             Self::KernelNbdAndOurServer => by_our_server + 1 + in_our_server,
             // The sender lends its pages to the socket, but the RAM disk has memory of its own.
             Self::NvmeTcp => 2,
-            Self::UblkNull | Self::NullBlk => 0,
+            Self::UblkNull | Self::UblkNullBatch | Self::NullBlk => 0,
             Self::Tcp => in_and_out_of_the_socket,
         }
     }

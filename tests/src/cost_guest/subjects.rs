@@ -75,7 +75,8 @@ pub(crate) fn attach(subject: Subject, programs: &Path, directory: &Path) -> Res
                 _held: vec![Box::new(client), Box::new(target)],
             })
         }
-        Subject::UblkNull => Program::floor(programs).null_target(),
+        Subject::UblkNull => Program::floor(programs).null_target(&[]),
+        Subject::UblkNullBatch => Program::floor(programs).null_target(&["--batch"]),
         Subject::NullBlk => {
             run("modprobe", &["null_blk", "nr_devices=1", "gb=1", "bs=4096", "submit_queues=1"])?;
             Ok(Attached { device: PathBuf::from("/dev/nullb0"), _held: Vec::new() })
@@ -145,10 +146,10 @@ impl Program {
     }
 
     /// Starts the null target.
-    fn null_target(&self) -> Result<Attached> {
+    fn null_target(&self, options: &[&str]) -> Result<Attached> {
         run("modprobe", &["ublk_drv"])?;
         let mut command = Command::new(&self.0);
-        command.args(["null", "--size-mib", &SIZE_MIB.to_string()]);
+        command.args(["null", "--size-mib", &SIZE_MIB.to_string()]).args(options);
         let mut process =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("floor null")?;
         let stdout = process.stdout.take().context("its output")?;
