@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// Sizes in bytes and how many there are of each, for each ring. The largest is the announced maximum block size. Of the small
 /// classes half is enough for eight 4 KiB requests, two of 16 KiB and one of 64 KiB on each of 512 connections, so that a
@@ -31,6 +31,10 @@ const CLASSES: [(usize, usize); 7] = [
 
 /// Size and alignment of a huge page, in bytes, where there are such: x86-64's and aarch64's usual one.
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Buffers from this size on are asked for in huge pages: the kernel then finds the pages of one at once when a disk is to read into
+/// it (`docs/performance.md`). Smaller ones would make 2 MiB resident for little.
+const IN_HUGE_PAGES_BYTES_MIN: usize = 64 << 10;
 
 /// How many of the classes are the small ones.
 const SMALL_CLASSES: usize = 3;
@@ -149,8 +153,7 @@ impl BufferPool {
     pub fn new(size: PoolSize, connections_max: u32) -> io::Result<Self> {
         let class = |(&(buffer_bytes, _), count): (&(usize, usize), usize)| {
             Ok(Class {
-                // An empty mapping is none.
-                memory: Region::new((buffer_bytes * count).max(1))?,
+                memory: Region::of_buffers(buffer_bytes, count)?,
                 buffer_bytes,
                 reserve: count / 2,
                 share: (count / 2 / connections_max.max(1) as usize).max(1),
@@ -253,6 +256,18 @@ impl Region {
         let mapped_bytes = in_pages(length_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
         let start = map_anonymous(mapped_bytes, ProtFlags::READ | ProtFlags::WRITE)?;
         Ok(Self { start, length_bytes, mapped: (start, mapped_bytes) })
+    }
+
+    /// Maps the buffers of a class.
+    fn of_buffers(buffer_bytes: usize, count: usize) -> io::Result<Self> {
+        // An empty mapping is none.
+        let region = Self::new((buffer_bytes * count).max(1))?;
+        if buffer_bytes >= IN_HUGE_PAGES_BYTES_MIN {
+            let (mapped, mapped_bytes) = region.mapped;
+            // SAFETY: the region's own mapping, which the advice leaves as it is. Where it is not taken, pages are small.
+            let _ = unsafe { madvise(mapped.as_ptr().cast(), mapped_bytes, Advice::LinuxHugepage) };
+        }
+        Ok(region)
     }
 
     /// Maps the first `length_bytes` of a file, shared with it, at a multiple of [`HUGE_PAGE_BYTES`]: only so can huge
