@@ -240,7 +240,7 @@ impl Subject {
             Self::NvmeTcp => {
                 "out of the socket, to which the sender lends its pages; between the target's pages and the RAM disk"
             }
-            Self::UblkNull | Self::NullBlk => "no payload moves",
+            Self::UblkNull | Self::UblkNullBatch | Self::NullBlk => "no payload moves",
             Self::Tcp => "into the socket and out of it",
         }
     }
