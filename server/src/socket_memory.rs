@@ -77,10 +77,17 @@ impl WideSockets {
         }
         if self.receive_bytes_max > WIDE_BUFFER_BYTES_MAX {
             set_buffer(socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, WIDE_BUFFER_BYTES_MAX)?;
+            // The window of a connection that is there already may not open for it by itself.
+            set_option(
+                socket,
+                libc::IPPROTO_TCP,
+                libc::TCP_WINDOW_CLAMP,
+                WIDE_BUFFER_BYTES_MAX as libc::c_int,
+            )?;
             locked |= SOCK_RCVBUF_LOCK;
         }
         // What is not locked may grow by itself again.
-        set_option(socket, SO_BUF_LOCK, locked)
+        set_option(socket, libc::SOL_SOCKET, SO_BUF_LOCK, locked)
     }
 }
 
@@ -112,13 +119,19 @@ fn set_buffer(
     bytes: u64,
 ) -> io::Result<()> {
     let bytes = (bytes / 2) as libc::c_int;
-    set_option(socket, privileged, bytes).or_else(|_| set_option(socket, plain, bytes))
+    let set = |name| set_option(socket, libc::SOL_SOCKET, name, bytes);
+    set(privileged).or_else(|_| set(plain))
 }
 
-fn set_option(socket: BorrowedFd<'_>, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+fn set_option(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     let (address, length) = (std::ptr::from_ref(&value).cast(), size_of_val(&value) as libc::socklen_t);
     // SAFETY: the value is an integer of this length, borrowed for the call; the kernel copies it.
-    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, address, length) };
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, address, length) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
