@@ -87,20 +87,24 @@ impl TagBuffers {
     }
 }
 
-fn command(char_device: RawFd, cmd_op: u32, q_id: u16, elements: &[Element], elem_bytes: usize) -> Sqe {
+/// `struct ublk_batch_io` for so many elements of the type.
+fn header<T>(q_id: u16, elements: usize) -> [u8; 16] {
     let mut header = [0; 16];
     header[0..2].copy_from_slice(&q_id.to_ne_bytes());
-    header[4..6].copy_from_slice(&(elements.len() as u16).to_ne_bytes());
-    header[6] = elem_bytes as u8;
-    let address = if elements.is_empty() { None } else { Some(elements.as_ptr() as u64) };
-    opcode::UringCmd16::new(types::Fd(char_device), cmd_op).cmd(header).addr(address).build().into()
+    header[4..6].copy_from_slice(&(elements as u16).to_ne_bytes());
+    header[6] = size_of::<T>() as u8;
+    header
+}
+
+fn command(char_device: RawFd, cmd_op: u32, q_id: u16, elements: &[Element]) -> Sqe {
+    let builder = opcode::UringCmd16::new(types::Fd(char_device), cmd_op);
+    let builder = builder.cmd(header::<Element>(q_id, elements.len()));
+    builder.addr(Some(elements.as_ptr() as u64)).build().into()
 }
 
 fn fetch(char_device: RawFd, q_id: u16) -> Sqe {
-    let mut header = [0; 16];
-    header[0..2].copy_from_slice(&q_id.to_ne_bytes());
-    header[6] = size_of::<u16>() as u8;
-    let builder = opcode::UringCmd16::new(types::Fd(char_device), UBLK_U_IO_FETCH_IO_CMDS).cmd(header);
+    let builder = opcode::UringCmd16::new(types::Fd(char_device), UBLK_U_IO_FETCH_IO_CMDS);
+    let builder = builder.cmd(header::<u16>(q_id, 0));
     let sqe = builder.buf_index(Some(BUFFER_GROUP)).build().flags(squeue::Flags::BUFFER_SELECT);
     let mut sqe = Sqe::from(sqe);
     let flags = std::ptr::from_mut(&mut sqe).cast::<u8>().wrapping_add(SQE_FLAGS_OFFSET_BYTES).cast::<u32>();
@@ -117,7 +121,7 @@ pub(crate) fn serve_queue(queue: &Queue, char_device: RawFd) -> Result<()> {
     let mut buffers = TagBuffers::register(&ring)?;
     let mut elements: Vec<Element> =
         (0..depth).map(|tag| Element { tag, buf_index: tag, result: 0 }).collect();
-    let prepare = command(char_device, UBLK_U_IO_PREP_IO_CMDS, queue.q_id(), &elements, size_of::<Element>());
+    let prepare = command(char_device, UBLK_U_IO_PREP_IO_CMDS, queue.q_id(), &elements);
     push(&mut ring.submission(), prepare.user_data(PREP))?;
     ring.submit_and_wait(1)?;
     let prepared = ring.completion().next().context("an answer to PREP_IO_CMDS")?.result();
@@ -148,8 +152,7 @@ pub(crate) fn serve_queue(queue: &Queue, char_device: RawFd) -> Result<()> {
             }
         }
         if !elements.is_empty() {
-            let commit =
-                command(char_device, UBLK_U_IO_COMMIT_IO_CMDS, queue.q_id(), &elements, size_of::<Element>());
+            let commit = command(char_device, UBLK_U_IO_COMMIT_IO_CMDS, queue.q_id(), &elements);
             // Its answer would only say that all is well.
             push(&mut submissions, commit.user_data(COMMIT).flags(squeue::Flags::SKIP_SUCCESS))?;
         }

@@ -65,7 +65,7 @@ pub(crate) fn reconnects(node: &StorageNode, target: &str) -> Result<u64> {
 }
 
 /// Waits until connections were lost and made again more than `before` times.
-fn wait_for_reconnect(node: &StorageNode, target: &str, before: u64, what: &str) -> Result<()> {
+pub(crate) fn wait_for_reconnect(node: &StorageNode, target: &str, before: u64, what: &str) -> Result<()> {
     wait_for(what, BOUND, || Ok((reconnects(node, target)? > before).then_some(())))
 }
 

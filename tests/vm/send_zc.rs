@@ -12,7 +12,7 @@ use testlab::shell::{run, wait_for};
 use testlab::storage_node::{StorageNode, set_network_card};
 
 use crate::fio::verify;
-use crate::ride_through::{BOUND, reconnects, wait_for_state};
+use crate::ride_through::{BOUND, reconnects, wait_for_reconnect, wait_for_state};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("send_zc::where_the_kernel_copies_it_turns_itself_off", where_the_kernel_copies),
@@ -56,7 +56,7 @@ fn where_the_kernel_copies(env: &Env) -> Result<()> {
     let lost = reconnects(&node, "vol-1")?;
     node.kill_server()?;
     node.start_server()?;
-    wait_for("a new connection", BOUND, || Ok((reconnects(&node, "vol-1")? > lost).then_some(())))?;
+    wait_for_reconnect(&node, "vol-1", lost, "a new connection")?;
     verify(&device, 16, 16, 8)?;
     expect(&node, after)?;
     node.detach("vol-1")

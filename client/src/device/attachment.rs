@@ -481,15 +481,12 @@ impl Attachment {
         }
         self.links.redial.grown(export_bytes);
         tracing::info!(capacity_bytes, "the disk has grown");
-        let noted = status.update(|status| {
+        status.note(|status| {
             status.capacity_bytes = capacity_bytes;
             if let Some(session) = &mut status.session {
                 (session.export_bytes, session.capacity_bytes) = (export_bytes, capacity_bytes);
             }
         });
-        if let Err(error) = noted {
-            tracing::error!(%error, "the status file cannot be written");
-        }
     }
 
     fn set_policy(&mut self, policy: StallPolicy, status: &mut StatusFile) -> ControlResponse {
@@ -679,24 +676,18 @@ impl Links {
         if status.status().session.as_ref().is_none_or(|session| session.incarnation == is) {
             return;
         }
-        let changed = status.update(|status| {
+        status.note(|status| {
             if let Some(session) = &mut status.session {
                 is.clone_into(&mut session.incarnation);
             }
         });
-        if let Err(error) = changed {
-            tracing::error!(%error, "the status file cannot be written");
-        }
     }
 
     fn note_address(&self, address: String, status: &mut StatusFile) {
-        let changed = status.update(|status| {
+        status.note(|status| {
             status.server_address = address;
             status.reconnects += 1;
         });
-        if let Err(error) = changed {
-            tracing::error!(%error, "the status file cannot be written");
-        }
     }
 
     fn carry_out(&mut self, outputs: Vec<Output<Vec<DataSocket>>>) {
@@ -759,9 +750,7 @@ fn note_send_zc(send_zc: SendZc, status: &mut StatusFile) {
         return;
     }
     tracing::info!(send_zc = send_zc.as_str(), "large writes were sent from their own pages");
-    if let Err(error) = status.update(|status| status.send_zc = send_zc) {
-        tracing::error!(%error, "the status file cannot be written");
-    }
+    status.note(|status| status.send_zc = send_zc);
 }
 
 /// Removes the stable name if it still points to this device.

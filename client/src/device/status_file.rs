@@ -78,14 +78,18 @@ impl StatusFile {
 
     /// Enters a state and writes it. A status that cannot be written is logged: the device itself goes on.
     pub fn enter(&mut self, state: DeviceState, reason: &str) {
-        let changed = self.update(|status| {
+        self.note(|status| {
             if status.state != state {
                 status.state_since_ms = contract::now_ms();
             }
             status.state = state;
             status.state_reason = reason.to_owned();
         });
-        if let Err(error) = changed {
+    }
+
+    /// Changes it and writes it; that it cannot be written is logged.
+    pub fn note(&mut self, change: impl FnOnce(&mut DeviceStatus)) {
+        if let Err(error) = self.update(change) {
             tracing::error!(%error, "the status file cannot be written");
         }
     }

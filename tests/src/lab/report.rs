@@ -43,6 +43,11 @@ impl Report {
         Self { filter, show_output, parts: Vec::new() }
     }
 
+    /// Whether the filter, if there is one, leaves the test.
+    pub(crate) fn wants(&self, test_name: &str) -> bool {
+        self.filter.as_ref().is_none_or(|filter| test_name.contains(filter))
+    }
+
     /// Begins a part and says so.
     pub(crate) fn begin(&self, title: &str) -> PartReport {
         println!("\n== {title} ==");

@@ -44,7 +44,7 @@ type Ratios = BTreeMap<String, f64>;
 pub(crate) fn run(workspace: &Workspace, report: &mut Report) -> Result<()> {
     let mut cells: Vec<Cell> =
         WATCHED.iter().map(|heading| Cell::from_heading(heading)).collect::<Result<_>>()?;
-    cells.retain(|&cell| report.filter.as_ref().is_none_or(|filter| test_name(cell).contains(filter)));
+    cells.retain(|&cell| report.wants(&test_name(cell)));
     if cells.is_empty() {
         return Ok(());
     }
