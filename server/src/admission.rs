@@ -2,7 +2,7 @@
 //!
 //! Owns the counts. Never: decides anything else about a connection that is in. Called by `acceptor.rs`, which
 //! asks for a [`Place`] before a connection is given to a ring; the connection holds it, and giving it back is dropping it.
-//! Invariants: there are never more places, nor more wide ones, than the limits say; an address without a connection is not
+//! Invariants: there are never more places, nor more memory for wide sockets, than the limits say; an address without a connection is not
 //! remembered, so the table is no larger than the number of connections.
 
 use std::collections::HashMap;
@@ -13,7 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tracing::warn;
 
 use crate::limits::{Limits, MemoryPlan};
-use crate::socket_memory::WideSockets;
+use crate::socket_memory::{WIDTHS, WideSockets, Width};
+
+/// As many sockets of a width have to find room before one gets it.
+const CONNECTIONS_IN_ROOM: u64 = 16;
 
 /// Why a connection is not let in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -29,14 +32,15 @@ pub enum NotAdmitted {
 #[derive(Debug, Default)]
 struct Counts {
     total: u32,
-    wide: u32,
+    /// What the kernel may keep in all sockets beyond what narrow ones hold.
+    wide_bytes: u64,
     by_address: HashMap<IpAddr, OfAddress>,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
 struct OfAddress {
     connections: u32,
-    wide: u32,
+    wide_bytes: u64,
 }
 
 /// Counts connections.
@@ -44,18 +48,18 @@ struct OfAddress {
 pub struct Admission {
     connections_max: u32,
     connections_per_address_max: u32,
-    wide_max: u32,
+    wide_bytes_max: u64,
     wide_sockets: WideSockets,
     counts: Mutex<Counts>,
 }
 
 impl Admission {
-    /// Lets in as many as `limits` say, and has as many wide as are planned.
+    /// Lets in as many as `limits` say, and lets their sockets be as wide as is planned.
     pub fn new(limits: &Limits, plan: &MemoryPlan, wide_sockets: WideSockets) -> Arc<Self> {
         Arc::new(Self {
             connections_max: limits.connections_max,
             connections_per_address_max: limits.connections_per_address_max,
-            wide_max: plan.wide_sockets_max,
+            wide_bytes_max: plan.wide_sockets_bytes,
             wide_sockets,
             counts: Mutex::default(),
         })
@@ -80,20 +84,22 @@ impl Admission {
         }
         counts.total += 1;
         drop(counts);
-        Ok(Place { admission: Arc::clone(self), address, is_wide: false })
+        Ok(Place { admission: Arc::clone(self), address, wide_bytes: 0 })
     }
 
-    /// One address may have as many wide ones as it leaves to all others together, so none can take them all.
-    fn take_wide(&self, address: IpAddr) -> bool {
+    /// Takes memory for a wider socket: how wide, and how many bytes. One address gets no more than it leaves to all others together,
+    /// so none can take it all; and one connection no more than a part of what its address may still get, so that one which has
+    /// many loses width, but none of them all of it.
+    fn take_wide(&self, address: IpAddr) -> Option<(Width, u64)> {
         let mut counts = self.counts();
-        let left = self.wide_max - counts.wide;
-        let Some(of_address) = counts.by_address.get_mut(&address) else { return false };
-        let may_take = of_address.wide < left;
-        if may_take {
-            of_address.wide += 1;
-            counts.wide += 1;
-        }
-        may_take
+        let left_bytes = self.wide_bytes_max - counts.wide_bytes;
+        let of_address = counts.by_address.get_mut(&address)?;
+        let room_bytes = left_bytes.saturating_sub(of_address.wide_bytes);
+        let widths = WIDTHS.into_iter().map(|width| (width, self.wide_sockets.more_bytes(width)));
+        let taken = widths.into_iter().find(|(_, bytes)| bytes * CONNECTIONS_IN_ROOM <= room_bytes)?;
+        of_address.wide_bytes += taken.1;
+        counts.wide_bytes += taken.1;
+        Some(taken)
     }
 
     fn counts(&self) -> MutexGuard<'_, Counts> {
@@ -106,7 +112,8 @@ impl Admission {
 pub struct Place {
     admission: Arc<Admission>,
     address: Option<IpAddr>,
-    is_wide: bool,
+    /// Taken for the socket to be wider than narrow.
+    wide_bytes: u64,
 }
 
 impl Place {
@@ -114,12 +121,13 @@ impl Place {
     /// it is.
     pub fn widen(&mut self, socket: BorrowedFd<'_>) {
         let Some(address) = self.address else { return };
-        if self.is_wide || !self.admission.take_wide(address) {
+        if self.wide_bytes > 0 {
             return;
         }
+        let Some((width, bytes)) = self.admission.take_wide(address) else { return };
         // Also if it fails: one direction may be wide.
-        self.is_wide = true;
-        if let Err(error) = self.admission.wide_sockets.widen(socket) {
+        self.wide_bytes = bytes;
+        if let Err(error) = self.admission.wide_sockets.widen(socket, width) {
             warn!(%address, %error, "a connection's socket stays narrow");
         }
     }
@@ -129,11 +137,11 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut counts = self.admission.counts();
         counts.total -= 1;
-        counts.wide -= u32::from(self.is_wide);
+        counts.wide_bytes -= self.wide_bytes;
         let Some(address) = self.address else { return };
         let Some(of_address) = counts.by_address.get_mut(&address) else { return };
         of_address.connections -= 1;
-        of_address.wide -= u32::from(self.is_wide);
+        of_address.wide_bytes -= self.wide_bytes;
         if of_address.connections == 0 {
             counts.by_address.remove(&address);
         }
@@ -156,11 +164,14 @@ mod tests {
 
     use super::*;
 
+    /// About what a machine with 2 GiB has.
+    const WIDE_BYTES: u64 = 256 << 20;
+
     fn admission(connections_max: u32, connections_per_address_max: u32) -> Arc<Admission> {
         let limits = Limits { connections_max, connections_per_address_max, ..Limits::default() };
         let wide_sockets = WideSockets::of_this_machine();
-        let plan = limits.plan(1, 1 << 40, 0, wide_sockets.bytes()).unwrap();
-        Admission::new(&limits, &MemoryPlan { wide_sockets_max: 8, ..plan }, wide_sockets)
+        let plan = limits.plan(1, 1 << 40, 0, wide_sockets.more_bytes(WIDTHS[0])).unwrap();
+        Admission::new(&limits, &MemoryPlan { wide_sockets_bytes: WIDE_BYTES, ..plan }, wide_sockets)
     }
 
     fn ip(text: &str) -> Option<IpAddr> {
@@ -198,20 +209,38 @@ mod tests {
     }
 
     #[test]
-    fn no_address_takes_all_wide_sockets_and_they_come_back() {
-        let admission = admission(100, 100);
+    fn no_address_takes_all_the_width_and_it_comes_back() {
+        let admission = admission(1000, 1000);
         let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
-        let wide_of = |address: &str| {
-            let mut places: Vec<Place> = (0..20).map(|_| admission.admit(ip(address)).unwrap()).collect();
+        let wide_bytes_of = |address: &str| {
+            let mut places: Vec<Place> = (0..200).map(|_| admission.admit(ip(address)).unwrap()).collect();
             places.iter_mut().for_each(|place| place.widen(near.as_fd()));
-            let wide = places.iter().filter(|place| place.is_wide).count();
-            (wide, places)
+            (places.iter().map(|place| place.wide_bytes).sum::<u64>(), places)
         };
-        let first = wide_of("192.0.2.1");
-        let second = wide_of("192.0.2.2");
-        let third = wide_of("192.0.2.3");
-        assert_eq!((first.0, second.0, third.0), (4, 2, 1), "each half of what is left");
-        drop(first);
-        assert_eq!(wide_of("192.0.2.4").0, 3, "of five that are left");
+        let first = wide_bytes_of("192.0.2.1");
+        let second = wide_bytes_of("192.0.2.2");
+        let halves = [WIDE_BYTES / 2, (WIDE_BYTES - first.0) / 2];
+        for (taken_bytes, half_bytes) in [first.0, second.0].into_iter().zip(halves) {
+            assert!(
+                (half_bytes * 9 / 10..=half_bytes).contains(&taken_bytes),
+                "{taken_bytes} of {half_bytes}"
+            );
+        }
+        drop((first, second));
+        assert_eq!(admission.counts().wide_bytes, 0);
+    }
+
+    #[test]
+    fn an_address_with_many_connections_loses_width_by_and_by() {
+        let admission = admission(1000, 1000);
+        let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut places: Vec<Place> = (0..64).map(|_| admission.admit(ip("192.0.2.1")).unwrap()).collect();
+        places.iter_mut().for_each(|place| place.widen(near.as_fd()));
+        let taken: Vec<u64> = places.iter().map(|place| place.wide_bytes).collect();
+        assert!(taken.is_sorted_by(|one, next| one >= next), "{taken:?}");
+        for width in WIDTHS {
+            assert!(taken.contains(&admission.wide_sockets.more_bytes(width)), "{taken:?}");
+        }
+        assert!(taken[63] > 0, "a node with so many disks has none that is narrow");
     }
 }

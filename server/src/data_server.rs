@@ -27,7 +27,7 @@ use crate::gate::{self, Gate, GateMessage};
 use crate::io_loop::IoLoop;
 use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
 use crate::mailbox::{Mailbox, RingMessage};
-use crate::socket_memory::WideSockets;
+use crate::socket_memory::{WIDTHS, WideSockets};
 use crate::tls::ServerTls;
 use crate::volume::Faults;
 
@@ -178,8 +178,12 @@ impl DataServer {
         let ring_count = if config.threads == 0 { cores } else { config.threads };
         let limits = config.limits;
         let wide_sockets = WideSockets::of_this_machine();
-        let plan =
-            limits.plan(ring_count, machine_bytes(), config.tls.connection_bytes(), wide_sockets.bytes())?;
+        let plan = limits.plan(
+            ring_count,
+            machine_bytes(),
+            config.tls.connection_bytes(),
+            wide_sockets.more_bytes(WIDTHS[0]),
+        )?;
         let (rings, ring_threads) = start_rings(ring_count, &gate_sender, limits, plan, &config.tls)?;
         let volumes_dir = config.volumes_dir.clone();
         let identity = (boot_id.clone(), process_id.clone());
@@ -203,12 +207,12 @@ impl DataServer {
             return Err(error);
         }
         let memory_mib_max = plan.total_bytes >> 20;
-        let wide_sockets_max = plan.wide_sockets_max;
+        let wide_sockets_mib_max = plan.wide_sockets_bytes >> 20;
         info!(
             addresses = ?server.local_addrs,
             threads = ring_count,
             memory_mib_max,
-            wide_sockets_max,
+            wide_sockets_mib_max,
             "data side ready"
         );
         Ok(server)

@@ -7,8 +7,8 @@
 //!
 //! **What the memory limit means.** Nothing that a peer does makes the data side allocate beyond what was set aside at start:
 //! every ring has a pool of buffers, and every connection that may exist has its own part. Both are address space until they
-//! are first used. What the kernel keeps in the connections' sockets is in the sum: all of them are narrow, and as many may be
-//! wide as there is room for (`socket_memory.rs`). Not in the sum, because no peer decides it: the program, the catalog, and
+//! are first used. What the kernel keeps in the connections' sockets is in the sum: all of them are narrow, and they may be
+//! wider as far as there is room (`socket_memory.rs`). Not in the sum, because no peer decides it: the program, the catalog, and
 //! memory volumes, which are data.
 
 use std::time::Duration;
@@ -105,16 +105,16 @@ pub struct MemoryPlan {
     pub pool: PoolSize,
     /// Connections that a ring may come to have, if they are evenly divided.
     pub connections_per_ring: u32,
-    /// Connections whose sockets may be wide at once.
-    pub wide_sockets_max: u32,
+    /// What the kernel may keep in the sockets of all connections together, beyond what narrow ones hold.
+    pub wide_sockets_bytes: u64,
     /// The sum of everything, in bytes.
     pub total_bytes: u64,
 }
 
 impl Limits {
     /// Divides the memory among `rings` rings and all the connections there may be; `machine_bytes` is what the machine has,
-    /// `tls_bytes` what TLS may take for each connection, `wide_bytes` what the kernel may keep in a wide socket. Of what is left
-    /// beside the least of everything, the pools get three quarters, until they are full, and wide sockets the rest.
+    /// `tls_bytes` what TLS may take for each connection, `more_bytes` what the kernel may keep in the widest socket beyond what
+    /// it may in a narrow one. Of what is left beside the least of everything, the pools get three quarters, until they are full, and wide sockets the rest.
     ///
     /// # Errors
     /// [`TooLittleMemory`]
@@ -123,26 +123,25 @@ impl Limits {
         rings: usize,
         machine_bytes: u64,
         tls_bytes: u64,
-        wide_bytes: u64,
+        more_bytes: u64,
     ) -> Result<MemoryPlan, TooLittleMemory> {
         let (rings_count, connections_max) = (rings as u64, u64::from(self.connections_max));
         let connections_bytes = connections_max * (CONNECTION_BYTES + NARROW_BYTES + tls_bytes);
         let fixed_bytes = connections_bytes + rings_count * RING_BYTES;
         let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
         let least_bytes = with_pools(PoolSize::smallest(self.request_bytes_max));
-        let more_bytes = wide_bytes.saturating_sub(NARROW_BYTES).max(1);
         let full_bytes = with_pools(PoolSize::full(self.request_bytes_max)) + connections_max * more_bytes;
         let limit_bytes = self.memory_bytes_max.unwrap_or_else(|| full_bytes.min(machine_bytes / 2));
         let spare_bytes = limit_bytes.saturating_sub(least_bytes);
         let pool_bytes_max = (limit_bytes - spare_bytes / 4).saturating_sub(fixed_bytes) / rings_count.max(1);
         match PoolSize::within(pool_bytes_max, self.request_bytes_max) {
             Some(pool) => {
-                let wide_sockets_max = connections_max.min((limit_bytes - with_pools(pool)) / more_bytes);
+                let wide_sockets_bytes = (connections_max * more_bytes).min(limit_bytes - with_pools(pool));
                 Ok(MemoryPlan {
                     pool,
                     connections_per_ring: self.connections_max.div_ceil(rings as u32),
-                    wide_sockets_max: wide_sockets_max as u32,
-                    total_bytes: with_pools(pool) + wide_sockets_max * more_bytes,
+                    wide_sockets_bytes,
+                    total_bytes: with_pools(pool) + wide_sockets_bytes,
                 })
             }
             None => Err(TooLittleMemory {
@@ -160,7 +159,7 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
-    const WIDE_BYTES: u64 = 12 << 20;
+    const MORE_BYTES: u64 = 12 << 20;
 
     #[test]
     fn no_plan_is_above_its_limit_and_one_byte_less_than_the_least_is_refused() {
@@ -174,9 +173,9 @@ mod tests {
                 };
                 let least_bytes = u64::from(connections_max) * (CONNECTION_BYTES + NARROW_BYTES)
                     + rings as u64 * (RING_BYTES + PoolSize::smallest(request_bytes_max).bytes());
-                assert!(limits(least_bytes - 1).plan(rings, GIB, 0, WIDE_BYTES).is_err());
+                assert!(limits(least_bytes - 1).plan(rings, GIB, 0, MORE_BYTES).is_err());
                 for memory_bytes_max in [least_bytes, least_bytes + (7 << 20), 2 * least_bytes, 1 << 40] {
-                    let plan = limits(memory_bytes_max).plan(rings, GIB, 0, WIDE_BYTES).unwrap();
+                    let plan = limits(memory_bytes_max).plan(rings, GIB, 0, MORE_BYTES).unwrap();
                     assert!(plan.total_bytes <= memory_bytes_max, "{plan:?}");
                     assert!(plan.pool.bytes() <= PoolSize::full(request_bytes_max).bytes());
                 }
@@ -187,15 +186,15 @@ mod tests {
     #[test]
     fn unset_it_is_half_of_the_machine_at_most_and_full_pools_where_there_is_room() {
         let limits = Limits::default();
-        let plan = limits.plan(2, 1 << 40, 0, WIDE_BYTES).unwrap();
+        let plan = limits.plan(2, 1 << 40, 0, MORE_BYTES).unwrap();
         assert_eq!(plan.pool, PoolSize::full(limits.request_bytes_max));
-        assert_eq!(plan.wide_sockets_max, limits.connections_max);
-        let plan = limits.plan(8, 2 * GIB, 0, WIDE_BYTES).unwrap();
-        assert!((1..limits.connections_max).contains(&plan.wide_sockets_max), "{plan:?}");
+        assert_eq!(plan.wide_sockets_bytes, u64::from(limits.connections_max) * MORE_BYTES);
+        let plan = limits.plan(8, 2 * GIB, 0, MORE_BYTES).unwrap();
+        assert!((MORE_BYTES..100 * MORE_BYTES).contains(&plan.wide_sockets_bytes), "{plan:?}");
         assert!(
             plan.total_bytes <= GIB && plan.pool.bytes() < PoolSize::full(limits.request_bytes_max).bytes()
         );
-        let error = limits.plan(8, GIB / 2, 0, WIDE_BYTES).unwrap_err();
+        let error = limits.plan(8, GIB / 2, 0, MORE_BYTES).unwrap_err();
         assert!(error.to_string().contains("a memory limit of 256 MiB is too little"), "{error}");
     }
 
@@ -203,8 +202,8 @@ mod tests {
     fn tls_is_in_the_sum() {
         let limits = Limits { memory_bytes_max: Some(GIB), ..Limits::default() };
         let [without, with] =
-            [0, 300 << 10].map(|tls_bytes| limits.plan(2, GIB, tls_bytes, WIDE_BYTES).unwrap());
+            [0, 300 << 10].map(|tls_bytes| limits.plan(2, GIB, tls_bytes, MORE_BYTES).unwrap());
         assert!(with.total_bytes <= GIB && with.pool.bytes() < without.pool.bytes());
-        assert!(limits.plan(2, GIB, 1 << 20, WIDE_BYTES).is_err(), "a GiB for TLS leaves none for buffers");
+        assert!(limits.plan(2, GIB, 1 << 20, MORE_BYTES).is_err(), "a GiB for TLS leaves none for buffers");
     }
 }

@@ -1,7 +1,7 @@
 //! How much of the kernel's memory a connection's socket may come to hold.
 //!
-//! Owns the two bounds and how a socket gets them: narrow, which every connection has from its first byte, and wide, which
-//! those get that are worth it. Never: decides who is; `admission.rs` counts, `limits.rs` adds up.
+//! Owns the bounds and how a socket gets them: narrow, which every connection has from its first byte, and the [`WIDTHS`], of
+//! which those get one that are worth it. Never: decides who is; `admission.rs` counts, `limits.rs` adds up.
 //! Called by: `data_address.rs` (accept) and `admission.rs`.
 //!
 //! The kernel lets a socket's buffers grow with the connection's speed, up to `net.ipv4.tcp_wmem` and `tcp_rmem`: a thousand
@@ -28,9 +28,19 @@ pub const NARROW_BYTES: u64 = 2 * (NARROW_BUFFER_BYTES + PACKET_BYTES);
 const UNIX_BUFFER_BYTES: u64 = 208 << 10;
 const _: () = assert!(UNIX_BUFFER_BYTES + PACKET_BYTES / 2 <= NARROW_BYTES);
 
-/// Each direction's buffer of a wide socket is no larger than this, whatever the kernel's own maximum is, in bytes: enough for
-/// 25 Gbit/s over 1 ms.
-const WIDE_BUFFER_BYTES_MAX: u64 = 8 << 20;
+/// How wide a socket may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Width {
+    /// Each direction's buffer is no larger than this, whatever the kernel's own maximum is, in bytes as above.
+    buffer_bytes_max: u64,
+}
+
+/// From the widest on: enough for 25 Gbit/s over 1 ms; for several requests of the usual sizes at once; for one of them.
+pub const WIDTHS: [Width; 3] = [
+    Width { buffer_bytes_max: 8 << 20 },
+    Width { buffer_bytes_max: 1 << 20 },
+    Width { buffer_bytes_max: 256 << 10 },
+];
 
 /// `SO_BUF_LOCK`, with the directions in which a size that was set holds.
 const SO_BUF_LOCK: libc::c_int = 72;
@@ -58,32 +68,30 @@ impl WideSockets {
         }
     }
 
-    /// The kernel memory of one, in bytes.
-    pub fn bytes(&self) -> u64 {
-        let buffer_bytes =
-            |bytes_max: u64| bytes_max.clamp(NARROW_BUFFER_BYTES, WIDE_BUFFER_BYTES_MAX) + PACKET_BYTES;
-        buffer_bytes(self.send_bytes_max) + buffer_bytes(self.receive_bytes_max)
+    /// The kernel memory of a socket of this width beyond that of a narrow one, in bytes; never 0.
+    pub fn more_bytes(&self, width: Width) -> u64 {
+        let buffer_bytes = |kernel_bytes_max: u64| {
+            kernel_bytes_max.min(width.buffer_bytes_max).max(NARROW_BUFFER_BYTES) + PACKET_BYTES
+        };
+        let bytes = buffer_bytes(self.send_bytes_max) + buffer_bytes(self.receive_bytes_max);
+        bytes.saturating_sub(NARROW_BYTES).max(1)
     }
 
-    /// Makes a narrow TCP socket a wide one.
+    /// Makes a narrow TCP socket one of this width.
     ///
     /// # Errors
     /// The system's own; the socket is as it was, or wider in one direction.
-    pub fn widen(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+    pub fn widen(&self, socket: BorrowedFd<'_>, width: Width) -> io::Result<()> {
+        let bytes_max = width.buffer_bytes_max;
         let mut locked = 0;
-        if self.send_bytes_max > WIDE_BUFFER_BYTES_MAX {
-            set_buffer(socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, WIDE_BUFFER_BYTES_MAX)?;
+        if self.send_bytes_max > bytes_max {
+            set_buffer(socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, bytes_max)?;
             locked |= SOCK_SNDBUF_LOCK;
         }
-        if self.receive_bytes_max > WIDE_BUFFER_BYTES_MAX {
-            set_buffer(socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, WIDE_BUFFER_BYTES_MAX)?;
+        if self.receive_bytes_max > bytes_max {
+            set_buffer(socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, bytes_max)?;
             // The window of a connection that is there already may not open for it by itself.
-            set_option(
-                socket,
-                libc::IPPROTO_TCP,
-                libc::TCP_WINDOW_CLAMP,
-                WIDE_BUFFER_BYTES_MAX as libc::c_int,
-            )?;
+            set_option(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, bytes_max as libc::c_int)?;
             locked |= SOCK_RCVBUF_LOCK;
         }
         // What is not locked may grow by itself again.
@@ -213,19 +221,19 @@ mod tests {
 
     #[test]
     fn a_wide_socket_grows_and_no_further_than_it_is_counted_for() {
-        for wide in [
-            WideSockets::of_this_machine(),
-            WideSockets { send_bytes_max: 1 << 40, receive_bytes_max: 1 << 40 },
-        ] {
-            let (server, client) = connect();
-            narrow(&server).unwrap();
-            wide.widen(server.as_fd()).unwrap();
-            exercise(&server, &client);
-            stuff(&server, 1 << 20);
-            stuff(&client, 1 << 20);
-            let bytes = kernel_bytes(&server);
-            println!("{bytes} of {}", wide.bytes());
-            assert!((4 * NARROW_BYTES..=wide.bytes()).contains(&bytes), "{bytes} of {}", wide.bytes());
+        let without_maximum = WideSockets { send_bytes_max: 1 << 40, receive_bytes_max: 1 << 40 };
+        for wide in [WideSockets::of_this_machine(), without_maximum] {
+            for width in WIDTHS {
+                let (server, client) = connect();
+                narrow(&server).unwrap();
+                wide.widen(server.as_fd(), width).unwrap();
+                exercise(&server, &client);
+                stuff(&server, 1 << 20);
+                stuff(&client, 1 << 20);
+                let (bytes, bytes_max) = (kernel_bytes(&server), NARROW_BYTES + wide.more_bytes(width));
+                println!("{width:?}: {bytes} of {bytes_max}");
+                assert!((bytes_max / 2..=bytes_max).contains(&bytes), "{width:?}: {bytes} of {bytes_max}");
+            }
         }
     }
 }

@@ -6,9 +6,10 @@
 //! server after another, and each round begins with another server, so that what slows the machine for a while slows them
 //! all. A run that is missing is an error, never a gap. `--quick` is the same in small, with the lab's own build, to see that
 //! everything works.
-//! Read in this order: `plan` → `servers` → `drivers` → here → `summary` → `table`.
+//! Read in this order: `plan` → `network` → `servers` → `drivers` → here → `summary` → `table`.
 
 mod drivers;
+mod network;
 mod plan;
 mod servers;
 mod summary;
@@ -83,6 +84,7 @@ pub(crate) fn run(workspace: &Workspace, quick: bool, write: bool, parent: &Path
     let profile = if quick { workspace::PROFILE } else { PROFILE };
     measurement::build_programs(workspace, profile, &PROGRAMS)?;
     let plan = if quick { Plan::QUICK } else { Plan::FULL };
+    network::enter()?;
     let scratch = Scratch::new(parent)?;
     let samples = measure(&workspace.target.join(profile), &scratch.0, plan)?;
     let rows = summary::rows(&samples, &plan)?;
@@ -196,10 +198,11 @@ fn machine_lines(directory: &Path) -> Result<String> {
     let load = fs::read_to_string("/proc/loadavg").context("/proc/loadavg")?;
     let file_system = measurement::file_system(directory)?;
     Ok(format!(
-        "Linux {}, {}; files on {file_system}; {}; volnode {}. Load average of the machine at the end (1, 5, 15 minutes; the \
-         measurement itself is some 1.5 of it): {}.\n",
+        "Linux {}, {}; {} over loopback; files on {file_system}; {}; volnode {}. Load average of the machine at the end \
+         (1, 5, 15 minutes; the measurement itself is some 1.5 of it): {}.\n",
         this_machine::release(),
         model.trim_start_matches([' ', '\t', ':']),
+        network::CONGESTION_CONTROL,
         versions.join(", "),
         env!("CARGO_PKG_VERSION"),
         load.split_whitespace().take(3).collect::<Vec<_>>().join(" "),
