@@ -1,6 +1,6 @@
 //! One connection on its ring: moves bytes between the socket, the session and the volume.
 //!
-//! Owns: which operation of the socket is in flight, which buffer each request holds, and when the connection is over.
+//! Owns: which operation of the socket is in flight, which buffer or pages each request holds, and when the connection is over.
 //! Never: parses (`session.rs` does), decides what a request needs (`volume.rs` does), or waits.
 //! Called by: `io_loop.rs`, with the results of operations and, once in a pass, [`Connection::advance`].
 //!
@@ -28,6 +28,7 @@ use crate::data_address::Peer;
 use crate::fence::ConnectionId;
 use crate::limits::Limits;
 use crate::mailbox::Opened;
+use crate::page_pipes::PipeId;
 use crate::ring::{BULK_BYTES, Completion, OpKind, PayloadPlace, Ring};
 use crate::session::{Action, IN_FLIGHT_REQUESTS_MAX, Session, SlotId};
 use crate::tls::Secured;
@@ -101,6 +102,8 @@ enum Held {
 #[derive(Debug, Default)]
 struct InFlight {
     buffer: Option<Buffer>,
+    /// Of a READ whose data is not in a buffer.
+    pages: Option<PipeId>,
     buffer_bytes: usize,
     progress: Option<RequestProgress>,
 }
@@ -349,6 +352,9 @@ impl Connection {
             if let Some(buffer) = request.buffer.take() {
                 ring.pool().release(buffer);
             }
+            if let Some(pages) = request.pages.take() {
+                ring.pipes().release(pages);
+            }
         }
     }
 
@@ -571,6 +577,13 @@ impl Connection {
             self.begin_unless_payload_is_missing(ring, slot);
             return;
         }
+        if request.command == Command::Read
+            && let Some(pages) = ring.hold_pages(self.index, request.offset_bytes, length_bytes)
+        {
+            self.requests[usize::from(slot.0)].pages = Some(pages);
+            self.session.complete(slot);
+            return;
+        }
         let length_bytes = length_bytes as usize;
         let is_too_much = self.held_bytes > 0 && self.held_bytes + length_bytes > HELD_BYTES_MAX;
         if is_too_much || !ring.pool().may_take(length_bytes, &self.held_buffers) {
@@ -673,12 +686,16 @@ impl Connection {
             self.held_buffers.remove(&buffer);
             ring.pool().release(buffer);
         }
+        if let Some(pages) = request.pages.take() {
+            ring.pipes().release(pages);
+        }
     }
 
     fn payload_place(&self, slot: SlotId) -> PayloadPlace<'_> {
-        match &self.requests[usize::from(slot.0)].buffer {
-            Some(buffer) => PayloadPlace::Buffer(buffer),
-            None => PayloadPlace::Volume(self.session.request(slot).offset_bytes),
+        match &self.requests[usize::from(slot.0)] {
+            InFlight { buffer: Some(buffer), .. } => PayloadPlace::Buffer(buffer),
+            InFlight { pages: Some(pages), .. } => PayloadPlace::Pages(pages),
+            _ => PayloadPlace::Volume(self.session.request(slot).offset_bytes),
         }
     }
 }

@@ -20,6 +20,7 @@ use proto::nbd::handshake::server::OPTIONS_MAX;
 use crate::backend::ZEROES_BYTES_MAX;
 use crate::block_status::ANSWERS_BYTES_MAX;
 use crate::buffers::PoolSize;
+use crate::page_pipes::HELD_BYTES_MAX;
 use crate::ring::BULK_BYTES;
 use crate::socket_memory::NARROW_BYTES;
 
@@ -28,6 +29,9 @@ const BOOKKEEPING_BYTES: u64 = 64 << 10;
 
 /// What a ring has beside its pool and its connections: zeroes to write, extents on their way, lists.
 const RING_BYTES: u64 = ZEROES_BYTES_MAX as u64 + ANSWERS_BYTES_MAX + (256 << 10);
+
+/// READs of one ring that may hold pages of the page cache at once; more are read into buffers.
+const PAGE_PIPES_MAX: u64 = 32;
 
 /// What a handshake may come to hold: a long option as it arrives, in a vector that grows by doubling, and once more when it is
 /// looked at. It is let go before the receive memory is used in full.
@@ -107,6 +111,8 @@ pub struct MemoryPlan {
     pub connections_per_ring: u32,
     /// What the kernel may keep in the sockets of all connections together, beyond what narrow ones hold.
     pub wide_sockets_bytes: u64,
+    /// READs of each ring that may hold pages of the page cache at once.
+    pub page_pipes: u16,
     /// The sum of everything, in bytes.
     pub total_bytes: u64,
 }
@@ -114,7 +120,8 @@ pub struct MemoryPlan {
 impl Limits {
     /// Divides the memory among `rings` rings and all the connections there may be; `machine_bytes` is what the machine has,
     /// `tls_bytes` what TLS may take for each connection, `more_bytes` what the kernel may keep in the widest socket beyond what
-    /// it may in a narrow one. Of what is left beside the least of everything, the pools get three quarters, until they are full, and wide sockets the rest.
+    /// it may in a narrow one. Of what is left beside the least of everything, the pools get three quarters, until they are full,
+    /// held pages a quarter of the rest, and wide sockets what is left then.
     ///
     /// # Errors
     /// [`TooLittleMemory`]
@@ -130,18 +137,25 @@ impl Limits {
         let fixed_bytes = connections_bytes + rings_count * RING_BYTES;
         let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
         let least_bytes = with_pools(PoolSize::smallest(self.request_bytes_max));
-        let full_bytes = with_pools(PoolSize::full(self.request_bytes_max)) + connections_max * more_bytes;
+        let pipe_bytes = rings_count * u64::from(HELD_BYTES_MAX);
+        let full_bytes = with_pools(PoolSize::full(self.request_bytes_max))
+            + connections_max * more_bytes
+            + PAGE_PIPES_MAX * pipe_bytes;
         let limit_bytes = self.memory_bytes_max.unwrap_or_else(|| full_bytes.min(machine_bytes / 2));
         let spare_bytes = limit_bytes.saturating_sub(least_bytes);
         let pool_bytes_max = (limit_bytes - spare_bytes / 4).saturating_sub(fixed_bytes) / rings_count.max(1);
         match PoolSize::within(pool_bytes_max, self.request_bytes_max) {
             Some(pool) => {
-                let wide_sockets_bytes = (connections_max * more_bytes).min(limit_bytes - with_pools(pool));
+                let left_bytes = limit_bytes - with_pools(pool);
+                let page_pipes = PAGE_PIPES_MAX.min(left_bytes / 4 / pipe_bytes.max(1));
+                let held_bytes = page_pipes * pipe_bytes;
+                let wide_sockets_bytes = (connections_max * more_bytes).min(left_bytes - held_bytes);
                 Ok(MemoryPlan {
                     pool,
                     connections_per_ring: self.connections_max.div_ceil(rings as u32),
                     wide_sockets_bytes,
-                    total_bytes: with_pools(pool) + wide_sockets_bytes,
+                    page_pipes: page_pipes as u16,
+                    total_bytes: with_pools(pool) + held_bytes + wide_sockets_bytes,
                 })
             }
             None => Err(TooLittleMemory {

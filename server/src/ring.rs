@@ -30,6 +30,7 @@ use crate::block_status::{ExtentFinder, StatusQuery};
 use crate::buffers::{Buffer, BufferPool, Region};
 use crate::limits::MemoryPlan;
 use crate::mailbox::Mailbox;
+use crate::page_pipes::{PagePipes, PipeId};
 use crate::session::{IN_FLIGHT_REQUESTS_MAX, SlotId};
 use crate::sync_groups::{Begin, Member, SyncGroups};
 use crate::volume::{Backend, Volume};
@@ -115,15 +116,25 @@ pub enum PayloadPlace<'a> {
     Buffer(&'a Buffer),
     /// In the memory of the connection's volume, from this byte.
     Volume(u64),
+    /// Pages that are held: only to be sent.
+    Pages(&'a PipeId),
 }
 
-/// Pages of a memory volume that are sent as they are.
+/// Pages that are sent as they are.
 #[derive(Debug, Clone, Copy)]
 struct Pages {
     /// How many of the message's vectors come before them.
     after_vectors: usize,
-    offset_bytes: u64,
+    place: PagesPlace,
     length_bytes: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum PagesPlace {
+    /// In the memory volume's file, from this byte.
+    Volume(u64),
+    /// In the pipe of this index.
+    Pipe(u16),
 }
 
 /// What is being sent, in this order: vectors, and pages between them.
@@ -162,6 +173,7 @@ pub struct Ring {
     io: IoUring,
     memory: ManuallyDrop<Memory>,
     free_indices: Vec<u32>,
+    pipes: PagePipes,
     syncs: SyncGroups,
     synced: Vec<Member>,
     extents: ExtentFinder,
@@ -192,6 +204,7 @@ impl Ring {
             io,
             memory: ManuallyDrop::new(memory),
             free_indices: Vec::new(),
+            pipes: PagePipes::new(plan.page_pipes),
             syncs: SyncGroups::default(),
             synced: Vec::with_capacity(IN_FLIGHT_REQUESTS_MAX),
             extents: ExtentFinder::start(number, Arc::clone(mailbox))?,
@@ -202,6 +215,22 @@ impl Ring {
     /// The payload buffers.
     pub fn pool(&mut self) -> &mut BufferPool {
         &mut self.memory.pool
+    }
+
+    /// Pages held for replies.
+    pub fn pipes(&mut self) -> &mut PagePipes {
+        &mut self.pipes
+    }
+
+    /// Takes hold of what a READ wants of the connection's volume, if that goes without reading; it has to be given back.
+    pub fn hold_pages(&mut self, connection: u32, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
+        let volume = self.memory.connections[connection as usize].as_ref()?.volume.as_deref()?;
+        match &volume.backend {
+            Backend::File(file) if !file.is_direct() => {
+                self.pipes.hold(file.file(), offset_bytes, length_bytes)
+            }
+            _ => None,
+        }
     }
 
     /// Whether a request waits for a buffer.
@@ -335,6 +364,7 @@ impl Ring {
             PayloadPlace::Volume(offset_bytes) => {
                 self.volume_memory(connection).write(offset_bytes + u64::from(done_bytes), source);
             }
+            PayloadPlace::Pages(_) => panic!("held pages are not written"),
         }
     }
 
@@ -416,7 +446,13 @@ impl Ring {
     pub fn add_payload(&mut self, connection: u32, place: PayloadPlace<'_>, length_bytes: u32) {
         let source = match place {
             PayloadPlace::Volume(offset_bytes) if length_bytes >= PAGES_BYTES_MIN => {
-                self.idle_send(connection).add_pages(offset_bytes, length_bytes as usize);
+                let place = PagesPlace::Volume(offset_bytes);
+                self.idle_send(connection).add_pages(place, length_bytes as usize);
+                return;
+            }
+            PayloadPlace::Pages(pipe) => {
+                let place = PagesPlace::Pipe(pipe.index());
+                self.idle_send(connection).add_pages(place, length_bytes as usize);
                 return;
             }
             PayloadPlace::Volume(offset_bytes)
@@ -436,11 +472,15 @@ impl Ring {
     /// ring is entered only to wait.
     ///
     /// # Errors
-    /// Those of sendmsg(2) and sendfile(2); the connection is of no use any more.
+    /// Those of sendmsg(2), sendfile(2) and splice(2); the connection is of no use any more.
     pub fn send(&mut self, connection: u32) -> io::Result<bool> {
-        let memory = self.connection_mut(connection);
+        let Some(memory) =
+            self.memory.connections.get_mut(connection as usize).and_then(Option::as_deref_mut)
+        else {
+            panic!("connection {connection} is gone")
+        };
         let file = memory.volume.as_deref().and_then(Volume::memory).map(MemoryVolume::file);
-        let sent = memory.send.send(&memory.socket, file);
+        let sent = memory.send.send(&memory.socket, file, &mut self.pipes);
         if !matches!(sent, Ok(false)) {
             return sent;
         }
@@ -620,6 +660,7 @@ impl Ring {
                 let memory = self.volume_memory(connection);
                 memory.address(offset_bytes + u64::from(done_bytes), length_bytes)
             }
+            PayloadPlace::Pages(_) => panic!("held pages have no address"),
         }
     }
 
@@ -716,19 +757,20 @@ impl SendArea {
         self.vectors.push(libc::iovec { iov_base: start.cast(), iov_len: length_bytes });
     }
 
-    /// Adds pages of the volume's file.
-    fn add_pages(&mut self, offset_bytes: u64, length_bytes: usize) {
-        self.pages.push_back(Pages { after_vectors: self.vectors.len(), offset_bytes, length_bytes });
+    /// Adds pages.
+    fn add_pages(&mut self, place: PagesPlace, length_bytes: usize) {
+        self.pages.push_back(Pages { after_vectors: self.vectors.len(), place, length_bytes });
     }
 
     /// Sends as much as the socket takes. True: all.
-    fn send(&mut self, socket: &OwnedFd, file: Option<&File>) -> io::Result<bool> {
+    fn send(&mut self, socket: &OwnedFd, file: Option<&File>, pipes: &mut PagePipes) -> io::Result<bool> {
         loop {
             let vectors_end = self.pages.front().map_or(self.vectors.len(), |pages| pages.after_vectors);
+            let has_more = self.pages.len() > 1 || self.first_vector < self.vectors.len();
             let sent = if self.first_vector < vectors_end {
                 self.send_vectors(socket, vectors_end)
-            } else if let (Some(pages), Some(file)) = (self.pages.front_mut(), file) {
-                pages.send(socket, file)
+            } else if let Some(pages) = self.pages.front_mut() {
+                pages.send(socket, file, pipes, has_more)
             } else {
                 break;
             };
@@ -780,8 +822,20 @@ impl SendArea {
 impl Pages {
     /// Hands the socket references to the pages. What is written to them before the peer has taken them arrives there: the
     /// READ is not over for the peer until then, and so may see it.
-    fn send(&mut self, socket: &OwnedFd, file: &File) -> io::Result<()> {
-        let sent_bytes = sendfile(socket, file, Some(&mut self.offset_bytes), self.length_bytes)?;
+    fn send(
+        &mut self,
+        socket: &OwnedFd,
+        file: Option<&File>,
+        pipes: &mut PagePipes,
+        has_more: bool,
+    ) -> io::Result<()> {
+        let sent_bytes = match (&mut self.place, file) {
+            (PagesPlace::Volume(offset_bytes), Some(file)) => {
+                sendfile(socket, file, Some(offset_bytes), self.length_bytes)?
+            }
+            (PagesPlace::Volume(_), None) => panic!("the connection's volume is not in memory"),
+            (PagesPlace::Pipe(index), _) => pipes.send(*index, socket, has_more)?,
+        };
         if sent_bytes == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
