@@ -21,6 +21,63 @@ fn xfs_is_used_past_the_page_cache() {
     assert_eq!(client.read(0, 4096), Ok(vec![8; 4096]));
 }
 
+/// A volume that is served through the page cache, all of it written; its file.
+fn cached_volume(capacity_bytes: u64) -> (Server, Client, Client, std::path::PathBuf, Vec<u8>) {
+    let server = Server::start_with(|config| config.cache = CacheMode::Buffered);
+    let volume = server.create("vol", capacity_bytes);
+    let attachment = server.attach(&volume, false);
+    let (mut client, other) = (server.open(&attachment, 1, 0), server.open(&attachment, 1, 1));
+    let bytes: Vec<u8> = (0..capacity_bytes).map(|position| (position % 251) as u8).collect();
+    for (number, part) in bytes.chunks(1 << 20).enumerate() {
+        client.write((number as u64) << 20, part).unwrap();
+    }
+    client.flush().unwrap();
+    let path = file::path(&server.volumes_dir, volume.volume_uid);
+    (server, client, other, path, bytes)
+}
+
+#[test]
+fn a_reply_that_was_begun_is_what_was_there_though_the_range_is_trimmed_meanwhile() {
+    let (_server, mut reader, mut other, _, bytes) = cached_volume(8 << 20);
+    // Far more than the sockets hold: the last of them waits in the server.
+    let cookies: Vec<u64> = (0..8u64)
+        .map(|number| reader.send(Command::Read, CommandFlags::NONE, number << 20, 1 << 20, &[]))
+        .collect();
+    let first = reader.receive().unwrap();
+    assert_eq!((first.cookie, first.error), (cookies[0], 0));
+    assert!(first.payload == bytes[..1 << 20]);
+    other.call(Command::Trim, CommandFlags::NONE, 0, 8 << 20, &[]).unwrap();
+    for number in 1..8 {
+        let answer = reader.receive().unwrap();
+        assert_eq!((answer.cookie, answer.error), (cookies[number], 0));
+        assert!(answer.payload == bytes[number << 20..][..1 << 20], "megabyte {number}");
+    }
+    assert!(reader.read(0, 1 << 20).unwrap() == vec![0; 1 << 20]);
+}
+
+#[test]
+fn a_read_is_right_wherever_its_range_is_cached_or_not() {
+    let (_server, mut client, _, path, bytes) = cached_volume(4 << 20);
+    let file = std::fs::File::open(path).unwrap();
+    for evicted_bytes in [0..4 << 20, 0..1 << 20, 1 << 20..(1 << 20) + 4096, (2 << 20) - 4096..2 << 20, 0..0]
+    {
+        let length_bytes = std::num::NonZero::new(evicted_bytes.end - evicted_bytes.start);
+        if let Some(length_bytes) = length_bytes {
+            let advice = rustix::fs::Advice::DontNeed;
+            rustix::fs::fadvise(&file, evicted_bytes.start, Some(length_bytes), advice).unwrap();
+        }
+        for (offset, length) in
+            [(0, 1 << 20), (1 << 20, 1 << 20), ((1 << 20) + 512, 64 << 10), (1536, 300_544)]
+        {
+            let read = client.read(offset, length).unwrap();
+            assert!(
+                read == bytes[offset as usize..][..length as usize],
+                "{evicted_bytes:?} {offset} {length}"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_disk_that_turns_is_announced_as_such() {
     let Some(fs) = LoopFs::new("ext4", 24 << 20) else { return };
