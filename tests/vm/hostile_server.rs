@@ -28,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
         a_connection_lost_inside_a_write,
     ),
     Test::new("hostile_server::an_error_of_one_request_is_no_error_of_others", an_error_of_one_request),
+    Test::new("hostile_server::a_server_that_shuts_down_is_waited_for", a_server_that_shuts_down),
 ];
 
 const SIZE_BYTES: u64 = 16 << 20;
@@ -53,6 +54,10 @@ enum Case {
     Error,
     /// Half of a WRITE's payload is taken, and no more.
     CloseInsideWrite,
+    /// As one that is being stopped: it says so, and does nothing. The next connection finds an honest one.
+    ShuttingDown,
+    /// Whatever is asked.
+    Honest,
 }
 
 fn wrong_replies_are_errors(env: &Env) -> Result<()> {
@@ -122,6 +127,20 @@ fn an_error_of_one_request(env: &Env) -> Result<()> {
     Ok(())
 }
 
+/// Not only reads, although the server promises nothing: what it has refused it has not done.
+fn a_server_that_shuts_down(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    for &data_path in env.series.data_paths() {
+        let disk = HostileDisk::attach(&node, Case::ShuttingDown, data_path)?;
+        ensure!(disk.write(TRAP_BYTES)?, "{data_path}: the write failed");
+        let bytes = disk.read(TRAP_BYTES)?.context("the read failed")?;
+        ensure!(bytes == pattern(TRAP_BYTES, READ_BYTES), "{data_path}: wrong bytes");
+        ensure!(node.attachment(&disk.uri)?["state"] == "live", "{data_path}");
+        node.detach(&disk.uri)?;
+    }
+    Ok(())
+}
+
 /// A disk on the hostile server, which lives as long as its connection.
 struct HostileDisk {
     uri: String,
@@ -133,15 +152,24 @@ impl HostileDisk {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let uri = format!("nbd://{}/pattern", listener.local_addr()?);
         thread::spawn(move || {
-            let served = listener.accept().map_err(Into::into).and_then(|(peer, _)| serve(peer, case));
-            if let Err(error) = served {
-                // As it should be: the client hangs up on what it cannot trust.
-                println!("{case:?}: {error:#}");
+            let one_after_another: &[Case] = match case {
+                Case::ShuttingDown => &[Case::ShuttingDown, Case::Honest],
+                _ => &[case],
+            };
+            for &case in one_after_another {
+                let served = listener.accept().map_err(Into::into).and_then(|(peer, _)| serve(peer, case));
+                if let Err(error) = served {
+                    // As it should be: the client hangs up on what it cannot trust.
+                    println!("{case:?}: {error:#}");
+                }
             }
         });
-        // The server listens for one connection only: nothing is to be waited for when that is lost.
-        let fail = ["--on-stall", "fail", "--after", "0"];
-        let device = node.attach(&[&[&uri, "--data-path", data_path.as_str()][..], &fail].concat())?;
+        // Where the server listens for one connection only, nothing is to be waited for when that is lost.
+        let on_stall: &[&str] = match case {
+            Case::ShuttingDown => &["--on-stall", "wait"],
+            _ => &["--on-stall", "fail", "--after", "0"],
+        };
+        let device = node.attach(&[&[&uri, "--data-path", data_path.as_str()][..], on_stall].concat())?;
         let device = device.to_string_lossy().into_owned();
         Ok(Self { uri, device })
     }
@@ -200,6 +228,12 @@ fn serve(mut peer: TcpStream, case: Case) -> Result<()> {
             NbdCommand::Disconnect => return Ok(()),
             NbdCommand::Read if request.offset_bytes >= TRAP_BYTES => answer(&mut peer, &request, case)?,
             NbdCommand::Read => peer.write_all(&honest_reply(&request))?,
+            NbdCommand::Write if matches!(case, Case::ShuttingDown | Case::Honest) => {
+                peer.read_exact(&mut vec![0; request.length_bytes as usize])?;
+                let refuses = case == Case::ShuttingDown;
+                let error = if refuses { NbdError::Eshutdown as u32 } else { 0 };
+                peer.write_all(&SimpleReply { error, cookie: request.cookie }.encode())?;
+            }
             NbdCommand::Write if case == Case::CloseInsideWrite => {
                 peer.read_exact(&mut vec![0; request.length_bytes as usize / 2])?;
                 return Ok(());
@@ -264,7 +298,12 @@ fn answer(peer: &mut TcpStream, request: &Request, case: Case) -> Result<()> {
         Case::Error => {
             peer.write_all(&SimpleReply { error: NbdError::Eio as u32, cookie: request.cookie }.encode())?;
         }
-        Case::CloseInsideWrite => peer.write_all(&honest)?,
+        Case::ShuttingDown => {
+            peer.write_all(
+                &SimpleReply { error: NbdError::Eshutdown as u32, cookie: request.cookie }.encode(),
+            )?;
+        }
+        Case::CloseInsideWrite | Case::Honest => peer.write_all(&honest)?,
     }
     Ok(())
 }

@@ -19,7 +19,8 @@ use testlab::storage_node::StorageNode;
 
 pub(crate) const TESTS: &[Test] =
     &[Test::new("memory_pressure::a_squeezed_machine_writes_back_and_goes_on", a_squeezed_machine)
-        .within(400)];
+        .within(400)
+        .once()];
 
 /// What is left to everything else when memory is taken.
 const LEFT_BYTES: u64 = 160 << 20;

@@ -177,6 +177,8 @@ struct Entry {
     operation: Operation,
     receiving: bool,
     reply: Option<Result<(), i32>>,
+    /// The server is shutting down and has not done it.
+    is_refused: bool,
 }
 
 /// The transmission phase of one connection.
@@ -188,6 +190,8 @@ pub struct Connection {
     completions: VecDeque<Completion>,
     sequence: u64,
     link: Link,
+    /// The server is shutting down: nothing is sent any more, and what was sent is waited for.
+    is_leaving: bool,
     /// Requests end with EIO rather than wait for the next connection.
     gives_up: bool,
     /// Requests that were submitted and have not completed.
@@ -209,7 +213,14 @@ impl Connection {
             offset_bytes: 0,
             length_bytes: 0,
         };
-        let idle = Entry { stage: Stage::Idle, cookie: 0, operation, receiving: false, reply: None };
+        let idle = Entry {
+            stage: Stage::Idle,
+            cookie: 0,
+            operation,
+            receiving: false,
+            reply: None,
+            is_refused: false,
+        };
         let capacity = usize::from(tags);
         Self {
             entries: vec![idle; capacity].into_boxed_slice(),
@@ -218,6 +229,7 @@ impl Connection {
             completions: VecDeque::with_capacity(capacity),
             sequence: 0,
             link: Link::Up,
+            is_leaving: false,
             gives_up: false,
             in_flight: 0,
             small_bytes_max,
@@ -243,7 +255,14 @@ impl Connection {
             self.latest_read_is_large = operation.length_bytes > self.small_bytes_max;
             self.large_reads += u16::from(self.latest_read_is_large);
         }
-        *entry = Entry { stage: Stage::Queued, cookie: 0, operation, receiving: false, reply: None };
+        *entry = Entry {
+            stage: Stage::Queued,
+            cookie: 0,
+            operation,
+            receiving: false,
+            reply: None,
+            is_refused: false,
+        };
         self.queue(tag);
     }
 
@@ -252,12 +271,13 @@ impl Connection {
         self.sequence += 1;
         let entry = &mut self.entries[usize::from(tag)];
         entry.stage = Stage::Queued;
+        entry.is_refused = false;
         entry.cookie = self.sequence << COOKIE_TAG_BITS | u64::from(tag);
         self.to_send.push_back(tag);
     }
 
     /// Fills `outbox` and `pieces` with what is to be sent next; both stay empty when there is nothing, when a batch is
-    /// still out, or when the connection failed. Small payloads are gathered from `source` into the outbox. Headers and small
+    /// still out, when the connection failed, or when the server is shutting down. Small payloads are gathered from `source` into the outbox. Headers and small
     /// payloads lie together in one piece, up to each large payload.
     ///
     /// # Errors
@@ -270,7 +290,7 @@ impl Connection {
         mut source: S,
     ) -> Result<(), S::Error> {
         pieces.clear();
-        if self.link != Link::Up || !self.sending.is_empty() {
+        if self.link != Link::Up || self.is_leaving || !self.sending.is_empty() {
             return Ok(());
         }
         let (mut start, mut end) = (0, 0);
@@ -336,6 +356,11 @@ impl Connection {
             .get_mut(usize::from(tag))
             .filter(|entry| entry.awaits(reply.cookie))
             .ok_or(PeerError::UnknownCookie(reply.cookie))?;
+        if reply.error == NbdError::Eshutdown as u32 {
+            entry.is_refused = true;
+            self.is_leaving = true;
+            return Ok(Follows::Header);
+        }
         if reply.error == 0 && entry.operation.command == Command::Read {
             entry.receiving = true;
             return Ok(Follows::Payload { tag, len_bytes: entry.operation.length_bytes });
@@ -355,6 +380,14 @@ impl Connection {
         self.complete_if_done(tag);
     }
 
+    /// Whether the server is shutting down and has answered everything that it was sent: it is of no use any more, and is to be
+    /// left. What it has refused is done on the next one.
+    pub fn is_to_be_left(&self) -> bool {
+        let is_owed =
+            |entry: &Entry| matches!(entry.stage, Stage::Sending | Stage::Sent) && !entry.is_refused;
+        self.link == Link::Up && self.is_leaving && !self.entries.iter().any(is_owed)
+    }
+
     /// The connection is lost. Nothing completes until [`Connection::reaped`].
     pub fn fail(&mut self) {
         if self.link == Link::Up {
@@ -371,6 +404,7 @@ impl Connection {
     pub fn reaped(&mut self, resend: Resend) {
         assert_eq!(self.link, Link::Failing, "only a connection that failed is reaped");
         self.link = Link::Down;
+        self.is_leaving = false;
         self.to_send.clear();
         self.sending.clear();
         for tag in 0..self.entries.len() as u16 {
@@ -482,19 +516,19 @@ impl Entry {
     }
 
     fn may_be_sent_again(&self, resend: Resend) -> bool {
-        let was_sent = self.stage != Stage::Queued;
+        let may_be_done = self.stage != Stage::Queued && !self.is_refused;
         match (resend, self.operation.command) {
             (Resend::Everything, _) => true,
             (Resend::ReadsOnly, Command::Flush) => false,
             (Resend::ReadsOnly, Command::Read | Command::Cache | Command::BlockStatus) => true,
-            (Resend::ReadsOnly | Resend::Nothing, _) => !was_sent,
+            (Resend::ReadsOnly | Resend::Nothing, _) => !may_be_done,
         }
     }
 
     /// Whether a reply with this cookie is this request's first.
     fn awaits(&self, cookie: u64) -> bool {
         let was_sent = matches!(self.stage, Stage::Sending | Stage::Sent);
-        was_sent && self.cookie == cookie && self.reply.is_none() && !self.receiving
+        was_sent && self.cookie == cookie && self.reply.is_none() && !self.receiving && !self.is_refused
     }
 }
 
@@ -585,6 +619,45 @@ mod tests {
         assert!(!connection.expects_large_payload());
         connection.submit(0, operation(Command::Read, 4096));
         assert!(connection.expects_large_payload());
+    }
+
+    #[test]
+    fn a_server_that_shuts_down_is_left_when_it_owes_nothing_and_what_it_refused_is_sent_to_the_next() {
+        let shutdown = NbdError::Eshutdown as u32;
+        let mut connection = Connection::new(8, 0);
+        let commands = [Command::Read, Command::Write, Command::Write, Command::Flush];
+        for (tag, command) in (0..).zip(commands) {
+            connection.submit(tag, operation(command, if command == Command::Flush { 0 } else { 4096 }));
+        }
+        let (_, cookies) = batch(&mut connection);
+        connection.batch_sent();
+        connection.header_received(&reply(shutdown, cookies[1])).unwrap();
+        assert_eq!(
+            connection.header_received(&reply(0, cookies[1])),
+            Err(PeerError::UnknownCookie(cookies[1])),
+            "it was answered"
+        );
+        connection.submit(4, operation(Command::Write, 4096));
+        assert_eq!(batch(&mut connection).0, [], "nothing more is sent");
+        connection.header_received(&reply(shutdown, cookies[3])).unwrap();
+        connection.header_received(&reply(0, cookies[2])).unwrap();
+        connection.header_received(&reply(0, cookies[0])).unwrap();
+        assert!(!connection.is_to_be_left(), "the payload is still to come");
+        connection.payload_received(0);
+        assert!(connection.is_to_be_left());
+        connection.fail();
+        connection.reaped(Resend::ReadsOnly);
+        let ended = completions(&mut connection);
+        let expected = [(2, Ok(())), (0, Ok(())), (3, Err(NbdError::Eio as i32))];
+        assert_eq!(ended, expected.map(|(tag, result)| Completion { tag, result }), "a FLUSH has to fail");
+        connection.connected();
+        let (pieces, _) = batch(&mut connection);
+        let payloads = pieces.iter().filter_map(|piece| match piece {
+            Piece::Payload { tag, .. } => Some(*tag),
+            Piece::Outbox { .. } => None,
+        });
+        assert_eq!(payloads.collect::<Vec<_>>(), [1, 4]);
+        assert!(!connection.is_to_be_left());
     }
 
     #[test]

@@ -348,6 +348,14 @@ impl<'a> QueueLoop<'a> {
         }
         let left = self.lanes[usize::from(connection)].incoming.compact();
         self.ring.compact_inbox(connection, left);
+        self.leave_a_server_that_ends(connection);
+    }
+
+    /// It has said that it is shutting down; the replies that it still owes are waited for.
+    fn leave_a_server_that_ends(&mut self, connection: u16) {
+        if self.lanes[usize::from(connection)].connection.is_to_be_left() {
+            self.fail(connection, "the server is shutting down".to_owned());
+        }
     }
 
     /// A reply's header is in the inbox; its payload may be, too, or a part of it.
@@ -375,6 +383,7 @@ impl<'a> QueueLoop<'a> {
             Ok(true) => {
                 lane.connection.payload_received(tag);
                 self.held_bytes += self.requests[usize::from(tag)].length_bytes;
+                self.leave_a_server_that_ends(connection);
             }
             Ok(false) => {}
             Err(error) => self.fail(connection, describe("payload", &error)),
