@@ -74,19 +74,18 @@ impl PagePipes {
         }
         let index = self.free.pop()?;
         let place = &mut self.pipes[usize::from(index)];
-        let filled = match place {
-            Some(pipe) => Ok(pipe),
-            None => Pipe::new().map(|pipe| place.insert(pipe)),
+        if place.is_none() {
+            // Where there are no more descriptors, or not for this user (`fs.pipe-user-pages-soft`), it is done without.
+            *place = Some(Pipe::new().ok()?);
         }
-        .and_then(|pipe| pipe.fill(file, offset_bytes, length_bytes as usize));
-        match filled {
-            Ok(true) => Some(PipeId(index)),
-            // Reading it tells what is the matter, if anything is.
-            Ok(false) | Err(_) => {
-                self.release(PipeId(index));
-                None
-            }
+        let pipe = PipeId(index);
+        let filled = place.as_mut().map(|pipe| pipe.fill(file, offset_bytes, length_bytes as usize));
+        if let Some(Ok(true)) = filled {
+            return Some(pipe);
         }
+        // Reading it tells what is the matter, if anything is.
+        self.release(pipe);
+        None
     }
 
     /// Hands the socket what it takes of what is held: how many bytes. `has_more`: something else follows at once.
