@@ -66,7 +66,7 @@ pub struct Memory {
     pub rss_kib: u64,
     /// The same, what several processes share counted by the share.
     pub pss_kib: u64,
-    /// Of files (the program and its libraries, shared with every process that runs it) and of its io_urings.
+    /// Of files (the program and its libraries, shared with every process that runs it), of its io_urings and memory files.
     pub file_kib: u64,
     /// Heap, stacks and what the program relocated at its start.
     pub anonymous_kib: u64,

@@ -44,18 +44,20 @@ pub(crate) enum Part {
     Growth,
 }
 
-/// One attachment, then [`ATTACHMENTS_MAX`], idle.
+/// One attachment, then [`ATTACHMENTS_MAX`], idle, before anything was written and after it.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct IdleReport {
     /// Queues of each attachment (the default on this machine).
     pub(crate) nr_hw_queues: u64,
     /// Connections of each.
     pub(crate) nr_connections: u64,
-    /// A single attachment.
+    /// A single attachment that was only attached.
     pub(crate) one: Idle,
-    /// Each of many: the worst of every number.
+    /// Each of many, the same: the worst of every number.
     pub(crate) worst_of_many: Idle,
-    /// All of them together, KiB; a page that several share is counted once (PSS).
+    /// The same after large writes on each.
+    pub(crate) worst_after_writes: Idle,
+    /// All of them together after that, KiB; a page that several share is counted once (PSS).
     pub(crate) many_pss_kib: u64,
     /// Bytes that fio wrote, read back and compared, on all of them at once.
     pub(crate) verified_bytes: u64,
@@ -121,19 +123,30 @@ fn measure_idle(env: &Env) -> Result<IdleReport> {
     let mut attachments = Attachments::start(env)?;
     attachments.grow_to(1)?;
     let one = idle(&attachments)?.pop().context("one attachment")?;
-    let shape = attachments.shape()?;
+    let (nr_hw_queues, nr_connections) = attachments.shape()?;
     attachments.grow_to(ATTACHMENTS_MAX)?;
     let many = idle(&attachments)?;
     ensure!(many.len() == ATTACHMENTS_MAX, "{} of {ATTACHMENTS_MAX} are attached", many.len());
-    let many_pss_kib = many.iter().map(|idle| idle.memory.pss_kib).sum();
-    let worst_of_many = Idle {
-        activity: Activity::worst(many.iter().map(|idle| &idle.activity)),
-        memory: Memory::worst(many.iter().map(|idle| &idle.memory)),
-    };
+    attachments.fill()?;
+    let after_writes = idle(&attachments)?;
     let verified_bytes = attachments.verify()?;
     attachments.detach_all()?;
-    let (nr_hw_queues, nr_connections) = shape;
-    Ok(IdleReport { nr_hw_queues, nr_connections, one, worst_of_many, many_pss_kib, verified_bytes })
+    Ok(IdleReport {
+        nr_hw_queues,
+        nr_connections,
+        one,
+        worst_of_many: worst(&many),
+        worst_after_writes: worst(&after_writes),
+        many_pss_kib: after_writes.iter().map(|idle| idle.memory.pss_kib).sum(),
+        verified_bytes,
+    })
+}
+
+fn worst(many: &[Idle]) -> Idle {
+    Idle {
+        activity: Activity::worst(many.iter().map(|idle| &idle.activity)),
+        memory: Memory::worst(many.iter().map(|idle| &idle.memory)),
+    }
 }
 
 /// What every device process does and holds while nobody wants anything of it.
@@ -154,6 +167,7 @@ fn measure_growth(env: &Env) -> Result<GrowthReport> {
     let mut rows: Vec<GrowthRow> = LOADS.iter().map(GrowthRow::of).collect();
     for step in GROWTH_STEPS {
         attachments.grow_to(step)?;
+        attachments.fill()?;
         attachments.verify()?;
         for (load, row) in LOADS.iter().zip(&mut rows) {
             let thousands = attachments.drive(load)?;

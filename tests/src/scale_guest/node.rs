@@ -30,6 +30,8 @@ pub(super) struct Attachments {
     node: StorageNode,
     report: PathBuf,
     devices: Vec<PathBuf>,
+    /// How many of the devices, from the first on, were written.
+    filled: usize,
     devices_before: BTreeSet<String>,
 }
 
@@ -38,21 +40,29 @@ impl Attachments {
     pub(super) fn start(env: &Env) -> Result<Self> {
         let node = StorageNode::start(env)?;
         let report = env.directory.join("fio.json");
-        Ok(Self { node, report, devices: Vec::new(), devices_before: ublk_devices()? })
+        Ok(Self { node, report, devices: Vec::new(), filled: 0, devices_before: ublk_devices()? })
     }
 
-    /// Attaches until there are `count`, and fills what is driven of each new one.
+    /// Attaches until there are `count`.
     pub(super) fn grow_to(&mut self, count: usize) -> Result<()> {
         for index in self.devices.len()..count {
             let name = name_of(index);
             let device = self.node.create_and_attach(&name, VOLUME_SIZE, &["--backend", "memory"])?;
             let scheduler = format!("/sys/block/{}/queue/scheduler", file_name(&device)?);
             fs::write(&scheduler, "none").context(scheduler)?;
+            self.devices.push(device);
+        }
+        Ok(())
+    }
+
+    /// Writes all that is driven of each device, in large requests, unless it was done.
+    pub(super) fn fill(&mut self) -> Result<()> {
+        for device in &self.devices[self.filled..] {
             let of = format!("of={}", device.display());
             let count = format!("count={DRIVEN_MIB}");
             run("dd", &["if=/dev/zero", &of, "bs=1M", &count, "oflag=direct", "status=none"])?;
-            self.devices.push(device);
         }
+        self.filled = self.devices.len();
         Ok(())
     }
 
