@@ -6,28 +6,26 @@
 //! A READ that is copied out of the page cache is copied twice, into a buffer and into the socket; here it is not at all. The
 //! pipe is what makes it safe to begin a reply: what it holds cannot be pushed out of memory any more, nor fail to be read.
 //!
-//! Owns: the pipes of one ring, a fixed number of them, and whether this kernel can tell what is in the page cache. Never:
-//! waits for a disk, but for one case: a page that is being read while those at both ends of the range were read already.
+//! Owns: the pipes of one ring, a fixed number of them. Never: waits for a disk, unless a page is pushed out of memory between the
+//! look at the page cache and the splice that follows it.
 //! Called by: `ring.rs`. Invariants: a pipe is free, or holds the pages of one request; one that may hold some of a reply that
 //! will not be sent is closed, not used again. What a READ holds is in the memory limit (`limits.rs`).
-//! Source: splice(2), pipe(7); cachestat(2) is Linux 6.5, `include/uapi/linux/mman.h`.
-#![allow(unsafe_code)] // One system call that no library of ours has.
+//! Source: splice(2), pipe(7).
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+
+use crate::backend::file::FileVolume;
 
 /// The most that one READ may hold in this way, in bytes: a pipe that needs no privileges (`fs.pipe-max-size`).
 pub const HELD_BYTES_MAX: u32 = 1 << 20;
 
 /// Below, copying costs less than the way there.
 const HELD_BYTES_MIN: u32 = 32 << 10;
-
-/// `cachestat(2)`, the same on every architecture.
-const SYS_CACHESTAT: libc::c_long = 451;
 
 /// Whose pages: to be given back with [`PagePipes::release`].
 #[derive(Debug, PartialEq, Eq)]
@@ -47,30 +45,20 @@ pub struct PagePipes {
     pipes: Vec<Option<Pipe>>,
     /// The last is taken first: of a pipe that was used before, the kernel has the memory at hand.
     free: Vec<u16>,
-    is_supported: bool,
 }
 
 impl PagePipes {
     /// At most `count` READs hold pages at once; 0 where there is no memory for it.
     pub fn new(count: u16) -> Self {
         let pipes = (0..count).map(|_| None).collect();
-        Self { pipes, free: (0..count).rev().collect(), is_supported: count > 0 }
+        Self { pipes, free: (0..count).rev().collect() }
     }
 
-    /// Takes hold of a range of the file's pages, if all of them are in the page cache, and if it is worth it. `None`: read it.
-    pub fn hold(&mut self, file: &File, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
+    /// Takes hold of a range of the volume's pages, if all of them are in the page cache, and if it is worth it. `None`: read it.
+    pub fn hold(&mut self, volume: &FileVolume, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
         let is_of_use = (HELD_BYTES_MIN..=HELD_BYTES_MAX).contains(&length_bytes);
-        if !self.is_supported || !is_of_use || self.free.is_empty() {
+        if !is_of_use || self.free.is_empty() || !volume.is_cached(offset_bytes, length_bytes) {
             return None;
-        }
-        let last_bytes = offset_bytes + u64::from(length_bytes) - 1;
-        match is_cached(file, offset_bytes, length_bytes) {
-            Ok(true) if is_read(file, offset_bytes) && is_read(file, last_bytes) => {}
-            Err(Errno::NOSYS | Errno::PERM | Errno::ACCESS) => {
-                self.is_supported = false;
-                return None;
-            }
-            _ => return None,
         }
         let index = self.free.pop()?;
         let place = &mut self.pipes[usize::from(index)];
@@ -79,7 +67,7 @@ impl PagePipes {
             *place = Some(Pipe::new().ok()?);
         }
         let pipe = PipeId(index);
-        let filled = place.as_mut().map(|pipe| pipe.fill(file, offset_bytes, length_bytes as usize));
+        let filled = place.as_mut().map(|pipe| pipe.fill(volume.file(), offset_bytes, length_bytes as usize));
         if let Some(Ok(true)) = filled {
             return Some(pipe);
         }
@@ -144,41 +132,25 @@ impl Pipe {
     }
 }
 
-/// Whether all pages of the range are in the page cache, read or being read.
-fn is_cached(file: &File, offset_bytes: u64, length_bytes: u32) -> Result<bool, Errno> {
-    let page_bytes = rustix::param::page_size() as u64;
-    let range = [offset_bytes, u64::from(length_bytes)];
-    // Pages cached, dirty, in writeback, evicted, recently evicted.
-    let mut pages = [0u64; 5];
-    let (fd, flags) = (file.as_fd().as_raw_fd(), 0);
-    // SAFETY: the kernel reads the range, two numbers of 64 bits, and writes five of them; both are borrowed for the call.
-    let result = unsafe { libc::syscall(SYS_CACHESTAT, fd, range.as_ptr(), pages.as_mut_ptr(), flags) };
-    if result != 0 {
-        return Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO));
-    }
-    let last_page = (offset_bytes + u64::from(length_bytes) - 1) / page_bytes;
-    Ok(pages[0] == last_page - offset_bytes / page_bytes + 1)
-}
-
-/// Whether the page of this byte can be read without waiting.
-fn is_read(file: &File, offset_bytes: u64) -> bool {
-    let mut byte = [0];
-    let buffers = &mut [io::IoSliceMut::new(&mut byte)];
-    rustix::io::preadv2(file, buffers, offset_bytes, ReadWriteFlags::NOWAIT) == Ok(1)
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Read as _;
     use std::os::unix::fs::FileExt as _;
     use std::os::unix::net::UnixStream;
 
-    use super::*;
+    use uuid::Uuid;
 
-    fn file_of(bytes: &[u8]) -> File {
-        let file = tempfile::tempfile().unwrap();
-        file.write_all_at(bytes, 0).unwrap();
-        file
+    use super::*;
+    use crate::backend::file::{self, CacheMode};
+
+    /// A volume that is served through the page cache.
+    fn volume_of(bytes: &[u8]) -> FileVolume {
+        let dir = tempfile::tempdir().unwrap();
+        let (uid, capacity_bytes) = (Uuid::new_v4(), bytes.len() as u64);
+        file::create(dir.path(), uid, capacity_bytes).unwrap();
+        let volume = file::open(dir.path(), uid, capacity_bytes, CacheMode::Buffered, 1).unwrap();
+        volume.file().write_all_at(bytes, 0).unwrap();
+        volume
     }
 
     fn pattern(length: usize) -> Vec<u8> {
@@ -188,10 +160,10 @@ mod tests {
     #[test]
     fn what_is_held_is_what_was_there_and_comes_out_in_pieces() {
         let bytes = pattern(2 << 20);
-        let file = file_of(&bytes);
+        let volume = volume_of(&bytes);
         let mut pipes = PagePipes::new(2);
         for (offset, length) in [(0, 1 << 20), (4096, 256 << 10), (1000, 100_000)] {
-            let pipe = pipes.hold(&file, offset, length).expect("it was just written");
+            let pipe = pipes.hold(&volume, offset, length).expect("it was just written");
             let (near, mut far) = UnixStream::pair().unwrap();
             near.set_nonblocking(true).unwrap();
             let near = OwnedFd::from(near);
@@ -214,28 +186,27 @@ mod tests {
 
     #[test]
     fn what_is_not_in_the_page_cache_is_left_to_be_read() {
-        let file = file_of(&pattern(1 << 20));
-        file.sync_all().unwrap();
+        let volume = volume_of(&pattern(1 << 20));
+        volume.file().sync_all().unwrap();
         let mut pipes = PagePipes::new(2);
-        let advice = rustix::fs::Advice::DontNeed;
-        rustix::fs::fadvise(&file, 512 << 10, None, advice).unwrap();
+        rustix::fs::fadvise(volume.file(), 512 << 10, None, rustix::fs::Advice::DontNeed).unwrap();
         // On a file system in memory there is nothing to be evicted.
-        let is_evicted = !is_cached(&file, 0, 1 << 20).unwrap();
-        assert_eq!(pipes.hold(&file, 0, 1 << 20).is_none(), is_evicted);
-        assert!(pipes.hold(&file, 0, 256 << 10).is_some(), "the first half is there");
+        let is_cached = volume.is_cached(0, 1 << 20);
+        assert_eq!(pipes.hold(&volume, 0, 1 << 20).is_some(), is_cached);
+        assert!(pipes.hold(&volume, 0, 256 << 10).is_some(), "the first half is there");
     }
 
     #[test]
     fn a_range_past_the_end_too_small_too_large_or_one_too_many_is_not_held() {
-        let file = file_of(&pattern(2 << 20));
+        let volume = volume_of(&pattern(2 << 20));
         let mut pipes = PagePipes::new(1);
-        assert!(pipes.hold(&file, (2 << 20) - 4096, 64 << 10).is_none());
-        assert!(pipes.hold(&file, 0, 4096).is_none());
-        assert!(pipes.hold(&file, 0, (1 << 20) + 4096).is_none());
-        assert!(pipes.hold(&file, 2048, 1 << 20).is_none(), "a page more than a pipe has room for");
-        let held = pipes.hold(&file, 0, 1 << 20).unwrap();
-        assert!(pipes.hold(&file, 0, 64 << 10).is_none());
+        assert!(pipes.hold(&volume, (2 << 20) - 4096, 64 << 10).is_none());
+        assert!(pipes.hold(&volume, 0, 4096).is_none());
+        assert!(pipes.hold(&volume, 0, (1 << 20) + 4096).is_none());
+        assert!(pipes.hold(&volume, 2048, 1 << 20).is_none(), "a page more than a pipe has room for");
+        let held = pipes.hold(&volume, 0, 1 << 20).unwrap();
+        assert!(pipes.hold(&volume, 0, 64 << 10).is_none());
         pipes.release(held);
-        assert!(pipes.hold(&file, 0, 64 << 10).is_some(), "nothing of the former is left in it");
+        assert!(pipes.hold(&volume, 0, 64 << 10).is_some(), "nothing of the former is left in it");
     }
 }

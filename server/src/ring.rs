@@ -226,10 +226,8 @@ impl Ring {
     pub fn hold_pages(&mut self, connection: u32, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
         let volume = self.memory.connections[connection as usize].as_ref()?.volume.as_deref()?;
         match &volume.backend {
-            Backend::File(file) if !file.is_direct() => {
-                self.pipes.hold(file.file(), offset_bytes, length_bytes)
-            }
-            _ => None,
+            Backend::File(file) => self.pipes.hold(file, offset_bytes, length_bytes),
+            Backend::Memory(_) => None,
         }
     }
 

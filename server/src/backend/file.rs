@@ -16,6 +16,8 @@ use std::str::FromStr;
 use rustix::fs::{Advice, AtFlags, FlockOperation, OFlags, StatxFlags};
 use uuid::Uuid;
 
+use super::page_cache::PageCacheView;
+
 /// Whether volumes are read and written past the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CacheMode {
@@ -58,6 +60,8 @@ pub struct FileVolume {
     /// One description for each ring to sync on; see `sync_groups.rs`. Nothing is written through them.
     sync_files: Vec<File>,
     direct_alignment_bytes: Option<u32>,
+    /// `None` where the page cache is passed by, or cannot be looked at.
+    page_cache: Option<PageCacheView>,
     is_rotational: bool,
 }
 
@@ -78,6 +82,11 @@ impl FileVolume {
     /// Whether the page cache is passed by.
     pub fn is_direct(&self) -> bool {
         self.direct_alignment_bytes.is_some()
+    }
+
+    /// Whether the page cache holds all of a range, so that reading it does not wait. False also where that is not known.
+    pub fn is_cached(&self, offset_bytes: u64, length_bytes: u32) -> bool {
+        self.page_cache.as_ref().is_some_and(|cache| cache.holds(offset_bytes, length_bytes))
     }
 
     /// What offsets and lengths of requests have to be multiples of.
@@ -243,7 +252,11 @@ pub fn open(
         CacheMode::Auto => use_direct(&file, capacity_bytes),
         CacheMode::Buffered => None,
     };
-    Ok(FileVolume { file, sync_files, direct_alignment_bytes, is_rotational })
+    let page_cache = match direct_alignment_bytes {
+        None => PageCacheView::new(&file, capacity_bytes).ok(),
+        Some(_) => None,
+    };
+    Ok(FileVolume { file, sync_files, direct_alignment_bytes, page_cache, is_rotational })
 }
 
 /// Where Linux tells about a block device by its number.

@@ -6,6 +6,7 @@
 
 pub mod file;
 pub mod memory;
+pub mod page_cache;
 pub(crate) mod preallocated;
 
 /// One operation of a volume, as the ring can do it. Ranges are in bytes of the volume.

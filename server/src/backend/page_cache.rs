@@ -1,0 +1,104 @@
+//! What of a file the page cache holds.
+//!
+//! Owns: an address range that stands for the file and is never touched; mincore(2) tells of it which pages are in memory and read,
+//! and not only on their way. Called by: `file.rs` (at open) and `page_pipes.rs`.
+//! Source: mincore(2); it tells this of files that the caller may write (`mm/mincore.c`), as volumes are.
+#![allow(unsafe_code)] // A mapping that nobody can read or write, and a question about it.
+
+use std::fs::File;
+use std::io;
+use std::ptr::NonNull;
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// Pages that can be asked about at once: those of 1 MiB, wherever it begins.
+const PAGES_MAX: usize = 257;
+
+/// A view of a file's part of the page cache.
+#[derive(Debug)]
+pub struct PageCacheView {
+    start: NonNull<u8>,
+    length_bytes: usize,
+}
+
+// SAFETY: the address is only handed to the kernel, which takes questions from any thread.
+unsafe impl Send for PageCacheView {}
+// SAFETY: as above; nothing here changes.
+unsafe impl Sync for PageCacheView {}
+
+impl PageCacheView {
+    /// Of the file's first `length_bytes`, at least one.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn new(file: &File, length_bytes: u64) -> io::Result<Self> {
+        let length_bytes = usize::try_from(length_bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let (protection, flags) = (ProtFlags::empty(), MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
+        let start = unsafe { mmap(std::ptr::null_mut(), length_bytes, protection, flags, file, 0) }?;
+        let start = NonNull::new(start.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, length_bytes })
+    }
+
+    /// Whether all of the range can be read without waiting, as of now. False also where that cannot be told.
+    pub fn holds(&self, offset_bytes: u64, length_bytes: u32) -> bool {
+        let page_bytes = rustix::param::page_size();
+        let Ok(offset_bytes) = usize::try_from(offset_bytes) else { return false };
+        let Some(end_bytes) = offset_bytes.checked_add(length_bytes as usize) else { return false };
+        let begin_bytes = offset_bytes - offset_bytes % page_bytes;
+        let mut residency = [0u8; PAGES_MAX];
+        let pages = end_bytes.div_ceil(page_bytes) - begin_bytes / page_bytes;
+        if end_bytes > self.length_bytes || pages > residency.len() {
+            return false;
+        }
+        let start = self.start.as_ptr().wrapping_add(begin_bytes).cast();
+        // SAFETY: the range is inside the mapping, which is only asked about; a byte is written for each of its pages, and
+        // there are so many.
+        let result = unsafe { libc::mincore(start, end_bytes - begin_bytes, residency.as_mut_ptr()) };
+        result == 0 && residency[..pages].iter().all(|page| page & 1 == 1)
+    }
+}
+
+impl Drop for PageCacheView {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made above with this start and length, and nobody else knows of it.
+        let result = unsafe { munmap(self.start.as_ptr().cast(), self.length_bytes) };
+        debug_assert!(result.is_ok(), "munmap: {result:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt as _;
+
+    use super::*;
+
+    #[test]
+    fn what_was_written_is_held_and_what_was_evicted_is_not() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 2 << 20], 0).unwrap();
+        let view = PageCacheView::new(&file, 2 << 20).unwrap();
+        assert!(view.holds(0, 1 << 20) && view.holds(2048, 1 << 20) && view.holds((2 << 20) - 1, 1));
+        file.sync_all().unwrap();
+        let evicted_bytes = std::num::NonZero::new(4096);
+        rustix::fs::fadvise(&file, 64 << 10, evicted_bytes, rustix::fs::Advice::DontNeed).unwrap();
+        // A file system in memory, or one with large pages in its cache, evicts nothing or more.
+        if view.holds(64 << 10, 4096) {
+            return println!("nothing was evicted");
+        }
+        assert!(!view.holds(0, 1 << 20) && !view.holds(60 << 10, 8192));
+        assert!(view.holds(1 << 20, 1 << 20));
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, 64 << 10).unwrap();
+        assert!(view.holds(0, 1 << 20), "it was read again");
+    }
+
+    #[test]
+    fn what_is_outside_or_too_long_cannot_be_told() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 4 << 20], 0).unwrap();
+        let view = PageCacheView::new(&file, (3 << 20) + 100).unwrap();
+        assert!(view.holds(2 << 20, 1 << 20) && view.holds(3 << 20, 100));
+        assert!(!view.holds(3 << 20, 101) && !view.holds(u64::MAX, 1) && !view.holds(0, 2 << 20));
+    }
+}
