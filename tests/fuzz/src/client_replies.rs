@@ -23,6 +23,9 @@ const CANCELED: i32 = -125;
 #[derive(Debug, Clone, Copy, Default)]
 struct InFlight {
     cookie: u64,
+    is_sent: bool,
+    /// The server is shutting down and has not done it.
+    is_refused: bool,
     is_read: bool,
     /// How a reply said that it went.
     told: Option<Result<(), i32>>,
@@ -78,7 +81,10 @@ impl World {
                 true
             }
             2 => self.receive(&SimpleReply { error: 0, cookie }.encode()),
-            3 => self.receive(&SimpleReply { error: u32::from(kind), cookie }.encode()),
+            3 => {
+                let error = if kind < 128 { u32::from(kind) } else { NbdError::Eshutdown as u32 };
+                self.receive(&SimpleReply { error, cookie }.encode())
+            }
             4 => self.receive(&SimpleReply { error: 0, cookie: cookie ^ 1 << (argument % 64) }.encode()),
             5 => self.receive(&[0xaa; 12][..usize::from(argument) % 13]),
             6 => self.receive(
@@ -102,11 +108,15 @@ impl World {
         let (mut outbox, mut pieces) = ([0; 1024], Vec::new());
         let gathered = self.connection.take_batch(&mut outbox, &mut pieces, 16, |_, _: &mut [u8]| Ok(()));
         gathered.unwrap_or_else(|(): ()| unreachable!("nothing can fail"));
+        if pieces.is_empty() {
+            // The server is shutting down: it waits for the next one.
+            return;
+        }
         // A single request, whose header comes first.
         let header = &outbox[..REQUEST_BYTES];
         let cookie = u64::from_be_bytes(header[8..16].try_into().expect("eight bytes"));
         if let Some(request) = &mut self.by_tag[usize::from(tag)] {
-            request.cookie = cookie;
+            (request.cookie, request.is_sent) = (cookie, true);
         }
         self.connection.batch_sent();
     }
@@ -153,11 +163,12 @@ impl World {
             let header: [u8; SIMPLE_REPLY_BYTES] = self.inbox[place].try_into().expect("a whole header");
             let Ok(follows) = self.connection.header_received(&header) else { return false };
             let reply = SimpleReply::decode(&header).expect("the connection could decode it");
-            let of = |request: &&mut InFlight| request.cookie == reply.cookie;
+            let of = |request: &&mut InFlight| request.is_sent && request.cookie == reply.cookie;
             let asked = self.by_tag.iter_mut().flatten().find(of).expect("a reply to nothing is accepted");
-            assert_eq!(asked.told, None, "a second reply is accepted");
+            assert!(asked.told.is_none() && !asked.is_refused, "a second reply is accepted");
             assert_eq!(asked.received_bytes, 0, "a second payload is accepted");
             match follows {
+                Follows::Header if reply.error == NbdError::Eshutdown as u32 => asked.is_refused = true,
                 Follows::Header => {
                     assert!(!asked.is_read || reply.error != 0, "a READ without its payload");
                     let errno = NbdError::errno_from_wire(reply.error);
@@ -172,7 +183,10 @@ impl World {
         }
         let left = self.incoming.compact();
         self.inbox.copy_within(left, 0);
-        true
+        let is_left = self.connection.is_to_be_left();
+        let is_owed = |request: &InFlight| request.is_sent && request.told.is_none() && !request.is_refused;
+        assert!(!is_left || !self.by_tag.iter().flatten().any(is_owed), "a server that owes replies is left");
+        !is_left
     }
 
     fn payload_came(&mut self, tag: u16, count: usize, is_all: bool) {
@@ -200,7 +214,13 @@ impl World {
         self.connection.reaped(Resend::Nothing);
         while let Some(Completion { tag, result }) = self.connection.take_completion() {
             let request = self.by_tag[usize::from(tag)].take().expect("a request ended twice");
+            assert!(request.is_sent && !request.is_refused, "what was not done waits");
             assert_eq!(result, request.told.unwrap_or(Err(NbdError::Eio as i32)));
+        }
+        self.connection.give_up();
+        while let Some(Completion { tag, result }) = self.connection.take_completion() {
+            self.by_tag[usize::from(tag)].take().expect("a request ended twice");
+            assert_eq!(result, Err(NbdError::Eio as i32));
         }
         assert!(self.by_tag.iter().all(Option::is_none), "a request never ended");
     }
