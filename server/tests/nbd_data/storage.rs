@@ -39,10 +39,13 @@ fn cached_volume(capacity_bytes: u64) -> (Server, Client, Client, std::path::Pat
 #[test]
 fn a_reply_that_was_begun_is_what_was_there_though_the_range_is_trimmed_meanwhile() {
     let (_server, mut reader, mut other, _, bytes) = cached_volume(8 << 20);
-    // Far more than the sockets hold: the last of them waits in the server.
+    // In one segment, so that all of them are begun before the first is answered; far more than the sockets hold, so the last of
+    // them waits in the server.
+    rustix::net::sockopt::set_tcp_cork(&reader.stream, true).unwrap();
     let cookies: Vec<u64> = (0..8u64)
         .map(|number| reader.send(Command::Read, CommandFlags::NONE, number << 20, 1 << 20, &[]))
         .collect();
+    rustix::net::sockopt::set_tcp_cork(&reader.stream, false).unwrap();
     let first = reader.receive().unwrap();
     assert_eq!((first.cookie, first.error), (cookies[0], 0));
     assert!(first.payload == bytes[..1 << 20]);
