@@ -2,8 +2,8 @@
 //!
 //! Owns the counts. Never: decides anything else about a connection that is in. Called by `acceptor.rs`, which
 //! asks for a [`Place`] before a connection is given to a ring; the connection holds it, and giving it back is dropping it.
-//! Invariants: there are never more places, nor more memory for wide sockets, than the limits say; an address without a connection is not
-//! remembered, so the table is no larger than the number of connections.
+//! Invariants: there are never more places, nor more memory for wide sockets, than the limits say; an address without a
+//! connection is not remembered, so the table is no larger than the number of connections.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -87,16 +87,16 @@ impl Admission {
         Ok(Place { admission: Arc::clone(self), address, wide_bytes: 0 })
     }
 
-    /// Takes memory for a wider socket: how wide, and how many bytes. One address gets no more than it leaves to all others together,
-    /// so none can take it all; and one connection no more than a part of what its address may still get, so that one which has
+    /// Takes memory for a wider socket: how wide, and how many bytes. One address gets no more than it leaves to all others
+    /// together, so none can take it all; and one connection no more than a part of what its address may still get, so that one which has
     /// many loses width, but none of them all of it.
     fn take_wide(&self, address: IpAddr) -> Option<(Width, u64)> {
         let mut counts = self.counts();
         let left_bytes = self.wide_bytes_max - counts.wide_bytes;
         let of_address = counts.by_address.get_mut(&address)?;
         let room_bytes = left_bytes.saturating_sub(of_address.wide_bytes);
-        let widths = WIDTHS.into_iter().map(|width| (width, self.wide_sockets.more_bytes(width)));
-        let taken = widths.into_iter().find(|(_, bytes)| bytes * CONNECTIONS_IN_ROOM <= room_bytes)?;
+        let mut widths = WIDTHS.into_iter().map(|width| (width, self.wide_sockets.more_bytes(width)));
+        let taken = widths.find(|(_, bytes)| bytes * CONNECTIONS_IN_ROOM <= room_bytes)?;
         of_address.wide_bytes += taken.1;
         counts.wide_bytes += taken.1;
         Some(taken)

@@ -346,15 +346,10 @@ impl Connection {
         ring.pool().forget_waiter(self.index);
     }
 
-    /// Gives back every buffer; the connection is drained and about to be dropped.
+    /// Gives back every buffer and all held pages; the connection is drained and about to be dropped.
     pub fn release_all(&mut self, ring: &mut Ring) {
-        for request in &mut self.requests {
-            if let Some(buffer) = request.buffer.take() {
-                ring.pool().release(buffer);
-            }
-            if let Some(pages) = request.pages.take() {
-                ring.pipes().release(pages);
-            }
+        for slot in 0..self.requests.len() as u8 {
+            self.release_buffer(ring, SlotId(slot));
         }
     }
 

@@ -1,7 +1,8 @@
 //! A ring thread: completions in, submissions out, one system call a pass.
 //!
 //! Owns: the connections of one ring. Never: looks anything up, takes a lock that somebody holds for long, or blocks
-//! anywhere but in `submit_and_wait` (and where `page_pipes.rs` says so); opening an export is the gate's, and its answer comes through the mailbox.
+//! anywhere but in `submit_and_wait` (and where `page_pipes.rs` says so); opening an export is the gate's, and its answer
+//! comes through the mailbox.
 //! Called by: `data_server.rs`, which starts one thread for each core.
 //!
 //! A pass: **reap** (results to their connections) → **advance** (each connection with news parses, sends, receives,

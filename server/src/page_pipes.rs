@@ -20,12 +20,10 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
 use crate::backend::file::FileVolume;
+use crate::ring::PAGES_BYTES_MIN;
 
 /// The most that one READ may hold in this way, in bytes: a pipe that needs no privileges (`fs.pipe-max-size`).
 pub const HELD_BYTES_MAX: u32 = 1 << 20;
-
-/// Below, copying costs less than the way there.
-const HELD_BYTES_MIN: u32 = 32 << 10;
 
 /// Whose pages: to be given back with [`PagePipes::release`].
 #[derive(Debug, PartialEq, Eq)]
@@ -56,8 +54,14 @@ impl PagePipes {
 
     /// Takes hold of a range of the volume's pages, if all of them are in the page cache, and if it is worth it. `None`: read it.
     pub fn hold(&mut self, volume: &FileVolume, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
-        let is_of_use = (HELD_BYTES_MIN..=HELD_BYTES_MAX).contains(&length_bytes);
-        if !is_of_use || self.free.is_empty() || !volume.is_cached(offset_bytes, length_bytes) {
+        // A pipe has room for so many pages, and a range that begins inside one touches a page more.
+        let first_page_bytes = offset_bytes % rustix::param::page_size() as u64;
+        let has_room = first_page_bytes + u64::from(length_bytes) <= u64::from(HELD_BYTES_MAX);
+        if length_bytes < PAGES_BYTES_MIN
+            || !has_room
+            || self.free.is_empty()
+            || !volume.is_cached(offset_bytes, length_bytes)
+        {
             return None;
         }
         let index = self.free.pop()?;

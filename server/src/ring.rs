@@ -46,9 +46,9 @@ const SQ_ENTRIES: u32 = 512;
 /// Completions that fit; the kernel keeps more aside, at a cost.
 const CQ_ENTRIES: u32 = 4096;
 
-/// From this size on, a payload in a memory volume is sent by handing its pages to the socket; below, copying it costs less
-/// than the way there.
-const PAGES_BYTES_MIN: u32 = 32 << 10;
+/// From this size on, a payload in a memory volume or in the page cache is sent by handing its pages to the socket; below,
+/// copying it costs less than the way there.
+pub(crate) const PAGES_BYTES_MIN: u32 = 32 << 10;
 
 /// Receive memory of a connection: a queue of 32 small writes in one receive.
 pub const BULK_BYTES: usize = 128 << 10;
@@ -224,7 +224,7 @@ impl Ring {
 
     /// Takes hold of what a READ wants of the connection's volume, if that goes without reading; it has to be given back.
     pub fn hold_pages(&mut self, connection: u32, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
-        let volume = self.memory.connections[connection as usize].as_ref()?.volume.as_deref()?;
+        let volume = self.memory.connection(connection).volume.as_deref()?;
         match &volume.backend {
             Backend::File(file) => self.pipes.hold(file, offset_bytes, length_bytes),
             Backend::Memory(_) => None,
@@ -472,11 +472,7 @@ impl Ring {
     /// # Errors
     /// Those of sendmsg(2), sendfile(2) and splice(2); the connection is of no use any more.
     pub fn send(&mut self, connection: u32) -> io::Result<bool> {
-        let Some(memory) =
-            self.memory.connections.get_mut(connection as usize).and_then(Option::as_deref_mut)
-        else {
-            panic!("connection {connection} is gone")
-        };
+        let memory = self.memory.connection_mut(connection);
         let file = memory.volume.as_deref().and_then(Volume::memory).map(MemoryVolume::file);
         let sent = memory.send.send(&memory.socket, file, &mut self.pipes);
         if !matches!(sent, Ok(false)) {
@@ -686,17 +682,11 @@ impl Ring {
     }
 
     fn connection(&self, connection: u32) -> &ConnectionMemory {
-        match self.memory.connections.get(connection as usize).and_then(Option::as_deref) {
-            Some(memory) => memory,
-            None => panic!("connection {connection} is gone"),
-        }
+        self.memory.connection(connection)
     }
 
     fn connection_mut(&mut self, connection: u32) -> &mut ConnectionMemory {
-        match self.memory.connections.get_mut(connection as usize).and_then(Option::as_deref_mut) {
-            Some(memory) => memory,
-            None => panic!("connection {connection} is gone"),
-        }
+        self.memory.connection_mut(connection)
     }
 
     fn idle_send(&mut self, connection: u32) -> &mut SendArea {
@@ -709,6 +699,22 @@ impl Ring {
         match self.connection(connection).volume.as_deref().and_then(Volume::memory) {
             Some(memory) => memory,
             None => panic!("the connection's volume is not in memory"),
+        }
+    }
+}
+
+impl Memory {
+    fn connection(&self, connection: u32) -> &ConnectionMemory {
+        match self.connections.get(connection as usize).and_then(Option::as_deref) {
+            Some(memory) => memory,
+            None => panic!("connection {connection} is gone"),
+        }
+    }
+
+    fn connection_mut(&mut self, connection: u32) -> &mut ConnectionMemory {
+        match self.connections.get_mut(connection as usize).and_then(Option::as_deref_mut) {
+            Some(memory) => memory,
+            None => panic!("connection {connection} is gone"),
         }
     }
 }

@@ -232,16 +232,13 @@ fn serve(mut peer: TcpStream, case: Case) -> Result<()> {
                 peer.read_exact(&mut vec![0; request.length_bytes as usize])?;
                 let refuses = case == Case::ShuttingDown;
                 let error = if refuses { NbdError::Eshutdown as u32 } else { 0 };
-                peer.write_all(&SimpleReply { error, cookie: request.cookie }.encode())?;
+                answer_by_header(&mut peer, &request, error)?;
             }
             NbdCommand::Write if case == Case::CloseInsideWrite => {
                 peer.read_exact(&mut vec![0; request.length_bytes as usize / 2])?;
                 return Ok(());
             }
-            _ => {
-                let refused = SimpleReply { error: NbdError::Einval as u32, cookie: request.cookie };
-                peer.write_all(&refused.encode())?;
-            }
+            _ => answer_by_header(&mut peer, &request, NbdError::Einval as u32)?,
         }
     }
 }
@@ -271,6 +268,11 @@ fn honest_reply(request: &Request) -> Vec<u8> {
     [&header[..], &pattern(request.offset_bytes, request.length_bytes as usize)].concat()
 }
 
+/// A reply without a payload; 0 is success.
+fn answer_by_header(peer: &mut TcpStream, request: &Request, error: u32) -> Result<()> {
+    Ok(peer.write_all(&SimpleReply { error, cookie: request.cookie }.encode())?)
+}
+
 fn answer(peer: &mut TcpStream, request: &Request, case: Case) -> Result<()> {
     let honest = honest_reply(request);
     match case {
@@ -295,14 +297,8 @@ fn answer(peer: &mut TcpStream, request: &Request, case: Case) -> Result<()> {
                 peer.write_all(piece)?;
             }
         }
-        Case::Error => {
-            peer.write_all(&SimpleReply { error: NbdError::Eio as u32, cookie: request.cookie }.encode())?;
-        }
-        Case::ShuttingDown => {
-            peer.write_all(
-                &SimpleReply { error: NbdError::Eshutdown as u32, cookie: request.cookie }.encode(),
-            )?;
-        }
+        Case::Error => answer_by_header(peer, request, NbdError::Eio as u32)?,
+        Case::ShuttingDown => answer_by_header(peer, request, NbdError::Eshutdown as u32)?,
         Case::CloseInsideWrite | Case::Honest => peer.write_all(&honest)?,
     }
     Ok(())

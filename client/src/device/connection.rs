@@ -213,14 +213,7 @@ impl Connection {
             offset_bytes: 0,
             length_bytes: 0,
         };
-        let idle = Entry {
-            stage: Stage::Idle,
-            cookie: 0,
-            operation,
-            receiving: false,
-            reply: None,
-            is_refused: false,
-        };
+        let idle = Entry::new(operation);
         let capacity = usize::from(tags);
         Self {
             entries: vec![idle; capacity].into_boxed_slice(),
@@ -255,14 +248,7 @@ impl Connection {
             self.latest_read_is_large = operation.length_bytes > self.small_bytes_max;
             self.large_reads += u16::from(self.latest_read_is_large);
         }
-        *entry = Entry {
-            stage: Stage::Queued,
-            cookie: 0,
-            operation,
-            receiving: false,
-            reply: None,
-            is_refused: false,
-        };
+        *entry = Entry::new(operation);
         self.queue(tag);
     }
 
@@ -277,8 +263,8 @@ impl Connection {
     }
 
     /// Fills `outbox` and `pieces` with what is to be sent next; both stay empty when there is nothing, when a batch is
-    /// still out, when the connection failed, or when the server is shutting down. Small payloads are gathered from `source` into the outbox. Headers and small
-    /// payloads lie together in one piece, up to each large payload.
+    /// still out, when the connection failed, or when the server is shutting down. Small payloads are gathered from `source`
+    /// into the outbox. Headers and small payloads lie together in one piece, up to each large payload.
     ///
     /// # Errors
     /// That of `source`; the batch is of no use then, and neither is the connection.
@@ -505,6 +491,11 @@ impl Connection {
 }
 
 impl Entry {
+    fn new(operation: Operation) -> Self {
+        let stage = Stage::Idle;
+        Self { stage, cookie: 0, operation, receiving: false, reply: None, is_refused: false }
+    }
+
     fn request(&self) -> Request {
         Request {
             flags: self.operation.flags,
