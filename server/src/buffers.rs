@@ -272,7 +272,7 @@ impl Region {
 
     /// Maps the first `length_bytes` of a file, shared with it, at a multiple of [`HUGE_PAGE_BYTES`]: only so can huge
     /// pages of the file be mapped as such.
-    pub(crate) fn of_file(file: &File, length_bytes: usize) -> io::Result<Self> {
+    pub(crate) fn of_file(file: &File, length_bytes: usize, protection: ProtFlags) -> io::Result<Self> {
         let file_bytes = in_pages(length_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
         let mapped_bytes = file_bytes.checked_add(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
         let room = map_anonymous(mapped_bytes, ProtFlags::empty())?;
@@ -280,7 +280,7 @@ impl Region {
         // From here on the room is given back on every error.
         let mut region = Self { start: room, length_bytes, mapped: (room, mapped_bytes) };
         let target = room.as_ptr().wrapping_add(padding_bytes);
-        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: replaces a part of the room made above, which nobody else knows of.
         let start = unsafe { mmap(target.cast(), file_bytes, protection, flags, file, 0) }?;
         region.start = NonNull::new(start.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;

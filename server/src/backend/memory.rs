@@ -15,6 +15,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::mm::ProtFlags;
 
 use crate::buffers::{HUGE_PAGE_BYTES, Region};
 
@@ -42,7 +43,7 @@ impl MemoryVolume {
         let length_bytes = usize::try_from(capacity_bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let file = File::from(memfd_create("volnode-volume", MemfdFlags::CLOEXEC)?);
         file.set_len(capacity_bytes)?;
-        let memory = Region::of_file(&file, length_bytes)?;
+        let memory = Region::of_file(&file, length_bytes, ProtFlags::READ | ProtFlags::WRITE)?;
         let written = (0..length_bytes.div_ceil(HUGE_PAGE_BYTES)).map(|_| AtomicBool::new(false)).collect();
         Ok(Self { file, memory, capacity_bytes, written })
     }

@@ -3,28 +3,29 @@
 //! Owns: an address range that stands for the file and is never touched; mincore(2) tells of it which pages are in memory and read,
 //! and not only on their way. Called by: `file.rs` (at open) and `page_pipes.rs`.
 //! Source: mincore(2); it tells this of files that the caller may write (`mm/mincore.c`), as volumes are.
-#![allow(unsafe_code)] // A mapping that nobody can read or write, and a question about it.
+#![allow(unsafe_code)] // A question to the kernel, about a mapping that nobody can read or write.
 
 use std::fs::File;
 use std::io;
-use std::ptr::NonNull;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::ProtFlags;
+
+use crate::buffers::Region;
 
 /// Pages that can be asked about at once: those of 1 MiB, wherever it begins.
 const PAGES_MAX: usize = 257;
 
 /// A view of a file's part of the page cache.
-#[derive(Debug)]
 pub struct PageCacheView {
-    start: NonNull<u8>,
+    range: Region,
     length_bytes: usize,
 }
 
-// SAFETY: the address is only handed to the kernel, which takes questions from any thread.
-unsafe impl Send for PageCacheView {}
-// SAFETY: as above; nothing here changes.
-unsafe impl Sync for PageCacheView {}
+impl std::fmt::Debug for PageCacheView {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PageCacheView").field("length_bytes", &self.length_bytes).finish()
+    }
+}
 
 impl PageCacheView {
     /// Of the file's first `length_bytes`, at least one.
@@ -33,11 +34,7 @@ impl PageCacheView {
     /// Those of mmap(2).
     pub fn new(file: &File, length_bytes: u64) -> io::Result<Self> {
         let length_bytes = usize::try_from(length_bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let (protection, flags) = (ProtFlags::empty(), MapFlags::SHARED | MapFlags::NORESERVE);
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory that is in use.
-        let start = unsafe { mmap(std::ptr::null_mut(), length_bytes, protection, flags, file, 0) }?;
-        let start = NonNull::new(start.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { start, length_bytes })
+        Ok(Self { range: Region::of_file(file, length_bytes, ProtFlags::empty())?, length_bytes })
     }
 
     /// Whether all of the range can be read without waiting, as of now. False also where that cannot be told.
@@ -51,19 +48,11 @@ impl PageCacheView {
         if end_bytes > self.length_bytes || pages > residency.len() {
             return false;
         }
-        let start = self.start.as_ptr().wrapping_add(begin_bytes).cast();
+        let start = self.range.address(begin_bytes, end_bytes - begin_bytes).cast();
         // SAFETY: the range is inside the mapping, which is only asked about; a byte is written for each of its pages, and
         // there are so many.
         let result = unsafe { libc::mincore(start, end_bytes - begin_bytes, residency.as_mut_ptr()) };
         result == 0 && residency[..pages].iter().all(|page| page & 1 == 1)
-    }
-}
-
-impl Drop for PageCacheView {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made above with this start and length, and nobody else knows of it.
-        let result = unsafe { munmap(self.start.as_ptr().cast(), self.length_bytes) };
-        debug_assert!(result.is_ok(), "munmap: {result:?}");
     }
 }
 
