@@ -215,6 +215,9 @@ pub fn number_after(text: &str, name: &str) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     #[test]
@@ -225,15 +228,28 @@ mod tests {
         assert!(number_after(text, "Anonymous:").is_err());
     }
 
+    /// Of a child with one thread: in this process the threads of other tests end meanwhile, and with them what they did.
     #[test]
-    fn this_process_is_running_and_resident() {
-        let pid = std::process::id();
-        let before = Activity::of(pid).unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(1));
-        let after = Activity::of(pid).unwrap();
-        assert!(after.threads >= 1 && after.switches > before.switches, "{before:?} {after:?}");
-        let memory = Memory::of(pid).unwrap();
+    fn what_a_process_does_and_holds_is_seen() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (mut to_child, mut from_child) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let mut echo = || {
+            to_child.write_all(b"a").unwrap();
+            from_child.read_exact(&mut [0]).unwrap();
+        };
+        // After this it waits in read() for the next byte, or is about to.
+        echo();
+        let before = Activity::of(child.id()).unwrap();
+        echo();
+        echo();
+        let after = Activity::of(child.id()).unwrap();
+        assert_eq!(after.threads, 1);
+        let between = after.since(&before);
+        assert!(between.switches > 0 && between.cpu_ns > 0, "{before:?} {after:?}");
+        let memory = Memory::of(child.id()).unwrap();
         assert!(memory.rss_kib >= memory.pss_kib && memory.anonymous_kib > 0, "{memory:?}");
+        drop(to_child);
+        assert!(child.wait().unwrap().success());
     }
 
     #[test]
@@ -247,9 +263,9 @@ mod tests {
     fn a_child_belongs_to_the_family_and_its_time_outlives_it() {
         let family = Family { pid: std::process::id() };
         let before = family.cpu_s().unwrap();
-        let mut child = std::process::Command::new("sh")
+        let mut child = Command::new("sh")
             .args(["-c", "i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done; read line"])
-            .stdin(std::process::Stdio::piped())
+            .stdin(Stdio::piped())
             .spawn()
             .unwrap();
         assert!(family.members().unwrap().contains(&child.id()));
