@@ -175,10 +175,19 @@ struct Entry {
     stage: Stage,
     cookie: u64,
     operation: Operation,
-    receiving: bool,
-    reply: Option<Result<(), i32>>,
+    answer: Answer,
+}
+
+/// What has come of a request on this connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    None,
+    /// The header of a reply whose payload is being received.
+    Begun,
+    /// All of it.
+    Whole(Result<(), i32>),
     /// The server is shutting down and has not done it.
-    is_refused: bool,
+    Refused,
 }
 
 /// The transmission phase of one connection.
@@ -257,7 +266,7 @@ impl Connection {
         self.sequence += 1;
         let entry = &mut self.entries[usize::from(tag)];
         entry.stage = Stage::Queued;
-        entry.is_refused = false;
+        entry.answer = Answer::None;
         entry.cookie = self.sequence << COOKIE_TAG_BITS | u64::from(tag);
         self.to_send.push_back(tag);
     }
@@ -343,16 +352,16 @@ impl Connection {
             .filter(|entry| entry.awaits(reply.cookie))
             .ok_or(PeerError::UnknownCookie(reply.cookie))?;
         if reply.error == NbdError::Eshutdown as u32 {
-            entry.is_refused = true;
+            entry.answer = Answer::Refused;
             self.is_leaving = true;
             return Ok(Follows::Header);
         }
         if reply.error == 0 && entry.operation.command == Command::Read {
-            entry.receiving = true;
+            entry.answer = Answer::Begun;
             return Ok(Follows::Payload { tag, len_bytes: entry.operation.length_bytes });
         }
         let errno = NbdError::errno_from_wire(reply.error);
-        entry.reply = Some(if reply.error == 0 { Ok(()) } else { Err(errno) });
+        entry.answer = Answer::Whole(if reply.error == 0 { Ok(()) } else { Err(errno) });
         self.complete_if_done(tag);
         Ok(Follows::Header)
     }
@@ -360,17 +369,17 @@ impl Connection {
     /// The tag's whole payload was received.
     pub fn payload_received(&mut self, tag: u16) {
         let entry = &mut self.entries[usize::from(tag)];
-        debug_assert!(entry.receiving);
-        entry.receiving = false;
-        entry.reply = Some(Ok(()));
+        debug_assert_eq!(entry.answer, Answer::Begun);
+        entry.answer = Answer::Whole(Ok(()));
         self.complete_if_done(tag);
     }
 
     /// Whether the server is shutting down and has answered everything that it was sent: it is of no use any more, and is to be
     /// left. What it has refused is done on the next one.
     pub fn is_to_be_left(&self) -> bool {
-        let is_owed =
-            |entry: &Entry| matches!(entry.stage, Stage::Sending | Stage::Sent) && !entry.is_refused;
+        let is_owed = |entry: &Entry| {
+            matches!(entry.stage, Stage::Sending | Stage::Sent) && entry.answer != Answer::Refused
+        };
         self.link == Link::Up && self.is_leaving && !self.entries.iter().any(is_owed)
     }
 
@@ -398,13 +407,12 @@ impl Connection {
             if entry.stage == Stage::Idle {
                 continue;
             }
-            entry.receiving = false;
-            match entry.reply {
-                Some(result) => self.end(tag, result),
-                None if self.gives_up || !entry.may_be_sent_again(resend) => {
+            match entry.answer {
+                Answer::Whole(result) => self.end(tag, result),
+                _ if self.gives_up || !entry.may_be_sent_again(resend) => {
                     self.end(tag, Err(NbdError::Eio as i32));
                 }
-                None => self.queue(tag),
+                _ => self.queue(tag),
             }
         }
     }
@@ -470,10 +478,10 @@ impl Connection {
 
     fn complete_if_done(&mut self, tag: u16) {
         let entry = &mut self.entries[usize::from(tag)];
-        let Some(result) = entry.reply else { return };
+        let Answer::Whole(result) = entry.answer else { return };
         // A peer may answer before its last byte was sent, or rather before we were told so: the pages are still in
         // use, so the request waits for `batch_sent`.
-        if self.link != Link::Up || entry.stage != Stage::Sent || entry.receiving {
+        if self.link != Link::Up || entry.stage != Stage::Sent {
             return;
         }
         self.end(tag, result);
@@ -492,8 +500,7 @@ impl Connection {
 
 impl Entry {
     fn new(operation: Operation) -> Self {
-        let stage = Stage::Idle;
-        Self { stage, cookie: 0, operation, receiving: false, reply: None, is_refused: false }
+        Self { stage: Stage::Idle, cookie: 0, operation, answer: Answer::None }
     }
 
     fn request(&self) -> Request {
@@ -507,7 +514,7 @@ impl Entry {
     }
 
     fn may_be_sent_again(&self, resend: Resend) -> bool {
-        let may_be_done = self.stage != Stage::Queued && !self.is_refused;
+        let may_be_done = self.stage != Stage::Queued && self.answer != Answer::Refused;
         match (resend, self.operation.command) {
             (Resend::Everything, _) => true,
             (Resend::ReadsOnly, Command::Flush) => false,
@@ -519,7 +526,7 @@ impl Entry {
     /// Whether a reply with this cookie is this request's first.
     fn awaits(&self, cookie: u64) -> bool {
         let was_sent = matches!(self.stage, Stage::Sending | Stage::Sent);
-        was_sent && self.cookie == cookie && self.reply.is_none() && !self.receiving && !self.is_refused
+        was_sent && self.cookie == cookie && self.answer == Answer::None
     }
 }
 
