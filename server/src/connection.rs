@@ -53,6 +53,10 @@ const SHORT_RECEIVE_BYTES: usize = 4 << 10;
 /// others need.
 const HELD_BYTES_MAX: usize = 16 << 20;
 
+/// So many replies, or so many bytes of them, are sent before the other connections of the ring have their turn.
+const TURN_REPLIES_MAX: usize = 512;
+const TURN_BYTES_MAX: u64 = 4 << 20;
+
 /// What the session wants from the rest of the server.
 #[derive(Debug)]
 pub enum Ask {
@@ -139,6 +143,9 @@ pub struct Connection {
     rights: Arc<Rights>,
     handshake_deadline: Instant,
     progressed_at: Instant,
+    /// Sent in this turn.
+    turn_replies: usize,
+    turn_bytes: u64,
     /// Set while the connection is in the loop's list of connections to advance.
     pub is_listed: bool,
 }
@@ -181,6 +188,8 @@ impl Connection {
             rights: Arc::new(Rights::everything()),
             handshake_deadline: now + limits.handshake_timeout,
             progressed_at: now,
+            turn_replies: 0,
+            turn_bytes: 0,
             is_listed: false,
         }
     }
@@ -353,10 +362,12 @@ impl Connection {
         }
     }
 
-    /// Does all that can be done now: parses, sends what is due, receives more, closes when finished.
+    /// Does what can be done now: parses, sends what is due, receives more, closes when finished. Of requests that are answered
+    /// at once as many as there are in a turn: see [`Connection::waits_for_turn`].
     pub fn advance(&mut self, ring: &mut Ring) -> Option<Ask> {
+        (self.turn_replies, self.turn_bytes) = (0, 0);
         let mut ask = self.parse(ring);
-        while self.send(ring) && ask.is_none() && self.phase == Phase::Open {
+        while self.send(ring) && ask.is_none() && self.phase == Phase::Open && !self.waits_for_turn() {
             // What left made room for requests that were held back.
             ask = self.parse(ring);
         }
@@ -369,6 +380,13 @@ impl Connection {
             self.close(ring);
         }
         ask
+    }
+
+    /// Whether it has had its turn and would go on: it wants to be advanced after the others, without news of its own.
+    pub fn waits_for_turn(&self) -> bool {
+        let has_had_its_turn = self.turn_replies >= TURN_REPLIES_MAX || self.turn_bytes >= TURN_BYTES_MAX;
+        let is_held_back = self.is_paused || matches!(self.held, Held::ByOwnShare(_));
+        has_had_its_turn && is_held_back && self.phase == Phase::Open && !self.is_sending
     }
 
     fn parse(&mut self, ring: &mut Ring) -> Option<Ask> {
@@ -441,6 +459,8 @@ impl Connection {
                 ring.add_payload(self.index, self.payload_place(reply.slot), reply.payload_bytes);
             }
             self.sending.push(reply.slot);
+            self.turn_replies += 1;
+            self.turn_bytes += u64::from(reply.payload_bytes);
         }
         self.send_on(ring)
     }

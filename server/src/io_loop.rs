@@ -49,6 +49,8 @@ pub struct IoLoop {
     completions: Vec<Completion>,
     /// Connections with news in this pass.
     news: Vec<u32>,
+    /// Connections that have had their turn in this pass and go on in the next.
+    waiting_for_turn: Vec<u32>,
     shutdown_deadline: Option<Instant>,
     /// When deadlines were last looked at.
     checked_at: Instant,
@@ -82,6 +84,7 @@ impl IoLoop {
             by_id: HashMap::new(),
             completions: Vec::with_capacity(COMPLETIONS_PER_PASS),
             news: Vec::with_capacity(1024),
+            waiting_for_turn: Vec::with_capacity(1024),
             shutdown_deadline: None,
             checked_at: Instant::now(),
             has_handshakes: false,
@@ -91,12 +94,17 @@ impl IoLoop {
     /// Serves until told to shut down and every connection is gone.
     pub fn run(mut self) {
         while self.shutdown_deadline.is_none() || !self.by_id.is_empty() {
-            if let Err(error) = self.ring.submit_and_wait(self.tick()) {
+            let timeout = if self.waiting_for_turn.is_empty() { self.tick() } else { Some(Duration::ZERO) };
+            if let Err(error) = self.ring.submit_and_wait(timeout) {
                 error!(%error, ring = self.ring_number, "the ring is broken");
                 // A data thread without its ring can serve nobody and can not tell what was written: better none.
                 std::process::abort();
             }
             let now = Instant::now();
+            // First, so that they come last: the latest news is looked at first.
+            while let Some(index) = self.waiting_for_turn.pop() {
+                self.note(index);
+            }
             self.reap(now);
             self.advance();
             if self.tick().is_some() && now.duration_since(self.checked_at) >= TICK {
@@ -153,7 +161,11 @@ impl IoLoop {
                     Ask::StartTls => self.start_tls(index, connection, deadline),
                 }
             }
-            if self.connections[index as usize].as_ref().is_some_and(|c| c.is_drained(&self.ring)) {
+            let Some(connection) = self.connections[index as usize].as_ref() else { continue };
+            if connection.waits_for_turn() {
+                self.waiting_for_turn.push(index);
+            }
+            if connection.is_drained(&self.ring) {
                 self.remove(index);
             }
         }

@@ -7,7 +7,8 @@
 //! pipe is what makes it safe to begin a reply: what it holds cannot be pushed out of memory any more, nor fail to be read.
 //!
 //! Owns: the pipes of one ring, a fixed number of them. Never: waits for a disk, unless a page is pushed out of memory between the
-//! look at the page cache and the splice that follows it.
+//! look at the page cache and the splice that follows it; nor for a writer, because only volumes on file systems that take no
+//! lock for a splice have a view (`backend/page_cache.rs`).
 //! Called by: `ring.rs`. Invariants: a pipe is free, or holds the pages of one request; one that may hold some of a reply that
 //! will not be sent is closed, not used again. What a READ holds is in the memory limit (`limits.rs`).
 //! Source: splice(2), pipe(7).
@@ -68,7 +69,11 @@ impl PagePipes {
         let place = &mut self.pipes[usize::from(index)];
         if place.is_none() {
             // Where there are no more descriptors, or not for this user (`fs.pipe-user-pages-soft`), it is done without.
-            *place = Some(Pipe::new().ok()?);
+            let Ok(pipe) = Pipe::new() else {
+                self.free.push(index);
+                return None;
+            };
+            *place = Some(pipe);
         }
         let pipe = PipeId(index);
         let filled = place.as_mut().map(|pipe| pipe.fill(volume.file(), offset_bytes, length_bytes as usize));

@@ -635,13 +635,15 @@ impl Links {
             Event::Queue(QueueEvent::SentByReference { was_copied }) => {
                 note_send_zc(if was_copied { SendZc::Copied } else { SendZc::Used }, status);
             }
-            Event::Queue(QueueEvent::Disconnected { queue_id, connection, reason }) => {
+            Event::Queue(QueueEvent::Disconnected { queue_id, connection, reason, served_nothing }) => {
                 let slot = connection * status.status().nr_hw_queues + queue_id;
                 let reason =
                     format!("connection {slot} to {} was lost ({reason})", status.status().server_address);
                 let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
                 let has_unflushed = || is_volatile || unflushed.any();
-                self.reconnect.disconnected(queue_id, &reason, Instant::now(), has_unflushed, &mut outputs);
+                let now = Instant::now();
+                let reconnect = &mut self.reconnect;
+                reconnect.disconnected(queue_id, served_nothing, &reason, now, has_unflushed, &mut outputs);
             }
             Event::Queue(QueueEvent::Ended { queue_id, outcome }) => {
                 self.queues_live -= 1;
@@ -696,7 +698,7 @@ impl Links {
                 Output::Dial(queue_id) => {
                     let sender = self.sender.clone();
                     let on_attempt = move |attempt| drop(sender.send(Event::Attempt(queue_id, attempt)));
-                    if let Err(error) = self.redial.start(queue_id, on_attempt) {
+                    if let Err(error) = self.redial.start(queue_id, self.reconnect.refusals(), on_attempt) {
                         // Without a thread there is no other way back than the next loss; users see why.
                         tracing::error!(queue_id, %error, "the server cannot be dialled");
                         self.reconnect

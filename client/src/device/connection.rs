@@ -201,6 +201,8 @@ pub struct Connection {
     link: Link,
     /// The server is shutting down: nothing is sent any more, and what was sent is waited for.
     is_leaving: bool,
+    /// A reply has come that did not say so.
+    has_served: bool,
     /// Requests end with EIO rather than wait for the next connection.
     gives_up: bool,
     /// Requests that were submitted and have not completed.
@@ -232,6 +234,7 @@ impl Connection {
             sequence: 0,
             link: Link::Up,
             is_leaving: false,
+            has_served: false,
             gives_up: false,
             in_flight: 0,
             small_bytes_max,
@@ -356,6 +359,7 @@ impl Connection {
             self.is_leaving = true;
             return Ok(Follows::Header);
         }
+        self.has_served = true;
         if reply.error == 0 && entry.operation.command == Command::Read {
             entry.answer = Answer::Begun;
             return Ok(Follows::Payload { tag, len_bytes: entry.operation.length_bytes });
@@ -374,13 +378,27 @@ impl Connection {
         self.complete_if_done(tag);
     }
 
-    /// Whether the server is shutting down and has answered everything that it was sent: it is of no use any more, and is to be
-    /// left. What it has refused is done on the next one.
-    pub fn is_to_be_left(&self) -> bool {
+    /// Whether the server has said that it is shutting down, or was said to.
+    pub fn is_leaving(&self) -> bool {
+        self.is_leaving
+    }
+
+    /// The server is shutting down: nothing more is sent. What it has refused is done on the next connection.
+    pub fn leave(&mut self) {
+        self.is_leaving = self.link == Link::Up;
+    }
+
+    /// Whether the server has yet to answer, in whole, something that it was sent.
+    pub fn is_owed_replies(&self) -> bool {
         let is_owed = |entry: &Entry| {
             matches!(entry.stage, Stage::Sending | Stage::Sent) && entry.answer != Answer::Refused
         };
-        self.link == Link::Up && self.is_leaving && !self.entries.iter().any(is_owed)
+        self.entries.iter().any(is_owed)
+    }
+
+    /// Whether the server has done, or tried to do, anything that it was asked for on this connection.
+    pub fn has_served(&self) -> bool {
+        self.has_served
     }
 
     /// The connection is lost. Nothing completes until [`Connection::reaped`].
@@ -425,6 +443,7 @@ impl Connection {
         assert_eq!(self.link, Link::Down, "a connection replaces one that was reaped");
         self.link = Link::Up;
         self.gives_up = false;
+        self.has_served = false;
     }
 
     /// Nobody waits any longer: what is in flight, as soon as it was reaped, and all that comes until there is a connection
@@ -640,9 +659,9 @@ mod tests {
         connection.header_received(&reply(shutdown, cookies[3])).unwrap();
         connection.header_received(&reply(0, cookies[2])).unwrap();
         connection.header_received(&reply(0, cookies[0])).unwrap();
-        assert!(!connection.is_to_be_left(), "the payload is still to come");
+        assert!(connection.is_leaving() && connection.is_owed_replies(), "the payload is still to come");
         connection.payload_received(0);
-        assert!(connection.is_to_be_left());
+        assert!(!connection.is_owed_replies() && connection.has_served());
         connection.fail();
         connection.reaped(Resend::ReadsOnly);
         let ended = completions(&mut connection);
@@ -655,7 +674,7 @@ mod tests {
             Piece::Outbox { .. } => None,
         });
         assert_eq!(payloads.collect::<Vec<_>>(), [1, 4]);
-        assert!(!connection.is_to_be_left());
+        assert!(!connection.is_leaving() && !connection.has_served());
     }
 
     #[test]

@@ -59,6 +59,8 @@ const HELD_BYTES_MAX: u32 = 512 << 10;
 const FINAL_FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a socket that was shut down may take to give its operations back.
 const REAP_TIMEOUT: Duration = Duration::from_secs(10);
+/// A server that refuses all it is asked for so soon after it was reached was not back.
+const JUST_OPENED: Duration = Duration::from_secs(10);
 
 /// Runs a queue until its device is gone. To be called on the queue's own thread, as `on_event` is then; that happens
 /// never while requests are served without an error.
@@ -127,6 +129,7 @@ struct QueueLoop<'a> {
     covered: Box<[u64]>,
     commands: QueueCommands,
     is_tick_out: bool,
+    connected_at: Instant,
     /// Why the connections were lost; until they are reaped.
     loss: Option<(u16, String)>,
     /// Payloads that were received since requests were last given back; while it is not 0 ended requests are held back.
@@ -172,6 +175,7 @@ impl<'a> QueueLoop<'a> {
             unflushed,
             commands: parts.commands,
             is_tick_out: false,
+            connected_at: Instant::now(),
             loss: None,
             held_bytes: 0,
             final_flush: None,
@@ -348,12 +352,18 @@ impl<'a> QueueLoop<'a> {
         }
         let left = self.lanes[usize::from(connection)].incoming.compact();
         self.ring.compact_inbox(connection, left);
-        self.leave_a_server_that_ends(connection);
+        self.leave_a_server_that_ends();
     }
 
-    /// It has said that it is shutting down; the replies that it still owes are waited for.
-    fn leave_a_server_that_ends(&mut self, connection: u16) {
-        if self.lanes[usize::from(connection)].connection.is_to_be_left() {
+    /// It has said on a connection that it is shutting down. The replies that it still owes are waited for, on all of them:
+    /// they are lost together.
+    fn leave_a_server_that_ends(&mut self) {
+        let told = (0..).zip(&self.lanes).find(|(_, lane)| lane.connection.is_leaving());
+        let Some((connection, _)) = told else { return };
+        for lane in &mut self.lanes {
+            lane.connection.leave();
+        }
+        if !self.lanes.iter().any(|lane| lane.connection.is_owed_replies()) {
             self.fail(connection, "the server is shutting down".to_owned());
         }
     }
@@ -383,7 +393,7 @@ impl<'a> QueueLoop<'a> {
             Ok(true) => {
                 lane.connection.payload_received(tag);
                 self.held_bytes += self.requests[usize::from(tag)].length_bytes;
-                self.leave_a_server_that_ends(connection);
+                self.leave_a_server_that_ends();
             }
             Ok(false) => {}
             Err(error) => self.fail(connection, describe("payload", &error)),
@@ -394,7 +404,11 @@ impl<'a> QueueLoop<'a> {
     fn send_completed(&mut self, connection: u16, result: i32) {
         let lane = &mut self.lanes[usize::from(connection)];
         match lane.outgoing.completed(result) {
-            Ok(true) if lane.connection.is_up() => lane.connection.batch_sent(),
+            Ok(true) if lane.connection.is_up() => {
+                lane.connection.batch_sent();
+                // Its replies may have come before.
+                self.leave_a_server_that_ends();
+            }
             Ok(_) => {}
             Err(error) => self.fail(connection, describe("send", &error)),
         }
@@ -429,6 +443,9 @@ impl<'a> QueueLoop<'a> {
     /// Nothing can come from the lost connections any more.
     fn reaped(&mut self) {
         let Some((connection, reason)) = self.loss.take() else { return };
+        let is_refusal = self.lanes.iter().any(|lane| lane.connection.is_leaving())
+            && !self.lanes.iter().any(|lane| lane.connection.has_served());
+        let served_nothing = is_refusal && self.connected_at.elapsed() < JUST_OPENED;
         if self.resend == Resend::ReadsOnly {
             self.unflushed.connection_lost();
         }
@@ -448,7 +465,7 @@ impl<'a> QueueLoop<'a> {
             self.commit_completed(connection);
         }
         let queue_id = self.ring.queue().q_id();
-        (self.on_event)(QueueEvent::Disconnected { queue_id, connection, reason });
+        (self.on_event)(QueueEvent::Disconnected { queue_id, connection, reason, served_nothing });
     }
 
     fn command_came(&mut self) -> Result<(), QueueError> {
@@ -480,6 +497,7 @@ impl<'a> QueueLoop<'a> {
             lane.connection.connected();
             lane.silent_ticks = 0;
         }
+        self.connected_at = Instant::now();
         Ok(())
     }
 
@@ -625,6 +643,7 @@ impl<'a> QueueLoop<'a> {
             }
         }
         lane.connection.batch_sent();
+        self.leave_a_server_that_ends();
         Ok(())
     }
 

@@ -29,6 +29,8 @@ pub enum QueueEvent {
         connection: u16,
         /// Why, for people.
         reason: String,
+        /// The server has refused all that it was asked for on them, from the moment when they were opened.
+        served_nothing: bool,
     },
     /// On a connection the first payload has left that was sent from a request's own pages.
     SentByReference {

@@ -85,6 +85,9 @@ pub struct Reconnect<S> {
     policy: StallPolicy,
     /// When the outage began, and why.
     outage: Option<(Instant, String)>,
+    /// When the one before began, and how often since then a server was reached that refused everything.
+    former_outage: Option<Instant>,
+    refusals: u32,
     /// What the last attempt came to.
     attempt: String,
     has_given_up: bool,
@@ -100,29 +103,43 @@ impl<S> Reconnect<S> {
             former_incarnations: Vec::new(),
             policy,
             outage: None,
+            former_outage: None,
+            refusals: 0,
             attempt: String::new(),
             has_given_up: false,
             lost: None,
         }
     }
 
+    /// How often in a row a server was reached that refused everything.
+    pub fn refusals(&self) -> u32 {
+        self.refusals
+    }
+
     /// A queue has lost its connections, and no byte of them can come any more. `has_unflushed` tells whether a server that
-    /// forgets would have anything to forget; it is asked only when no queue has a connection.
+    /// forgets would have anything to forget; it is asked only when no queue has a connection. Where the connections
+    /// `served_nothing`, refused from the start, the server was not back, and the outage before them is not over.
     pub fn disconnected(
         &mut self,
         queue_id: u16,
+        served_nothing: bool,
         reason: &str,
         now: Instant,
         has_unflushed: impl FnOnce() -> bool,
         outputs: &mut Vec<Output<S>>,
     ) {
+        if served_nothing {
+            self.refusals = self.refusals.saturating_add(1);
+        } else {
+            (self.former_outage, self.refusals) = (None, 0);
+        }
         self.queues[usize::from(queue_id)] = QueueState::Down;
         if self.lost.is_some() {
             outputs.push(Output::GiveUp(queue_id));
             return;
         }
         if self.outage.is_none() {
-            self.outage = Some((now, reason.to_owned()));
+            self.outage = Some((self.former_outage.unwrap_or(now), reason.to_owned()));
             self.attempt.clear();
         }
         self.give_up(outputs);
@@ -236,7 +253,8 @@ impl<S> Reconnect<S> {
         self.queues[usize::from(queue_id)] = QueueState::Up;
         outputs.push(Output::Connect(queue_id, sockets));
         if self.queues.iter().all(|queue| matches!(queue, QueueState::Up)) {
-            (self.outage, self.has_given_up) = (None, false);
+            self.former_outage = self.outage.take().map(|(since, _)| since);
+            self.has_given_up = false;
         }
     }
 
@@ -322,8 +340,13 @@ mod tests {
         }
 
         fn disconnected(&mut self, queue_id: u16) -> Vec<Output<u32>> {
+            self.lost(queue_id, false)
+        }
+
+        fn lost(&mut self, queue_id: u16, served_nothing: bool) -> Vec<Output<u32>> {
             let (now, unflushed) = (self.now(), self.has_unflushed);
-            self.reconnect.disconnected(queue_id, "cut", now, || unflushed, &mut self.outputs);
+            let outputs = &mut self.outputs;
+            self.reconnect.disconnected(queue_id, served_nothing, "cut", now, || unflushed, outputs);
             std::mem::take(&mut self.outputs)
         }
 
@@ -451,6 +474,27 @@ mod tests {
         assert!(outputs.contains(&Output::GiveUp(0)) && outputs.contains(&Output::GiveUp(1)));
         assert_eq!(world.disconnected(1), [Output::GiveUp(1)]);
         assert_eq!(world.reconnect.condition(), Condition::Lost("fenced".into()));
+    }
+
+    #[test]
+    fn a_server_that_refuses_everything_does_not_end_an_outage() {
+        let mut world = World::new(StallPolicy::FailAfterMs(30_000));
+        let losses =
+            [(0, false, 30_000), (9_000, true, 30_000), (11_000, true, 30_000), (20_000, false, 50_000)];
+        let mut refusals = 0;
+        for (now_ms, served_nothing, deadline_ms) in losses {
+            world.now_ms = now_ms;
+            world.lost(0, served_nothing);
+            assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_millis(deadline_ms)));
+            refusals = if served_nothing { refusals + 1 } else { 0 };
+            assert_eq!(world.reconnect.refusals(), refusals);
+            world.dialled(0, 7, OLD);
+            assert_eq!(world.reconnect.condition(), Condition::Live);
+        }
+        // It is over when it has been reached again, but its requests failed meanwhile.
+        world.lost(0, true);
+        assert_eq!(disconnects(&world.tick_at(50_000)), [1]);
+        assert!(world.disconnected(1).contains(&Output::GiveUp(0)));
     }
 
     #[test]

@@ -21,6 +21,14 @@ use crate::node::error::with_sources;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
+fn grown(pause: Duration) -> Duration {
+    PAUSE_MAX.min(pause.mul_f64(1.5))
+}
+
+fn rest(pause: Duration) {
+    thread::sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5)));
+}
+
 /// What an attempt came to.
 #[derive(Debug)]
 pub enum Attempt {
@@ -78,19 +86,30 @@ impl Redial {
         self.export_bytes.fetch_max(export_bytes, Ordering::Relaxed);
     }
 
-    /// Dials until it succeeds, on a thread of its own. Errors: there can be no thread.
+    /// Dials until it succeeds, on a thread of its own; after a pause, if the server has been reached so many times in vain.
+    /// Errors: there can be no thread.
     pub fn start(
         self: &Arc<Self>,
         queue_id: u16,
+        times_in_vain: u32,
         on_attempt: impl Fn(Attempt) + Send + 'static,
     ) -> io::Result<()> {
         let redial = Arc::clone(self);
         let name = format!("dial-q{queue_id}");
-        thread::Builder::new().name(name).spawn(move || redial.run(queue_id, &on_attempt)).map(drop)
+        thread::Builder::new()
+            .name(name)
+            .spawn(move || redial.run(queue_id, times_in_vain, &on_attempt))
+            .map(drop)
     }
 
-    fn run(&self, queue_id: u16, on_attempt: &dyn Fn(Attempt)) {
+    fn run(&self, queue_id: u16, times_in_vain: u32, on_attempt: &dyn Fn(Attempt)) {
         let mut pause = PAUSE_MIN;
+        for _ in 0..times_in_vain {
+            pause = grown(pause);
+        }
+        if times_in_vain > 0 {
+            rest(pause);
+        }
         loop {
             let attempt = self.attempt(queue_id);
             let goes_on = matches!(attempt, Attempt::Failed(_));
@@ -98,8 +117,8 @@ impl Redial {
             if !goes_on {
                 return;
             }
-            thread::sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5)));
-            pause = PAUSE_MAX.min(pause.mul_f64(1.5));
+            rest(pause);
+            pause = grown(pause);
         }
     }
 

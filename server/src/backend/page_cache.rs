@@ -7,7 +7,9 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use rustix::fs::fstatfs;
 use rustix::mm::ProtFlags;
 
 use crate::buffers::Region;
@@ -15,10 +17,40 @@ use crate::buffers::Region;
 /// Pages that can be asked about at once: those of 1 MiB, wherever it begins.
 const PAGES_MAX: usize = 257;
 
+/// File systems whose `splice_read` takes no lock. Others would have the caller, who must not wait, stand behind whoever
+/// writes: XFS takes the inode's lock, which a throttled write or a hole being punched holds for hundreds of milliseconds; NFS
+/// also asks its server. Source: `include/uapi/linux/magic.h`, and each one's `file.c`.
+const SPLICED_WITHOUT_LOCK: [u32; 3] = [EXT4_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
+const EXT4_SUPER_MAGIC: u32 = 0xEF53;
+const BTRFS_SUPER_MAGIC: u32 = 0x9123_683E;
+const TMPFS_MAGIC: u32 = 0x0102_1994;
+
+/// Address space that all views together may take, in bytes: a quarter of what a process has, so that volumes that are
+/// large and nearly empty leave enough for everything else.
+const VIEWS_BYTES_MAX: u64 = 32 << 40;
+static VIEWS_BYTES: AtomicU64 = AtomicU64::new(0);
+
 /// A view of a file's part of the page cache.
 pub struct PageCacheView {
     range: Region,
     length_bytes: usize,
+    _share: Share,
+}
+
+/// Address space of [`VIEWS_BYTES_MAX`], given back when it is dropped.
+struct Share(u64);
+
+impl Share {
+    fn take(bytes: u64) -> Option<Self> {
+        let take = |taken_bytes: u64| taken_bytes.checked_add(bytes).filter(|sum| *sum <= VIEWS_BYTES_MAX);
+        VIEWS_BYTES.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok().map(|_| Self(bytes))
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        VIEWS_BYTES.fetch_sub(self.0, Ordering::Relaxed);
+    }
 }
 
 impl std::fmt::Debug for PageCacheView {
@@ -31,10 +63,16 @@ impl PageCacheView {
     /// Of the file's first `length_bytes`, at least one.
     ///
     /// # Errors
+    /// `Unsupported`: of another file system than those that splice without a lock. `OutOfMemory`: there are views of too much.
     /// Those of mmap(2).
     pub fn new(file: &File, length_bytes: u64) -> io::Result<Self> {
+        if !SPLICED_WITHOUT_LOCK.contains(&(fstatfs(file)?.f_type as u32)) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let share = Share::take(length_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
         let length_bytes = usize::try_from(length_bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        Ok(Self { range: Region::of_file(file, length_bytes, ProtFlags::empty())?, length_bytes })
+        let range = Region::of_file(file, length_bytes, ProtFlags::empty())?;
+        Ok(Self { range, length_bytes, _share: share })
     }
 
     /// Whether all of the range can be read without waiting, as of now. False also where that cannot be told.
@@ -80,6 +118,22 @@ mod tests {
         let mut bytes = [0; 4096];
         file.read_exact_at(&mut bytes, 64 << 10).unwrap();
         assert!(view.holds(0, 1 << 20), "it was read again");
+    }
+
+    #[test]
+    fn views_leave_address_space_to_others() {
+        assert!(Share::take(VIEWS_BYTES_MAX + 1).is_none() && Share::take(u64::MAX).is_none());
+        // Other tests take some at the same time, and none that would matter.
+        let half = Share::take(VIEWS_BYTES_MAX / 2).unwrap();
+        assert!(Share::take(VIEWS_BYTES_MAX / 2 + 1).is_none());
+        drop(half);
+        assert!(Share::take(VIEWS_BYTES_MAX / 2 + 1).is_some());
+    }
+
+    #[test]
+    fn a_file_system_that_is_not_known_has_no_view() {
+        let file = File::open("/proc/self/stat").unwrap();
+        assert_eq!(PageCacheView::new(&file, 4096).unwrap_err().kind(), io::ErrorKind::Unsupported);
     }
 
     #[test]

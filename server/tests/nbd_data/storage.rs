@@ -1,5 +1,7 @@
 //! What depends on the file system below: O_DIRECT, space, and file systems that lack what we would use.
 
+use std::collections::HashMap;
+
 use proto::export_name::ExportDescription;
 use proto::nbd::TransmissionFlags;
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
@@ -56,6 +58,28 @@ fn a_reply_that_was_begun_is_what_was_there_though_the_range_is_trimmed_meanwhil
         assert!(answer.payload == bytes[number << 20..][..1 << 20], "megabyte {number}");
     }
     assert!(reader.read(0, 1 << 20).unwrap() == vec![0; 1 << 20]);
+}
+
+/// More than one turn of a connection, in requests that are answered as they are parsed: the rest of them brings no news.
+#[test]
+fn who_asks_for_much_at_once_gets_all_of_it_in_several_turns() {
+    let (_server, mut reader, mut other, _, bytes) = cached_volume(4 << 20);
+    let length = 32 << 10;
+    let offset = |number: u64| number % 128 * u64::from(length);
+    let mut asked: HashMap<u64, u64> = (0..3000)
+        .map(|number| {
+            (reader.send(Command::Read, CommandFlags::NONE, offset(number), length, &[]), offset(number))
+        })
+        .collect();
+    while !asked.is_empty() {
+        let answer = reader.receive().unwrap();
+        let offset = asked.remove(&answer.cookie).expect("an answer to something that was asked") as usize;
+        assert_eq!(answer.error, 0);
+        assert!(answer.payload == bytes[offset..][..length as usize], "{} are left", asked.len());
+        if asked.len() % 500 == 0 {
+            assert!(other.read(0, 4096).unwrap() == bytes[..4096]);
+        }
+    }
 }
 
 #[test]

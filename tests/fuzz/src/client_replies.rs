@@ -183,7 +183,7 @@ impl World {
         }
         let left = self.incoming.compact();
         self.inbox.copy_within(left, 0);
-        let is_left = self.connection.is_to_be_left();
+        let is_left = self.connection.is_leaving() && !self.connection.is_owed_replies();
         let is_owed = |request: &InFlight| request.is_sent && request.told.is_none() && !request.is_refused;
         assert!(!is_left || !self.by_tag.iter().flatten().any(is_owed), "a server that owes replies is left");
         !is_left

@@ -313,7 +313,14 @@ impl Client {
         let unflushed = &self.unflushed;
         match event {
             Some(MainEvent::Disconnected(queue_id)) => {
-                self.reconnect.disconnected(queue_id, "cut", world.now, || unflushed.any(), &mut outputs);
+                self.reconnect.disconnected(
+                    queue_id,
+                    false,
+                    "cut",
+                    world.now,
+                    || unflushed.any(),
+                    &mut outputs,
+                );
             }
             Some(MainEvent::Opened(queue_id, links, told)) => {
                 let incarnation = match self.mutant {
