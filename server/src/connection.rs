@@ -384,9 +384,13 @@ impl Connection {
 
     /// Whether it has had its turn and would go on: it wants to be advanced after the others, without news of its own.
     pub fn waits_for_turn(&self) -> bool {
-        let has_had_its_turn = self.turn_replies >= TURN_REPLIES_MAX || self.turn_bytes >= TURN_BYTES_MAX;
         let is_held_back = self.is_paused || matches!(self.held, Held::ByOwnShare(_));
-        has_had_its_turn && is_held_back && self.phase == Phase::Open && !self.is_sending
+        let would_go_on = is_held_back || self.session.has_output();
+        self.has_had_its_turn() && would_go_on && self.phase != Phase::Closing && !self.is_sending
+    }
+
+    fn has_had_its_turn(&self) -> bool {
+        self.turn_replies >= TURN_REPLIES_MAX || self.turn_bytes >= TURN_BYTES_MAX
     }
 
     fn parse(&mut self, ring: &mut Ring) -> Option<Ask> {
@@ -444,16 +448,19 @@ impl Connection {
         None
     }
 
-    /// Sends all that is due in one message. True: it has left, and its slots are free.
+    /// Sends what is due in one message, as far as its turn goes. True: it has left, and its slots are free.
     fn send(&mut self, ring: &mut Ring) -> bool {
-        if self.is_sending || self.phase == Phase::Closing || !self.session.has_output() {
+        let has_nothing = self.has_had_its_turn() || !self.session.has_output();
+        if self.is_sending || self.phase == Phase::Closing || has_nothing {
             return false;
         }
         let text = self.session.take_output();
         if !text.is_empty() {
             ring.add_text(self.index, text);
         }
-        while let Some(reply) = self.session.next_reply(&mut self.head) {
+        while !self.has_had_its_turn()
+            && let Some(reply) = self.session.next_reply(&mut self.head)
+        {
             ring.add_header(self.index, self.head.bytes());
             if reply.payload_bytes > 0 {
                 ring.add_payload(self.index, self.payload_place(reply.slot), reply.payload_bytes);

@@ -76,7 +76,7 @@ fn who_asks_for_much_at_once_gets_all_of_it_in_several_turns() {
         let offset = asked.remove(&answer.cookie).expect("an answer to something that was asked") as usize;
         assert_eq!(answer.error, 0);
         assert!(answer.payload == bytes[offset..][..length as usize], "{} are left", asked.len());
-        if asked.len() % 500 == 0 {
+        if asked.len().is_multiple_of(500) {
             assert!(other.read(0, 4096).unwrap() == bytes[..4096]);
         }
     }
