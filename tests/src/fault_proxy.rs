@@ -285,7 +285,7 @@ mod tests {
 
     fn connect(proxy: &FaultProxy) -> TcpStream {
         let stream = TcpStream::connect(proxy.address()).unwrap();
-        stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
         stream
     }
 

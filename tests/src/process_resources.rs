@@ -21,7 +21,7 @@ pub struct Activity {
 }
 
 impl Activity {
-    /// Since the process began.
+    /// Since the process began, by the threads that it has now.
     ///
     /// # Errors
     /// It is gone.
@@ -29,11 +29,12 @@ impl Activity {
         let mut activity = Self::default();
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
             let task = task?.path();
-            let status = fs::read_to_string(task.join("status"))?;
+            let read = |name| fs::read_to_string(task.join(name));
+            // One that has ended meanwhile is none of them.
+            let (Ok(status), Ok(schedstat)) = (read("status"), read("schedstat")) else { continue };
             activity.threads += 1;
             activity.switches += number_after(&status, "voluntary_ctxt_switches:")?
                 + number_after(&status, "nonvoluntary_ctxt_switches:")?;
-            let schedstat = fs::read_to_string(task.join("schedstat"))?;
             let cpu_ns = schedstat.split_whitespace().next().context("schedstat")?;
             activity.cpu_ns += cpu_ns.parse::<u64>().context("schedstat")?;
         }

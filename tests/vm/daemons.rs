@@ -31,7 +31,8 @@ fn a_device_process_is_protected(env: &Env) -> Result<()> {
     let locked = status.lines().find(|line| line.starts_with("VmLck:")).context("VmLck")?;
     ensure!(!locked.contains(" 0 kB"), "no memory is locked: {locked}");
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let stat = fs::read_to_string(thread?.path().join("stat"))?;
+        // Threads come and go.
+        let Ok(stat) = fs::read_to_string(thread?.path().join("stat")) else { continue };
         // Behind the name in parentheses: state, ppid, pgrp, session, tty, tpgid, flags.
         let flags =
             stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)).context("flags")?;

@@ -8,10 +8,12 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use proto::nbd::handshake::server::{Event, ServerHandshake};
 use proto::nbd::transmission::{Command as NbdCommand, NbdError, REQUEST_BYTES, Request, SimpleReply};
 use proto::nbd::{ExportInfo, TransmissionFlags};
@@ -29,6 +31,14 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     Test::new("hostile_server::an_error_of_one_request_is_no_error_of_others", an_error_of_one_request),
     Test::new("hostile_server::a_server_that_shuts_down_is_waited_for", a_server_that_shuts_down),
+    Test::new(
+        "hostile_server::what_a_server_that_shuts_down_still_owes_on_other_connections_is_waited_for",
+        replies_still_owed,
+    ),
+    Test::new(
+        "hostile_server::a_server_that_refuses_everything_is_not_back",
+        a_server_that_refuses_everything,
+    ),
 ];
 
 const SIZE_BYTES: u64 = 16 << 20;
@@ -39,6 +49,8 @@ const READ_BYTES: usize = 64 << 10;
 const WRITE_BYTES: usize = 1 << 20;
 
 const SINGLE_BYTE_READS: usize = 10;
+/// Much less than a client waits for a reply.
+const LATE: Duration = Duration::from_secs(3);
 
 /// How requests beyond [`TRAP_BYTES`] are answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +68,8 @@ enum Case {
     CloseInsideWrite,
     /// As one that is being stopped: it says so, and does nothing. The next connection finds an honest one.
     ShuttingDown,
+    /// The first WRITE on any of its connections is done and answered after [`LATE`], all others are refused as above.
+    ShuttingDownSlowly,
     /// Whatever is asked.
     Honest,
 }
@@ -106,7 +120,7 @@ fn a_connection_lost_inside_a_write(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
     for &data_path in env.series.data_paths() {
         let disk = HostileDisk::attach(&node, Case::CloseInsideWrite, data_path)?;
-        ensure!(!disk.write(TRAP_BYTES)?, "{data_path}: the write succeeded");
+        ensure!(!disk.write(TRAP_BYTES, WRITE_BYTES)?, "{data_path}: the write succeeded");
         let attachment = node.attachment(&disk.uri)?;
         ensure!(attachment["state"] == "stalled", "{data_path}: {attachment}");
         node.detach(&disk.uri)?;
@@ -132,7 +146,7 @@ fn a_server_that_shuts_down(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
     for &data_path in env.series.data_paths() {
         let disk = HostileDisk::attach(&node, Case::ShuttingDown, data_path)?;
-        ensure!(disk.write(TRAP_BYTES)?, "{data_path}: the write failed");
+        ensure!(disk.write(TRAP_BYTES, WRITE_BYTES)?, "{data_path}: the write failed");
         let bytes = disk.read(TRAP_BYTES)?.context("the read failed")?;
         ensure!(bytes == pattern(TRAP_BYTES, READ_BYTES), "{data_path}: wrong bytes");
         ensure!(node.attachment(&disk.uri)?["state"] == "live", "{data_path}");
@@ -141,7 +155,50 @@ fn a_server_that_shuts_down(env: &Env) -> Result<()> {
     Ok(())
 }
 
-/// A disk on the hostile server, which lives as long as its connection.
+/// The server promises nothing, so a write that was cut off could not be sent again.
+fn replies_still_owed(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let slowly = Case::ShuttingDownSlowly;
+    let cases = [slowly, slowly, Case::Honest, Case::Honest];
+    let options = ["--queues", "1", "--connections", "2", "--on-stall", "wait"];
+    let flags = TransmissionFlags::HAS_FLAGS.with(TransmissionFlags::CAN_MULTI_CONN);
+    let disk = HostileDisk::attach_to(&node, &cases, flags, &options)?;
+    thread::scope(|scope| {
+        let begun_at = Instant::now();
+        let late = scope.spawn(|| {
+            let is_done = disk.write(TRAP_BYTES, READ_BYTES);
+            is_done.map(|is_done| (is_done, Instant::now()))
+        });
+        thread::sleep(LATE / 3);
+        ensure!(disk.write(TRAP_BYTES + (1 << 20), READ_BYTES)?, "what was refused failed");
+        let Ok(late) = late.join() else { bail!("a panic") };
+        let (is_done, ended_at) = late?;
+        ensure!(is_done, "what was still to be answered failed");
+        let took = ended_at - begun_at;
+        ensure!(took >= LATE, "it was refused: it took {took:?}");
+        Ok(())
+    })?;
+    ensure!(node.attachment(&disk.uri)?["state"] == "live");
+    node.detach(&disk.uri)
+}
+
+fn a_server_that_refuses_everything(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let options = ["--queues", "1", "--on-stall", "fail", "--after", "2s"];
+    let cases = [Case::ShuttingDown; 1000];
+    let disk = HostileDisk::attach_to(&node, &cases, TransmissionFlags::HAS_FLAGS, &options)?;
+    let begun_at = Instant::now();
+    ensure!(disk.read(TRAP_BYTES)?.is_none(), "the read succeeded");
+    let took = begun_at.elapsed();
+    ensure!(took >= Duration::from_secs(2), "it was given up after {took:?}");
+    let reconnects = node.attachment(&disk.uri)?["reconnects"].as_u64().context("reconnects")?;
+    // With pauses that grow from a tenth of a second; without them there is one every few milliseconds.
+    let most = 6 + took.as_secs();
+    ensure!((1..=most).contains(&reconnects), "{reconnects} times in {took:?}");
+    node.detach(&disk.uri)
+}
+
+/// A disk on the hostile server, which lives as long as its connections.
 struct HostileDisk {
     uri: String,
     device: String,
@@ -149,27 +206,42 @@ struct HostileDisk {
 
 impl HostileDisk {
     fn attach(node: &StorageNode, case: Case, data_path: DataPath) -> Result<Self> {
+        // Where the server listens for one connection only, nothing is to be waited for when that is lost.
+        let (cases, on_stall): (&[Case], &[&str]) = match case {
+            Case::ShuttingDown => (&[Case::ShuttingDown, Case::Honest], &["--on-stall", "wait"]),
+            _ => (&[case], &["--on-stall", "fail", "--after", "0"]),
+        };
+        let options = [&["--data-path", data_path.as_str()][..], on_stall].concat();
+        Self::attach_to(node, cases, TransmissionFlags::HAS_FLAGS, &options)
+    }
+
+    /// On a server that treats its first connections in this way, and then listens no more.
+    fn attach_to(
+        node: &StorageNode,
+        cases: &[Case],
+        flags: TransmissionFlags,
+        options: &[&str],
+    ) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let uri = format!("nbd://{}/pattern", listener.local_addr()?);
+        let cases = cases.to_vec();
+        let has_written = Arc::new(AtomicBool::new(false));
         thread::spawn(move || {
-            let one_after_another: &[Case] = match case {
-                Case::ShuttingDown => &[Case::ShuttingDown, Case::Honest],
-                _ => &[case],
-            };
-            for &case in one_after_another {
-                let served = listener.accept().map_err(Into::into).and_then(|(peer, _)| serve(peer, case));
-                if let Err(error) = served {
-                    // As it should be: the client hangs up on what it cannot trust.
-                    println!("{case:?}: {error:#}");
-                }
+            for case in cases {
+                let accepted = listener.accept();
+                let has_written = Arc::clone(&has_written);
+                thread::spawn(move || {
+                    let served = accepted
+                        .map_err(Into::into)
+                        .and_then(|(peer, _)| serve(peer, case, flags, &has_written));
+                    if let Err(error) = served {
+                        // As it should be: the client hangs up on what it cannot trust.
+                        println!("{case:?}: {error:#}");
+                    }
+                });
             }
         });
-        // Where the server listens for one connection only, nothing is to be waited for when that is lost.
-        let on_stall: &[&str] = match case {
-            Case::ShuttingDown => &["--on-stall", "wait"],
-            _ => &["--on-stall", "fail", "--after", "0"],
-        };
-        let device = node.attach(&[&[&uri, "--data-path", data_path.as_str()][..], on_stall].concat())?;
+        let device = node.attach(&[&[&*uri], options].concat())?;
         let device = device.to_string_lossy().into_owned();
         Ok(Self { uri, device })
     }
@@ -186,14 +258,14 @@ impl HostileDisk {
         Ok(output.status.success().then_some(output.stdout))
     }
 
-    /// Writes one request of [`WRITE_BYTES`]; whether the disk says that it did.
-    fn write(&self, offset_bytes: u64) -> Result<bool> {
-        let seek = offset_bytes / WRITE_BYTES as u64;
+    /// Writes so many bytes at a multiple of them; whether the disk says that it did.
+    fn write(&self, offset_bytes: u64, len_bytes: usize) -> Result<bool> {
+        let seek = offset_bytes / len_bytes as u64;
         let output = self.dd(&[
             "if=/dev/zero".into(),
             format!("of={}", self.device),
             "oflag=direct".into(),
-            format!("bs={WRITE_BYTES}"),
+            format!("bs={len_bytes}"),
             format!("seek={seek}"),
         ])?;
         Ok(output.status.success())
@@ -215,10 +287,10 @@ fn pattern(offset_bytes: u64, len_bytes: usize) -> Vec<u8> {
     positions.map(|position| ((position / 512) % 251) as u8).collect()
 }
 
-fn serve(mut peer: TcpStream, case: Case) -> Result<()> {
+fn serve(mut peer: TcpStream, case: Case, flags: TransmissionFlags, has_written: &AtomicBool) -> Result<()> {
     peer.set_nodelay(true)?;
     peer.set_read_timeout(Some(Duration::from_secs(60)))?;
-    let rest = shake_hands(&mut peer)?;
+    let rest = shake_hands(&mut peer, flags)?;
     ensure!(rest.is_empty(), "requests before the end of the handshake");
     loop {
         let mut header = [0; REQUEST_BYTES];
@@ -228,9 +300,15 @@ fn serve(mut peer: TcpStream, case: Case) -> Result<()> {
             NbdCommand::Disconnect => return Ok(()),
             NbdCommand::Read if request.offset_bytes >= TRAP_BYTES => answer(&mut peer, &request, case)?,
             NbdCommand::Read => peer.write_all(&honest_reply(&request))?,
-            NbdCommand::Write if matches!(case, Case::ShuttingDown | Case::Honest) => {
+            NbdCommand::Write
+                if matches!(case, Case::ShuttingDown | Case::ShuttingDownSlowly | Case::Honest) =>
+            {
                 peer.read_exact(&mut vec![0; request.length_bytes as usize])?;
-                let refuses = case == Case::ShuttingDown;
+                let mut refuses = case == Case::ShuttingDown;
+                if case == Case::ShuttingDownSlowly {
+                    refuses = has_written.swap(true, Ordering::Relaxed);
+                    thread::sleep(if refuses { Duration::ZERO } else { LATE });
+                }
                 let error = if refuses { NbdError::Eshutdown as u32 } else { 0 };
                 answer_by_header(&mut peer, &request, error)?;
             }
@@ -243,8 +321,7 @@ fn serve(mut peer: TcpStream, case: Case) -> Result<()> {
     }
 }
 
-fn shake_hands(peer: &mut TcpStream) -> Result<Vec<u8>> {
-    let flags = TransmissionFlags::HAS_FLAGS;
+fn shake_hands(peer: &mut TcpStream, flags: TransmissionFlags) -> Result<Vec<u8>> {
     let export = ExportInfo { size_bytes: SIZE_BYTES, flags, block_sizes: None, description: None };
     let mut out = Vec::new();
     let mut handshake = ServerHandshake::with_simple_replies_only(&mut out);
@@ -299,7 +376,7 @@ fn answer(peer: &mut TcpStream, request: &Request, case: Case) -> Result<()> {
         }
         Case::Error => answer_by_header(peer, request, NbdError::Eio as u32)?,
         Case::ShuttingDown => answer_by_header(peer, request, NbdError::Eshutdown as u32)?,
-        Case::CloseInsideWrite | Case::Honest => peer.write_all(&honest)?,
+        Case::CloseInsideWrite | Case::ShuttingDownSlowly | Case::Honest => peer.write_all(&honest)?,
     }
     Ok(())
 }

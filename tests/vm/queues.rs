@@ -105,7 +105,8 @@ fn a_polling_thread(env: &Env) -> Result<()> {
 fn thread_named(pid: u64, name: &str) -> Result<PathBuf> {
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let thread = thread?.path();
-        if fs::read_to_string(thread.join("comm"))?.trim_end() == name {
+        // One that has ended meanwhile has no name.
+        if fs::read_to_string(thread.join("comm")).is_ok_and(|comm| comm.trim_end() == name) {
             return Ok(thread);
         }
     }

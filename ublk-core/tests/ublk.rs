@@ -590,7 +590,7 @@ fn a_killed_daemon_is_replaced(control: &ControlDevice) -> Result<()> {
 fn kill_and_replace(control: &ControlDevice, data_path: DataPath, store: &Path) -> Result<()> {
     let mut first = Daemon::spawn(data_path, store, None)?;
     let dev_id = first.dev_id;
-    let hasty = Deadlines { command: Duration::from_millis(200), ..Deadlines::default() };
+    let hasty = Deadlines { command: Duration::from_secs(2), ..Deadlines::default() };
     match ControlDevice::open_with(hasty)?.start_user_recovery(dev_id) {
         Err(ControlError::Busy { .. }) => {}
         other => bail!("recovery while the daemon lives: {other:?}"),

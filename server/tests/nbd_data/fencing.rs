@@ -118,7 +118,7 @@ fn a_fence_that_cannot_drain_says_so_and_can_be_repeated() {
     assert!(server.data.fence_attachment(attachment.attachment_id).is_err());
     assert!(is_refused(Client::open(server.address(), &export_name(&attachment, 2, 0))), "refused meanwhile");
     drop(frozen);
-    server.data.fence_attachment(attachment.attachment_id).unwrap();
+    wait_until("the fence to drain", || server.data.fence_attachment(attachment.attachment_id).is_ok());
 }
 
 #[test]

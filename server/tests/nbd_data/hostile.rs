@@ -7,7 +7,7 @@ use std::time::Duration;
 use proto::nbd::transmission::{Command, CommandFlags};
 use proto::nbd::{OPTION_MAGIC, option};
 
-use super::support::{Random, Server, export_name, seed};
+use super::support::{HANDSHAKE_TIMEOUT, Random, Server, export_name, seed};
 
 fn connect(address: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect(address).unwrap();
@@ -80,7 +80,7 @@ fn a_request_with_a_wrong_magic_ends_the_connection() {
 
 #[test]
 fn a_peer_that_says_nothing_is_closed_in_time() {
-    let server = Server::start_with(|config| config.limits.handshake_timeout = Duration::from_millis(300));
+    let server = Server::start_with(|config| config.limits.handshake_timeout = HANDSHAKE_TIMEOUT);
     let silent = connect(server.address());
     let mut half = connect(server.address());
     half.write_all(&[0, 0]).unwrap();
@@ -91,7 +91,7 @@ fn a_peer_that_says_nothing_is_closed_in_time() {
         assert_eq!(input.len(), 18);
     }
     let (_, mut client) = server.open_new("vol", 1 << 20);
-    std::thread::sleep(Duration::from_millis(900));
+    std::thread::sleep(HANDSHAKE_TIMEOUT + Duration::from_secs(1));
     client.write(0, &[1; 4096]).unwrap();
 }
 

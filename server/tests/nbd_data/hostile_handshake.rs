@@ -9,7 +9,7 @@ use proto::nbd::{option, reply};
 use super::attack::{
     Target, begins_with_reply, half_close, option_bytes, option_header, request, reset, throw, until_closed,
 };
-use super::support::{Random, export_name, seed, wait_until};
+use super::support::{HANDSHAKE_TIMEOUT, Random, export_name, seed, wait_until};
 
 /// The longest data that an option may carry.
 const OPTION_BYTES_MAX: usize = 64 << 10;
@@ -154,7 +154,7 @@ const REPLY_MAGIC: [u8; 8] = 0x0003_e889_0455_65a9_u64.to_be_bytes();
 #[test]
 fn who_asks_for_lists_and_reads_none_is_closed_in_time() {
     let target = Target::start_with(|config| {
-        config.limits.handshake_timeout = Duration::from_millis(800);
+        config.limits.handshake_timeout = HANDSHAKE_TIMEOUT;
         config.limits.handshake_options_max = 4096;
     });
     for number in 0..40 {
@@ -215,7 +215,7 @@ fn half_an_option_and_the_end_leave_nothing_behind() {
 
 #[test]
 fn an_option_in_drops_does_not_outlast_the_time_of_a_handshake() {
-    let target = Target::start_with(|config| config.limits.handshake_timeout = Duration::from_millis(700));
+    let target = Target::start_with(|config| config.limits.handshake_timeout = HANDSHAKE_TIMEOUT);
     let mut stream = target.haggling();
     stream.write_all(&option_header(0x7777, 60_000)).unwrap();
     let begun = Instant::now();
@@ -229,7 +229,7 @@ fn an_option_in_drops_does_not_outlast_the_time_of_a_handshake() {
 
 #[test]
 fn silence_after_half_a_greeting_is_ended_in_time() {
-    let target = Target::start_with(|config| config.limits.handshake_timeout = Duration::from_millis(300));
+    let target = Target::start_with(|config| config.limits.handshake_timeout = HANDSHAKE_TIMEOUT);
     let mut silent = [target.greeted(), target.greeted(), target.haggling(), target.haggling()];
     silent[1].write_all(&[0, 0, 0]).unwrap();
     silent[3].write_all(&option_header(option::GO, 100)[..15]).unwrap();

@@ -14,6 +14,9 @@ use uuid::Uuid;
 
 use super::client::Client;
 
+/// Of servers whose clients dawdle: more than an honest one takes on a busy machine, the commit of its session included.
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// A directory that is gone when the test is.
 pub(crate) struct TempDir(pub(crate) PathBuf);
 

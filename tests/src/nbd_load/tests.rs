@@ -22,7 +22,7 @@ fn load(address: SocketAddr, connections: u32) -> Load {
         order: Order::Random,
         block_bytes: 4096,
         warm_up: Duration::ZERO,
-        runtime: Duration::from_millis(50),
+        runtime: Duration::from_millis(500),
     }
 }
 
@@ -77,7 +77,7 @@ fn a_server_that_stores_is_verified_and_loaded_on_every_connection() {
             let outcome = run(&Load { operation, order, ..reads.clone() }).unwrap();
             assert!(outcome.ios_of_slowest_connection > 0 && outcome.ios_all >= outcome.ios, "{outcome:?}");
             assert!(outcome.p99_us >= outcome.p50_us && outcome.p50_us > 0.0, "{outcome:?}");
-            assert!(outcome.seconds >= 0.05, "{outcome:?}");
+            assert!(outcome.seconds >= 0.5, "{outcome:?}");
         }
     }
 }
@@ -85,7 +85,7 @@ fn a_server_that_stores_is_verified_and_loaded_on_every_connection() {
 #[test]
 fn large_payloads_that_are_not_copied_are_counted_to_the_byte() {
     let disk = LyingDisk::start(8 << 20).unwrap();
-    let reads = Load { block_bytes: 1 << 20, runtime: Duration::from_millis(300), ..load(disk.address(), 2) };
+    let reads = Load { block_bytes: 1 << 20, runtime: Duration::from_secs(2), ..load(disk.address(), 2) };
     // One byte too many or too few, and the next header would not begin with its magic.
     assert!(run(&reads).unwrap().ios_all > 8, "more than the first of every slot");
 }

@@ -186,7 +186,7 @@ impl Plan {
     pub(super) const QUICK: Self = Self {
         rounds: 1,
         warm_up: Duration::from_millis(10),
-        runtime: Duration::from_millis(50),
+        runtime: Duration::from_millis(200),
         size_bytes: 16 << 20,
         copies: 1,
         shapes: &[Shape::Small4x32],
