@@ -385,7 +385,7 @@ impl Connection {
 
     /// The server is shutting down: nothing more is sent. What it has refused is done on the next connection.
     pub fn leave(&mut self) {
-        self.is_leaving = self.link == Link::Up;
+        self.is_leaving |= self.link == Link::Up;
     }
 
     /// Whether the server has yet to answer, in whole, something that it was sent.
