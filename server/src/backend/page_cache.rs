@@ -33,11 +33,12 @@ static VIEWS_BYTES: AtomicU64 = AtomicU64::new(0);
 /// A view of a file's part of the page cache.
 pub struct PageCacheView {
     range: Region,
-    length_bytes: usize,
-    _share: Share,
+    /// As long as the view.
+    share: Share,
 }
 
-/// Address space of [`VIEWS_BYTES_MAX`], given back when it is dropped.
+/// So many bytes of [`VIEWS_BYTES_MAX`], given back when it is dropped.
+#[derive(Debug)]
 struct Share(u64);
 
 impl Share {
@@ -55,7 +56,7 @@ impl Drop for Share {
 
 impl std::fmt::Debug for PageCacheView {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PageCacheView").field("length_bytes", &self.length_bytes).finish()
+        f.debug_struct("PageCacheView").field("share", &self.share).finish()
     }
 }
 
@@ -71,8 +72,7 @@ impl PageCacheView {
         }
         let share = Share::take(length_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
         let length_bytes = usize::try_from(length_bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let range = Region::of_file(file, length_bytes, ProtFlags::empty())?;
-        Ok(Self { range, length_bytes, _share: share })
+        Ok(Self { range: Region::of_file(file, length_bytes, ProtFlags::empty())?, share })
     }
 
     /// Whether all of the range can be read without waiting, as of now. False also where that cannot be told.
@@ -83,7 +83,7 @@ impl PageCacheView {
         let begin_bytes = offset_bytes - offset_bytes % page_bytes;
         let mut residency = [0u8; PAGES_MAX];
         let pages = end_bytes.div_ceil(page_bytes) - begin_bytes / page_bytes;
-        if end_bytes > self.length_bytes || pages > residency.len() {
+        if end_bytes as u64 > self.share.0 || pages > residency.len() {
             return false;
         }
         let start = self.range.address(begin_bytes, end_bytes - begin_bytes).cast();
