@@ -6,26 +6,28 @@ use std::io::{IsTerminal, Write, stderr, stdin, stdout};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use testlab::harness::Env;
 use testlab::kernel_series::KernelSeries;
 use testlab::soak::Fault;
 
 use crate::lab::bench;
 use crate::lab::bench_server;
+use crate::lab::boots::{self, BootsOptions};
 use crate::lab::cost::{self, CostOptions};
+use crate::lab::fresh::{self, FreshOptions};
 use crate::lab::fuzz::{self, FuzzOptions};
 use crate::lab::guest_command::GuestCommand;
-use crate::lab::report::Report;
 use crate::lab::scale;
 use crate::lab::soak::{self, SoakOptions};
 use crate::lab::systemd_machine;
-use crate::lab::vm::{self, Follower, Processors, Stream, Terminal, Vm};
+use crate::lab::test_run::{self, TestOptions};
+use crate::lab::vm::{self, Follower, Processors, Stream, Terminal};
 use crate::lab::workspace::{PROFILE, Workspace};
-use crate::lab::{host_tests, kernels, packages, this_machine, tool, vm_tests};
+use crate::lab::{host_tests, kernels, packages, progress, this_machine, tool};
 
 /// The demo's promise: a fresh machine, builds included, within 15 minutes; the machine's part of it.
 const DEMO_DEADLINE: Duration = Duration::from_secs(15 * 60);
@@ -35,26 +37,6 @@ const SHELL_DEADLINE: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// A build of everything from nothing on two slow cores.
 const BUILD_DEADLINE: Duration = Duration::from_secs(45 * 60);
-
-/// Options of `cargo lab test`.
-#[derive(Args)]
-pub(crate) struct TestOptions {
-    /// Run only tests whose name contains this
-    #[arg(long)]
-    filter: Option<String>,
-    /// Run only one part
-    #[arg(long, value_enum, conflicts_with_all = ["kernel", "host"])]
-    only: Option<Part>,
-    /// The kernel to boot, instead of all of them
-    #[arg(long, value_enum, conflicts_with = "host")]
-    kernel: Option<KernelSeries>,
-    /// Run the VM tests on this machine's own kernel and ublk driver
-    #[arg(long)]
-    host: bool,
-    /// Show what passing tests print, too
-    #[arg(long)]
-    show_output: bool,
-}
 
 /// Options of the soak's own command.
 #[derive(Args)]
@@ -74,23 +56,6 @@ pub(crate) struct GuestSoak {
     /// The only fault
     #[arg(long, value_enum)]
     fault: Option<Fault>,
-}
-
-/// A part of `cargo lab test`.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Part {
-    /// Unit and integration tests that need no VM
-    Host,
-    /// The VM tests on kernel 7
-    #[value(name = "7")]
-    V7,
-    /// The VM tests on kernel 6.12
-    #[value(name = "6.12")]
-    V6_12,
-    /// A machine that systemd boots and shuts down
-    Systemd,
-    /// What an I/O costs, beside the floor
-    Cost,
 }
 
 /// Copies the command's output to ours.
@@ -149,6 +114,26 @@ pub(crate) fn scale(write: bool) -> Result<u8> {
     scale::run(&Workspace::locate()?, write).map(|()| 0)
 }
 
+/// Installs, fetches and builds what the demo and the tests need; runs nothing.
+pub(crate) fn setup() -> Result<u8> {
+    let workspace = Workspace::locate()?;
+    packages::ensure_installed(&workspace)?;
+    packages::ensure_udev(&workspace)?;
+    for series in KernelSeries::ALL {
+        kernels::ensure_cached(&workspace, series)?;
+    }
+    build(&workspace)?;
+    packages::ensure_fsx(&workspace)?;
+    host_tests::build(&workspace)?;
+    println!("set up: `cargo lab demo` and `cargo lab test` have all they need");
+    Ok(0)
+}
+
+/// Sets the project up on a bare Debian, and runs the host's tests there.
+pub(crate) fn fresh(options: &FreshOptions) -> Result<u8> {
+    fresh::run(&Workspace::locate()?, options).map(|has_passed| u8::from(!has_passed))
+}
+
 /// Fuzzes the parsers that face the network.
 pub(crate) fn fuzz(options: &FuzzOptions) -> Result<u8> {
     fuzz::run(&Workspace::locate()?, options).map(|has_passed| u8::from(!has_passed))
@@ -189,60 +174,22 @@ pub(crate) fn shell(series: KernelSeries) -> Result<u8> {
     packages::ensure_installed(&workspace)?;
     let kernel = kernels::ensure_cached(&workspace, series)?;
     let saved = TerminalSettings::save()?;
-    let vm = Vm::start(&workspace, &kernel, &command, Terminal::Interactive)?;
-    let ended = vm.run_to_end(SHELL_DEADLINE, &mut PassThrough);
+    let terminal = Terminal::Interactive;
+    let mut follower = PassThrough;
+    let ended =
+        vm::run_on(&workspace, &kernel, &command, terminal, Processors::Two, SHELL_DEADLINE, &mut follower);
     drop(saved);
     Ok(ended?.exit_code)
 }
 
 /// Builds everything and runs the tests.
 pub(crate) fn test(options: &TestOptions) -> Result<u8> {
-    let workspace = Workspace::locate()?;
-    if options.host {
-        this_machine::ensure_ublk()?;
-    }
-    let started = Instant::now();
-    let wants = |part| options.only.is_none_or(|only| only == part);
-    let series: Vec<KernelSeries> = KernelSeries::ALL
-        .into_iter()
-        .filter(|series| options.kernel.is_none_or(|only| only == *series))
-        .filter(|series| wants(if *series == KernelSeries::V7 { Part::V7 } else { Part::V6_12 }))
-        .collect();
-    let mut report = Report::new(options.filter.clone(), options.show_output);
-    if !options.host && (!series.is_empty() || wants(Part::Systemd)) {
-        packages::ensure_installed(&workspace)?;
-    } else if wants(Part::Host) {
-        packages::ensure_tools(&workspace)?;
-    }
-    build(&workspace)?;
-    if wants(Part::Host) && options.kernel.is_none() {
-        host_tests::run(&workspace, &mut report)?;
-    }
-    let wants_cost = wants(Part::Cost) && options.kernel.is_none() && !options.host;
-    // The machine leaves processors idle, and the shipped programs take minutes to build.
-    let beside = wants_cost && !series.is_empty() && options.filter.is_none();
-    let beside = beside.then(|| cost::build_beside(&workspace)).transpose()?;
-    if options.host || !series.is_empty() {
-        packages::ensure_fsx(&workspace)?;
-        let binaries = vm_tests::build(&workspace)?;
-        if options.host {
-            vm_tests::run_on_this_machine(&workspace, &binaries, &mut report)?;
-        } else {
-            for series in series {
-                vm_tests::run_in_vm(&workspace, series, &binaries, &mut report)?;
-            }
-        }
-    }
-    if wants(Part::Systemd) && options.kernel.is_none() && !options.host {
-        systemd_machine::test(&workspace, KernelSeries::V7, &mut report)?;
-    }
-    if let Some(build) = beside {
-        build.finish()?;
-    }
-    if wants_cost {
-        cost::gate::run(&workspace, &mut report)?;
-    }
-    Ok(u8::from(!report.close(started.elapsed())))
+    test_run::run(options).map(|has_passed| u8::from(!has_passed))
+}
+
+/// Boots machines, one after another or several at once, and counts those that came up.
+pub(crate) fn boots(options: &BootsOptions) -> Result<u8> {
+    boots::run(&Workspace::locate()?, options).map(|all_came_up| u8::from(!all_came_up))
 }
 
 pub(crate) fn run_command(
@@ -269,9 +216,8 @@ pub(crate) fn run_command(
 /// Builds every program of the workspace with the lab's profile.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {
     let mut cargo = workspace.cargo();
-    cargo.args(["build", "--quiet", "--profile", PROFILE, "--workspace", "--bins"]).stdin(Stdio::null());
-    let mut child = cargo.spawn().context("cannot run cargo")?;
-    let status = tool::wait(&mut child, BUILD_DEADLINE).context("cargo build")?;
+    cargo.args(["build", "--profile", PROFILE, "--workspace", "--bins"]);
+    let (status, _) = progress::cargo(&mut cargo, "compiling the programs", Stdio::null(), BUILD_DEADLINE)?;
     ensure!(status.success(), "the workspace does not build");
     Ok(())
 }

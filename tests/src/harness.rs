@@ -22,6 +22,7 @@ use crate::events::{Event, PlannedTest};
 use crate::kernel_series::KernelSeries;
 use crate::left_behind::Machine;
 use crate::libtest_binary::{LibtestBinary, run_one};
+use crate::selection::Selection;
 use crate::stuck_tasks;
 
 /// Says who runs the tests; see the head of the file.
@@ -66,6 +67,8 @@ pub struct Test {
     pub kernels: &'static [KernelSeries],
     /// Seconds after which it counts as hung.
     pub deadline_seconds: u64,
+    /// It takes longer than every run should: only `cargo lab test --long` has it.
+    pub is_long: bool,
     /// The test.
     pub run: fn(&Env) -> Result<()>,
 }
@@ -73,7 +76,7 @@ pub struct Test {
 impl Test {
     /// A test for every kernel with the usual deadline.
     pub const fn new(name: &'static str, run: fn(&Env) -> Result<()>) -> Self {
-        Self { name, kernels: &KernelSeries::ALL, deadline_seconds: DEADLINE_SECONDS, run }
+        Self { name, kernels: &KernelSeries::ALL, deadline_seconds: DEADLINE_SECONDS, is_long: false, run }
     }
 
     /// The same test on the newest kernel only: what it says is the same on others.
@@ -86,6 +89,12 @@ impl Test {
     #[must_use]
     pub const fn on(self, kernels: &'static [KernelSeries]) -> Self {
         Self { kernels, ..self }
+    }
+
+    /// The same test only where the long ones are wanted.
+    #[must_use]
+    pub const fn long(self) -> Self {
+        Self { is_long: true, ..self }
     }
 
     /// The same test with a deadline of its own, in seconds.
@@ -193,14 +202,15 @@ pub fn main(tests: &[Test]) -> ExitCode {
     }
 }
 
-/// Runs the tests for this kernel whose name contains `filter`.
+/// Runs the tests for this kernel that are wanted: by `filter` and the environment.
 fn run_all(tests: &[Test], filter: Option<&str>) -> Result<ExitCode> {
     let kernel = std::env::var(KERNEL_VARIABLE).context(KERNEL_VARIABLE)?;
     let series = KernelSeries::from_name(&kernel).with_context(|| format!("unknown kernel {kernel}"))?;
     let in_vm = std::env::var(MACHINE_VARIABLE).context(MACHINE_VARIABLE)? == "vm";
     let programs = PathBuf::from(std::env::var_os(PROGRAMS_VARIABLE).context(PROGRAMS_VARIABLE)?);
-    let mut tests = runnable_tests(tests, series)?;
-    tests.retain(|test| filter.is_none_or(|filter| test.name.contains(filter)));
+    let selection = Selection::from_environment(filter)?;
+    let mut tests = runnable_tests(tests, series, selection.long)?;
+    tests.retain(|test| selection.wants(&test.name));
     let planned =
         |test: &Runnable| PlannedTest { name: test.name.clone(), deadline_seconds: test.deadline_seconds };
     emit(&Event::Planned { tests: tests.iter().map(planned).collect() })?;
@@ -235,8 +245,9 @@ fn run_all(tests: &[Test], filter: Option<&str>) -> Result<ExitCode> {
 }
 
 /// Our own tests for this kernel, then those of the binaries the lab names.
-fn runnable_tests(tests: &[Test], series: KernelSeries) -> Result<Vec<Runnable>> {
-    let ours = tests.iter().filter(|test| test.kernels.contains(&series)).map(|test| Runnable {
+fn runnable_tests(tests: &[Test], series: KernelSeries, long: bool) -> Result<Vec<Runnable>> {
+    let ours = tests.iter().filter(|test| test.kernels.contains(&series) && (long || !test.is_long));
+    let ours = ours.map(|test| Runnable {
         name: test.name.to_owned(),
         deadline_seconds: test.deadline_seconds,
         run: Arc::new(test.run),

@@ -20,6 +20,7 @@ pub mod nbd_client;
 pub mod nbd_load;
 pub mod process_resources;
 pub mod seed;
+pub mod selection;
 pub mod shell;
 pub mod simulator;
 pub mod soak;

@@ -16,9 +16,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use lab::boots::BootsOptions;
 use lab::cost::CostOptions;
+use lab::fresh::FreshOptions;
 use lab::fuzz::FuzzOptions;
 use lab::soak::SoakOptions;
+use lab::test_run::TestOptions;
 use lab::vm::Processors;
 use testlab::kernel_series::KernelSeries;
 
@@ -40,7 +43,9 @@ enum LabCommand {
     /// A file system on a network disk, from nothing to a checked copy of it
     Demo(Machine),
     /// Run every test: on this machine, and in the VM on every kernel
-    Test(commands::TestOptions),
+    Test(TestOptions),
+    /// Boot the VM many times, and count how often it came up
+    Boots(BootsOptions),
     /// Boot the VM under systemd with our units, and shut it down with and without a network
     Systemd {
         /// The kernel to boot
@@ -90,6 +95,10 @@ enum LabCommand {
         #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
         directory: PathBuf,
     },
+    /// Install, fetch and build all that the demo and the tests need, and run nothing
+    Setup,
+    /// Prove on a bare Debian, made for it, that both commands of the README set themselves up and the host's tests pass
+    Fresh(FreshOptions),
     /// Look for inputs that break the parsers which face the network
     Fuzz(FuzzOptions),
     /// Kill, cut and upgrade at random under load, and believe nothing of what comes back
@@ -156,6 +165,7 @@ fn main() -> ExitCode {
     let result = lab::interrupt::install().and_then(|()| match command_line.command {
         LabCommand::Demo(machine) => commands::demo(machine.series()),
         LabCommand::Test(options) => commands::test(&options),
+        LabCommand::Boots(options) => commands::boots(&options),
         LabCommand::Systemd { kernel } => commands::systemd(kernel),
         LabCommand::Shell { kernel } => commands::shell(kernel),
         LabCommand::Run { machine, deadline_seconds, counted, command } => {
@@ -169,6 +179,8 @@ fn main() -> ExitCode {
         }
         LabCommand::Soak(options) => commands::soak(&options),
         LabCommand::GuestSoak(guest) => commands::guest_soak(&guest),
+        LabCommand::Setup => commands::setup(),
+        LabCommand::Fresh(options) => commands::fresh(&options),
         LabCommand::Fuzz(options) => commands::fuzz(&options),
         LabCommand::Scale { write } => commands::scale(write),
         LabCommand::GuestScale { part, programs } => scale_guest::run(part, &programs).map(|()| 0),

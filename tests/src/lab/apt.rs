@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::tool;
 
 /// Debian's archive keys, of every release the installed `debian-archive-keyring` knows.
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// Package lists of a suite are up to 10 MB.
 const UPDATE_DEADLINE: Duration = Duration::from_secs(180);

@@ -14,7 +14,7 @@ use clap::Args;
 
 use super::tool::Running;
 use super::workspace::{PROFILE, Workspace};
-use super::{packages, tool};
+use super::{packages, progress, tool};
 
 /// The targets, by the name of their corpus.
 const TARGETS: [&str; 4] = ["server_handshake", "server_requests", "client_handshake", "client_replies"];
@@ -95,12 +95,11 @@ pub(crate) fn run(workspace: &Workspace, options: &FuzzOptions) -> Result<bool> 
 
 fn build(workspace: &Workspace) -> Result<()> {
     let mut cargo = workspace.cargo();
-    cargo.args(["build", "--quiet", "--profile", PROFILE, "--package", "fuzz", "--bins"]);
-    cargo.args(["--features", "libfuzzer"]).stdin(Stdio::null());
+    cargo.args(["build", "--profile", PROFILE, "--package", "fuzz", "--bins", "--features", "libfuzzer"]);
     // Cargo keeps what a wrapper made apart from what was made without it; dependencies serve both.
     cargo.env("RUSTC_WORKSPACE_WRAPPER", workspace.root.join("tests/fuzz/rustc-with-coverage"));
-    let mut child = cargo.spawn().context("cannot run cargo")?;
-    let status = tool::wait(&mut child, BUILD_DEADLINE).context("cargo build")?;
+    let (status, _) =
+        progress::cargo(&mut cargo, "compiling the fuzz targets", Stdio::null(), BUILD_DEADLINE)?;
     ensure!(status.success(), "the fuzz targets do not build");
     Ok(())
 }

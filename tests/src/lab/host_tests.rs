@@ -1,64 +1,268 @@
-//! The tests that need no VM: `cargo test` over the workspace, its output shown as it comes and counted.
+//! The tests that need no VM: every test binary of the workspace but those the VM runs, one after another on this machine.
 //!
-//! The VM tests are part of the same workspace; here they say that the lab runs them elsewhere and count nothing.
+//! Builds all test binaries (the VM's with them, so that everything is built once), asks each for its tests, runs those that are
+//! wanted, and counts the lines it prints. That a program is missing counts as a failure: the lab has installed them all.
 
-use std::process::Stdio;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use testlab::harness::{LAB_VARIABLE, RUN_ELSEWHERE, RUN_IN_VM_REASON};
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+use testlab::harness::{LAB_VARIABLE, RUN_ELSEWHERE};
+use testlab::selection::Selection;
 
+use super::progress::Step;
 use super::report::{PartReport, Report};
-use super::tool;
 use super::workspace::{PROFILE, Workspace};
+use super::{progress, tool};
 
-/// Building all tests and running them, on two slow cores.
-const DEADLINE: Duration = Duration::from_secs(45 * 60);
+/// Building all tests, on two slow cores.
+const BUILD_DEADLINE: Duration = Duration::from_secs(45 * 60);
 
-/// Runs them.
+/// All tests of one binary, on two slow cores that others use.
+const BINARY_DEADLINE: Duration = Duration::from_secs(20 * 60);
+
+/// A binary that lists its tests.
+const LIST_DEADLINE: Duration = Duration::from_secs(60);
+
+/// With this set a test that lacks a program fails rather than be skipped.
+const TOOLS_VARIABLE: &str = "VOLNODE_LAB_TOOLS";
+
+/// Unlocks libtest's `--report-time` in a binary of the stable compiler. Only test binaries see it, no compiler.
+const REPORT_TIME: (&str, &str) = ("RUSTC_BOOTSTRAP", "1");
+
+/// A built test binary.
+#[derive(Debug)]
+pub(crate) struct TestBinary {
+    /// Where cargo would run it.
+    package: PathBuf,
+    /// The target's name, and its kind: `test`, `lib`, `bin`.
+    target: String,
+    kind: String,
+    pub(crate) executable: PathBuf,
+}
+
+/// Builds every test binary of the workspace.
 ///
 /// # Errors
-/// Cargo cannot be run or hangs, or the lab was interrupted. Failing tests are no error but part of the report.
-pub(crate) fn run(workspace: &Workspace, report: &mut Report) -> Result<()> {
-    let mut part = report.begin("host");
+/// One does not build; cargo has said why.
+pub(crate) fn build(workspace: &Workspace) -> Result<Vec<TestBinary>> {
     let mut cargo = workspace.cargo();
-    cargo.args(["test", "--quiet", "--profile", PROFILE, "--workspace", "--no-fail-fast", "--"]);
-    // One line for each test, whatever cargo's own verbosity is.
-    cargo.args(["--format", "pretty"]).args(report.filter.as_deref());
-    cargo.env(LAB_VARIABLE, RUN_ELSEWHERE).env("PATH", workspace.search_path()?);
-    let mut child =
-        cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot run cargo test")?;
-    let stdout = child.stdout.take().context("cargo's output")?;
-    let outcome = tool::follow_lines(stdout, DEADLINE, &mut |line| {
-        if let Some(line) = line {
-            count_line(line, &mut part);
-        }
-        Ok(())
-    });
-    if outcome.is_err() {
-        tool::kill_and_reap(&mut child);
+    cargo.args(["test", "--profile", PROFILE, "--workspace", "--no-run"]);
+    cargo.arg("--message-format=json-render-diagnostics");
+    let (status, messages) =
+        progress::cargo(&mut cargo, "compiling the tests", Stdio::piped(), BUILD_DEADLINE)?;
+    ensure!(status.success(), "the tests do not build");
+    Ok(binaries(&String::from_utf8_lossy(&messages)))
+}
+
+/// The test binary of the integration test `target`.
+///
+/// # Errors
+/// Cargo named none.
+pub(crate) fn executable_of<'a>(binaries: &'a [TestBinary], target: &str) -> Result<&'a Path> {
+    let mut wanted = binaries.iter().filter(|binary| binary.target == target && binary.kind == "test");
+    let named = wanted.next().map(|binary| binary.executable.as_path());
+    named.with_context(|| format!("cargo named no executable for {target}"))
+}
+
+/// The test binaries among cargo's messages.
+pub(crate) fn binaries(messages: &str) -> Vec<TestBinary> {
+    #[derive(Deserialize)]
+    struct Artifact {
+        executable: Option<PathBuf>,
+        manifest_path: PathBuf,
+        profile: ArtifactProfile,
+        target: Target,
     }
-    outcome.context("cargo test")?;
-    let status = tool::wait(&mut child, DEADLINE).context("cargo test")?;
-    if !status.success() && !part.has_failed() {
-        part.fail("cargo test", &format!("{status}: something does not build, or a test process died"));
+    #[derive(Deserialize)]
+    struct ArtifactProfile {
+        test: bool,
+    }
+    #[derive(Deserialize)]
+    struct Target {
+        name: String,
+        kind: Vec<String>,
+    }
+    let artifacts = messages.lines().filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
+    let mut binaries: Vec<TestBinary> = artifacts
+        .filter(|artifact| artifact.profile.test)
+        .filter_map(|artifact| {
+            Some(TestBinary {
+                package: artifact.manifest_path.parent()?.to_owned(),
+                target: artifact.target.name,
+                kind: artifact.target.kind.into_iter().next()?,
+                executable: artifact.executable?,
+            })
+        })
+        .collect();
+    // Cargo names them as they get ready, which differs from run to run.
+    binaries.sort_by(|one, other| (&one.package, &one.target).cmp(&(&other.package, &other.target)));
+    binaries
+}
+
+/// Runs the tests that are wanted of all binaries but those whose targets are `elsewhere`, and the documentation's.
+///
+/// # Errors
+/// A binary cannot be run or hangs, or the lab was interrupted. Failing tests are no error but part of the report.
+pub(crate) fn run(
+    workspace: &Workspace,
+    binaries: &[TestBinary],
+    elsewhere: &[&str],
+    selection: &Selection,
+    report: &mut Report,
+) -> Result<()> {
+    let mut part = PartReport::begin("host");
+    for binary in binaries.iter().filter(|binary| !elsewhere.contains(&binary.target.as_str())) {
+        run_binary(workspace, binary, selection, &mut part)?;
+    }
+    if !selection.leaves_out() {
+        run_doc_tests(workspace, &mut part)?;
     }
     report.add(part);
     Ok(())
 }
 
-/// Prints and counts one line of cargo's.
-fn count_line(line: &str, part: &mut PartReport) {
-    if line.contains("... ignored") && line.contains(RUN_IN_VM_REASON) {
-        part.run_later();
-        return;
+fn run_binary(
+    workspace: &Workspace,
+    binary: &TestBinary,
+    selection: &Selection,
+    part: &mut PartReport,
+) -> Result<()> {
+    let of_package = binary.package.strip_prefix(&workspace.root).unwrap_or(&binary.package).display();
+    let name = format!("{of_package}: {} {}", binary.kind, binary.target);
+    let listed =
+        tool::output(command(workspace, binary)?.args(["--list", "--format", "terse"]), LIST_DEADLINE)
+            .with_context(|| name.clone())?;
+    let listed = String::from_utf8_lossy(&listed).into_owned();
+    let all: Vec<&str> = listed.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+    let wanted: Vec<&str> = all.iter().copied().filter(|test| selection.wants(test)).collect();
+    if wanted.is_empty() {
+        return Ok(());
     }
-    let failed = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"));
-    if let Some(name) = failed {
-        part.count_cargo_failure(name);
+    let step = Step::begin(&format!("testing {name}"));
+    let mut command = command(workspace, binary)?;
+    command.args(["--format", "pretty", "-Z", "unstable-options", "--report-time"]);
+    command.env(REPORT_TIME.0, REPORT_TIME.1);
+    if wanted.len() < all.len() {
+        command.arg("--exact").args(&wanted);
+    }
+    let mut missing: HashSet<&str> = wanted.into_iter().collect();
+    let before = part.results();
+    let planned = missing.len();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {}", binary.executable.display()))?;
+    let stdout = child.stdout.take().context("the tests' output")?;
+    let followed = tool::follow_lines(stdout, BINARY_DEADLINE, &mut |line| {
+        if let Some(line) = line {
+            count_line(line, part, &mut missing);
+            step.is_at(&format!("{} of {planned} tests", planned - missing.len()));
+        }
+        Ok(())
+    });
+    drop(step);
+    if let Err(error) = followed {
+        tool::kill_and_reap(&mut child);
+        super::interrupt::check()?;
+        let unended: Vec<&str> = missing.into_iter().collect();
+        part.fail(&name, &format!("{error:#}; not ended: {}", unended.join(", ")));
+        return Ok(());
+    }
+    let status = tool::wait(&mut child, LIST_DEADLINE).with_context(|| name.clone())?;
+    if part.results() - before < planned {
+        let unended: Vec<&str> = missing.into_iter().collect();
+        part.fail(&name, &format!("it ended ({status}) without a result of {}", unended.join(", ")));
+    } else if !status.success() && !part.has_failed() {
+        part.fail(&name, &format!("every test passed, and yet it ended with {status}"));
+    }
+    Ok(())
+}
+
+/// The binary as cargo would run it.
+fn command(workspace: &Workspace, binary: &TestBinary) -> Result<Command> {
+    let mut command = Command::new(&binary.executable);
+    command.current_dir(&binary.package).env("CARGO_MANIFEST_DIR", &binary.package);
+    command.env("CARGO", workspace.cargo().get_program()).env("PATH", workspace.search_path()?);
+    command.env(LAB_VARIABLE, RUN_ELSEWHERE).env(TOOLS_VARIABLE, "1");
+    Ok(command)
+}
+
+/// The examples in the documentation, which only rustdoc finds.
+fn run_doc_tests(workspace: &Workspace, part: &mut PartReport) -> Result<()> {
+    let mut cargo = workspace.cargo();
+    cargo.args(["test", "--profile", PROFILE, "--workspace", "--doc"]);
+    let (status, said) =
+        progress::cargo(&mut cargo, "testing the documentation's examples", Stdio::piped(), BUILD_DEADLINE)?;
+    let mut none = HashSet::new();
+    for line in String::from_utf8_lossy(&said).lines() {
+        count_line(line, part, &mut none);
+    }
+    if !status.success() && !part.has_failed() {
+        part.fail("the documentation's examples", &format!("{status}"));
+    }
+    Ok(())
+}
+
+/// Prints and counts one line of a test binary's; a test that has a result is taken out of `missing`.
+fn count_line(line: &str, part: &mut PartReport, missing: &mut HashSet<&str>) {
+    if let Some((name, result, seconds)) = result_of(line) {
+        missing.remove(name);
+        if let Some(seconds) = seconds {
+            part.took(name, seconds);
+        }
+        if result == "FAILED" {
+            part.count_cargo_failure(name);
+        }
+        let shown = seconds.map(|seconds| format!(" ({seconds:.1} s)")).unwrap_or_default();
+        part.say(&format!("test {name} ... {result}{shown}"));
+        return;
     }
     let counted = part.count_cargo_result(line);
     if !counted && !line.is_empty() && !line.starts_with("running ") {
-        println!("{line}");
+        part.say(line);
+    }
+}
+
+/// `test a::b ... ok <0.123s>` → its name, the result and the seconds.
+fn result_of(line: &str) -> Option<(&str, &str, Option<f64>)> {
+    let (name, rest) = line.strip_prefix("test ")?.split_once(" ... ")?;
+    let (result, time) = match rest.split_once(" <") {
+        Some((result, time)) => (result, time.strip_suffix("s>").and_then(|time| time.parse().ok())),
+        None => (rest, None),
+    };
+    // With a panic expected, libtest says so behind the name.
+    let name = name.strip_suffix(" - should panic").unwrap_or(name);
+    let is_result = result == "ok" || result == "FAILED" || result.starts_with("ignored");
+    is_result.then_some((name, result, time))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_is_told_from_what_a_test_prints() {
+        assert_eq!(result_of("test a::b ... ok <0.123s>"), Some(("a::b", "ok", Some(0.123))));
+        assert_eq!(result_of("test a::b ... FAILED <61.5s>"), Some(("a::b", "FAILED", Some(61.5))));
+        assert_eq!(result_of("test a - should panic ... ok"), Some(("a", "ok", None)));
+        assert_eq!(result_of("test a ... ignored, why"), Some(("a", "ignored, why", None)));
+        assert_eq!(result_of("test a has been running for over 60 seconds"), None);
+        assert_eq!(result_of("test said ... something else"), None);
+    }
+
+    #[test]
+    fn a_failure_is_counted_once_and_named() {
+        let mut part = PartReport::begin("host");
+        let mut missing = HashSet::from(["a", "b"]);
+        count_line("test a ... ok <0.1s>", &mut part, &mut missing);
+        count_line("test b ... FAILED <0.2s>", &mut part, &mut missing);
+        count_line("test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured", &mut part, &mut missing);
+        assert!(missing.is_empty() && part.has_failed());
+        assert_eq!(part.results(), 2);
     }
 }

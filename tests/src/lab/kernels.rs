@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use testlab::kernel_series::KernelSeries;
 
 use super::apt::{self, Apt};
+use super::progress::Step;
 use super::workspace::Workspace;
 use super::{packages, tool};
 
@@ -98,23 +99,27 @@ fn fetch_newest(workspace: &Workspace, series: KernelSeries, directory: &Path) -
     };
     let apt_directory = workspace.cache.join(format!("apt-{suite}"));
     let apt = Apt::with_suites(&apt_directory, &apt::debian_mirror()?, &[suite], true)?;
+    let asking = Step::begin(&format!("asking the Debian mirror for the newest {series} kernel"));
     apt.update().context("the Debian mirror")?;
+    asking.end();
     let version = apt.newest_version(METAPACKAGE)?;
     ensure!(series.contains_release(&version), "Debian's newest kernel there is {version}, not a {series}");
     let current = directory.join("current");
     if fs::read_to_string(current.join("version")).is_ok_and(|cached| cached == version) {
         return Ok(());
     }
-    eprintln!("lab: fetching kernel {version}");
     let wanted = kernel_packages(&apt)?;
     let staging = directory.join("staging");
+    let step = Step::begin_fetching(&format!("fetching kernel {version}"), &staging);
     remove_if_there(&staging)?;
     let archives = apt.download(&wanted, &staging.join("packages"))?;
     unpack(&archives, &staging).with_context(|| format!("unpacking {wanted:?}"))?;
     fs::write(staging.join("version"), version).context("noting the kernel's version")?;
     remove_if_there(&staging.join("packages"))?;
     remove_if_there(&current)?;
-    fs::rename(&staging, &current).context("moving the kernel into the cache")
+    fs::rename(&staging, &current).context("moving the kernel into the cache")?;
+    step.end();
+    Ok(())
 }
 
 /// The packages that make up the newest kernel, without the metapackages (which hold no files).

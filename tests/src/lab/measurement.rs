@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::guest_command::GuestCommand;
 use super::kernels::Kernel;
+use super::progress;
 use super::tool::{self, Running};
 use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::Workspace;
@@ -55,15 +56,16 @@ pub(crate) fn build_product(workspace: &Workspace, profile: &str) -> Result<()> 
 /// # Errors
 /// They do not build, or not in time; cargo has said why.
 pub(crate) fn build_programs(workspace: &Workspace, profile: &str, programs: &[&str]) -> Result<()> {
-    let mut child = build_command(workspace, profile, programs).spawn().context("cannot run cargo")?;
-    let status = tool::wait(&mut child, BUILD_DEADLINE).context("cargo build")?;
+    let what = format!("compiling the programs to measure (profile {profile})");
+    let mut cargo = build_command(workspace, profile, programs);
+    let (status, _) = progress::cargo(&mut cargo, &what, Stdio::null(), BUILD_DEADLINE)?;
     ensure!(status.success(), "the programs to measure do not build");
     Ok(())
 }
 
 fn build_command(workspace: &Workspace, profile: &str, programs: &[&str]) -> Command {
     let mut cargo = workspace.cargo();
-    cargo.args(["build", "--quiet", "--profile", profile, "--workspace"]);
+    cargo.args(["build", "--profile", profile, "--workspace"]);
     cargo.args(programs.iter().flat_map(|program| ["--bin", program])).stdin(Stdio::null());
     cargo
 }
@@ -81,7 +83,11 @@ impl BuildBeside {
         let cargo = build_command(workspace, profile, programs);
         let mut nice = tool::command("setpriv");
         nice.args(["--pdeathsig", "KILL", "--", "nice", "-n", "19"]).arg(cargo.get_program());
-        nice.args(cargo.get_args()).current_dir(&workspace.root).stdin(Stdio::null()).stderr(Stdio::null());
+        nice.args(cargo.get_args())
+            .arg("--quiet")
+            .current_dir(&workspace.root)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null());
         Ok(Self(Running(nice.spawn().context("cannot run cargo beside the tests")?)))
     }
 

@@ -1,14 +1,16 @@
 //! The Debian packages the lab needs: finds out which are missing and installs them.
 //!
-//! A package counts as present if the program it is wanted for is: on a machine that is not Debian the user may
-//! have them from anywhere. Where they cannot be installed the error says exactly what to install.
+//! A package counts as present if the program it is wanted for is, in a version that serves the tests: on a machine that is
+//! not Debian the user may have them from anywhere. Where they cannot be installed the error says exactly what to install.
 
 use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::apt::{self, Apt};
+use super::progress::{self, Step};
 use super::tool;
 use super::workspace::Workspace;
 
@@ -16,33 +18,60 @@ use super::workspace::Workspace;
 struct Package {
     name: &'static str,
     program: &'static str,
+    /// The option that makes the program tell its version, and the oldest that serves the tests.
+    oldest: Option<(&'static str, Version)>,
 }
 
-/// The virtual machine itself; separate because of how it has to be installed (see [`install_qemu`]).
-const QEMU: Package = Package { name: "qemu-system-x86", program: "qemu-system-x86_64" };
+/// The first two numbers of a version.
+type Version = (u32, u32);
 
-/// What else the lab and the tests in the VM call.
+impl Package {
+    /// One of which any version will do.
+    const fn any(name: &'static str, program: &'static str) -> Self {
+        Self { name, program, oldest: None }
+    }
+
+    /// One that has to be `oldest` or newer.
+    const fn from(name: &'static str, program: &'static str, option: &'static str, oldest: Version) -> Self {
+        Self { name, program, oldest: Some((option, oldest)) }
+    }
+}
+
+/// The QEMU that the ruler means (`cargo lab cost`): a processor model is another one in another series, and with it what
+/// an I/O costs. The tests of extended headers need 9.1. Debian: trixie, or bookworm-backports.
+pub(crate) const QEMU_SERIES: Version = (10, 0);
+
+/// The emulator's program.
+const QEMU: &str = "qemu-system-x86_64";
+
+/// Where QEMU's packages are concerned: they are of one version, and are installed together.
+const QEMU_PACKAGES: [Package; 2] = [
+    Package::from("qemu-system-x86", QEMU, "--version", QEMU_SERIES),
+    Package::from("qemu-utils", "qemu-io", "--version", QEMU_SERIES),
+];
+
+/// What else the lab and the tests call. The versions are Debian 12's, on which the tests were made.
 const PACKAGES: [Package; 20] = [
-    Package { name: "g++", program: "g++" },
-    Package { name: "busybox-static", program: "busybox" },
-    Package { name: "cpio", program: "cpio" },
-    Package { name: "xz-utils", program: "xz" },
-    Package { name: "zstd", program: "zstd" },
-    Package { name: "kmod", program: "depmod" },
-    Package { name: "util-linux", program: "setpriv" },
-    Package { name: "iproute2", program: "ip" },
-    Package { name: "systemd", program: "systemd-analyze" },
-    Package { name: "procps", program: "ps" },
-    Package { name: "e2fsprogs", program: "mkfs.ext4" },
-    Package { name: "xfsprogs", program: "mkfs.xfs" },
-    Package { name: "btrfs-progs", program: "mkfs.btrfs" },
-    Package { name: "fio", program: "fio" },
-    Package { name: "qemu-utils", program: "qemu-img" },
-    Package { name: "nbdkit", program: "nbdkit" },
-    Package { name: "libnbd-bin", program: "nbdcopy" },
-    Package { name: "python3-libnbd", program: "nbdsh" },
-    Package { name: "nbd-client", program: "nbd-client" },
-    Package { name: "nbd-server", program: "nbd-server" },
+    Package::any("g++", "g++"),
+    Package::any("busybox-static", "busybox"),
+    Package::any("cpio", "cpio"),
+    Package::any("xz-utils", "xz"),
+    Package::any("zstd", "zstd"),
+    Package::any("kmod", "depmod"),
+    Package::any("util-linux", "setpriv"),
+    Package::any("iproute2", "ip"),
+    Package::from("systemd", "systemd-analyze", "--version", (252, 0)),
+    Package::any("procps", "ps"),
+    Package::any("python3", "/usr/bin/python3"),
+    Package::any("e2fsprogs", "mkfs.ext4"),
+    Package::any("xfsprogs", "mkfs.xfs"),
+    Package::any("btrfs-progs", "mkfs.btrfs"),
+    Package::from("fio", "fio", "--version", (3, 33)),
+    Package::from("nbdkit", "nbdkit", "--version", (1, 32)),
+    Package::from("libnbd-bin", "nbdcopy", "--version", (1, 14)),
+    Package::any("python3-libnbd", "nbdsh"),
+    Package::from("nbd-client", "nbd-client", "-V", (3, 24)),
+    Package::from("nbd-server", "nbd-server", "-V", (3, 24)),
 ];
 
 /// The file system exerciser, from crates.io.
@@ -54,14 +83,18 @@ const TOOL_DEADLINE: Duration = Duration::from_secs(15 * 60);
 /// `--version` of a program that works takes no time at all.
 const VERSION_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Makes sure that every program the lab needs is there and that QEMU runs.
+/// Makes sure that every program the lab needs is there, in a version that serves it.
 ///
 /// # Errors
-/// Something is missing and cannot be installed: not Debian, not root, no network. The error names it.
+/// Something is missing or too old and cannot be installed: not Debian, not root, no network. The error names it.
 pub(crate) fn ensure_installed(workspace: &Workspace) -> Result<()> {
-    ensure_programs(workspace, tool::find(QEMU.program).is_none())?;
-    let mut version = tool::command(QEMU.program);
-    tool::output(version.arg("--version"), VERSION_DEADLINE).context("QEMU is installed but does not run")?;
+    ensure(workspace, PACKAGES.iter().chain(&QEMU_PACKAGES))?;
+    // A newer one is somebody's own: it serves, but the ruler's figures may be others.
+    let found = version_of(QEMU, "--version").context("QEMU is installed but does not run")?;
+    if found > QEMU_SERIES {
+        let (wanted, found) = (shown(QEMU_SERIES), shown(found));
+        eprintln!("lab: QEMU here is {found}; the ratios of `cargo lab cost` were made with {wanted}");
+    }
     Ok(())
 }
 
@@ -70,27 +103,69 @@ pub(crate) fn ensure_installed(workspace: &Workspace) -> Result<()> {
 /// # Errors
 /// As [`ensure_installed`].
 pub(crate) fn ensure_tools(workspace: &Workspace) -> Result<()> {
-    ensure_programs(workspace, false)
+    ensure(workspace, PACKAGES.iter().chain(&QEMU_PACKAGES[1..]))
 }
 
-fn ensure_programs(workspace: &Workspace, qemu_missing: bool) -> Result<()> {
-    let missing: Vec<&str> =
-        PACKAGES.iter().filter(|package| tool::find(package.program).is_none()).map(|p| p.name).collect();
-    if !missing.is_empty() || qemu_missing {
-        let mut wanted = missing.clone();
-        wanted.extend(qemu_missing.then_some(QEMU.name));
-        let advice = format!("the lab needs these Debian packages: {}", wanted.join(" "));
-        apt::debian_code_name().with_context(|| advice.clone())?;
-        ensure!(
-            rustix::process::geteuid().is_root(),
-            "{advice}\nInstall them as root, or run the lab as root."
-        );
-        eprintln!("lab: installing {}", wanted.join(" "));
-        install(workspace, &missing, qemu_missing).with_context(|| advice.clone())?;
-        let lacking: Vec<&str> = wanted_programs(&wanted).filter(|p| tool::find(p).is_none()).collect();
-        ensure!(lacking.is_empty(), "{advice}\napt-get succeeded, yet there is no {}", lacking.join(", "));
+fn ensure<'a>(workspace: &Workspace, packages: impl Iterator<Item = &'a Package>) -> Result<()> {
+    let unserved: Vec<(&Package, String)> =
+        packages.filter_map(|package| Some((package, unserved(package)?))).collect();
+    if unserved.is_empty() {
+        return Ok(());
+    }
+    let (packages, why): (Vec<&Package>, Vec<String>) = unserved.into_iter().unzip();
+    let names: Vec<&str> = packages.iter().map(|package| package.name).collect();
+    let advice = format!("the lab needs these Debian packages: {} ({})", names.join(" "), why.join(", "));
+    apt::debian_code_name().with_context(|| advice.clone())?;
+    ensure!(rustix::process::geteuid().is_root(), "{advice}\nInstall them as root, or run the lab as root.");
+    let step = Step::begin(&format!("installing {} ({})", names.join(" "), why.join(", ")));
+    install(workspace, &packages).with_context(|| advice.clone())?;
+    step.end();
+    for package in packages {
+        if let Some(why) = self::unserved(package) {
+            bail!("{advice}\napt-get succeeded, and yet: {why}");
+        }
     }
     Ok(())
+}
+
+/// Why the tests cannot use what is there of a package; none if they can.
+fn unserved(package: &Package) -> Option<String> {
+    if tool::find(package.program).is_none() {
+        return Some(format!("no {}", package.program));
+    }
+    let (option, oldest) = package.oldest?;
+    match version_of(package.program, option) {
+        Ok(found) if found >= oldest => None,
+        Ok(found) => Some(format!("{} is {}, {} is wanted", package.program, shown(found), shown(oldest))),
+        Err(error) => Some(format!("{error:#}")),
+    }
+}
+
+/// The version a program tells.
+fn version_of(program: &str, option: &str) -> Result<Version> {
+    // Some tell it on stderr, and some with an exit code of their own.
+    let told = tool::finish(tool::command(program).arg(option), VERSION_DEADLINE)?;
+    let text = format!("{}{}", String::from_utf8_lossy(&told.stdout), told.stderr);
+    let line = text.lines().next().unwrap_or_default();
+    first_version(line).with_context(|| format!("{program} {option} tells no version: {line:?}"))
+}
+
+/// The first word of digits in a line with what comes after its dot: `fio-3.33`, `systemd 252 (252.38-1)`, `1:10.0.2+ds`.
+fn first_version(text: &str) -> Option<Version> {
+    let epoch = text.split_once(':').filter(|(epoch, _)| epoch.chars().all(|c| c.is_ascii_digit()));
+    let text = epoch.map_or(text, |(_, version)| version);
+    let start = text.find(|c: char| c.is_ascii_digit())?;
+    let mut numbers = text[start..].split('.').map(|part| {
+        let end = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
+        (part[..end].parse().ok(), end == part.len())
+    });
+    let (major, is_whole) = numbers.next()?;
+    let minor = numbers.next().filter(|_| is_whole).and_then(|(minor, _)| minor);
+    Some((major?, minor.unwrap_or(0)))
+}
+
+fn shown((major, minor): Version) -> String {
+    format!("{major}.{minor}")
 }
 
 /// Makes sure of udev, which a machine that systemd runs has, and a container has not.
@@ -98,7 +173,15 @@ fn ensure_programs(workspace: &Workspace, qemu_missing: bool) -> Result<()> {
 /// # Errors
 /// As [`ensure_installed`].
 pub(crate) fn ensure_udev(workspace: &Workspace) -> Result<()> {
-    if tool::find("udevadm").is_some() { Ok(()) } else { install(workspace, &["udev"], false) }
+    ensure(workspace, std::iter::once(&Package::any("udev", "udevadm")))
+}
+
+/// Makes sure of debootstrap, which only `cargo lab fresh` needs.
+///
+/// # Errors
+/// As [`ensure_installed`].
+pub(crate) fn ensure_debootstrap(workspace: &Workspace) -> Result<()> {
+    ensure(workspace, std::iter::once(&Package::any("debootstrap", "debootstrap")))
 }
 
 /// Makes sure of the file system exerciser, which is no Debian package.
@@ -111,44 +194,43 @@ pub(crate) fn ensure_fsx(workspace: &Workspace) -> Result<()> {
         return Ok(());
     }
     let mut cargo = workspace.cargo();
-    cargo.args(["install", "--quiet", "--locked", FSX, "--root"]).arg(&tools);
-    tool::output(&mut cargo, TOOL_DEADLINE).context("installing fsx").map(drop)
+    cargo.args(["install", "--locked", FSX, "--root"]).arg(&tools);
+    let (status, _) = progress::cargo(&mut cargo, "compiling fsx", Stdio::null(), TOOL_DEADLINE)?;
+    ensure!(status.success(), "fsx cannot be installed");
+    Ok(())
 }
 
-/// The programs for which `packages` are wanted.
-fn wanted_programs<'a>(packages: &'a [&str]) -> impl Iterator<Item = &'static str> + 'a {
-    let all = PACKAGES.iter().chain(std::iter::once(&QEMU));
-    all.filter(|package| packages.contains(&package.name)).map(|package| package.program)
-}
-
-fn install(workspace: &Workspace, packages: &[&str], qemu: bool) -> Result<()> {
+/// Installs packages in versions that serve: from the machine's own sources where these have them, otherwise from its
+/// release's backports, which need not be among its sources.
+fn install(workspace: &Workspace, packages: &[&Package]) -> Result<()> {
     let apt = Apt::of_this_machine();
     apt.update().or_else(|error| {
         // One broken source of the machine's (a vendor's) need not stop us: installing tells.
         eprintln!("lab: {error:#}");
         Ok::<(), anyhow::Error>(())
     })?;
-    if !packages.is_empty() {
-        apt.install(packages, None)?;
+    let serves = |package: &&&Package| match package.oldest {
+        None => true,
+        Some((_, oldest)) => {
+            let candidate = apt.newest_version(package.name).ok();
+            candidate.and_then(|candidate| first_version(&candidate)).is_some_and(|found| found >= oldest)
+        }
+    };
+    let (own, newer): (Vec<&&Package>, Vec<&&Package>) = packages.iter().partition(serves);
+    let names = |packages: Vec<&&Package>| packages.iter().map(|package| package.name).collect::<Vec<_>>();
+    if !own.is_empty() {
+        apt.install(&names(own), None)?;
     }
-    if qemu { install_qemu(workspace, &apt) } else { Ok(()) }
+    if newer.is_empty() { Ok(()) } else { install_from_backports(workspace, &names(newer)) }
 }
 
-/// Installs QEMU. Where `qemu-utils` came from backports, the release's own QEMU cannot be installed beside it
-/// (the newer one breaks the older `qemu-system-common`), so backports are asked next; their suite need not
-/// be among the machine's sources.
-fn install_qemu(workspace: &Workspace, apt: &Apt) -> Result<()> {
-    let Err(first) = apt.install(&[QEMU.name], None) else { return Ok(()) };
+fn install_from_backports(workspace: &Workspace, names: &[&str]) -> Result<()> {
     let code_name = apt::debian_code_name()?;
     let backports = format!("{code_name}-backports");
     let suites = [code_name.clone(), format!("{code_name}-updates"), backports.clone()];
-    let with_backports = || -> Result<()> {
-        let own =
-            Apt::with_suites(&workspace.cache.join("apt-tools"), &apt::debian_mirror()?, &suites, false)?;
-        own.update()?;
-        own.install(&[QEMU.name], Some(&backports))
-    };
-    with_backports().with_context(|| format!("from {code_name}: {first:#}\nfrom {backports}"))
+    let apt = Apt::with_suites(&workspace.cache.join("apt-tools"), &apt::debian_mirror()?, &suites, false)?;
+    apt.update()?;
+    apt.install(names, Some(&backports)).with_context(|| format!("from {backports}"))
 }
 
 /// Makes sure that apt can check the signatures of the Debian release `code_name`.
@@ -172,4 +254,35 @@ pub(crate) fn ensure_keys_of(code_name: &str) -> Result<()> {
     let advice = "update the package debian-archive-keyring, or kernels cannot be verified";
     ensure!(present(), "{} is missing: {advice}", files[0]);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_found_in_what_programs_and_packages_say() {
+        for (text, version) in [
+            ("fio-3.33", (3, 33)),
+            ("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2+deb13u1~bpo12+1)", (10, 0)),
+            ("qemu-io version 7.2.22 (Debian 1:7.2+dfsg-7)", (7, 2)),
+            ("1:7.2+dfsg-7+deb12u18+b3", (7, 2)),
+            ("systemd 252 (252.38-1~deb12u1)", (252, 0)),
+            ("This is nbd-client, from nbd 3.24", (3, 24)),
+            ("nbdcopy 1.14.2", (1, 14)),
+            ("257.9-1~deb13u1", (257, 9)),
+        ] {
+            assert_eq!(first_version(text), Some(version), "{text}");
+        }
+        assert_eq!(first_version("no version at all"), None);
+    }
+
+    #[test]
+    fn a_program_that_is_too_old_is_named_with_both_versions() {
+        let old = Package::from("coreutils", "true", "--version", (99_999, 1));
+        let why = unserved(&old).unwrap();
+        assert!(why.starts_with("true is ") && why.ends_with("99999.1 is wanted"), "{why}");
+        assert!(unserved(&Package::any("coreutils", "true")).is_none());
+        assert!(unserved(&Package::any("none", "no-such-program")).is_some());
+    }
 }

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use testlab::kernel_series::KernelSeries;
+use testlab::selection::Selection;
 
 use super::guest_command::GuestCommand;
 use super::interrupt;
-use super::report::Report;
+use super::progress::Step;
+use super::report::PartReport;
 use super::storage_machine::StorageMachine;
 use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::Workspace;
@@ -63,15 +65,19 @@ pub(crate) fn run(workspace: &Workspace, series: KernelSeries) -> Result<()> {
     Ok(())
 }
 
-/// The same as a test of the report, if the filter wants it.
+/// The same as a test of the report, if it is wanted.
 ///
 /// # Errors
 /// The lab was interrupted.
-pub(crate) fn test(workspace: &Workspace, series: KernelSeries, report: &mut Report) -> Result<()> {
-    if !report.wants(TEST_NAME) {
-        return Ok(());
+pub(crate) fn test(
+    workspace: &Workspace,
+    series: KernelSeries,
+    selection: &Selection,
+) -> Result<Option<PartReport>> {
+    if !selection.wants(TEST_NAME) {
+        return Ok(None);
     }
-    let mut part = report.begin("a machine under systemd");
+    let mut part = PartReport::begin("a machine under systemd").beside_others("systemd");
     let began = Instant::now();
     let mut output = Output::default();
     let outcome = boot_all(workspace, series, &mut output);
@@ -79,10 +85,9 @@ pub(crate) fn test(workspace: &Workspace, series: KernelSeries, report: &mut Rep
     let failure = outcome.as_ref().err().map(|error| format!("{error:#}\n{}", output.tail()));
     part.end(TEST_NAME, began.elapsed().as_secs_f64(), failure.as_deref());
     if let Ok(summary) = outcome {
-        println!("{summary}");
+        part.say(&summary);
     }
-    report.add(part);
-    Ok(())
+    Ok(Some(part.ended()))
 }
 
 /// What the machine said, to be shown if it fails.
@@ -119,9 +124,11 @@ fn boot_all(workspace: &Workspace, series: KernelSeries, follower: &mut dyn Foll
             boot.power_off_max,
         )?;
         let deadline = BOOT_DEADLINE + boot.power_off_max;
+        let step = Step::begin(&format!("systemd: {}", boot.name));
         let ended =
             vm::run(workspace, &kernel, &command, Processors::Two, deadline, follower).context(boot.name)?;
         ensure!(ended.exit_code == 0, "{}: exit code {}", boot.name, ended.exit_code);
+        step.end();
         power_off_times.push(ended.power_off_time.as_secs_f64());
     }
     Ok(format!(

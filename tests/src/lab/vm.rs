@@ -20,6 +20,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::guest_command::GuestCommand;
 use super::kernels::Kernel;
+use super::progress::Step;
 use super::vm_directory::VmDirectory;
 use super::workspace::Workspace;
 use super::{initramfs, interrupt, tool};
@@ -89,23 +90,30 @@ pub(crate) trait Follower {
     }
 }
 
-/// The guest never said `up`. Seen once in some hundred boots: the emulation spins before the kernel's first line.
+/// The guest never said `up`, and nothing of ours has run in it: an accident of the emulator's. Seen: the emulation spins before
+/// the kernel's first line; the kernel runs into a breakpoint that it has taken out again (see [`kernel_command_line`]).
 #[derive(Debug)]
-struct NotUp;
+struct NotUp {
+    /// One line.
+    why: String,
+}
 
 impl std::fmt::Display for NotUp {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("the machine did not come up")
+        write!(formatter, "the machine did not come up: {}", self.why)
     }
 }
 
 impl std::error::Error for NotUp {}
 
-/// Runs `command` in a machine to its end, its output passed to `follower`. A machine that does not come up, so that nothing
-/// of ours has run in it, is said so and started once more.
+/// How often a machine is started that does not come up.
+const BOOTS_MAX: usize = 3;
+
+/// Runs `command` in a machine to its end, its output passed to `follower`. A machine that does not come up is started again, at
+/// most twice, and one line says so.
 ///
 /// # Errors
-/// As [`Vm::start_with`] and [`Vm::run_to_end`].
+/// As [`Vm::start`] and [`Vm::run_to_end`].
 pub(crate) fn run(
     workspace: &Workspace,
     kernel: &Kernel,
@@ -114,13 +122,36 @@ pub(crate) fn run(
     deadline: Duration,
     follower: &mut dyn Follower,
 ) -> Result<Ended> {
-    let start = || Vm::start_with(workspace, kernel, command, Terminal::Streams, processors);
-    match start()?.run_to_end(deadline, follower) {
-        Err(error) if error.is::<NotUp>() => {
-            eprintln!("lab: {error:#}\nlab: starting it once more");
-            start()?.run_to_end(deadline, follower)
+    run_on(workspace, kernel, command, Terminal::Streams, processors, deadline, follower)
+}
+
+/// As [`run`], with a choice of terminal.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn run_on(
+    workspace: &Workspace,
+    kernel: &Kernel,
+    command: &GuestCommand,
+    terminal: Terminal,
+    processors: Processors,
+    deadline: Duration,
+    follower: &mut dyn Follower,
+) -> Result<Ended> {
+    let mut boots = 0;
+    loop {
+        boots += 1;
+        let vm = Vm::start(workspace, kernel, command, terminal, processors)?;
+        match vm.run_to_end(deadline, follower) {
+            Err(error) if boots < BOOTS_MAX && error.is::<NotUp>() => {
+                let why = error.downcast_ref::<NotUp>().map(|not_up| not_up.why.as_str()).unwrap_or_default();
+                eprintln!(
+                    "lab: the emulated machine did not come up ({why}): booting it again ({} of {BOOTS_MAX})",
+                    boots + 1
+                );
+            }
+            ended => return ended.map(|ended| Ended { boots, ..ended }),
         }
-        ended => ended,
     }
 }
 
@@ -132,6 +163,8 @@ pub(crate) struct Vm {
     boot_deadline: Duration,
     power_off_max: Duration,
     boot_time: Option<Duration>,
+    /// Spoken of until the machine is up.
+    booting: Option<Step>,
     directory: VmDirectory,
 }
 
@@ -139,6 +172,8 @@ pub(crate) struct Vm {
 pub(crate) struct Ended {
     /// The command's.
     pub(crate) exit_code: u8,
+    /// How many machines were started until one came up.
+    pub(crate) boots: usize,
     /// From QEMU's start to the guest's `up`.
     pub(crate) boot_time: Duration,
     /// From the command's end to the machine's.
@@ -152,20 +187,7 @@ impl Vm {
     ///
     /// # Errors
     /// The machine's files cannot be written, or QEMU cannot be started.
-    pub(crate) fn start(
-        workspace: &Workspace,
-        kernel: &Kernel,
-        command: &GuestCommand,
-        terminal: Terminal,
-    ) -> Result<Self> {
-        Self::start_with(workspace, kernel, command, terminal, Processors::Two)
-    }
-
-    /// As [`Vm::start`], with a choice of processors.
-    ///
-    /// # Errors
-    /// As [`Vm::start`].
-    pub(crate) fn start_with(
+    fn start(
         workspace: &Workspace,
         kernel: &Kernel,
         command: &GuestCommand,
@@ -185,6 +207,7 @@ impl Vm {
             let sender = sender.clone();
             thread::spawn(move || forward(&listener, stream, &sender));
         }
+        let booting = Some(Step::begin(&format!("booting Linux {} in an emulated machine", kernel.release)));
         let started = Instant::now();
         let mut qemu = qemu_command(kernel, &initramfs, directory.path(), terminal, processors);
         let qemu = qemu.spawn().context("cannot run QEMU")?;
@@ -193,7 +216,7 @@ impl Vm {
             Processors::Counted => COUNTED_BOOT_DEADLINE,
         };
         let power_off_max = command.power_off_max();
-        Ok(Self { qemu, output, started, boot_deadline, power_off_max, boot_time: None, directory })
+        Ok(Self { qemu, output, started, boot_deadline, power_off_max, boot_time: None, booting, directory })
     }
 
     /// Passes the command's output to `follower` until the machine has powered off.
@@ -201,7 +224,7 @@ impl Vm {
     /// # Errors
     /// The machine did not come up, died, or did not end in time; the follower gave up; the lab was interrupted. In
     /// all but the last two the error ends with the console log.
-    pub(crate) fn run_to_end(mut self, deadline: Duration, follower: &mut dyn Follower) -> Result<Ended> {
+    fn run_to_end(mut self, deadline: Duration, follower: &mut dyn Follower) -> Result<Ended> {
         let result = self.follow(deadline, follower);
         if result.is_err() {
             tool::kill_and_reap(&mut self.qemu);
@@ -226,15 +249,19 @@ impl Vm {
             let console = Console::read(self.directory.path());
             if self.boot_time.is_none() && console.is_up() {
                 self.boot_time = Some(self.started.elapsed());
+                if let Some(booting) = self.booting.take() {
+                    booting.end();
+                }
             }
             if let Some(status) = self.qemu.try_wait().context("waiting for QEMU")? {
                 self.drain(follower)?;
                 let console = Console::read(self.directory.path());
-                let said = console.exit_code();
-                let exit_code =
-                    said.ok_or_else(|| console.failure(&format!("the machine died ({status})")))?;
+                let Some(exit_code) = console.exit_code() else {
+                    return Err(console.death(&format!("the machine died ({status})")));
+                };
                 return Ok(Ended {
                     exit_code,
+                    boots: 1,
                     boot_time: self.boot_time.unwrap_or_else(|| self.started.elapsed()),
                     power_off_time: exit_seen_at.map_or(Duration::ZERO, |since: Instant| since.elapsed()),
                     kernel_messages: console.kernel_messages(),
@@ -246,8 +273,7 @@ impl Vm {
                     return Err(console.failure("the command ended, but the machine did not power off"));
                 }
             } else if self.boot_time.is_none() && self.started.elapsed() > self.boot_deadline {
-                let shown = console.failure(&format!("not up after {} s", self.boot_deadline.as_secs()));
-                return Err(anyhow::Error::new(NotUp).context(shown));
+                return Err(console.death(&format!("not up after {} s", self.boot_deadline.as_secs())));
             } else if self.started.elapsed() > deadline {
                 return Err(console.failure(&format!("still running after {} s", deadline.as_secs())));
             }
@@ -302,6 +328,24 @@ impl Console {
         let lines =
             self.text.lines().filter(|line| !line.contains(CONSOLE_PREFIX) && !line.trim().is_empty());
         lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Why the guest gave up by itself, if it did.
+    fn own_failure(&self) -> Option<&str> {
+        self.messages().find_map(|message| message.strip_prefix("failed: "))
+    }
+
+    /// An error for the end of a machine without an exit code; a [`NotUp`] if neither it nor its kernel got as far as us.
+    fn death(&self, what: &str) -> anyhow::Error {
+        let shown = self.failure(what);
+        if self.is_up() || self.own_failure().is_some() {
+            return shown;
+        }
+        // What the kernel died of is one line of its many.
+        let oops = |line: &&str| ["Oops", "BUG:", "Kernel panic"].iter().any(|word| line.contains(word));
+        let died_of = self.text.lines().find(oops).and_then(|line| line.split_once("] "));
+        let why = died_of.map_or_else(|| what.to_owned(), |(_, line)| format!("{what}; {}", line.trim()));
+        anyhow::Error::new(NotUp { why }).context(shown)
     }
 
     /// An error for `what` that shows the end of the log.
@@ -378,6 +422,18 @@ fn forward(listener: &UnixListener, stream: Stream, sender: &Sender<(Stream, Vec
     }
 }
 
+/// What the kernel is told.
+///
+/// The kernel changes its own code while it boots, under a breakpoint that it sets and takes out; an emulated second processor now
+/// and then runs into one that is no longer there ("Oops: int3", in `sched_clock_cpu` or `sched_clock_idle_wakeup_event`). So the
+/// second processor starts when that is over (`maxcpus=1`; the second stage brings it up), and what would change that code
+/// later, the watch over the time stamp counter, is left out (`tsc=reliable`): the emulator's counters agree.
+/// Source: `Documentation/admin-guide/kernel-parameters.txt`.
+fn kernel_command_line(processors: Processors) -> String {
+    let second_processor = if processors == Processors::Two { " maxcpus=1 tsc=reliable" } else { "" };
+    format!("console=ttyS0 panic=-1 oops=panic quiet mitigations=off{second_processor}")
+}
+
 /// The machine: emulated processors, nothing that is not needed.
 fn qemu_command(
     kernel: &Kernel,
@@ -403,7 +459,7 @@ fn qemu_command(
     let card = if processors == Processors::Two { "user,model=e1000" } else { "none" };
     command.args(["-nic", card, "-serial"]).arg(format!("file:{}", file("console.log")));
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
-    command.args(["-append", "console=ttyS0 panic=-1 oops=panic quiet mitigations=off"]);
+    command.args(["-append", &kernel_command_line(processors)]);
     let read_only = "security_model=none,readonly=on,multidevs=remap";
     command.arg("-virtfs").arg(format!("local,path=/,mount_tag=host,{read_only}"));
     let modules = kernel.modules.display();
@@ -452,6 +508,19 @@ mod tests {
         let text = "[    1.0] EXT4-fs error\n[    7.4] lab-guest: up\n";
         assert!(console(text).failure("it died").to_string().contains("EXT4-fs error"));
         assert_eq!(console(text).kernel_messages(), "[    1.0] EXT4-fs error");
+    }
+
+    #[test]
+    fn only_a_machine_that_never_came_up_is_booted_again() {
+        let oops = "[    1.8] Oops: int3: 0000 [#1] SMP NOPTI\n[    1.9] Kernel panic - not syncing\n";
+        let death = console(oops).death("the machine died (exit status: 0)");
+        let why = &death.downcast_ref::<NotUp>().unwrap().why;
+        assert_eq!(why, "the machine died (exit status: 0); Oops: int3: 0000 [#1] SMP NOPTI");
+        assert!(format!("{death:#}").contains("console log"), "{death:#}");
+        let up = format!("[    1.5] lab-guest: up\n{oops}");
+        assert!(!console(&up).death("it died").is::<NotUp>(), "something of ours may have run");
+        let missing = "[    1.5] lab-guest: failed: loading 03.ko\n";
+        assert!(!console(missing).death("it died").is::<NotUp>(), "it would fail again");
     }
 
     #[test]

@@ -1,28 +1,27 @@
-//! The VM tests (`tests/vm/`): builds their binary and runs it in a machine, or on this one, under the report.
+//! The VM tests (`tests/vm/`): runs their binary in a machine, or on this one, under the report.
 //!
-//! One boot runs all tests of a kernel. The binary and the lab talk by event lines (`testlab::events`).
+//! One boot runs all tests of a kernel; the machines of two kernels may run side by side. The binary and the lab talk by event lines (`testlab::events`).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
 use testlab::harness::{
     KERNEL_VARIABLE, LAB_VARIABLE, MACHINE_VARIABLE, PROGRAMS_VARIABLE, RUN_HERE, STORAGE_MACHINE_VARIABLE,
 };
 use testlab::kernel_series::KernelSeries;
 use testlab::libtest_binary::BINARIES_VARIABLE;
+use testlab::selection::Selection;
 
 use super::guest_command::GuestCommand;
-use super::report::{EventReader, PartReport, Report};
+use super::host_tests::{TestBinary, executable_of};
+use super::kernels::Kernel;
+use super::report::{EventReader, PartReport};
 use super::storage_machine::StorageMachine;
 use super::vm::{self, Follower, Processors, Stream};
-use super::workspace::{PROFILE, Workspace};
-use super::{interrupt, kernels, this_machine, tool};
-
-/// Building one test binary whose dependencies are built.
-const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
+use super::workspace::Workspace;
+use super::{interrupt, this_machine, tool};
 
 /// From the end of a test process's output to its own.
 const EXIT_DEADLINE: Duration = Duration::from_secs(60);
@@ -38,73 +37,71 @@ pub(crate) struct TestBinaries {
     ublk_core: PathBuf,
 }
 
-/// Builds them.
+/// The targets of [`TestBinaries`], which do not run on this machine with the others.
+pub(crate) const TARGETS: [&str; 2] = ["vm", "ublk"];
+
+/// Finds them among all that were built.
 ///
 /// # Errors
-/// One does not build; cargo has said why.
-pub(crate) fn build(workspace: &Workspace) -> Result<TestBinaries> {
-    let mut cargo = workspace.cargo();
-    // The whole workspace, like the host's tests, so that dependencies are built with the same features once.
-    cargo.args(["test", "--quiet", "--profile", PROFILE, "--workspace", "--test", "vm", "--test", "ublk"]);
-    cargo.args(["--no-run", "--message-format=json-render-diagnostics"]);
-    let messages = tool::output(&mut cargo, BUILD_DEADLINE).context("building the VM tests")?;
-    let messages = String::from_utf8_lossy(&messages);
-    let executable = |target: &str| {
-        executable_of(&messages, target).with_context(|| format!("cargo named no executable for {target}"))
-    };
-    Ok(TestBinaries { vm: executable("vm")?, ublk_core: executable("ublk")? })
+/// Cargo named no executable for one.
+pub(crate) fn among(built: &[TestBinary]) -> Result<TestBinaries> {
+    let executable = |target| executable_of(built, target).map(Path::to_owned);
+    Ok(TestBinaries { vm: executable(TARGETS[0])?, ublk_core: executable(TARGETS[1])? })
 }
 
-/// Runs the tests in a machine with a kernel of `series`.
+/// What every machine with tests is given.
+pub(crate) struct Given<'a> {
+    /// Where things are.
+    pub(crate) workspace: &'a Workspace,
+    /// What holds the tests.
+    pub(crate) binaries: &'a TestBinaries,
+    /// Which of them are wanted.
+    pub(crate) selection: &'a Selection,
+    /// Show passing tests' output.
+    pub(crate) show_output: bool,
+}
+
+/// Runs the tests in a machine with `kernel`, of `series`, perhaps beside other machines.
 ///
 /// # Errors
 /// The lab was interrupted, or cannot prepare the machine. A machine that fails is part of the report.
-pub(crate) fn run_in_vm(
-    workspace: &Workspace,
-    series: KernelSeries,
-    binaries: &TestBinaries,
-    report: &mut Report,
-) -> Result<()> {
-    let kernel = kernels::ensure_cached(workspace, series)?;
-    let mut part = report.begin(&format!("kernel {series} ({})", kernel.release));
-    let storage_machine = StorageMachine::start(workspace)?;
-    let command = test_command(workspace, binaries, report, series, "vm")?
+pub(crate) fn run_in_vm(given: &Given<'_>, series: KernelSeries, kernel: &Kernel) -> Result<PartReport> {
+    let title = format!("kernel {series} ({})", kernel.release);
+    let mut part = PartReport::begin(&title).beside_others(series.name());
+    let storage_machine = StorageMachine::start(given.workspace)?;
+    let command = test_command(given, series, "vm")?
         .with_variable(STORAGE_MACHINE_VARIABLE, &storage_machine.management_uri);
-    let mut follower = TestFollower(EventReader::new(&mut part, report.show_output));
-    let ended = vm::run(workspace, &kernel, &command, Processors::Two, PART_DEADLINE, &mut follower);
+    let mut follower = TestFollower(EventReader::new(&mut part, given.show_output));
+    let ended = vm::run(given.workspace, kernel, &command, Processors::Two, PART_DEADLINE, &mut follower);
     let finished = follower.0.close();
     interrupt::check()?;
     match ended {
         Err(error) => part.fail("the machine", &format!("{error:#}")),
         Ok(ended) => {
-            println!("(up after {:.1} s)", ended.boot_time.as_secs_f64());
+            part.say(&format!("(up after {:.1} s)", ended.boot_time.as_secs_f64()));
             check_exit(&mut part, finished, &format!("exit code {}", ended.exit_code), ended.exit_code == 0);
             if part.has_failed() && !ended.kernel_messages.is_empty() {
-                println!("---- console log ----\n{}\n---- end of console log ----", ended.kernel_messages);
+                let messages = ended.kernel_messages;
+                part.say(&format!("---- console log ----\n{messages}\n---- end of console log ----"));
             }
         }
     }
-    report.add(part);
-    Ok(())
+    Ok(part.ended())
 }
 
 /// Runs the tests on this machine's own kernel.
 ///
 /// # Errors
 /// The lab was interrupted, or the binary cannot be run.
-pub(crate) fn run_on_this_machine(
-    workspace: &Workspace,
-    binaries: &TestBinaries,
-    report: &mut Report,
-) -> Result<()> {
+pub(crate) fn run_on_this_machine(given: &Given<'_>) -> Result<PartReport> {
     let release = this_machine::release();
     let series = KernelSeries::nearest_to_release(&release);
-    let mut part = report.begin(&format!("this machine's kernel {release}"));
-    let mut command = test_command(workspace, binaries, report, series, "host")?.on_this_machine()?;
+    let mut part = PartReport::begin(&format!("this machine's kernel {release}"));
+    let mut command = test_command(given, series, "host")?.on_this_machine()?;
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("running the tests")?;
     let stdout = child.stdout.take().context("the tests' output")?;
-    let mut reader = EventReader::new(&mut part, report.show_output);
+    let mut reader = EventReader::new(&mut part, given.show_output);
     let followed = tool::follow_lines(stdout, PART_DEADLINE, &mut |line| match line {
         Some(line) => reader.read(format!("{line}\n").as_bytes()),
         None => reader.check_deadlines(),
@@ -117,8 +114,7 @@ pub(crate) fn run_on_this_machine(
     }
     let status = tool::wait(&mut child, EXIT_DEADLINE)?;
     check_exit(&mut part, finished, &status.to_string(), status.success());
-    report.add(part);
-    Ok(())
+    Ok(part.ended())
 }
 
 struct TestFollower<'a>(EventReader<'a>);
@@ -143,55 +139,46 @@ fn check_exit(part: &mut PartReport, finished: bool, status: &str, success: bool
 }
 
 /// The command that runs the tests, with stderr in stdout so that lines keep their order.
-fn test_command(
-    workspace: &Workspace,
-    binaries: &TestBinaries,
-    report: &Report,
-    series: KernelSeries,
-    machine: &str,
-) -> Result<GuestCommand> {
+fn test_command(given: &Given<'_>, series: KernelSeries, machine: &str) -> Result<GuestCommand> {
+    let (workspace, binaries) = (given.workspace, given.binaries);
     let mut words: Vec<String> = ["sh", "-c", "exec \"$0\" \"$@\" 2>&1"].map(str::to_owned).into();
     words.push(binaries.vm.display().to_string());
-    words.extend(report.filter.clone());
-    Ok(GuestCommand::new(workspace, words)?
+    words.extend(given.selection.filter.clone());
+    let mut command = GuestCommand::new(workspace, words)?
         .in_directory(&workspace.root)
         .with_variable(LAB_VARIABLE, RUN_HERE)
         .with_variable(KERNEL_VARIABLE, series.name())
         .with_variable(MACHINE_VARIABLE, machine)
         .with_variable(BINARIES_VARIABLE, &format!("ublk-core={}", binaries.ublk_core.display()))
         .with_variable(PROGRAMS_VARIABLE, &workspace.programs().display().to_string())
-        .with_variable("RUST_BACKTRACE", "0"))
-}
-
-/// The executable of the test target `name` among cargo's messages.
-fn executable_of(messages: &str, name: &str) -> Option<PathBuf> {
-    #[derive(Deserialize)]
-    struct Artifact {
-        executable: Option<PathBuf>,
-        target: Target,
+        .with_variable("RUST_BACKTRACE", "0");
+    for (name, value) in given.selection.variables() {
+        command = command.with_variable(name, &value);
     }
-    #[derive(Deserialize)]
-    struct Target {
-        name: String,
-        kind: Vec<String>,
-    }
-    let artifacts = messages.lines().filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
-    let mut wanted =
-        artifacts.filter(|artifact| artifact.target.name == name && artifact.target.kind == ["test"]);
-    wanted.find_map(|artifact| artifact.executable)
+    Ok(command)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::executable_of;
+    use super::super::host_tests::{binaries, executable_of};
 
     #[test]
     fn the_executable_is_found_among_cargos_messages() {
-        let messages = "{\"reason\":\"x\",\"target\":{\"name\":\"vm\",\"kind\":[\"bin\"]},\"executable\":\"/no\"}\n\
-                        not json\n\
-                        {\"reason\":\"x\",\"target\":{\"name\":\"vm\",\"kind\":[\"test\"]},\"executable\":\"/t/vm-1\"}\n\
-                        {\"reason\":\"build-finished\",\"success\":true}\n";
-        assert_eq!(executable_of(messages, "vm").unwrap().to_str(), Some("/t/vm-1"));
-        assert!(executable_of(messages, "ublk").is_none());
+        let artifact = |kind: &str, test: bool, executable: &str| {
+            format!(
+                "{{\"reason\":\"compiler-artifact\",\"manifest_path\":\"/w/t/Cargo.toml\",\"profile\":{{\"test\":{test}}},\
+                 \"target\":{{\"name\":\"vm\",\"kind\":[\"{kind}\"]}},\"executable\":{executable}}}\n"
+            )
+        };
+        let messages = [
+            artifact("bin", false, "\"/no\""),
+            "not json\n".to_owned(),
+            artifact("test", true, "\"/t/vm-1\""),
+            artifact("lib", true, "null"),
+            "{\"reason\":\"build-finished\",\"success\":true}\n".to_owned(),
+        ];
+        let built = binaries(&messages.concat());
+        assert_eq!(executable_of(&built, "vm").unwrap().to_str(), Some("/t/vm-1"));
+        assert!(executable_of(&built, "ublk").is_err());
     }
 }

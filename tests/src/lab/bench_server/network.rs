@@ -1,4 +1,4 @@
-//! A network of the measurement's own: loopback alone, with the kernel's own congestion control.
+//! A network of the measurement's own: loopback alone, with a congestion control that every machine has.
 //!
 //! Called once by `mod`, before any server starts; what this thread starts from then on is in it. A machine that is set to
 //! pace what it sends (`bbr`) starts a timer for each packet and wakes the receiver as often, on loopback too: a server is
@@ -14,8 +14,10 @@ use rustix::thread::UnshareFlags;
 
 use super::super::tool;
 
-/// What Linux has unless it is told otherwise.
-pub(super) const CONGESTION_CONTROL: &str = "cubic";
+/// The only one that is always compiled in and that every network namespace may choose: of the others a namespace gets those
+/// that the machine's `tcp_allowed_congestion_control` lists, and `cubic` need not be among them. Without losses, as on
+/// loopback, both only let the window grow.
+pub(super) const CONGESTION_CONTROL: &str = "reno";
 
 const SETTING: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 

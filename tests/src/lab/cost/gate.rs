@@ -12,12 +12,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use testlab::selection::Selection;
 use ublk_core::DataPath;
 
 use super::Measurement;
 use crate::cost_guest::plan::{Cell, Measured, Subject};
 use crate::lab::interrupt;
-use crate::lab::report::Report;
+use crate::lab::report::PartReport;
 use crate::lab::workspace::Workspace;
 
 /// Where the committed ratios are, from the workspace's root.
@@ -37,19 +38,19 @@ const FUSED: Subject = Subject::Ours(DataPath::Fused);
 /// Ratios to the floor, by the cell's heading.
 type Ratios = BTreeMap<String, f64>;
 
-/// Measures the watched cells whose tests the filter wants, and reports one test for each.
+/// Measures the watched cells whose tests are wanted, and reports one test for each; none where none is.
 ///
 /// # Errors
 /// There are no committed ratios, or the lab was interrupted. What cannot be built or measured is a failure in the report.
-pub(crate) fn run(workspace: &Workspace, report: &mut Report) -> Result<()> {
+pub(crate) fn run(workspace: &Workspace, selection: &Selection) -> Result<Option<PartReport>> {
     let mut cells: Vec<Cell> =
         WATCHED.iter().map(|heading| Cell::from_heading(heading)).collect::<Result<_>>()?;
-    cells.retain(|&cell| report.wants(&test_name(cell)));
+    cells.retain(|&cell| selection.wants(&test_name(cell)));
     if cells.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     let committed = committed(workspace)?;
-    let mut part = report.begin("cost");
+    let mut part = PartReport::begin("cost").beside_others("cost");
     let started = Instant::now();
     let subjects = [FUSED, Subject::FLOOR[0], Subject::FLOOR[1]];
     let measured = super::build(workspace)
@@ -60,13 +61,16 @@ pub(crate) fn run(workspace: &Workspace, report: &mut Report) -> Result<()> {
         Ok(measurement) => {
             let seconds = started.elapsed().as_secs_f64() / cells.len() as f64;
             for cell in cells {
-                let failure = judged(&measurement, &committed, cell).err();
-                part.end(&test_name(cell), seconds, failure.map(|error| format!("{error:#}")).as_deref());
+                let judged = judged(&measurement, &committed, cell);
+                let failure = judged.as_ref().err().map(|error| format!("{error:#}"));
+                part.end(&test_name(cell), seconds, failure.as_deref());
+                if let Ok(said) = judged {
+                    part.say(&said);
+                }
             }
         }
     }
-    report.add(part);
-    Ok(())
+    Ok(Some(part.ended()))
 }
 
 /// Keeps the ratios of a measurement.
@@ -111,21 +115,20 @@ fn ratio(measurement: &Measurement, cell: Cell) -> Result<f64> {
     Ok(least(FUSED)? / (least(Subject::FLOOR[0])? + least(Subject::FLOOR[1])?))
 }
 
-/// An error if the cell is further from the floor than committed.
-fn judged(measurement: &Measurement, committed: &Ratios, cell: Cell) -> Result<()> {
+/// How far from the floor the cell is; an error if that is further than committed.
+fn judged(measurement: &Measurement, committed: &Ratios, cell: Cell) -> Result<String> {
     let heading = cell.heading();
     let before = *committed.get(&heading).with_context(|| format!("{COMMITTED} lacks {heading}"))?;
     let now = ratio(measurement, cell)?;
     let worse_percent = (now / before - 1.0) * 100.0;
-    let said = format!(
+    let mut said = format!(
         "{heading}: {now:.3} times the floor of this run, committed are {before:.3} ({worse_percent:+.1} %)"
     );
     anyhow::ensure!(worse_percent <= WORSE_PERCENT_MAX, "{said}; if that is meant: cargo lab cost --write");
-    println!("{said}");
     if worse_percent < -WORSE_PERCENT_MAX {
-        println!("that is better than committed; to keep it: cargo lab cost --write");
+        said.push_str("\nthat is better than committed; to keep it: cargo lab cost --write");
     }
-    Ok(())
+    Ok(said)
 }
 
 #[cfg(test)]

@@ -19,6 +19,10 @@ hostname volnode-lab
 echo 127.0.0.1 localhost volnode-lab > /etc/hosts
 ip link set lo up
 echo /sbin/modprobe > /proc/sys/kernel/modprobe
+# Processors that the kernel was told to leave asleep until it has done with changing its own code.
+for online in /sys/devices/system/cpu/cpu[1-9]*/online; do
+    [ ! -e "$online" ] || echo 1 > "$online"
+done
 # A task that has not moved for a minute is worth a stack in the console log.
 echo 60 > /proc/sys/kernel/hung_task_timeout_secs
 echo "<0>lab-guest: up" > /dev/kmsg

@@ -1,0 +1,31 @@
+# What a newcomer does on a fresh machine: sets up what both commands of the README need, then runs the host's tests.
+# Arguments: the umask, and the congestion controls of which the first that is to be had becomes the default. Lines that begin
+# with `fresh-` are for the lab that started this; everything else is for the reader.
+set -u
+umask "$1"
+shift
+# What Debian gives a login (systemd's DefaultLimitNOFILE), whatever the outer machine gave us.
+# shellcheck disable=SC3045 # Debian's sh has it.
+ulimit -S -n 1024
+cd "$HOME/volnode" || exit
+
+echo "fresh-step: cargo lab setup"
+cargo lab setup || exit
+
+echo "fresh-step: cargo lab test --only host"
+# The tests have the network namespace's loopback and nothing else; what is not here by now is not needed.
+export CARGO_NET_OFFLINE=true
+# A test that lacks a program or a device fails instead of saying so.
+export VOLNODE_LAB_TOOLS=1
+# shellcheck disable=SC2016 # For the inner shell.
+exec unshare --net /bin/sh -c '
+    ip link set lo up || exit
+    mount -o remount,bind,rw /proc/sys/net || exit
+    for control; do
+        # Not every kernel has each of them, and a network namespace may set only those that the machine allows everybody.
+        if echo "$control" 2> /dev/null > /proc/sys/net/ipv4/tcp_congestion_control; then break; fi
+    done
+    read -r default < /proc/sys/net/ipv4/tcp_congestion_control
+    read -r allowed < /proc/sys/net/ipv4/tcp_allowed_congestion_control
+    echo "fresh-sysctls: $default is the default congestion control, allowed are: $allowed"
+    exec cargo lab test --only host' sh "$@"
