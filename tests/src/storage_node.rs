@@ -3,6 +3,8 @@
 //! Used by the VM tests. Both daemons listen on free loopback ports and keep everything under the test's directory; they
 //! end when the value is dropped, and what they logged is printed then, so that a failed test shows it.
 
+mod node_api;
+
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -119,7 +121,7 @@ impl StorageNode {
     /// One of them does not get ready.
     pub fn start_with(env: &Env, data_dir: &Path, server_options: &[&str]) -> Result<Self> {
         if env.in_vm {
-            run("modprobe", &["ublk_drv"])?;
+            load_drivers(&["ublk_drv"])?;
         }
         let mut node = Self::start_server_only(env, data_dir, server_options)?;
         node.start_client()?;
@@ -145,7 +147,7 @@ impl StorageNode {
         client_options: &[&str],
     ) -> Result<Self> {
         if env.in_vm {
-            run("modprobe", &["-a", "ublk_drv", "tls"])?;
+            load_drivers(&["ublk_drv", "tls"])?;
         }
         let mut node = Self::new(env, &env.directory.join("data"), server_options)?;
         node.management_uri = "https://127.0.0.1:0".into();
@@ -172,7 +174,7 @@ impl StorageNode {
     /// One of them does not get ready.
     pub fn start_in_netns(env: &Env, netns: &str, address: &str) -> Result<Self> {
         if env.in_vm {
-            run("modprobe", &["ublk_drv"])?;
+            load_drivers(&["ublk_drv"])?;
         }
         let mut node = Self::new(env, &env.directory.join("data"), &["--insecure"])?;
         node.data_address = format!("{address}:0");
@@ -190,7 +192,7 @@ impl StorageNode {
     pub fn start_client_only(env: &Env) -> Result<Self> {
         let management_uri = env.storage_machine()?;
         set_network_card(true)?;
-        run("modprobe", &["ublk_drv"])?;
+        load_drivers(&["ublk_drv"])?;
         let mut node = Self::new(env, &env.directory.join("data"), &[])?;
         node.management_uri = management_uri;
         node.start_client()?;
@@ -342,7 +344,7 @@ impl StorageNode {
     pub fn program(&self, name: &str) -> Command {
         let mut command = Command::new(self.programs.join(name));
         command.env("VOLNODE_SERVER", &self.management_uri).env("VOLCLIENT_SERVER", &self.management_uri);
-        command.env("VOLNODE_SOCKET", self.run_dir.join("volclient.sock")).env("VOLCLIENT_NODE_ID", "node-1");
+        command.env("VOLNODE_SOCKET", self.socket()).env("VOLCLIENT_NODE_ID", "node-1");
         command.env("VOLCLIENT_RUN_DIR", &self.run_dir).env("VOLCLIENT_DEVICE_DIR", &self.device_dir);
         command
     }
@@ -425,15 +427,21 @@ impl StorageNode {
         self.volctl(&["detach", target])?.succeeded().map(drop)
     }
 
+    /// One attachment, with the names and words of `volctl attachments --output json`, asked of the node daemon itself.
+    ///
+    /// # Errors
+    /// There is none for that target, or the daemon does not answer.
+    pub fn attachment(&self, target: &str) -> Result<serde_json::Value> {
+        find_attachment(node_api::attachments(&self.socket())?, target)
+    }
+
     /// One attachment as `volctl attachments --output json` shows it.
     ///
     /// # Errors
-    /// There is none for that target.
-    pub fn attachment(&self, target: &str) -> Result<serde_json::Value> {
+    /// There is none for that target, or volctl failed.
+    pub fn shown_attachment(&self, target: &str) -> Result<serde_json::Value> {
         let all = self.volctl(&["attachments", "--output", "json"])?.succeeded()?;
-        let all: serde_json::Value = serde_json::from_str(&all).context("volctl's JSON")?;
-        let found = all.as_array().into_iter().flatten().find(|attachment| attachment["target"] == target);
-        found.cloned().with_context(|| format!("{target} is not in {all}"))
+        find_attachment(serde_json::from_str(&all).context("volctl's JSON")?, target)
     }
 
     /// The server's file of a volume.
@@ -454,9 +462,14 @@ impl StorageNode {
         bail!("no file of volume {uid}")
     }
 
+    /// Of the node API.
+    fn socket(&self) -> PathBuf {
+        self.run_dir.join("volclient.sock")
+    }
+
     fn volctl_command(&self, arguments: &[&str]) -> Command {
         let mut volctl = Command::new(self.programs.join("volctl"));
-        volctl.args(["--server", &self.management_uri, "--socket"]).arg(self.run_dir.join("volclient.sock"));
+        volctl.args(["--server", &self.management_uri, "--socket"]).arg(self.socket());
         self.add_tls_options(&mut volctl);
         volctl.args(arguments);
         volctl
@@ -503,6 +516,21 @@ impl Drop for StorageNode {
             println!("--- log of {name}\n{log}");
         }
     }
+}
+
+fn find_attachment(all: Vec<serde_json::Value>, target: &str) -> Result<serde_json::Value> {
+    let found = all.iter().find(|attachment| attachment["target"] == target);
+    found.cloned().with_context(|| format!("{target} is not in {all:?}"))
+}
+
+/// Loads the drivers that are not there yet: in a machine of many tests that is once each.
+fn load_drivers(names: &[&str]) -> Result<()> {
+    for name in names {
+        if !Path::new("/sys/module").join(name).exists() {
+            run("modprobe", &[name])?;
+        }
+    }
+    Ok(())
 }
 
 /// The VM's network card, over which the server on another machine is reached.

@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use testlab::harness::{Env, Test};
-use testlab::shell::{run, sh, wait_for};
+use testlab::shell::{run, wait_for};
 use testlab::storage_node::StorageNode;
+
+use crate::direct;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("daemons::a_device_process_is_protected", a_device_process_is_protected),
     Test::new("daemons::io_does_not_notice_a_new_node_daemon", io_does_not_notice_a_new_node_daemon),
-    Test::new("daemons::an_old_session_is_fenced_by_a_new_one", an_old_session_is_fenced_by_a_new_one),
-    Test::new("daemons::no_secret_is_shown", no_secret_is_shown),
+    Test::new("daemons::an_old_session_is_fenced_by_a_new_one", an_old_session_is_fenced_by_a_new_one).once(),
+    Test::new("daemons::no_secret_is_shown", no_secret_is_shown).once(),
 ];
 
 /// `PF_MEMALLOC_NOIO | PF_LOCAL_THROTTLE` of `include/linux/sched.h`: what `PR_SET_IO_FLUSHER` sets.
@@ -47,12 +49,13 @@ fn io_does_not_notice_a_new_node_daemon(env: &Env) -> Result<()> {
     let device = node.create_and_attach("vol-1", "64M", &[])?;
     let pid = pid_of(&node, "vol-1")?;
     node.kill_client()?;
-    let write = format!("dd if=/dev/urandom of={} bs=1M count=8 oflag=direct status=none", device.display());
-    sh(&write)?;
+    let bytes = direct::random_bytes(8 << 20);
+    direct::write(&device, 0, &bytes)??;
     node.start_client()?;
     ensure!(pid_of(&node, "vol-1")? == pid, "the new daemon adopts what runs");
     ensure!(node.attach(&["vol-1"])? == device, "and makes no second device");
-    sh(&write)?;
+    ensure!(direct::read(&device, 0, bytes.len())?? == bytes, "the disk holds something else");
+    direct::write(&device, 0, &bytes)??;
     node.detach("vol-1")
 }
 

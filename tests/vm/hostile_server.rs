@@ -7,7 +7,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::process::{Command, Output};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -18,9 +18,11 @@ use proto::nbd::handshake::server::{Event, ServerHandshake};
 use proto::nbd::transmission::{Command as NbdCommand, NbdError, REQUEST_BYTES, Request, SimpleReply};
 use proto::nbd::{ExportInfo, TransmissionFlags};
 use testlab::harness::{Env, Test};
-use testlab::shell::sh;
+use testlab::shell::wait_for;
 use testlab::storage_node::StorageNode;
 use ublk_core::DataPath;
+
+use crate::direct;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("hostile_server::wrong_replies_are_errors_and_never_wrong_bytes", wrong_replies_are_errors),
@@ -34,11 +36,13 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new(
         "hostile_server::what_a_server_that_shuts_down_still_owes_on_other_connections_is_waited_for",
         replies_still_owed,
-    ),
+    )
+    .once(),
     Test::new(
         "hostile_server::a_server_that_refuses_everything_is_not_back",
         a_server_that_refuses_everything,
-    ),
+    )
+    .once(),
 ];
 
 const SIZE_BYTES: u64 = 16 << 20;
@@ -169,7 +173,10 @@ fn replies_still_owed(env: &Env) -> Result<()> {
             let is_done = disk.write(TRAP_BYTES, READ_BYTES);
             is_done.map(|is_done| (is_done, Instant::now()))
         });
-        thread::sleep(LATE / 3);
+        // The other comes second, however slow the machine is.
+        wait_for("the write that is answered late", Duration::from_secs(30), || {
+            Ok(disk.has_written.load(Ordering::Relaxed).then_some(()))
+        })?;
         ensure!(disk.write(TRAP_BYTES + (1 << 20), READ_BYTES)?, "what was refused failed");
         let Ok(late) = late.join() else { bail!("a panic") };
         let (is_done, ended_at) = late?;
@@ -201,7 +208,9 @@ fn a_server_that_refuses_everything(env: &Env) -> Result<()> {
 /// A disk on the hostile server, which lives as long as its connections.
 struct HostileDisk {
     uri: String,
-    device: String,
+    device: PathBuf,
+    /// A WRITE has come to be answered by [`Case::ShuttingDownSlowly`].
+    has_written: Arc<AtomicBool>,
 }
 
 impl HostileDisk {
@@ -226,10 +235,11 @@ impl HostileDisk {
         let uri = format!("nbd://{}/pattern", listener.local_addr()?);
         let cases = cases.to_vec();
         let has_written = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&has_written);
         thread::spawn(move || {
             for case in cases {
                 let accepted = listener.accept();
-                let has_written = Arc::clone(&has_written);
+                let has_written = Arc::clone(&seen);
                 thread::spawn(move || {
                     let served = accepted
                         .map_err(Into::into)
@@ -242,42 +252,21 @@ impl HostileDisk {
             }
         });
         let device = node.attach(&[&[&*uri], options].concat())?;
-        let device = device.to_string_lossy().into_owned();
-        Ok(Self { uri, device })
+        Ok(Self { uri, device, has_written })
     }
 
     /// Reads past the page cache; `None` if the disk says that it cannot.
     fn read(&self, offset_bytes: u64) -> Result<Option<Vec<u8>>> {
-        let skip = offset_bytes / READ_BYTES as u64;
-        let output = self.dd(&[
-            format!("if={}", self.device),
-            "iflag=direct".into(),
-            format!("bs={READ_BYTES}"),
-            format!("skip={skip}"),
-        ])?;
-        Ok(output.status.success().then_some(output.stdout))
+        // What the kernel itself has begun on the disk is over.
+        rustix::fs::sync();
+        direct::unless_eio(direct::read(&self.device, offset_bytes, READ_BYTES)?)
     }
 
-    /// Writes so many bytes at a multiple of them; whether the disk says that it did.
+    /// Writes so many zeroes; whether the disk says that it did.
     fn write(&self, offset_bytes: u64, len_bytes: usize) -> Result<bool> {
-        let seek = offset_bytes / len_bytes as u64;
-        let output = self.dd(&[
-            "if=/dev/zero".into(),
-            format!("of={}", self.device),
-            "oflag=direct".into(),
-            format!("bs={len_bytes}"),
-            format!("seek={seek}"),
-        ])?;
-        Ok(output.status.success())
-    }
-
-    /// Succeeds, or fails by the disk's own error.
-    fn dd(&self, arguments: &[String]) -> Result<Output> {
-        sh("sync")?;
-        let output = Command::new("dd").args(["count=1", "status=none"]).args(arguments).output()?;
-        let complaint = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success() || complaint.contains("Input/output error"), "{output:?}");
-        Ok(output)
+        rustix::fs::sync();
+        let written = direct::write(&self.device, offset_bytes, &vec![0; len_bytes])?;
+        Ok(direct::unless_eio(written)?.is_some())
     }
 }
 

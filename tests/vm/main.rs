@@ -8,6 +8,7 @@ mod bad_input;
 mod bench;
 mod counting_allocator;
 mod daemons;
+mod direct;
 mod file_systems;
 mod fio;
 mod foreign;

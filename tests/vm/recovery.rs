@@ -1,6 +1,6 @@
 //! A device outlives its process: another one takes it on, and its users see a pause.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,11 +8,12 @@ use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
 use testlab::harness::{Env, Test};
 use testlab::seed;
-use testlab::shell::{run, sh, wait_for};
+use testlab::shell::{run, wait_for};
 use testlab::storage_node::StorageNode;
 
+use crate::direct;
 use crate::fio::verify_mostly_small;
-use crate::ride_through::{BOUND, begin_write, end_write, verify_meanwhile, wait_for_state};
+use crate::ride_through::{BOUND, begin_write, end_write, verify_meanwhile, wait_for_state, write_and_sync};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("recovery::a_killed_device_process_is_replaced_under_load", a_killed_device_process)
@@ -74,18 +75,20 @@ fn a_mounted_file_system(env: &Env) -> Result<()> {
     std::fs::create_dir_all(&mount_point)?;
     run("mkfs.ext4", &["-q".as_ref(), device.as_os_str()])?;
     run("mount", &[device.as_os_str(), mount_point.as_os_str()])?;
-    let directory = mount_point.display();
-    for round in 0..3 {
+    let rounds: Vec<(PathBuf, Vec<u8>)> =
+        (0..3).map(|round| (mount_point.join(round.to_string()), direct::random_bytes(2 << 20))).collect();
+    for (path, bytes) in &rounds {
         let pid = kill_device_process(&node, "vol-1")?;
         // At once: the writes wait for the next process.
-        sh(&format!("dd if=/dev/urandom of={directory}/{round} bs=64k count=32 conv=fsync status=none"))?;
+        write_and_sync(path, bytes)?;
         wait_for_another_process(&node, "vol-1", pid)?;
     }
-    sh(&format!("cd {directory} && sha256sum 0 1 2 > sums && sync"))?;
     run("umount", &[mount_point.as_os_str()])?;
     run("e2fsck", &["-fn".as_ref(), device.as_os_str()])?;
     run("mount", &[device.as_os_str(), mount_point.as_os_str()])?;
-    sh(&format!("cd {directory} && sha256sum --check --quiet sums"))?;
+    for (path, bytes) in &rounds {
+        ensure!(std::fs::read(path)? == *bytes, "{} is another one", path.display());
+    }
     run("umount", &[mount_point.as_os_str()])?;
     node.detach("vol-1")
 }
@@ -126,21 +129,21 @@ fn without_the_server(env: &Env) -> Result<()> {
     node.detach("vol-1")
 }
 
-fn write(device: &Path) -> String {
-    format!("dd if=/dev/urandom of={} bs=64k count=4 oflag=direct status=none", device.display())
+fn write(device: &Path) -> Result<std::io::Result<()>> {
+    direct::write(device, 0, &direct::random_bytes(256 << 10))
 }
 
 fn a_server_that_forgot(env: &Env) -> Result<()> {
     let mut node = StorageNode::start(env)?;
     let device = node.create_and_attach("vol-1", "16M", &[])?;
-    sh(&write(&device))?;
+    write(&device)??;
     node.kill_server()?;
     kill_device_process(&node, "vol-1")?;
     node.boot_server_machine(3);
     node.start_server()?;
     // The new process was told nothing, and must not believe that nothing was.
     wait_for_state(&node, "vol-1", "failed", BOUND)?;
-    ensure!(sh(&write(&device)).is_err(), "a disk whose server forgot works");
+    ensure!(write(&device)?.is_err(), "a disk whose server forgot works");
     node.detach("vol-1")
 }
 

@@ -1,6 +1,7 @@
 //! What the disk does while its server cannot be reached: its I/O waits and goes on, or fails as its policy says; it never
 //! loses an acknowledged write in silence, and it can always be taken away.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,7 @@ use testlab::seed;
 use testlab::shell::{run, sh, wait_for};
 use testlab::storage_node::StorageNode;
 
+use crate::direct;
 use crate::fio::verify_mostly_small;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -23,13 +25,15 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("ride_through::a_reply_may_break_at_any_byte", a_cut_at_every_byte).within(400),
     Test::new("ride_through::a_server_that_answers_nothing_is_left", a_silent_server).within(300),
     Test::new("ride_through::with_fail_io_ends_in_time_and_works_again", fail_after),
-    Test::new("ride_through::a_policy_can_be_changed_during_an_outage", a_policy_changed_during_an_outage),
+    Test::new("ride_through::a_policy_can_be_changed_during_an_outage", a_policy_changed_during_an_outage)
+        .once(),
     Test::new("ride_through::a_volume_grows_under_its_users", a_volume_grows).within(300),
-    Test::new("ride_through::whoever_watches_is_told", events),
+    Test::new("ride_through::whoever_watches_is_told", events).once(),
     Test::new("ride_through::a_detach_by_force_returns_without_a_server", detach_by_force),
     Test::new("ride_through::a_server_that_forgot_is_not_the_same_server", a_server_that_forgot),
-    Test::new("ride_through::a_flushed_volume_survives_a_reboot_of_its_server", a_reboot_after_a_flush),
-    Test::new("ride_through::a_foreign_server_gets_no_write_twice", a_foreign_server).within(300),
+    Test::new("ride_through::a_flushed_volume_survives_a_reboot_of_its_server", a_reboot_after_a_flush)
+        .once(),
+    Test::new("ride_through::a_foreign_server_gets_no_write_twice", a_foreign_server).once().within(300),
 ];
 
 /// How often a server is killed or a connection cut in one test.
@@ -150,11 +154,9 @@ fn a_cut_at_every_byte(env: &Env) -> Result<()> {
     let (node, proxy) = node_behind_a_proxy(env)?;
     node.volctl(&["create", "vol-1", "--size", "16M"])?.succeeded()?;
     let device = node.attach(&["vol-1", "--queues", "1", "--connections", "1"])?;
-    sh(&format!(
-        "set +o pipefail; yes volnode | head -c 1M | dd of={} bs=1M iflag=fullblock oflag=direct status=none",
-        device.display()
-    ))?;
-    let expected: Vec<u8> = b"volnode\n".iter().copied().cycle().take(READ_BYTES).collect();
+    let written: Vec<u8> = b"volnode\n".iter().copied().cycle().take(1 << 20).collect();
+    direct::write(&device, 0, &written)??;
+    let expected = &written[..READ_BYTES];
     // The kernel itself may read a new disk; what was answered since the connection was made is the handshake then.
     let handshake_bytes = {
         proxy.cut(Cut::Reset);
@@ -167,9 +169,8 @@ fn a_cut_at_every_byte(env: &Env) -> Result<()> {
         proxy.cut_next_replies_after(handshake_bytes + bytes);
         proxy.cut(Cut::Reset);
         wait_for_reconnect(&node, "vol-1", before, "the connection that will break")?;
-        let (input, size) = (format!("if={}", device.display()), format!("bs={READ_BYTES}"));
-        let found = run("dd", &[&input, &size, "count=1", "iflag=direct", "status=none"])?;
-        ensure!(found.as_bytes() == expected, "broken after {bytes} bytes, the read gave something else");
+        let found = direct::read(&device, 0, READ_BYTES)??;
+        ensure!(found == expected, "broken after {bytes} bytes, the read gave something else");
         wait_for_reconnect(&node, "vol-1", before + 1, "the connection after that")?;
     }
     node.detach("vol-1")
@@ -213,16 +214,16 @@ fn assert_fails(output: &Output) -> Result<()> {
 fn fail_after(env: &Env) -> Result<()> {
     let mut node = StorageNode::start(env)?;
     node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
-    let device = node.attach(&["vol-1", "--on-stall", "fail", "--after", "12s"])?;
+    let device = node.attach(&["vol-1", "--on-stall", "fail", "--after", "8s"])?;
     node.kill_server()?;
     let started = Instant::now();
     assert_fails(&end_write(begin_write(&device)?, BOUND)?)?;
     let waited = started.elapsed();
-    ensure!(waited > Duration::from_secs(6), "it did not wait at all: {waited:.1?}");
+    ensure!(waited > Duration::from_secs(4), "it did not wait at all: {waited:.1?}");
     println!("the write failed after {waited:.1?}");
     let started = Instant::now();
     assert_fails(&end_write(begin_write(&device)?, BOUND)?)?;
-    ensure!(started.elapsed() < Duration::from_secs(8), "the next one waited {:.1?}", started.elapsed());
+    ensure!(started.elapsed() < Duration::from_secs(7), "the next one waited {:.1?}", started.elapsed());
     let attachment = node.attachment("vol-1")?;
     ensure!(attachment["state"] == "stalled" && attachment["on_stall"] == "fail", "{attachment}");
     ensure!(attachment["state_reason"].as_str().is_some_and(|why| why.contains("I/O fails")), "{attachment}");
@@ -257,6 +258,13 @@ fn a_policy_changed_during_an_outage(env: &Env) -> Result<()> {
     node.detach("vol-1")
 }
 
+/// A new file.
+pub(crate) fn write_and_sync(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = std::fs::File::create(path).with_context(|| path.display().to_string())?;
+    file.write_all(bytes)?;
+    file.sync_all().with_context(|| format!("fsync of {}", path.display()))
+}
+
 fn a_volume_grows(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
     let device = node.create_and_attach("vol-1", "32M", &[])?;
@@ -265,8 +273,8 @@ fn a_volume_grows(env: &Env) -> Result<()> {
     run("mkfs.ext4", &["-q".as_ref(), device.as_os_str()])?;
     run("mount", &[device.as_os_str(), mount_point.as_os_str()])?;
     let file = mount_point.join("file");
-    sh(&format!("dd if=/dev/urandom of={} bs=64k count=64 conv=fsync status=none", file.display()))?;
-    let sum = sh(&format!("sha256sum < {}", file.display()))?;
+    let bytes = direct::random_bytes(4 << 20);
+    write_and_sync(&file, &bytes)?;
     let size = || -> Result<u64> {
         Ok(run("blockdev", &["--getsize64".as_ref(), device.as_os_str()])?.trim().parse()?)
     };
@@ -286,12 +294,9 @@ fn a_volume_grows(env: &Env) -> Result<()> {
     if grows_live {
         wait_for("the disk to grow", BOUND, || Ok((size()? == 64 << 20).then_some(())))?;
         run("resize2fs", &[device.as_os_str()])?;
-        sh(&format!(
-            "dd if=/dev/urandom of={}/more bs=1M count=36 conv=fsync status=none",
-            mount_point.display()
-        ))?;
+        write_and_sync(&mount_point.join("more"), &direct::random_bytes(36 << 20))?;
     }
-    ensure!(sh(&format!("sha256sum < {}", file.display()))? == sum, "the file is another one");
+    ensure!(std::fs::read(&file)? == bytes, "the file is another one");
     run("umount", &[mount_point.as_os_str()])?;
     run("e2fsck", &["-fn".as_ref(), device.as_os_str()])?;
     node.detach("vol-1")?;
@@ -378,17 +383,13 @@ fn a_server_that_forgot(env: &Env) -> Result<()> {
     for (name, backend) in [("file-1", "file"), ("memory-1", "memory")] {
         let device = node.create_and_attach(name, "16M", &["--backend", backend])?;
         // Acknowledged and not flushed.
-        sh(&format!("dd if=/dev/urandom of={} bs=64k count=4 oflag=direct status=none", device.display()))?;
+        direct::write(&device, 0, &direct::random_bytes(256 << 10))??;
         node.kill_server()?;
         node.boot_server_machine(backend.len() as u64);
         node.start_server()?;
         wait_for_state(&node, name, "failed", BOUND)?;
-        for command in [
-            format!("dd if=/dev/zero of={} bs=4k count=1 oflag=direct", device.display()),
-            format!("dd if={} of=/dev/null bs=4k count=1 iflag=direct", device.display()),
-        ] {
-            ensure!(sh(&command).is_err(), "{backend}: {command} succeeded");
-        }
+        ensure!(direct::write(&device, 0, &[0; 4096])?.is_err(), "{backend}: a write succeeded");
+        ensure!(direct::read(&device, 0, 4096)?.is_err(), "{backend}: a read succeeded");
         let reason = node.attachment(name)?["state_reason"].as_str().unwrap_or_default().to_owned();
         ensure!(reason.contains("acknowledged"), "{backend}: {reason}");
         node.detach(name)?;
@@ -403,16 +404,16 @@ fn a_reboot_after_a_flush(env: &Env) -> Result<()> {
     let mut node = StorageNode::start(env)?;
     let device = node.create_and_attach("vol-1", "16M", &[])?;
     let through = node.create_and_attach("vol-2", "16M", &["--write-cache", "off"])?;
-    let write = |device: &Path, flags: &str| {
-        sh(&format!("dd if=/dev/urandom of={} bs=64k count=4 {flags} status=none", device.display()))
-    };
-    write(&device, "oflag=direct conv=fsync")?;
-    write(&through, "oflag=direct")?;
+    let write =
+        |device: &Path| -> Result<()> { Ok(direct::write(device, 0, &direct::random_bytes(256 << 10))??) };
+    write(&device)?;
+    direct::flush(&device)?;
+    write(&through)?;
     node.kill_server()?;
     node.boot_server_machine(7);
     node.start_server()?;
     for (name, device) in [("vol-1", &device), ("vol-2", &through)] {
-        write(device, "oflag=direct").with_context(|| name.to_owned())?;
+        write(device).with_context(|| name.to_owned())?;
         wait_for_state(&node, name, "live", BOUND)?;
         ensure!(reconnects(&node, name)? > 0, "{name} did not notice");
         node.detach(name)?;

@@ -101,6 +101,8 @@ fn each_is_listed(env: &Env) -> Result<()> {
     node.attach(&["vol-1"])?;
     let attachment = node.attachment("vol-1")?;
     ensure!(attachment["data_path"] == usable[0].as_str(), "{attachment}");
+    let shown = node.shown_attachment("vol-1")?;
+    ensure!(shown == attachment, "volctl shows {shown}, the node API has {attachment}");
     let reason = attachment["data_path_reason"].as_str().unwrap_or_default();
     for better in DataPath::LADDER.into_iter().take_while(|data_path| *data_path != usable[0]) {
         ensure!(reason.contains(&format!("not {better}: ")), "{reason}");

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use testlab::harness::{Env, Test};
-use testlab::shell::{run, sh, wait_for};
+use testlab::shell::{run, wait_for};
 use testlab::storage_node::StorageNode;
 use testlab::unit_file::UnitFile;
 
+use crate::direct;
 use crate::ride_through::BOUND;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -52,13 +53,14 @@ fn start_disk(node: &StorageNode, volume: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(node.attachment(volume)?["device_path"].as_str().context("device_path")?))
 }
 
-/// A new ext4 with dirty pages.
-fn mount_dirty(device: &Path, mount_point: &Path) -> Result<()> {
+/// A new ext4 with dirty pages; gives what its file has.
+fn mount_dirty(device: &Path, mount_point: &Path) -> Result<Vec<u8>> {
     std::fs::create_dir_all(mount_point)?;
     run("mkfs.ext4", &["-q".as_ref(), device.as_os_str()])?;
     run("mount", &[device.as_os_str(), mount_point.as_os_str()])?;
-    sh(&format!("dd if=/dev/urandom of={}/file bs=64k count=100 status=none", mount_point.display()))
-        .map(drop)
+    let bytes = direct::random_bytes(100 << 16);
+    std::fs::write(mount_point.join("file"), &bytes)?;
+    Ok(bytes)
 }
 
 /// Somebody who has the disk open and waits in the kernel for a read.
@@ -103,10 +105,7 @@ fn with_a_server(env: &Env) -> Result<()> {
     let by_unit = start_disk(&node, "vol-1")?;
     let by_hand = node.create_and_attach("vol-2", "64M", &[])?;
     let (in_fstab, not_in_fstab) = (env.directory.join("one"), env.directory.join("two"));
-    mount_dirty(&by_unit, &in_fstab)?;
-    mount_dirty(&by_hand, &not_in_fstab)?;
-    let sum = |mount_point: &Path| sh(&format!("sha256sum < {}/file", mount_point.display()));
-    let (first, second) = (sum(&in_fstab)?, sum(&not_in_fstab)?);
+    let (first, second) = (mount_dirty(&by_unit, &in_fstab)?, mount_dirty(&by_hand, &not_in_fstab)?);
     let pids = [pid_of(&node, "vol-1")?, pid_of(&node, "vol-2")?];
     ensure!(stop("volnode-stall-limit.service", "", &node)? == 0);
     ensure!(stop("volnode-attach@.service", "vol-1", &node)? == 5, "a disk that is mounted was taken away");
@@ -119,11 +118,11 @@ fn with_a_server(env: &Env) -> Result<()> {
     ensure!(!is_mounted(&not_in_fstab)?, "a file system is left mounted");
     is_nothing_left(&pids, &[by_unit, by_hand])?;
     node.start_client()?;
-    for (name, mount_point, sum_before) in [("vol-1", &in_fstab, first), ("vol-2", &not_in_fstab, second)] {
+    for (name, mount_point, bytes) in [("vol-1", &in_fstab, first), ("vol-2", &not_in_fstab, second)] {
         let device = node.attach(&[name])?;
         run("e2fsck", &["-fn".as_ref(), device.as_os_str()])?;
         run("mount", &[device.as_os_str(), mount_point.as_os_str()])?;
-        ensure!(sum(mount_point)? == sum_before, "{name}: the file is another one");
+        ensure!(std::fs::read(mount_point.join("file"))? == bytes, "{name}: the file is another one");
         run("umount", &[mount_point.as_os_str()])?;
         node.detach(name)?;
     }

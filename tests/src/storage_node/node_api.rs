@@ -1,0 +1,69 @@
+//! The node API as a test asks it: what is attached, without starting a program.
+//!
+//! Tests ask for the state of an attachment far more often than users do, many times in a wait, and on an emulated processor
+//! volctl takes a third of a second to say what the daemon says in some milliseconds. That volctl shows the same, name by
+//! name, is looked at by `rungs::each_is_listed_as_usable_or_with_a_reason`. Each call makes a connection of its own, so that
+//! a daemon that was started anew is found.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use proto::v1;
+use proto::v1::node_client::NodeClient;
+use serde_json::{Value, json};
+use tonic::transport::Endpoint;
+
+/// A call that takes longer is not coming back.
+const CALL_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The attachments, each with the names and words of `volctl attachments --output json`.
+///
+/// # Errors
+/// No daemon listens, or it refuses.
+pub(super) fn attachments(socket: &Path) -> Result<Vec<Value>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let attachments = runtime.block_on(async {
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?.timeout(CALL_DEADLINE);
+        let channel = endpoint.connect().await.context("the node daemon")?;
+        let mut node = NodeClient::new(channel);
+        let answer = node.list_node_attachments(v1::ListNodeAttachmentsRequest {}).await?;
+        anyhow::Ok(answer.into_inner().attachments)
+    })?;
+    Ok(attachments.iter().map(shown).collect())
+}
+
+fn shown(attachment: &v1::NodeAttachment) -> Value {
+    json!({
+        "attachment_id": attachment.attachment_id,
+        "target": attachment.target,
+        "device_path": attachment.device_path,
+        "device_link": attachment.device_link,
+        "capacity_bytes": attachment.capacity_bytes,
+        "block_size_bytes": attachment.block_size_bytes,
+        "read_only": attachment.read_only,
+        "state": word(attachment.state().as_str_name(), "DEVICE_STATE_"),
+        "state_reason": attachment.state_reason,
+        "state_since_ms": attachment.state_since_ms,
+        "data_path": attachment.data_path,
+        "data_path_reason": attachment.data_path_reason,
+        "nr_hw_queues": attachment.nr_hw_queues,
+        "nr_connections": attachment.nr_connections,
+        "queue_depth": attachment.queue_depth,
+        "busy_poll_us": attachment.busy_poll_us,
+        "send_zc": attachment.send_zc,
+        "server_address": attachment.server_address,
+        "encryption": attachment.encryption,
+        "pid": attachment.pid,
+        "session_epoch": attachment.session_epoch,
+        "on_stall": word(attachment.on_stall().as_str_name(), "STALL_ACTION_"),
+        "stall_fail_after_ms": attachment.stall_fail_after_ms,
+        "reconnects": attachment.reconnects,
+        "program_version": attachment.program_version,
+    })
+}
+
+/// The API's name of a value without its enumeration's, in small letters.
+fn word(name: &str, enumeration: &str) -> String {
+    name.strip_prefix(enumeration).unwrap_or(name).to_lowercase()
+}
