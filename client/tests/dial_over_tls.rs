@@ -1,15 +1,14 @@
 //! Dialling NBD servers of other people over TLS: nbdkit, and one that has none.
 //!
 //! What comes of it is a socket on which READs and WRITEs travel in plain, whether the kernel does the records or a relay.
-//! Where nbdkit is missing this says `SKIP why`; with `VOLNODE_LAB_TOOLS=1` that is a failure.
+//! Where nbdkit is missing this says `SKIP why`; where the lab runs the tests that is a failure.
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd as _;
+use std::net::TcpListener;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command};
 
 use client::device::data_socket::{DataSocket, Encryption};
 use client::device::dial::{DialError, Dialled, attempts};
@@ -21,8 +20,6 @@ use rustls::ProtocolVersion;
 use tls::kernel::{self, CipherKind};
 use tls::test_authority::{Authority, Issued};
 
-const LIMIT: Duration = Duration::from_secs(20);
-
 /// An nbdkit that serves 16 MiB of memory over TLS, to clients with a certificate.
 struct Nbdkit {
     child: Child,
@@ -33,28 +30,29 @@ impl Nbdkit {
     /// `None`, with the reason said, where there is none.
     fn start(files: &Issued) -> Option<Self> {
         if Command::new("nbdkit").arg("--version").output().is_err() {
-            assert!(
-                std::env::var_os("VOLNODE_LAB_TOOLS").is_none_or(|value| value != "1"),
-                "nbdkit is missing"
-            );
+            assert!(std::env::var_os("VOLNODE_LAB").is_none(), "the lab installs nbdkit, yet it is missing");
             println!("SKIP nbdkit is not installed");
             return None;
         }
-        // Free a moment ago; nobody else takes ports in a row.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        // It is given a socket that listens already, as systemd does it (sd_listen_fds(3)): no port has to be guessed, and
+        // nobody else gets it.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
         let certificates = format!("--tls-certificates={}", files.folder().display());
-        let child = Command::new("nbdkit")
-            .args(["-f", "-i", "127.0.0.1", "-p", &port.to_string(), "--tls=require", &certificates])
-            .args(["--tls-verify-peer", "memory", "16M"])
-            .stdin(Stdio::null())
+        let child = Command::new("sh")
+            .args([
+                "-c",
+                "LISTEN_PID=$$ LISTEN_FDS=1 exec nbdkit \"$@\" 3<&0 </dev/null",
+                "sh",
+                "-f",
+                "--tls=require",
+            ])
+            .args([&certificates, "--tls-verify-peer", "memory", "16M"])
+            // Its TLS is as it was made, whatever this machine's policy.
+            .env("GNUTLS_SYSTEM_PRIORITY_FILE", "/dev/null")
+            .stdin(OwnedFd::from(listener))
             .spawn()
             .unwrap();
-        let address = format!("127.0.0.1:{port}");
-        let deadline = Instant::now() + LIMIT;
-        while TcpStream::connect(&address).is_err() {
-            assert!(Instant::now() < deadline, "nbdkit does not listen");
-            std::thread::sleep(Duration::from_millis(10));
-        }
         Some(Self { child, address })
     }
 }

@@ -128,10 +128,10 @@ fn a_silent_server_is_passed_over_after_ten_seconds_and_the_one_that_worked_come
     let started = Instant::now();
     assert_eq!(dial_slot(&spec, 0, None).unwrap().address, right);
     let took = started.elapsed();
-    assert!((Duration::from_secs(9)..Duration::from_secs(20)).contains(&took), "{took:?}");
+    assert!((Duration::from_secs(9)..Duration::from_secs(60)).contains(&took), "{took:?}");
     let started = Instant::now();
     assert_eq!(dial_slot(&spec, 1, Some(&right)).unwrap().address, right);
-    assert!(started.elapsed() < Duration::from_secs(5));
+    assert!(started.elapsed() < Duration::from_secs(9));
     assert_eq!(visits.load(Ordering::SeqCst), 1);
 }
 
@@ -149,7 +149,10 @@ fn the_right_server_s_refusal_is_the_end() {
 fn where_all_are_wrong_the_error_names_each_and_why() {
     let (other, _) = server(describes(OTHER, VOLUME));
     let (unknown, _) = server(Answer::Refuses("export not found".into()));
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    // Taken, so that nobody else listens there meanwhile, and closed.
+    let taken = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    taken.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let closed = taken.local_addr().unwrap().as_socket().unwrap().to_string();
     let error = dial_slot(&spec(&[&other, &unknown, &closed]), 0, None).unwrap_err();
     assert!(matches!(&error, SlotError::PassedOver(all) if all.len() == 3), "{error}");
     let text = error.to_string();

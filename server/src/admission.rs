@@ -169,7 +169,7 @@ mod tests {
 
     fn admission(connections_max: u32, connections_per_address_max: u32) -> Arc<Admission> {
         let limits = Limits { connections_max, connections_per_address_max, ..Limits::default() };
-        let wide_sockets = WideSockets::of_this_machine();
+        let wide_sockets = WideSockets::with_maxima(4 << 20, 32 << 20);
         let plan = limits.plan(1, 1 << 40, 0, wide_sockets.more_bytes(WIDTHS[0])).unwrap();
         Admission::new(&limits, &MemoryPlan { wide_sockets_bytes: WIDE_BYTES, ..plan }, wide_sockets)
     }

@@ -276,8 +276,12 @@ fn host_and_port(text: &str) -> Result<String, String> {
 mod tests {
     use super::*;
 
+    /// What the arguments alone say: nothing of the environment that the tests run in.
     fn parse(args: &[&str]) -> Result<Config, clap::Error> {
-        Config::try_parse_from(["volserver", "--data-dir", "/d"].iter().chain(args))
+        let command =
+            <Config as clap::CommandFactory>::command().mut_args(|argument| argument.env(None::<&str>));
+        let matches = command.try_get_matches_from(["volserver", "--data-dir", "/d"].iter().chain(args))?;
+        <Config as clap::FromArgMatches>::from_arg_matches(&matches)
     }
 
     #[test]

@@ -257,6 +257,11 @@ mod tests {
         }
     }
 
+    /// Not below TMPDIR, which may be too long for a socket's name.
+    fn short_directory() -> tempfile::TempDir {
+        tempfile::tempdir_in("/tmp").unwrap()
+    }
+
     fn address(dir: &tempfile::TempDir) -> (PathBuf, DataAddress) {
         let path = dir.path().join("nbd.sock");
         (path.clone(), DataAddress::Unix(path))
@@ -264,7 +269,7 @@ mod tests {
 
     #[test]
     fn a_unix_socket_is_its_owners_alone_and_gone_with_the_listener() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = short_directory();
         let (path, address) = address(&dir);
         let listener = Listener::bind(&address).unwrap();
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o177, 0);
@@ -278,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_socket_that_was_left_behind_is_replaced_and_nothing_else() {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = short_directory();
         let (path, address) = address(&dir);
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "std leaves the file, as a killed server does");

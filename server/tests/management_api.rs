@@ -379,7 +379,10 @@ async fn a_full_file_system_is_said_and_harms_nothing() {
         println!("SKIP mounting a small file system needs root");
         return;
     }
-    let small = SmallFileSystem::mount();
+    let Some(small) = SmallFileSystem::mount() else {
+        println!("SKIP a tmpfs cannot be mounted here");
+        return;
+    };
     let server = Volserver::start_with(volserver::command(&small.path().join("data")), &small.log());
     let mut client = server.client().await;
     let mut made = 0;
@@ -405,7 +408,8 @@ struct SmallFileSystem {
 }
 
 impl SmallFileSystem {
-    fn mount() -> Self {
+    /// `None` where root may not mount, as in many a container.
+    fn mount() -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("mount")).unwrap();
         let mounted = std::process::Command::new("mount")
@@ -413,8 +417,7 @@ impl SmallFileSystem {
             .arg(dir.path().join("mount"))
             .status()
             .unwrap();
-        assert!(mounted.success());
-        Self { dir }
+        mounted.success().then_some(Self { dir })
     }
 
     fn path(&self) -> std::path::PathBuf {

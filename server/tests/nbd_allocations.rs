@@ -87,6 +87,8 @@ fn load(client: &mut Client, rounds: u64) {
 
 #[test]
 fn requests_allocate_nothing_on_the_ring_thread() {
+    // Before the server's own, which `RUST_LOG` may make say much: what is said is allocated.
+    let _ = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::OFF).try_init();
     let server = Server::start_with(|config| config.threads = 1);
     for backend in [BackendKind::File, BackendKind::Memory] {
         let volume = server.create_with(backend.as_str(), 32 << 20, |new| new.backend = backend);

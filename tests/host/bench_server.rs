@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use testlab::harness::LAB_VARIABLE;
+use testlab::harness::{LAB_VARIABLE, REPORT_TIME_VARIABLE};
 use testlab::shell::wait_for;
 
 /// Some seconds where nobody else uses the machine, and the build of the product where it was not built.
@@ -30,6 +30,7 @@ fn every_server_is_measured_under_every_load() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_lab"))
         .args(["bench-server", "--quick", "--directory"])
         .arg(directory.path())
+        .env_remove(REPORT_TIME_VARIABLE)
         .stdin(Stdio::null())
         .stdout(std::fs::File::create(&output).unwrap())
         .spawn()

@@ -3,11 +3,16 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use testlab::harness::LAB_VARIABLE;
+
 /// The directory with `volserver` and `volctl`, brought up to date; `cargo lab test` has built them already.
 pub(crate) fn directory() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     // target/PROFILE/deps/TEST
     let directory = own.ancestors().nth(2).unwrap().to_owned();
+    if std::env::var_os(LAB_VARIABLE).is_some() {
+        return directory;
+    }
     let profile = match directory.file_name().and_then(|name| name.to_str()).unwrap() {
         "debug" => "dev",
         other => other,

@@ -1,6 +1,5 @@
 //! The simulator: ten thousand simulations without a broken promise, every rule tried, and every broken rule noticed.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use testlab::simulator::{Coverage, Failure, Mutant, Stage};
@@ -82,16 +81,7 @@ fn every_broken_rule_is_noticed() {
     let (_dir, stage) = stage();
     let mut unnoticed = Vec::new();
     for mutant in Mutant::ALL {
-        let noticed = (1..=SEEDS_OF_A_MUTANT).find_map(|seed| {
-            let mut coverage = Coverage::default();
-            let run = AssertUnwindSafe(|| stage.run(seed, Some(mutant), &mut coverage));
-            match catch_unwind(run) {
-                Ok(Ok(())) => None,
-                Ok(Err(failure)) => Some((seed, failure.to_string())),
-                Err(_) => Some((seed, "an assertion of the product".to_owned())),
-            }
-        });
-        match noticed {
+        match stage.first_to_notice(mutant, SEEDS_OF_A_MUTANT) {
             Some((seed, how)) => println!("{mutant:?}: seed {seed}: {how}"),
             None => unnoticed.push(mutant),
         }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use testlab::harness::LAB_VARIABLE;
 use testlab::unit_file::{INSTALLED_PROGRAMS, UnitFile};
 
 use crate::programs;
@@ -20,7 +21,7 @@ const UNITS: [&str; 5] = [
 fn complaints(programs: &Path, change: impl Fn(&str) -> String) -> String {
     let directory = tempfile::tempdir().unwrap();
     let mut verify = Command::new("systemd-analyze");
-    verify.args(["verify", "--man=no"]);
+    verify.args(["verify", "--man=no"]).env("LC_ALL", "C.UTF-8").env_remove("LANGUAGE");
     for name in UNITS {
         let text = UnitFile::read(name)
             .unwrap()
@@ -33,13 +34,22 @@ fn complaints(programs: &Path, change: impl Fn(&str) -> String) -> String {
     let output = verify.output().expect("systemd-analyze (Debian package systemd)");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     // Units of this machine's own are not ours to mend.
-    let ours: Vec<&str> = said.lines().filter(|line| line.contains("vol")).collect();
+    let is_ours = |line: &&str| UNITS.iter().any(|name| line.contains(name));
+    let ours: Vec<&str> = said.lines().filter(is_ours).collect();
     assert!(output.status.success() || !ours.is_empty(), "{said}");
     ours.join("\n")
 }
 
 #[test]
 fn systemd_takes_every_line_of_the_units() {
+    if Command::new("systemd-analyze").arg("--version").output().is_err() {
+        assert!(
+            std::env::var_os(LAB_VARIABLE).is_none(),
+            "the lab installs systemd-analyze, yet it is missing"
+        );
+        println!("SKIP no systemd-analyze (Debian package systemd)");
+        return;
+    }
     let programs = programs::directory();
     assert_eq!(complaints(&programs, str::to_owned), "");
     let broken = complaints(&programs, |text| text.replace("TimeoutStopSec=", "TimeoutStopSeconds="));

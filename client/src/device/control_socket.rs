@@ -98,9 +98,9 @@ mod tests {
 
     #[test]
     fn requests_are_answered_and_nonsense_is_refused() {
-        let dir = std::env::temp_dir().join(format!("volnode-control-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let path = dir.join("control.sock");
+        // Not below TMPDIR, which may be too long for a socket's name.
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        let path = dir.path().join("control.sock");
         listen(&path, |request| {
             assert_eq!(request.command, ControlCommand::Stop);
             request.answer(&ControlResponse::Busy { holders: vec!["you".into()] });
@@ -111,6 +111,5 @@ mod tests {
         for nonsense in ["\n", "{}\n", "{\"version\":2,\"command\":\"stop\"}\n"] {
             assert!(matches!(ask(&path, nonsense), ControlResponse::Error { .. }), "{nonsense}");
         }
-        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

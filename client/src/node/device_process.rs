@@ -293,7 +293,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_that_does_not_listen_gives_no_answer() {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir_in("/tmp").unwrap();
         let dir = AttachmentDir::from_path(folder.path());
         assert_eq!(ask(&dir, "vol-1", ControlCommand::Stop).await.unwrap(), None);
     }

@@ -187,13 +187,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_server_that_is_not_there_is_named() {
-        // Port 9 of the loopback interface: nothing listens there.
-        let client = ManagementClient::new("http://127.0.0.1:9", None).unwrap();
+        // Taken, and nobody listens there.
+        let taken = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        taken.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        let uri = format!("http://{}", taken.local_addr().unwrap().as_socket().unwrap());
+        let client = ManagementClient::new(&uri, None).unwrap();
         let error = client.detach_volume("x").await.unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, NodeError::ServerUnreachable { .. }), "{error:?}");
         assert!(
-            text.starts_with("cannot reach the storage server at http://127.0.0.1:9: Connection refused"),
+            text.starts_with(&format!("cannot reach the storage server at {uri}: Connection refused")),
             "{text}"
         );
     }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 pub(crate) const SECRET: &str = "abababababababababababababababababababababababababababababababab";
 
-const END_DEADLINE: Duration = Duration::from_secs(10);
+const END_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A folder with a spec and a status, and no process.
 #[derive(Debug)]

@@ -2,10 +2,12 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
+use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
 
 pub(crate) const NODE_ID: &str = "node-of-the-test";
@@ -42,9 +44,48 @@ impl Ended {
     }
 }
 
+/// A port where nobody listens and nobody else will: taken, and refusing every connection.
+#[derive(Debug)]
+pub(crate) struct NobodysPort {
+    _taken: Socket,
+    pub(crate) address: SocketAddr,
+}
+
+impl NobodysPort {
+    /// Any that is free.
+    pub(crate) fn take() -> Self {
+        Self::take_at("127.0.0.1:0".parse().unwrap())
+    }
+
+    /// One that a server has just left, which the next one may listen at.
+    pub(crate) fn take_at(address: SocketAddr) -> Self {
+        let taken = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        taken.set_reuse_address(true).unwrap();
+        taken.bind(&address.into()).unwrap();
+        let address = taken.local_addr().unwrap().as_socket().unwrap();
+        Self { _taken: taken, address }
+    }
+
+    /// As `--server` takes it.
+    pub(crate) fn uri(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+/// One of the product's programs, to which nothing of the environment that the tests run in is said.
+pub(crate) fn program(path: &str) -> Command {
+    let mut command = Command::new(path);
+    let ours = |name: &str| name.starts_with("VOLNODE_") || name.starts_with("VOLCLIENT_");
+    for (name, _) in std::env::vars_os().filter(|(name, _)| ours(&name.to_string_lossy())) {
+        command.env_remove(name);
+    }
+    command.env_remove("NOTIFY_SOCKET");
+    command
+}
+
 /// Runs volctl against a server's URI and a node daemon's socket.
 pub(crate) fn volctl(server: &str, socket: &Path, args: &[&str]) -> Ended {
-    let output = Command::new(env!("CARGO_BIN_EXE_volctl"))
+    let output = program(env!("CARGO_BIN_EXE_volctl"))
         .args(args)
         .env("VOLNODE_SERVER", server)
         .env("VOLNODE_SOCKET", socket)
@@ -88,7 +129,7 @@ impl NodeDaemon {
 
     /// The command that [`start`](Self::start) runs.
     pub(crate) fn command(run_dir: &Path, server: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_volclient"));
+        let mut command = program(env!("CARGO_BIN_EXE_volclient"));
         command.arg("serve").arg("--server").arg(server).arg("--run-dir").arg(run_dir);
         command.args(["--node-id", NODE_ID, "--log", "trace"]).arg("--device-dir").arg(run_dir.join("dev"));
         command

@@ -100,9 +100,18 @@ mod tests {
 
     use super::*;
 
+    /// A file that can be looked at: where temporary files lie on another file system, one in memory.
+    fn file() -> File {
+        let file = tempfile::tempfile().unwrap();
+        if SPLICED_WITHOUT_LOCK.contains(&(fstatfs(&file).unwrap().f_type as u32)) {
+            return file;
+        }
+        File::from(rustix::fs::memfd_create("cached", rustix::fs::MemfdFlags::CLOEXEC).unwrap())
+    }
+
     #[test]
     fn what_was_written_is_held_and_what_was_evicted_is_not() {
-        let file = tempfile::tempfile().unwrap();
+        let file = file();
         file.write_all_at(&[7; 2 << 20], 0).unwrap();
         let view = PageCacheView::new(&file, 2 << 20).unwrap();
         assert!(view.holds(0, 1 << 20) && view.holds(2048, 1 << 20) && view.holds((2 << 20) - 1, 1));
@@ -117,7 +126,8 @@ mod tests {
         assert!(view.holds(1 << 20, 1 << 20));
         let mut bytes = [0; 4096];
         file.read_exact_at(&mut bytes, 64 << 10).unwrap();
-        assert!(view.holds(0, 1 << 20), "it was read again");
+        // A machine short of memory may have evicted others meanwhile.
+        assert!(view.holds(64 << 10, 4096), "it was read again");
     }
 
     #[test]
@@ -138,7 +148,7 @@ mod tests {
 
     #[test]
     fn what_is_outside_or_too_long_cannot_be_told() {
-        let file = tempfile::tempfile().unwrap();
+        let file = file();
         file.write_all_at(&[7; 4 << 20], 0).unwrap();
         let view = PageCacheView::new(&file, (3 << 20) + 100).unwrap();
         assert!(view.holds(2 << 20, 1 << 20) && view.holds(3 << 20, 100));

@@ -6,11 +6,15 @@
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
 
 use proto::nbd::transmission::{Command, CommandFlags};
 use proto::nbd::{HeaderStyle, TransmissionFlags};
 
 use super::client::ANSWER_LIMIT;
+
+/// The server looks for extents no longer than this, if it has found one.
+const LOOK_LIMIT: Duration = Duration::from_millis(50);
 
 /// What a client asks for before GO.
 #[derive(Debug, Clone, Copy)]
@@ -327,18 +331,24 @@ impl ChunkClient {
         self.call(Command::Write, flags, offset, data.len() as u64, data).map(drop)
     }
 
-    /// BLOCK_STATUS: length and state of each extent.
+    /// BLOCK_STATUS: length and state of each extent. An answer in part, which a server that has looked for long enough may
+    /// give, is followed by a question for the rest.
     pub(crate) fn extents(
         &mut self,
         flags: CommandFlags,
         offset: u64,
         length: u64,
     ) -> Result<Vec<(u64, u64)>, u32> {
-        let extents = self.call(Command::BlockStatus, flags, offset, length, &[])?.extents;
+        let asked_at = Instant::now();
+        let mut extents = self.call(Command::BlockStatus, flags, offset, length, &[])?.extents;
         let told: u64 = extents.iter().map(|(length, _)| length).sum();
         assert!(told > 0 && told <= length, "{extents:?}");
         if flags.contains(CommandFlags::REQ_ONE) {
             assert_eq!(extents.len(), 1);
+        } else if told < length {
+            let looked_for = asked_at.elapsed();
+            assert!(looked_for >= LOOK_LIMIT, "{extents:?} after {looked_for:?}");
+            extents.extend(self.extents(flags, offset + told, length - told)?);
         }
         Ok(extents)
     }

@@ -1,6 +1,6 @@
 //! A small blocking NBD client on proto's codec: one request at a time, or many with replies in any order.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
@@ -8,9 +8,12 @@ use std::time::Duration;
 use proto::nbd::ExportInfo;
 use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
 use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 /// No answer of a healthy server takes longer.
-pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// What came back for a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -35,6 +38,8 @@ pub(crate) struct Client {
     next_cookie: u64,
     /// READs whose payload is to come with the reply.
     reads: HashMap<u64, u32>,
+    /// Of replies that came while a request found no room.
+    inbox: VecDeque<u8>,
 }
 
 impl Client {
@@ -54,12 +59,19 @@ impl Client {
             let opened = handshake.handle_bytes(&input[..bytes], &mut out)?;
             stream.write_all(&out)?;
             if let Some(info) = opened {
-                return Ok(Self { stream, info, next_cookie: 1, reads: HashMap::new() });
+                return Ok(Self {
+                    stream,
+                    info,
+                    next_cookie: 1,
+                    reads: HashMap::new(),
+                    inbox: VecDeque::new(),
+                });
             }
         }
     }
 
-    /// Sends a request, with a WRITE's payload; gives its cookie.
+    /// Sends a request, with a WRITE's payload; gives its cookie. Where there is no room for it, replies are taken meanwhile, so
+    /// that the size of this machine's socket buffers does not matter.
     pub(crate) fn send(
         &mut self,
         command: Command,
@@ -68,25 +80,82 @@ impl Client {
         length_bytes: u32,
         payload: &[u8],
     ) -> u64 {
+        let (cookie, bytes) = self.request(command, flags, offset_bytes, length_bytes, payload);
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            // As much as there is room for, in one write: a peer that answers at once and closes does not leave us half-way.
+            match send(&self.stream, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(sent_bytes) => rest = &rest[sent_bytes..],
+                Err(Errno::AGAIN) => self.take_what_came(),
+                Err(Errno::INTR) => {}
+                Err(error) => panic!("{command:?} cannot be sent: {error}"),
+            }
+        }
+        cookie
+    }
+
+    /// Sends a request of which nobody waits for the reply, to a server that may not take it.
+    pub(crate) fn throw(
+        &mut self,
+        command: Command,
+        flags: CommandFlags,
+        offset_bytes: u64,
+        length_bytes: u32,
+        payload: &[u8],
+    ) -> io::Result<()> {
+        let (_, bytes) = self.request(command, flags, offset_bytes, length_bytes, payload);
+        self.stream.write_all(&bytes)
+    }
+
+    /// Its cookie, and as it goes on the wire.
+    fn request(
+        &mut self,
+        command: Command,
+        flags: CommandFlags,
+        offset_bytes: u64,
+        length_bytes: u32,
+        payload: &[u8],
+    ) -> (u64, Vec<u8>) {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
         let request = Request { flags, command, cookie, offset_bytes, length_bytes: length_bytes.into() };
         if command == Command::Read {
             self.reads.insert(cookie, length_bytes);
         }
-        // One write, so that a peer that answers at once and closes does not leave us half-way.
-        self.stream.write_all(&[&request.encode()[..], payload].concat()).unwrap();
-        cookie
+        (cookie, [&request.encode()[..], payload].concat())
+    }
+
+    /// Waits for room or for replies, and keeps of the latter what has come.
+    fn take_what_came(&mut self) {
+        let limit = ANSWER_LIMIT.try_into().unwrap();
+        let mut waited_for = [PollFd::new(&self.stream, PollFlags::IN | PollFlags::OUT)];
+        let ready = rustix::io::retry_on_intr(|| poll(&mut waited_for, Some(&limit))).unwrap();
+        assert!(ready > 0, "the server neither takes nor answers requests");
+        if waited_for[0].revents().contains(PollFlags::IN) {
+            let mut came = [0; 64 << 10];
+            if let Ok((count, _)) = recv(&self.stream, &mut came[..], RecvFlags::DONTWAIT) {
+                assert!(count > 0, "the server has closed, and a request is half sent");
+                self.inbox.extend(&came[..count]);
+            }
+        }
+    }
+
+    fn take_exact(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        let kept = self.inbox.len().min(bytes.len());
+        for (byte, came) in bytes.iter_mut().zip(self.inbox.drain(..kept)) {
+            *byte = came;
+        }
+        self.stream.read_exact(&mut bytes[kept..])
     }
 
     /// Takes the next reply, whichever it is for.
     pub(crate) fn receive(&mut self) -> io::Result<Answer> {
         let mut header = [0u8; SIMPLE_REPLY_BYTES];
-        self.stream.read_exact(&mut header)?;
+        self.take_exact(&mut header)?;
         let reply = SimpleReply::decode(&header).map_err(io::Error::other)?;
         let length_bytes = self.reads.remove(&reply.cookie).unwrap_or(0);
         let mut payload = vec![0; if reply.error == 0 { length_bytes as usize } else { 0 }];
-        self.stream.read_exact(&mut payload)?;
+        self.take_exact(&mut payload)?;
         Ok(Answer { cookie: reply.cookie, error: reply.error, payload })
     }
 

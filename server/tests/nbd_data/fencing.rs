@@ -8,7 +8,7 @@ use rustix::fs::{FlockOperation, flock};
 use server::backend::file;
 
 use super::client::{Client, OpenFailed};
-use super::support::{LoopFs, Server, export_name, wait_until};
+use super::support::{DEADLINE, LoopFs, Server, export_name, wait_until};
 
 fn is_refused(result: Result<Client, OpenFailed>) -> bool {
     matches!(result, Err(OpenFailed::Handshake(_)))
@@ -92,7 +92,7 @@ fn a_new_session_waits_for_the_last_write_of_the_old_one() {
         let early = opened.recv_timeout(Duration::from_millis(500));
         assert!(early.is_err(), "the new session was let in while a write of the old one was in the kernel");
         drop(frozen);
-        let mut new = opened.recv_timeout(Duration::from_secs(20)).unwrap();
+        let mut new = opened.recv_timeout(DEADLINE).unwrap();
         opener.join().unwrap();
         assert_eq!(new.read(0, 4096), Ok(vec![2; 4096]), "the old write has landed, and before");
         new.write(0, &[3; 4096]).unwrap();
@@ -134,7 +134,7 @@ fn a_locked_file_is_served_when_its_predecessor_has_let_go() {
     let opener = std::thread::spawn(move || sender.send(Client::open(address, &name).unwrap()).unwrap());
     assert!(opened.recv_timeout(Duration::from_millis(300)).is_err(), "it was served under a foreign lock");
     drop(predecessor);
-    opened.recv_timeout(Duration::from_secs(10)).unwrap().write(0, &[1; 4096]).unwrap();
+    opened.recv_timeout(DEADLINE).unwrap().write(0, &[1; 4096]).unwrap();
     opener.join().unwrap();
 }
 

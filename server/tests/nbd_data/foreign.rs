@@ -1,17 +1,15 @@
 //! Foreign clients on our server: libnbd's and QEMU's.
 
-use std::process::Command;
-
 use server::catalog::BackendKind;
 
-use super::support::{Random, Server, TempDir, is_installed, run, skip};
+use super::support::{Random, Server, TempDir, is_installed, run, skip_without_tool, tool};
 
 pub(crate) const MIB: usize = 1 << 20;
 
 pub(crate) fn have(programs: &[&str]) -> bool {
     let missing: Vec<_> = programs.iter().filter(|program| !is_installed(program)).collect();
     if !missing.is_empty() {
-        skip(&format!("not installed: {missing:?}"));
+        skip_without_tool(&format!("not installed: {missing:?}"));
     }
     missing.is_empty()
 }
@@ -19,11 +17,19 @@ pub(crate) fn have(programs: &[&str]) -> bool {
 /// The distribution's own Python: python3-libnbd is a module of that one.
 pub(crate) const PYTHON: &str = "/usr/bin/python3";
 
+/// Isolated: neither the user's own modules nor those of `PYTHONPATH`.
+pub(crate) const PYTHON_OPTIONS: [&str; 1] = ["-I"];
+
+/// Runs a script with the URI as its argument.
+pub(crate) fn python(script: &str, uri: &str) {
+    run(PYTHON, &[&PYTHON_OPTIONS[..], &["-c", script, uri]].concat());
+}
+
 pub(crate) fn has_python_module() -> bool {
-    let imported = Command::new(PYTHON).args(["-c", "import nbd"]).output();
+    let imported = tool(PYTHON).args(PYTHON_OPTIONS).args(["-c", "import nbd"]).output();
     let has_module = imported.is_ok_and(|output| output.status.success());
     if !has_module {
-        skip("python3-libnbd is not installed");
+        skip_without_tool("python3-libnbd is not installed");
     }
     has_module
 }
@@ -190,5 +196,5 @@ h.trim(65536, 65536)
 assert h.pread(131072, 0) == bytes(131072)
 h.shutdown()
 ";
-    run(PYTHON, &["-c", script, &server.uri(&attachment, 1, 0)]);
+    python(script, &server.uri(&attachment, 1, 0));
 }

@@ -284,10 +284,10 @@ fn who_stands_still_with_what_others_need_is_closed() {
     }
     let (_, mut other) = server.open_new("other", 64 << 20);
     other.write(0, &pattern(1, 32 * MIB)).unwrap();
-    assert!(stalled.iter_mut().any(|client| {
-        client.stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-        client.is_closed_by_server()
-    }));
+    for client in &stalled {
+        client.stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    }
+    wait_until("one of them is closed", || stalled.iter_mut().any(Client::is_closed_by_server));
 }
 
 #[test]

@@ -4,18 +4,26 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use proto::export_name::AttachmentExportName;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use server::backend::file;
 use server::catalog::{AttachmentRecord, BackendKind, Catalog, NewAttachment, NewVolume, VolumeRecord};
-use server::data_server::{DataServer, DataServerConfig};
+use server::data_server::{DataServer, DataServerConfig, DataServerError};
 use uuid::Uuid;
 
 use super::client::Client;
 
-/// Of servers whose clients dawdle: more than an honest one takes on a busy machine, the commit of its session included.
+/// Of servers whose clients dawdle. An honest one that a busy machine makes slower than this is closed, too, and tries again.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What has not come about by then never will, however busy the machine is.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Enough for full pools and wide sockets: how much memory the machine has is no part of what is tested.
+const MEMORY_BYTES_MAX: u64 = 64 << 30;
 
 /// A directory that is gone when the test is.
 pub(crate) struct TempDir(pub(crate) PathBuf);
@@ -31,6 +39,31 @@ impl TempDir {
 impl Drop for TempDir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Servers of this process that run.
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+
+/// Starts a server; where the memory that this user may lock (RLIMIT_MEMLOCK), of which rings are made, is in use by the servers
+/// of other tests, it waits for them.
+fn start_in_turn(config: &DataServerConfig, catalog: &Catalog) -> Arc<DataServer> {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match DataServer::start(config.clone(), catalog.clone()) {
+            Err(DataServerError::Ring(error))
+                if error.kind() == std::io::ErrorKind::OutOfMemory
+                    && RUNNING.load(Ordering::SeqCst) > 0
+                    && Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            started => {
+                let data = started.unwrap();
+                RUNNING.fetch_add(1, Ordering::SeqCst);
+                return data;
+            }
+        }
     }
 }
 
@@ -62,9 +95,10 @@ impl Server {
             volumes_dir: catalog.volumes_dir(),
             ..DataServerConfig::default()
         };
+        config.limits.memory_bytes_max = Some(MEMORY_BYTES_MAX);
         change(&mut config);
         let volumes_dir = config.volumes_dir.clone();
-        let data = DataServer::start(config, catalog.clone()).unwrap();
+        let data = start_in_turn(&config, &catalog);
         Self { data, catalog, volumes_dir, _dir: dir }
     }
 
@@ -111,6 +145,18 @@ impl Server {
         (volume, client)
     }
 
+    /// The same of a server that closes who is slow: tries until this machine lets it be fast enough.
+    pub(crate) fn open_new_in_time(&self, name: &str, capacity_bytes: u64) -> Client {
+        let volume = self.create(name, capacity_bytes);
+        let name = export_name(&self.attach(&volume, false), 1, 0);
+        let mut opened = None;
+        wait_until("a handshake in time", || {
+            opened = Client::open(self.address(), &name).inspect_err(|error| println!("{error}")).ok();
+            opened.is_some()
+        });
+        opened.unwrap()
+    }
+
     pub(crate) fn open(&self, attachment: &AttachmentRecord, epoch: u64, slot: u32) -> Client {
         Client::open(self.address(), &export_name(attachment, epoch, slot)).unwrap()
     }
@@ -124,6 +170,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let in_time = self.data.shutdown();
+        RUNNING.fetch_sub(1, Ordering::SeqCst);
         assert!(in_time || std::thread::panicking(), "the data side did not end in time");
     }
 }
@@ -135,17 +182,58 @@ pub(crate) fn export_name(attachment: &AttachmentRecord, epoch: u64, slot: u32) 
 
 /// Waits until something holds.
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + DEADLINE;
     while !holds() {
         assert!(Instant::now() < deadline, "waited in vain for: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// Says why a test does not run here; a failure where the lab promises everything.
+/// Says why a test does not run here; a failure where everything is promised.
 pub(crate) fn skip(why: &str) {
     assert!(std::env::var_os("VOLNODE_LAB_TOOLS").is_none_or(|value| value != "1"), "cannot run: {why}");
     println!("SKIP {why}");
+}
+
+/// Whether the lab runs the tests: then the programs that they call are there, in the versions that it wants.
+pub(crate) fn is_in_lab() -> bool {
+    std::env::var_os("VOLNODE_LAB").is_some()
+}
+
+/// The same of a program that is missing, which is a failure already where the lab runs the tests.
+pub(crate) fn skip_without_tool(why: &str) {
+    assert!(!is_in_lab(), "the lab installs what the tests call, yet: {why}");
+    skip(why);
+}
+
+/// Runs the body of the test `name` in a process of its own, where nobody else's memory and descriptors are.
+pub(crate) fn alone(name: &str, body: impl FnOnce()) {
+    const VARIABLE: &str = "VOLNODE_TEST_ALONE";
+    if std::env::var_os(VARIABLE).is_some_and(|alone| alone == name) {
+        return body();
+    }
+    let own = std::env::current_exe().unwrap();
+    let arguments = [name, "--exact", "--nocapture", "--test-threads=1"];
+    let output = Command::new(own).args(arguments).env(VARIABLE, name).output().unwrap();
+    let told =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    print!("{told}");
+    assert!(
+        output.status.success() && told.contains("1 passed"),
+        "in a process of its own: {}",
+        output.status
+    );
+}
+
+/// Whether this process may have so many files open at once; root may have as many as it likes. Only for a test that is
+/// [`alone`]: the limit is the process's.
+pub(crate) fn may_open_files(count: u64) -> bool {
+    let limit = getrlimit(Resource::Nofile);
+    let maximum = limit.maximum.map(|maximum| maximum.max(count));
+    // Beyond its maximum only root gets it.
+    let wanted = [Rlimit { current: maximum, maximum }, Rlimit { current: limit.maximum, ..limit }];
+    wanted.into_iter().any(|wanted| setrlimit(Resource::Nofile, wanted).is_ok())
+        && getrlimit(Resource::Nofile).current.is_none_or(|current| current >= count)
 }
 
 pub(crate) fn is_installed(program: &str) -> bool {
@@ -155,9 +243,17 @@ pub(crate) fn is_installed(program: &str) -> bool {
         .any(|dir| dir.join(program).is_file())
 }
 
+/// A program that speaks English, whoever's session this is, and whose TLS is as it was made, whatever this machine's policy.
+pub(crate) fn tool(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.env("LC_ALL", "C.UTF-8").env_remove("LANGUAGE");
+    command.env("GNUTLS_SYSTEM_PRIORITY_FILE", "/dev/null");
+    command
+}
+
 /// Runs a program to its end; gives its output.
 pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output().unwrap();
+    let output = tool(program).args(arguments).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{program} {arguments:?}: {}\n{out}\n{err}", output.status);
     out.into_owned()
@@ -187,9 +283,14 @@ impl LoopFs {
         std::fs::create_dir(&mount).unwrap();
         std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
         run(&mkfs, &["-q", image.to_str().unwrap()]);
-        let fs = Self { mount, image, _dir: dir };
-        fs.mount();
-        Some(fs)
+        // In a container root may not be allowed to, and a kernel may lack the file system.
+        let mut command = tool("mount");
+        let output = command.args(["-t", kind, "-o", "loop"]).arg(&image).arg(&mount).output().unwrap();
+        if !output.status.success() {
+            skip(&format!("a {kind} cannot be mounted: {}", String::from_utf8_lossy(&output.stderr)));
+            return None;
+        }
+        Some(Self { mount, image, _dir: dir })
     }
 
     fn mount(&self) {

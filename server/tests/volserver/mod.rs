@@ -19,7 +19,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use tonic::transport::Channel;
 
 /// A server that is not ready, or has not stopped, by then never will be.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// As `--memory-max` takes it: enough for the default of connections, however little the machine has.
+pub const MEMORY_MAX: &str = "2G";
 
 /// The program with a data directory and ports that are free; more arguments may be added.
 pub fn command(data_dir: &Path) -> Command {
@@ -31,6 +34,8 @@ pub fn command(data_dir: &Path) -> Command {
     }
     command.env_remove("NOTIFY_SOCKET").arg("--data-dir").arg(data_dir);
     command.args(["--listen", "127.0.0.1:0", "--management", "127.0.0.1:0", "--threads", "1"]);
+    // By default it is half of what the machine has.
+    command.args(["--memory-max", MEMORY_MAX]);
     command
 }
 

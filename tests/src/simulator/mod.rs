@@ -17,6 +17,8 @@ mod server;
 mod world;
 
 use std::io;
+use std::num::NonZero;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -70,7 +72,7 @@ impl Stage {
         World::new(seed, mutant, &self.dir, self.volume_uid, coverage).run()
     }
 
-    /// Runs the simulations of many seeds, from `first_seed` on, on two threads.
+    /// Runs the simulations of many seeds, from `first_seed` on, on every processor that this process may use.
     ///
     /// # Errors
     /// A seed that failed, and how.
@@ -79,7 +81,7 @@ impl Stage {
         let has_failed = AtomicBool::new(false);
         let outcome = Mutex::new((Coverage::default(), None));
         std::thread::scope(|scope| {
-            for _ in 0..2 {
+            for _ in 0..processors() {
                 scope.spawn(|| {
                     let mut coverage = Coverage::default();
                     let mut failure = None;
@@ -103,4 +105,47 @@ impl Stage {
         let (coverage, failure) = outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
         failure.map_or(Ok(coverage), Err)
     }
+
+    /// The first of the seeds from 1 to `seeds_max` whose simulation notices that a rule is broken, and how; looked for on every
+    /// processor, but the same as if they were tried one by one.
+    pub fn first_to_notice(&self, mutant: Mutant, seeds_max: u64) -> Option<(u64, String)> {
+        let next = AtomicU64::new(1);
+        // No seed above this is of interest any more.
+        let noticed_by = AtomicU64::new(u64::MAX);
+        let first = Mutex::new(None);
+        std::thread::scope(|scope| {
+            for _ in 0..processors() {
+                scope.spawn(|| {
+                    loop {
+                        let seed = next.fetch_add(1, Ordering::Relaxed);
+                        if seed > seeds_max || seed > noticed_by.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        let Some(how) = self.notice(mutant, seed) else { continue };
+                        noticed_by.fetch_min(seed, Ordering::Relaxed);
+                        let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+                        if first.as_ref().is_none_or(|(other, _)| seed < *other) {
+                            *first = Some((seed, how));
+                        }
+                    }
+                });
+            }
+        });
+        first.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How the simulation of a seed notices that a rule is broken, if it does.
+    fn notice(&self, mutant: Mutant, seed: u64) -> Option<String> {
+        let mut coverage = Coverage::default();
+        match catch_unwind(AssertUnwindSafe(|| self.run(seed, Some(mutant), &mut coverage))) {
+            Ok(Ok(())) => None,
+            Ok(Err(failure)) => Some(failure.to_string()),
+            Err(_) => Some("an assertion of the product".to_owned()),
+        }
+    }
+}
+
+/// How many simulations are run at once.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(2, NonZero::get)
 }
