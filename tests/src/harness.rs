@@ -34,6 +34,10 @@ pub const RUN_HERE: &str = "1";
 /// Value of [`LAB_VARIABLE`]: the lab runs the tests in another process.
 pub const RUN_ELSEWHERE: &str = "elsewhere";
 
+/// Unlocks libtest's `--report-time` in a binary of the stable compiler. No compiler may see it: cargo would take it for another
+/// build, and build everything anew.
+pub const REPORT_TIME_VARIABLE: &str = "RUSTC_BOOTSTRAP";
+
 /// What a test of another crate says under [`RUN_ELSEWHERE`]: it is not skipped, only run later.
 pub const RUN_IN_VM_REASON: &str = "SKIP the lab runs this in its VM";
 
@@ -211,6 +215,8 @@ fn run_all(tests: &[Test], filter: Option<&str>) -> Result<ExitCode> {
     let selection = Selection::from_environment(filter)?;
     let mut tests = runnable_tests(tests, series, selection.long)?;
     tests.retain(|test| selection.wants(&test.name));
+    let mut positions = 0..;
+    tests.retain(|_| positions.next().is_some_and(|position| selection.has(position)));
     let planned =
         |test: &Runnable| PlannedTest { name: test.name.clone(), deadline_seconds: test.deadline_seconds };
     emit(&Event::Planned { tests: tests.iter().map(planned).collect() })?;

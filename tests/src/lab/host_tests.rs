@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
-use testlab::harness::{LAB_VARIABLE, RUN_ELSEWHERE};
+use testlab::harness::{LAB_VARIABLE, REPORT_TIME_VARIABLE, RUN_ELSEWHERE};
 use testlab::selection::Selection;
 
 use super::progress::Step;
@@ -29,9 +29,6 @@ const LIST_DEADLINE: Duration = Duration::from_secs(60);
 
 /// With this set a test that lacks a program fails rather than be skipped.
 const TOOLS_VARIABLE: &str = "VOLNODE_LAB_TOOLS";
-
-/// Unlocks libtest's `--report-time` in a binary of the stable compiler. Only test binaries see it, no compiler.
-const REPORT_TIME: (&str, &str) = ("RUSTC_BOOTSTRAP", "1");
 
 /// A built test binary.
 #[derive(Debug)]
@@ -115,8 +112,11 @@ pub(crate) fn run(
     report: &mut Report,
 ) -> Result<()> {
     let mut part = PartReport::begin("host");
+    let mut positions = 0..;
     for binary in binaries.iter().filter(|binary| !elsewhere.contains(&binary.target.as_str())) {
-        run_binary(workspace, binary, selection, &mut part)?;
+        let mut wants =
+            |test: &str| selection.wants(test) && positions.next().is_some_and(|at| selection.has(at));
+        run_binary(workspace, binary, &mut wants, &mut part)?;
     }
     if !selection.leaves_out() {
         run_doc_tests(workspace, &mut part)?;
@@ -128,7 +128,7 @@ pub(crate) fn run(
 fn run_binary(
     workspace: &Workspace,
     binary: &TestBinary,
-    selection: &Selection,
+    wants: &mut dyn FnMut(&str) -> bool,
     part: &mut PartReport,
 ) -> Result<()> {
     let of_package = binary.package.strip_prefix(&workspace.root).unwrap_or(&binary.package).display();
@@ -138,14 +138,14 @@ fn run_binary(
             .with_context(|| name.clone())?;
     let listed = String::from_utf8_lossy(&listed).into_owned();
     let all: Vec<&str> = listed.lines().filter_map(|line| line.strip_suffix(": test")).collect();
-    let wanted: Vec<&str> = all.iter().copied().filter(|test| selection.wants(test)).collect();
+    let wanted: Vec<&str> = all.iter().copied().filter(|test| wants(test)).collect();
     if wanted.is_empty() {
         return Ok(());
     }
     let step = Step::begin(&format!("testing {name}"));
     let mut command = command(workspace, binary)?;
     command.args(["--format", "pretty", "-Z", "unstable-options", "--report-time"]);
-    command.env(REPORT_TIME.0, REPORT_TIME.1);
+    command.env(REPORT_TIME_VARIABLE, "1");
     if wanted.len() < all.len() {
         command.arg("--exact").args(&wanted);
     }
@@ -189,6 +189,8 @@ fn command(workspace: &Workspace, binary: &TestBinary) -> Result<Command> {
     command.current_dir(&binary.package).env("CARGO_MANIFEST_DIR", &binary.package);
     command.env("CARGO", workspace.cargo().get_program()).env("PATH", workspace.search_path()?);
     command.env(LAB_VARIABLE, RUN_ELSEWHERE).env(TOOLS_VARIABLE, "1");
+    // What other programs say is read in English.
+    command.env("LC_ALL", "C.UTF-8");
     Ok(command)
 }
 

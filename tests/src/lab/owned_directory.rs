@@ -12,6 +12,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use super::progress::Step;
+
+/// Held while a directory is made, in the parent.
+const MAKERS_LOCK: &str = "makers.lock";
+
 /// How often a removal is tried, and how long is waited in between: processes that were killed may not be gone yet, and make
 /// files meanwhile.
 const REMOVALS: u32 = 20;
@@ -31,6 +36,9 @@ impl OwnedDirectory {
     /// `parent` cannot be made or written.
     pub(crate) fn create(parent: &Path) -> Result<Self> {
         fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
+        // One at a time, threads of this process included: between its making and its lock a directory looks abandoned.
+        let makers = File::create(parent.join(MAKERS_LOCK)).context("creating the lock of all makers")?;
+        makers.lock().context("waiting for other makers")?;
         sweep(parent);
         let process = std::process::id();
         let free = |number: &u32| !parent.join(format!("{process}-{number}")).exists();
@@ -66,34 +74,12 @@ impl Drop for OwnedDirectory {
 fn sweep(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
-        let abandoned = match File::open(entry.path().join("lock")) {
-            Ok(lock) => lock.try_lock().is_ok(),
-            // Between its creation and its lock a directory has no lock file: it belongs to someone starting now.
-            Err(_) => false,
-        };
+        // The makers' own lock is a file, and has none in it.
+        let abandoned = File::open(entry.path().join("lock")).is_ok_and(|lock| lock.try_lock().is_ok());
         if abandoned {
+            let step = Step::begin(&format!("removing {}, whose lab was killed", entry.path().display()));
             let _ = fs::remove_dir_all(entry.path());
+            step.end();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_dead_owners_directory_is_swept_and_a_living_ones_is_kept() {
-        let parent = std::env::temp_dir().join(format!("lab-sweep-{}", std::process::id()));
-        let living = OwnedDirectory::create(&parent).unwrap();
-        let dead = parent.join("1-0");
-        fs::create_dir(&dead).unwrap();
-        fs::write(dead.join("lock"), "").unwrap();
-        let other = OwnedDirectory::create(&parent).unwrap();
-        assert!(living.path().exists() && other.path().exists() && !dead.exists());
-        let path = living.path().to_owned();
-        drop(living);
-        assert!(!path.exists());
-        drop(other);
-        fs::remove_dir_all(&parent).unwrap();
     }
 }

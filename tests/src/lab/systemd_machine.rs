@@ -74,7 +74,7 @@ pub(crate) fn test(
     series: KernelSeries,
     selection: &Selection,
 ) -> Result<Option<PartReport>> {
-    if !selection.wants(TEST_NAME) {
+    if !selection.wants(TEST_NAME) || !selection.has(0) {
         return Ok(None);
     }
     let mut part = PartReport::begin("a machine under systemd").beside_others("systemd");

@@ -1,9 +1,10 @@
 //! `cargo lab test`: every phase of it, in order, and which of them run side by side.
 //!
-//! Set-up and builds, then the host's tests with the machine to themselves, then two lanes of emulated machines at once: a machine
-//! of two processors leaves almost half of them idle, waiting for its own time-outs. One lane has the newest kernel, the
-//! other all the rest. Called by `commands`; what came of it is `report`'s.
+//! Set-up and builds, then the host's tests with the machine to themselves, then emulated machines, two at once: one by itself leaves
+//! almost half of two processors idle, waiting for its own time-outs. Called by `commands`; what came of it is `report`'s.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -20,6 +21,12 @@ use super::vm_tests::{self, Given};
 use super::workspace::Workspace;
 use super::{cost, host_tests, kernels, packages, systemd_machine, this_machine};
 use crate::commands;
+
+/// Emulated machines at once. Each has two processors, which wait half of the time; more would make waits with deadlines of them.
+const LANES: usize = 2;
+
+/// Among how many machines the newest kernel's tests are divided, so that both lanes end at about the same time.
+const SHARES_OF_NEWEST: u32 = 3;
 
 /// Options of `cargo lab test`.
 #[derive(Args)]
@@ -132,7 +139,7 @@ pub(crate) fn run(options: &TestOptions) -> Result<bool> {
     // The machines leave processors idle, and the shipped programs take minutes to build.
     let beside = phases.contains(&Phase::Cost) && phases.len() > 1 && !selection.leaves_out();
     let beside = beside.then(|| cost::build_beside(&workspace)).transpose()?;
-    for part in run_lanes(&given, lanes(&phases), &kernels, beside)? {
+    for part in run_jobs(&given, &jobs(&phases, &selection), &kernels, beside)? {
         report.add(part);
     }
     Ok(report.close(began.elapsed()))
@@ -163,60 +170,83 @@ fn set_up(
     phases.iter().filter_map(|phase| phase.series()).map(fetched).collect()
 }
 
-/// The phases that need a machine, divided into two lanes of about the same length.
-fn lanes(phases: &[Phase]) -> [Vec<Phase>; 2] {
-    let machines = phases.iter().copied().filter(|phase| phase.needs_vm());
-    let (newest, others) = machines.partition(|phase| *phase == Phase::V7);
-    [newest, others]
+/// What one emulated machine does, or one after another that have to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Job {
+    phase: Phase,
+    /// Only this share of the phase's tests.
+    share: Option<Shard>,
 }
 
-/// Runs both lanes to their ends.
-fn run_lanes(
+/// The machines, the longest jobs first: whichever lane is free takes the next. The newest kernel has most of the tests, which are
+/// divided among several machines, unless only some of them are wanted.
+fn jobs(phases: &[Phase], selection: &Selection) -> Vec<Job> {
+    let order = [Phase::V7, Phase::V6_12, Phase::Systemd, Phase::Cost];
+    let mut jobs = Vec::new();
+    for phase in order.into_iter().filter(|phase| phases.contains(phase)) {
+        if phase == Phase::V7 && phases.len() > 1 && !selection.leaves_out() {
+            jobs.extend(Shard::all(SHARES_OF_NEWEST).map(|share| Job { phase, share: Some(share) }));
+        } else {
+            jobs.push(Job { phase, share: None });
+        }
+    }
+    jobs
+}
+
+/// Runs all jobs, [`LANES`] at once; gives their parts in the order of the jobs.
+fn run_jobs(
     given: &Given<'_>,
-    lanes: [Vec<Phase>; 2],
+    jobs: &[Job],
     kernels: &[(KernelSeries, Kernel)],
     beside: Option<BuildBeside>,
 ) -> Result<Vec<PartReport>> {
-    let mut beside = beside;
-    let [first, second] = lanes;
-    thread::scope(|scope| {
-        let first = scope.spawn(|| run_lane(given, &first, kernels, &mut None));
-        let second = run_lane(given, &second, kernels, &mut beside);
-        let first = first.join().map_err(|_| anyhow!("a lane panicked"))?;
-        let mut parts = first?;
-        parts.extend(second?);
+    let (next, beside) = (AtomicUsize::new(0), Mutex::new(beside));
+    let lane = || {
+        let mut parts = Vec::new();
+        while let Some((number, job)) =
+            Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|number| Some((number, jobs.get(number)?)))
+        {
+            parts.extend(run_job(given, *job, kernels, &beside)?.map(|part| (number, part)));
+        }
         Ok(parts)
-    })
+    };
+    let lanes: Vec<Result<Vec<(usize, PartReport)>>> = thread::scope(|scope| {
+        let lanes: Vec<_> = (0..LANES).map(|_| scope.spawn(lane)).collect();
+        let joined = lanes.into_iter().map(|lane| lane.join());
+        joined.map(|parts| parts.unwrap_or_else(|_| Err(anyhow!("a lane panicked")))).collect()
+    });
+    let mut parts = Vec::new();
+    for lane in lanes {
+        parts.extend(lane?);
+    }
+    parts.sort_by_key(|(number, _)| *number);
+    Ok(parts.into_iter().map(|(_, part)| part).collect())
 }
 
-fn run_lane(
+fn run_job(
     given: &Given<'_>,
-    phases: &[Phase],
+    job: Job,
     kernels: &[(KernelSeries, Kernel)],
-    beside: &mut Option<BuildBeside>,
-) -> Result<Vec<PartReport>> {
-    let mut parts = Vec::new();
-    for phase in phases {
-        let part = match phase {
-            Phase::Host => None,
-            Phase::V7 | Phase::V6_12 => {
-                let kernel = kernels.iter().find(|(series, _)| phase.series() == Some(*series));
-                let (series, kernel) = kernel.context("a kernel that was not fetched")?;
-                Some(vm_tests::run_in_vm(given, *series, kernel)?)
+    beside: &Mutex<Option<BuildBeside>>,
+) -> Result<Option<PartReport>> {
+    match job.phase {
+        Phase::Host => Ok(None),
+        Phase::V7 | Phase::V6_12 => {
+            let kernel = kernels.iter().find(|(series, _)| job.phase.series() == Some(*series));
+            let (series, kernel) = kernel.context("a kernel that was not fetched")?;
+            vm_tests::run_in_vm(given, *series, kernel, job.share).map(Some)
+        }
+        Phase::Systemd => systemd_machine::test(given.workspace, KernelSeries::V7, given.selection),
+        Phase::Cost => {
+            let build = beside.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(build) = build {
+                let step = Step::begin("waiting for the build of the programs to measure");
+                build.finish()?;
+                step.end();
             }
-            Phase::Systemd => systemd_machine::test(given.workspace, KernelSeries::V7, given.selection)?,
-            Phase::Cost => {
-                if let Some(build) = beside.take() {
-                    let step = Step::begin("waiting for the build of the programs to measure");
-                    build.finish()?;
-                    step.end();
-                }
-                cost::gate::run(given.workspace, given.selection)?
-            }
-        };
-        parts.extend(part);
+            cost::gate::run(given.workspace, given.selection)
+        }
     }
-    Ok(parts)
 }
 
 #[cfg(test)]
@@ -224,10 +254,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_phase_but_the_hosts_is_in_one_lane() {
-        let [first, second] = lanes(&Phase::ALL);
-        assert_eq!(first, [Phase::V7]);
-        assert_eq!(second, [Phase::V6_12, Phase::Systemd, Phase::Cost]);
-        assert_eq!(lanes(&[Phase::Host]), [vec![], vec![]]);
+    fn the_newest_kernels_tests_are_divided_and_nothing_is_left_out() {
+        let jobs_of = |phases: &[Phase], selection: &Selection| -> Vec<(Phase, Option<String>)> {
+            let jobs = jobs(phases, selection);
+            jobs.into_iter().map(|job| (job.phase, job.share.map(|share| share.to_string()))).collect()
+        };
+        let all = Selection::default();
+        let share = |text: &str| (Phase::V7, Some(text.to_owned()));
+        let [sixth, systemd, cost] = [Phase::V6_12, Phase::Systemd, Phase::Cost].map(|phase| (phase, None));
+        let everything = [share("1/3"), share("2/3"), share("3/3"), sixth.clone(), systemd, cost];
+        assert_eq!(jobs_of(&Phase::ALL, &all), everything);
+        assert_eq!(jobs_of(&[Phase::Host], &all), []);
+        let filtered = Selection { filter: Some("x".to_owned()), ..Selection::default() };
+        assert_eq!(jobs_of(&[Phase::V7, Phase::V6_12], &filtered), [(Phase::V7, None), sixth]);
     }
 }

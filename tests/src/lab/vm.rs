@@ -427,10 +427,12 @@ fn forward(listener: &UnixListener, stream: Stream, sender: &Sender<(Stream, Vec
 /// The kernel changes its own code while it boots, under a breakpoint that it sets and takes out; an emulated second processor now
 /// and then runs into one that is no longer there ("Oops: int3", in `sched_clock_cpu` or `sched_clock_idle_wakeup_event`). So the
 /// second processor starts when that is over (`maxcpus=1`; the second stage brings it up), and what would change that code
-/// later, the watch over the time stamp counter, is left out (`tsc=reliable`): the emulator's counters agree.
+/// later, the watch over the time stamp counter, is left out (`tsc=reliable`): the emulator's counters agree. Programs lie at
+/// the same addresses each time (`norandmaps`): code that the emulator has translated serves the next process, too.
 /// Source: `Documentation/admin-guide/kernel-parameters.txt`.
 fn kernel_command_line(processors: Processors) -> String {
-    let second_processor = if processors == Processors::Two { " maxcpus=1 tsc=reliable" } else { "" };
+    let second_processor =
+        if processors == Processors::Two { " maxcpus=1 tsc=reliable norandmaps" } else { "" };
     format!("console=ttyS0 panic=-1 oops=panic quiet mitigations=off{second_processor}")
 }
 

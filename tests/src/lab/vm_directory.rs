@@ -38,3 +38,42 @@ impl VmDirectory {
         self.0.path()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::fs;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_dead_owners_directory_is_swept_and_a_living_ones_is_kept() {
+        let cache = std::env::temp_dir().join(format!("lab-sweep-{}", std::process::id()));
+        let living = VmDirectory::create(&cache).unwrap();
+        let dead = cache.join("vm/1-0");
+        fs::create_dir(&dead).unwrap();
+        fs::write(dead.join("lock"), "").unwrap();
+        let other = VmDirectory::create(&cache).unwrap();
+        assert!(living.path().exists() && other.path().exists() && !dead.exists());
+        let path = living.path().to_owned();
+        drop(living);
+        assert!(!path.exists());
+        drop(other);
+        fs::remove_dir_all(&cache).unwrap();
+    }
+
+    #[test]
+    fn machines_that_start_together_get_directories_of_their_own() {
+        let cache = std::env::temp_dir().join(format!("lab-together-{}", std::process::id()));
+        let make = || (0..20).map(|_| VmDirectory::create(&cache).unwrap()).collect::<Vec<_>>();
+        let made: Vec<VmDirectory> = thread::scope(|scope| {
+            let makers: Vec<_> = (0..4).map(|_| scope.spawn(make)).collect();
+            makers.into_iter().flat_map(|maker| maker.join().unwrap()).collect()
+        });
+        let paths: HashSet<_> = made.iter().map(|directory| directory.path().to_owned()).collect();
+        assert!(paths.len() == 80 && paths.iter().all(|path| path.exists()));
+        drop(made);
+        fs::remove_dir_all(&cache).unwrap();
+    }
+}

@@ -12,7 +12,7 @@ use testlab::harness::{
 };
 use testlab::kernel_series::KernelSeries;
 use testlab::libtest_binary::BINARIES_VARIABLE;
-use testlab::selection::Selection;
+use testlab::selection::{Selection, Shard};
 
 use super::guest_command::GuestCommand;
 use super::host_tests::{TestBinary, executable_of};
@@ -61,15 +61,23 @@ pub(crate) struct Given<'a> {
     pub(crate) show_output: bool,
 }
 
-/// Runs the tests in a machine with `kernel`, of `series`, perhaps beside other machines.
+/// Runs the tests in a machine with `kernel`, of `series`, perhaps beside other machines. With a share, only that of them: another
+/// machine runs the others.
 ///
 /// # Errors
 /// The lab was interrupted, or cannot prepare the machine. A machine that fails is part of the report.
-pub(crate) fn run_in_vm(given: &Given<'_>, series: KernelSeries, kernel: &Kernel) -> Result<PartReport> {
-    let title = format!("kernel {series} ({})", kernel.release);
-    let mut part = PartReport::begin(&title).beside_others(series.name());
+pub(crate) fn run_in_vm(
+    given: &Given<'_>,
+    series: KernelSeries,
+    kernel: &Kernel,
+    share: Option<Shard>,
+) -> Result<PartReport> {
+    let of_share = share.map(|share| format!(" {share}")).unwrap_or_default();
+    let title = format!("kernel {series}{of_share} ({})", kernel.release);
+    let mut part = PartReport::begin(&title).beside_others(&format!("{series}{of_share}"));
     let storage_machine = StorageMachine::start(given.workspace)?;
-    let command = test_command(given, series, "vm")?
+    let selection = Selection { shard: share.or(given.selection.shard), ..given.selection.clone() };
+    let command = test_command(given, &selection, series, "vm")?
         .with_variable(STORAGE_MACHINE_VARIABLE, &storage_machine.management_uri);
     let mut follower = TestFollower(EventReader::new(&mut part, given.show_output));
     let ended = vm::run(given.workspace, kernel, &command, Processors::Two, PART_DEADLINE, &mut follower);
@@ -97,7 +105,7 @@ pub(crate) fn run_on_this_machine(given: &Given<'_>) -> Result<PartReport> {
     let release = this_machine::release();
     let series = KernelSeries::nearest_to_release(&release);
     let mut part = PartReport::begin(&format!("this machine's kernel {release}"));
-    let mut command = test_command(given, series, "host")?.on_this_machine()?;
+    let mut command = test_command(given, given.selection, series, "host")?.on_this_machine()?;
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("running the tests")?;
     let stdout = child.stdout.take().context("the tests' output")?;
@@ -139,11 +147,16 @@ fn check_exit(part: &mut PartReport, finished: bool, status: &str, success: bool
 }
 
 /// The command that runs the tests, with stderr in stdout so that lines keep their order.
-fn test_command(given: &Given<'_>, series: KernelSeries, machine: &str) -> Result<GuestCommand> {
+fn test_command(
+    given: &Given<'_>,
+    selection: &Selection,
+    series: KernelSeries,
+    machine: &str,
+) -> Result<GuestCommand> {
     let (workspace, binaries) = (given.workspace, given.binaries);
     let mut words: Vec<String> = ["sh", "-c", "exec \"$0\" \"$@\" 2>&1"].map(str::to_owned).into();
     words.push(binaries.vm.display().to_string());
-    words.extend(given.selection.filter.clone());
+    words.extend(selection.filter.clone());
     let mut command = GuestCommand::new(workspace, words)?
         .in_directory(&workspace.root)
         .with_variable(LAB_VARIABLE, RUN_HERE)
@@ -152,7 +165,7 @@ fn test_command(given: &Given<'_>, series: KernelSeries, machine: &str) -> Resul
         .with_variable(BINARIES_VARIABLE, &format!("ublk-core={}", binaries.ublk_core.display()))
         .with_variable(PROGRAMS_VARIABLE, &workspace.programs().display().to_string())
         .with_variable("RUST_BACKTRACE", "0");
-    for (name, value) in given.selection.variables() {
+    for (name, value) in selection.variables() {
         command = command.with_variable(name, &value);
     }
     Ok(command)

@@ -4,8 +4,10 @@
 //! fetched. Packages are checked against Debian's archive keys. A tree appears in the cache by one rename, so one that is there is
 //! whole; nobody but this file touches it. A copy (two seconds) and no overlay: the tests then run on an ordinary file system.
 
+use std::collections::VecDeque;
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
+use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -15,6 +17,7 @@ use super::network;
 use crate::lab::apt::{self, KEYRING};
 use crate::lab::owned_directory::OwnedDirectory;
 use crate::lab::progress::Step;
+use crate::lab::tool::Running;
 use crate::lab::workspace::Workspace;
 use crate::lab::{interrupt, packages, tool};
 
@@ -26,6 +29,9 @@ const AGE_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// Some 100 MB of packages, unpacked and configured one by one.
 const BOOTSTRAP_DEADLINE: Duration = Duration::from_secs(20 * 60);
+
+/// Lines of debootstrap's that are shown when it fails.
+const LINES_SHOWN: usize = 10;
 
 /// Some 600 MB of small files.
 const COPY_DEADLINE: Duration = Duration::from_secs(10 * 60);
@@ -81,32 +87,42 @@ fn make(workspace: &Workspace, release: &str, tree: &Path) -> Result<()> {
     let staging = OwnedDirectory::create(&workspace.cache.join("fresh/staging"))?;
     let made = staging.path().join("tree");
     fs::create_dir(&made).context("creating the tree")?;
-    let step = Step::begin(&format!("bootstrapping a bare {release} with {INCLUDED}"));
-    let mut command = tool::command("setpriv");
-    // It mounts things; in a namespace of its own they go with it, and it goes with us.
-    command.args(["--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child"]);
-    command.args(["--propagation", "private", "sh", "-c", "umask 022; exec debootstrap \"$@\"", "sh"]);
-    command.args(["--force-check-gpg", &format!("--keyring={KEYRING}"), "--variant=minbase"]);
-    command.arg(format!("--include={INCLUDED}")).arg(release).arg(made.join("root"));
-    command.arg(apt::debian_mirror()?).env("LC_ALL", "C.UTF-8").env("DEBIAN_FRONTEND", "noninteractive");
-    // Both lead elsewhere inside the tree; and debootstrap does not ask apt how the mirror is reached.
-    command.env_remove("TMPDIR").env_remove("TMP").envs(network::proxy_of_apt()?);
-    let finished = tool::finish(&mut command, BOOTSTRAP_DEADLINE).context("debootstrap")?;
-    let said = String::from_utf8_lossy(&finished.stdout);
-    let last: Vec<&str> = said.lines().rev().take(5).collect();
-    let last = last.into_iter().rev().collect::<Vec<_>>().join("\n");
-    ensure!(
-        finished.status.success(),
-        "debootstrap: {}\n{last}\n{}",
-        finished.status,
-        finished.stderr.trim_end()
-    );
-    step.end();
+    debootstrap(release, &made.join("root"))?;
     fs::write(made.join("included"), INCLUDED).context("noting what the tree was made with")?;
     if tree.exists() {
         fs::rename(tree, staging.path().join("old")).context("taking the old tree out of the cache")?;
     }
     fs::rename(&made, tree).context("moving the tree into the cache")
+}
+
+/// Runs debootstrap, in mount and process namespaces: what it mounts goes with it, and it goes with us.
+fn debootstrap(release: &str, root: &Path) -> Result<()> {
+    let step = Step::begin(&format!("bootstrapping a bare {release} ({INCLUDED})"));
+    let mut command = tool::command("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child"]);
+    command.args(["--propagation", "private", "sh", "-c", "umask 022; exec debootstrap \"$@\" 2>&1", "sh"]);
+    command.args(["--force-check-gpg", &format!("--keyring={KEYRING}"), "--variant=minbase"]);
+    command.arg(format!("--include={INCLUDED}")).arg(release).arg(root).arg(apt::debian_mirror()?);
+    command.env("LC_ALL", "C.UTF-8").env("DEBIAN_FRONTEND", "noninteractive");
+    // Both lead elsewhere inside the tree; and debootstrap does not ask apt how the mirror is reached.
+    command.env_remove("TMPDIR").env_remove("TMP").envs(network::proxy_of_apt()?);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = Running(command.spawn().context("cannot run unshare")?);
+    let stdout = child.0.stdout.take().context("debootstrap's output")?;
+    let mut last_lines = VecDeque::new();
+    let take = &mut |line: Option<&str>| {
+        if let Some(line) = line {
+            step.is_at(line.trim_start_matches("I: "));
+            last_lines.push_back(line.to_owned());
+            last_lines.drain(..last_lines.len().saturating_sub(LINES_SHOWN));
+        }
+        Ok(())
+    };
+    tool::follow_lines(stdout, BOOTSTRAP_DEADLINE, take).context("debootstrap")?;
+    let status = tool::wait(&mut child.0, BOOTSTRAP_DEADLINE).context("debootstrap")?;
+    ensure!(status.success(), "debootstrap: {status}\n{}", Vec::from(last_lines).join("\n"));
+    step.end();
+    Ok(())
 }
 
 #[cfg(test)]

@@ -33,6 +33,10 @@ const PREFIX: &str = "| ";
 /// Asking rustc where it is.
 const SYSROOT_DEADLINE: Duration = Duration::from_secs(60);
 
+/// Cargo names each crate that it fetches and builds; one of them now and then shows that it goes on.
+const CRATE_WORDS: [&str; 2] = ["Downloaded ", "Compiling "];
+const CRATE_INTERVAL: Duration = Duration::from_secs(5);
+
 /// The steps' own first words, `steps.sh`.
 const STEP: &str = "fresh-step: ";
 const SYSCTLS: &str = "fresh-sysctls: ";
@@ -49,6 +53,8 @@ pub(super) struct Outcome {
     pub(super) sysctls: Option<String>,
     /// The tests' closing line, if they came to it.
     pub(super) counts: Option<Counts>,
+    /// From the start until the last crate that was shown.
+    crate_shown_at: Duration,
 }
 
 /// A closing line of `cargo lab test`.
@@ -125,13 +131,14 @@ fn environment() -> String {
 
 impl Outcome {
     /// Of a machine that has said nothing yet.
-    fn starting() -> Self {
+    pub(super) fn starting() -> Self {
         Self {
             step: "enter.sh".to_owned(),
             status: String::new(),
             has_succeeded: false,
             sysctls: None,
             counts: None,
+            crate_shown_at: Duration::ZERO,
         }
     }
 
@@ -143,6 +150,11 @@ impl Outcome {
         } else if let Some(sysctls) = line.strip_prefix(SYSCTLS) {
             println!("fresh: {sysctls}");
             self.sysctls = Some(sysctls.to_owned());
+        } else if CRATE_WORDS.iter().any(|word| line.trim_start().starts_with(word)) {
+            if elapsed > self.crate_shown_at + CRATE_INTERVAL {
+                println!("{PREFIX}{line}");
+                self.crate_shown_at = elapsed;
+            }
         } else {
             println!("{PREFIX}{line}");
             self.counts = closing_counts(line).or(self.counts);
@@ -183,21 +195,10 @@ mod tests {
 
     #[test]
     fn the_machines_steps_settings_and_closing_line_are_read() {
-        let mut outcome = Outcome {
-            step: String::new(),
-            status: String::new(),
-            has_succeeded: false,
-            sysctls: None,
-            counts: None,
-        };
-        for line in [
-            "fresh-step: one",
-            "1 passed, 0 failed",
-            "fresh-step: two",
-            "fresh-sysctls: x",
-            "7 passed, 0 failed",
-            "y",
-        ] {
+        let mut outcome = Outcome::starting();
+        let said =
+            "fresh-step: one\n1 passed, 0 failed\nfresh-step: two\nfresh-sysctls: x\n7 passed, 0 failed\ny";
+        for line in said.lines() {
             outcome.read(line, Duration::ZERO);
         }
         assert_eq!((outcome.step.as_str(), outcome.sysctls.as_deref()), ("two", Some("x")));

@@ -220,13 +220,12 @@ mod tests {
     }
 
     fn outcome(counts: Option<(usize, usize, usize)>, has_succeeded: bool) -> Outcome {
-        Outcome {
-            step: "cargo lab setup".to_owned(),
-            status: "exit status: 9".to_owned(),
-            has_succeeded,
-            sysctls: None,
-            counts: counts.map(|(passed, failed, skipped)| Counts { passed, failed, skipped }),
-        }
+        let mut outcome = Outcome::starting();
+        "cargo lab setup".clone_into(&mut outcome.step);
+        "exit status: 9".clone_into(&mut outcome.status);
+        outcome.has_succeeded = has_succeeded;
+        outcome.counts = counts.map(|(passed, failed, skipped)| Counts { passed, failed, skipped });
+        outcome
     }
 
     #[test]
