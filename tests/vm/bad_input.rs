@@ -126,7 +126,7 @@ fn a_full_server_fails_the_writer_only(env: &Env) -> Result<()> {
     let small = env.directory.join("small");
     fs::create_dir(&small)?;
     sh(&format!(
-        "truncate -s 320M {0}/image; mkfs.xfs -q {0}/image; mount -o loop {0}/image {1}",
+        "modprobe loop; truncate -s 320M {0}/image; mkfs.xfs -q {0}/image; mount -o loop {0}/image {1}",
         xfs.display(),
         small.display()
     ))?;

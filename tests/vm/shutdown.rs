@@ -87,9 +87,14 @@ fn pid_of(node: &StorageNode, target: &str) -> Result<u64> {
     node.attachment(target)?["pid"].as_u64().context("pid")
 }
 
+/// Gone, or dead: when process 1 takes the exit status of what has lost its parent is not ours to say (`proc_pid_stat(5)`).
+fn has_ended(pid: u64) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+}
+
 fn is_nothing_left(pids: &[u64], devices: &[PathBuf]) -> Result<()> {
     for pid in pids {
-        ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "device process {pid} is left behind");
+        ensure!(has_ended(*pid), "device process {pid} is left behind");
     }
     for device in devices {
         ensure!(!device.exists(), "{} is left behind", device.display());

@@ -1,7 +1,7 @@
 # Process 1 of a fresh machine's namespaces: gives the tree in $1 what a kernel and its devices give to a machine, the Rust
 # toolchain in $2, and becomes `sh -c "$3" steps REST…` in it, with what is in $4 (lines NAME=VALUE) as its environment.
 # The mounts are in a namespace of their own and go with it. What is bound from the outer machine is either a device that keeps
-# nothing or cannot be written to; its settings can be changed only where they are a network namespace's own.
+# nothing or cannot be written to; its settings can be changed only where they are a network namespace's own or a loop device's.
 set -eu
 exec 2>&1
 umask 022
@@ -23,7 +23,10 @@ if [ -e proc/sysrq-trigger ]; then
     mount --bind proc/sysrq-trigger proc/sysrq-trigger
     mount -o remount,bind,ro proc/sysrq-trigger
 fi
-mount -t sysfs -o ro,nosuid,nodev,noexec sysfs sys
+mount -t sysfs -o nosuid,nodev,noexec sysfs sys
+# Tests that make a loop device say how its queue is.
+mount --bind sys/devices/virtual/block sys/devices/virtual/block
+mount -o remount,bind,ro sys
 
 mount -t tmpfs -o mode=755,nosuid,noexec dev dev
 # Loop devices because tests make file systems on them; they let go of their files when the last mount is gone.

@@ -15,8 +15,9 @@ cargo lab setup || exit
 echo "fresh-step: cargo lab test --only host"
 # The tests have the network namespace's loopback and nothing else; what is not here by now is not needed.
 export CARGO_NET_OFFLINE=true
+# Not exec: this shell is process 1 of its namespace and has to wait for processes whose parents are gone.
 # shellcheck disable=SC2016 # For the inner shell.
-exec unshare --net /bin/sh -c '
+unshare --net /bin/sh -c '
     ip link set lo up || exit
     mount -o remount,bind,rw /proc/sys/net || exit
     for control; do
@@ -27,3 +28,5 @@ exec unshare --net /bin/sh -c '
     read -r allowed < /proc/sys/net/ipv4/tcp_allowed_congestion_control
     echo "fresh-sysctls: $default is the default congestion control, allowed are: $allowed"
     exec cargo lab test --only host' sh "$@"
+status=$?
+exit "$status"
