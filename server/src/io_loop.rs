@@ -181,7 +181,7 @@ impl IoLoop {
                     self.with(connection, |connection, ring| connection.opened(ring, answer));
                 }
                 RingMessage::Listed { connection, exports } => {
-                    self.with(connection, |connection, _| connection.listed(&exports));
+                    self.with(connection, |connection, ring| connection.listed(ring, &exports));
                 }
                 RingMessage::ExtentsFound { connection: index, slot, payload } => {
                     self.ring.extents_found(index);
