@@ -1,6 +1,7 @@
 //! Starting, refusing to start, and stopping the real volserver: what an administrator sees.
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
+mod unit_filter;
 mod volserver;
 
 use std::net::{SocketAddr, TcpListener};
@@ -186,4 +187,9 @@ fn the_service_manager_is_told_when_it_is_ready_and_when_it_stops() {
     assert_eq!(receive(), "READY=1");
     assert!(server.stop(Signal::TERM).success());
     assert_eq!(receive(), "STOPPING=1");
+}
+
+#[test]
+fn a_system_call_that_the_unit_does_not_list_is_an_error_and_not_the_end() {
+    assert_eq!(unit_filter::words_of_unit("SystemCallErrorNumber"), ["EPERM"]);
 }

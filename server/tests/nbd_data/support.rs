@@ -13,6 +13,7 @@ use server::data_server::{DataServer, DataServerConfig};
 use uuid::Uuid;
 
 use super::client::Client;
+use super::unit_filter;
 
 /// Of servers whose clients dawdle: more than an honest one takes on a busy machine, the commit of its session included.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -47,7 +48,7 @@ impl Server {
         Self::start_with(|_| {})
     }
 
-    /// Starts with a configuration that `change` has changed.
+    /// Starts with a configuration that `change` has changed, under the system-call filter of the unit that is shipped.
     pub(crate) fn start_with(change: impl FnOnce(&mut DataServerConfig)) -> Self {
         // Set RUST_LOG to see what the server says.
         let _ = tracing_subscriber::fmt()
@@ -64,7 +65,7 @@ impl Server {
         };
         change(&mut config);
         let volumes_dir = config.volumes_dir.clone();
-        let data = DataServer::start(config, catalog.clone()).unwrap();
+        let data = unit_filter::under(|| DataServer::start(config, catalog.clone())).unwrap();
         Self { data, catalog, volumes_dir, _dir: dir }
     }
 
