@@ -97,6 +97,7 @@ impl IoLoop {
             let timeout = if self.waiting_for_turn.is_empty() { self.tick() } else { Some(Duration::ZERO) };
             if let Err(error) = self.ring.submit_and_wait(timeout) {
                 error!(%error, ring = self.ring_number, "the ring is broken");
+                daemon_log::finish();
                 // A data thread without its ring can serve nobody and can not tell what was written: better none.
                 std::process::abort();
             }
