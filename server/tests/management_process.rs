@@ -5,7 +5,7 @@ mod unit_filter;
 mod volserver;
 
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{BufRead as _, Read as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -243,4 +243,30 @@ fn a_server_that_cannot_start_ends_though_nobody_takes_the_reason() {
 #[test]
 fn a_system_call_that_the_unit_does_not_list_is_an_error_and_not_the_end() {
     assert_eq!(unit_filter::words_of_unit("SystemCallErrorNumber"), ["EPERM"]);
+}
+
+/// Not all kernels count rings as locked memory.
+#[test]
+fn a_limit_of_locked_memory_that_is_too_low_is_named_with_what_is_needed() {
+    if !rustix::process::geteuid().is_root() {
+        return println!("SKIP whether this user may lock more than its limit is not known");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut limited = Command::new("setpriv");
+    limited.args(["--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=65536:65536"]);
+    let plain = command(&dir.path().join("data"));
+    limited.arg(plain.get_program()).args(plain.get_args()).env_remove("NOTIFY_SOCKET");
+    limited.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+    let mut child = limited.spawn().unwrap();
+    let log = std::io::BufReader::new(child.stderr.take().unwrap());
+    let said = log.lines().map(Result::unwrap);
+    let said = said.take_while(|line| !line.contains("data side ready")).collect::<Vec<_>>().join("\n");
+    if !said.contains("volserver: ") {
+        child.kill().unwrap();
+        child.wait().unwrap();
+        return println!("SKIP this kernel does not count rings as locked memory");
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let line = complaint(&said);
+    assert!(line.contains("may lock 64 KiB") && line.contains("LimitMEMLOCK="), "{line}");
 }
