@@ -88,6 +88,8 @@ impl ServeError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::BeyondLoopback(_) | Self::Certificates(_) => 2,
+            Self::Catalog(error) if error.is_out_of_space() => 8,
+            Self::Recovery(LifecycleError::NoSpace(_)) => 8,
             Self::Catalog(_) | Self::Recovery(_) => 3,
             Self::ManagementAddress { .. } => 4,
             Self::Data(error) if error.is_address() => 4,
