@@ -99,33 +99,24 @@ struct DeviceArgs {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    if let Err(error) = start_log(&cli.log) {
-        return fail(&error);
+    let outcome = run(Cli::parse());
+    if let Err(error) = &outcome {
+        daemon_log::say(&format!("volclient: {}", with_sources(error.as_ref())));
     }
-    let outcome = match cli.command {
+    daemon_log::finish();
+    outcome.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS)
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&cli.log).with_context(|| format!("--log {:?}", cli.log))?;
+    daemon_log::start(filter);
+    match cli.command {
         Command::Serve(args) => run_serve(args, cli.log),
         Command::TakeAway(args) => run_take_away(args, cli.log),
         Command::DeviceName { disk, run_dir } => run_device_name(&disk, &run_dir),
+        // It starts the log's writer itself, when no mount is in its way any more.
         Command::Device(args) => run_device(args),
-    };
-    outcome.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
-}
-
-fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("volclient: {}", with_sources(error.as_ref()));
-    ExitCode::FAILURE
-}
-
-fn start_log(filter: &str) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter:?}"))?;
-    let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(is_terminal)
-        .init();
-    Ok(())
+    }
 }
 
 fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
@@ -158,6 +149,7 @@ fn serve_options(args: ServeArgs, log_filter: String) -> anyhow::Result<ServeOpt
 }
 
 fn run_on_tokio<E: Into<anyhow::Error>>(work: impl Future<Output = Result<(), E>>) -> anyhow::Result<()> {
+    daemon_log::start_writer().context("cannot start a thread for the log")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let outcome = runtime.block_on(work);
     // A call that was cut off may be in the kernel, on a thread that nobody can end: it goes with the process.

@@ -28,7 +28,8 @@ Exit codes:
   2  bad options or certificates, an address beyond loopback without TLS or --insecure, or a --memory-max that is too little
   3  the data directory or its catalog cannot be used
   4  an address cannot be listened on
-  5  stopped, but connections or their I/O did not end in time";
+  5  stopped, but connections or their I/O did not end in time
+  8  no space left on the file system of the data directory";
 
 /// The least that `--request-max` may be: less than what clients send in one request without being asked to would only cost
 /// them time.

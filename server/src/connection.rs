@@ -290,9 +290,13 @@ impl Connection {
     }
 
     /// The list was answered.
-    pub fn listed(&mut self, exports: &[ListedExport]) {
-        if self.phase == Phase::Open {
-            self.session.listed(exports);
+    pub fn listed(&mut self, ring: &mut Ring, exports: &[ListedExport]) {
+        if self.phase != Phase::Open {
+            return;
+        }
+        if let Err(error) = self.session.listed(exports) {
+            info!(peer = %self.peer, %error, "connection ends");
+            self.finish(ring);
         }
     }
 
@@ -322,7 +326,10 @@ impl Connection {
             return self.close(ring);
         }
         self.rights = rights;
-        self.session.tls_started();
+        if let Err(error) = self.session.tls_started() {
+            info!(peer = %self.peer, %error, "connection ends");
+            self.close(ring);
+        }
     }
 
     /// Takes no more requests; what is in flight is finished and answered, then the connection closes.

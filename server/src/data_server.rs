@@ -27,6 +27,7 @@ use crate::gate::{self, Gate, GateMessage};
 use crate::io_loop::IoLoop;
 use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
 use crate::mailbox::{Mailbox, RingMessage};
+use crate::ring::LOCKED_BYTES;
 use crate::socket_memory::{WIDTHS, WideSockets};
 use crate::tls::ServerTls;
 use crate::volume::Faults;
@@ -89,6 +90,20 @@ pub enum DataServerError {
         "cannot make an io_uring: {0}; it needs Linux 6.1 or later, kernel.io_uring_disabled = 0, and a container profile that allows it"
     )]
     Ring(io::Error),
+    /// The user may lock less memory than the rings take.
+    #[error(
+        "cannot make the io_urings of {rings} threads: they take {needed_kib} KiB of locked memory, and this user may lock \
+         {allowed_kib} KiB in all of its processes; raise that limit (LimitMEMLOCK= of the unit, ulimit -l, a container's \
+         ulimits) or lower --threads"
+    )]
+    LockedMemory {
+        /// Ring threads.
+        rings: usize,
+        /// What all of them take.
+        needed_kib: u64,
+        /// The limit of this process.
+        allowed_kib: u64,
+    },
     /// The memory limit leaves too little for buffers.
     #[error(transparent)]
     Memory(#[from] TooLittleMemory),
@@ -371,11 +386,24 @@ fn start_rings(
             }
             Err(error) => {
                 mailboxes.iter().for_each(|mailbox: &Arc<Mailbox>| mailbox.post(RingMessage::Shutdown));
-                return Err(error);
+                return Err(explain(error, count, getrlimit(Resource::Memlock).current));
             }
         }
     }
     Ok((mailboxes, threads))
+}
+
+/// The kernel has one error for all memory that it does not give; where the limit of what may be locked explains it, it is that.
+fn explain(error: DataServerError, rings: usize, allowed_bytes: Option<u64>) -> DataServerError {
+    match (&error, allowed_bytes) {
+        (DataServerError::Ring(source), Some(allowed_bytes))
+            if source.raw_os_error() == Some(libc::ENOMEM) =>
+        {
+            let needed_kib = (rings as u64 * LOCKED_BYTES).div_ceil(1 << 10);
+            DataServerError::LockedMemory { rings, needed_kib, allowed_kib: allowed_bytes >> 10 }
+        }
+        _ => error,
+    }
 }
 
 fn start_ring(

@@ -207,8 +207,7 @@ impl Fence {
     /// Grants what nothing stands in the way of any more.
     fn settle(&mut self, outputs: &mut Vec<Output>) {
         let mut index = 0;
-        while index < self.waiting.len() {
-            let candidate = self.waiting[index];
+        while let Some(candidate) = self.waiting.get(index).copied() {
             let is_blocked = self
                 .served
                 .values()

@@ -97,6 +97,7 @@ impl IoLoop {
             let timeout = if self.waiting_for_turn.is_empty() { self.tick() } else { Some(Duration::ZERO) };
             if let Err(error) = self.ring.submit_and_wait(timeout) {
                 error!(%error, ring = self.ring_number, "the ring is broken");
+                daemon_log::finish();
                 // A data thread without its ring can serve nobody and can not tell what was written: better none.
                 std::process::abort();
             }
@@ -181,7 +182,7 @@ impl IoLoop {
                     self.with(connection, |connection, ring| connection.opened(ring, answer));
                 }
                 RingMessage::Listed { connection, exports } => {
-                    self.with(connection, |connection, _| connection.listed(&exports));
+                    self.with(connection, |connection, ring| connection.listed(ring, &exports));
                 }
                 RingMessage::ExtentsFound { connection: index, slot, payload } => {
                     self.ring.extents_found(index);

@@ -3,7 +3,6 @@
 //! Reads the options, starts the log and the runtime, and turns the outcome into one line on stderr and an exit code. All
 //! else is in the library: `serve.rs` has the order of start and stop.
 
-use std::io::IsTerminal as _;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -18,13 +17,15 @@ const BLOCKING_THREADS_MAX: usize = 64;
 
 fn main() -> ExitCode {
     let config = Config::parse();
-    match run(config) {
+    let exit_code = match run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("volserver: {error:#}");
+            daemon_log::say(&format!("volserver: {error:#}"));
             ExitCode::from(error.downcast_ref::<ServeError>().map_or(1, ServeError::exit_code))
         }
-    }
+    };
+    daemon_log::finish();
+    exit_code
 }
 
 fn run(config: Config) -> anyhow::Result<()> {
@@ -45,10 +46,6 @@ fn run(config: Config) -> anyhow::Result<()> {
 
 fn start_log(filter: &str) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(filter).with_context(|| format!("--log {filter:?}"))?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
-    Ok(())
+    daemon_log::start(filter);
+    daemon_log::start_writer().context("cannot start a thread for the log")
 }

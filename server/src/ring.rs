@@ -180,6 +180,10 @@ pub struct Ring {
     ops_in_flight: u32,
 }
 
+/// What a ring takes of the memory that a user may lock, in bytes, on kernels that count its queues as such: those before 5.12, and
+/// newer ones again. Each queue begins at a page; sizes: `include/uapi/linux/io_uring.h`.
+pub const LOCKED_BYTES: u64 = SQ_ENTRIES as u64 * (64 + 4) + CQ_ENTRIES as u64 * 16 + 2 * 4096;
+
 impl Ring {
     /// Makes ring number `number` of the server, whose mailbox this is; on the thread that will use it.
     ///

@@ -6,7 +6,6 @@
 //! Never decides what a call does. Called by `main.rs`.
 
 use std::fmt::Display;
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -89,6 +88,8 @@ impl ServeError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::BeyondLoopback(_) | Self::Certificates(_) => 2,
+            Self::Catalog(error) if error.is_out_of_space() => 8,
+            Self::Recovery(LifecycleError::NoSpace(_)) => 8,
             Self::Catalog(_) | Self::Recovery(_) => 3,
             Self::ManagementAddress { .. } => 4,
             Self::Data(error) if error.is_address() => 4,
@@ -298,9 +299,8 @@ fn answer<D: crate::lifecycle::DataSide>(
 fn announce(data: &[DataAddress], management: SocketAddr) {
     let data: Vec<String> = data.iter().map(DataAddress::to_string).collect();
     let line = format!("volserver ready: data {}, management {management}", data.join(" "));
-    let mut stdout = std::io::stdout();
-    if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
-        tracing::warn!(%error, "nobody reads stdout");
+    if let Err(error) = daemon_log::announce(line) {
+        tracing::warn!(%error, "nobody is told on stdout that the server is ready");
     }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
         tracing::warn!(%error, "the service manager cannot be told that the server is ready");

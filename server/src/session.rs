@@ -42,7 +42,7 @@ pub(crate) const STATUS_REPLY_BYTES_MAX: u32 = 64 << 10;
 /// Room for the only extent that REQ_ONE wants, in bytes.
 const STATUS_REPLY_ONE_BYTES: u32 = 24;
 
-/// The peer broke the protocol: close its connection, after sending what is left to send.
+/// The conversation cannot go on: close the connection, after sending what is left to send.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// In the handshake.
@@ -51,6 +51,9 @@ pub enum SessionError {
     /// In the transmission phase.
     #[error(transparent)]
     Transmission(#[from] TransmissionError),
+    /// An answer to what the peer does not wait for: this server is wrong, and the peer must not be told what it did not ask.
+    #[error("an answer came that nobody waited for")]
+    UnexpectedAnswer,
     /// A payload that nobody would send in good faith.
     #[error(transparent)]
     PayloadTooLong(#[from] PayloadTooLong),
@@ -95,9 +98,17 @@ pub struct Reply {
 #[derive(Debug)]
 enum Stage {
     Handshake,
-    Waiting,
+    Waiting(Awaited),
     Transmission(RequestLimits),
     Ended,
+}
+
+/// What the handshake waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    Open,
+    List,
+    Tls,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,7 +195,7 @@ impl Session {
                 let event = self.handshake.handle_bytes(bytes, &mut self.out)?;
                 Ok((bytes.len(), self.take_event(event)))
             }
-            Stage::Waiting => Ok((0, Action::Paused)),
+            Stage::Waiting(_) => Ok((0, Action::Paused)),
             Stage::Transmission(limits) => {
                 let limits = *limits;
                 self.advance_transmission(bytes, &limits)
@@ -196,12 +207,12 @@ impl Session {
     /// The open was answered. True: transmission has begun, and the bytes in [`Self::leftover`] come first.
     ///
     /// # Errors
-    /// EXPORT_NAME was refused, which can only be said by closing.
+    /// EXPORT_NAME was refused, which can only be said by closing; or [`SessionError::UnexpectedAnswer`].
     pub fn opened(
         &mut self,
         answer: Result<(&ExportInfo, RequestLimits), Refusal>,
     ) -> Result<bool, SessionError> {
-        self.stage = Stage::Handshake;
+        self.take_answer(Awaited::Open)?;
         let limits = answer.as_ref().ok().map(|(_, limits)| *limits);
         let is_open = self.handshake.answer_open(answer.map(|(export, _)| export), &mut self.out)?;
         if let (true, Some(limits)) = (is_open, limits) {
@@ -214,15 +225,32 @@ impl Session {
     }
 
     /// The list was answered.
-    pub fn listed(&mut self, exports: &[ListedExport]) {
-        self.stage = Stage::Handshake;
+    ///
+    /// # Errors
+    /// [`SessionError::UnexpectedAnswer`]
+    pub fn listed(&mut self, exports: &[ListedExport]) -> Result<(), SessionError> {
+        self.take_answer(Awaited::List)?;
         self.handshake.answer_list(exports, &mut self.out);
+        Ok(())
     }
 
     /// TLS has started: the bytes to come are what it carries.
-    pub fn tls_started(&mut self) {
-        self.stage = Stage::Handshake;
+    ///
+    /// # Errors
+    /// [`SessionError::UnexpectedAnswer`]
+    pub fn tls_started(&mut self) -> Result<(), SessionError> {
+        self.take_answer(Awaited::Tls)?;
         self.handshake.tls_started();
+        Ok(())
+    }
+
+    /// Goes on with the handshake, if it waits for this: an answer to nothing must neither be told nor end the server.
+    fn take_answer(&mut self, answered: Awaited) -> Result<(), SessionError> {
+        if !matches!(self.stage, Stage::Waiting(awaited) if awaited == answered) {
+            return Err(SessionError::UnexpectedAnswer);
+        }
+        self.stage = Stage::Handshake;
+        Ok(())
     }
 
     /// Bytes that arrived after the handshake; given once.
@@ -381,15 +409,15 @@ impl Session {
         match event {
             None => Action::NeedsBytes,
             Some(Event::Open(open)) => {
-                self.stage = Stage::Waiting;
+                self.stage = Stage::Waiting(Awaited::Open);
                 Action::Open(open)
             }
             Some(Event::List) => {
-                self.stage = Stage::Waiting;
+                self.stage = Stage::Waiting(Awaited::List);
                 Action::List
             }
             Some(Event::StartTls) => {
-                self.stage = Stage::Waiting;
+                self.stage = Stage::Waiting(Awaited::Tls);
                 Action::StartTls
             }
             Some(Event::Abort) => {
@@ -673,6 +701,20 @@ mod tests {
         assert!(!session.opened(Err(Refusal::unknown("no such export"))).unwrap());
         let (_, action) = session.advance(&to_server[4..]).unwrap();
         assert!(matches!(action, Action::Open(_)));
+    }
+
+    #[test]
+    fn an_answer_that_nobody_waits_for_ends_the_connection_and_tells_the_peer_nothing() {
+        for mut session in [Session::new(), transmitting()] {
+            session.take_output();
+            let opened = session.opened(Ok((&export(), limits())));
+            assert!(matches!(opened, Err(SessionError::UnexpectedAnswer)), "{opened:?}");
+            let refused = session.opened(Err(Refusal::unknown("no such export")));
+            assert!(matches!(refused, Err(SessionError::UnexpectedAnswer)), "{refused:?}");
+            assert!(matches!(session.listed(&[]), Err(SessionError::UnexpectedAnswer)));
+            assert!(matches!(session.tls_started(), Err(SessionError::UnexpectedAnswer)));
+            assert_eq!(session.take_output(), []);
+        }
     }
 
     #[test]

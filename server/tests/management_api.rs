@@ -1,6 +1,7 @@
 //! The management API of the real volserver: every promise of `proto/volnode/v1/management.proto`.
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
+mod unit_filter;
 mod volserver;
 
 use proto::error_reason as reason;

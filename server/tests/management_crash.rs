@@ -6,6 +6,7 @@
 //! same choices again (the kernel's timing is not replayed).
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
+mod unit_filter;
 mod volserver;
 
 use std::collections::BTreeSet;

@@ -2,6 +2,7 @@
 //! the call that takes it is answered, and nobody opens what is not theirs.
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
+mod unit_filter;
 mod volserver;
 
 use std::io::{Read as _, Write as _};

@@ -1,14 +1,21 @@
 //! Starting, refusing to start, and stopping the real volserver: what an administrator sees.
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
+mod unit_filter;
 mod volserver;
 
-use std::net::{SocketAddr, TcpListener};
+use std::fs::File;
+use std::io::{BufRead as _, Read as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use proto::v1;
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Signal;
 use volserver::{Volserver, command, create_request, refused};
 
@@ -195,4 +202,80 @@ fn the_service_manager_is_told_when_it_is_ready_and_when_it_stops() {
     assert_eq!(receive(), "READY=1");
     assert!(server.stop(Signal::TERM).success());
     assert_eq!(receive(), "STOPPING=1");
+}
+
+/// A pipe with no room; its other end has to be kept.
+fn full_pipe() -> (OwnedFd, OwnedFd) {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    fcntl_setfl(&writer, OFlags::WRONLY | OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(&writer, &[b'x'; 4096]) != Err(Errno::AGAIN) {}
+    fcntl_setfl(&writer, OFlags::WRONLY).unwrap();
+    (reader, writer)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_whose_log_nobody_takes_serves_and_stops_like_any_other() {
+    let (_reader, full_pipe) = full_pipe();
+    let (_, broken_pipe) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let full_disk = File::options().write(true).open("/dev/full").unwrap();
+    for (what, stderr) in [("full pipe", full_pipe), ("broken pipe", broken_pipe), ("full", full_disk.into())]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = command(&dir.path().join("data"));
+        command.args(["--log", "debug"]);
+        let server = Volserver::start_logging_to(stderr, command, &dir.path().join("none"));
+        let mut client = server.client().await;
+        for number in 0..100 {
+            let mut stream = TcpStream::connect(server.data[0]).unwrap();
+            stream.set_read_timeout(Some(volserver::DEADLINE)).unwrap();
+            let greeted = stream.read_exact(&mut [0; 18]);
+            assert!(greeted.is_ok(), "{what}: connection {number} is not greeted: {greeted:?}");
+        }
+        client.create_volume(create_request("vol-1")).await.unwrap();
+        let began = Instant::now();
+        let status = tokio::task::spawn_blocking(move || server.stop(Signal::TERM)).await.unwrap();
+        assert_eq!(status.code(), Some(0), "{what}");
+        assert!(began.elapsed() < STOP_LIMIT, "{what}: it took {:?}", began.elapsed());
+    }
+}
+
+#[test]
+fn a_server_that_cannot_start_ends_though_nobody_takes_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_reader, full_pipe) = full_pipe();
+    let mut command = bare(&dir.path().join("data"));
+    command.args(["--listen", "0.0.0.0:0"]).stderr(full_pipe);
+    let mut child = command.spawn().unwrap();
+    assert_eq!(volserver::wait(&mut child, volserver::DEADLINE).code(), Some(2));
+}
+
+#[test]
+fn a_system_call_that_the_unit_does_not_list_is_an_error_and_not_the_end() {
+    assert_eq!(unit_filter::words_of_unit("SystemCallErrorNumber"), ["EPERM"]);
+}
+
+/// Not all kernels count rings as locked memory.
+#[test]
+fn a_limit_of_locked_memory_that_is_too_low_is_named_with_what_is_needed() {
+    if !rustix::process::geteuid().is_root() {
+        return println!("SKIP whether this user may lock more than its limit is not known");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut limited = Command::new("setpriv");
+    limited.args(["--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=65536:65536"]);
+    let plain = command(&dir.path().join("data"));
+    limited.arg(plain.get_program()).args(plain.get_args()).env_remove("NOTIFY_SOCKET");
+    limited.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+    let mut child = limited.spawn().unwrap();
+    let log = std::io::BufReader::new(child.stderr.take().unwrap());
+    let said = log.lines().map(Result::unwrap);
+    let said = said.take_while(|line| !line.contains("data side ready")).collect::<Vec<_>>().join("\n");
+    if !said.contains("volserver: ") {
+        child.kill().unwrap();
+        child.wait().unwrap();
+        return println!("SKIP this kernel does not count rings as locked memory");
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let line = complaint(&said);
+    assert!(line.contains("may lock 64 KiB") && line.contains("LimitMEMLOCK="), "{line}");
 }

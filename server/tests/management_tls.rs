@@ -1,6 +1,7 @@
 //! The management API over TLS, spoken to the real volserver: who is let in, and to what.
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
+mod unit_filter;
 mod volserver;
 
 use std::net::SocketAddr;

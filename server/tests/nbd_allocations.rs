@@ -8,6 +8,7 @@ mod client;
 #[path = "nbd_data/support.rs"]
 #[allow(dead_code)]
 mod support;
+mod unit_filter;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};

@@ -7,6 +7,7 @@ mod client;
 #[path = "nbd_data/support.rs"]
 #[allow(dead_code)]
 mod support;
+mod unit_filter;
 mod volserver;
 
 use std::fs::{File, OpenOptions};

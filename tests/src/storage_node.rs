@@ -7,12 +7,16 @@ mod node_api;
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use tls::test_authority::Issued;
 
@@ -95,6 +99,8 @@ pub struct StorageNode {
     tls: Option<NodeTls>,
     server: Option<Child>,
     client: Option<Child>,
+    /// What the node daemon has for stderr instead of a file: both ends of a pipe with no room.
+    full_pipe: Option<(OwnedFd, OwnedFd)>,
 }
 
 impl StorageNode {
@@ -238,6 +244,7 @@ impl StorageNode {
             tls: None,
             server: None,
             client: None,
+            full_pipe: None,
         })
     }
 
@@ -305,6 +312,19 @@ impl StorageNode {
         client.args(&self.client_options);
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
+        Ok(())
+    }
+
+    /// From its next start on the node daemon, and with it its device processes, log to a pipe that nobody reads.
+    ///
+    /// # Errors
+    /// There is no pipe to be had.
+    pub fn take_no_log_of_the_client(&mut self) -> Result<()> {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+        fcntl_setfl(&writer, OFlags::WRONLY | OFlags::NONBLOCK)?;
+        while rustix::io::write(&writer, &[b'x'; 4096]) != Err(Errno::AGAIN) {}
+        fcntl_setfl(&writer, OFlags::WRONLY)?;
+        self.full_pipe = Some((reader, writer));
         Ok(())
     }
 
@@ -484,7 +504,10 @@ impl StorageNode {
 
     fn spawn(&self, mut command: Command, name: &str) -> Result<(Child, String)> {
         let log_path = self.logs.join(name);
-        let log = File::options().create(true).append(true).open(&log_path)?;
+        let log = match &self.full_pipe {
+            Some((_, writer)) if name == "volclient" => Stdio::from(writer.try_clone()?),
+            _ => File::options().create(true).append(true).open(&log_path)?.into(),
+        };
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -21,6 +21,8 @@ use crate::fio::verify_mostly_small;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("ride_through::a_killed_server_is_waited_for", a_killed_server).within(300),
+    Test::new("ride_through::an_outage_passes_though_nobody_takes_the_log", an_outage_without_a_log)
+        .within(300),
     Test::new("ride_through::cut_connections_are_made_again", cut_connections).within(300),
     Test::new("ride_through::a_reply_may_break_at_any_byte", a_cut_at_every_byte).within(400),
     Test::new("ride_through::a_server_that_answers_nothing_is_left", a_silent_server).within(300),
@@ -98,6 +100,27 @@ fn a_killed_server(env: &Env) -> Result<()> {
             let before = reconnects(&node, "vol-1")?;
             node.kill_server()?;
             pause(&mut rng);
+            node.start_server()?;
+            wait_for_reconnect(&node, "vol-1", before, &format!("connections after kill {number}"))?;
+        }
+        wait_for_state(&node, "vol-1", "live", BOUND)
+    })?;
+    node.detach("vol-1")
+}
+
+/// A device process logs in the very moment in which its connections are lost.
+fn an_outage_without_a_log(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start_server_only(env, &env.directory.join("data"), &[])?;
+    if env.in_vm {
+        run("modprobe", &["ublk_drv"])?;
+    }
+    node.take_no_log_of_the_client()?;
+    node.start_client()?;
+    let device = node.create_and_attach("vol-1", "64M", &[])?;
+    verify_meanwhile(&device, || {
+        for number in 0..2 {
+            let before = reconnects(&node, "vol-1")?;
+            node.kill_server()?;
             node.start_server()?;
             wait_for_reconnect(&node, "vol-1", before, &format!("connections after kill {number}"))?;
         }

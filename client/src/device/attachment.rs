@@ -80,6 +80,9 @@ pub enum AttachmentError {
     /// The process cannot be kept apart from what is mounted on its device.
     #[error("cannot enter a mount namespace (needs root or CAP_SYS_ADMIN): {0}")]
     MountNamespace(io::Error),
+    /// No thread for the log.
+    #[error("cannot start a thread for the log: {0}")]
+    Log(io::Error),
     /// The export cannot be opened, or not as often as was asked for.
     #[error(transparent)]
     Slot(#[from] SlotError),
@@ -252,6 +255,7 @@ impl Attachment {
         let needed: Vec<&Path> =
             [dir.path(), link_dir].into_iter().chain(tls_paths.iter().map(PathBuf::as_path)).collect();
         mount_namespace::enter(&needed).map_err(AttachmentError::MountNamespace)?;
+        daemon_log::start_writer().map_err(AttachmentError::Log)?;
         let (sender, events) = mpsc::channel();
         listen_for_signals(&sender)?;
         let control = ControlDevice::open()?;

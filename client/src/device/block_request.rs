@@ -12,6 +12,8 @@ use super::connection::Operation;
 
 /// Largest READ or WRITE of a device, in bytes, where the server takes that much.
 pub const IO_BYTES_MAX: u32 = 1 << 20;
+/// Smallest limit of a READ or WRITE, in bytes, that the kernel keeps to: a page.
+const IO_BYTES_LEAST: u32 = 4096;
 /// Largest DISCARD, in bytes: it carries no data, and NBD's length has 32 bits.
 const DISCARD_BYTES_MAX: u64 = 1 << 30;
 /// Largest WRITE_ZEROES, in bytes: a server that has to write them all shall answer in good time.
@@ -65,6 +67,12 @@ pub enum GeometryError {
         "the server takes requests of {0} bytes at least; a Linux disk has blocks of at most {LOGICAL_BLOCK_BYTES_MAX}"
     )]
     BlockTooLarge(u32),
+    /// The server takes less in one request than the kernel may send.
+    #[error(
+        "the server takes requests of {0} bytes at most (its maximum block size); a Linux disk needs \
+         {IO_BYTES_LEAST}: raise that on the server"
+    )]
+    MaximumTooSmall(u32),
     /// There is not one whole block.
     #[error("the export has {0} bytes: less than one block")]
     TooSmall(u64),
@@ -94,6 +102,9 @@ pub fn device_params(
         return Err(GeometryError::TooSmall(export.size_bytes));
     }
     let payload_max = export.block_sizes.map_or(PAYLOAD_BYTES_MAX_DEFAULT, |sizes| sizes.maximum_bytes);
+    if payload_max < IO_BYTES_LEAST {
+        return Err(GeometryError::MaximumTooSmall(payload_max));
+    }
     let preferred_bytes =
         export.block_sizes.map_or(4096, |sizes| sizes.preferred_bytes).clamp(4096, 64 << 10);
     let mut params = DeviceParams::new(capacity_bytes);
@@ -101,7 +112,7 @@ pub fn device_params(
     params.physical_block_bytes = logical_block_bytes.max(4096);
     params.io_min_bytes = params.physical_block_bytes;
     params.io_opt_bytes = if preferred_bytes.is_power_of_two() { preferred_bytes } else { 4096 };
-    params.max_io_bytes = IO_BYTES_MAX.min(payload_max - payload_max % 4096).max(4096);
+    params.max_io_bytes = IO_BYTES_MAX.min(payload_max - payload_max % IO_BYTES_LEAST);
     params.read_only = read_only || has(TransmissionFlags::READ_ONLY);
     params.volatile_cache = has(TransmissionFlags::SEND_FLUSH);
     params.fua = params.volatile_cache && has(TransmissionFlags::SEND_FUA);
@@ -182,11 +193,35 @@ mod tests {
     }
 
     #[test]
+    fn no_request_is_longer_than_the_server_takes() {
+        for (maximum_bytes, expected) in
+            [(4096, 4096), (6000, 4096), (65536, 65536), (32 << 20, IO_BYTES_MAX)]
+        {
+            let mut export = export(TransmissionFlags::HAS_FLAGS);
+            export.block_sizes =
+                Some(BlockSizes { minimum_bytes: 512, preferred_bytes: 4096, maximum_bytes });
+            assert_eq!(device_params(&export, 0, false).unwrap().max_io_bytes, expected);
+        }
+    }
+
+    #[test]
     fn impossible_exports_are_refused() {
         let mut large = export(TransmissionFlags::HAS_FLAGS);
         large.block_sizes =
             Some(BlockSizes { minimum_bytes: 65536, preferred_bytes: 65536, maximum_bytes: 1 << 20 });
         assert_eq!(device_params(&large, 0, false), Err(GeometryError::BlockTooLarge(65536)));
+        for maximum_bytes in [1, 2048, 4095] {
+            let mut narrow = export(TransmissionFlags::HAS_FLAGS);
+            narrow.block_sizes =
+                Some(BlockSizes { minimum_bytes: 1, preferred_bytes: maximum_bytes, maximum_bytes });
+            let refused = device_params(&narrow, 0, false).unwrap_err();
+            assert_eq!(refused, GeometryError::MaximumTooSmall(maximum_bytes));
+            let told = refused.to_string();
+            assert!(
+                told.contains(&format!("{maximum_bytes} bytes")) && told.contains("maximum block size"),
+                "{told}"
+            );
+        }
         let mut small = export(TransmissionFlags::HAS_FLAGS);
         small.size_bytes = 511;
         assert_eq!(device_params(&small, 0, false), Err(GeometryError::TooSmall(511)));

@@ -5,7 +5,7 @@
 //! Called by: `volclient serve`.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
@@ -230,9 +230,7 @@ fn listen(socket: &Path) -> Result<UnixListener, ServeError> {
 
 /// Tells whoever started the daemon that it can be used.
 fn announce(socket: &Path) -> io::Result<()> {
-    let mut stdout = io::stdout().lock();
-    writeln!(stdout, "volclient ready: {}", socket.display())?;
-    stdout.flush()?;
+    daemon_log::announce(format!("volclient ready: {}", socket.display()))?;
     sd_notify::notify(&[sd_notify::NotifyState::Ready])
 }
 

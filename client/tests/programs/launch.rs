@@ -3,9 +3,13 @@
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
@@ -83,6 +87,15 @@ pub(crate) fn program(path: &str) -> Command {
     command
 }
 
+/// A pipe with no room; its other end has to be kept.
+pub(crate) fn full_pipe() -> (OwnedFd, OwnedFd) {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    fcntl_setfl(&writer, OFlags::WRONLY | OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(&writer, &[b'x'; 4096]) != Err(Errno::AGAIN) {}
+    fcntl_setfl(&writer, OFlags::WRONLY).unwrap();
+    (reader, writer)
+}
+
 /// Runs volctl against a server's URI and a node daemon's socket.
 pub(crate) fn volctl(server: &str, socket: &Path, args: &[&str]) -> Ended {
     let output = program(env!("CARGO_BIN_EXE_volctl"))
@@ -117,7 +130,11 @@ impl NodeDaemon {
     /// Started, and ready.
     pub(crate) fn start(run_dir: &Path, server: &str) -> Self {
         // A file, because nobody would empty a pipe.
-        let log = File::create(Self::log_path(run_dir)).unwrap();
+        Self::start_logging_to(File::create(Self::log_path(run_dir)).unwrap(), run_dir, server)
+    }
+
+    /// The same with any stderr.
+    pub(crate) fn start_logging_to(log: impl Into<Stdio>, run_dir: &Path, server: &str) -> Self {
         let mut child = Self::command(run_dir, server).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut ready = String::new();
@@ -146,7 +163,7 @@ impl NodeDaemon {
         self.stdout.read_to_string(&mut rest).unwrap();
         assert_eq!(rest, "");
         let status = self.child.wait().unwrap();
-        (status, fs::read_to_string(Self::log_path(&self.run_dir)).unwrap())
+        (status, fs::read_to_string(Self::log_path(&self.run_dir)).unwrap_or_default())
     }
 
     fn log_path(run_dir: &Path) -> PathBuf {

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::device_stand_in::{DeviceStandIn, Folder, SECRET};
 use crate::fake_server::FakeServer;
-use crate::launch::{NODE_ID, NobodysPort, NodeDaemon, program};
+use crate::launch::{NODE_ID, NobodysPort, NodeDaemon, full_pipe, program};
 
 /// A server, a run directory, and one attachment of `vol-1` that both know.
 struct Attached {
@@ -66,6 +66,41 @@ fn the_socket_is_private_and_the_service_healthy() {
         client.check(request).await.unwrap().into_inner().status()
     });
     assert_eq!(status, tonic_health::pb::health_check_response::ServingStatus::Serving);
+}
+
+/// It logs each call, and more, with `--log trace`.
+#[test]
+fn a_daemon_whose_log_nobody_takes_answers_and_ends_like_any_other() {
+    let server = FakeServer::start();
+    let (_reader, full_pipe) = full_pipe();
+    let (_, broken_pipe) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    let full_disk = fs::File::options().write(true).open("/dev/full").unwrap();
+    for stderr in [full_pipe, broken_pipe, full_disk.into()] {
+        let run_dir = NodeDaemon::run_dir();
+        let daemon = NodeDaemon::start_logging_to(stderr, run_dir.path(), &server.uri());
+        for _ in 0..20 {
+            daemon.volctl(&["attachments"]).expect_success();
+        }
+        assert_eq!(daemon.terminate().0.code(), Some(0));
+    }
+}
+
+#[test]
+fn a_device_process_that_cannot_start_ends_though_nobody_takes_the_reason() {
+    let run_dir = NodeDaemon::run_dir();
+    let (_reader, full_pipe) = full_pipe();
+    let mut device = program(env!("CARGO_BIN_EXE_volclient"));
+    device.arg("device").arg("--dir").arg(run_dir.path().join("none")).stderr(full_pipe);
+    let mut device = device.spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while device.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            device.kill().unwrap();
+            device.wait().unwrap();
+            panic!("it waits for somebody to take the reason");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! the message only. Never opens the catalog or a volume. Called by [`super::Catalog::open`].
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Read as _, Seek as _, Write as _};
+use std::io::{ErrorKind, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -85,8 +85,11 @@ fn lock(data_dir: &Path) -> Result<File, DataDirError> {
         }
         Err(errno) => return Err(io_error("locking", &path)(errno.into())),
     }
-    write_pid(&mut file).map_err(io_error("writing", &path))?;
-    Ok(file)
+    match write_pid(&mut file) {
+        // The pid is for people; without room for it the lock is as good.
+        Err(error) if error.kind() == ErrorKind::StorageFull => Ok(file),
+        written => written.map(|()| file).map_err(io_error("writing", &path)),
+    }
 }
 
 fn write_pid(file: &mut File) -> std::io::Result<()> {

@@ -20,6 +20,7 @@ mod volumes;
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions, Permissions};
+use std::io;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,6 +40,9 @@ pub use volumes::Concealed;
 /// File name of the database inside the data directory.
 pub const CATALOG_FILE_NAME: &str = "catalog.sqlite";
 
+/// What the catalog's files take when a server starts, in bytes, with what a file system needs around them.
+const SPACE_BYTES_LEAST: u64 = 1 << 20;
+
 /// Why the catalog could not be opened, read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum CatalogError {
@@ -53,6 +57,11 @@ pub enum CatalogError {
         /// The system's own error.
         source: std::io::Error,
     },
+    /// The server cannot start, because its file system is full.
+    #[error(
+        "no space left on the file system of {0}, where the catalog is kept: free some there, then start volserver again"
+    )]
+    NoSpace(PathBuf),
     /// SQLite failed: no space, an I/O error, a damaged file.
     #[error("catalog: {0}")]
     Sqlite(#[from] rusqlite::Error),
@@ -117,7 +126,14 @@ pub enum CatalogError {
 impl CatalogError {
     /// True where the cause is a full file system under the data directory.
     pub fn is_out_of_space(&self) -> bool {
-        matches!(self, Self::Sqlite(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull))
+        match self {
+            Self::NoSpace(_) => true,
+            Self::Sqlite(error) => error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull),
+            Self::DataDir(DataDirError::Io { source, .. }) | Self::File { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            _ => false,
+        }
     }
 }
 
@@ -153,8 +169,17 @@ impl Catalog {
     ///
     /// # Errors
     /// The directory cannot be made or written, another process holds it, the catalog is foreign, damaged, lost or of a
-    /// newer format, or SQLite failed.
+    /// newer format, or SQLite failed. [`CatalogError::NoSpace`]: its file system is full.
     pub fn open(data_dir: &Path) -> Result<Self, CatalogError> {
+        Self::open_in(data_dir).map_err(|error| {
+            // SQLite has several words for a file of its own that it could not make or make longer.
+            let may_be_full = matches!(error, CatalogError::Sqlite(_)) && is_nearly_full(data_dir);
+            let is_full = error.is_out_of_space() || may_be_full;
+            if is_full { CatalogError::NoSpace(data_dir.to_owned()) } else { error }
+        })
+    }
+
+    fn open_in(data_dir: &Path) -> Result<Self, CatalogError> {
         let lock = data_dir::prepare(data_dir)?;
         let path = data_dir.join(CATALOG_FILE_NAME);
         create_private_file(&path).map_err(|source| CatalogError::File { path: path.clone(), source })?;
@@ -193,6 +218,15 @@ fn create_private_file(path: &Path) -> std::io::Result<()> {
     let file =
         OpenOptions::new().create(true).truncate(false).read(true).write(true).mode(0o600).open(path)?;
     file.set_permissions(Permissions::from_mode(0o600))
+}
+
+/// Whether the file system has less space than the catalog's own files may want, or no place for another file.
+fn is_nearly_full(dir: &Path) -> bool {
+    rustix::fs::statvfs(dir).is_ok_and(|space| {
+        // Some have no fixed number of files, and say 0.
+        let has_files_left = space.f_files == 0 || space.f_favail > 0;
+        space.f_bavail.saturating_mul(space.f_frsize) < SPACE_BYTES_LEAST || !has_files_left
+    })
 }
 
 /// Milliseconds since the Unix epoch; 0 on a machine whose clock is before it.

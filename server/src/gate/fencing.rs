@@ -30,7 +30,7 @@ impl Gate {
                 }
                 Output::Persist(epoch) => {
                     let persisted = self.catalog.raise_session_epoch(attachment_id, epoch);
-                    let Some(fence) = self.fences.get_mut(&attachment_id) else { return };
+                    let Some(fence) = self.fences.get_mut(&attachment_id) else { continue };
                     let mut more = Vec::new();
                     match persisted {
                         Ok(()) => fence.persisted(epoch, &mut more),
@@ -50,7 +50,8 @@ impl Gate {
             && !std::mem::replace(&mut known.is_closing, true)
         {
             info!(connection = connection.0, "fencing a connection");
-            self.rings[known.ring].post(RingMessage::Close { connection });
+            let ring = known.ring;
+            self.post(ring, RingMessage::Close { connection });
         }
     }
 

@@ -9,10 +9,14 @@
 //! The way of a GO: name parsed → attachment and secret checked → [`Fence::go`] → (connections closed, drained) → epoch
 //! persisted → granted → volume opened, its file locked → answered to the ring.
 //! Invariants: every connection that was ever heard of is reported closed by its ring exactly once; an answer is only
-//! given for a connection that is still granted; an unknown attachment and a wrong secret get the same answer.
+//! given for a connection that is still granted; an open is answered once, and only with the volume that it asked for: who
+//! waits for what is kept nowhere but in [`Known`]; an unknown attachment and a wrong secret get the same answer. Nothing here
+//! can panic: it would take every connection of the server along.
 
 mod fencing;
 mod opening;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::io;
@@ -156,8 +160,15 @@ struct Known {
     is_closing: bool,
 }
 
+impl Known {
+    /// Whether its open is to be answered with this volume as soon as that is open.
+    fn waits_for(&self, volume_uid: Uuid) -> bool {
+        self.volume_uid == volume_uid && self.has_volume && self.deadline.is_some() && !self.is_closing
+    }
+}
+
 enum VolumeState {
-    Opening { waiting: Vec<ConnectionId> },
+    Opening,
     Open(Arc<Volume>),
 }
 
@@ -235,7 +246,7 @@ impl Gate {
             }
             GateMessage::List { connection, ring, rights } => {
                 let exports = self.listed_exports(&rights);
-                self.rings[ring].post(RingMessage::Listed { connection, exports });
+                self.post(ring, RingMessage::Listed { connection, exports });
             }
             GateMessage::Closed { connection } => self.closed(connection),
             GateMessage::VolumeOpened { volume_uid, result } => self.volume_opened(volume_uid, result),
@@ -265,6 +276,13 @@ impl Gate {
         }
     }
 
+    fn post(&self, ring: usize, message: RingMessage) {
+        // It was the ring that named its number.
+        if let Some(mailbox) = self.rings.get(ring) {
+            mailbox.post(message);
+        }
+    }
+
     fn listed_exports(&self, rights: &Rights) -> Vec<ListedExport> {
         if !self.config.export_by_name {
             return Vec::new();
@@ -284,7 +302,7 @@ impl Gate {
 
     fn release_volume(&mut self, volume_uid: Uuid) -> Result<(), VolumeBusy> {
         let connections = self.connections_of_volume(volume_uid);
-        let is_opening = matches!(self.volumes.get(&volume_uid), Some(VolumeState::Opening { .. }));
+        let is_opening = matches!(self.volumes.get(&volume_uid), Some(VolumeState::Opening));
         if connections > 0 || is_opening {
             return Err(VolumeBusy { volume_uid, connections });
         }

@@ -120,7 +120,8 @@ impl Gate {
         let volume_uid = known.volume_uid;
         let is_in_use = self.is_in_use(volume_uid, connection);
         match self.volumes.get_mut(&volume_uid) {
-            Some(VolumeState::Opening { waiting }) => waiting.push(connection),
+            // It is answered when the opener reports.
+            Some(VolumeState::Opening) => {}
             Some(VolumeState::Open(volume)) if volume.has_lost_writes() && !is_in_use => {
                 if self.retire(volume_uid) {
                     self.start_opening(volume_uid, connection);
@@ -152,7 +153,7 @@ impl Gate {
             Ok(None) => return self.give_up(connection, unknown_export()),
             Err(error) => return self.give_up(connection, catalog_refusal(error)),
         };
-        self.volumes.insert(volume_uid, VolumeState::Opening { waiting: vec![connection] });
+        self.volumes.insert(volume_uid, VolumeState::Opening);
         let (config, gate) = (self.config.clone(), self.own_sender.clone());
         let ring_count = self.rings.len();
         // A thread of its own, because the lock of a file is waited for as long as a predecessor's I/O takes.
@@ -166,7 +167,11 @@ impl Gate {
     }
 
     pub(super) fn volume_opened(&mut self, volume_uid: Uuid, result: Result<Arc<Volume>, OpenError>) {
-        let Some(VolumeState::Opening { waiting }) = self.volumes.remove(&volume_uid) else { return };
+        if !matches!(self.volumes.get(&volume_uid), Some(VolumeState::Opening)) {
+            return;
+        }
+        // Who was refused meanwhile may wait for another volume by now, or be served with one.
+        let waiting = self.waiting_for(volume_uid);
         match result {
             Ok(volume) => {
                 info!(%volume_uid, backend = volume.describe_backend(), "volume open");
@@ -177,6 +182,7 @@ impl Gate {
             }
             Err(error) => {
                 error!(%volume_uid, %error, "a volume cannot be opened");
+                self.volumes.remove(&volume_uid);
                 for connection in waiting {
                     self.give_up(connection, Refusal::shutdown("the volume's storage cannot be opened"));
                 }
@@ -184,12 +190,15 @@ impl Gate {
         }
     }
 
-    /// Answers an open whose volume is there; a connection that has gone or was fenced meanwhile gets none.
+    fn waiting_for(&self, volume_uid: Uuid) -> Vec<ConnectionId> {
+        let waiting = self.connections.iter().filter(|(_, known)| known.waits_for(volume_uid));
+        waiting.map(|(connection, _)| *connection).collect()
+    }
+
+    /// Answers an open whose volume is there; a connection that has gone, was fenced, or waits for another volume gets none.
     pub(super) fn answer(&mut self, connection: ConnectionId, volume: &Arc<Volume>) {
-        let Some(known) = self.connections.get_mut(&connection) else { return };
-        if known.is_closing || known.deadline.is_none() {
-            return;
-        }
+        let known = self.connections.get_mut(&connection).filter(|known| known.waits_for(volume.volume_uid));
+        let Some(known) = known else { return };
         let record = match self.catalog.volume_by_uid(volume.volume_uid) {
             Ok(Some(record)) => record,
             Ok(None) => return self.give_up(connection, unknown_export()),
@@ -212,7 +221,7 @@ impl Gate {
         };
         let volume = (!is_info).then(|| Arc::clone(volume));
         let opened = Opened { export, limits, volume };
-        self.rings[ring].post(RingMessage::Opened { connection, answer: Ok(opened) });
+        self.post(ring, RingMessage::Opened { connection, answer: Ok(opened) });
         if is_info {
             self.connections.remove(&connection);
         }
@@ -228,8 +237,12 @@ impl Gate {
         description.to_string()
     }
 
-    /// Refuses a connection that had been granted or was about to be.
+    /// Refuses a connection that had been granted or was about to be. One that was answered may have I/O in flight, and is
+    /// known until its ring reports it closed.
     pub(super) fn give_up(&mut self, connection: ConnectionId, refusal: Refusal) {
+        if self.connections.get(&connection).is_none_or(|known| known.deadline.is_none()) {
+            return;
+        }
         let Some(known) = self.connections.remove(&connection) else { return };
         if !known.is_closing {
             self.refuse(connection, known.ring, refusal);
@@ -242,7 +255,7 @@ impl Gate {
         info!(connection = connection.0, reason = refusal.text(), "an open is refused");
         let server_id = self.catalog.server_id();
         let refusal = refusal.map_text(|reason| ExportRefusal { reason, server_id }.to_string());
-        self.rings[ring].post(RingMessage::Opened { connection, answer: Err(refusal) });
+        self.post(ring, RingMessage::Opened { connection, answer: Err(refusal) });
     }
 }
 

@@ -1,12 +1,17 @@
 //! No write lands twice or late: epochs, slots, fences and locks, with I/O that hangs in a frozen file system.
 
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::sync::mpsc;
 use std::time::Duration;
 
 use proto::nbd::transmission::{Command, CommandFlags};
+use proto::nbd::{info, option, reply};
 use rustix::fs::{FlockOperation, flock};
 use server::backend::file;
+use server::catalog::VolumeRecord;
 
+use super::chunks::{greet, receive_option_reply, send_option};
 use super::client::{Client, OpenFailed};
 use super::support::{DEADLINE, LoopFs, Server, export_name, wait_until};
 
@@ -121,14 +126,20 @@ fn a_fence_that_cannot_drain_says_so_and_can_be_repeated() {
     wait_until("the fence to drain", || server.data.fence_attachment(attachment.attachment_id).is_ok());
 }
 
+/// Locks a volume's file as another process would.
+fn lock(server: &Server, volume: &VolumeRecord) -> File {
+    let path = file::path(&server.volumes_dir, volume.volume_uid);
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    flock(&file, FlockOperation::LockExclusive).unwrap();
+    file
+}
+
 #[test]
 fn a_locked_file_is_served_when_its_predecessor_has_let_go() {
     let server = Server::start();
     let volume = server.create("vol", 1 << 20);
     let attachment = server.attach(&volume, false);
-    let path = file::path(&server.volumes_dir, volume.volume_uid);
-    let predecessor = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-    flock(&predecessor, FlockOperation::LockExclusive).unwrap();
+    let predecessor = lock(&server, &volume);
     let (sender, opened) = mpsc::channel();
     let (address, name) = (server.address(), export_name(&attachment, 1, 0));
     let opener = std::thread::spawn(move || sender.send(Client::open(address, &name).unwrap()).unwrap());
@@ -143,12 +154,41 @@ fn a_lock_that_is_never_free_refuses_the_open_in_time() {
     let server = Server::start_with(|config| config.limits.open_timeout = Duration::from_millis(200));
     let volume = server.create("vol", 1 << 20);
     let attachment = server.attach(&volume, false);
-    let path = file::path(&server.volumes_dir, volume.volume_uid);
-    let other = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-    flock(&other, FlockOperation::LockExclusive).unwrap();
+    let other = lock(&server, &volume);
     assert!(is_refused(Client::open(server.address(), &export_name(&attachment, 1, 0))));
     drop(other);
     wait_until("the volume can be opened", || {
         Client::open(server.address(), &export_name(&attachment, 1, 0)).is_ok()
     });
+}
+
+/// One client, two volumes that are both locked: the first is refused in time, and free while the second is still waited for.
+#[test]
+fn an_open_is_never_answered_with_the_volume_that_an_earlier_one_asked_for() {
+    let server = Server::start_with(|config| {
+        config.export_by_name = true;
+        // What comes after the first refusal has to be done within it.
+        config.limits.open_timeout = Duration::from_secs(4);
+    });
+    let [(a, a_lock), (b, b_lock)] = [("a", 1 << 20), ("b", 2 << 20)].map(|(name, capacity_bytes)| {
+        let volume = server.create(name, capacity_bytes);
+        let lock = lock(&server, &volume);
+        (volume, lock)
+    });
+    let mut stream = greet(server.address(), 3);
+    let go = |name: &str| [&(name.len() as u32).to_be_bytes()[..], name.as_bytes(), &[0, 0]].concat();
+    send_option(&mut stream, option::GO, &go("a"));
+    assert_eq!(receive_option_reply(&mut stream, option::GO).0, reply::ERR_SHUTDOWN);
+    send_option(&mut stream, option::GO, &go("b"));
+    wait_until("the second is asked for", || server.data.connections_of_volume(b.volume_uid) == 1);
+    drop(a_lock);
+    // Another client is served with it: whatever the server had to say of it, it has said.
+    wait_until("the first volume is open", || Client::open(server.address(), &a.name).is_ok());
+    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert_eq!(stream.peek(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock, "an answer for the second");
+    drop(b_lock);
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let (kind, data) = receive_option_reply(&mut stream, option::GO);
+    assert_eq!((kind, &data[..2]), (reply::INFO, &info::EXPORT.to_be_bytes()[..]));
+    assert_eq!(data[2..10], b.capacity_bytes.to_be_bytes(), "the size of the second volume");
 }

@@ -23,3 +23,5 @@ mod replies_in_chunks;
 mod storage;
 mod support;
 mod tls;
+#[path = "../unit_filter/mod.rs"]
+mod unit_filter;

@@ -10,6 +10,7 @@ use server::backend::file::{self, CacheMode};
 
 use super::client::Client;
 use super::support::{LoopFs, Server, TempDir, is_installed, run, skip, tool, wait_until};
+use super::unit_filter;
 
 #[test]
 fn xfs_is_used_past_the_page_cache() {
@@ -103,6 +104,19 @@ fn a_read_is_right_wherever_its_range_is_cached_or_not() {
                 "{evicted_bytes:?} {offset} {length}"
             );
         }
+    }
+}
+
+/// As under another service manager, or in a container whose profile does not list the call.
+#[test]
+fn a_server_that_may_not_ask_what_is_cached_reads_it_all_the_same() {
+    let Some((_server, mut client, _, _, bytes)) =
+        unit_filter::under_without("mincore", || cached_volume(4 << 20))
+    else {
+        return;
+    };
+    for (offset, length) in [(0, 1 << 20), (1536, 300_544), (4096, 4096)] {
+        assert!(client.read(offset, length).unwrap() == bytes[offset as usize..][..length as usize]);
     }
 }
 

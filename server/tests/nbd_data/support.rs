@@ -15,6 +15,7 @@ use server::data_server::{DataServer, DataServerConfig, DataServerError};
 use uuid::Uuid;
 
 use super::client::Client;
+use super::unit_filter;
 
 /// Of servers whose clients dawdle. An honest one that a busy machine makes slower than this is closed, too, and tries again.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -50,11 +51,9 @@ static RUNNING: AtomicUsize = AtomicUsize::new(0);
 fn start_in_turn(config: &DataServerConfig, catalog: &Catalog) -> Arc<DataServer> {
     let deadline = Instant::now() + DEADLINE;
     loop {
-        match DataServer::start(config.clone(), catalog.clone()) {
-            Err(DataServerError::Ring(error))
-                if error.kind() == std::io::ErrorKind::OutOfMemory
-                    && RUNNING.load(Ordering::SeqCst) > 0
-                    && Instant::now() < deadline =>
+        match unit_filter::under(|| DataServer::start(config.clone(), catalog.clone())) {
+            Err(DataServerError::LockedMemory { .. })
+                if RUNNING.load(Ordering::SeqCst) > 0 && Instant::now() < deadline =>
             {
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -80,7 +79,7 @@ impl Server {
         Self::start_with(|_| {})
     }
 
-    /// Starts with a configuration that `change` has changed.
+    /// Starts with a configuration that `change` has changed, under the system-call filter of the unit that is shipped.
     pub(crate) fn start_with(change: impl FnOnce(&mut DataServerConfig)) -> Self {
         // Set RUST_LOG to see what the server says.
         let _ = tracing_subscriber::fmt()

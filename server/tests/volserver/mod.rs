@@ -1,6 +1,6 @@
 //! Starts the real volserver for a test, and ends it.
 //!
-//! Every wait has a deadline; a server that a test leaves behind is killed when its handle is dropped. What the server
+//! It runs under the system-call filter of the unit that is shipped. Every wait has a deadline; a server that a test leaves behind is killed when its handle is dropped. What the server
 //! wrote on stderr is kept in a file, and shown where it did not start.
 #![allow(dead_code, unreachable_pub)] // Each test file is a crate of its own and uses a part of this.
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
@@ -17,6 +17,8 @@ use proto::v1;
 use proto::v1::management_client::ManagementClient;
 use rustix::process::{Pid, Signal, kill_process};
 use tonic::transport::Channel;
+
+use super::unit_filter;
 
 /// A server that is not ready, or has not stopped, by then never will be.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -57,13 +59,14 @@ impl Volserver {
     }
 
     /// Waits for the line that says it is ready.
-    pub fn start_with(mut command: Command, log: &Path) -> Self {
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(File::options().create(true).append(true).open(log).unwrap())
-            .spawn()
-            .unwrap();
+    pub fn start_with(command: Command, log: &Path) -> Self {
+        Self::start_logging_to(File::options().create(true).append(true).open(log).unwrap(), command, log)
+    }
+
+    /// The same with any stderr; `log` is what is shown of it.
+    pub fn start_logging_to(stderr: impl Into<Stdio>, mut command: Command, log: &Path) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+        let mut child = unit_filter::under(|| command.spawn()).unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || {

@@ -49,14 +49,13 @@ fn converse(stream: &[u8], cut: u8, tls: TlsState) -> Outcome {
                 Action::End => return outcome.end(&mut session, None),
                 Action::StartTls => {
                     is_trusted = true;
-                    session.tls_started();
+                    session.tls_started().expect("it was asked for");
                 }
                 Action::List => {
                     assert!(is_trusted, "exports are listed before TLS");
-                    session.listed(&[ListedExport {
-                        name: EXPORT_NAME.to_owned(),
-                        description: "a volume".to_owned(),
-                    }]);
+                    let listed =
+                        ListedExport { name: EXPORT_NAME.to_owned(), description: "a volume".to_owned() };
+                    session.listed(&[listed]).expect("it was asked for");
                 }
                 Action::Open(open) => {
                     assert!(is_trusted, "an export is opened before TLS");

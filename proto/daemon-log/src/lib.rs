@@ -1,0 +1,112 @@
+//! The log of a daemon: lines on stderr that the thread which says them never waits for.
+//!
+//! Owns: the lines on their way to stderr, the thread that writes them, and what is said when a thread panics. Never: blocks
+//! or ends anything because of stderr, whatever that is: a pipe that nobody reads, a file on a full disk, a terminal that is
+//! gone. Lines that nobody takes are dropped and counted, and the log says how many as soon as it takes lines again.
+//! Called by: the `main` of `volserver` and `volclient`; a device process starts the writer itself, when it is protected.
+//!
+//! ```text
+//!   any thread ──push──► waiting lines (at most 256 KiB) ──taken whole──► the writer's lines ──write(2)──► stderr
+//!                └─full──► counted                                               └─error──► counted
+//! ```
+//! Invariants: the lock is held for as long as it takes to copy a line, never during a system call on stderr; memory is
+//! bounded by twice [`WAITING_BYTES_MAX`] and set aside by then.
+
+mod lines;
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::io::{self, IsTerminal as _, Write};
+use std::os::fd::AsFd as _;
+use std::panic::PanicHookInfo;
+use std::thread::Builder;
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+
+use lines::Lines;
+
+/// How long the end of a process waits for its last lines to be taken.
+const LAST_LINES_LIMIT: Duration = Duration::from_secs(1);
+
+static LINES: Lines = Lines::new();
+
+/// Sends what `filter` lets through to stderr, and what a panic says. The lines wait until [`start_writer`].
+pub fn start(filter: EnvFilter) {
+    std::panic::set_hook(Box::new(say_panic));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| ToLines)
+        // They would be told on stderr, by whoever logs.
+        .log_internal_errors(false)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+}
+
+/// Starts the thread that writes the lines; a second call does nothing. Not part of [`start`], because a thread keeps what the
+/// process was when it began: its mounts, and how memory is found for it.
+///
+/// # Errors
+/// No thread can be made; the lines go on waiting.
+pub fn start_writer() -> io::Result<()> {
+    if !LINES.take_writers_place() {
+        return Ok(());
+    }
+    let writer = Builder::new().name("log".into()).spawn(|| LINES.write_all_to(io::stderr().as_fd()));
+    if writer.is_err() {
+        LINES.give_writers_place_back();
+    }
+    writer.map(drop)
+}
+
+/// Says a line that is not part of the log, such as why the process ends.
+pub fn say(line: &str) {
+    LINES.push(format!("{line}\n").as_bytes());
+}
+
+/// Waits until everything that was said has been taken, or for a second. Call it before the process ends.
+pub fn finish() {
+    // Without a thread there is nobody who could write, and nothing to wait for.
+    if start_writer().is_ok() {
+        LINES.wait_until_taken(LAST_LINES_LIMIT);
+    }
+}
+
+/// Prints a line on stdout, for whoever started the daemon; a thread of its own waits until it is taken.
+///
+/// # Errors
+/// No thread can be made.
+pub fn announce(line: String) -> io::Result<()> {
+    let print = move || {
+        let mut stdout = io::stdout();
+        if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+            tracing::warn!(%error, "nobody reads stdout");
+        }
+    };
+    Builder::new().name("announce".into()).spawn(print).map(drop)
+}
+
+/// In a panic's place the process may be about to be aborted: its words have to be out by then.
+fn say_panic(panic: &PanicHookInfo<'_>) {
+    let thread = std::thread::current();
+    let backtrace = Backtrace::capture();
+    let backtrace = match backtrace.status() {
+        BacktraceStatus::Captured => format!("\n{backtrace}"),
+        _ => String::new(),
+    };
+    say(&format!("thread {:?}: {panic}{backtrace}", thread.name().unwrap_or("without a name")));
+    finish();
+}
+
+/// Where the subscriber writes each event, in one piece.
+struct ToLines;
+
+impl Write for ToLines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        LINES.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

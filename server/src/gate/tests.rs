@@ -1,0 +1,130 @@
+//! What rings are told, in orders that only slow storage brings about: the openers' reports are taken when the test says so.
+
+use std::collections::HashMap;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use super::*;
+use crate::backend::file;
+use crate::catalog::NewVolume;
+
+const SIZES_BYTES: [(&str, u64); 2] = [("a", 1 << 20), ("b", 2 << 20)];
+const CLIENT: ConnectionId = ConnectionId(7);
+
+struct Fixture {
+    gate: Gate,
+    messages: Receiver<GateMessage>,
+    ring: Arc<Mailbox>,
+    volumes: HashMap<&'static str, Uuid>,
+    _dir: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(dir.path()).unwrap();
+        let volumes = SIZES_BYTES.map(|(name, size_bytes)| (name, new_volume(&catalog, name, size_bytes)));
+        let config = DataServerConfig {
+            volumes_dir: catalog.volumes_dir(),
+            export_by_name: true,
+            ..DataServerConfig::default()
+        };
+        let (own_sender, messages) = channel();
+        let ring = Arc::new(Mailbox::new().unwrap());
+        let identity = ("boot".to_owned(), "process".to_owned());
+        let gate = Gate::new(catalog, config, identity, vec![Arc::clone(&ring)], own_sender);
+        Self { gate, messages, ring, volumes: volumes.into(), _dir: dir }
+    }
+
+    fn go(&mut self, name: &str) {
+        let open = Open { kind: OpenKind::Go, name: name.to_owned() };
+        let rights = Arc::new(Rights::everything());
+        self.gate.handle(GateMessage::Open { connection: CLIENT, ring: 0, open, rights });
+    }
+
+    /// What the openers of both volumes report; the gate has not seen it.
+    fn reports(&self) -> HashMap<Uuid, GateMessage> {
+        let report = || match self.messages.recv_timeout(Duration::from_secs(20)).unwrap() {
+            GateMessage::VolumeOpened { volume_uid, result } => {
+                (volume_uid, GateMessage::VolumeOpened { volume_uid, result })
+            }
+            _ => panic!("not an opener's report"),
+        };
+        [report(), report()].into()
+    }
+
+    fn time_out(&mut self) {
+        self.gate.check_deadlines(Instant::now() + Duration::from_secs(3600));
+    }
+
+    /// The sizes of the exports that the client was told since the last call; `None` for a refusal.
+    fn answers(&self) -> Vec<Option<u64>> {
+        let answer = |message| match message {
+            RingMessage::Opened { connection: CLIENT, answer } => {
+                answer.ok().map(|opened| opened.export.size_bytes)
+            }
+            other => panic!("{other:?}"),
+        };
+        self.ring.take().into_iter().map(answer).collect()
+    }
+}
+
+fn new_volume(catalog: &Catalog, name: &str, capacity_bytes: u64) -> Uuid {
+    let new = NewVolume {
+        name: name.to_owned(),
+        capacity_bytes,
+        block_size_bytes: 512,
+        backend: BackendKind::File,
+        write_cache_on: true,
+    };
+    let uid = catalog.begin_creating(&new).unwrap().volume_uid;
+    file::create(&catalog.volumes_dir(), uid, capacity_bytes).unwrap();
+    catalog.finish_creating(uid).unwrap();
+    uid
+}
+
+/// A client that was refused one volume in time, and asks for another one while the first still opens.
+fn refused_a_and_asking_for_b() -> (Fixture, HashMap<Uuid, GateMessage>) {
+    let mut fixture = Fixture::new();
+    fixture.go("a");
+    fixture.time_out();
+    assert_eq!(fixture.answers(), [None]);
+    fixture.go("b");
+    let reports = fixture.reports();
+    (fixture, reports)
+}
+
+#[test]
+fn a_volume_that_opens_too_late_is_not_the_answer_to_the_next_open() {
+    let (mut fixture, mut reports) = refused_a_and_asking_for_b();
+    fixture.gate.handle(reports.remove(&fixture.volumes["a"]).unwrap());
+    assert_eq!(fixture.answers(), [], "it waits for another volume");
+    fixture.gate.handle(reports.remove(&fixture.volumes["b"]).unwrap());
+    assert_eq!(fixture.answers(), [Some(2 << 20)]);
+    fixture.time_out();
+    assert_eq!(fixture.answers(), [], "it was answered in time");
+}
+
+#[test]
+fn a_volume_that_cannot_be_opened_is_nothing_to_who_is_served_with_another() {
+    let (mut fixture, mut reports) = refused_a_and_asking_for_b();
+    let volume_uid = fixture.volumes["a"];
+    fixture.gate.handle(reports.remove(&fixture.volumes["b"]).unwrap());
+    assert_eq!(fixture.answers(), [Some(2 << 20)]);
+    let failed = Err(OpenError::System(io::ErrorKind::Other.into()));
+    fixture.gate.handle(GateMessage::VolumeOpened { volume_uid, result: failed });
+    assert_eq!(fixture.answers(), [], "an answer that nobody waits for");
+    assert_eq!(fixture.gate.connections_of_volume(fixture.volumes["b"]), 1, "it has I/O in flight");
+    assert!(fixture.gate.release_volume(volume_uid).is_ok(), "the other one may be opened anew");
+}
+
+#[test]
+fn who_asks_twice_for_a_volume_that_opens_late_is_answered_once() {
+    let mut fixture = Fixture::new();
+    fixture.go("a");
+    fixture.time_out();
+    fixture.go("a");
+    let report = fixture.messages.recv_timeout(Duration::from_secs(20)).unwrap();
+    fixture.gate.handle(report);
+    assert_eq!(fixture.answers(), [None, Some(1 << 20)]);
+}
