@@ -172,7 +172,9 @@ fn run_device_name(disk: &str, run_dir: &Path) -> anyhow::Result<()> {
 fn run_device(args: DeviceArgs) -> anyhow::Result<()> {
     let dir = AttachmentDir::from_path(OsString::from(args.dir));
     // Held until the process ends: it tells the daemon that, and which, process works on the folder.
-    let _claim = device_process::claim(&dir)
+    let claim = device_process::claim(&dir)
         .with_context(|| format!("{}: no such folder, or another process serves it", dir.path().display()))?;
+    // By the kernel: what this process still has to say, it says while it is known to live.
+    std::mem::forget(claim);
     Ok(client::device::run(&dir)?)
 }

@@ -128,7 +128,7 @@ fn a_silent_server_is_passed_over_after_ten_seconds_and_the_one_that_worked_come
     let started = Instant::now();
     assert_eq!(dial_slot(&spec, 0, None).unwrap().address, right);
     let took = started.elapsed();
-    assert!((Duration::from_secs(9)..Duration::from_secs(60)).contains(&took), "{took:?}");
+    assert!((Duration::from_secs(9)..Duration::from_secs(30)).contains(&took), "{took:?}");
     let started = Instant::now();
     assert_eq!(dial_slot(&spec, 1, Some(&right)).unwrap().address, right);
     assert!(started.elapsed() < Duration::from_secs(9));

@@ -92,11 +92,13 @@ pub enum DataServerError {
     Ring(io::Error),
     /// The user may lock less memory than the rings take.
     #[error(
-        "cannot make the io_urings of {rings} threads: they take {needed_kib} KiB of locked memory, and this user may lock \
-         {allowed_kib} KiB in all of its processes; raise that limit (LimitMEMLOCK= of the unit, ulimit -l, a container's \
+        "cannot make the io_urings of {rings} threads: {source}; they take {needed_kib} KiB of locked memory, and this user may \
+         lock {allowed_kib} KiB in all of its processes; raise that limit (LimitMEMLOCK= of the unit, ulimit -l, a container's \
          ulimits) or lower --threads"
     )]
     LockedMemory {
+        /// The kernel's own error.
+        source: io::Error,
         /// Ring threads.
         rings: usize,
         /// What all of them take.
@@ -395,14 +397,14 @@ fn start_rings(
 
 /// The kernel has one error for all memory that it does not give; where the limit of what may be locked explains it, it is that.
 fn explain(error: DataServerError, rings: usize, allowed_bytes: Option<u64>) -> DataServerError {
-    match (&error, allowed_bytes) {
+    match (error, allowed_bytes) {
         (DataServerError::Ring(source), Some(allowed_bytes))
             if source.raw_os_error() == Some(libc::ENOMEM) =>
         {
             let needed_kib = (rings as u64 * LOCKED_BYTES).div_ceil(1 << 10);
-            DataServerError::LockedMemory { rings, needed_kib, allowed_kib: allowed_bytes >> 10 }
+            DataServerError::LockedMemory { source, rings, needed_kib, allowed_kib: allowed_bytes >> 10 }
         }
-        _ => error,
+        (error, _) => error,
     }
 }
 

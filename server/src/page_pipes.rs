@@ -158,6 +158,8 @@ mod tests {
     /// another one, in memory. `None`, with the reason said, where this user may have no such pipes.
     fn volume_of(bytes: &[u8]) -> Option<FileVolume> {
         if let Err(error) = Pipe::new() {
+            let is_promised = std::env::var_os("VOLNODE_LAB_TOOLS").is_some_and(|value| value == "1");
+            assert!(!is_promised, "no pipe of {HELD_BYTES_MAX} bytes: {error}");
             println!("SKIP no pipe of {HELD_BYTES_MAX} bytes: {error}");
             return None;
         }

@@ -219,7 +219,7 @@ async fn a_stop_closes_idle_exports_and_what_was_acknowledged_is_in_the_file() {
     let began = Instant::now();
     let status = tokio::task::spawn_blocking(move || bench.server.stop(Signal::TERM)).await.unwrap();
     assert_eq!(status.code(), Some(0));
-    assert!(began.elapsed() < DEADLINE / 2, "{:?}", began.elapsed());
+    assert!(began.elapsed() < std::time::Duration::from_secs(9), "{:?}", began.elapsed());
     assert!(export.is_closed());
     let file = std::fs::read(bench.dir.path().join("data/volumes").join(volume_uid)).unwrap();
     assert_eq!(file[..4097], [&[0x5a; 4096][..], &[0]].concat());

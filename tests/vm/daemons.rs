@@ -13,7 +13,7 @@ use crate::direct;
 pub(crate) const TESTS: &[Test] = &[
     Test::new("daemons::a_device_process_is_protected", a_device_process_is_protected),
     Test::new("daemons::io_does_not_notice_a_new_node_daemon", io_does_not_notice_a_new_node_daemon),
-    Test::new("daemons::an_old_session_is_fenced_by_a_new_one", an_old_session_is_fenced_by_a_new_one).once(),
+    Test::new("daemons::an_old_session_is_fenced_by_a_new_one", an_old_session_is_fenced_by_a_new_one),
     Test::new("daemons::no_secret_is_shown", no_secret_is_shown).once(),
 ];
 

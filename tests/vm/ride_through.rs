@@ -33,9 +33,8 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("ride_through::whoever_watches_is_told", events).once(),
     Test::new("ride_through::a_detach_by_force_returns_without_a_server", detach_by_force),
     Test::new("ride_through::a_server_that_forgot_is_not_the_same_server", a_server_that_forgot),
-    Test::new("ride_through::a_flushed_volume_survives_a_reboot_of_its_server", a_reboot_after_a_flush)
-        .once(),
-    Test::new("ride_through::a_foreign_server_gets_no_write_twice", a_foreign_server).once().within(300),
+    Test::new("ride_through::a_flushed_volume_survives_a_reboot_of_its_server", a_reboot_after_a_flush),
+    Test::new("ride_through::a_foreign_server_gets_no_write_twice", a_foreign_server).within(300),
 ];
 
 /// How often a server is killed or a connection cut in one test.

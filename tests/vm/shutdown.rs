@@ -87,9 +87,10 @@ fn pid_of(node: &StorageNode, target: &str) -> Result<u64> {
     node.attachment(target)?["pid"].as_u64().context("pid")
 }
 
-/// Gone, or dead: when process 1 takes the exit status of what has lost its parent is not ours to say (`proc_pid_stat(5)`).
+/// Gone, or dead and process 1's: when that takes the exit status of what has lost its parent is not ours to say
+/// (`proc_pid_stat(5)`).
 fn has_ended(pid: u64) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z 1 "))
 }
 
 fn is_nothing_left(pids: &[u64], devices: &[PathBuf]) -> Result<()> {

@@ -60,14 +60,15 @@ pub fn start_writer() -> io::Result<()> {
 
 /// Says a line that is not part of the log, such as why the process ends.
 pub fn say(line: &str) {
-    LINES.push(format!("{line}\n").as_bytes());
+    LINES.push_last_words(format!("{line}\n").as_bytes());
 }
 
-/// Waits until everything that was said has been taken, or for a second. Call it before the process ends.
+/// Waits until everything that was said has been taken, until nothing was for a second, or for five in all. Call it before the
+/// process ends.
 pub fn finish() {
     // Without a thread there is nobody who could write, and nothing to wait for.
     if start_writer().is_ok() {
-        LINES.wait_until_taken(LAST_LINES_LIMIT);
+        LINES.wait_until_taken(LAST_LINES_LIMIT, 5 * LAST_LINES_LIMIT);
     }
 }
 

@@ -5,13 +5,19 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 /// Lines that may wait, in bytes: some two thousand, more than an outage of a hundred disks says.
 pub(crate) const WAITING_BYTES_MAX: usize = 256 << 10;
+
+/// Of it, what only last words may take: why a process ends is worth more than the rest of its log.
+const LAST_WORDS_BYTES: usize = 16 << 10;
+
+/// What is written at once, so that a descriptor that is slow can be told from one that takes nothing.
+const PIECE_BYTES: usize = 4 << 10;
 
 /// Lines that wait for one thread to write them.
 #[derive(Debug)]
@@ -28,18 +34,30 @@ struct State {
     has_writer: bool,
     /// Whether the writer has lines in its hands.
     is_writing: bool,
+    /// How many pieces the descriptor has taken.
+    pieces: u64,
 }
 
 impl Lines {
     pub(crate) const fn new() -> Self {
-        let state = State { waiting: Vec::new(), dropped: 0, has_writer: false, is_writing: false };
+        let state =
+            State { waiting: Vec::new(), dropped: 0, has_writer: false, is_writing: false, pieces: 0 };
         Self { state: Mutex::new(state), pushed: Condvar::new(), taken: Condvar::new() }
     }
 
     /// Takes a line, with its end; drops it where too many wait already.
     pub(crate) fn push(&self, line: &[u8]) {
+        self.push_up_to(WAITING_BYTES_MAX - LAST_WORDS_BYTES, line);
+    }
+
+    /// The same for a process's last words, for which room is kept.
+    pub(crate) fn push_last_words(&self, line: &[u8]) {
+        self.push_up_to(WAITING_BYTES_MAX, line);
+    }
+
+    fn push_up_to(&self, bytes_max: usize, line: &[u8]) {
         let mut state = self.lock();
-        if state.waiting.len() + line.len() > WAITING_BYTES_MAX {
+        if state.waiting.len() + line.len() > bytes_max {
             state.dropped += 1;
             return;
         }
@@ -65,7 +83,7 @@ impl Lines {
         let mut lines = Vec::with_capacity(WAITING_BYTES_MAX);
         loop {
             let dropped = self.wait_for_lines(&mut lines);
-            let dropped = write_lines(out, &lines, dropped);
+            let dropped = write_lines(out, &lines, dropped, &|| self.piece_taken());
             lines.clear();
             self.written(dropped);
         }
@@ -89,10 +107,26 @@ impl Lines {
         self.taken.notify_all();
     }
 
-    /// Waits until no line is on its way, or for as long as `limit`.
-    pub(crate) fn wait_until_taken(&self, limit: Duration) {
-        let is_on_its_way = |state: &mut State| state.is_writing || !state.waiting.is_empty();
-        drop(self.taken.wait_timeout_while(self.lock(), limit, is_on_its_way));
+    fn piece_taken(&self) {
+        self.lock().pieces += 1;
+        self.taken.notify_all();
+    }
+
+    /// Waits until no line is on its way, until nothing was taken for as long as `limit`, or for `total` in all.
+    pub(crate) fn wait_until_taken(&self, limit: Duration, total: Duration) {
+        let began = Instant::now();
+        let is_on_its_way = |state: &State| state.is_writing || !state.waiting.is_empty();
+        let mut state = self.lock();
+        while is_on_its_way(&state) && began.elapsed() < total {
+            let pieces = state.pieces;
+            let is_waited_for = |state: &mut State| is_on_its_way(state) && state.pieces == pieces;
+            let waited = self.taken.wait_timeout_while(state, limit, is_waited_for);
+            let (after, outcome) = waited.unwrap_or_else(PoisonError::into_inner);
+            if outcome.timed_out() {
+                return;
+            }
+            state = after;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -101,24 +135,27 @@ impl Lines {
 }
 
 /// Writes lines, and then how many were dropped, if any; gives how many that are now, of which nobody was told.
-fn write_lines(out: BorrowedFd<'_>, lines: &[u8], dropped: u64) -> u64 {
-    let written_bytes = write(out, lines);
+fn write_lines(out: BorrowedFd<'_>, lines: &[u8], dropped: u64, taken: &dyn Fn()) -> u64 {
+    let written_bytes = write(out, lines, taken);
     let left = lines.get(written_bytes..).unwrap_or_default();
     let dropped = dropped + left.iter().filter(|byte| **byte == b'\n').count() as u64;
     if dropped == 0 || !left.is_empty() {
         return dropped;
     }
     let told = format!("{dropped} lines of this log were dropped: nobody took them\n");
-    if write(out, told.as_bytes()) == told.len() { 0 } else { dropped }
+    if write(out, told.as_bytes(), taken) == told.len() { 0 } else { dropped }
 }
 
-/// Writes until all is written or the descriptor fails; gives how many bytes it took.
-fn write(out: BorrowedFd<'_>, bytes: &[u8]) -> usize {
+/// Writes until all is written or the descriptor fails; gives how many bytes it took, and says `taken` for each piece.
+fn write(out: BorrowedFd<'_>, bytes: &[u8], taken: &dyn Fn()) -> usize {
     let mut written_bytes = 0;
     while let Some(rest) = bytes.get(written_bytes..).filter(|rest| !rest.is_empty()) {
-        match rustix::io::write(out, rest) {
+        match rustix::io::write(out, &rest[..rest.len().min(PIECE_BYTES)]) {
             Ok(0) => break,
-            Ok(bytes) => written_bytes += bytes,
+            Ok(bytes) => {
+                written_bytes += bytes;
+                taken();
+            }
             Err(Errno::INTR) => {}
             // Whoever shares the descriptor may have made it so.
             Err(Errno::AGAIN) => wait_for_room(out),
@@ -136,13 +173,11 @@ fn wait_for_room(out: BorrowedFd<'_>) {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // A test says what went wrong by panicking.
 mod tests {
+    use rustix::fs::{OFlags, fcntl_setfl};
+    use rustix::pipe::{PipeFlags, pipe_with};
     use std::fs::File;
     use std::io::{BufRead as _, BufReader};
     use std::os::fd::{AsFd as _, OwnedFd};
-    use std::time::Instant;
-
-    use rustix::fs::{OFlags, fcntl_setfl};
-    use rustix::pipe::{PipeFlags, pipe_with};
 
     use super::*;
 
@@ -189,7 +224,7 @@ mod tests {
         let (reader, writer) = pipe();
         let lines = lines_to(writer);
         (0..100).for_each(|number| lines.push(line(number).as_bytes()));
-        lines.wait_until_taken(LIMIT);
+        lines.wait_until_taken(LIMIT, LIMIT);
         let read: Vec<String> =
             BufReader::new(File::from(reader)).lines().take(100).map(Result::unwrap).collect();
         assert!((0..100).all(|number| format!("{}\n", read[number]) == line(number)));
@@ -209,7 +244,7 @@ mod tests {
             let said = 10 * WAITING_BYTES_MAX / line(0).len();
             (0..said).for_each(|number| lines.push(line(number).as_bytes()));
             assert!(lines.lock().waiting.capacity() <= WAITING_BYTES_MAX);
-            lines.wait_until_taken(Duration::from_millis(10));
+            lines.wait_until_taken(Duration::from_millis(10), LIMIT);
             assert!(began.elapsed() < LIMIT, "a line was waited for");
             assert_eq!(read_or_dropped(&reader, said), said);
         }
@@ -225,11 +260,35 @@ mod tests {
             for number in 0..1000 {
                 lines.push(line(number).as_bytes());
                 if number % 100 == 0 {
-                    lines.wait_until_taken(LIMIT);
+                    lines.wait_until_taken(LIMIT, LIMIT);
                 }
             }
-            lines.wait_until_taken(LIMIT);
+            lines.wait_until_taken(LIMIT, LIMIT);
             assert_eq!(lines.lock().dropped, 1000, "each is counted");
         }
+    }
+
+    #[test]
+    fn last_words_have_room_where_the_log_has_none_and_a_slow_reader_is_waited_for() {
+        let (reader, writer) = pipe();
+        let lines: &'static Lines = Box::leak(Box::new(Lines::new()));
+        (0..WAITING_BYTES_MAX / line(0).len()).for_each(|number| lines.push(line(number).as_bytes()));
+        assert!(lines.lock().dropped > 0, "the log is full");
+        lines.push_last_words(b"why it ends\n");
+        std::thread::spawn(move || lines.write_all_to(writer.as_fd()));
+        // Each piece comes sooner than the limit, all of them later.
+        let slow = std::thread::spawn(move || {
+            let (mut text, mut piece) = (Vec::new(), [0; 16 << 10]);
+            while !String::from_utf8_lossy(&text).contains("why it ends\n") {
+                std::thread::sleep(Duration::from_millis(50));
+                let bytes = rustix::io::read(&reader, &mut piece).unwrap();
+                text.extend_from_slice(&piece[..bytes]);
+            }
+        });
+        let began = Instant::now();
+        lines.wait_until_taken(Duration::from_secs(5), LIMIT);
+        assert!(began.elapsed() > Duration::from_millis(300), "it was not waited for");
+        assert!(!lines.lock().is_writing && lines.lock().waiting.is_empty());
+        slow.join().unwrap();
     }
 }

@@ -87,7 +87,7 @@ fn lock(data_dir: &Path) -> Result<File, DataDirError> {
     }
     match write_pid(&mut file) {
         // The pid is for people; without room for it the lock is as good.
-        Err(error) if error.kind() == ErrorKind::StorageFull => Ok(file),
+        Err(error) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => Ok(file),
         written => written.map(|()| file).map_err(io_error("writing", &path)),
     }
 }

@@ -59,9 +59,14 @@ pub enum CatalogError {
     },
     /// The server cannot start, because its file system is full.
     #[error(
-        "no space left on the file system of {0}, where the catalog is kept: free some there, then start volserver again"
+        "no space left on the file system of {dir}, where the catalog is kept ({cause}): free some there, then start volserver again"
     )]
-    NoSpace(PathBuf),
+    NoSpace {
+        /// The data directory.
+        dir: PathBuf,
+        /// What failed for it.
+        cause: String,
+    },
     /// SQLite failed: no space, an I/O error, a damaged file.
     #[error("catalog: {0}")]
     Sqlite(#[from] rusqlite::Error),
@@ -124,10 +129,17 @@ pub enum CatalogError {
 }
 
 impl CatalogError {
+    /// True where SQLite's own error may come of a file that it could not make or make longer, and of other things.
+    fn may_be_for_space(&self) -> bool {
+        let Self::Sqlite(error) = self else { return false };
+        let code = error.sqlite_error_code();
+        matches!(code, Some(rusqlite::ErrorCode::CannotOpen | rusqlite::ErrorCode::SystemIoFailure))
+    }
+
     /// True where the cause is a full file system under the data directory.
     pub fn is_out_of_space(&self) -> bool {
         match self {
-            Self::NoSpace(_) => true,
+            Self::NoSpace { .. } => true,
             Self::Sqlite(error) => error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull),
             Self::DataDir(DataDirError::Io { source, .. }) | Self::File { source, .. } => {
                 matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
@@ -173,9 +185,11 @@ impl Catalog {
     pub fn open(data_dir: &Path) -> Result<Self, CatalogError> {
         Self::open_in(data_dir).map_err(|error| {
             // SQLite has several words for a file of its own that it could not make or make longer.
-            let may_be_full = matches!(error, CatalogError::Sqlite(_)) && is_nearly_full(data_dir);
-            let is_full = error.is_out_of_space() || may_be_full;
-            if is_full { CatalogError::NoSpace(data_dir.to_owned()) } else { error }
+            let may_be_full = error.may_be_for_space() && is_nearly_full(data_dir);
+            if !error.is_out_of_space() && !may_be_full {
+                return error;
+            }
+            CatalogError::NoSpace { dir: data_dir.to_owned(), cause: error.to_string() }
         })
     }
 

@@ -13,10 +13,10 @@ use server::catalog::AttachmentRecord;
 use server::data_server::DataServerConfig;
 
 use super::client::Client;
-use super::support::{DEADLINE, Server, wait_until};
+use super::support::{CLOSE_LIMIT, Server, wait_until};
 
 /// No healthy server takes longer to answer, or to close what has to be closed.
-const PATIENCE: Duration = DEADLINE;
+const PATIENCE: Duration = CLOSE_LIMIT;
 
 /// The greeting: two magic numbers and the flags.
 const GREETING_BYTES: usize = 18;

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 /// No answer of a healthy server takes longer.
-pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// What came back for a request.
 #[derive(Debug, PartialEq, Eq)]

@@ -7,11 +7,11 @@ use std::time::Duration;
 use proto::nbd::transmission::{Command, CommandFlags};
 use proto::nbd::{OPTION_MAGIC, option};
 
-use super::support::{DEADLINE, HANDSHAKE_TIMEOUT, Random, Server, export_name, seed};
+use super::support::{CLOSE_LIMIT, HANDSHAKE_TIMEOUT, Random, Server, export_name, seed};
 
 fn connect(address: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.set_read_timeout(Some(CLOSE_LIMIT)).unwrap();
     stream
 }
 

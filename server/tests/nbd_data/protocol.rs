@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::export_name::{ExportDescription, Secret};
 use proto::nbd::handshake::client::ClientHandshakeError;
@@ -287,7 +287,10 @@ fn who_stands_still_with_what_others_need_is_closed() {
     for client in &stalled {
         client.stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
     }
+    let began = Instant::now();
     wait_until("one of them is closed", || stalled.iter_mut().any(Client::is_closed_by_server));
+    // Sooner than by any time-out that these have.
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
 }
 
 #[test]

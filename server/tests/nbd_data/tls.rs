@@ -20,11 +20,11 @@ use server::tls::{ServerTls, TlsFiles};
 
 use super::foreign::{PYTHON, PYTHON_OPTIONS, has_python_module, have, image, python};
 use super::support::{
-    DEADLINE, HANDSHAKE_TIMEOUT, Server, TempDir, export_name, run, skip_without_tool, tool, wait_until,
+    CLOSE_LIMIT, HANDSHAKE_TIMEOUT, Server, TempDir, export_name, run, skip_without_tool, tool, wait_until,
 };
 
 const MIB: usize = 1 << 20;
-const LIMIT: Duration = DEADLINE;
+const LIMIT: Duration = CLOSE_LIMIT;
 
 /// A server that requires TLS and client certificates, and the authority of both.
 struct Rig {

@@ -16,7 +16,7 @@ use super::guest_command::GuestCommand;
 use super::kernels::{self, Kernel};
 use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::Workspace;
-use super::{interrupt, packages};
+use super::{interrupt, packages, progress};
 
 /// A boot and nearly nothing else, on processors that others use.
 const DEADLINE: Duration = Duration::from_secs(10 * 60);
@@ -114,7 +114,8 @@ fn note(tally: &mut Tally, of: usize, outcome: Result<(usize, f64)>) {
     }
     let done = tally.came_up + tally.failures.len();
     let last = tally.boot_seconds.last().copied().unwrap_or_default();
-    eprintln!("lab: {} of {of} came up, {} failed ({last:.1} s)", tally.came_up, done - tally.came_up);
+    let failed = done - tally.came_up;
+    progress::say(&format!("lab: {} of {of} came up, {failed} failed ({last:.1} s)", tally.came_up));
 }
 
 /// What the command printed.

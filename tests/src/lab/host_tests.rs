@@ -4,11 +4,13 @@
 //! wanted, and counts the lines it prints. That a program is missing counts as a failure: the lab has installed them all.
 
 use std::collections::HashSet;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Deserialize;
 use testlab::harness::{LAB_VARIABLE, REPORT_TIME_VARIABLE, RUN_ELSEWHERE};
 use testlab::selection::Selection;
@@ -150,11 +152,13 @@ fn run_binary(
         command.arg("--exact").args(&wanted);
     }
     let mut missing: HashSet<&str> = wanted.into_iter().collect();
-    let before = part.results();
+    let (before, failures_before) = (part.results(), part.failures());
     let planned = missing.len();
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        // Its servers are of this group, too.
+        .process_group(0)
         .spawn()
         .with_context(|| format!("cannot run {}", binary.executable.display()))?;
     let stdout = child.stdout.take().context("the tests' output")?;
@@ -167,7 +171,7 @@ fn run_binary(
     });
     drop(step);
     if let Err(error) = followed {
-        tool::kill_and_reap(&mut child);
+        end_group(&mut child);
         super::interrupt::check()?;
         let unended: Vec<&str> = missing.into_iter().collect();
         part.fail(&name, &format!("{error:#}; not ended: {}", unended.join(", ")));
@@ -177,10 +181,19 @@ fn run_binary(
     if part.results() - before < planned {
         let unended: Vec<&str> = missing.into_iter().collect();
         part.fail(&name, &format!("it ended ({status}) without a result of {}", unended.join(", ")));
-    } else if !status.success() && !part.has_failed() {
+    } else if !status.success() && part.failures() == failures_before {
         part.fail(&name, &format!("every test passed, and yet it ended with {status}"));
     }
     Ok(())
+}
+
+/// Ends a test binary with all that it started.
+fn end_group(child: &mut Child) {
+    if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+        // It fails if all of them are gone, which is what is wanted.
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+    tool::kill_and_reap(child);
 }
 
 /// The binary as cargo would run it.

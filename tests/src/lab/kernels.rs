@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -35,6 +36,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(60 * 60);
 const UNPACK_DEADLINE: Duration = Duration::from_secs(300);
 
 /// A kernel that can be booted.
+#[derive(Clone)]
 pub(crate) struct Kernel {
     /// As `uname -r` will print it.
     pub(crate) release: String,
@@ -49,6 +51,18 @@ pub(crate) struct Kernel {
 /// # Errors
 /// The cache has none, and the mirror cannot be reached or its packages cannot be verified.
 pub(crate) fn ensure_cached(workspace: &Workspace, series: KernelSeries) -> Result<Kernel> {
+    // A machine may run with it, and several may start at once: what this process has once found is used to its end.
+    static FOUND: Mutex<Vec<(KernelSeries, Kernel)>> = Mutex::new(Vec::new());
+    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, kernel)) = found.iter().find(|(known, _)| *known == series) {
+        return Ok(kernel.clone());
+    }
+    let kernel = find(workspace, series)?;
+    found.push((series, kernel.clone()));
+    Ok(kernel)
+}
+
+fn find(workspace: &Workspace, series: KernelSeries) -> Result<Kernel> {
     let directory = workspace.cache.join("kernels").join(series.name());
     let checked = directory.join("checked");
     let age = |file: &Path| SystemTime::now().duration_since(fs::metadata(file).ok()?.modified().ok()?).ok();

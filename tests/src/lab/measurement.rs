@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::guest_command::GuestCommand;
 use super::kernels::Kernel;
-use super::progress;
+use super::progress::{self, Step};
 use super::tool::{self, Running};
 use super::vm::{self, Follower, Processors, Stream};
 use super::workspace::Workspace;
@@ -112,7 +112,9 @@ pub(crate) fn guest_output(
     deadline: Duration,
 ) -> Result<String> {
     let mut collector = Collector::default();
+    let step = Step::begin("measuring in the emulated machine");
     let ended = vm::run(workspace, kernel, command, processors, deadline, &mut collector);
+    step.end();
     let stdout = String::from_utf8_lossy(&collector.stdout).into_owned();
     let ended = ended.with_context(|| format!("the guest had printed:\n{stdout}"))?;
     ensure!(ended.exit_code == 0, "measuring failed (exit code {})\n{stdout}", ended.exit_code);

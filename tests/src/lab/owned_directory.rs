@@ -4,15 +4,16 @@
 //! owner is gone: every owner holds a lock on its directory's `lock` file for as long as it lives, and the kernel lets go of it
 //! whatever the way the owner died. Used for running machines (`vm_directory`) and for fresh ones (`fresh`).
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::progress::Step;
+use super::{interrupt, tool};
 
 /// Held while a directory is made, in the parent.
 const MAKERS_LOCK: &str = "makers.lock";
@@ -38,7 +39,11 @@ impl OwnedDirectory {
         fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
         // One at a time, threads of this process included: between its making and its lock a directory looks abandoned.
         let makers = File::create(parent.join(MAKERS_LOCK)).context("creating the lock of all makers")?;
-        makers.lock().context("waiting for other makers")?;
+        while let Err(error) = makers.try_lock() {
+            ensure!(matches!(error, TryLockError::WouldBlock), "waiting for other makers: {error}");
+            interrupt::check()?;
+            thread::sleep(tool::POLL_INTERVAL);
+        }
         sweep(parent);
         let process = std::process::id();
         let free = |number: &u32| !parent.join(format!("{process}-{number}")).exists();
@@ -63,8 +68,10 @@ impl Drop for OwnedDirectory {
                 Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty && attempt < REMOVALS => {
                     thread::sleep(REMOVAL_INTERVAL);
                 }
-                Err(error) => return eprintln!("lab: removing {}: {error}", self.path.display()),
-                Ok(()) => return,
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return eprintln!("lab: removing {}: {error}", self.path.display());
+                }
+                _ => return,
             }
         }
     }
@@ -75,7 +82,11 @@ fn sweep(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
         // The makers' own lock is a file, and has none in it.
-        let abandoned = File::open(entry.path().join("lock")).is_ok_and(|lock| lock.try_lock().is_ok());
+        let abandoned = match File::open(entry.path().join("lock")) {
+            Ok(lock) => lock.try_lock().is_ok(),
+            // Makers wait for each other, so its owner was killed while it removed it, or removes it now.
+            Err(error) => error.kind() == ErrorKind::NotFound,
+        };
         if abandoned {
             let step = Step::begin(&format!("removing {}, whose lab was killed", entry.path().display()));
             let _ = fs::remove_dir_all(entry.path());

@@ -6,7 +6,7 @@
 //! many crates are built; nothing else tells that (`term.progress`, the Cargo book).
 
 use std::fs::{self, DirEntry};
-use std::io::Read;
+use std::io::{Read, Write as _, stderr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -26,6 +26,12 @@ const SHORT_STEP: Duration = Duration::from_secs(2);
 
 /// How wide cargo believes the terminal to be: its bar says the numbers from some sixty columns on.
 const CARGO_PROGRESS_COLUMNS: &str = "100";
+
+/// Says a line on stderr, in one piece: what others say at the same time does not come into it.
+pub(crate) fn say(line: &str) {
+    // Where nobody listens nothing is to be done about it.
+    let _ = stderr().lock().write_all(format!("{line}\n").as_bytes());
+}
 
 /// Something that takes time, and is spoken of for as long as this value lives.
 pub(crate) struct Step {
@@ -49,7 +55,7 @@ impl Step {
     }
 
     fn begin_watching(what: &str, directory: Option<PathBuf>) -> Self {
-        eprintln!("lab: {what}");
+        say(&format!("lab: {what}"));
         let (ended, waits) = mpsc::channel();
         let how_far = Arc::new(Mutex::new(String::new()));
         let began = Instant::now();
@@ -63,7 +69,7 @@ impl Step {
                         None => how_far.lock().unwrap_or_else(PoisonError::into_inner).clone(),
                     };
                     let comma = if far.is_empty() { "" } else { ", " };
-                    eprintln!("lab: … {what}: {} s{comma}{far}", began.elapsed().as_secs());
+                    say(&format!("lab: … {what}: {} s{comma}{far}", began.elapsed().as_secs()));
                 }
             })
         };
@@ -80,7 +86,7 @@ impl Step {
         let took = self.began.elapsed();
         if took > SHORT_STEP {
             let what = self.what.split(" (").next().unwrap_or_default();
-            eprintln!("lab: {what}: done in {:.0} s", took.as_secs_f64());
+            say(&format!("lab: {what}: done in {:.0} s", took.as_secs_f64()));
         }
     }
 }
@@ -170,7 +176,7 @@ pub(crate) fn listen(child: &mut Child, step: &Step) -> Option<JoinHandle<()>> {
                         *how_far.lock().unwrap_or_else(PoisonError::into_inner) = far;
                     }
                     CargoLine::Noise => {}
-                    CargoLine::Message(message) => eprintln!("{message}"),
+                    CargoLine::Message(message) => say(&message),
                 }
             }
         }
@@ -189,7 +195,7 @@ enum CargoLine {
 }
 
 /// Words with which cargo begins lines that only say that it works.
-const NOISE: [&str; 14] = [
+const NOISE: [&str; 13] = [
     "Compiling",
     "Checking",
     "Downloading",
@@ -199,7 +205,6 @@ const NOISE: [&str; 14] = [
     "Adding",
     "Fresh",
     "Finished",
-    "Blocking",
     "Installing",
     "Installed",
     "Running",

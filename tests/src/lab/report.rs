@@ -21,7 +21,7 @@ const OUTPUT_LINES_SHOWN: usize = 200;
 const SLOWEST_SHOWN: usize = 20;
 
 /// A test that says nothing is spoken of so often, seconds.
-const SPEECH_INTERVAL: Duration = Duration::from_secs(30);
+const SPEECH_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The tests of one machine.
 pub(crate) struct PartReport {
@@ -198,6 +198,11 @@ impl PartReport {
     /// True if something failed.
     pub(crate) fn has_failed(&self) -> bool {
         !self.failed.is_empty()
+    }
+
+    /// How many tests have failed.
+    pub(crate) fn failures(&self) -> usize {
+        self.failed.len()
     }
 
     /// How many tests have a result.

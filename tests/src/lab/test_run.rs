@@ -19,7 +19,7 @@ use super::progress::Step;
 use super::report::{PartReport, Report};
 use super::vm_tests::{self, Given};
 use super::workspace::Workspace;
-use super::{cost, host_tests, kernels, packages, systemd_machine, this_machine};
+use super::{cost, host_tests, interrupt, kernels, packages, systemd_machine, this_machine};
 use crate::commands;
 
 /// Emulated machines at once. Each has two processors, which wait half of the time; more would make waits with deadlines of them.
@@ -166,6 +166,10 @@ fn set_up(
     if phases.contains(&Phase::Systemd) {
         packages::ensure_udev(workspace)?;
     }
+    // What is fetched is fetched before machines run.
+    if phases.contains(&Phase::Systemd) || phases.contains(&Phase::Cost) {
+        kernels::ensure_cached(workspace, KernelSeries::V7)?;
+    }
     let fetched = |series| Ok((series, kernels::ensure_cached(workspace, series)?));
     phases.iter().filter_map(|phase| phase.series()).map(fetched).collect()
 }
@@ -206,7 +210,14 @@ fn run_jobs(
         while let Some((number, job)) =
             Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|number| Some((number, jobs.get(number)?)))
         {
-            parts.extend(run_job(given, *job, kernels, &beside)?.map(|part| (number, part)));
+            // What cannot be run is one part's failure; the others' results are worth as much.
+            let part = run_job(given, *job, kernels, &beside).or_else(|error| {
+                interrupt::check()?;
+                let mut part = PartReport::begin(&format!("{job:?}"));
+                part.fail("the machine", &format!("{error:#}"));
+                Ok::<_, anyhow::Error>(Some(part.ended()))
+            })?;
+            parts.extend(part.map(|part| (number, part)));
         }
         Ok(parts)
     };

@@ -20,7 +20,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::guest_command::GuestCommand;
 use super::kernels::Kernel;
-use super::progress::Step;
+use super::progress::{self, Step};
 use super::vm_directory::VmDirectory;
 use super::workspace::Workspace;
 use super::{initramfs, interrupt, tool};
@@ -145,10 +145,11 @@ pub(crate) fn run_on(
         match vm.run_to_end(deadline, follower) {
             Err(error) if boots < BOOTS_MAX && error.is::<NotUp>() => {
                 let why = error.downcast_ref::<NotUp>().map(|not_up| not_up.why.as_str()).unwrap_or_default();
-                eprintln!(
+                interrupt::check()?;
+                progress::say(&format!(
                     "lab: the emulated machine did not come up ({why}): booting it again ({} of {BOOTS_MAX})",
                     boots + 1
-                );
+                ));
             }
             ended => return ended.map(|ended| Ended { boots, ..ended }),
         }

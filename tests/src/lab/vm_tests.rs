@@ -1,6 +1,6 @@
 //! The VM tests (`tests/vm/`): runs their binary in a machine, or on this one, under the report.
 //!
-//! One boot runs all tests of a kernel; the machines of two kernels may run side by side. The binary and the lab talk by event lines (`testlab::events`).
+//! One boot runs all tests of a kernel, or a share of them; several machines may run side by side. The binary and the lab talk by event lines (`testlab::events`).
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

@@ -92,6 +92,26 @@ fn is_wanted(name: &str) -> bool {
     of_a_proxy || (of_cargo && !is_secret)
 }
 
+/// Of cargo's configuration, the tables that say how registries are reached; no token, no compiler, no directory.
+pub(super) fn ways_to_registries(configuration: &str) -> String {
+    let mut text = String::new();
+    let mut is_kept = false;
+    for line in configuration.lines() {
+        if let Some(table) = line.trim().strip_prefix('[') {
+            let name = table.trim_start_matches('[').trim().trim_start_matches('"');
+            is_kept = ["source", "registries", "registry", "http", "net"]
+                .iter()
+                .any(|kept| name.strip_prefix(kept).is_some_and(|rest| rest.starts_with(['.', ']', ' '])));
+        }
+        let key = line.split('=').next().unwrap_or_default().trim();
+        if is_kept && !key.contains("token") && !key.contains("credential") {
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,5 +135,14 @@ mod tests {
         for name in ["CARGO_REGISTRIES_MINE_TOKEN", "CARGO_NET_OFFLINE", "CARGO_HOME", "RUSTFLAGS", "LANG"] {
             assert!(!is_wanted(name), "{name}");
         }
+    }
+
+    #[test]
+    fn of_cargos_configuration_only_the_way_to_registries_is_taken() {
+        let own = "[build]\nrustc-wrapper = \"x\"\n[source.crates-io]\nreplace-with = \"m\"\n[source.\"m\"]\n\
+                   registry = \"sparse+https://m.example/\"\n[registry]\ntoken = \"secret\"\n[net]\nretry = 3\n[network]\na = 1\n";
+        let taken = "[source.crates-io]\nreplace-with = \"m\"\n[source.\"m\"]\nregistry = \"sparse+https://m.example/\"\n\
+                     [registry]\n[net]\nretry = 3\n";
+        assert_eq!(ways_to_registries(own), taken);
     }
 }

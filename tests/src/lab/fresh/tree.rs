@@ -53,7 +53,9 @@ pub(super) fn furnish(root: &Path, workspace: &Workspace, release: &str, umask: 
     if let Some(configuration) = network::cargo_configuration() {
         make_directory(&home.join(".cargo"), umask)?;
         let copy = home.join(".cargo/config.toml");
-        fs::copy(&configuration, copy).with_context(|| format!("copying {}", configuration.display()))?;
+        let text = fs::read_to_string(&configuration);
+        let text = text.with_context(|| format!("reading {}", configuration.display()))?;
+        fs::write(copy, network::ways_to_registries(&text)).context("writing cargo's configuration")?;
     }
     let project = home.join(PROJECT);
     make_directory(&project, umask)?;

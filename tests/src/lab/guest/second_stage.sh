@@ -21,7 +21,11 @@ ip link set lo up
 echo /sbin/modprobe > /proc/sys/kernel/modprobe
 # Processors that the kernel was told to leave asleep until it has done with changing its own code.
 for online in /sys/devices/system/cpu/cpu[1-9]*/online; do
-    [ ! -e "$online" ] || echo 1 > "$online"
+    [ ! -e "$online" ] || echo 1 > "$online" || {
+        echo "<0>lab-guest: failed: $online" > /dev/kmsg
+        echo o > /proc/sysrq-trigger
+        sleep 60
+    }
 done
 # A task that has not moved for a minute is worth a stack in the console log.
 echo 60 > /proc/sys/kernel/hung_task_timeout_secs
