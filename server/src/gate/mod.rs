@@ -10,7 +10,7 @@
 //! persisted → granted → volume opened, its file locked → answered to the ring.
 //! Invariants: every connection that was ever heard of is reported closed by its ring exactly once; an answer is only
 //! given for a connection that is still granted; an open is answered once, and only with the volume that it asked for: who
-//! waits for what is kept nowhere but in [`Known`]; an unknown attachment and a wrong secret get the same answer. Nothing here
+//! waits for what is kept nowhere but in `Known`; an unknown attachment and a wrong secret get the same answer. Nothing here
 //! can panic: it would take every connection of the server along.
 
 mod fencing;
