@@ -10,7 +10,7 @@
 //!                └─full──► counted                                               └─error──► counted
 //! ```
 //! Invariants: the lock is held for as long as it takes to copy a line, never during a system call on stderr; memory is
-//! bounded by twice [`WAITING_BYTES_MAX`] and set aside by then.
+//! bounded by twice `WAITING_BYTES_MAX` and set aside by then.
 
 mod lines;
 
