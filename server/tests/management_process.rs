@@ -58,7 +58,8 @@ fn with_the_word_for_it_the_log_warns_of_each_address() {
     command.args(["--insecure", "--listen", "0.0.0.0:0", "--management", "0.0.0.0:0"]);
     let server = Volserver::start_with(command, &dir.path().join("log"));
     assert!(server.data[0].ip().is_unspecified() && server.management.ip().is_unspecified());
-    let log = server.log();
+    // It is said last.
+    let log = server.log_with("--advertise");
     let warnings = log.lines().filter(|line| line.contains("WARN") && line.contains("--insecure"));
     assert_eq!(warnings.count(), 2, "{log}");
     assert!(log.contains("--advertise"), "clients cannot connect to a wildcard: {log}");

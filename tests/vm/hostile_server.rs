@@ -23,6 +23,7 @@ use testlab::storage_node::StorageNode;
 use ublk_core::DataPath;
 
 use crate::direct;
+use crate::ride_through::{BOUND, wait_for_state};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("hostile_server::wrong_replies_are_errors_and_never_wrong_bytes", wrong_replies_are_errors),
@@ -100,8 +101,7 @@ fn wrong_replies_are_errors(env: &Env) -> Result<()> {
 fn read_fails(node: &StorageNode, case: Case, data_path: DataPath) -> Result<()> {
     let disk = HostileDisk::attach(node, case, data_path)?;
     ensure!(disk.read(TRAP_BYTES)?.is_none(), "{data_path} {case:?}: the read succeeded");
-    let attachment = node.attachment(&disk.uri)?;
-    ensure!(attachment["state"] == "stalled", "{data_path} {case:?}: {attachment}");
+    wait_for_state(node, &disk.uri, "stalled", BOUND)?;
     node.detach(&disk.uri)
 }
 
@@ -114,7 +114,7 @@ fn a_reply_in_single_bytes(env: &Env) -> Result<()> {
             let bytes = disk.read(TRAP_BYTES)?.context("the read failed")?;
             ensure!(bytes == pattern(TRAP_BYTES, READ_BYTES), "{data_path}: wrong bytes");
         }
-        ensure!(node.attachment(&disk.uri)?["state"] == "live", "{data_path}");
+        wait_for_state(&node, &disk.uri, "live", BOUND)?;
         node.detach(&disk.uri)?;
     }
     Ok(())
@@ -125,8 +125,8 @@ fn a_connection_lost_inside_a_write(env: &Env) -> Result<()> {
     for &data_path in env.series.data_paths() {
         let disk = HostileDisk::attach(&node, Case::CloseInsideWrite, data_path)?;
         ensure!(!disk.write(TRAP_BYTES, WRITE_BYTES)?, "{data_path}: the write succeeded");
-        let attachment = node.attachment(&disk.uri)?;
-        ensure!(attachment["state"] == "stalled", "{data_path}: {attachment}");
+        // Told by the device process, which first answers the write.
+        wait_for_state(&node, &disk.uri, "stalled", BOUND)?;
         node.detach(&disk.uri)?;
     }
     Ok(())
@@ -139,7 +139,7 @@ fn an_error_of_one_request(env: &Env) -> Result<()> {
         ensure!(disk.read(TRAP_BYTES)?.is_none(), "{data_path}: the read succeeded");
         let honest = disk.read(1 << 20)?.context("an honest read failed")?;
         ensure!(honest == pattern(1 << 20, READ_BYTES), "{data_path}: wrong bytes");
-        ensure!(node.attachment(&disk.uri)?["state"] == "live", "{data_path}");
+        wait_for_state(&node, &disk.uri, "live", BOUND)?;
         node.detach(&disk.uri)?;
     }
     Ok(())
@@ -153,7 +153,7 @@ fn a_server_that_shuts_down(env: &Env) -> Result<()> {
         ensure!(disk.write(TRAP_BYTES, WRITE_BYTES)?, "{data_path}: the write failed");
         let bytes = disk.read(TRAP_BYTES)?.context("the read failed")?;
         ensure!(bytes == pattern(TRAP_BYTES, READ_BYTES), "{data_path}: wrong bytes");
-        ensure!(node.attachment(&disk.uri)?["state"] == "live", "{data_path}");
+        wait_for_state(&node, &disk.uri, "live", BOUND)?;
         node.detach(&disk.uri)?;
     }
     Ok(())
@@ -185,7 +185,7 @@ fn replies_still_owed(env: &Env) -> Result<()> {
         ensure!(took >= LATE, "it was refused: it took {took:?}");
         Ok(())
     })?;
-    ensure!(node.attachment(&disk.uri)?["state"] == "live");
+    wait_for_state(&node, &disk.uri, "live", BOUND)?;
     node.detach(&disk.uri)
 }
 

@@ -246,6 +246,11 @@ fn fail_after(env: &Env) -> Result<()> {
     let started = Instant::now();
     assert_fails(&end_write(begin_write(&device)?, BOUND)?)?;
     ensure!(started.elapsed() < Duration::from_secs(7), "the next one waited {:.1?}", started.elapsed());
+    wait_for("the disk to say that its I/O fails", BOUND, || {
+        let attachment = node.attachment("vol-1")?;
+        let says = attachment["state_reason"].as_str().is_some_and(|why| why.contains("I/O fails"));
+        Ok(says.then_some(()))
+    })?;
     let attachment = node.attachment("vol-1")?;
     ensure!(attachment["state"] == "stalled" && attachment["on_stall"] == "fail", "{attachment}");
     ensure!(attachment["state_reason"].as_str().is_some_and(|why| why.contains("I/O fails")), "{attachment}");

@@ -17,6 +17,7 @@ use tls::test_authority::Authority;
 
 use crate::fio::verify_mostly_small;
 use crate::foreign::{Server, attach_when_there};
+use crate::ride_through::{BOUND, wait_for_state};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("tls_disks::every_data_path_verifies_with_the_kernel_s_records", by_the_kernel).within(420),
@@ -254,7 +255,7 @@ fn the_end_of_the_server(env: &Env) -> Result<()> {
     node.start_server()?;
     let ended = wait_for("the read to end", Duration::from_secs(30), || Ok(read.try_wait()?))?;
     ensure!(!ended.success(), "a read of what is gone succeeded");
-    ensure!(node.attachment("vol-1")?["state"] == "failed");
+    wait_for_state(&node, "vol-1", "failed", BOUND)?;
     node.detach("vol-1")?;
     ridden_through(&mut node)
 }

@@ -108,6 +108,19 @@ impl Volserver {
         std::fs::read_to_string(&self.log).unwrap()
     }
 
+    /// The log as soon as it has these words: it is written by a thread of its own, behind what it tells of.
+    pub fn log_with(&self, words: &str) -> String {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let log = self.log();
+            if log.contains(words) {
+                return log;
+            }
+            assert!(Instant::now() < deadline, "{words} is not in the log: {log}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

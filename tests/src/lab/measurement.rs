@@ -88,6 +88,9 @@ impl BuildBeside {
             .current_dir(&workspace.root)
             .stdin(Stdio::null())
             .stderr(Stdio::null());
+        for (name, _) in cargo.get_envs().filter(|(_, value)| value.is_none()) {
+            nice.env_remove(name);
+        }
         Ok(Self(Running(nice.spawn().context("cannot run cargo beside the tests")?)))
     }
 

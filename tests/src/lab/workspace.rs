@@ -90,9 +90,20 @@ impl Workspace {
     }
 }
 
-/// The cargo that runs us, or the one in PATH.
+/// The cargo that runs us, or the one in PATH. It is not told what `cargo run` tells us of our own package: there are build scripts
+/// that run again when these variables differ (ring's), and with each turn from one cargo to the other all that rests on them
+/// would be compiled anew.
 fn cargo() -> Command {
-    Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in env::vars_os().filter(|(name, _)| is_of_a_package(&name.to_string_lossy())) {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Whether cargo sets the variable to what it knows of the package that it runs.
+fn is_of_a_package(name: &str) -> bool {
+    name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
 }
 
 fn cache_directory() -> Result<PathBuf> {
@@ -104,4 +115,21 @@ fn cache_directory() -> Result<PathBuf> {
         "neither VOLNODE_LAB_CACHE nor XDG_CACHE_HOME nor HOME is set: where may the lab keep kernels?",
     )?;
     Ok(base.join("volnode-lab"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+
+    use super::*;
+
+    #[test]
+    fn a_cargo_of_ours_hears_nothing_of_our_own_package() {
+        // Whoever runs a test sets this for it, cargo and the lab alike.
+        let name = OsStr::new("CARGO_MANIFEST_DIR");
+        assert!(env::var_os(name).is_some());
+        assert!(cargo().get_envs().any(|(removed, value)| removed == name && value.is_none()));
+        assert!(is_of_a_package("CARGO_PKG_VERSION_MAJOR"));
+        assert!(!is_of_a_package("CARGO_HOME") && !is_of_a_package("CARGO_TARGET_DIR"));
+    }
 }
