@@ -38,9 +38,6 @@ pub const RUN_ELSEWHERE: &str = "elsewhere";
 /// build, and build everything anew.
 pub const REPORT_TIME_VARIABLE: &str = "RUSTC_BOOTSTRAP";
 
-/// What a test of another crate says under [`RUN_ELSEWHERE`]: it is not skipped, only run later.
-pub const RUN_IN_VM_REASON: &str = "SKIP the lab runs this in its VM";
-
 /// Names the kernel series ([`KernelSeries::name`]) the tests run on.
 pub const KERNEL_VARIABLE: &str = "VOLNODE_LAB_KERNEL";
 
