@@ -273,6 +273,16 @@ impl Region {
     /// Maps the first `length_bytes` of a file, shared with it, at a multiple of [`HUGE_PAGE_BYTES`]: only so can huge
     /// pages of the file be mapped as such.
     pub(crate) fn of_file(file: &File, length_bytes: usize, protection: ProtFlags) -> io::Result<Self> {
+        Self::of_file_at(file, 0, length_bytes, protection)
+    }
+
+    /// The same from a place in the file on, a multiple of a page.
+    pub(crate) fn of_file_at(
+        file: &File,
+        offset_bytes: u64,
+        length_bytes: usize,
+        protection: ProtFlags,
+    ) -> io::Result<Self> {
         let file_bytes = in_pages(length_bytes).ok_or(io::ErrorKind::OutOfMemory)?;
         let mapped_bytes = file_bytes.checked_add(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::OutOfMemory)?;
         let room = map_anonymous(mapped_bytes, ProtFlags::empty())?;
@@ -282,7 +292,7 @@ impl Region {
         let target = room.as_ptr().wrapping_add(padding_bytes);
         let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: replaces a part of the room made above, which nobody else knows of.
-        let start = unsafe { mmap(target.cast(), file_bytes, protection, flags, file, 0) }?;
+        let start = unsafe { mmap(target.cast(), file_bytes, protection, flags, file, offset_bytes) }?;
         region.start = NonNull::new(start.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(region)
     }

@@ -4,6 +4,7 @@
 //! beyond loopback needs TLS, or `--insecure`. Opens and starts nothing. Called by `main.rs`.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ Exit codes:
   0  stopped by SIGTERM or SIGINT, everything ended in order
   1  failed unexpectedly
   2  bad options or certificates, an address beyond loopback without TLS or --insecure, or a --memory-max that is too little
-  3  the data directory or its catalog cannot be used
+  3  the data directory, its catalog or the runtime directory cannot be used
   4  an address cannot be listened on
   5  stopped, but connections or their I/O did not end in time
   8  no space left on the file system of the data directory";
@@ -46,6 +47,11 @@ pub struct Config {
     /// Where the catalog and the volumes are kept; made if missing
     #[arg(long, env = "VOLSERVER_DATA_DIR", value_name = "DIR")]
     pub data_dir: PathBuf,
+
+    /// Where is kept what has to survive this process and not the machine, such as that writes were lost
+    /// [default: the service manager's, or /run/volserver]
+    #[arg(long, env = "VOLSERVER_RUNTIME_DIR", value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
 
     /// Where NBD clients connect; may be given more than once, or separated by commas
     #[arg(
@@ -212,6 +218,25 @@ impl Config {
         let data = self.listen.iter().filter_map(DataAddress::tcp).filter(move |_| !is_encrypted);
         let management = Some(self.management).filter(|_| !is_protected);
         data.chain(management).filter(|address| !address.ip().to_canonical().is_loopback())
+    }
+
+    /// Where to keep what has to survive this process; the first place that can be written to. `None`: there is none.
+    pub fn runtime_dir(&self) -> Option<PathBuf> {
+        if let Some(dir) = &self.runtime_dir {
+            return Some(dir.clone());
+        }
+        let from_env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let candidates = [
+            // systemd's RuntimeDirectory=
+            from_env("RUNTIME_DIRECTORY"),
+            Some(PathBuf::from("/run/volserver")),
+            from_env("XDG_RUNTIME_DIR").map(|dir| dir.join("volserver")),
+        ];
+        candidates.into_iter().flatten().find(|dir| {
+            let made = std::fs::DirBuilder::new().mode(0o755).create(dir);
+            let is_there = made.is_ok() || dir.is_dir();
+            is_there && rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_ok()
+        })
     }
 
     /// The files of TLS, where there is TLS.

@@ -20,7 +20,7 @@ use proto::nbd::replies::ReplyHead;
 use proto::nbd::transmission::{Command, NbdError};
 use tls::kernel::ControlRecord;
 use tls::stream::Carrier;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::admission::Place;
 use crate::buffers::{Buffer, HeldBuffers};
@@ -686,6 +686,10 @@ impl Connection {
                 ring.push_volume_op(self.index, slot, op, self.requests[usize::from(slot.0)].buffer.as_ref());
             }
             Next::Done(result) => self.done(ring, slot, result),
+            Next::Disconnect => {
+                warn!(connection = self.id.0, "closed without an answer: what it would say is not recorded");
+                self.close(ring);
+            }
         }
     }
 

@@ -23,7 +23,8 @@ use crate::admission::Admission;
 use crate::backend::file::{self, CacheMode};
 use crate::catalog::{BackendKind, Catalog, VolumeRecord};
 use crate::data_address::{DataAddress, Listener};
-use crate::gate::{self, Gate, GateMessage};
+use crate::gate::{Gate, GateMessage};
+use crate::incarnation::{Incarnations, RuntimeDirError};
 use crate::io_loop::IoLoop;
 use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
 use crate::mailbox::{Mailbox, RingMessage};
@@ -47,6 +48,8 @@ pub struct DataServerConfig {
     pub threads: usize,
     /// Where the backing files are.
     pub volumes_dir: PathBuf,
+    /// Where is kept what has to survive this process, and not the machine; `None`: nowhere.
+    pub runtime_dir: Option<PathBuf>,
     /// Whether they are read and written past the page cache.
     pub cache: CacheMode,
     /// Whether volumes can be opened by their plain name.
@@ -65,6 +68,7 @@ impl Default for DataServerConfig {
             listen: Vec::new(),
             threads: 0,
             volumes_dir: PathBuf::new(),
+            runtime_dir: None,
             cache: CacheMode::default(),
             export_by_name: false,
             tls: Arc::default(),
@@ -109,6 +113,9 @@ pub enum DataServerError {
     /// The memory limit leaves too little for buffers.
     #[error(transparent)]
     Memory(#[from] TooLittleMemory),
+    /// The runtime directory.
+    #[error(transparent)]
+    RuntimeDir(#[from] RuntimeDirError),
     /// A thread, an eventfd or the boot id.
     #[error("cannot {action}: {source}")]
     System {
@@ -155,8 +162,7 @@ pub struct VolumeBusy {
 pub struct DataServer {
     local_addrs: Vec<DataAddress>,
     volumes_dir: PathBuf,
-    boot_id: String,
-    process_id: String,
+    incarnations: Incarnations,
     gate: Sender<GateMessage>,
     rings: Vec<Arc<Mailbox>>,
     stop_accepting: Arc<OwnedFd>,
@@ -184,8 +190,13 @@ impl DataServer {
         let local_addrs = listeners.iter().map(|listener| listener.address().clone()).collect();
         let boot_id =
             std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("read the boot id"))?;
-        let boot_id = boot_id.trim().to_owned();
         let process_id = Uuid::new_v4().simple().to_string();
+        let incarnations = Incarnations::open(
+            catalog.clone(),
+            boot_id.trim().to_owned(),
+            process_id,
+            config.runtime_dir.as_deref(),
+        )?;
         let stop_accepting = Arc::new(
             eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from).map_err(system("make an eventfd"))?,
         );
@@ -203,13 +214,11 @@ impl DataServer {
         )?;
         let (rings, ring_threads) = start_rings(ring_count, &gate_sender, limits, plan, &config.tls)?;
         let volumes_dir = config.volumes_dir.clone();
-        let identity = (boot_id.clone(), process_id.clone());
-        let gate = Gate::new(catalog, config, identity, rings.clone(), gate_sender.clone());
+        let gate = Gate::new(catalog, config, incarnations.clone(), rings.clone(), gate_sender.clone());
         let server = Arc::new(Self {
             local_addrs,
             volumes_dir,
-            boot_id,
-            process_id,
+            incarnations,
             gate: gate_sender,
             rings: rings.clone(),
             stop_accepting: Arc::clone(&stop_accepting),
@@ -312,7 +321,23 @@ impl DataServer {
 
     /// A word that changes whenever acknowledged, unflushed writes of the volume may have been lost.
     pub fn storage_incarnation(&self, volume: &VolumeRecord) -> String {
-        gate::incarnation(volume, &self.boot_id, &self.process_id)
+        self.incarnations.word(volume)
+    }
+
+    /// A sync of the volume's file failed that no client had asked for: what its clients wrote may be lost. Recorded when this
+    /// returns.
+    ///
+    /// # Errors
+    /// It is recorded nowhere: nobody may be told.
+    pub fn sync_failed(&self, volume: &VolumeRecord, errno: i32) -> Result<(), String> {
+        let volume = Box::new(volume.clone());
+        self.ask(|reply| GateMessage::SyncFailed { volume, errno, reply })
+            .unwrap_or_else(|| Err(FenceError::NoAnswer.to_string()))
+    }
+
+    /// The volume is no more, and nothing has to be remembered of it.
+    pub fn forget_volume(&self, volume_uid: Uuid) {
+        self.incarnations.forget(volume_uid);
     }
 
     /// Ends everything: requests in flight are finished and answered, connections closed, threads joined. True: all of
@@ -328,7 +353,7 @@ impl DataServer {
         for thread in threads.rings {
             in_time &= join_until(thread, deadline);
         }
-        let _ = self.gate.send(GateMessage::Shutdown);
+        let _ = self.gate.send(GateMessage::Shutdown { is_drained: in_time });
         in_time & threads.gate.is_none_or(|thread| join_until(thread, deadline))
     }
 

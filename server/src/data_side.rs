@@ -28,10 +28,23 @@ impl ServedData {
     }
 }
 
+impl ServedData {
+    /// A sync that fails tells, once, that acknowledged writes may be lost: the clients are to know.
+    fn noticed(&self, volume: &VolumeRecord, error: FileError) -> io::Error {
+        if let FileError::Sync { source, .. } = &error {
+            let errno = source.raw_os_error().unwrap_or(libc::EIO);
+            if let Err(unrecorded) = self.server.sync_failed(volume, errno) {
+                return io::Error::other(format!("{error}; {unrecorded}"));
+            }
+        }
+        io_error(error)
+    }
+}
+
 /// The system's error behind a file's, with its kind; what has no such is `InvalidData`.
 fn io_error(error: FileError) -> io::Error {
     match &error {
-        FileError::Io { source, .. } => io::Error::new(source.kind(), error.to_string()),
+        FileError::Io { source, .. } | FileError::Sync { source, .. } => io::Error::new(source.kind(), error.to_string()),
         _ => io::Error::new(io::ErrorKind::InvalidData, error.to_string()),
     }
 }
@@ -55,20 +68,26 @@ impl DataSide for ServedData {
     }
 
     fn delete_storage(&self, volume_uid: Uuid) -> io::Result<()> {
-        file::delete(&self.volumes_dir, volume_uid).map_err(io_error)
+        file::delete(&self.volumes_dir, volume_uid).map_err(io_error)?;
+        self.server.forget_volume(volume_uid);
+        Ok(())
     }
 
     fn stored_volumes(&self) -> io::Result<Vec<Uuid>> {
         file::list_uids(&self.volumes_dir).map_err(io_error)
     }
 
-    fn grow_storage(&self, volume_uid: Uuid, capacity_bytes: u64) -> io::Result<()> {
-        file::grow(&self.volumes_dir, volume_uid, capacity_bytes).map_err(io_error)
+    fn grow_storage(&self, volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
+        let grown = file::grow(&self.volumes_dir, volume.volume_uid, capacity_bytes);
+        grown.map_err(|error| self.noticed(volume, error))
     }
 
     fn sync_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
         match volume.backend {
-            BackendKind::File => file::sync(&self.volumes_dir, volume.volume_uid).map_err(io_error),
+            BackendKind::File => {
+                let synced = file::sync(&self.volumes_dir, volume.volume_uid);
+                synced.map_err(|error| self.noticed(volume, error))
+            }
             BackendKind::Memory => Ok(()),
         }
     }

@@ -24,6 +24,7 @@ pub mod data_server;
 mod data_side;
 pub mod fence;
 pub mod gate;
+pub mod incarnation;
 pub mod io_loop;
 pub mod lifecycle;
 pub mod limits;

@@ -7,6 +7,8 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -94,6 +96,7 @@ impl ServeError {
             Self::ManagementAddress { .. } => 4,
             Self::Data(error) if error.is_address() => 4,
             Self::Data(DataServerError::Memory(_)) => 2,
+            Self::Data(DataServerError::RuntimeDir(_)) => 3,
             Self::Data(_) | Self::SetUp { .. } | Self::Management(_) => 1,
             Self::Unclean(_) => 5,
         }
@@ -239,12 +242,35 @@ fn data_server_config(config: &Config, catalog: &Catalog, tls: &Arc<ServerTls>) 
         listen: config.listen.clone(),
         threads: config.threads.map_or(0, usize::from),
         volumes_dir: catalog.volumes_dir(),
+        runtime_dir: runtime_dir(config),
         cache: config.cache.into(),
         export_by_name: config.export_by_name,
         tls: Arc::clone(tls),
         faults: config.fault.unwrap_or_default(),
         limits: config.limits(),
     }
+}
+
+/// Says so where there is none: a server without one is as good, until its storage fails.
+fn runtime_dir(config: &Config) -> Option<PathBuf> {
+    let dir = config.runtime_dir();
+    let device = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.dev());
+    let is_beside = |dir: &PathBuf| {
+        matches!((device(dir), device(&config.data_dir)), (Ok(runtime), Ok(data)) if runtime == data)
+    };
+    if let Some(dir) = dir.as_ref().filter(|dir| is_beside(dir)) {
+        tracing::warn!(
+            runtime_dir = %dir.display(),
+            "the runtime directory is on the file system of the data: what that loses may go unnoticed (see --runtime-dir)"
+        );
+    }
+    if dir.is_none() {
+        tracing::warn!(
+            "no runtime directory can be written to: what a failing file system loses while no server runs goes unnoticed \
+             (see --runtime-dir)"
+        );
+    }
+    dir
 }
 
 /// What clients are told: as configured, else where the data side listens.

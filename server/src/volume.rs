@@ -14,9 +14,11 @@
 //!   in memory       TRIM, WRITE_ZEROES: Allocate(punch) ─(NO_HOLE)─► Allocate(fill); the others: nothing is left to do
 //! ```
 //! Invariants: a request is reported done only when every byte of it is; where the write cache is off every writing
-//! request is treated as FUA; after a failed sync nothing is acknowledged as durable until the volume was opened anew.
+//! request is treated as FUA; after a failed sync nothing is acknowledged as durable until the volume was opened anew; and
+//! nobody is told of a failed sync before it is recorded where a killed server does not forget it.
 
 use std::fs::File;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use proto::nbd::transmission::{Command, CommandFlags, NbdError, Request};
@@ -69,6 +71,22 @@ pub enum Backend {
     Memory(MemoryVolume),
 }
 
+/// Records that a volume lost writes, at the first failed sync; false: it could not, and nobody may be told. Must not wait.
+pub struct LossRecorder(Box<dyn Fn() -> bool + Send + Sync>);
+
+impl LossRecorder {
+    /// One that does this.
+    pub fn new(record: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self(Box::new(record))
+    }
+}
+
+impl std::fmt::Debug for LossRecorder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LossRecorder")
+    }
+}
+
 /// A volume that is being served.
 #[derive(Debug)]
 pub struct Volume {
@@ -83,6 +101,9 @@ pub struct Volume {
     /// FLUSHes so far; counted only for [`Faults::skip_one_flush`].
     flushes: AtomicU64,
     sync_failed: AtomicBool,
+    recorder: LossRecorder,
+    /// Whether the loss is recorded; set by the first failed sync.
+    is_recorded: OnceLock<bool>,
 }
 
 impl Volume {
@@ -93,9 +114,21 @@ impl Volume {
         backend: Backend,
         write_cache_on: bool,
         faults: Faults,
+        recorder: LossRecorder,
     ) -> Self {
-        let (flushes, sync_failed) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self { volume_uid, capacity_bytes, backend, write_cache_on, faults, flushes, sync_failed }
+        let (flushes, sync_failed, is_recorded) =
+            (AtomicU64::new(0), AtomicBool::new(false), OnceLock::new());
+        Self {
+            volume_uid,
+            capacity_bytes,
+            backend,
+            write_cache_on,
+            faults,
+            flushes,
+            sync_failed,
+            recorder,
+            is_recorded,
+        }
     }
 
     /// Whether a sync has failed: what was acknowledged before may be lost.
@@ -162,10 +195,21 @@ impl Volume {
         }
     }
 
-    fn report_failed_sync(&self, errno: i32) {
+    /// A sync of the volume's file failed, a client's or another: nothing is acknowledged as durable any more. Records it.
+    pub fn report_failed_sync(&self, errno: i32) {
         if !self.sync_failed.swap(true, Ordering::AcqRel) {
             error!(volume_uid = %self.volume_uid, errno, "a sync failed: FLUSH and FUA fail until all clients have left");
         }
+        self.is_loss_recorded();
+    }
+
+    fn is_loss_recorded(&self) -> bool {
+        *self.is_recorded.get_or_init(|| (self.recorder.0)())
+    }
+
+    /// What is said instead of that something is durable.
+    fn lost(&self) -> Next {
+        if self.is_loss_recorded() { Next::Done(Err(NbdError::Eio)) } else { Next::Disconnect }
     }
 
     fn is_direct(&self) -> bool {
@@ -180,6 +224,8 @@ pub enum Next {
     Submit(VolumeOp),
     /// The request is over.
     Done(Result<(), NbdError>),
+    /// Nothing may be said: the connection ends without an answer.
+    Disconnect,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -242,7 +288,7 @@ impl RequestProgress {
 
     fn begin_file(&mut self, volume: &Volume) -> Next {
         if self.durable && volume.has_lost_writes() {
-            return Next::Done(Err(NbdError::Eio));
+            return volume.lost();
         }
         self.stage = match self.request.command {
             Command::Read => Stage::Reading,
@@ -352,7 +398,7 @@ impl RequestProgress {
             return Next::Done(Ok(()));
         }
         if volume.has_lost_writes() {
-            return Next::Done(Err(NbdError::Eio));
+            return volume.lost();
         }
         self.stage = Stage::Syncing;
         self.repeat(volume)
@@ -366,6 +412,7 @@ impl RequestProgress {
 
     fn failed(&mut self, volume: &Volume, errno: i32) -> Next {
         let no_space = matches!(errno, libc::ENOSPC | libc::EDQUOT | libc::EFBIG);
+        let mut has_lost_writes = false;
         match self.stage {
             Stage::Allocating if errno == libc::EOPNOTSUPP => {
                 if self.request.command == Command::Trim {
@@ -378,27 +425,29 @@ impl RequestProgress {
                 return self.repeat(volume);
             }
             Stage::Prefetching => return Next::Done(Ok(())), // Only advice as well.
-            Stage::Syncing => volume.report_failed_sync(errno),
-            Stage::Writing if self.durable && volume.is_direct() && !no_space => {
-                volume.report_failed_sync(errno)
-            }
+            Stage::Syncing => has_lost_writes = true,
+            Stage::Writing if self.durable && volume.is_direct() && !no_space => has_lost_writes = true,
             _ => {}
         }
         warn!(volume_uid = %volume.volume_uid, errno, stage = ?self.stage, request = ?self.request, "a request failed");
-        // Whatever a failed sync says, what it means to the client is that the data may be lost.
-        let error = if self.stage == Stage::Syncing { NbdError::Eio } else { NbdError::from_errno(errno) };
-        Next::Done(Err(error))
+        if has_lost_writes {
+            // Whatever a failed sync says, what it means to the client is that the data may be lost.
+            volume.report_failed_sync(errno);
+            return volume.lost();
+        }
+        Next::Done(Err(NbdError::from_errno(errno)))
     }
 }
 
 /// A sync worked; but if another failed meanwhile, its error may be about what this one should have covered.
 fn durable_answer(volume: &Volume) -> Next {
-    Next::Done(if volume.has_lost_writes() { Err(NbdError::Eio) } else { Ok(()) })
+    if volume.has_lost_writes() { volume.lost() } else { Next::Done(Ok(())) }
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
+    use std::sync::Arc;
 
     use super::*;
     use crate::backend::file::{self, CacheMode};
@@ -406,6 +455,8 @@ mod tests {
     struct Fixture {
         dir: PathBuf,
         volume: Volume,
+        /// Whether a loss of writes can be recorded.
+        recorded: Arc<AtomicBool>,
     }
 
     impl Fixture {
@@ -415,7 +466,13 @@ mod tests {
             let uid = Uuid::new_v4();
             file::create(&dir, uid, 16 << 20).unwrap();
             let backend = Backend::File(file::open(&dir, uid, 16 << 20, cache, 1).unwrap());
-            Self { dir, volume: Volume::new(uid, 16 << 20, backend, write_cache_on, faults) }
+            let recorded = Arc::new(AtomicBool::new(true));
+            let recorder = {
+                let recorded = Arc::clone(&recorded);
+                LossRecorder::new(move || recorded.load(Ordering::Relaxed))
+            };
+            let volume = Volume::new(uid, 16 << 20, backend, write_cache_on, faults, recorder);
+            Self { dir, volume, recorded }
         }
 
         fn begin(&self, command: Command, flags: CommandFlags) -> (RequestProgress, Next) {
@@ -502,6 +559,20 @@ mod tests {
     }
 
     #[test]
+    fn nobody_is_told_of_a_loss_that_is_recorded_nowhere() {
+        let fixture = buffered();
+        fixture.recorded.store(false, Ordering::Relaxed);
+        let (mut earlier, _) = fixture.begin(Command::Flush, CommandFlags::NONE);
+        let (mut failing, _) = fixture.begin(Command::Flush, CommandFlags::NONE);
+        assert_eq!(failing.completed(&fixture.volume, -libc::EIO), Next::Disconnect);
+        fixture.recorded.store(true, Ordering::Relaxed);
+        assert_eq!(earlier.completed(&fixture.volume, 0), Next::Disconnect, "it is recorded once or not at all");
+        assert_eq!(fixture.begin(Command::Write, CommandFlags::FUA).1, Next::Disconnect);
+        let (mut read, _) = fixture.begin(Command::Read, CommandFlags::NONE);
+        assert_eq!(read.completed(&fixture.volume, 8192), OK);
+    }
+
+    #[test]
     fn no_space_is_the_writers_problem_alone() {
         let fixture = buffered();
         let (mut write, _) = fixture.begin(Command::Write, CommandFlags::FUA);
@@ -540,7 +611,8 @@ mod tests {
     #[test]
     fn memory_is_given_back_and_taken_again_where_no_hole_is_wanted() {
         let backend = Backend::Memory(MemoryVolume::new(1 << 20).unwrap());
-        let volume = Volume::new(Uuid::nil(), 1 << 20, backend, true, Faults::default());
+        let recorder = LossRecorder::new(|| true);
+        let volume = Volume::new(Uuid::nil(), 1 << 20, backend, true, Faults::default(), recorder);
         let command = Command::WriteZeroes;
         let flags = CommandFlags::NO_HOLE;
         let request = Request { flags, command, cookie: 1, offset_bytes: 512, length_bytes: 8192 };
@@ -555,7 +627,7 @@ mod tests {
 
     fn memory() -> Volume {
         let backend = Backend::Memory(MemoryVolume::new(1 << 20).unwrap());
-        Volume::new(Uuid::nil(), 1 << 20, backend, true, Faults::default())
+        Volume::new(Uuid::nil(), 1 << 20, backend, true, Faults::default(), LossRecorder::new(|| true))
     }
 
     #[test]

@@ -41,6 +41,11 @@ async fn a_server_on_a_full_file_system_starts_or_says_which_one_is_full() {
         let Some(fs) = LoopFs::new(kind, if kind == "xfs" { 320 << 20 } else { 24 << 20 }) else { return };
         let (data_dir, filler) = (fs.mount.join("data"), fs.mount.join("filler"));
         let logs = tempfile::tempdir().unwrap();
+        let command = |data_dir: &Path| {
+            let mut command = command(data_dir);
+            command.env("VOLSERVER_RUNTIME_DIR", logs.path().join("run"));
+            command
+        };
         let start = || Volserver::start_with(command(&data_dir), &logs.path().join("log"));
         let server = start();
         server.client().await.create_volume(create_request("vol-1")).await.unwrap();

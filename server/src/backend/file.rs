@@ -12,11 +12,12 @@ use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use rustix::fs::{Advice, AtFlags, FlockOperation, OFlags, StatxFlags};
 use uuid::Uuid;
 
-use super::page_cache::PageCacheView;
+use super::page_cache::{PageCacheView, is_any_cached};
 
 /// Whether volumes are read and written past the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -37,6 +38,14 @@ pub enum FileError {
         /// What was tried.
         action: &'static str,
         /// On what.
+        path: PathBuf,
+        /// The system's own error.
+        source: io::Error,
+    },
+    /// What was written to the file before may be lost.
+    #[error("cannot sync {path}: {source}")]
+    Sync {
+        /// The file.
         path: PathBuf,
         /// The system's own error.
         source: io::Error,
@@ -97,6 +106,14 @@ impl FileVolume {
     /// Whether the disk below turns, so that near offsets are fast one after the other.
     pub fn is_rotational(&self) -> bool {
         self.is_rotational
+    }
+
+    /// Has what is read next come from the disk, and not from the page cache.
+    ///
+    /// # Errors
+    /// The page cache keeps some of it (`ResourceBusy`), or the file system's own.
+    pub fn drop_page_cache(&self) -> io::Result<()> {
+        drop_page_cache(&self.file)
     }
 
     /// Waits for the lock for as long as a predecessor's process, or its last I/O, holds it. On a thread that may wait.
@@ -166,7 +183,7 @@ pub fn grow(volumes_dir: &Path, volume_uid: Uuid, capacity_bytes: u64) -> Result
     let found_bytes = file.metadata().map_err(|e| fail("cannot look at")(&path, e))?.len();
     if found_bytes < capacity_bytes {
         file.set_len(capacity_bytes).map_err(|e| fail("cannot size")(&path, e))?;
-        file.sync_all().map_err(|e| fail("cannot sync")(&path, e))?;
+        file.sync_all().map_err(|source| FileError::Sync { path: path.clone(), source })?;
     }
     Ok(())
 }
@@ -175,16 +192,34 @@ pub fn grow(volumes_dir: &Path, volume_uid: Uuid, capacity_bytes: u64) -> Result
 /// so it is dropped.
 ///
 /// # Errors
-/// [`FileError::Io`]
+/// [`FileError::Sync`]; [`FileError::Io`]: the file cannot be opened.
 pub fn sync(volumes_dir: &Path, volume_uid: Uuid) -> Result<(), FileError> {
     let path = path(volumes_dir, volume_uid);
-    let fail = |action, source| FileError::Io { action, path: path.clone(), source };
-    let file = File::open(&path).map_err(|e| fail("cannot open", e))?;
+    let file = File::open(&path)
+        .map_err(|source| FileError::Io { action: "cannot open", path: path.clone(), source })?;
     file.sync_data().map_err(|source| {
-        // It drops what it can; a page that is in use is read by somebody who saw it before.
+        // What is left of it in the cache is looked at when the volume is opened anew.
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);
-        fail("cannot sync", source)
+        FileError::Sync { path: path.clone(), source }
     })
+}
+
+/// How often the page cache is told to let go of a file, and how long it then has: what is just being read is not dropped.
+const DROP_TRIES: u32 = 50;
+const DROP_PAUSE: Duration = Duration::from_millis(20);
+
+fn drop_page_cache(file: &File) -> io::Result<()> {
+    // Pages that wait to be written are not dropped. A failure has been told already.
+    let _ = file.sync_data();
+    for _ in 0..DROP_TRIES {
+        rustix::fs::fadvise(file, 0, None, Advice::DontNeed)?;
+        // Where that cannot be told, nothing more can be done.
+        if !is_any_cached(file).unwrap_or(false) {
+            return Ok(());
+        }
+        std::thread::sleep(DROP_PAUSE);
+    }
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "the page cache keeps pages of the file"))
 }
 
 /// Deletes the file of a volume, durably. One that is not there is a success.

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::fstatfs;
+use rustix::fs::{SeekFrom, fstatfs};
 use rustix::mm::ProtFlags;
 
 use crate::buffers::Region;
@@ -91,6 +91,47 @@ impl PageCacheView {
         // there are so many.
         let result = unsafe { libc::mincore(start, end_bytes - begin_bytes, residency.as_mut_ptr()) };
         result == 0 && residency[..pages].iter().all(|page| page & 1 == 1)
+    }
+}
+
+/// So much of a file is mapped and asked about at once, in bytes.
+const LOOK_BYTES: u64 = 1 << 30;
+
+/// Whether the page cache holds anything of the file's data, now. Takes long for a large one.
+///
+/// # Errors
+/// The system's: it cannot be told.
+pub(super) fn is_any_cached(file: &File) -> io::Result<bool> {
+    let length_bytes = file.metadata()?.len();
+    let mut residency = vec![0u8; (LOOK_BYTES / rustix::param::page_size() as u64) as usize];
+    let mut offset_bytes = 0;
+    // What was never written, and is not about to be, has no pages that say otherwise than the disk.
+    while let Some(data_bytes) = next_data(file, offset_bytes)? {
+        let begin_bytes = data_bytes - data_bytes % rustix::param::page_size() as u64;
+        let end_bytes = (begin_bytes + LOOK_BYTES).min(length_bytes);
+        let range_bytes = usize::try_from(end_bytes - begin_bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let range = Region::of_file_at(file, begin_bytes, range_bytes, ProtFlags::empty())?;
+        let start = range.address(0, range_bytes).cast();
+        // SAFETY: the range is the mapping, which is only asked about; a byte is written for each of its pages, and there are
+        // so many.
+        if unsafe { libc::mincore(start, range_bytes, residency.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let pages = range_bytes.div_ceil(rustix::param::page_size());
+        if residency[..pages].iter().any(|page| page & 1 == 1) {
+            return Ok(true);
+        }
+        offset_bytes = end_bytes;
+    }
+    Ok(false)
+}
+
+/// Where the next data is; `None` behind the last.
+fn next_data(file: &File, offset_bytes: u64) -> io::Result<Option<u64>> {
+    match rustix::fs::seek(file, SeekFrom::Data(offset_bytes)) {
+        Ok(found_bytes) => Ok(Some(found_bytes)),
+        Err(rustix::io::Errno::NXIO) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -59,10 +59,9 @@ pub(super) fn prepare(db: &mut Connection, path: &Path, volumes_dir: &Path) -> R
     let application_id: i32 = transaction.pragma_query_value(None, "application_id", |row| row.get(0))?;
     let tables: u32 = transaction.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
     if tables == 0 && found == 0 {
-        let is_empty = |dir: &Path| std::fs::read_dir(dir).map(|mut entries| entries.next().is_none());
-        if !is_empty(volumes_dir)
-            .map_err(|source| CatalogError::File { path: volumes_dir.to_owned(), source })?
-        {
+        let holds_volumes =
+            holds_volumes(volumes_dir).map_err(|source| CatalogError::File { path: volumes_dir.to_owned(), source })?;
+        if holds_volumes {
             return Err(CatalogError::Lost(volumes_dir.to_owned()));
         }
         transaction.execute_batch(SCHEMA_V1)?;
@@ -90,6 +89,16 @@ pub(super) fn prepare(db: &mut Connection, path: &Path, volumes_dir: &Path) -> R
         );
     }
     Ok(())
+}
+
+/// Whether anything there may be a volume; a file system's own directory (`lost+found`) is none.
+fn holds_volumes(dir: &Path) -> std::io::Result<bool> {
+    for entry in std::fs::read_dir(dir)? {
+        if entry?.file_name() != "lost+found" {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The server's identity.

@@ -45,7 +45,10 @@ fn what_was_returned_is_there_after_opening_again() {
     let volume = ready_volume(&catalog, "vol-1");
     let attachment = attach(&catalog, &volume, "node-a");
     catalog.raise_session_epoch(attachment.attachment_id, 4).unwrap();
-    assert_eq!(catalog.raise_incarnation(volume.volume_uid).unwrap(), 2);
+    for incarnation in [2, 1] {
+        catalog.raise_incarnation_to(volume.volume_uid, incarnation).unwrap();
+    }
+    assert_eq!(catalog.attach_generation(volume.volume_uid).unwrap(), 1);
     drop(catalog);
 
     let catalog = Catalog::open(&data_dir).unwrap();
@@ -165,6 +168,8 @@ fn a_new_catalog_is_not_made_beside_volumes_that_an_old_one_knew() {
         assert!(matches!(Catalog::open(dir.path()).unwrap_err(), CatalogError::Lost(_)));
     }
     std::fs::remove_file(dir.path().join(VOLUMES_DIR_NAME).join("some-volume")).unwrap();
+    // Where a file system of its own is mounted.
+    std::fs::create_dir(dir.path().join(VOLUMES_DIR_NAME).join("lost+found")).unwrap();
     Catalog::open(dir.path()).unwrap();
 }
 

@@ -9,7 +9,7 @@
 //! those states at start is what a killed server left. Only `ready` volumes that no deletion has concealed are visible to
 //! lookups. Never touches storage itself.
 
-use rusqlite::{OptionalExtension as _, Row, TransactionBehavior};
+use rusqlite::{OptionalExtension as _, Row};
 use uuid::Uuid;
 
 use super::records::{self, NewVolume, VolumeRecord, VolumeState};
@@ -196,22 +196,32 @@ impl Catalog {
         Concealed { catalog: self.clone(), volume_uid }
     }
 
-    /// Raises the volume's storage incarnation (after a failed fsync) and returns the new one.
+    /// Raises the volume's storage incarnation to at least that; a volume that is no more has none.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn raise_incarnation_to(&self, volume_uid: Uuid, incarnation: u64) -> Result<(), CatalogError> {
+        let is_raised = self.state().volume_row("volume_uid = ?1", &volume_uid.to_string())?;
+        if is_raised.is_none_or(|(volume, _)| volume.incarnation >= incarnation) {
+            return Ok(());
+        }
+        self.state().db.execute(
+            "UPDATE volumes SET incarnation = max(incarnation, ?2) WHERE volume_uid = ?1",
+            (volume_uid.to_string(), to_db(incarnation, "incarnation")?),
+        )?;
+        Ok(())
+    }
+
+    /// The volume's attach generation: raised by each attach by force, and never lowered.
     ///
     /// # Errors
     /// [`CatalogError::VolumeNotFound`]; SQLite's.
-    pub fn raise_incarnation(&self, volume_uid: Uuid) -> Result<u64, CatalogError> {
-        let mut state = self.state();
-        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let raised: Option<i64> = transaction
-            .query_row(
-                "UPDATE volumes SET incarnation = incarnation + 1 WHERE volume_uid = ?1 RETURNING incarnation",
-                [volume_uid.to_string()],
-                |row| row.get(0),
-            )
-            .optional()?;
-        transaction.commit()?;
-        let raised = raised.ok_or(CatalogError::VolumeNotFound(volume_uid))?;
-        u64::try_from(raised).map_err(|_| CatalogError::Damaged { table: "volumes", column: "incarnation" })
+    pub fn attach_generation(&self, volume_uid: Uuid) -> Result<u64, CatalogError> {
+        let state = self.state();
+        let mut query = state.db.prepare_cached("SELECT attach_generation FROM volumes WHERE volume_uid = ?1")?;
+        let generation: Option<i64> = query.query_row([volume_uid.to_string()], |row| row.get(0)).optional()?;
+        let generation = generation.ok_or(CatalogError::VolumeNotFound(volume_uid))?;
+        u64::try_from(generation)
+            .map_err(|_| CatalogError::Damaged { table: "volumes", column: "attach_generation" })
     }
 }

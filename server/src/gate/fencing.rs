@@ -7,10 +7,11 @@ use std::collections::VecDeque;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use tracing::{error, info, warn};
+use tracing::{error, info};
 use uuid::Uuid;
 
 use super::{FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
+use crate::catalog::VolumeRecord;
 use crate::data_server::FenceError;
 use crate::fence::{ConnectionId, Fence, Output};
 use crate::mailbox::RingMessage;
@@ -79,7 +80,9 @@ impl Gate {
             && !self.is_in_use(volume_uid, connection)
         {
             // Before the fence lets the next one in, which is to find the volume anew.
-            self.retire(volume_uid);
+            if self.record_loss(volume_uid) {
+                self.volumes.remove(&volume_uid);
+            }
         }
         if let Right::Attachment { attachment_id } = known.right
             && let Some(fence) = self.fences.get_mut(&attachment_id)
@@ -95,20 +98,27 @@ impl Gate {
         self.answer_drained_fences();
     }
 
-    /// Takes a volume that lost writes out of service, so that the next open is a new one. False: the catalog could not
-    /// record it, and it stays as it is.
-    pub(super) fn retire(&mut self, volume_uid: Uuid) -> bool {
-        match self.catalog.raise_incarnation(volume_uid) {
-            Ok(incarnation) => {
-                warn!(%volume_uid, incarnation, "the volume lost writes: it will be opened anew");
-                self.volumes.remove(&volume_uid);
-                true
-            }
-            Err(error) => {
-                error!(%volume_uid, %error, "the catalog cannot record that the volume lost writes");
-                false
-            }
+    /// Has the loss of writes in the catalog, unless it is recorded elsewhere. False: it is recorded nowhere; the connections that
+    /// have the volume are closed, and it is not served until it can be.
+    pub(super) fn record_loss(&mut self, volume_uid: Uuid) -> bool {
+        let is_settled = self.incarnations.settle(volume_uid).is_ok();
+        let is_recorded = is_settled || self.incarnations.is_recorded(volume_uid);
+        if !is_recorded {
+            let have_it = self.connections.iter().filter(|(_, known)| known.volume_uid == volume_uid && known.is_served());
+            let have_it: Vec<ConnectionId> = have_it.map(|(connection, _)| *connection).collect();
+            have_it.into_iter().for_each(|connection| self.close(connection));
         }
+        is_recorded
+    }
+
+    /// A sync of a volume failed that was no client's. Recorded before it is answered.
+    pub(super) fn sync_failed(&mut self, volume: &VolumeRecord, errno: i32) -> Result<(), String> {
+        let volume_uid = volume.volume_uid;
+        if let Some(VolumeState::Open(open)) = self.volumes.get(&volume_uid) {
+            open.report_failed_sync(errno);
+            return if self.record_loss(volume_uid) { Ok(()) } else { Err("it is recorded nowhere".to_owned()) };
+        }
+        self.incarnations.raise_and_settle(volume).map_err(|error| error.to_string())
     }
 
     pub(super) fn fence_attachment(&mut self, attachment_id: Uuid, reply: Sender<Result<(), FenceError>>) {

@@ -30,12 +30,13 @@ use uuid::Uuid;
 
 use crate::backend::file::FileError;
 use crate::backend::memory::MemoryVolume;
-use crate::catalog::{BackendKind, Catalog, VolumeRecord};
+use crate::catalog::{Catalog, VolumeRecord};
 use crate::data_server::{DataServerConfig, FenceError, VolumeBusy};
 use crate::fence::{ConnectionId, Fence};
+use crate::incarnation::{AdmitError, Incarnations};
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::tls::rights::Rights;
-use crate::volume::Volume;
+use crate::volume::{Backend, Volume};
 
 /// Public names that LIST gives at most; it is for people, and an answer has to end.
 const LISTED_NAMES_MAX: u32 = 1000;
@@ -73,6 +74,20 @@ pub enum GateMessage {
         volume_uid: Uuid,
         /// The volume, its file locked.
         result: Result<Arc<Volume>, OpenError>,
+    },
+    /// A sync of a volume has failed, which is recorded on the spot or not at all.
+    LostWrites {
+        /// Which.
+        volume_uid: Uuid,
+    },
+    /// See [`crate::data_server::DataServer::sync_failed`].
+    SyncFailed {
+        /// Of which.
+        volume: Box<VolumeRecord>,
+        /// How: an errno.
+        errno: i32,
+        /// Answered when it is recorded, or cannot be.
+        reply: Sender<Result<(), String>>,
     },
     /// See [`crate::data_server::DataServer::fence_attachment`].
     FenceAttachment {
@@ -124,7 +139,10 @@ pub enum GateMessage {
         reply: Sender<u64>,
     },
     /// End.
-    Shutdown,
+    Shutdown {
+        /// No ring has an operation under way.
+        is_drained: bool,
+    },
 }
 
 /// Why a volume cannot be opened.
@@ -136,6 +154,9 @@ pub enum OpenError {
     /// Its memory, or the thread that opens it.
     #[error("{0}")]
     System(#[from] io::Error),
+    /// What is remembered of it.
+    #[error(transparent)]
+    Admit(#[from] AdmitError),
 }
 
 /// What a connection is here for.
@@ -161,6 +182,11 @@ struct Known {
 }
 
 impl Known {
+    /// Whether it has the volume and was told so.
+    fn is_served(&self) -> bool {
+        self.has_volume && self.deadline.is_none()
+    }
+
     /// Whether its open is to be answered with this volume as soon as that is open.
     fn waits_for(&self, volume_uid: Uuid) -> bool {
         self.volume_uid == volume_uid && self.has_volume && self.deadline.is_some() && !self.is_closing
@@ -188,8 +214,7 @@ enum Fenced {
 pub struct Gate {
     catalog: Catalog,
     config: DataServerConfig,
-    boot_id: String,
-    process_id: String,
+    incarnations: Incarnations,
     rings: Vec<Arc<Mailbox>>,
     /// For openers to report to.
     own_sender: Sender<GateMessage>,
@@ -204,16 +229,14 @@ impl Gate {
     pub fn new(
         catalog: Catalog,
         config: DataServerConfig,
-        identity: (String, String),
+        incarnations: Incarnations,
         rings: Vec<Arc<Mailbox>>,
         own_sender: Sender<GateMessage>,
     ) -> Self {
-        let (boot_id, process_id) = identity;
         Self {
             catalog,
             config,
-            boot_id,
-            process_id,
+            incarnations,
             rings,
             own_sender,
             fences: HashMap::new(),
@@ -231,7 +254,13 @@ impl Gate {
                 Some(deadline) => messages.recv_timeout(deadline.saturating_duration_since(Instant::now())),
             };
             match message {
-                Ok(GateMessage::Shutdown) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(GateMessage::Shutdown { is_drained }) => {
+                    if is_drained {
+                        self.close_volumes();
+                    }
+                    return;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
                 Ok(message) => self.handle(message),
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -250,6 +279,12 @@ impl Gate {
             }
             GateMessage::Closed { connection } => self.closed(connection),
             GateMessage::VolumeOpened { volume_uid, result } => self.volume_opened(volume_uid, result),
+            GateMessage::LostWrites { volume_uid } => {
+                self.record_loss(volume_uid);
+            }
+            GateMessage::SyncFailed { volume, errno, reply } => {
+                let _ = reply.send(self.sync_failed(&volume, errno));
+            }
             GateMessage::FenceAttachment { attachment_id, reply } => {
                 self.fence_attachment(attachment_id, reply)
             }
@@ -272,7 +307,7 @@ impl Gate {
             GateMessage::MemoryAllocated { volume_uid, reply } => {
                 let _ = reply.send(self.memory_allocated(volume_uid));
             }
-            GateMessage::Shutdown => {}
+            GateMessage::Shutdown { .. } => {}
         }
     }
 
@@ -310,6 +345,17 @@ impl Gate {
         Ok(())
     }
 
+    /// The rings have ended: nobody writes any more.
+    fn close_volumes(&self) {
+        for (volume_uid, state) in &self.volumes {
+            if let VolumeState::Open(volume) = state
+                && let Backend::File(file) = &volume.backend
+            {
+                self.incarnations.closed(*volume_uid, file.file());
+            }
+        }
+    }
+
     fn connections_of_volume(&self, volume_uid: Uuid) -> u32 {
         self.connections.values().filter(|known| known.volume_uid == volume_uid).count() as u32
     }
@@ -343,13 +389,5 @@ impl Gate {
         for waiter in late {
             let _ = waiter.reply.send(Err(FenceError::NotDrained(self.config.limits.fence_timeout)));
         }
-    }
-}
-
-/// The storage incarnation of a volume.
-pub fn incarnation(record: &VolumeRecord, boot_id: &str, process_id: &str) -> String {
-    match record.backend {
-        BackendKind::File => format!("{boot_id}.{}", record.incarnation),
-        BackendKind::Memory => format!("{boot_id}.{}.{process_id}", record.incarnation),
     }
 }

@@ -4,6 +4,7 @@
 //! `fencing.rs`. Never: blocks on storage; a thread of its own opens each volume and reports back.
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use proto::export_name::{AttachmentExportName, ExportDescription, ExportRefusal};
@@ -12,15 +13,16 @@ use proto::nbd::handshake::server::{Open, OpenKind, Refusal};
 use tracing::{error, info};
 use uuid::Uuid;
 
-use super::{Gate, GateMessage, Known, OpenError, Right, VolumeState, incarnation};
+use super::{Gate, GateMessage, Known, OpenError, Right, VolumeState};
 use crate::backend::file;
 use crate::backend::memory::MemoryVolume;
 use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
 use crate::data_server::DataServerConfig;
 use crate::fence::{ConnectionId, Go};
+use crate::incarnation::Incarnations;
 use crate::mailbox::{Opened, RingMessage};
 use crate::tls::rights::Rights;
-use crate::volume::{Backend, Volume};
+use crate::volume::{Backend, LossRecorder, Volume};
 
 impl Gate {
     pub(super) fn open(&mut self, connection: ConnectionId, ring: usize, open: &Open, rights: &Rights) {
@@ -122,14 +124,16 @@ impl Gate {
         match self.volumes.get_mut(&volume_uid) {
             // It is answered when the opener reports.
             Some(VolumeState::Opening) => {}
-            Some(VolumeState::Open(volume)) if volume.has_lost_writes() && !is_in_use => {
-                if self.retire(volume_uid) {
-                    self.start_opening(volume_uid, connection);
+            Some(VolumeState::Open(volume)) if volume.has_lost_writes() => {
+                let volume = Arc::clone(volume);
+                if !self.record_loss(volume_uid) {
+                    let words = "the server cannot record that the volume lost writes";
+                    self.give_up(connection, Refusal::shutdown(words));
+                } else if is_in_use {
+                    self.answer(connection, &volume);
                 } else {
-                    self.give_up(
-                        connection,
-                        Refusal::shutdown("the server cannot record that the volume lost writes"),
-                    );
+                    self.volumes.remove(&volume_uid);
+                    self.start_opening(volume_uid, connection);
                 }
             }
             Some(VolumeState::Open(volume)) => {
@@ -155,10 +159,11 @@ impl Gate {
         };
         self.volumes.insert(volume_uid, VolumeState::Opening);
         let (config, gate) = (self.config.clone(), self.own_sender.clone());
+        let incarnations = self.incarnations.clone();
         let ring_count = self.rings.len();
         // A thread of its own, because the lock of a file is waited for as long as a predecessor's I/O takes.
         let opener = std::thread::Builder::new().name("volume-opener".into()).spawn(move || {
-            let result = open_volume(&record, &config, ring_count);
+            let result = open_volume(&record, &config, ring_count, &incarnations, &gate);
             let _ = gate.send(GateMessage::VolumeOpened { volume_uid, result });
         });
         if let Err(error) = opener {
@@ -232,7 +237,7 @@ impl Gate {
         let description = ExportDescription {
             server_id: self.catalog.server_id(),
             volume_uid: record.volume_uid,
-            incarnation: incarnation(record, &self.boot_id, &self.process_id),
+            incarnation: self.incarnations.word(record),
         };
         description.to_string()
     }
@@ -273,6 +278,8 @@ fn open_volume(
     record: &VolumeRecord,
     config: &DataServerConfig,
     ring_count: usize,
+    incarnations: &Incarnations,
+    gate: &Sender<GateMessage>,
 ) -> Result<Arc<Volume>, OpenError> {
     let backend = match record.backend {
         BackendKind::File => {
@@ -284,11 +291,17 @@ fn open_volume(
             if waited > Duration::from_millis(100) {
                 info!(volume_uid = %uid, ?waited, "waited for a predecessor's I/O");
             }
+            incarnations.admit(record, &file, &config.volumes_dir)?;
             Backend::File(file)
         }
         BackendKind::Memory => Backend::Memory(MemoryVolume::new(record.capacity_bytes)?),
     };
-    let volume =
-        Volume::new(record.volume_uid, record.capacity_bytes, backend, record.write_cache_on, config.faults);
-    Ok(Arc::new(volume))
+    let (volume_uid, incarnations, gate) = (record.volume_uid, incarnations.clone(), gate.clone());
+    let recorder = LossRecorder::new(move || {
+        let is_recorded = incarnations.raise(volume_uid);
+        let _ = gate.send(GateMessage::LostWrites { volume_uid });
+        is_recorded
+    });
+    let (capacity_bytes, write_cache_on) = (record.capacity_bytes, record.write_cache_on);
+    Ok(Arc::new(Volume::new(volume_uid, capacity_bytes, backend, write_cache_on, config.faults, recorder)))
 }

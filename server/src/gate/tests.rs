@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::backend::file;
-use crate::catalog::NewVolume;
+use crate::catalog::{BackendKind, NewVolume};
 
 const SIZES_BYTES: [(&str, u64); 2] = [("a", 1 << 20), ("b", 2 << 20)];
 const CLIENT: ConnectionId = ConnectionId(7);
@@ -31,8 +31,8 @@ impl Fixture {
         };
         let (own_sender, messages) = channel();
         let ring = Arc::new(Mailbox::new().unwrap());
-        let identity = ("boot".to_owned(), "process".to_owned());
-        let gate = Gate::new(catalog, config, identity, vec![Arc::clone(&ring)], own_sender);
+        let incarnations = Incarnations::open(catalog.clone(), "boot".to_owned(), "process".to_owned(), None).unwrap();
+        let gate = Gate::new(catalog, config, incarnations, vec![Arc::clone(&ring)], own_sender);
         Self { gate, messages, ring, volumes: volumes.into(), _dir: dir }
     }
 

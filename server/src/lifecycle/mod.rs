@@ -62,7 +62,7 @@ pub trait DataSide: Send + Sync + 'static {
     ///
     /// # Errors
     /// The system's: `StorageFull`, `FileTooLarge` and others.
-    fn grow_storage(&self, volume_uid: Uuid, capacity_bytes: u64) -> io::Result<()>;
+    fn grow_storage(&self, volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()>;
 
     /// Makes all that was written to the volume durable. After a failure, what is read of it is what its disk has.
     ///

@@ -71,7 +71,7 @@ impl DataSide for Double {
         Ok(self.state.lock().unwrap().stored.iter().copied().collect())
     }
 
-    fn grow_storage(&self, _volume_uid: Uuid, capacity_bytes: u64) -> io::Result<()> {
+    fn grow_storage(&self, _volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
         let state = self.record(format!("grow storage to {capacity_bytes}"));
         state.create_error.map_or(Ok(()), |kind| Err(kind.into()))
     }

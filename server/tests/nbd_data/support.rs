@@ -101,6 +101,7 @@ impl Server {
             listen: vec!["127.0.0.1:0".parse().unwrap()],
             threads: 2,
             volumes_dir: catalog.volumes_dir(),
+            runtime_dir: Some(dir.0.join("run")),
             ..DataServerConfig::default()
         };
         config.limits.memory_bytes_max = Some(MEMORY_BYTES_MAX);
@@ -278,6 +279,13 @@ pub(crate) struct LoopFs {
 impl LoopFs {
     /// `None`, with the reason said, where that cannot be made.
     pub(crate) fn new(kind: &str, bytes: u64) -> Option<Self> {
+        let dir = TempDir::new();
+        let image = dir.0.join("image");
+        Self::new_at(dir, image, kind, bytes, &[])
+    }
+
+    /// The same with its image in a place of the caller's, and options for mkfs.
+    pub(crate) fn new_at(dir: TempDir, image: PathBuf, kind: &str, bytes: u64, options: &[&str]) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             skip("mounting needs root");
             return None;
@@ -287,11 +295,10 @@ impl LoopFs {
             skip(&format!("no {mkfs} or no loop devices"));
             return None;
         }
-        let dir = TempDir::new();
-        let (image, mount) = (dir.0.join("image"), dir.0.join("mount"));
+        let mount = dir.0.join("mount");
         std::fs::create_dir(&mount).unwrap();
         std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
-        run(&mkfs, &["-q", image.to_str().unwrap()]);
+        run(&mkfs, &[&["-q"], options, &[image.to_str().unwrap()]].concat());
         // In a container root may not be allowed to, and a kernel may lack the file system.
         let mut command = tool("mount");
         let output = command.args(["-t", kind, "-o", "loop"]).arg(&image).arg(&mount).output().unwrap();
@@ -309,6 +316,8 @@ impl LoopFs {
     /// Unmounts it, which works only when no file of it is open, and mounts it again.
     pub(crate) fn remount(&self) {
         run("umount", &[self.mount.to_str().unwrap()]);
+        // A mount namespace that somebody made meanwhile has it mounted as well.
+        wait_until("nobody has it mounted", || run("losetup", &["-j", self.image.to_str().unwrap()]).is_empty());
         self.mount();
     }
 

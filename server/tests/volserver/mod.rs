@@ -34,7 +34,8 @@ pub fn command(data_dir: &Path) -> Command {
     {
         command.env_remove(name);
     }
-    command.env_remove("NOTIFY_SOCKET").arg("--data-dir").arg(data_dir);
+    command.env_remove("NOTIFY_SOCKET").env_remove("RUNTIME_DIRECTORY");
+    command.env("VOLSERVER_RUNTIME_DIR", data_dir.with_extension("run")).arg("--data-dir").arg(data_dir);
     command.args(["--listen", "127.0.0.1:0", "--management", "127.0.0.1:0", "--threads", "1"]);
     // By default it is half of what the machine has.
     command.args(["--memory-max", MEMORY_MAX]);

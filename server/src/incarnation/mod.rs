@@ -1,0 +1,373 @@
+//! The storage incarnation of each volume: told to clients, raised whenever acknowledged, unflushed writes may be gone.
+//!
+//! Owns: the records of this boot, one small file for each volume below `/run/volserver/<server id>`, and their agreement with
+//! the catalog. Never: decides what is a loss (`history.rs` does), or what becomes of the connections (`gate/` does).
+//! Called by: the openers of volumes ([`Incarnations::admit`]), the ring threads ([`Incarnations::raise`]), the gate.
+//!
+//! ```text
+//!   a sync fails → record raised → EIO answered → catalog raised        killed anywhere between: the next start reads the record
+//! ```
+//! Why a record beside the catalog: the catalog may lie on the very file system that failed, and it cannot tell that it was rolled
+//! back itself. The records need not outlive the machine: the boot id, which every incarnation begins with, does the same.
+//! Invariants: nobody is told of a failed sync before the record or the catalog has it; an incarnation is never lowered.
+
+mod history;
+mod storage;
+
+use std::collections::HashMap;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use tracing::{error, warn};
+use uuid::Uuid;
+
+pub use history::{Loss, Record, Seen, Verdict, judge};
+
+use crate::backend::file::FileVolume;
+use crate::catalog::{BackendKind, Catalog, CatalogError, VolumeRecord};
+
+/// Version of the records' form. What is added with a default does not raise it.
+const FORMAT_VERSION: u32 = 1;
+/// A record is filled up to so many bytes, so that it is changed in its place: that takes no space, even where none is left.
+const RECORD_BYTES: usize = 1024;
+const LOCK_FILE_NAME: &str = "lock";
+
+/// Why the records' directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeDirError {
+    /// It cannot be made, read or locked.
+    #[error("cannot use {path} for what has to survive a restart: {source}; choose another --runtime-dir")]
+    Io {
+        /// What.
+        path: PathBuf,
+        /// The system's own error.
+        source: io::Error,
+    },
+    /// Another process uses it.
+    #[error(
+        "another volserver on this machine has the same identity ({0}): this data directory is a copy of that server's; \
+         stop the other one, or start this one on another machine"
+    )]
+    InUse(Uuid),
+}
+
+/// Why a volume cannot be admitted.
+#[derive(Debug, thiserror::Error)]
+pub enum AdmitError {
+    /// Its file cannot be looked at.
+    #[error("cannot look at the volume's storage: {0}")]
+    Storage(io::Error),
+    /// The page cache has what the disk may not have, and keeps it.
+    #[error("{0}: the volume lost writes, and is not served before that is gone (unmount its file system once)")]
+    Cache(io::Error),
+    /// The catalog cannot be read.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// It lost writes, and that can be written down nowhere.
+    #[error("the volume lost writes ({0}), which can be recorded neither in the catalog nor in the runtime directory")]
+    Unrecorded(Loss),
+}
+
+/// A record as it is in its file.
+#[derive(Debug, Serialize, Deserialize)]
+struct Stored {
+    version: u32,
+    boot_id: String,
+    #[serde(flatten)]
+    record: Record,
+}
+
+/// What this process knows of a volume.
+#[derive(Debug, Default)]
+struct Known {
+    /// The highest that anybody may have been told.
+    incarnation: u64,
+    /// Of this boot; replaced when the volume is opened.
+    record: Option<Record>,
+    /// Where it is, open since the volume is.
+    file: Option<File>,
+    /// The file has the record as it is here.
+    is_in_file: bool,
+    /// Opened by this process: what was failed to be written back before has been looked for.
+    is_admitted: bool,
+}
+
+#[derive(Debug)]
+struct Inner {
+    boot_id: String,
+    process_id: String,
+    catalog: Catalog,
+    /// `None`: records are kept nowhere, and what they would notice is not.
+    dir: Option<PathBuf>,
+    /// Held as long as the records are in use.
+    _lock: Option<File>,
+    volumes: Mutex<HashMap<Uuid, Known>>,
+    /// Whether the file system failed to write something back before this process opened a volume.
+    write_back_failed: OnceLock<bool>,
+}
+
+/// The incarnations of one server's volumes; clones share them.
+#[derive(Debug, Clone)]
+pub struct Incarnations {
+    inner: Arc<Inner>,
+}
+
+impl Incarnations {
+    /// Reads the records of this boot below `runtime_dir`, which is made if missing; those of another boot are removed.
+    ///
+    /// # Errors
+    /// [`RuntimeDirError`]
+    pub fn open(
+        catalog: Catalog,
+        boot_id: String,
+        process_id: String,
+        runtime_dir: Option<&Path>,
+    ) -> Result<Self, RuntimeDirError> {
+        let server_id = catalog.server_id();
+        let dir = runtime_dir.map(|dir| dir.join(server_id.to_string()));
+        let (mut volumes, mut lock) = (HashMap::new(), None);
+        if let Some(dir) = &dir {
+            let io_error = |source| RuntimeDirError::Io { path: dir.clone(), source };
+            lock = Some(prepare(dir).map_err(io_error)?.ok_or(RuntimeDirError::InUse(server_id))?);
+            volumes = read_records(dir, &boot_id).map_err(io_error)?;
+        }
+        let volumes = Mutex::new(volumes);
+        let write_back_failed = OnceLock::new();
+        let inner =
+            Inner { boot_id, process_id, catalog, dir, _lock: lock, volumes, write_back_failed };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The volume's incarnation as it is told.
+    pub fn word(&self, volume: &VolumeRecord) -> String {
+        let known = self.volumes().get(&volume.volume_uid).map_or(0, |known| known.incarnation);
+        let number = known.max(volume.incarnation);
+        let Inner { boot_id, process_id, .. } = &*self.inner;
+        match volume.backend {
+            BackendKind::File => format!("{boot_id}.{number}"),
+            BackendKind::Memory => format!("{boot_id}.{number}.{process_id}"),
+        }
+    }
+
+    /// Compares a volume that is being opened, its file locked, with what is remembered of it; raises its incarnation where that
+    /// is due, and remembers it as it is now. Waits for the file system.
+    ///
+    /// # Errors
+    /// [`AdmitError`]: it may not be served.
+    pub fn admit(&self, volume: &VolumeRecord, file: &FileVolume, volumes_dir: &Path) -> Result<(), AdmitError> {
+        let volume_uid = volume.volume_uid;
+        let record = self.volumes().get(&volume_uid).and_then(|known| known.record.clone());
+        let is_admitted = self.volumes().get(&volume_uid).is_some_and(|known| known.is_admitted);
+        let write_back_failed = !is_admitted && *self.inner.write_back_failed.get_or_init(|| {
+            storage::sync_file_system(volumes_dir)
+                .inspect_err(|error| error!(%error, "the volumes' file system has failed to write something back"))
+                .is_err()
+        });
+        let seen = Seen {
+            incarnation: volume.incarnation,
+            attach_generation: self.inner.catalog.attach_generation(volume_uid)?,
+            superblock: storage::superblock(file.file()),
+            file: storage::identity(file.file()).map_err(AdmitError::Storage)?,
+            modified: storage::modified(file.file()).map_err(AdmitError::Storage)?,
+            write_back_failed,
+        };
+        let verdict = judge(record.as_ref(), &seen);
+        if let Some(loss) = verdict.loss {
+            let incarnation = verdict.incarnation;
+            warn!(%volume_uid, %loss, incarnation, "what was written and not flushed may be gone: clients are told");
+        }
+        // Before the record is written anew: who is killed meanwhile has it dropped by the next one.
+        if verdict.drops_cache {
+            file.drop_page_cache().map_err(AdmitError::Cache)?;
+        }
+        let record = Record {
+            incarnation: verdict.incarnation,
+            attach_generation: seen.attach_generation,
+            superblock: seen.superblock,
+            file: seen.file,
+            modified: None,
+            lost_writes: false,
+        };
+        let is_recorded = self.remember(volume_uid, record);
+        let in_catalog = self.settle(volume_uid);
+        match (verdict.loss, in_catalog) {
+            (Some(loss), Err(_)) if !is_recorded => Err(AdmitError::Unrecorded(loss)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A sync of the volume failed: raised in the record, at once. False: it is recorded nowhere yet. Does not wait, but for
+    /// the runtime directory's own file system, which is in memory.
+    #[must_use = "nobody may be told of a failure that is not recorded"]
+    pub fn raise(&self, volume_uid: Uuid) -> bool {
+        let mut volumes = self.volumes();
+        let known = volumes.entry(volume_uid).or_default();
+        known.incarnation += 1;
+        let incarnation = known.incarnation;
+        let Known { record: Some(record), file: Some(file), is_in_file, .. } = known else { return false };
+        (record.incarnation, record.lost_writes) = (incarnation, true);
+        let written = write(file, &self.inner.boot_id, record);
+        *is_in_file = written
+            .inspect_err(|error| error!(%volume_uid, %error, "a loss of writes cannot be recorded"))
+            .is_ok();
+        *is_in_file
+    }
+
+    /// The same for a volume that may not be open, on a thread that may wait: in the record, and in the catalog.
+    ///
+    /// # Errors
+    /// It is recorded nowhere.
+    pub fn raise_and_settle(&self, volume: &VolumeRecord) -> Result<(), CatalogError> {
+        let volume_uid = volume.volume_uid;
+        {
+            let mut volumes = self.volumes();
+            let known = volumes.entry(volume_uid).or_default();
+            known.incarnation = known.incarnation.max(volume.incarnation);
+        }
+        let is_recorded = self.raise(volume_uid);
+        self.settle(volume_uid).or_else(|error| if is_recorded { Ok(()) } else { Err(error) })
+    }
+
+    /// Brings the catalog up to what is known.
+    ///
+    /// # Errors
+    /// The catalog's.
+    pub fn settle(&self, volume_uid: Uuid) -> Result<(), CatalogError> {
+        let incarnation = self.volumes().get(&volume_uid).map_or(0, |known| known.incarnation);
+        self.inner
+            .catalog
+            .raise_incarnation_to(volume_uid, incarnation)
+            .inspect_err(|error| error!(%volume_uid, incarnation, %error, "the catalog cannot take the incarnation"))
+    }
+
+    /// Whether what is known is in the record too.
+    pub fn is_recorded(&self, volume_uid: Uuid) -> bool {
+        self.volumes().get(&volume_uid).is_some_and(|known| {
+            known.is_in_file && known.record.as_ref().is_some_and(|record| record.incarnation >= known.incarnation)
+        })
+    }
+
+    /// The volume's last operation has ended, and the server is about to.
+    pub fn closed(&self, volume_uid: Uuid, file: &File) {
+        let mut volumes = self.volumes();
+        let Some(Known { record: Some(record), file: Some(record_file), .. }) = volumes.get_mut(&volume_uid)
+        else {
+            return;
+        };
+        record.modified = storage::modified(file).ok();
+        // Without it, somebody else's writes go unnoticed, and nothing more.
+        let _ = write(record_file, &self.inner.boot_id, record);
+    }
+
+    /// The volume is no more.
+    pub fn forget(&self, volume_uid: Uuid) {
+        self.volumes().remove(&volume_uid);
+        if let Some(dir) = &self.inner.dir {
+            let _ = std::fs::remove_file(dir.join(volume_uid.to_string()));
+        }
+    }
+
+    /// Keeps a record, in memory and, where there is a place for it, in its file. False: it is not in the file.
+    fn remember(&self, volume_uid: Uuid, record: Record) -> bool {
+        let mut volumes = self.volumes();
+        let known = volumes.entry(volume_uid).or_default();
+        known.is_admitted = true;
+        known.incarnation = known.incarnation.max(record.incarnation);
+        let Some(dir) = &self.inner.dir else {
+            known.record = Some(record);
+            return false;
+        };
+        let path = dir.join(volume_uid.to_string());
+        let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path);
+        let written = opened.and_then(|file| write(&file, &self.inner.boot_id, &record).map(|()| file));
+        known.record = Some(record);
+        known.file = written
+            .inspect_err(|error| warn!(%volume_uid, %error, "what is known of the volume's storage cannot be kept"))
+            .ok();
+        known.is_in_file = known.file.is_some();
+        known.is_in_file
+    }
+
+    fn volumes(&self) -> MutexGuard<'_, HashMap<Uuid, Known>> {
+        self.inner.volumes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes the directory and locks it; `None`: somebody else has.
+fn prepare(dir: &Path) -> io::Result<Option<File>> {
+    if !dir.is_dir() {
+        if let Some(parent) = dir.parent().filter(|parent| !parent.is_dir()) {
+            DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    }
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(dir.join(LOCK_FILE_NAME))?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(lock)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The records of this boot. One that cannot be read is one of a loss: what it said is not known.
+fn read_records(dir: &Path, boot_id: &str) -> io::Result<HashMap<Uuid, Known>> {
+    let mut volumes = HashMap::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let Some(volume_uid) = entry.file_name().to_str().and_then(|name| name.parse::<Uuid>().ok()) else {
+            continue;
+        };
+        let text = std::fs::read(entry.path())?;
+        let stored = match serde_json::from_slice::<Stored>(&text) {
+            Ok(stored) if stored.boot_id == boot_id => stored,
+            Ok(_) => {
+                std::fs::remove_file(entry.path())?;
+                continue;
+            }
+            Err(error) => {
+                warn!(%volume_uid, %error, "what was known of the volume's storage cannot be read");
+                let unknown = || "unknown".to_owned();
+                let record = Record {
+                    incarnation: 0,
+                    attach_generation: 0,
+                    superblock: None,
+                    file: unknown(),
+                    modified: None,
+                    lost_writes: true,
+                };
+                Stored { version: FORMAT_VERSION, boot_id: boot_id.to_owned(), record }
+            }
+        };
+        let known = Known {
+            incarnation: stored.record.incarnation,
+            record: Some(stored.record),
+            file: None,
+            is_in_file: true,
+            is_admitted: false,
+        };
+        volumes.insert(volume_uid, known);
+    }
+    Ok(volumes)
+}
+
+/// Writes a record over the former one, in one piece.
+fn write(file: &File, boot_id: &str, record: &Record) -> io::Result<()> {
+    let stored = Stored { version: FORMAT_VERSION, boot_id: boot_id.to_owned(), record: record.clone() };
+    let mut text = serde_json::to_vec(&stored)?;
+    text.resize(text.len().max(RECORD_BYTES - 1), b' ');
+    text.push(b'\n');
+    file.write_all_at(&text, 0)
+}
+
+#[cfg(test)]
+mod tests;
