@@ -197,6 +197,7 @@ impl DataServer {
             process_id,
             config.runtime_dir.as_deref(),
         )?;
+        incarnations.look(&config.volumes_dir);
         let stop_accepting = Arc::new(
             eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from).map_err(system("make an eventfd"))?,
         );

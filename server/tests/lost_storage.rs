@@ -74,7 +74,7 @@ impl Storage {
     fn attach(&self, server: &Volserver) -> Held {
         let attached = self.runtime.block_on(async {
             let mut client = server.client().await;
-            client.create_volume(create_request("vol")).await.unwrap();
+            client.create_volume(create_request("vol")).await.unwrap(); // or it is there
             client.attach_volume(attach_request("vol", "node", false)).await.unwrap().into_inner()
         });
         Held {
@@ -297,15 +297,49 @@ fn what_happens_to_the_storage_while_no_server_runs_is_noticed() {
         server.stop(signal);
         happens(&storage, &fs);
         let server = storage.start();
-        let client = held.open(&server, 2);
-        assert_ne!(told(&client), before, "{what}");
+        let now = storage.incarnation(&server);
+        assert_ne!(now, before, "{what}: before anybody opens it");
         server.log_with(what);
-        assert_eq!(told(&client), storage.incarnation(&server), "{what}");
-        drop(client);
+        let is_another_volume = what.contains("was written to");
+        match held.try_to_open(&server, 2, 0) {
+            Some(client) => assert!(!is_another_volume && told(&client) == now, "{what}"),
+            None => assert!(is_another_volume, "{what}"),
+        }
         server.stop(Signal::TERM);
         let server = storage.start();
-        assert_eq!(told(&held.open(&server, 3)), storage.incarnation(&server), "{what}: and once only");
+        assert_eq!(storage.incarnation(&server), now, "{what}: and once only");
+        storage.attach(&server).open(&server, 3);
     }
+}
+
+/// A catalog from before the volume was taken by force: who lost it does not get it back.
+#[test]
+fn a_catalog_that_is_rolled_back_revives_no_holder() {
+    let storage = Storage::new(None, None);
+    let attach = |server: &Volserver, node: &str| {
+        let attached = storage.runtime.block_on(async {
+            server.client().await.attach_volume(attach_request("vol", node, true)).await.unwrap().into_inner()
+        });
+        Held { attachment_id: attached.attachment.unwrap().attachment_id, secret: attached.secret }
+    };
+    let server = storage.start();
+    let former = storage.attach(&server);
+    drop(former.open(&server, 1));
+    server.stop(Signal::TERM);
+    let copy = storage.dir.path().join("catalog");
+    run("cp", &["-a", storage.data_dir.join("catalog.sqlite").to_str().unwrap(), copy.to_str().unwrap()]);
+    let server = storage.start();
+    let before = storage.incarnation(&server);
+    drop(attach(&server, "other").open(&server, 1));
+    server.stop(Signal::TERM);
+    for name in ["catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm"] {
+        let _ = std::fs::remove_file(storage.data_dir.join(name));
+    }
+    std::fs::rename(copy, storage.data_dir.join("catalog.sqlite")).unwrap();
+    let server = storage.start();
+    assert!(former.try_to_open(&server, 2, 0).is_none(), "it was forced out");
+    assert_ne!(storage.incarnation(&server), before);
+    attach(&server, "third").open(&server, 1);
 }
 
 /// The disk below is thin, and full: what the kernel writes back on its own fails, and nobody has the file open to be told.

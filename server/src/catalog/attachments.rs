@@ -194,6 +194,24 @@ impl Catalog {
         Ok(self.state().db.execute("DELETE FROM attachments WHERE state = 'ending'", [])?)
     }
 
+    /// Drops the volume's attachment, whatever its state, and has the next one's generation above `generation`: who held the
+    /// volume must not go on with it. False: there was none.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn end_rolled_back(&self, volume_uid: Uuid, generation: u64) -> Result<bool, CatalogError> {
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let uid = volume_uid.to_string();
+        let ended = transaction.execute("DELETE FROM attachments WHERE volume_uid = ?1", [&uid])?;
+        transaction.execute(
+            "UPDATE volumes SET attach_generation = max(attach_generation, ?2) + 1 WHERE volume_uid = ?1",
+            (&uid, to_db(generation, "attach_generation")?),
+        )?;
+        transaction.commit()?;
+        Ok(ended > 0)
+    }
+
     /// Raises the attachment's session epoch; durable before it returns. The epoch it has already is a success.
     ///
     /// # Errors

@@ -65,6 +65,7 @@ impl Gate {
             generation: attachment.generation,
             epoch_in_catalog: attachment.session_epoch,
         };
+        self.incarnations.opened_under(attachment.volume_uid, attachment.generation);
         let fence = self.fences.entry(attachment.attachment_id).or_default();
         let mut outputs = Vec::new();
         fence.go(go, &mut outputs);

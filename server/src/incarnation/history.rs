@@ -23,6 +23,14 @@ pub struct Record {
     pub lost_writes: bool,
 }
 
+impl Record {
+    /// Of a volume as it is seen, and what that means.
+    pub fn of(seen: Seen, verdict: &Verdict, lost_writes: bool) -> Self {
+        let Seen { attach_generation, superblock, file, .. } = seen;
+        Self { incarnation: verdict.incarnation, attach_generation, superblock, file, modified: None, lost_writes }
+    }
+}
+
 /// What is seen of a volume as it is opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
@@ -49,7 +57,7 @@ pub enum Loss {
     /// The file system was mounted anew.
     #[error("the file system was mounted anew")]
     Remounted,
-    /// The file is another one.
+    /// The file is another one, such as a copy on another disk.
     #[error("the file was replaced by another")]
     FileReplaced,
     /// Somebody else wrote to the file.
@@ -58,6 +66,13 @@ pub enum Loss {
     /// The kernel could not write pages back.
     #[error("the file system failed to write something back")]
     WriteBackFailed,
+}
+
+impl Loss {
+    /// Not only what was unflushed may be gone: the volume is another than its holder knows, who must not go on with it.
+    pub fn is_roll_back(self) -> bool {
+        matches!(self, Self::CatalogRolledBack | Self::Modified)
+    }
 }
 
 /// What follows for a volume that is being opened.
@@ -87,12 +102,12 @@ fn difference(record: &Record, seen: &Seen) -> Option<Loss> {
     let superblocks = record.superblock.as_ref().zip(seen.superblock.as_ref());
     if record.attach_generation > seen.attach_generation {
         Some(Loss::CatalogRolledBack)
+    } else if record.modified.as_ref().is_some_and(|modified| *modified != seen.modified) {
+        Some(Loss::Modified)
     } else if superblocks.is_some_and(|(before, now)| before != now) {
         Some(Loss::Remounted)
     } else if record.file != seen.file {
         Some(Loss::FileReplaced)
-    } else if record.modified.as_ref().is_some_and(|modified| *modified != seen.modified) {
-        Some(Loss::Modified)
     } else {
         None
     }
@@ -150,6 +165,12 @@ mod tests {
         for (given, loss) in cases {
             assert_eq!(given, verdict(4, Some(loss), true));
         }
+        let moved = Seen { file: other("9:2:4"), superblock: Some(other("ext4/sdb:9")), ..seen() };
+        let closed = Record { modified: Some(other("100.5")), ..record() };
+        let loss = judge(Some(&closed), &moved).loss.unwrap();
+        assert!(!loss.is_roll_back(), "what was copied after an orderly stop is what it was");
+        let older = Seen { modified: other("90.0"), ..moved };
+        assert!(judge(Some(&closed), &older).loss.unwrap().is_roll_back());
     }
 
     #[test]

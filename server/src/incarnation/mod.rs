@@ -28,7 +28,7 @@ use uuid::Uuid;
 
 pub use history::{Loss, Record, Seen, Verdict, judge};
 
-use crate::backend::file::FileVolume;
+use crate::backend::file::{self, FileVolume};
 use crate::catalog::{BackendKind, Catalog, CatalogError, VolumeRecord};
 
 /// Version of the records' form. What is added with a default does not raise it.
@@ -161,43 +161,91 @@ impl Incarnations {
     /// [`AdmitError`]: it may not be served.
     pub fn admit(&self, volume: &VolumeRecord, file: &FileVolume, volumes_dir: &Path) -> Result<(), AdmitError> {
         let volume_uid = volume.volume_uid;
-        let record = self.volumes().get(&volume_uid).and_then(|known| known.record.clone());
-        let is_admitted = self.volumes().get(&volume_uid).is_some_and(|known| known.is_admitted);
+        let (record, is_admitted) = match self.volumes().get(&volume_uid) {
+            Some(known) => (known.record.clone(), known.is_admitted),
+            None => (None, false),
+        };
         let write_back_failed = !is_admitted && *self.inner.write_back_failed.get_or_init(|| {
             storage::sync_file_system(volumes_dir)
                 .inspect_err(|error| error!(%error, "the volumes' file system has failed to write something back"))
                 .is_err()
         });
-        let seen = Seen {
-            incarnation: volume.incarnation,
-            attach_generation: self.inner.catalog.attach_generation(volume_uid)?,
-            superblock: storage::superblock(file.file()),
-            file: storage::identity(file.file()).map_err(AdmitError::Storage)?,
-            modified: storage::modified(file.file()).map_err(AdmitError::Storage)?,
-            write_back_failed,
-        };
+        let seen = Seen { write_back_failed, ..self.see(volume, file.file())? };
         let verdict = judge(record.as_ref(), &seen);
-        if let Some(loss) = verdict.loss {
-            let incarnation = verdict.incarnation;
-            warn!(%volume_uid, %loss, incarnation, "what was written and not flushed may be gone: clients are told");
-        }
+        self.tell(volume, &verdict, &seen)?;
         // Before the record is written anew: who is killed meanwhile has it dropped by the next one.
         if verdict.drops_cache {
             file.drop_page_cache().map_err(AdmitError::Cache)?;
         }
-        let record = Record {
-            incarnation: verdict.incarnation,
-            attach_generation: seen.attach_generation,
-            superblock: seen.superblock,
-            file: seen.file,
-            modified: None,
-            lost_writes: false,
-        };
-        let is_recorded = self.remember(volume_uid, record);
+        let is_recorded = self.remember(volume_uid, Record::of(seen, &verdict, false));
+        if let Some(known) = self.volumes().get_mut(&volume_uid) {
+            known.is_admitted = true;
+        }
         let in_catalog = self.settle(volume_uid);
         match (verdict.loss, in_catalog) {
             (Some(loss), Err(_)) if !is_recorded => Err(AdmitError::Unrecorded(loss)),
             _ => Ok(()),
+        }
+    }
+
+    /// Looks at all volumes that something is remembered of, before anybody opens or asks for one. One that cannot be looked at
+    /// is when it is opened.
+    pub fn look(&self, volumes_dir: &Path) {
+        let recorded: Vec<(Uuid, Record)> = {
+            let volumes = self.volumes();
+            volumes.iter().filter_map(|(uid, known)| Some((*uid, known.record.clone()?))).collect()
+        };
+        for (volume_uid, record) in recorded {
+            let Ok(Some(volume)) = self.inner.catalog.volume_by_uid(volume_uid) else { continue };
+            let Ok(file) = File::open(file::path(volumes_dir, volume_uid)) else { continue };
+            let Ok(seen) = self.see(&volume, &file) else { continue };
+            let verdict = judge(Some(&record), &seen);
+            if verdict.loss.is_none() || self.tell(&volume, &verdict, &seen).is_err() {
+                continue;
+            }
+            self.remember(volume_uid, Record::of(seen, &verdict, true));
+            // Where it cannot be, the record has it, or the opening finds out once more.
+            let _ = self.settle(volume_uid);
+        }
+    }
+
+    fn see(&self, volume: &VolumeRecord, file: &File) -> Result<Seen, AdmitError> {
+        Ok(Seen {
+            incarnation: volume.incarnation,
+            attach_generation: self.inner.catalog.attach_generation(volume.volume_uid)?,
+            superblock: storage::superblock(file),
+            file: storage::identity(file).map_err(AdmitError::Storage)?,
+            modified: storage::modified(file).map_err(AdmitError::Storage)?,
+            write_back_failed: false,
+        })
+    }
+
+    /// Says what was noticed; whose volume was rolled back loses it.
+    fn tell(&self, volume: &VolumeRecord, verdict: &Verdict, seen: &Seen) -> Result<(), AdmitError> {
+        let Some(loss) = verdict.loss else { return Ok(()) };
+        let (volume_uid, incarnation) = (volume.volume_uid, verdict.incarnation);
+        warn!(name = %volume.name, %volume_uid, %loss, incarnation, "what was written and not flushed may be gone: clients are told");
+        if loss.is_roll_back() {
+            let remembered = self.volumes().get(&volume_uid).and_then(|known| known.record.clone());
+            let generation = remembered.map_or(0, |record| record.attach_generation).max(seen.attach_generation);
+            if self.inner.catalog.end_rolled_back(volume_uid, generation)? {
+                warn!(
+                    name = %volume.name, %volume_uid,
+                    "the volume is not what its holder knows: its attachment has ended, and has to be made anew"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// The volume has been opened under an attachment of this generation: no older one may come back.
+    pub fn opened_under(&self, volume_uid: Uuid, generation: u64) {
+        let mut volumes = self.volumes();
+        let Some(Known { record: Some(record), file: Some(file), .. }) = volumes.get_mut(&volume_uid) else { return };
+        if record.attach_generation < generation {
+            record.attach_generation = generation;
+            // Without it, a catalog that is rolled back goes unnoticed, and nothing more.
+            let _ = write(file, &self.inner.boot_id, record);
         }
     }
 
@@ -276,7 +324,6 @@ impl Incarnations {
     fn remember(&self, volume_uid: Uuid, record: Record) -> bool {
         let mut volumes = self.volumes();
         let known = volumes.entry(volume_uid).or_default();
-        known.is_admitted = true;
         known.incarnation = known.incarnation.max(record.incarnation);
         let Some(dir) = &self.inner.dir else {
             known.record = Some(record);
