@@ -12,7 +12,7 @@ const FIRST_SEED: u64 = 1;
 const SEEDS_OF_A_MUTANT: u64 = 3_000;
 
 /// What has to come up, or a rule was not tried.
-const SITUATIONS: [&str; 24] = [
+const SITUATIONS: [&str; 28] = [
     "a connection is closed with I/O under way",
     "a connection stands still",
     "a device process is killed",
@@ -28,7 +28,11 @@ const SITUATIONS: [&str; 24] = [
     "a server that forgot is noticed",
     "a sync fails",
     "a sync that was waited for",
-    "a volume that lost writes is opened anew",
+    "an incarnation is raised",
+    "the kernel fails to write back",
+    "what could not be written back is evicted",
+    "the file system is mounted anew",
+    "what the storage lost while nobody had it open is noticed",
     "a volume's lock is waited for",
     "an attachment is fenced",
     "an open of an attachment that is no more",

@@ -19,7 +19,8 @@ pub struct Record {
     pub file: String,
     /// When it was last written to; known only of a volume whose server has ended in order.
     pub modified: Option<String>,
-    /// Writes were lost, and what the page cache has of the file may not be on the disk.
+    /// A sync failed since it was opened. What the page cache has of the file may not be on the disk, and what was acknowledged
+    /// after the failure, to clients that had been told of it, may be gone as well.
     pub lost_writes: bool,
 }
 
@@ -66,6 +67,9 @@ pub enum Loss {
     /// The kernel could not write pages back.
     #[error("the file system failed to write something back")]
     WriteBackFailed,
+    /// A sync of the volume had failed.
+    #[error("a sync had failed")]
+    SyncFailed,
 }
 
 impl Loss {
@@ -94,7 +98,7 @@ pub fn judge(record: Option<&Record>, seen: &Seen) -> Verdict {
     Verdict {
         incarnation: known + u64::from(loss.is_some()),
         loss,
-        drops_cache: loss.is_some() || record.is_some_and(|record| record.lost_writes),
+        drops_cache: loss == Some(Loss::WriteBackFailed) || record.is_some_and(|record| record.lost_writes),
     }
 }
 
@@ -108,6 +112,8 @@ fn difference(record: &Record, seen: &Seen) -> Option<Loss> {
         Some(Loss::Remounted)
     } else if record.file != seen.file {
         Some(Loss::FileReplaced)
+    } else if record.lost_writes {
+        Some(Loss::SyncFailed)
     } else {
         None
     }
@@ -163,7 +169,7 @@ mod tests {
             (judge(None, &Seen { write_back_failed: true, ..seen() }), Loss::WriteBackFailed),
         ];
         for (given, loss) in cases {
-            assert_eq!(given, verdict(4, Some(loss), true));
+            assert_eq!(given, verdict(4, Some(loss), loss == Loss::WriteBackFailed));
         }
         let moved = Seen { file: other("9:2:4"), superblock: Some(other("ext4/sdb:9")), ..seen() };
         let closed = Record { modified: Some(other("100.5")), ..record() };
@@ -173,10 +179,11 @@ mod tests {
         assert!(judge(Some(&closed), &older).loss.unwrap().is_roll_back());
     }
 
+    /// Raised by the failure, and once more when it is opened anew: clients that were told may have written in between.
     #[test]
     fn what_was_raised_and_not_yet_in_the_catalog_is_not_forgotten() {
         let raised = Record { incarnation: 5, lost_writes: true, ..record() };
-        assert_eq!(judge(Some(&raised), &seen()), verdict(5, None, true));
+        assert_eq!(judge(Some(&raised), &seen()), verdict(6, Some(Loss::SyncFailed), true));
         let elsewhere = Seen { superblock: Some("xfs/sda1:8".to_owned()), ..seen() };
         assert_eq!(judge(Some(&raised), &elsewhere), verdict(6, Some(Loss::Remounted), true));
     }

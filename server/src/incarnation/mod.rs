@@ -5,7 +5,8 @@
 //! Called by: the openers of volumes ([`Incarnations::admit`]), the ring threads ([`Incarnations::raise`]), the gate.
 //!
 //! ```text
-//!   a sync fails → record raised → EIO answered → catalog raised        killed anywhere between: the next start reads the record
+//!   a sync fails → record raised → EIO answered → catalog raised → … → opened anew: raised again
+//!                  killed anywhere behind it: the next start reads the record
 //! ```
 //! Why a record beside the catalog: the catalog may lie on the very file system that failed, and it cannot tell that it was rolled
 //! back itself. The records need not outlive the machine: the boot id, which every incarnation begins with, does the same.
@@ -200,10 +201,12 @@ impl Incarnations {
             let Ok(file) = File::open(file::path(volumes_dir, volume_uid)) else { continue };
             let Ok(seen) = self.see(&volume, &file) else { continue };
             let verdict = judge(Some(&record), &seen);
-            if verdict.loss.is_none() || self.tell(&volume, &verdict, &seen).is_err() {
+            // A failed sync has raised it; the rest of that is for the opening.
+            let is_news = !matches!(verdict.loss, None | Some(Loss::SyncFailed));
+            if !is_news || self.tell(&volume, &verdict, &seen).is_err() {
                 continue;
             }
-            self.remember(volume_uid, Record::of(seen, &verdict, true));
+            self.remember(volume_uid, Record::of(seen, &verdict, record.lost_writes));
             // Where it cannot be, the record has it, or the opening finds out once more.
             let _ = self.settle(volume_uid);
         }

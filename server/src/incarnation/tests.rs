@@ -67,10 +67,12 @@ fn a_server_that_is_killed_between_record_and_catalog_forgets_nothing() {
     let next = fixture.process(BOOT);
     assert_eq!(next.word(&fixture.volume()), "6f1d.2", "before anybody opens it");
     fixture.admit(&next);
-    assert_eq!((next.word(&fixture.volume()).as_str(), fixture.volume().incarnation), ("6f1d.2", 2));
+    assert_eq!((next.word(&fixture.volume()).as_str(), fixture.volume().incarnation), ("6f1d.3", 3));
+    fixture.admit(&next);
+    assert_eq!(next.word(&fixture.volume()), "6f1d.3", "and that is all");
     drop(next);
     let after_a_reboot = fixture.process("7a2e");
-    assert_eq!(after_a_reboot.word(&fixture.volume()), "7a2e.2");
+    assert_eq!(after_a_reboot.word(&fixture.volume()), "7a2e.3");
 }
 
 #[test]

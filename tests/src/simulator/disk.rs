@@ -2,8 +2,11 @@
 //! and a power cut that keeps what was synced and of the rest what it likes.
 //!
 //! Sectors are written one by one, so that an operation can be caught half way. Between the cache and stable storage the
-//! kernel writes back whatever it wants at any time.
+//! kernel writes back whatever it wants at any time. What it fails to write back stays in the cache, clean, until it is evicted;
+//! who has the file open is told once, by a sync, and who comes later may never be: the inode forgets, and the file system has told
+//! somebody else.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use fastrand::Rng;
@@ -76,6 +79,20 @@ pub(super) struct Disk {
     operations: Vec<Operation>,
     /// The next sync fails, and what it should have covered may be lost.
     pub(super) fails_next_sync: bool,
+    /// Sectors that could not be written back: the cache has the new ones, and thinks that stable storage has them too.
+    lost: Vec<bool>,
+    /// Write-backs that failed, as the inode counts them (`errseq_t`).
+    errors: u64,
+    /// Nobody has been told of the last of them, by the inode.
+    is_unseen: bool,
+    /// Nobody has been told of it by the file system.
+    is_unseen_in_superblock: bool,
+    /// How many each process that has the file open has been told of.
+    told: BTreeMap<u64, u64>,
+    /// Raised by each mount.
+    pub(super) superblock: u64,
+    /// How often what was lost was taken out of the cache by a server.
+    pub(super) drops: u64,
 }
 
 impl Disk {
@@ -83,7 +100,79 @@ impl Disk {
         let zeroes = (0, Rc::new([0; SECTOR_BYTES]));
         let sectors = vec![zeroes; capacity_bytes / SECTOR_BYTES];
         let stable = sectors.clone();
-        Self { cached: sectors, stable, changes: 0, operations: Vec::new(), fails_next_sync: false }
+        Self {
+            lost: vec![false; sectors.len()],
+            cached: sectors,
+            stable,
+            changes: 0,
+            operations: Vec::new(),
+            fails_next_sync: false,
+            errors: 0,
+            is_unseen: false,
+            is_unseen_in_superblock: false,
+            told: BTreeMap::new(),
+            superblock: 1,
+            drops: 0,
+        }
+    }
+
+    /// A process opens the file: an error that nobody was told of is for it.
+    pub(super) fn opened(&mut self, process: u64) {
+        let since = self.errors - u64::from(self.is_unseen);
+        self.told.insert(process, since);
+    }
+
+    /// `syncfs` on a new descriptor: whether the file system failed to write something back, and nobody was told.
+    pub(super) fn sync_file_system(&mut self) -> bool {
+        for index in 0..self.cached.len() {
+            if !self.lost[index] {
+                self.stable[index] = self.cached[index].clone();
+            }
+        }
+        !std::mem::take(&mut self.is_unseen_in_superblock)
+    }
+
+    /// The kernel fails to write some of what is dirty back.
+    pub(super) fn fail_write_back(&mut self, rng: &mut Rng) {
+        for index in 0..self.cached.len() {
+            self.lost[index] |= self.stable[index].0 < self.cached[index].0 && rng.bool();
+        }
+        self.errors += 1;
+        (self.is_unseen, self.is_unseen_in_superblock) = (true, true);
+    }
+
+    /// Pages that the kernel takes for clean leave the cache; the inode goes with the last of them, if nobody has it open. True:
+    /// something is read otherwise now.
+    pub(super) fn evict(&mut self) -> bool {
+        let mut is_other = false;
+        for index in 0..self.cached.len() {
+            if std::mem::take(&mut self.lost[index]) {
+                self.cached[index] = self.stable[index].clone();
+                is_other = true;
+            }
+        }
+        if self.told.is_empty() {
+            self.is_unseen = false;
+        }
+        is_other
+    }
+
+    /// Whether every process that has the file open was told of every failure to write back.
+    pub(super) fn is_told(&self) -> bool {
+        self.told.values().all(|told| *told == self.errors)
+    }
+
+    /// `fdatasync`, whatever it says, and then nothing is cached any more.
+    pub(super) fn drop_cache(&mut self) {
+        self.sync_file_system();
+        self.drops += u64::from(self.evict());
+    }
+
+    /// The file system is unmounted by force, and mounted again.
+    pub(super) fn remount(&mut self, rng: &mut Rng) {
+        self.superblock += 1;
+        self.forget(rng);
+        (self.is_unseen, self.is_unseen_in_superblock) = (false, false);
     }
 
     pub(super) fn begin_sync(&mut self, owner: Owner, rng: &mut Rng) {
@@ -122,7 +211,7 @@ impl Disk {
         loop {
             if self.step_sector(index) {
                 let operation = self.operations.swap_remove(index);
-                return Some(self.end(operation));
+                return Some(self.end(operation, rng));
             }
             if !is_hurried && rng.bool() {
                 return None;
@@ -152,10 +241,12 @@ impl Disk {
                     content.copy_from_slice(&bytes[place]);
                     self.changes += 1;
                     self.cached[sector] = (self.changes, Rc::new(content));
+                    self.lost[sector] = false;
                 }
                 _ => {
                     self.changes += 1;
                     self.cached[sector] = (self.changes, Rc::new([0; SECTOR_BYTES]));
+                    self.lost[sector] = false;
                 }
             }
             *done_bytes += SECTOR_BYTES;
@@ -163,7 +254,7 @@ impl Disk {
         *done_bytes >= length_bytes
     }
 
-    fn end(&mut self, operation: Operation) -> Ended {
+    fn end(&mut self, operation: Operation, rng: &mut Rng) -> Ended {
         let Operation { owner, work, done_bytes, .. } = operation;
         let (mut result, mut read, mut is_sync) = (done_bytes as i32, Vec::new(), false);
         match work {
@@ -173,13 +264,19 @@ impl Disk {
             Work::Sync { cached } => {
                 (is_sync, result) = (true, 0);
                 if std::mem::take(&mut self.fails_next_sync) {
-                    result = -libc_eio();
-                } else {
-                    for (stable, cached) in self.stable.iter_mut().zip(cached) {
-                        if stable.0 < cached.0 {
-                            *stable = cached;
-                        }
+                    self.fail_write_back(rng);
+                }
+                for (index, cached) in cached.into_iter().enumerate() {
+                    if self.stable[index].0 < cached.0 && !self.lost[index] {
+                        self.stable[index] = cached;
                     }
+                }
+                if let Some(told) = self.told.get_mut(&owner.process)
+                    && *told < self.errors
+                {
+                    *told = self.errors;
+                    self.is_unseen = false;
+                    result = -libc_eio();
                 }
             }
         }
@@ -189,22 +286,26 @@ impl Disk {
     /// The kernel writes a sector back on its own.
     pub(super) fn write_back(&mut self, rng: &mut Rng) {
         let sector = rng.usize(..self.cached.len());
-        self.stable[sector] = self.cached[sector].clone();
+        if !self.lost[sector] {
+            self.stable[sector] = self.cached[sector].clone();
+        }
     }
 
     /// A process died: what it had asked for is done nevertheless, or was not begun and never will be.
     pub(super) fn process_died(&mut self, process: u64, rng: &mut Rng) {
         self.operations.retain(|operation| operation.owner.process != process || rng.bool());
+        self.told.remove(&process);
     }
 
     /// The machine lost power, or a failed sync its pages: what is not stable is there or not, sector by sector.
     pub(super) fn forget(&mut self, rng: &mut Rng) {
-        for (cached, stable) in self.cached.iter_mut().zip(&mut self.stable) {
-            if rng.bool() {
+        for ((cached, stable), lost) in self.cached.iter_mut().zip(&mut self.stable).zip(&mut self.lost) {
+            if rng.bool() && !std::mem::take(lost) {
                 *stable = cached.clone();
             } else {
                 *cached = stable.clone();
             }
+            *lost = false;
         }
     }
 
@@ -214,7 +315,9 @@ impl Disk {
             while rng.bool() && !self.step_sector(index) {}
         }
         self.operations.clear();
-        self.fails_next_sync = false;
+        self.told.clear();
+        self.superblock += 1;
+        (self.fails_next_sync, self.is_unseen, self.is_unseen_in_superblock) = (false, false, false);
         self.forget(rng);
     }
 

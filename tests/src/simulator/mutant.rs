@@ -37,11 +37,19 @@ pub enum Mutant {
     SwappedBlocks,
     /// After a reconnect, the server reads from stable storage past the cache.
     StaleRead,
+    /// A failed sync is told before it is recorded.
+    LossNotRecorded,
+    /// A file system that was mounted anew is taken for the one before.
+    MountIgnored,
+    /// Nobody asks whether the kernel failed to write something back while no server ran.
+    WriteBackIgnored,
+    /// What could not be written back stays in the page cache when the volume is opened anew.
+    CacheKept,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 21] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -59,5 +67,9 @@ impl Mutant {
         Self::EarlyAnswer,
         Self::SwappedBlocks,
         Self::StaleRead,
+        Self::LossNotRecorded,
+        Self::MountIgnored,
+        Self::WriteBackIgnored,
+        Self::CacheKept,
     ];
 }

@@ -6,6 +6,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fastrand::Rng;
 use proto::export_name::{AttachmentExportName, ExportDescription, Secret};
@@ -16,9 +18,10 @@ use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use server::backend::VolumeOp;
 use server::backend::file::{self, CacheMode};
 use server::fence::{ConnectionId, Fence, Go, Output};
+use server::incarnation::{Record, Seen, judge};
 use server::session::{Action, IN_FLIGHT_REQUESTS_MAX, Session, SlotId};
 use server::sync_groups::{Begin, SyncGroups};
-use server::volume::{Backend, Faults, Next, RequestProgress, Volume};
+use server::volume::{Backend, Faults, LossRecorder, Next, RequestProgress, Volume};
 use uuid::Uuid;
 
 use super::Mutant;
@@ -50,6 +53,8 @@ pub(super) struct Catalog {
     pub(super) write_cache_on: bool,
     pub(super) boot: u64,
     pub(super) incarnation: u64,
+    /// What is remembered outside of it, for this boot.
+    pub(super) record: Arc<Mutex<Option<Record>>>,
     pub(super) attachment: Option<Attachment>,
     /// Where an empty file stands for the volume; no operation reaches it.
     pub(super) volumes_dir: PathBuf,
@@ -93,6 +98,10 @@ pub(super) struct Server {
     fences: BTreeMap<Uuid, Fence>,
     volume: VolumeState,
     syncs: SyncGroups,
+    /// A loss that the catalog has not been told of.
+    is_unsettled: Arc<AtomicBool>,
+    /// This process has looked for what failed to be written back before.
+    is_admitted: bool,
     mutant: Option<Mutant>,
 }
 
@@ -117,8 +126,15 @@ impl Server {
             fences: BTreeMap::new(),
             volume: VolumeState::Closed,
             syncs: SyncGroups::default(),
+            is_unsettled: Arc::default(),
+            is_admitted: false,
             mutant,
         }
+    }
+
+    /// It has the volume open, and the volume lost writes.
+    pub(super) fn has_lost_volume(&self) -> bool {
+        matches!(&self.volume, VolumeState::Open(volume) if volume.has_lost_writes())
     }
 
     fn is(&self, mutant: Mutant) -> bool {
@@ -156,6 +172,9 @@ impl Server {
 
     /// One of the things it could do now; false: there was nothing.
     pub(super) fn step(&mut self, world: &mut Surroundings<'_>) -> bool {
+        if world.rng.u8(..16) == 0 && self.settle(world.catalog) {
+            return true;
+        }
         if let VolumeState::Opening(_) = self.volume
             && world.rng.u8(..4) == 0
             && self.open_volume(world)
@@ -315,6 +334,7 @@ impl Server {
         let buffer = &connection.buffers[usize::from(slot.0)];
         let op = match next {
             Next::Submit(op) => op,
+            Next::Disconnect => return self.close(id, world),
             Next::Done(result) => {
                 if connection.answered_early[usize::from(slot.0)] {
                     return;
@@ -501,7 +521,7 @@ impl Server {
         match &mut self.volume {
             VolumeState::Opening(waiting) => waiting.push(id),
             VolumeState::Open(volume) if volume.has_lost_writes() && !is_in_use => {
-                world.catalog.incarnation += 1;
+                self.settle(world.catalog);
                 self.volume = VolumeState::Opening(vec![id]);
             }
             VolumeState::Open(volume) => {
@@ -527,8 +547,18 @@ impl Server {
         let backend = Backend::File(file.expect("the simulation's file can be opened"));
         let skip_flush = self.is(Mutant::FlushDropped);
         let faults = Faults { skip_flush, ..Faults::default() };
-        let volume =
-            Rc::new(Volume::new(catalog.volume_uid, capacity_bytes, backend, catalog.write_cache_on, faults));
+        self.admit(world);
+        let catalog = &mut *world.catalog;
+        let recorder = self.recorder(catalog);
+        let volume = Volume::new(
+            catalog.volume_uid,
+            capacity_bytes,
+            backend,
+            catalog.write_cache_on,
+            faults,
+            recorder,
+        );
+        let volume = Rc::new(volume);
         let VolumeState::Opening(waiting) =
             std::mem::replace(&mut self.volume, VolumeState::Open(Rc::clone(&volume)))
         else {
@@ -537,6 +567,56 @@ impl Server {
         for id in waiting {
             self.answer(id, Ok((Rc::clone(&volume), &*world.catalog)));
         }
+        true
+    }
+
+    /// As `Incarnations::admit` and `look`.
+    fn admit(&mut self, world: &mut Surroundings<'_>) {
+        let is_first = !std::mem::replace(&mut self.is_admitted, true);
+        // Descriptors are opened before the file system is asked.
+        world.disk.opened(self.process);
+        let write_back_failed = is_first && !world.disk.sync_file_system() && !self.is(Mutant::WriteBackIgnored);
+        let superblock = (!self.is(Mutant::MountIgnored)).then(|| world.disk.superblock.to_string());
+        let seen = Seen {
+            incarnation: world.catalog.incarnation,
+            attach_generation: 0,
+            superblock,
+            file: String::new(),
+            modified: String::new(),
+            write_back_failed,
+        };
+        let verdict = judge(lock(&world.catalog.record).as_ref(), &seen);
+        if verdict.loss.is_some() {
+            world.coverage.count("what the storage lost while nobody had it open is noticed");
+        }
+        if verdict.drops_cache && !self.is(Mutant::CacheKept) {
+            world.disk.drop_cache();
+        }
+        *lock(&world.catalog.record) = Some(Record::of(seen, &verdict, false));
+        world.catalog.incarnation = world.catalog.incarnation.max(verdict.incarnation);
+    }
+
+    fn recorder(&self, catalog: &Catalog) -> LossRecorder {
+        let (record, is_unsettled) = (Arc::clone(&catalog.record), Arc::clone(&self.is_unsettled));
+        let records = !self.is(Mutant::LossNotRecorded);
+        LossRecorder::new(move || {
+            if let Some(record) = lock(&record).as_mut().filter(|_| records) {
+                record.incarnation += 1;
+                record.lost_writes = true;
+            }
+            is_unsettled.store(true, Ordering::Relaxed);
+            true
+        })
+    }
+
+    /// The catalog is told of a loss; false: there is none to tell.
+    fn settle(&self, catalog: &mut Catalog) -> bool {
+        if !self.is_unsettled.swap(false, Ordering::Relaxed) {
+            return false;
+        }
+        let recorded = lock(&catalog.record).as_ref().map_or(0, |record| record.incarnation);
+        let raised = if self.is(Mutant::LossNotRecorded) { catalog.incarnation + 1 } else { recorded };
+        catalog.incarnation = catalog.incarnation.max(raised);
         true
     }
 
@@ -578,7 +658,7 @@ impl Server {
             && volume.has_lost_writes()
             && !self.is_in_use(id)
         {
-            world.catalog.incarnation += 1;
+            self.settle(world.catalog);
             self.volume = VolumeState::Closed;
         }
         let Some(attachment_id) = connection.attachment_id else { return };
@@ -621,8 +701,13 @@ impl Server {
 impl Catalog {
     /// As it is told.
     pub(super) fn incarnation(&self) -> String {
-        format!("{}.{}", self.boot, self.incarnation)
+        let recorded = lock(&self.record).as_ref().map_or(0, |record| record.incarnation);
+        format!("{}.{}", self.boot, self.incarnation.max(recorded))
     }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One of them.

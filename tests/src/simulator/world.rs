@@ -2,6 +2,7 @@
 //! with a clock of its own. What happens next is chosen by the seed and by nothing else.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::client::device::connection::Operation;
@@ -83,6 +84,7 @@ impl<'a> World<'a> {
             write_cache_on: rng.u8(..4) > 0,
             boot: 1,
             incarnation: 0,
+            record: Arc::default(),
             attachment: None,
             volumes_dir: volumes_dir.to_owned(),
         };
@@ -384,18 +386,17 @@ impl<'a> World<'a> {
     }
 
     fn server_step(&mut self) -> bool {
-        let (before, is_taking) = (self.catalog.incarnation, self.is_taking);
+        let (before, is_taking, drops) = (self.catalog.incarnation(), self.is_taking, self.disk.drops);
         let step = self.with_server(|server, world| {
             let has_done = server.step(world);
             let is_ended = is_taking && world.rng.u8(..4) == 0 && server.end_attachment(world);
             (has_done | is_ended, is_ended)
         });
         let Some((has_done, is_ended)) = step else { return false };
-        if self.catalog.incarnation != before {
-            // A sync had failed: what it should have covered may be gone when the volume is opened anew.
-            self.disk.forget(&mut self.rng);
+        self.look_at_incarnation(&before);
+        if self.disk.drops != drops {
             self.storage_lost();
-            self.coverage.count("a volume that lost writes is opened anew");
+            self.coverage.count("what could not be written back is dropped before it is read");
         }
         if is_ended {
             self.is_taking = false;
@@ -440,12 +441,22 @@ impl<'a> World<'a> {
         if ended.is_sync && ended.result < 0 {
             self.coverage.count("a sync fails");
         }
+        let before = self.catalog.incarnation();
         self.with_server(|server, world| {
             if ended.owner.process == server.process {
                 server.ended(ended, world);
             }
         });
+        self.look_at_incarnation(&before);
         true
+    }
+
+    /// From when on it is raised, whoever has unflushed writes may be told that they are lost.
+    fn look_at_incarnation(&mut self, before: &str) {
+        if self.catalog.incarnation() != before {
+            self.storage_lost();
+            self.coverage.count("an incarnation is raised");
+        }
     }
 
     // ------------------------------------------------------------------------------------------------ faults
@@ -488,9 +499,28 @@ impl<'a> World<'a> {
                 self.coverage.count("another node takes the volume by force");
             }
             8 => self.disk.fails_next_sync = self.may_fail_syncs,
+            9 if self.may_fail_syncs => {
+                self.disk.fail_write_back(&mut self.rng);
+                self.coverage.count("the kernel fails to write back");
+            }
+            10 => self.evict(),
+            11 if self.server.is_none() && self.disk.operations() == 0 => {
+                self.disk.remount(&mut self.rng);
+                self.storage_lost();
+                self.coverage.count("the file system is mounted anew");
+            }
             _ => self.cut_link(),
         }
         Ok(())
+    }
+
+    /// The cache lets go of what it takes for clean. Not between a failure and the sync that tells of it: what is read then through a
+    /// page cache, no server can know. Nor of a volume that is known to have lost writes, until it is opened anew.
+    fn evict(&mut self) {
+        let is_known = self.server.as_ref().is_some_and(Server::has_lost_volume);
+        if !is_known && self.disk.is_told() && self.disk.evict() {
+            self.coverage.count("what could not be written back is evicted");
+        }
     }
 
     fn cut_link(&mut self) {
@@ -545,6 +575,7 @@ impl<'a> World<'a> {
         self.coverage.count("a power cut");
         self.disk.power_cut(&mut self.rng);
         self.catalog.boot += 1;
+        self.catalog.record = Arc::default();
         self.storage_lost();
     }
 
