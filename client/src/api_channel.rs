@@ -1,16 +1,21 @@
-//! Channels to a storage server's management API: `http://`, or `https://` with the client's certificate.
+//! Channels to a storage server's management API: a Unix socket of this machine, `http://`, or `https://` with the client's
+//! certificate.
 //!
 //! Owns: which URI is taken, and TLS under HTTP/2. The files are read at each connect, so that renewed certificates are
 //! taken without a restart. Never: makes a call. Called by the node daemon (`node/management_client.rs`) and volctl.
 
 use std::io;
+use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::transport::{self, Channel, Endpoint};
@@ -25,13 +30,19 @@ const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// A server that answers no ping for so long is gone, and with it the calls that wait.
 const PING_DEADLINE: Duration = Duration::from_secs(10);
 const HTTP: &str = "http://";
+const UNIX: &str = "unix:";
+
+/// Where a server of this machine listens unless it was told otherwise.
+pub const DEFAULT_URI: &str = "unix:/run/volserver/management.sock";
+/// Where servers up to 0.1.0 listen unless they were told otherwise; tried where the socket of [`DEFAULT_URI`] is not there.
+const FORMER_ADDRESS: &str = "127.0.0.1:10810";
 const HTTPS: &str = "https://";
 
 /// Why there is no channel.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
     /// Not such a URI.
-    #[error("{0:?} is not of the form http://host:port or https://host:port")]
+    #[error("{0:?} is not of the form unix:/path, http://host:port or https://host:port")]
     Uri(String),
     /// There is nobody to believe the server's certificate by.
     #[error("{0} needs the certificate of the server's authority: give --tls-ca")]
@@ -57,12 +68,16 @@ pub fn host(uri: &str) -> Option<String> {
 /// # Errors
 /// [`ChannelError`], by cause.
 pub async fn connect(uri: &str, files: Option<&ClientFiles>) -> Result<Channel, ChannelError> {
-    let endpoint = endpoint(uri)?;
-    if !is_https(uri) {
-        return Ok(endpoint.connect().await?);
+    match Way::of(uri, files)? {
+        Way::Http(endpoint) => Ok(endpoint.connect().await?),
+        Way::Https(endpoint, files) => {
+            let connector = service_fn(move |uri| tls_connect(uri, files.clone()));
+            Ok(endpoint.connect_with_connector(connector).await?)
+        }
+        Way::Unix(endpoint, path) => {
+            Ok(endpoint.connect_with_connector(service_fn(move |_| unix_connect(path.clone()))).await?)
+        }
     }
-    let files = files.ok_or_else(|| ChannelError::NoAuthority(uri.to_owned()))?.clone();
-    Ok(endpoint.connect_with_connector(service_fn(move |uri| tls_connect(uri, files.clone()))).await?)
 }
 
 /// Connects at the first call, and again when the connection was lost; within a tokio runtime.
@@ -70,22 +85,102 @@ pub async fn connect(uri: &str, files: Option<&ClientFiles>) -> Result<Channel, 
 /// # Errors
 /// [`ChannelError::Uri`], [`ChannelError::NoAuthority`]
 pub fn connect_lazy(uri: &str, files: Option<&ClientFiles>) -> Result<Channel, ChannelError> {
-    let endpoint = endpoint(uri)?;
-    if !is_https(uri) {
-        return Ok(endpoint.connect_lazy());
-    }
-    let files = files.ok_or_else(|| ChannelError::NoAuthority(uri.to_owned()))?.clone();
-    Ok(endpoint.connect_with_connector_lazy(service_fn(move |uri| tls_connect(uri, files.clone()))))
+    Ok(match Way::of(uri, files)? {
+        Way::Http(endpoint) => endpoint.connect_lazy(),
+        Way::Https(endpoint, files) => {
+            endpoint.connect_with_connector_lazy(service_fn(move |uri| tls_connect(uri, files.clone())))
+        }
+        Way::Unix(endpoint, path) => {
+            endpoint.connect_with_connector_lazy(service_fn(move |_| unix_connect(path.clone())))
+        }
+    })
 }
 
-fn endpoint(uri: &str) -> Result<Endpoint, ChannelError> {
-    let off = || ChannelError::Uri(uri.to_owned());
-    if !uri.starts_with(HTTP) && !is_https(uri) {
-        return Err(off());
+/// How a URI is connected to.
+enum Way {
+    Http(Endpoint),
+    Https(Endpoint, ClientFiles),
+    Unix(Endpoint, PathBuf),
+}
+
+impl Way {
+    fn of(uri: &str, files: Option<&ClientFiles>) -> Result<Self, ChannelError> {
+        let off = || ChannelError::Uri(uri.to_owned());
+        let with_limits = |endpoint: Endpoint| {
+            let endpoint = endpoint.http2_keep_alive_interval(PING_INTERVAL).keep_alive_timeout(PING_DEADLINE);
+            endpoint.connect_timeout(CONNECT_DEADLINE)
+        };
+        if let Some(path) = uri.strip_prefix(UNIX) {
+            // As `unix:/path` and as `unix:///path`, gRPC's two spellings.
+            let path = PathBuf::from(path.strip_prefix("//").unwrap_or(path));
+            if !path.is_absolute() {
+                return Err(off());
+            }
+            return Ok(Self::Unix(with_limits(Endpoint::from_static("http://localhost")), path));
+        }
+        if !uri.starts_with(HTTP) && !is_https(uri) {
+            return Err(off());
+        }
+        let endpoint = with_limits(Endpoint::from_shared(uri.to_owned()).map_err(|_| off())?);
+        if !is_https(uri) {
+            return Ok(Self::Http(endpoint));
+        }
+        let files = files.ok_or_else(|| ChannelError::NoAuthority(uri.to_owned()))?;
+        Ok(Self::Https(endpoint, files.clone()))
     }
-    let endpoint = Endpoint::from_shared(uri.to_owned()).map_err(|_| off())?;
-    let endpoint = endpoint.http2_keep_alive_interval(PING_INTERVAL).keep_alive_timeout(PING_DEADLINE);
-    Ok(endpoint.connect_timeout(CONNECT_DEADLINE))
+}
+
+/// A connection without TLS, to a server of this machine.
+enum Local {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+async fn unix_connect(path: PathBuf) -> io::Result<TokioIo<Local>> {
+    let connected = UnixStream::connect(&path).await;
+    let is_former = |error: &io::Error| error.kind() == io::ErrorKind::NotFound && DEFAULT_URI.ends_with(&*path.to_string_lossy());
+    match connected {
+        Err(error) if is_former(&error) => match TcpStream::connect(FORMER_ADDRESS).await {
+            Ok(socket) => {
+                socket.set_nodelay(true)?;
+                Ok(TokioIo::new(Local::Tcp(socket)))
+            }
+            Err(_) => Err(error),
+        },
+        connected => connected.map(|socket| TokioIo::new(Local::Unix(socket))),
+    }
+}
+
+impl AsyncRead for Local {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Unix(socket) => Pin::new(socket).poll_read(cx, into),
+            Self::Tcp(socket) => Pin::new(socket).poll_read(cx, into),
+        }
+    }
+}
+
+impl AsyncWrite for Local {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
+            Self::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Unix(socket) => Pin::new(socket).poll_flush(cx),
+            Self::Tcp(socket) => Pin::new(socket).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
+        }
+    }
 }
 
 async fn tls_connect(uri: Uri, files: ClientFiles) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
@@ -105,11 +200,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_uri_of_another_form_is_refused() {
-        for bad in ["127.0.0.1:10810", "http://", "https://", "unix:/x", "ftp://h:1"] {
+        for bad in ["127.0.0.1:10810", "http://", "https://", "unix:x", "unix:", "ftp://h:1"] {
             assert!(matches!(connect_lazy(bad, None), Err(ChannelError::Uri(_))), "{bad}");
         }
         assert!(matches!(connect_lazy("https://h:1", None), Err(ChannelError::NoAuthority(_))));
-        connect_lazy("http://h:1", None).unwrap();
+        for good in ["http://h:1", "unix:/x", "unix:///run/x.sock", DEFAULT_URI] {
+            connect_lazy(good, None).unwrap();
+        }
     }
 
     #[test]

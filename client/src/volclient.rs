@@ -57,8 +57,8 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct ServeArgs {
-    /// Management API of the storage server
-    #[arg(long, env = "VOLCLIENT_SERVER", default_value = "http://127.0.0.1:10810", value_name = "URI")]
+    /// Management API of the storage server: unix:/path, http://host:port or https://host:port
+    #[arg(long, env = "VOLCLIENT_SERVER", default_value = client::api_channel::DEFAULT_URI, value_name = "URI")]
     server: String,
     /// Authority of the servers' certificates (PEM): needed for https:// and nbds://
     ///

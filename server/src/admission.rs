@@ -149,7 +149,7 @@ impl Drop for Place {
 }
 
 /// Who answers for an address: with IPv6 the /64, of which one machine may use every address.
-fn accountable(address: IpAddr) -> IpAddr {
+pub fn accountable(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) if !address.is_loopback() => {
             IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64))

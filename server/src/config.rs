@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
@@ -26,7 +26,7 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0  stopped by SIGTERM or SIGINT, everything ended in order
   1  failed unexpectedly
-  2  bad options or certificates, an address beyond loopback without TLS or --insecure, or a --memory-max that is too little
+  2  bad options or certificates, an address that needs TLS or --insecure, or a --memory-max that is too little
   3  the data directory, its catalog or the runtime directory cannot be used
   4  an address cannot be listened on
   5  stopped, but connections or their I/O did not end in time
@@ -36,6 +36,11 @@ Exit codes:
 /// them time.
 const REQUEST_BYTES_LEAST: u32 = 64 << 10;
 const _: () = assert!(REQUEST_BYTES_LEAST >= STATUS_REPLY_BYTES_MAX, "extents are sent in one chunk");
+
+/// Of the management API's socket in the runtime directory.
+const MANAGEMENT_SOCKET_NAME: &str = "management.sock";
+/// Whose members may manage, where the server runs as root.
+const DEFAULT_GROUP: &str = "volnode";
 
 /// Of the options that bound what clients can take.
 const LIMITS: &str = "Limits";
@@ -63,9 +68,15 @@ pub struct Config {
     )]
     pub listen: Vec<DataAddress>,
 
-    /// Where the gRPC management API listens
-    #[arg(long, env = "VOLSERVER_MANAGEMENT", value_name = "ADDR:PORT", default_value = "127.0.0.1:10810")]
-    pub management: SocketAddr,
+    /// Where the gRPC management API listens; as --listen. On TCP it needs --tls, or --insecure
+    /// [default: unix:management.sock in the runtime directory]
+    #[arg(long, env = "VOLSERVER_MANAGEMENT", value_name = "unix:PATH|ADDR:PORT", value_delimiter = ',')]
+    pub management: Vec<DataAddress>,
+
+    /// Whose members may manage volumes through the management API's Unix socket, as root may [default: the server's own
+    /// group, or `volnode` where it runs as root]
+    #[arg(long, env = "VOLSERVER_MANAGEMENT_GROUP", value_name = "NAME|GID")]
+    pub management_group: Option<String>,
 
     /// Threads that serve connections [default: one for each processor]
     #[arg(long, env = "VOLSERVER_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -109,7 +120,8 @@ pub struct Config {
     #[arg(long, env = "VOLSERVER_TLS_RECORDS", value_enum, value_name = "WHO", default_value = "auto")]
     pub tls_records: TlsRecords,
 
-    /// Allow addresses beyond loopback, although something there is not encrypted or asks for no password
+    /// Allow addresses beyond loopback although something there is not encrypted or asks for no password, and a management API
+    /// on TCP without TLS
     #[arg(long, env = "VOLSERVER_INSECURE", value_parser = BoolishValueParser::new())]
     pub insecure: bool,
 
@@ -216,8 +228,38 @@ impl Config {
         let is_encrypted = self.tls == TlsMode::Required;
         let is_protected = is_encrypted && self.tls_client_ca.is_some();
         let data = self.listen.iter().filter_map(DataAddress::tcp).filter(move |_| !is_encrypted);
-        let management = Some(self.management).filter(|_| !is_protected);
+        let management = self.management.iter().filter_map(DataAddress::tcp).filter(move |_| !is_protected);
         data.chain(management).filter(|address| !address.ip().to_canonical().is_loopback())
+    }
+
+    /// The management API's addresses where every user of this machine may do everything.
+    pub fn open_to_local_users(&self) -> impl Iterator<Item = SocketAddr> {
+        let is_open = self.tls == TlsMode::Off;
+        self.management.iter().filter_map(DataAddress::tcp).filter(move |_| is_open)
+    }
+
+    /// Where the management API listens; `None`: nothing was said, and there is no runtime directory for a socket.
+    pub fn management_addresses(&self, runtime_dir: Option<&Path>) -> Option<Vec<DataAddress>> {
+        if !self.management.is_empty() {
+            return Some(self.management.clone());
+        }
+        Some(vec![DataAddress::Unix(std::path::absolute(runtime_dir?.join(MANAGEMENT_SOCKET_NAME)).ok()?)])
+    }
+
+    /// The group of the management API's Unix sockets.
+    ///
+    /// # Errors
+    /// In words: there is no such group.
+    pub fn management_group_id(&self) -> Result<u32, String> {
+        let own = rustix::process::getegid().as_raw();
+        match &self.management_group {
+            Some(group) => match group.parse() {
+                Ok(group_id) => Ok(group_id),
+                Err(_) => group_id(group).ok_or_else(|| format!("--management-group: there is no group {group}")),
+            },
+            None if rustix::process::geteuid().is_root() => Ok(group_id(DEFAULT_GROUP).unwrap_or(own)),
+            None => Ok(own),
+        }
     }
 
     /// Where to keep what has to survive this process; the first place that can be written to. `None`: there is none.
@@ -262,6 +304,13 @@ impl Config {
             ..Limits::default()
         }
     }
+}
+
+/// A group of `/etc/group`.
+fn group_id(name: &str) -> Option<u32> {
+    let groups = std::fs::read_to_string("/etc/group").ok()?;
+    let mut fields = groups.lines().map(|line| line.split(':')).find(|fields| fields.clone().next() == Some(name))?;
+    fields.nth(2)?.parse().ok()
 }
 
 /// Takes a number of bytes, or of KiB, MiB, GiB or TiB with `K`, `M`, `G` or `T` behind it.
@@ -316,10 +365,13 @@ mod tests {
     }
 
     #[test]
-    fn both_ports_are_on_loopback_by_default() {
+    fn nothing_is_open_to_others_by_default() {
         let config = parse(&[]).unwrap();
         assert_eq!(config.listen, ["127.0.0.1:10809".parse().unwrap()]);
-        assert_eq!(config.exposed().count(), 0);
+        assert_eq!(config.exposed().count() + config.open_to_local_users().count(), 0);
+        let management = config.management_addresses(Some(Path::new("/run/volserver"))).unwrap();
+        assert_eq!(management, ["unix:/run/volserver/management.sock".parse().unwrap()]);
+        assert_eq!(config.management_addresses(None), None);
         assert_eq!(config.tls_files(), None);
         assert!(!config.export_by_name && !config.insecure);
     }
@@ -346,6 +398,14 @@ mod tests {
         assert_eq!(exposed(&["--tls", "allowed", "--tls-client-ca", "a"]), ["0.0.0.0:1", "0.0.0.0:2"]);
         assert_eq!(exposed(&["--tls", "required"]), ["0.0.0.0:2"]);
         assert_eq!(exposed(&["--tls", "required", "--tls-client-ca", "a"]), [""; 0]);
+    }
+
+    #[test]
+    fn a_management_port_is_for_local_users_too() {
+        let open = |args: &[&str]| parse(args).unwrap().open_to_local_users().count();
+        assert_eq!(open(&["--management", "127.0.0.1:1,unix:/run/m.sock,[::1]:2"]), 2);
+        assert_eq!(open(&["--management", "127.0.0.1:1", "--tls", "allowed", "--tls-cert", "c", "--tls-key", "k"]), 0);
+        assert_eq!(open(&["--management", "unix:/run/m.sock"]), 0);
     }
 
     #[test]

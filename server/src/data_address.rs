@@ -8,8 +8,8 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -120,6 +120,8 @@ pub struct Listener {
     address: DataAddress,
     /// Device and inode of the file that a Unix socket was bound to.
     file: Option<(u64, u64)>,
+    /// The group that may connect as well.
+    group_id: Option<u32>,
 }
 
 impl Listener {
@@ -128,10 +130,24 @@ impl Listener {
     /// # Errors
     /// The system's own: it is in use, not this machine's, not allowed, or a path that is too long or is no socket's.
     pub fn bind(address: &DataAddress) -> io::Result<Self> {
+        Self::bind_for(address, None)
+    }
+
+    /// The same; a Unix socket is also for the members of a group.
+    ///
+    /// # Errors
+    /// As of [`Self::bind`]; the socket's file may not be given to that group.
+    pub fn bind_for(address: &DataAddress, group_id: Option<u32>) -> io::Result<Self> {
         let (socket, file) = match address {
             DataAddress::Tcp(address) => (bind_tcp(*address)?, None),
             DataAddress::Unix(path) => {
                 let socket = bind_unix(path)?;
+                if let Some(group_id) = group_id {
+                    if fs::symlink_metadata(path)?.gid() != group_id {
+                        std::os::unix::fs::lchown(path, None, Some(group_id))?;
+                    }
+                    fs::set_permissions(path, fs::Permissions::from_mode(0o660))?;
+                }
                 let metadata = fs::symlink_metadata(path)?;
                 (socket, Some((metadata.dev(), metadata.ino())))
             }
@@ -146,7 +162,12 @@ impl Listener {
             }
             DataAddress::Unix(path) => DataAddress::Unix(path.clone()),
         };
-        Ok(Self { socket, address, file })
+        Ok(Self { socket, address, file, group_id })
+    }
+
+    /// The group that may connect to a Unix socket, beside the server's user.
+    pub fn group_id(&self) -> Option<u32> {
+        self.group_id
     }
 
     /// Where it listens.
@@ -173,6 +194,12 @@ impl Listener {
             }
         };
         Ok((socket, peer))
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
     }
 }
 

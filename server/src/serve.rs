@@ -16,7 +16,6 @@ use proto::v1;
 use rustls::ProtocolVersion;
 use tls::certificates::CertificateError;
 use tls::kernel::{self, CipherKind};
-use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -24,12 +23,12 @@ use tonic::transport::Server;
 
 use crate::catalog::{Catalog, CatalogError};
 use crate::config::{Config, TlsMode, TlsRecords};
-use crate::data_address::DataAddress;
+use crate::data_address::{DataAddress, Listener};
 use crate::data_server::{DataServer, DataServerConfig, DataServerError};
 use crate::data_side::ServedData;
 use crate::lifecycle::{Lifecycle, LifecycleError};
-use crate::management::{Calls, ManagementService};
-use crate::tls::{ServerTls, management_listener};
+use crate::management::{Calls, ManagementService, listener};
+use crate::tls::ServerTls;
 
 /// Calls in progress get this long at stop: a fence takes less.
 const CALLS_STOP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,6 +36,15 @@ const CALLS_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(1);
 /// The data side bounds its own stop at 20 s; this is for the case that it cannot.
 const DATA_STOP_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// Between two pings of a connection of the API, and how long an answer may take.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_LIMIT: Duration = Duration::from_secs(20);
+/// Calls of one connection that may be open, and that are worked on at once; the others wait.
+const STREAMS_MAX: u32 = 128;
+const CALLS_OF_CONNECTION_MAX: usize = 32;
+/// Headers of a call; none of ours has more.
+const HEADER_BYTES_MAX: u32 = 16 << 10;
 
 /// Why the server did not start, or did not stop in order.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +55,21 @@ pub enum ServeError {
          127.0.0.1, or use --tls required (with --tls-client-ca for the API), or say --insecure if that network is trusted"
     )]
     BeyondLoopback(SocketAddr),
+    /// The management API on TCP without TLS, without the word for it.
+    #[error(
+        "every user of this machine can reach the management API at {0}, and delete volumes: leave --management away (it is a \
+         Unix socket then, for root and its group), or use --tls, or say --insecure if all of them are trusted"
+    )]
+    OpenToLocalUsers(SocketAddr),
+    /// Nowhere to listen for calls.
+    #[error(
+        "no runtime directory can be written to, so there is no place for the management API's socket: give --runtime-dir or \
+         --management"
+    )]
+    NoManagementAddress,
+    /// No such group.
+    #[error("{0}")]
+    Group(String),
     /// A certificate or key cannot be used.
     #[error(transparent)]
     Certificates(#[from] CertificateError),
@@ -62,7 +85,7 @@ pub enum ServeError {
     )]
     ManagementAddress {
         /// The address.
-        address: SocketAddr,
+        address: DataAddress,
         /// The system's own error.
         source: std::io::Error,
     },
@@ -89,7 +112,8 @@ impl ServeError {
     /// The process's exit code, as `--help` lists them.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::BeyondLoopback(_) | Self::Certificates(_) => 2,
+            Self::BeyondLoopback(_) | Self::OpenToLocalUsers(_) | Self::Certificates(_) => 2,
+            Self::NoManagementAddress | Self::Group(_) => 2,
             Self::Catalog(error) if error.is_out_of_space() => 8,
             Self::Recovery(LifecycleError::NoSpace(_)) => 8,
             Self::Catalog(_) | Self::Recovery(_) => 3,
@@ -117,8 +141,12 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let tls = Arc::new(start_tls(&config)?);
     reload_at_sighup(Arc::clone(&tls))?;
     let catalog = Catalog::open(&config.data_dir)?;
-    let (management, management_address) = bind_management(config.management).await?;
-    let data_server = DataServer::start(data_server_config(&config, &catalog, &tls), catalog.clone())?;
+    let runtime_dir = runtime_dir(&config);
+    let management = bind_management(&config, runtime_dir.as_deref())?;
+    let management_addresses: Vec<DataAddress> =
+        management.iter().map(|listener| listener.address().clone()).collect();
+    let data_config = data_server_config(&config, &catalog, &tls, runtime_dir);
+    let data_server = DataServer::start(data_config, catalog.clone())?;
     let lifecycle = Lifecycle::new(
         catalog.clone(),
         Arc::new(ServedData::new(Arc::clone(&data_server), catalog.volumes_dir())),
@@ -131,7 +159,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let calls = Calls::default();
     let service = ManagementService::new(lifecycle, calls.clone(), addresses);
     let mut api = tokio::spawn(answer(service, management, tls, stopped)?);
-    announce(data_server.local_addrs(), management_address);
+    announce(data_server.local_addrs(), &management_addresses);
 
     let failure = tokio::select! {
         signal = stop.next() => {
@@ -189,6 +217,9 @@ fn check_addresses(config: &Config) -> Result<(), ServeError> {
             "--insecure: whoever reaches this address can read what passes, or manage volumes without a password"
         );
     }
+    if let Some(address) = config.open_to_local_users().next().filter(|_| !config.insecure) {
+        return Err(ServeError::OpenToLocalUsers(address));
+    }
     Ok(())
 }
 
@@ -230,19 +261,28 @@ fn reload_at_sighup(tls: Arc<ServerTls>) -> Result<(), ServeError> {
     Ok(())
 }
 
-async fn bind_management(address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServeError> {
-    let failed = |source| ServeError::ManagementAddress { address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
-    let local = listener.local_addr().map_err(failed)?;
-    Ok((listener, local))
+fn bind_management(config: &Config, runtime_dir: Option<&Path>) -> Result<Vec<Listener>, ServeError> {
+    let addresses = config.management_addresses(runtime_dir).ok_or(ServeError::NoManagementAddress)?;
+    let group_id = config.management_group_id().map_err(ServeError::Group)?;
+    let bind = |address: &DataAddress| {
+        let group_id = address.tcp().is_none().then_some(group_id);
+        Listener::bind_for(address, group_id)
+            .map_err(|source| ServeError::ManagementAddress { address: address.clone(), source })
+    };
+    addresses.iter().map(bind).collect()
 }
 
-fn data_server_config(config: &Config, catalog: &Catalog, tls: &Arc<ServerTls>) -> DataServerConfig {
+fn data_server_config(
+    config: &Config,
+    catalog: &Catalog,
+    tls: &Arc<ServerTls>,
+    runtime_dir: Option<PathBuf>,
+) -> DataServerConfig {
     DataServerConfig {
         listen: config.listen.clone(),
         threads: config.threads.map_or(0, usize::from),
         volumes_dir: catalog.volumes_dir(),
-        runtime_dir: runtime_dir(config),
+        runtime_dir,
         cache: config.cache.into(),
         export_by_name: config.export_by_name,
         tls: Arc::clone(tls),
@@ -289,7 +329,7 @@ fn data_addresses(config: &Config, local: &[DataAddress]) -> Vec<String> {
 /// The API with health and reflection, as a future that ends some time after `stopped` is told.
 fn answer<D: crate::lifecycle::DataSide>(
     service: v1::management_server::ManagementServer<ManagementService<D>>,
-    listener: TcpListener,
+    listeners: Vec<Listener>,
     tls: Arc<ServerTls>,
     stopped: oneshot::Receiver<()>,
 ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>>, ServeError> {
@@ -302,11 +342,16 @@ fn answer<D: crate::lifecycle::DataSide>(
         .with_service_name("grpc.reflection.v1.ServerReflection")
         .build_v1()
         .map_err(set_up("gRPC reflection"))?;
+    let connections =
+        listener::connections(listeners, tls).map_err(set_up("the management API's listeners"))?;
     Ok(async move {
         reporter.set_serving::<v1::management_server::ManagementServer<ManagementService<D>>>().await;
-        let connections = management_listener::connections(listener, tls);
         Server::builder()
-            .http2_keepalive_interval(Some(Duration::from_secs(30)))
+            .http2_keepalive_interval(Some(PING_INTERVAL))
+            .http2_keepalive_timeout(Some(PING_LIMIT))
+            .max_concurrent_streams(STREAMS_MAX)
+            .concurrency_limit_per_connection(CALLS_OF_CONNECTION_MAX)
+            .http2_max_header_list_size(HEADER_BYTES_MAX)
             .add_service(health)
             .add_service(reflection)
             .add_service(service)
@@ -322,9 +367,11 @@ fn answer<D: crate::lifecycle::DataSide>(
 }
 
 /// Says on stdout, and to systemd, that the server can be used.
-fn announce(data: &[DataAddress], management: SocketAddr) {
-    let data: Vec<String> = data.iter().map(DataAddress::to_string).collect();
-    let line = format!("volserver ready: data {}, management {management}", data.join(" "));
+fn announce(data: &[DataAddress], management: &[DataAddress]) {
+    let joined = |addresses: &[DataAddress]| {
+        addresses.iter().map(DataAddress::to_string).collect::<Vec<_>>().join(" ")
+    };
+    let line = format!("volserver ready: data {}, management {}", joined(data), joined(management));
     if let Err(error) = daemon_log::announce(line) {
         tracing::warn!(%error, "nobody is told on stdout that the server is ready");
     }

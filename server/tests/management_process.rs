@@ -26,6 +26,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(9);
 fn bare(data_dir: &std::path::Path) -> Command {
     let mut bare = Command::new(env!("CARGO_BIN_EXE_volserver"));
     bare.env_clear().arg("--data-dir").arg(data_dir);
+    // Not what the machine's own server has.
+    bare.env("VOLSERVER_RUNTIME_DIR", data_dir.with_extension("run"));
     bare
 }
 
@@ -72,7 +74,7 @@ fn a_port_in_use_is_named_with_what_to_do() {
     let address = taken.local_addr().unwrap().to_string();
     for (option, other) in [("--listen", "--management"), ("--management", "--listen")] {
         let mut command = bare(&dir.path().join("data"));
-        command.args([option, &address, other, "127.0.0.1:0"]);
+        command.args(["--insecure", option, &address, other, "127.0.0.1:0"]);
         let (code, stderr) = refused(command);
         assert_eq!(code, 4, "{stderr}");
         let line = complaint(&stderr);
@@ -148,6 +150,8 @@ async fn options_may_come_from_the_environment() {
         ("VOLSERVER_DATA_DIR", dir.path().join("data").to_str().unwrap()),
         ("VOLSERVER_LISTEN", &format!("127.0.0.1:0,{other}")),
         ("VOLSERVER_MANAGEMENT", other),
+        ("VOLSERVER_INSECURE", "yes"),
+        ("VOLSERVER_RUNTIME_DIR", dir.path().join("run").to_str().unwrap()),
         ("VOLSERVER_MEMORY_MAX", volserver::MEMORY_MAX),
         ("VOLSERVER_THREADS", "1"),
         ("VOLSERVER_CACHE", "writeback"),
@@ -267,10 +271,12 @@ fn a_limit_of_locked_memory_that_is_too_low_is_named_with_what_is_needed() {
     let plain = command(&dir.path().join("data"));
     limited.arg(plain.get_program()).args(plain.get_args()).args(["--log", "info"]);
     // What the command took away is not to come back.
-    for (name, _) in plain.get_envs().filter(|(_, value)| value.is_none()) {
-        limited.env_remove(name);
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => limited.env(name, value),
+            None => limited.env_remove(name),
+        };
     }
-    limited.env_remove("NOTIFY_SOCKET");
     limited.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
     let mut child = limited.spawn().unwrap();
     let log = std::io::BufReader::new(child.stderr.take().unwrap());

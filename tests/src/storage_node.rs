@@ -257,6 +257,10 @@ impl StorageNode {
         server.arg("--data-dir").arg(&self.data_dir).args(["--listen", &self.data_address]);
         let (scheme, management) = self.management_uri.split_once("://").context("management URI")?;
         server.args(["--management", management]).args(&self.server_options);
+        server.arg("--runtime-dir").arg(self.logs.join("volserver"));
+        if self.tls.is_none() && !self.server_options.iter().any(|option| option == "--insecure") {
+            server.arg("--insecure");
+        }
         if let Some(NodeTls { server: files, user_space_only, .. }) = &self.tls {
             let records = if *user_space_only { "user-space" } else { "auto" };
             server.args(["--tls", "required", "--tls-records", records, "--tls-cert"]);

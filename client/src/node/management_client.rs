@@ -58,7 +58,7 @@ pub struct ManagementClient {
 }
 
 impl ManagementClient {
-    /// For the server at this URI, such as `http://127.0.0.1:10810`, or `https://…` with the files of TLS. Does not connect
+    /// For the server at this URI, such as `unix:/run/volserver/management.sock`, `http://127.0.0.1:10810`, or `https://…` with the files of TLS. Does not connect
     /// yet; within a tokio runtime.
     ///
     /// # Errors
@@ -203,7 +203,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_uri_of_another_form_is_refused() {
-        for bad in ["127.0.0.1:10810", "https://h:1", "http://", "unix:/x"] {
+        for bad in ["127.0.0.1:10810", "https://h:1", "http://", "unix:x"] {
             assert!(ManagementClient::new(bad, None).is_err(), "{bad}");
         }
     }

@@ -15,12 +15,12 @@ use crate::size::parse_size;
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// Management API of the storage server: http://host:port or https://host:port
+    /// Management API of the storage server: unix:/path, http://host:port or https://host:port
     #[arg(
         long,
         global = true,
         env = "VOLNODE_SERVER",
-        default_value = "http://127.0.0.1:10810",
+        default_value = client::api_channel::DEFAULT_URI,
         value_name = "URI"
     )]
     pub(crate) server: String,

@@ -25,7 +25,7 @@ const CALL_DEADLINE: Duration = Duration::from_secs(300);
 /// Where the storage server's management API is, and with which files TLS is spoken to it.
 #[derive(Debug)]
 pub(crate) struct ServerAddress {
-    /// `http://host:port` or `https://host:port`
+    /// `unix:/path`, `http://host:port` or `https://host:port`
     pub(crate) uri: String,
     /// For `https://`.
     pub(crate) tls_files: Option<ClientFiles>,
@@ -37,13 +37,18 @@ pub(crate) async fn server(address: &ServerAddress) -> Result<ManagementClient<C
     let connected = api_channel::connect(uri, address.tls_files.as_ref()).await;
     connected.map(ManagementClient::new).map_err(|error| match error {
         ChannelError::Uri(_) => {
-            let next = "write --server http://host:port or https://host:port (or set VOLNODE_SERVER)";
+            let next = "write --server unix:/path, http://host:port or https://host:port (or set VOLNODE_SERVER)";
             Failure::new(ExitCode::Usage, error.to_string(), next)
         }
         ChannelError::NoAuthority(_) => Failure::new(
             ExitCode::Usage,
             error.to_string(),
             "give the file with --tls-ca (or VOLNODE_TLS_CA)",
+        ),
+        ChannelError::Connect(error) if io_error_kind(&error) == Some(io::ErrorKind::PermissionDenied) => Failure::new(
+            ExitCode::MachineCannot,
+            format!("cannot reach the storage server at {uri}: {}", root_cause(&error)),
+            "run volctl as root (sudo volctl ...), or as a member of the socket's group",
         ),
         ChannelError::Connect(error) => Failure::new(
             ExitCode::Unreachable,

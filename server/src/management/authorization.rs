@@ -2,7 +2,7 @@
 //!
 //! Owns: the rule for each kind of call. Never: reads a certificate (`tls/rights.rs` did), or looks at more of a request
 //! than whose attachment it is about. Called first in every method of `management/mod.rs`.
-//! A call without rights beside it did not come through `tls/management_listener.rs`: it may do nothing.
+//! A call without rights beside it did not come through `listener.rs`: it may do nothing.
 //!
 //! | call | a holder of `volnode:manage` | a holder of `volnode:node/N` | any other certificate |
 //! | --- | --- | --- | --- |
@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use tonic::{Extensions, Status};
 
+use super::listener::ApiPeer;
 use crate::status;
-use crate::tls::management_listener::ApiPeer;
 use crate::tls::rights::Rights;
 
 /// The caller of one call.

@@ -10,6 +10,7 @@
 
 mod authorization;
 mod fields;
+pub mod listener;
 mod messages;
 mod page_token;
 
@@ -28,6 +29,9 @@ use page_token::PageToken;
 
 /// Blocking calls at once; more wait. Each takes a thread, for one commit or one fence.
 const CALLS_MAX: u32 = 32;
+
+/// One message of a call; none of ours is longer.
+const MESSAGE_BYTES_MAX: usize = 256 << 10;
 
 /// The blocking calls in progress: bounded, and finished before the server stops.
 #[derive(Debug, Clone)]
@@ -64,7 +68,8 @@ impl<D: DataSide> ManagementService<D> {
     /// The service as tonic takes it. `data_addresses` ("host:port") is what clients are told.
     pub fn new(lifecycle: Lifecycle<D>, calls: Calls, data_addresses: Vec<String>) -> ManagementServer<Self> {
         let lifecycle = Arc::new(lifecycle);
-        ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), calls, data_addresses })
+        let service = ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), calls, data_addresses });
+        service.max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Runs a blocking call on the lifecycle and answers with what it returned.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use proto::v1;
 use proto::v1::management_client::ManagementClient;
 use rustix::process::{Pid, Signal, kill_process};
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint};
 
 use super::unit_filter;
 
@@ -37,6 +37,8 @@ pub fn command(data_dir: &Path) -> Command {
     command.env_remove("NOTIFY_SOCKET").env_remove("RUNTIME_DIRECTORY");
     command.env("VOLSERVER_RUNTIME_DIR", data_dir.with_extension("run")).arg("--data-dir").arg(data_dir);
     command.args(["--listen", "127.0.0.1:0", "--management", "127.0.0.1:0", "--threads", "1"]);
+    // Every user of this machine may use the API's port.
+    command.env("VOLSERVER_INSECURE", "true");
     // By default it is half of what the machine has.
     command.args(["--memory-max", MEMORY_MAX]);
     command
@@ -48,8 +50,10 @@ pub struct Volserver {
     child: Child,
     /// Where NBD clients connect.
     pub data: Vec<SocketAddr>,
-    /// Where the API is.
+    /// Where the API is; no address where it is on a Unix socket.
     pub management: SocketAddr,
+    /// Where it is then.
+    pub management_socket: Option<PathBuf>,
     log: PathBuf,
 }
 
@@ -88,7 +92,8 @@ impl Volserver {
         Self {
             child,
             data: data.split(' ').map(|address| address.parse().unwrap()).collect(),
-            management: management.parse().unwrap(),
+            management: management.parse().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0))),
+            management_socket: management.strip_prefix("unix:").map(PathBuf::from),
             log: log.to_owned(),
         }
     }
@@ -100,7 +105,11 @@ impl Volserver {
 
     /// A connection to the API's port.
     pub async fn channel(&self) -> Channel {
-        let endpoint = Channel::from_shared(format!("http://{}", self.management)).unwrap();
+        let uri = match &self.management_socket {
+            Some(path) => format!("unix://{}", path.display()),
+            None => format!("http://{}", self.management),
+        };
+        let endpoint = Endpoint::from_shared(uri).unwrap();
         endpoint.connect_timeout(DEADLINE).timeout(DEADLINE).connect().await.unwrap()
     }
 

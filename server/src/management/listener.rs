@@ -1,0 +1,429 @@
+//! Where callers of the management API connect: who they are, how many there may be, and how long they may be silent.
+//!
+//! Owns: accepting on TCP addresses and Unix sockets, the TLS handshake, the bounds of connections, and the rights that go along
+//! with every call of a connection ([`tonic::Request::extensions`] has them as [`ApiPeer`]). Never: looks at a call.
+//! A Unix socket's caller is who the kernel says: root, the server's own user, and members of the socket's group may do everything;
+//! nobody else gets in. On TCP, where TLS is required nothing else is answered; where it is allowed, the first byte of a
+//! connection tells which it is: a TLS record begins with 22, HTTP/2 with `P`.
+//! Nobody is refused for numbers: where there are too many connections, or too many of one caller, the one that has been
+//! silent the longest makes room. So callers that say nothing, however many, keep nobody out.
+//! Called by: `serve.rs`.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use proto::nbd::handshake::server::TlsState;
+use socket2::Socket;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Sleep;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+use tracing::{debug, info, warn};
+
+use crate::admission::accountable;
+use crate::data_address::{Listener, Peer};
+use crate::tls::ServerTls;
+use crate::tls::rights::Rights;
+
+/// Connections at once, on all addresses together.
+pub const CONNECTIONS_MAX: usize = 512;
+/// Connections at once of one address (with IPv6: one /64), or of one local user.
+const CONNECTIONS_OF_PEER_MAX: usize = 128;
+/// The TLS handshake and the beginning of HTTP/2: a caller that takes longer is not one.
+const BEGIN_LIMIT: Duration = Duration::from_secs(10);
+/// A client's side of a connection begins with so many bytes that are always the same (RFC 9113, 3.4).
+const PREFACE_BYTES: u64 = 24;
+/// Of a caller that has begun: longer than from one ping of ours to its answer.
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
+/// Connections that are ready for gRPC and not taken yet.
+const READY_MAX: usize = 16;
+/// When no connection can be accepted, the next try.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// The type of a handshake record, the first byte of every TLS connection.
+const TLS_HANDSHAKE_RECORD: u8 = 22;
+
+/// Who calls; in the extensions of every call.
+#[derive(Debug, Clone)]
+pub struct ApiPeer(pub Arc<Rights>);
+
+/// Accepts connections for as long as the stream is taken from.
+///
+/// # Errors
+/// The listeners cannot be waited for.
+pub fn connections(
+    listeners: Vec<Listener>,
+    tls: Arc<ServerTls>,
+) -> io::Result<ReceiverStream<io::Result<ApiStream>>> {
+    let (ready, taken) = mpsc::channel(READY_MAX);
+    let crowd = Arc::new(Crowd::default());
+    for listener in listeners {
+        let group_id = listener.group_id();
+        // SAFETY: a listener's descriptor is its socket's, which it owns and keeps until it is dropped.
+        #[allow(unsafe_code)] // Waiting for a descriptor that tokio has not made.
+        let listener = unsafe { AsyncFd::register(listener) }?;
+        let (tls, ready, crowd) = (Arc::clone(&tls), ready.clone(), Arc::clone(&crowd));
+        tokio::spawn(async move {
+            loop {
+                let accepted = tokio::select! {
+                    accepted = accept(&listener) => accepted,
+                    () = ready.closed() => return,
+                };
+                match accepted {
+                    Ok((socket, peer)) => begin(socket, peer, group_id, &tls, &ready, &crowd),
+                    Err(error) => {
+                        warn!(%error, "cannot accept connections of the management API");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                }
+            }
+        });
+    }
+    Ok(ReceiverStream::new(taken))
+}
+
+async fn accept(listener: &AsyncFd<Listener>) -> io::Result<(Socket, Peer)> {
+    loop {
+        let mut readable = listener.readable().await?;
+        match readable.try_io(|listener| listener.get_ref().accept()) {
+            // The peer has gone again.
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Ok(accepted) => return accepted,
+            Err(_would_block) => {}
+        }
+    }
+}
+
+/// Has the connection begin on a task of its own.
+fn begin(
+    socket: Socket,
+    peer: Peer,
+    group_id: Option<u32>,
+    tls: &Arc<ServerTls>,
+    ready: &mpsc::Sender<io::Result<ApiStream>>,
+    crowd: &Arc<Crowd>,
+) {
+    let Peer::Unix { user_id, .. } = peer else {
+        let (tls, ready, guarded) = (Arc::clone(tls), ready.clone(), crowd.enter(socket, peer));
+        tokio::spawn(async move {
+            let begun = match guarded {
+                Ok(socket) => tokio::time::timeout(BEGIN_LIMIT, begin_tcp(socket, &tls)).await,
+                Err(error) => Ok(Err(error)),
+            };
+            match begun.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                // The server is stopping where nobody takes it.
+                Ok(stream) => drop(ready.send(Ok(stream)).await),
+                Err(error) => debug!(%peer, %error, "a connection of the management API has not begun"),
+            }
+        });
+        return;
+    };
+    if !may_manage(&socket, user_id, group_id) {
+        info!(%peer, "a connection of the management API is refused: not root, and not of the socket's group");
+        return;
+    }
+    let ready = ready.clone();
+    match crowd.enter(socket, peer) {
+        Ok(socket) => {
+            tokio::spawn(async move { drop(ready.send(Ok(ApiStream::Plain(Box::new(socket)))).await) });
+        }
+        Err(error) => warn!(%error, "a connection of the management API cannot be taken"),
+    }
+}
+
+/// Whether the process at the other end of a Unix socket may do everything.
+fn may_manage(socket: &Socket, user_id: u32, group_id: Option<u32>) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    let is_member = |group_id| {
+        let primary = rustix::net::sockopt::socket_peercred(socket).map(|told| told.gid.as_raw());
+        primary == Ok(group_id) || peer_groups::of(socket).is_ok_and(|groups| groups.contains(&group_id))
+    };
+    user_id == 0 || user_id == own || group_id.is_some_and(is_member)
+}
+
+async fn begin_tcp(mut socket: Guarded, tls: &ServerTls) -> io::Result<ApiStream> {
+    let Some(config) = tls.config() else { return Ok(ApiStream::Plain(Box::new(socket))) };
+    if tls.state() != TlsState::Required
+        && let Transport::Tcp(tcp) = &socket.transport
+    {
+        let mut first = [0];
+        let peeked = tokio::select! {
+            peeked = tcp.peek(&mut first) => peeked?,
+            _ = &mut socket.told_to_leave => return Err(io::ErrorKind::ConnectionAborted.into()),
+        };
+        if peeked == 1 && first[0] != TLS_HANDSHAKE_RECORD {
+            return Ok(ApiStream::Plain(Box::new(socket)));
+        }
+    }
+    let mut config = (*config).clone();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let stream = TlsAcceptor::from(Arc::new(config)).accept(socket).await?;
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let rights = tls.rights_of(certificate);
+    debug!(?rights, "a caller of the management API");
+    Ok(ApiStream::Tls(Box::new(stream), ApiPeer(Arc::new(rights))))
+}
+
+// ------------------------------------------------------------------------------------------------ how many
+
+/// Whom a connection is counted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Caller {
+    Address(IpAddr),
+    User(u32),
+}
+
+#[derive(Debug)]
+struct Present {
+    caller: Caller,
+    heard: Arc<Heard>,
+    leave: oneshot::Sender<()>,
+}
+
+/// When something was last read of a connection.
+#[derive(Debug)]
+struct Heard {
+    epoch: Instant,
+    last_ms: AtomicU64,
+}
+
+impl Heard {
+    fn now(&self) {
+        self.last_ms.store(self.epoch.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+}
+
+/// The connections that there are.
+#[derive(Debug)]
+struct Crowd {
+    epoch: Instant,
+    next: AtomicU64,
+    present: Mutex<HashMap<u64, Present>>,
+}
+
+impl Default for Crowd {
+    fn default() -> Self {
+        Self { epoch: Instant::now(), next: AtomicU64::new(0), present: Mutex::default() }
+    }
+}
+
+impl Crowd {
+    /// Takes a connection in; another one leaves for it where there are too many.
+    fn enter(self: &Arc<Self>, socket: Socket, peer: Peer) -> io::Result<Guarded> {
+        socket.set_nonblocking(true)?;
+        let (transport, caller) = match peer {
+            Peer::Tcp(address) => {
+                let transport = Transport::Tcp(TcpStream::from_std(socket.into())?);
+                (transport, Caller::Address(accountable(address.ip())))
+            }
+            Peer::Unix { user_id, .. } => {
+                (Transport::Unix(UnixStream::from_std(socket.into())?), Caller::User(user_id))
+            }
+        };
+        let (leave, told_to_leave) = oneshot::channel();
+        let heard = Arc::new(Heard { epoch: self.epoch, last_ms: AtomicU64::new(0) });
+        heard.now();
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
+        if present.values().filter(|other| other.caller == caller).count() >= CONNECTIONS_OF_PEER_MAX {
+            evict_most_silent(&mut present, |other| other.caller == caller);
+        } else if present.len() >= CONNECTIONS_MAX {
+            evict_most_silent(&mut present, |_| true);
+        }
+        present.insert(number, Present { caller, heard: Arc::clone(&heard), leave });
+        drop(present);
+        let place = Place { crowd: Arc::clone(self), number };
+        let silence = Box::pin(tokio::time::sleep(BEGIN_LIMIT));
+        Ok(Guarded { transport, heard, read_bytes: 0, silence, told_to_leave, _place: place })
+    }
+}
+
+fn evict_most_silent(present: &mut HashMap<u64, Present>, is_candidate: impl Fn(&Present) -> bool) {
+    let candidates = present.iter().filter(|(_, other)| is_candidate(other));
+    let silent = candidates.min_by_key(|(number, other)| (other.heard.last_ms.load(Ordering::Relaxed), **number));
+    if let Some(number) = silent.map(|(number, _)| *number)
+        && let Some(left) = present.remove(&number)
+    {
+        debug!(caller = ?left.caller, "a silent connection of the management API makes room for another");
+        let _ = left.leave.send(());
+    }
+}
+
+/// A connection's place in the crowd, given back when dropped.
+#[derive(Debug)]
+struct Place {
+    crowd: Arc<Crowd>,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.crowd.present.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ how long
+
+#[derive(Debug)]
+enum Transport {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// A connection that ends when it is silent for too long, or has to make room.
+#[derive(Debug)]
+pub struct Guarded {
+    transport: Transport,
+    heard: Arc<Heard>,
+    read_bytes: u64,
+    /// Runs out when nothing was read for so long.
+    silence: Pin<Box<Sleep>>,
+    told_to_leave: oneshot::Receiver<()>,
+    _place: Place,
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = into.filled().len();
+        let read = match &mut this.transport {
+            Transport::Tcp(socket) => Pin::new(socket).poll_read(cx, into),
+            Transport::Unix(socket) => Pin::new(socket).poll_read(cx, into),
+        };
+        if Pin::new(&mut this.told_to_leave).poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        if read.is_ready() {
+            let read_bytes = (into.filled().len() - before) as u64;
+            this.read_bytes += read_bytes;
+            // Before that, one time limit is for all of it.
+            if read_bytes > 0 && this.read_bytes >= PREFACE_BYTES {
+                this.heard.now();
+                this.silence.as_mut().reset(tokio::time::Instant::now() + SILENCE_LIMIT);
+            }
+            return read;
+        }
+        ready!(this.silence.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().transport {
+            Transport::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
+            Transport::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().transport {
+            Transport::Tcp(socket) => Pin::new(socket).poll_flush(cx),
+            Transport::Unix(socket) => Pin::new(socket).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().transport {
+            Transport::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
+            Transport::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
+        }
+    }
+}
+
+/// A connection of the API.
+#[derive(Debug)]
+pub enum ApiStream {
+    /// Without TLS: who gets here may do everything.
+    Plain(Box<Guarded>),
+    /// With TLS, and what its caller may do.
+    Tls(Box<TlsStream<Guarded>>, ApiPeer),
+}
+
+impl Connected for ApiStream {
+    type ConnectInfo = ApiPeer;
+
+    fn connect_info(&self) -> ApiPeer {
+        match self {
+            Self::Plain(_) => ApiPeer(Arc::new(Rights::everything())),
+            Self::Tls(_, peer) => peer.clone(),
+        }
+    }
+}
+
+impl AsyncRead for ApiStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_read(cx, into),
+            Self::Tls(stream, _) => Pin::new(stream).poll_read(cx, into),
+        }
+    }
+}
+
+impl AsyncWrite for ApiStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_write(cx, bytes),
+            Self::Tls(stream, _) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_flush(cx),
+            Self::Tls(stream, _) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
+            Self::Tls(stream, _) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+/// The groups of the process at the other end of a Unix socket.
+mod peer_groups {
+    #![allow(unsafe_code)] // One socket option that no library has.
+
+    use std::io;
+    use std::os::fd::AsRawFd as _;
+
+    use socket2::Socket;
+
+    /// More than any process has (`NGROUPS_MAX`).
+    const GROUPS_MAX: usize = 65536;
+
+    /// As it was when it connected. Source: socket(7), `SO_PEERGROUPS`.
+    pub(super) fn of(socket: &Socket) -> io::Result<Vec<u32>> {
+        let mut groups = vec![0u32; GROUPS_MAX];
+        let mut length_bytes = (GROUPS_MAX * size_of::<u32>()) as libc::socklen_t;
+        let option = libc::SO_PEERGROUPS;
+        // SAFETY: the kernel writes at most so many bytes there, and how many it wrote.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                option,
+                groups.as_mut_ptr().cast(),
+                &raw mut length_bytes,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        groups.truncate(length_bytes as usize / size_of::<u32>());
+        Ok(groups)
+    }
+}
