@@ -17,6 +17,10 @@ pub const VOLUME_NOT_FOUND: &str = "VOLUME_NOT_FOUND";
 pub const VOLUME_DIFFERS: &str = "VOLUME_DIFFERS";
 /// FAILED_PRECONDITION: the volume is attached (metadata `node_id`: where).
 pub const VOLUME_ATTACHED: &str = "VOLUME_ATTACHED";
+/// FAILED_PRECONDITION: another machine of the same node id has the volume, or this machine before its reboot, and is connected.
+pub const OTHER_BOOT: &str = "OTHER_BOOT";
+/// UNAVAILABLE: another boot of the node has the volume, and had no time yet to come back; repeating the call goes on waiting.
+pub const OTHER_BOOT_MAY_RETURN: &str = "OTHER_BOOT_MAY_RETURN";
 /// FAILED_PRECONDITION: a client has the volume open.
 pub const VOLUME_OPEN: &str = "VOLUME_OPEN";
 /// FAILED_PRECONDITION: a volume of this backend keeps its size.

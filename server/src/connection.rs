@@ -274,8 +274,11 @@ impl Connection {
         };
         match (result, answer) {
             (Ok(false), _) => {}
-            (Ok(true), Ok(Opened { volume: Some(volume), .. })) => {
+            (Ok(true), Ok(Opened { volume: Some(volume), is_attachment, .. })) => {
                 self.place.widen(ring.socket(self.index));
+                if is_attachment {
+                    self.peer.notice_when_gone(ring.socket(self.index));
+                }
                 ring.set_volume(self.index, Arc::clone(&volume));
                 self.volume = Some(volume);
                 self.put_back_leftover(ring);

@@ -22,6 +22,9 @@ use crate::socket_memory;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 
+/// So long what was sent to an attachment's client may wait for its acknowledgement: as long as a silent connection lives.
+const USER_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Marks a Unix socket in the configuration.
 const UNIX_PREFIX: &str = "unix:";
 
@@ -100,6 +103,18 @@ impl Peer {
         match self {
             Self::Tcp(address) => Some(address.ip()),
             Self::Unix { .. } => None,
+        }
+    }
+}
+
+impl Peer {
+    /// Has a connection end within a minute of its machine's silence, also while something is on its way there; for clients that come
+    /// again by themselves, because it also ends one whose program is stopped and takes nothing.
+    pub fn notice_when_gone(&self, socket: BorrowedFd<'_>) {
+        if let Self::Tcp(_) = self
+            && let Err(error) = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(USER_TIMEOUT))
+        {
+            tracing::warn!(peer = %self, %error, "a connection has no time-out");
         }
     }
 }

@@ -304,6 +304,12 @@ impl DataServer {
         self.ask(|reply| GateMessage::ConnectionsOf { attachment_id, reply }).unwrap_or(0)
     }
 
+    /// Connections that are served on the attachment now, and since when there have been none, at most since the server's start.
+    pub fn holder_of(&self, attachment_id: Uuid) -> (u32, Duration) {
+        // Nobody is taken for gone where the data side does not answer.
+        self.ask(|reply| GateMessage::HolderOf { attachment_id, reply }).unwrap_or((1, Duration::ZERO))
+    }
+
     /// Connections that have the volume open, or are about to, now.
     pub fn connections_of_volume(&self, volume_uid: Uuid) -> u32 {
         self.ask(|reply| GateMessage::ConnectionsOfVolume { volume_uid, reply }).unwrap_or(0)

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::backend::file::{self, FileError};
 use crate::catalog::{BackendKind, VolumeRecord};
 use crate::data_server::DataServer;
-use crate::lifecycle::{DataSide, StillOpen};
+use crate::lifecycle::{DataSide, Holder, StillOpen};
 
 /// A running data server with the directory of its backing files.
 #[derive(Debug)]
@@ -110,6 +110,11 @@ impl DataSide for ServedData {
 
     fn connections_of(&self, attachment_id: Uuid) -> u32 {
         self.server.connections_of(attachment_id)
+    }
+
+    fn holder(&self, attachment_id: Uuid) -> Holder {
+        let (connections, gone_for) = self.server.holder_of(attachment_id);
+        Holder { connections, gone_for }
     }
 
     fn allocated_bytes(&self, volume: &VolumeRecord) -> u64 {

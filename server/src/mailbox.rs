@@ -30,6 +30,8 @@ pub struct Opened {
     pub limits: RequestLimits,
     /// The volume; `None` for INFO.
     pub volume: Option<Arc<Volume>>,
+    /// Of an attachment: its client comes again by itself when a connection is lost.
+    pub is_attachment: bool,
 }
 
 /// What a ring thread can be told.

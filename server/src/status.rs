@@ -55,6 +55,23 @@ pub(crate) fn from_lifecycle(error: &LifecycleError) -> Status {
                 [("node_id", node_id.as_str())],
             ),
         ),
+        LifecycleError::OtherBoot { node_id, .. } => (
+            Code::FailedPrecondition,
+            error_info(
+                reason::OTHER_BOOT,
+                "give every machine an id of its own (rm /etc/machine-id && systemd-machine-id-setup, or volclient serve \
+                 --node-id); if this machine was rebooted, repeat the call in a minute; or take the volume with force",
+                [("node_id", node_id.as_str())],
+            ),
+        ),
+        LifecycleError::OtherBootMayReturn { node_id, .. } => (
+            Code::Unavailable,
+            error_info(
+                reason::OTHER_BOOT_MAY_RETURN,
+                "repeat the call: it waits until the former boot had its time",
+                [("node_id", node_id.as_str())],
+            ),
+        ),
         LifecycleError::AttachedDifferently { node_id, .. } => (
             Code::AlreadyExists,
             error_info(

@@ -231,3 +231,55 @@ async fn a_plain_name_opens_nothing_unless_configured() {
     let refused = Export::open(bench.server.data[0], "vol-1");
     assert!(matches!(refused, Err(ClientHandshakeError::Refused { .. })), "{refused:?}");
 }
+
+/// Of a clone of the node, or of the node after a reboot.
+fn from_boot(boot_id: &str) -> v1::AttachVolumeRequest {
+    v1::AttachVolumeRequest { boot_id: boot_id.to_owned(), ..attach_request("vol-1", "node-a", false) }
+}
+
+fn reason_of(status: &tonic::Status) -> String {
+    status.get_details_error_info().map(|info| info.reason).unwrap_or_default()
+}
+
+/// Two machines with one /etc/machine-id: the second one gets nothing, and the first one's disk goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clone_does_not_take_the_volume_of_a_machine_that_is_there() {
+    let bench = Bench::with_volume(&[]).await;
+    let mut client = bench.client.clone();
+    let held = client.attach_volume(from_boot("boot-1")).await.unwrap().into_inner();
+    let mut export = bench.open(&held, 1).unwrap();
+    let refused = client.attach_volume(from_boot("boot-2")).await.unwrap_err();
+    assert_eq!((refused.code(), reason_of(&refused).as_str()), (Code::FailedPrecondition, reason::OTHER_BOOT));
+    // A controller's call is answered, and gives away nothing.
+    let told = client.attach_volume(from_boot("")).await.unwrap().into_inner();
+    assert!(told.existed && told.secret.is_empty());
+    assert_eq!(export.write_block().unwrap().error, 0);
+    let again = client.attach_volume(from_boot("boot-1")).await.unwrap().into_inner();
+    assert_eq!((again.existed, &again.secret), (true, &held.secret), "the machine itself may ask as often as it likes");
+    let forced = v1::AttachVolumeRequest { force: true, ..from_boot("boot-2") };
+    let taken = client.attach_volume(forced).await.unwrap().into_inner();
+    assert!(export.is_closed() && taken.secret != held.secret);
+}
+
+/// A machine that lost power comes back as another boot, which gets the volume by itself; its former boot, should it still send
+/// something, does not. The server was restarted meanwhile, so it has not seen the connections end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_gets_its_volume_after_a_reboot() {
+    let mut bench = Bench::with_volume(&[]).await;
+    let held = bench.client.attach_volume(from_boot("boot-1")).await.unwrap().into_inner();
+    drop(bench.open(&held, 1).unwrap());
+    let Bench { dir, server, .. } = bench;
+    server.kill();
+    let server = Volserver::start(&dir.path().join("data"));
+    let client = server.client().await;
+    let mut bench = Bench { dir, server, client };
+    let began = Instant::now();
+    let taken = bench.client.attach_volume(from_boot("boot-2")).await.unwrap().into_inner();
+    assert!((25..45).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    assert!(!taken.existed && taken.secret != held.secret);
+    let (was, is) = (held.attachment.as_ref().unwrap(), taken.attachment.as_ref().unwrap());
+    assert!(is.generation > was.generation);
+    assert_eq!((was.boot_id.as_str(), is.boot_id.as_str()), ("boot-1", "boot-2"));
+    assert!(bench.open(&held, 2).is_err(), "the former boot");
+    bench.open(&taken, 1).unwrap();
+}

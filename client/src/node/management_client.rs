@@ -21,7 +21,7 @@ use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
 use super::error::NodeError;
-use crate::api_channel;
+use crate::{api_channel, contract};
 use crate::tls_spec::ClientFiles;
 
 /// A call: a detach waits there for the I/O of fenced connections.
@@ -92,6 +92,7 @@ impl ManagementClient {
             node_id: node_id.to_owned(),
             access_mode: access_mode.into(),
             force,
+            boot_id: contract::boot_id().unwrap_or_default(),
         };
         let mut stub = self.stub.clone();
         let answer = self.call(stub.attach_volume(request)).await?;

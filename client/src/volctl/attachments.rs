@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use indicatif::ProgressBar;
+use proto::error_reason as reason;
 use proto::v1;
 use proto::v1::node_client::NodeClient;
 use serde_json::json;
@@ -44,7 +45,11 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
     let give_up = Instant::now() + args.retry_for.unwrap_or_default();
     let answer = loop {
         match call(client.attach(request.clone())).await {
-            Err(failure) if failure.exit_code == ExitCode::Unreachable && Instant::now() < give_up => {
+            // After a power cut the server may take this machine's former boot for alive, until its connections time out.
+            Err(failure)
+                if (failure.exit_code == ExitCode::Unreachable || failure.reason == reason::OTHER_BOOT)
+                    && Instant::now() < give_up =>
+            {
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
             answer => break answer,

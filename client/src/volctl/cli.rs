@@ -208,7 +208,8 @@ pub(crate) struct AttachArgs {
     pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) stall: StallArgs,
-    /// While the storage server cannot be reached, go on trying for so long, such as 30s or 2m
+    /// While the storage server cannot be reached, or takes this machine's former boot for alive, go on trying for so long, such as
+    /// 30s or 2m
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub(crate) retry_for: Option<Duration>,
 }

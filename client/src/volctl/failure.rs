@@ -16,12 +16,14 @@ pub(crate) struct Failure {
     pub(crate) what: String,
     /// Empty where there is nothing to advise.
     pub(crate) next: String,
+    /// Of a refusal: the stable word for it (`proto::error_reason`).
+    pub(crate) reason: String,
 }
 
 impl Failure {
     /// A failure with advice.
     pub(crate) fn new(exit_code: ExitCode, what: impl Into<String>, next: impl Into<String>) -> Self {
-        Self { exit_code, what: what.into(), next: next.into() }
+        Self { exit_code, what: what.into(), next: next.into(), reason: String::new() }
     }
 
     /// A failure without a code of its own.
@@ -66,7 +68,8 @@ impl From<Status> for Failure {
             Code::Unimplemented => "see `volctl version`: do the versions fit?".to_owned(),
             _ => String::new(),
         });
-        Self::new(ExitCode::of(status.code(), error_reason), what, next)
+        let reason = error_reason.to_owned();
+        Self { reason, ..Self::new(ExitCode::of(status.code(), error_reason), what, next) }
     }
 }
 

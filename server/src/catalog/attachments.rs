@@ -17,7 +17,7 @@ use super::records::{self, AttachmentFilter, AttachmentRecord, AttachmentState, 
 use super::{Catalog, CatalogError, State, now_ms, to_db};
 
 const COLUMNS: &str =
-    "attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, created_at_ms";
+    "attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, created_at_ms, boot_id";
 
 impl State {
     fn attachment_row(
@@ -127,11 +127,12 @@ impl Catalog {
                 .map_err(|_| CatalogError::Damaged { table: "volumes", column: "attach_generation" })?,
             session_epoch: 0,
             created_at_ms: now_ms(),
+            boot_id: new.boot_id.clone(),
         };
         let inserted = transaction.execute(
             "INSERT INTO attachments (attachment_id, volume_uid, node_id, state, read_only, secret, generation, \
-                                      session_epoch, created_at_ms) \
-             VALUES (?1, ?2, ?3, 'active', ?4, ?5, ?6, 0, ?7) ON CONFLICT (volume_uid) DO NOTHING",
+                                      session_epoch, created_at_ms, boot_id) \
+             VALUES (?1, ?2, ?3, 'active', ?4, ?5, ?6, 0, ?7, ?8) ON CONFLICT (volume_uid) DO NOTHING",
             (
                 attachment.attachment_id.to_string(),
                 attachment.volume_uid.to_string(),
@@ -140,6 +141,7 @@ impl Catalog {
                 attachment.secret.expose(),
                 generation,
                 attachment.created_at_ms,
+                &attachment.boot_id,
             ),
         )?;
         if inserted == 0 {
@@ -147,6 +149,18 @@ impl Catalog {
         }
         transaction.commit()?;
         Ok(attachment)
+    }
+
+    /// Says which boot of its node has an attachment that no boot had.
+    ///
+    /// # Errors
+    /// [`CatalogError::AttachmentNotFound`]: it is not there, or bound; SQLite's.
+    pub fn bind_attachment(&self, attachment_id: Uuid, boot_id: &str) -> Result<(), CatalogError> {
+        let bound = self.state().db.execute(
+            "UPDATE attachments SET boot_id = ?2 WHERE attachment_id = ?1 AND boot_id = ''",
+            (attachment_id.to_string(), boot_id),
+        )?;
+        if bound == 1 { Ok(()) } else { Err(CatalogError::AttachmentNotFound(attachment_id)) }
     }
 
     /// `active` becomes `ending`: nothing new is opened under the attachment from here on. With `raise_generation` the

@@ -202,6 +202,7 @@ impl Catalog {
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "foreign_keys", true)?;
         schema::prepare(&mut db, &path, &data_dir.join(VOLUMES_DIR_NAME))?;
+        schema::add_columns(&mut db)?;
         let server_id = schema::server_id(&db)?;
         // The entries of the directory (database, lock, volumes) are durable before anything is answered.
         data_dir::sync(data_dir)?;

@@ -103,6 +103,8 @@ pub struct AttachmentRecord {
     pub session_epoch: u64,
     /// Milliseconds since the Unix epoch.
     pub created_at_ms: i64,
+    /// The boot of the node that has it; empty where none has yet, or none was told.
+    pub boot_id: String,
 }
 
 /// What [`super::Catalog::add_attachment`] needs; the rest is made by the catalog.
@@ -114,6 +116,8 @@ pub struct NewAttachment {
     pub node_id: String,
     /// True: writes are refused.
     pub read_only: bool,
+    /// Which boot of it; empty where that is not told.
+    pub boot_id: String,
 }
 
 /// Which attachments [`super::Catalog::list_attachments`] gives; `None` is all.
@@ -201,6 +205,7 @@ pub(super) fn attachment(row: &Row<'_>) -> Result<(AttachmentRecord, AttachmentS
         generation: columns.number("generation")?,
         session_epoch: columns.number("session_epoch")?,
         created_at_ms: columns.signed("created_at_ms")?,
+        boot_id: columns.text("boot_id")?,
     };
     Ok((record, state))
 }

@@ -1,6 +1,6 @@
 //! The catalog's format: tables, version, and what to do with another version.
 //!
-//! Format version 1 is [`SCHEMA_V1`]; `server/tests/fixtures/catalog_v1.sql` is a dump of one, kept so that every later
+//! Format version 1 is [`SCHEMA_V1`] with [`ADDED_COLUMNS`], which a catalog of an older program gets when it is opened; `server/tests/fixtures/catalog_v1.sql` is a dump of one, kept so that every later
 //! program can be tested on it. The version is `PRAGMA user_version`; `PRAGMA application_id` tells a catalog from another
 //! SQLite file. A later format that this program can still use (columns added, with defaults) says so in
 //! `server.oldest_reader`; any other later format is refused. Never holds data of its own beside the server's identity.
@@ -51,6 +51,24 @@ CREATE TABLE attachments (
     created_at_ms  INTEGER NOT NULL
 ) STRICT;
 ";
+
+/// Columns that came later: table, column, and how it is declared. Older programs leave them alone.
+const ADDED_COLUMNS: [(&str, &str, &str); 1] = [("attachments", "boot_id", "TEXT NOT NULL DEFAULT ''")];
+
+/// Adds the columns that a catalog of an older program lacks.
+pub(super) fn add_columns(db: &mut Connection) -> Result<(), CatalogError> {
+    for (table, column, declaration) in ADDED_COLUMNS {
+        let is_there: bool = db.query_row(
+            "SELECT count(*) FROM pragma_table_info(?1) WHERE name = ?2",
+            (table, column),
+            |row| row.get(0),
+        )?;
+        if !is_there {
+            db.execute_batch(&format!("ALTER TABLE {table} ADD COLUMN {column} {declaration}"))?;
+        }
+    }
+    Ok(())
+}
 
 /// Makes the tables in an empty database, unless there are volumes already; or checks that the ones there can be used.
 pub(super) fn prepare(db: &mut Connection, path: &Path, volumes_dir: &Path) -> Result<(), CatalogError> {

@@ -23,7 +23,7 @@ fn ready_volume(catalog: &Catalog, name: &str) -> VolumeRecord {
 }
 
 fn attach(catalog: &Catalog, volume: &VolumeRecord, node_id: &str) -> AttachmentRecord {
-    let new = NewAttachment { volume_uid: volume.volume_uid, node_id: node_id.to_owned(), read_only: false };
+    let new = NewAttachment { volume_uid: volume.volume_uid, node_id: node_id.to_owned(), read_only: false, boot_id: String::new() };
     catalog.add_attachment(&new).unwrap()
 }
 
@@ -106,6 +106,9 @@ fn format_version_1_is_opened() {
     );
     assert_eq!((attachment.generation, attachment.session_epoch), (2, 7));
     assert!(attachment.secret.expose().starts_with("000102"));
+    assert_eq!(attachment.boot_id, "", "of before boot ids");
+    catalog.bind_attachment(attachment.attachment_id, "boot").unwrap();
+    assert!(catalog.bind_attachment(attachment.attachment_id, "other").is_err(), "once");
     assert_eq!(catalog.volume_by_name("half-made").unwrap(), None, "only ready volumes are visible");
     let scratch = catalog.volume_by_name("scratch").unwrap().unwrap();
     assert_eq!((scratch.backend, scratch.write_cache_on), (BackendKind::Memory, false));
@@ -122,7 +125,11 @@ fn the_fixture_has_the_tables_that_this_version_makes() {
     };
     let new = tempfile::tempdir().unwrap();
     drop(Catalog::open(new.path()).unwrap());
-    assert_eq!(columns(new.path()), columns(fixture_dir("").path()));
+    let older = fixture_dir("");
+    let added: BTreeSet<String> = ["attachments.boot_id:TEXT".to_owned()].into();
+    assert_eq!(columns(new.path()).difference(&columns(older.path())).cloned().collect::<BTreeSet<_>>(), added);
+    drop(Catalog::open(older.path()).unwrap());
+    assert_eq!(columns(new.path()), columns(older.path()), "added when it is opened");
 }
 
 #[test]
@@ -207,7 +214,7 @@ fn an_attached_volume_is_neither_deleted_nor_attached_again() {
     let attachment = attach(&catalog, &volume, "node-a");
     assert!(matches!(catalog.begin_deleting(volume.volume_uid), Err(CatalogError::VolumeAttached(_))));
     let other =
-        NewAttachment { volume_uid: volume.volume_uid, node_id: "node-b".to_owned(), read_only: false };
+        NewAttachment { volume_uid: volume.volume_uid, node_id: "node-b".to_owned(), read_only: false, boot_id: String::new() };
     assert!(matches!(catalog.add_attachment(&other), Err(CatalogError::VolumeAttached(_))));
     // An ending attachment still counts: its I/O may not have finished.
     catalog.end_attachment(attachment.attachment_id, false).unwrap();

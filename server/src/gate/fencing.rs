@@ -87,6 +87,7 @@ impl Gate {
         if let Right::Attachment { attachment_id } = known.right
             && let Some(fence) = self.fences.get_mut(&attachment_id)
         {
+            self.left_at.insert(attachment_id, Instant::now());
             let mut outputs = Vec::new();
             fence.drained(connection, &mut outputs);
             let is_forgettable = fence.is_forgettable() && outputs.is_empty();
@@ -179,6 +180,7 @@ impl Gate {
             && matches!(self.catalog.attachment(attachment_id), Ok(None))
         {
             self.fences.remove(&attachment_id);
+            self.left_at.remove(&attachment_id);
         }
     }
 }

@@ -22,7 +22,7 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proto::nbd::handshake::server::{ListedExport, Open, OpenKind, Refusal};
 use tracing::error;
@@ -124,6 +124,13 @@ pub enum GateMessage {
         /// The answer.
         reply: Sender<u32>,
     },
+    /// See [`crate::data_server::DataServer::holder_of`].
+    HolderOf {
+        /// Of which attachment.
+        attachment_id: Uuid,
+        /// The answer.
+        reply: Sender<(u32, Duration)>,
+    },
     /// Connections that have a volume open.
     ConnectionsOfVolume {
         /// Which.
@@ -222,6 +229,9 @@ pub struct Gate {
     volumes: HashMap<Uuid, VolumeState>,
     connections: HashMap<ConnectionId, Known>,
     fence_waiters: Vec<FenceWaiter>,
+    started_at: Instant,
+    /// When the last connection of an attachment ended, of those that had one since the start.
+    left_at: HashMap<Uuid, Instant>,
 }
 
 impl Gate {
@@ -243,6 +253,8 @@ impl Gate {
             volumes: HashMap::new(),
             connections: HashMap::new(),
             fence_waiters: Vec::new(),
+            started_at: Instant::now(),
+            left_at: HashMap::new(),
         }
     }
 
@@ -300,6 +312,11 @@ impl Gate {
             }
             GateMessage::ConnectionsOf { attachment_id, reply } => {
                 let _ = reply.send(self.fences.get(&attachment_id).map_or(0, Fence::connections));
+            }
+            GateMessage::HolderOf { attachment_id, reply } => {
+                let connections = self.fences.get(&attachment_id).map_or(0, Fence::connections);
+                let gone_since = self.left_at.get(&attachment_id).copied().unwrap_or(self.started_at);
+                let _ = reply.send((connections, gone_since.elapsed()));
             }
             GateMessage::ConnectionsOfVolume { volume_uid, reply } => {
                 let _ = reply.send(self.connections_of_volume(volume_uid));

@@ -212,8 +212,8 @@ impl Gate {
         };
         known.deadline = None;
         let (ring, is_info) = (known.ring, known.kind == OpenKind::Info);
-        let block_size_bytes =
-            if let Right::Attachment { .. } = known.right { record.block_size_bytes } else { 1 };
+        let is_attachment = matches!(known.right, Right::Attachment { .. });
+        let block_size_bytes = if is_attachment { record.block_size_bytes } else { 1 };
         let mut limits = volume.limits(known.read_only, block_size_bytes);
         // It may have grown since it was opened.
         limits.size_bytes = record.capacity_bytes;
@@ -226,7 +226,7 @@ impl Gate {
             description: Some(self.description(&record)),
         };
         let volume = (!is_info).then(|| Arc::clone(volume));
-        let opened = Opened { export, limits, volume };
+        let opened = Opened { export, limits, volume, is_attachment };
         self.post(ring, RingMessage::Opened { connection, answer: Ok(opened) });
         if is_info {
             self.connections.remove(&connection);

@@ -6,6 +6,7 @@
 
 use uuid::Uuid;
 
+use super::claims::{self, Claim};
 use super::{DataSide, Lifecycle, LifecycleError, NameLock};
 use crate::catalog::{AttachmentRecord, AttachmentState, NewAttachment, VolumeRecord, VolumeState};
 
@@ -18,6 +19,21 @@ pub struct Attached {
     pub volume: VolumeRecord,
     /// The node held it before this call.
     pub existed: bool,
+    /// A boot of the node has it, and the caller has not said that it is that one: its secret is not for the caller.
+    pub hides_secret: bool,
+}
+
+/// Who wants a volume, and how.
+#[derive(Debug, Clone, Default)]
+pub struct AttachWanted {
+    /// The node that is to have it.
+    pub node_id: String,
+    /// Which boot of it; empty where that is not told.
+    pub boot_id: String,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Whatever holds it now is fenced first.
+    pub force: bool,
 }
 
 /// Which attachment of the locked volume to end; every field that is given must agree.
@@ -37,38 +53,32 @@ impl DetachWanted {
 }
 
 impl<D: DataSide> Lifecycle<D> {
-    /// Gives the volume to the node, or returns what the node holds already. With `force`, whatever holds it now is fenced
-    /// first.
+    /// Gives the volume to the node, or returns what the node holds already.
     ///
     /// # Errors
-    /// [`LifecycleError::VolumeNotFound`]; without force [`LifecycleError::VolumeAttached`] (another node) and
+    /// [`LifecycleError::VolumeNotFound`]; without force [`LifecycleError::VolumeAttached`] (another node),
+    /// [`LifecycleError::OtherBoot`] and [`LifecycleError::OtherBootMayReturn`] (another boot of this node, see `claims.rs`) and
     /// [`LifecycleError::AttachedDifferently`] (this node, another mode); [`LifecycleError::Unfenced`]: repeat the call;
     /// [`LifecycleError::Storage`]: what was written before may be lost; the catalog's failure.
-    pub fn attach_volume(
-        &self,
-        lock: &NameLock,
-        node_id: &str,
-        read_only: bool,
-        force: bool,
-    ) -> Result<Attached, LifecycleError> {
+    pub fn attach_volume(&self, lock: &NameLock, wanted: &AttachWanted) -> Result<Attached, LifecycleError> {
         let volume = self.volume(lock.name())?;
         self.finish_ending(&volume)?;
         if let Some((held, _)) = self.catalog.attachment_of_volume(volume.volume_uid)? {
-            let name = || volume.name.clone();
-            if held.node_id == node_id && held.read_only == read_only {
-                return Ok(Attached { attachment: held, volume, existed: true });
-            }
-            match (force, held.node_id == node_id) {
-                (true, _) => self.end(&volume, &held, true)?,
-                (false, true) => {
-                    return Err(LifecycleError::AttachedDifferently { name: name(), node_id: held.node_id });
+            match self.claim(&volume, &held, wanted)? {
+                Claim::Take => self.end(&volume, &held, true)?,
+                Claim::Bind => {
+                    self.catalog.bind_attachment(held.attachment_id, &wanted.boot_id)?;
+                    let attachment = AttachmentRecord { boot_id: wanted.boot_id.clone(), ..held };
+                    return Ok(Attached { attachment, volume, existed: true, hides_secret: false });
                 }
-                (false, false) => {
-                    return Err(LifecycleError::VolumeAttached { name: name(), node_id: held.node_id });
+                claim => {
+                    let hides_secret = claim == Claim::Show;
+                    return Ok(Attached { attachment: held, volume, existed: true, hides_secret });
                 }
             }
         }
-        let new = NewAttachment { volume_uid: volume.volume_uid, node_id: node_id.to_owned(), read_only };
+        let AttachWanted { node_id, boot_id, read_only, .. } = wanted.clone();
+        let new = NewAttachment { volume_uid: volume.volume_uid, node_id, read_only, boot_id };
         let attachment = self.catalog.add_attachment(&new)?;
         // With the row there, no new writer by name gets in; those that are in end before anybody is told the secret.
         if let Err(error) = self.settle(&volume) {
@@ -76,8 +86,34 @@ impl<D: DataSide> Lifecycle<D> {
             return Err(error);
         }
         let attachment_id = attachment.attachment_id;
-        tracing::info!(name = %volume.name, %attachment_id, node_id, generation = attachment.generation, "volume attached");
-        Ok(Attached { attachment, volume, existed: false })
+        tracing::info!(name = %volume.name, %attachment_id, node_id = %attachment.node_id, generation = attachment.generation, "volume attached");
+        Ok(Attached { attachment, volume, existed: false, hides_secret: false })
+    }
+
+    /// What becomes of the attachment that there is: kept, bound, told of, or ended; or why the caller does not get it.
+    fn claim(
+        &self,
+        volume: &VolumeRecord,
+        held: &AttachmentRecord,
+        wanted: &AttachWanted,
+    ) -> Result<Claim, LifecycleError> {
+        let (name, node_id) = (volume.name.clone(), held.node_id.clone());
+        if held.node_id != wanted.node_id {
+            return if wanted.force { Ok(Claim::Take) } else { Err(LifecycleError::VolumeAttached { name, node_id }) };
+        }
+        let claim = claims::claim(&held.boot_id, &wanted.boot_id, self.data_side.holder(held.attachment_id));
+        match claim {
+            Claim::Take => {
+                tracing::info!(%name, node_id, former = %held.boot_id, "another boot of the node holds the volume, and has gone");
+                Ok(claim)
+            }
+            Claim::Wait(_) | Claim::Refuse if wanted.force => Ok(Claim::Take),
+            Claim::Wait(after) => Err(LifecycleError::OtherBootMayReturn { name, node_id, after }),
+            Claim::Refuse => Err(LifecycleError::OtherBoot { name, node_id }),
+            _ if held.read_only == wanted.read_only => Ok(claim),
+            _ if wanted.force => Ok(Claim::Take),
+            _ => Err(LifecycleError::AttachedDifferently { name, node_id }),
+        }
     }
 
     /// Nobody writes to the volume any more, and what was written is durable: what its next holder reads, a power cut cannot

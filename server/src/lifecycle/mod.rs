@@ -15,16 +15,19 @@
 //! [`Lifecycle::recover`] at the next start.
 
 mod attachments;
+mod claims;
 mod name_locks;
 mod recovery;
 mod volumes;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 
-pub use attachments::{Attached, DetachWanted};
+pub use attachments::{AttachWanted, Attached, DetachWanted};
+pub use claims::{HOLDER_TIMEOUT, Holder};
 pub use name_locks::{NameLock, NameLocks};
 pub use recovery::Recovered;
 
@@ -95,6 +98,9 @@ pub trait DataSide: Send + Sync + 'static {
     /// Connections that the attachment has open now.
     fn connections_of(&self, attachment_id: Uuid) -> u32;
 
+    /// How the attachment's holder is.
+    fn holder(&self, attachment_id: Uuid) -> Holder;
+
     /// Bytes of storage that the volume takes now.
     fn allocated_bytes(&self, volume: &VolumeRecord) -> u64;
 
@@ -127,6 +133,27 @@ pub enum LifecycleError {
         name: String,
         /// The node that holds it.
         node_id: String,
+    },
+    /// Another boot of the node holds the volume, and is connected.
+    #[error(
+        "volume {name} is attached to another machine that is called {node_id} as well, and is connected: a clone with the same \
+         /etc/machine-id, or this machine's former boot, whose connections have not timed out yet"
+    )]
+    OtherBoot {
+        /// Its name.
+        name: String,
+        /// The node.
+        node_id: String,
+    },
+    /// Another boot of the node holds the volume, and may come back.
+    #[error("volume {name} is attached to another boot of node {node_id}, which may come back within {after:?}")]
+    OtherBootMayReturn {
+        /// Its name.
+        name: String,
+        /// The node.
+        node_id: String,
+        /// In what time the volume can be had.
+        after: Duration,
     },
     /// The node holds the volume in another access mode.
     #[error("volume {name} is attached to node {node_id} in another access mode")]

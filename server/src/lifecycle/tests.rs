@@ -22,6 +22,7 @@ struct DoubleState {
     fence_error: bool,
     named_writer_error: bool,
     sync_error: bool,
+    holder: Option<Holder>,
     open_connections: u32,
 }
 
@@ -112,6 +113,10 @@ impl DataSide for Double {
         0
     }
 
+    fn holder(&self, _attachment_id: Uuid) -> Holder {
+        self.state.lock().unwrap().holder.unwrap_or(Holder { connections: 0, gone_for: Duration::ZERO })
+    }
+
     fn allocated_bytes(&self, _volume: &VolumeRecord) -> u64 {
         0
     }
@@ -155,7 +160,13 @@ impl Bench {
     }
 
     fn attach(&self, name: &str, node_id: &str, force: bool) -> Result<Attached, LifecycleError> {
-        self.lifecycle.attach_volume(&self.locks.blocking_lock(name), node_id, false, force)
+        self.attach_boot(name, node_id, "", force)
+    }
+
+    fn attach_boot(&self, name: &str, node_id: &str, boot_id: &str, force: bool) -> Result<Attached, LifecycleError> {
+        let wanted =
+            AttachWanted { node_id: node_id.to_owned(), boot_id: boot_id.to_owned(), read_only: false, force };
+        self.lifecycle.attach_volume(&self.locks.blocking_lock(name), &wanted)
     }
 
     fn detach(&self, name: &str) -> Result<bool, LifecycleError> {
@@ -384,11 +395,51 @@ fn an_attachment_ends_only_for_who_names_it() {
 fn the_other_access_mode_is_refused_and_taken_by_force() {
     let (bench, _) = Bench::with_volume();
     bench.attach("vol-1", "node-a", false).unwrap();
-    let attach_reader =
-        |force| bench.lifecycle.attach_volume(&bench.locks.blocking_lock("vol-1"), "node-a", true, force);
+    let attach_reader = |force| {
+        let wanted =
+            AttachWanted { node_id: "node-a".to_owned(), boot_id: String::new(), read_only: true, force };
+        bench.lifecycle.attach_volume(&bench.locks.blocking_lock("vol-1"), &wanted)
+    };
     assert!(matches!(attach_reader(false), Err(LifecycleError::AttachedDifferently { .. })));
     let reader = attach_reader(true).unwrap();
     assert!(reader.attachment.read_only && !reader.existed);
+}
+
+#[test]
+fn another_boot_of_a_node_gets_the_volume_when_the_former_has_gone() {
+    let (bench, _) = Bench::with_volume();
+    let first = bench.attach_boot("vol-1", "node-a", "boot-1", false).unwrap();
+    let again = bench.attach_boot("vol-1", "node-a", "boot-1", false).unwrap();
+    assert!(again.existed && again.attachment == first.attachment);
+    let holder = |connections, seconds| {
+        let gone_for = Duration::from_secs(seconds);
+        bench.double().state.lock().unwrap().holder = Some(Holder { connections, gone_for });
+    };
+    holder(1, 0);
+    let clone = bench.attach_boot("vol-1", "node-a", "boot-2", false);
+    assert!(matches!(clone, Err(LifecycleError::OtherBoot { .. })));
+    holder(0, 10);
+    let clone = bench.attach_boot("vol-1", "node-a", "boot-2", false);
+    assert!(matches!(clone, Err(LifecycleError::OtherBootMayReturn { .. })));
+    let told = bench.attach("vol-1", "node-a", false).unwrap();
+    assert!(told.hides_secret && told.attachment == first.attachment, "a controller's call again");
+    bench.double().take_calls();
+    holder(0, 60);
+    let second = bench.attach_boot("vol-1", "node-a", "boot-2", false).unwrap();
+    assert!(!second.existed && second.attachment.secret != first.attachment.secret);
+    assert!(second.attachment.generation > first.attachment.generation, "as by force");
+    assert_eq!(bench.double().take_calls()[0], "fence node-a, row Ending");
+}
+
+#[test]
+fn a_controllers_grant_is_bound_to_the_boot_that_fetches_it() {
+    let (bench, _) = Bench::with_volume();
+    let granted = bench.attach("vol-1", "node-a", false).unwrap();
+    let fetched = bench.attach_boot("vol-1", "node-a", "boot-1", false).unwrap();
+    assert!(fetched.existed && fetched.attachment.secret == granted.attachment.secret);
+    assert_eq!(fetched.attachment.boot_id, "boot-1");
+    bench.double().state.lock().unwrap().holder = Some(Holder { connections: 1, gone_for: Duration::ZERO });
+    assert!(bench.attach_boot("vol-1", "node-a", "boot-2", false).is_err());
 }
 
 #[test]

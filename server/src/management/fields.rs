@@ -16,6 +16,8 @@ use crate::status::{self, InvalidField};
 const VOLUME_NAME_CHARS_MAX: usize = 128;
 /// Bytes of a node's name at most: the limit that CSI sets for `node_id`.
 const NODE_ID_BYTES_MAX: usize = 256;
+/// A UUID's text has 36.
+const BOOT_ID_BYTES_MAX: usize = 64;
 /// Block size where the caller asks for none.
 const BLOCK_SIZE_BYTES_DEFAULT: u32 = 4096;
 /// Capacity at most: the kernel's and the catalog's offsets are signed 64 bits.
@@ -66,6 +68,14 @@ impl Fields {
             format!("must be 1 to {NODE_ID_BYTES_MAX} printable ASCII characters without spaces")
         });
         node_id
+    }
+
+    pub(super) fn boot_id(&mut self, field: &'static str, boot_id: String) -> String {
+        let holds = boot_id.len() <= BOOT_ID_BYTES_MAX && boot_id.bytes().all(|b| b.is_ascii_graphic());
+        self.require(holds, field, || {
+            format!("must be empty, or at most {BOOT_ID_BYTES_MAX} printable ASCII characters without spaces")
+        });
+        boot_id
     }
 
     pub(super) fn read_only(&mut self, field: &'static str, access_mode: i32) -> bool {

@@ -57,6 +57,7 @@ pub(super) fn attachment<D: DataSide>(
         session_epoch: attachment.session_epoch,
         connections: lifecycle.data_side().connections_of(attachment.attachment_id),
         created_at_ms: attachment.created_at_ms,
+        boot_id: attachment.boot_id.clone(),
     }
 }
 
@@ -68,7 +69,7 @@ pub(super) fn attached<D: DataSide>(
 ) -> v1::AttachVolumeResponse {
     v1::AttachVolumeResponse {
         attachment: Some(attachment(lifecycle, &attached.volume.name, &attached.attachment)),
-        secret: attached.attachment.secret.expose().to_owned(),
+        secret: if attached.hides_secret { String::new() } else { attached.attachment.secret.expose().to_owned() },
         server_id: lifecycle.catalog().server_id().to_string(),
         data_addresses,
         capacity_bytes: attached.volume.capacity_bytes,

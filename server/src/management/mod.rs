@@ -15,13 +15,14 @@ mod messages;
 mod page_token;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use proto::v1;
 use proto::v1::management_server::{Management, ManagementServer};
 use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
-use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLocks};
+use crate::lifecycle::{AttachWanted, DataSide, HOLDER_TIMEOUT, Lifecycle, LifecycleError, NameLocks};
 use crate::status;
 use authorization::Caller;
 use fields::Fields;
@@ -29,6 +30,11 @@ use page_token::PageToken;
 
 /// Blocking calls at once; more wait. Each takes a thread, for one commit or one fence.
 const CALLS_MAX: u32 = 32;
+
+/// So long an attach waits for a holder that may come back: longer than that has to, and shorter than clients wait for an answer.
+const ATTACH_WAIT_MAX: Duration = Duration::from_secs(40);
+const ATTACH_PAUSE: Duration = Duration::from_secs(1);
+const _: () = assert!(ATTACH_WAIT_MAX.as_secs() > HOLDER_TIMEOUT.as_secs());
 
 /// One message of a call; none of ours is longer.
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
@@ -77,6 +83,15 @@ impl<D: DataSide> ManagementService<D> {
         &self,
         call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
     ) -> Result<Response<T>, Status> {
+        let outcome = self.outcome(call).await?;
+        outcome.map(Response::new).map_err(|error| status::from_lifecycle(&error))
+    }
+
+    /// The same, with the lifecycle's own error.
+    async fn outcome<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
+    ) -> Result<Result<T, LifecycleError>, Status> {
         let lifecycle = Arc::clone(&self.lifecycle);
         let permit = Arc::clone(&self.calls.permits).acquire_owned().await.map_err(|_| status::stopping())?;
         let work = move || {
@@ -84,11 +99,7 @@ impl<D: DataSide> ManagementService<D> {
             drop(permit);
             outcome
         };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(answer)) => Ok(Response::new(answer)),
-            Ok(Err(error)) => Err(status::from_lifecycle(&error)),
-            Err(panicked) => Err(status::failed(&panicked.to_string())),
-        }
+        tokio::task::spawn_blocking(work).await.map_err(|panicked| status::failed(&panicked.to_string()))
     }
 }
 
@@ -192,19 +203,32 @@ impl<D: DataSide> Management for ManagementService<D> {
         let name = fields.volume_name("volume_name", request.volume_name);
         let node_id = fields.node_id("node_id", request.node_id);
         let read_only = fields.read_only("access_mode", request.access_mode);
+        let boot_id = fields.boot_id("boot_id", request.boot_id);
         fields.finish()?;
         caller.require_node(&node_id)?;
         let force = request.force;
         if force {
             caller.require_force()?;
         }
-        let data_addresses = self.data_addresses.clone();
-        let lock = self.locks.lock(&name).await;
-        self.blocking(move |lifecycle| {
-            let attached = lifecycle.attach_volume(&lock, &node_id, read_only, force)?;
-            Ok(messages::attached(lifecycle, &attached, data_addresses))
-        })
-        .await
+        let wanted = AttachWanted { node_id, boot_id, read_only, force };
+        let give_up = Instant::now() + ATTACH_WAIT_MAX;
+        loop {
+            let (wanted, data_addresses) = (wanted.clone(), self.data_addresses.clone());
+            let lock = self.locks.lock(&name).await;
+            let outcome = self
+                .outcome(move |lifecycle| {
+                    let attached = lifecycle.attach_volume(&lock, &wanted)?;
+                    Ok(messages::attached(lifecycle, &attached, data_addresses))
+                })
+                .await?;
+            match outcome {
+                // Not with the lock held: others may detach it meanwhile, or the holder come back.
+                Err(LifecycleError::OtherBootMayReturn { after, .. }) if Instant::now() < give_up => {
+                    tokio::time::sleep(after.min(ATTACH_PAUSE)).await;
+                }
+                outcome => return outcome.map(Response::new).map_err(|error| status::from_lifecycle(&error)),
+            }
+        }
     }
 
     async fn detach_volume(

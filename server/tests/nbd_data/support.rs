@@ -142,7 +142,7 @@ impl Server {
     }
 
     pub(crate) fn attach(&self, volume: &VolumeRecord, read_only: bool) -> AttachmentRecord {
-        let new = NewAttachment { volume_uid: volume.volume_uid, node_id: "node-a".into(), read_only };
+        let new = NewAttachment { volume_uid: volume.volume_uid, node_id: "node-a".into(), read_only, boot_id: String::new() };
         self.catalog.add_attachment(&new).unwrap()
     }
 
