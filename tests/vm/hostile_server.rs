@@ -44,6 +44,8 @@ pub(crate) const TESTS: &[Test] = &[
         a_server_that_refuses_everything,
     )
     .once(),
+    Test::new("hostile_server::a_server_that_opens_and_serves_nothing_is_not_back", a_server_that_serves_nothing)
+        .once(),
 ];
 
 const SIZE_BYTES: u64 = 16 << 20;
@@ -190,9 +192,18 @@ fn replies_still_owed(env: &Env) -> Result<()> {
 }
 
 fn a_server_that_refuses_everything(env: &Env) -> Result<()> {
+    a_server_of_no_use(env, Case::ShuttingDown)
+}
+
+/// It opens the export, and whatever is asked ends the connection.
+fn a_server_that_serves_nothing(env: &Env) -> Result<()> {
+    a_server_of_no_use(env, Case::CloseAtOnce)
+}
+
+fn a_server_of_no_use(env: &Env, case: Case) -> Result<()> {
     let node = StorageNode::start(env)?;
     let options = ["--queues", "1", "--on-stall", "fail", "--after", "2s"];
-    let cases = [Case::ShuttingDown; 1000];
+    let cases = [case; 1000];
     let disk = HostileDisk::attach_to(&node, &cases, TransmissionFlags::HAS_FLAGS, &options)?;
     let begun_at = Instant::now();
     ensure!(disk.read(TRAP_BYTES)?.is_none(), "the read succeeded");

@@ -15,6 +15,7 @@ pub mod connection;
 pub mod control_socket;
 pub mod data_socket;
 pub mod dial;
+pub mod export_fit;
 pub mod ladder;
 pub mod mount_namespace;
 pub mod payload;

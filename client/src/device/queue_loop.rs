@@ -130,6 +130,8 @@ struct QueueLoop<'a> {
     commands: QueueCommands,
     is_tick_out: bool,
     connected_at: Instant,
+    /// Requests stood waiting when the connections came.
+    was_awaited: bool,
     /// Why the connections were lost; until they are reaped.
     loss: Option<(u16, String)>,
     /// Payloads that were received since requests were last given back; while it is not 0 ended requests are held back.
@@ -176,6 +178,7 @@ impl<'a> QueueLoop<'a> {
             commands: parts.commands,
             is_tick_out: false,
             connected_at: Instant::now(),
+            was_awaited: false,
             loss: None,
             held_bytes: 0,
             final_flush: None,
@@ -443,9 +446,12 @@ impl<'a> QueueLoop<'a> {
     /// Nothing can come from the lost connections any more.
     fn reaped(&mut self) {
         let Some((connection, reason)) = self.loss.take() else { return };
-        let is_refusal = self.lanes.iter().any(|lane| lane.connection.is_leaving())
-            && !self.lanes.iter().any(|lane| lane.connection.has_served());
-        let served_nothing = is_refusal && self.connected_at.elapsed() < JUST_OPENED;
+        let has_served = self.lanes.iter().any(|lane| lane.connection.has_served());
+        let is_refusal = self.lanes.iter().any(|lane| lane.connection.is_leaving());
+        let is_owed = self.lanes.iter().any(|lane| lane.connection.is_owed_replies());
+        let was_of_no_use =
+            (is_refusal && self.connected_at.elapsed() < JUST_OPENED) || (is_owed && self.was_awaited);
+        let served_nothing = was_of_no_use && !has_served;
         if self.resend == Resend::ReadsOnly {
             self.unflushed.connection_lost();
         }
@@ -498,6 +504,7 @@ impl<'a> QueueLoop<'a> {
             lane.silent_ticks = 0;
         }
         self.connected_at = Instant::now();
+        self.was_awaited = self.lanes.iter().any(|lane| lane.connection.in_flight() > 0);
         Ok(())
     }
 

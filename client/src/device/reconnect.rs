@@ -82,6 +82,8 @@ pub struct Reconnect<S> {
     incarnation: String,
     /// Left for good: who comes with one of these was dialled before its server went.
     former_incarnations: Vec<String>,
+    /// By queue: the former incarnation that its last dial told, which may have begun before the present one was known.
+    doubted: Vec<Option<String>>,
     policy: StallPolicy,
     /// When the outage began, and why.
     outage: Option<(Instant, String)>,
@@ -101,6 +103,7 @@ impl<S> Reconnect<S> {
             queues: (0..nr_hw_queues).map(|_| QueueState::Up).collect(),
             incarnation,
             former_incarnations: Vec::new(),
+            doubted: vec![None; usize::from(nr_hw_queues)],
             policy,
             outage: None,
             former_outage: None,
@@ -174,7 +177,9 @@ impl<S> Reconnect<S> {
             self.connect(queue_id, sockets, outputs);
             return;
         }
-        if self.former_incarnations.contains(&incarnation) {
+        if self.former_incarnations.contains(&incarnation) && self.doubted[index].as_ref() != Some(&incarnation) {
+            // Perhaps it was told before the present one; the next dial begins after that.
+            self.doubted[index] = Some(incarnation);
             outputs.push(Output::Dial(queue_id));
             return;
         }
@@ -275,7 +280,10 @@ impl<S> Reconnect<S> {
                 self.lose(reason.to_owned(), outputs);
                 return;
             }
+            // Two storage machines may take turns: what is left now may come back, and what comes back is no former one any more.
+            self.former_incarnations.retain(|former| *former != new);
             self.former_incarnations.push(std::mem::replace(&mut self.incarnation, new));
+            self.doubted.fill(None);
             for (queue_id, queue) in (0..).zip(&mut self.queues) {
                 // It changed once more in between.
                 if matches!(queue, QueueState::Dialled(_, told) if *told != self.incarnation) {
@@ -495,6 +503,30 @@ mod tests {
         world.lost(0, true);
         assert_eq!(disconnects(&world.tick_at(50_000)), [1]);
         assert!(world.disconnected(1).contains(&Output::GiveUp(0)));
+    }
+
+    /// A fail-over to another storage machine and back.
+    #[test]
+    fn an_incarnation_that_was_left_may_come_back() {
+        let mut world = World::new(StallPolicy::Wait);
+        for (incarnation, was_left) in [(NEW, false), (OLD, true), (NEW, true)] {
+            world.disconnected(0);
+            world.disconnected(1);
+            if was_left {
+                let doubted = world.dialled(0, 7, incarnation);
+                assert_eq!(doubted, [Output::Dial(0)], "perhaps it was told before the change");
+            }
+            assert_eq!(world.dialled(0, 7, incarnation), [Output::Connect(0, 7)]);
+            assert_eq!(world.dialled(1, 8, incarnation), [Output::Connect(1, 8)]);
+            assert_eq!(world.reconnect.condition(), Condition::Live);
+            assert_eq!(world.reconnect.incarnation(), incarnation);
+        }
+        world.disconnected(0);
+        world.has_unflushed = true;
+        world.dialled(0, 7, OLD);
+        world.dialled(0, 7, OLD);
+        world.disconnected(1);
+        assert!(matches!(world.reconnect.condition(), Condition::Lost(_)), "and forgets like any other");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::data_socket::DataSocket;
 use super::dial::Dialled;
+use super::export_fit::fits;
 use super::slots::{self, SlotError};
 use crate::contract::{DeviceSpec, SessionRecord};
 use crate::node::error::with_sources;
@@ -152,15 +153,9 @@ impl Redial {
 
     /// A disk cannot change under its users, but grow.
     fn check(&self, dialled: &Dialled) -> Result<(), String> {
-        let (is, was) = (&dialled.export, &self.session);
         let export_bytes = self.export_bytes.load(Ordering::Relaxed);
-        if is.size_bytes < export_bytes {
-            return Err(format!("the export has shrunk from {export_bytes} to {} bytes", is.size_bytes));
-        }
-        if is.flags.0 != was.export_flags || slots::block_bytes(is) != was.export_block_bytes {
-            return Err("the export has other flags or block sizes than before".to_owned());
-        }
-        if dialled.socket.encryption() != was.encryption {
+        fits(&self.session, export_bytes, self.nr_connections, &dialled.export)?;
+        if dialled.socket.encryption() != self.session.encryption {
             return Err("the connection is not encrypted as the former one was".to_owned());
         }
         Ok(())
