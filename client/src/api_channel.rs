@@ -107,7 +107,8 @@ impl Way {
     fn of(uri: &str, files: Option<&ClientFiles>) -> Result<Self, ChannelError> {
         let off = || ChannelError::Uri(uri.to_owned());
         let with_limits = |endpoint: Endpoint| {
-            let endpoint = endpoint.http2_keep_alive_interval(PING_INTERVAL).keep_alive_timeout(PING_DEADLINE);
+            let endpoint =
+                endpoint.http2_keep_alive_interval(PING_INTERVAL).keep_alive_timeout(PING_DEADLINE);
             endpoint.connect_timeout(CONNECT_DEADLINE)
         };
         if let Some(path) = uri.strip_prefix(UNIX) {
@@ -138,7 +139,9 @@ enum Local {
 
 async fn unix_connect(path: PathBuf) -> io::Result<TokioIo<Local>> {
     let connected = UnixStream::connect(&path).await;
-    let is_former = |error: &io::Error| error.kind() == io::ErrorKind::NotFound && DEFAULT_URI.ends_with(&*path.to_string_lossy());
+    let is_former = |error: &io::Error| {
+        error.kind() == io::ErrorKind::NotFound && DEFAULT_URI.ends_with(&*path.to_string_lossy())
+    };
     match connected {
         Err(error) if is_former(&error) => match TcpStream::connect(FORMER_ADDRESS).await {
             Ok(socket) => {

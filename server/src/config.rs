@@ -255,7 +255,9 @@ impl Config {
         match &self.management_group {
             Some(group) => match group.parse() {
                 Ok(group_id) => Ok(group_id),
-                Err(_) => group_id(group).ok_or_else(|| format!("--management-group: there is no group {group}")),
+                Err(_) => {
+                    group_id(group).ok_or_else(|| format!("--management-group: there is no group {group}"))
+                }
             },
             None if rustix::process::geteuid().is_root() => Ok(group_id(DEFAULT_GROUP).unwrap_or(own)),
             None => Ok(own),
@@ -267,7 +269,8 @@ impl Config {
         if let Some(dir) = &self.runtime_dir {
             return Some(dir.clone());
         }
-        let from_env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let from_env =
+            |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let candidates = [
             // systemd's RuntimeDirectory=
             from_env("RUNTIME_DIRECTORY"),
@@ -309,7 +312,8 @@ impl Config {
 /// A group of `/etc/group`.
 fn group_id(name: &str) -> Option<u32> {
     let groups = std::fs::read_to_string("/etc/group").ok()?;
-    let mut fields = groups.lines().map(|line| line.split(':')).find(|fields| fields.clone().next() == Some(name))?;
+    let mut fields =
+        groups.lines().map(|line| line.split(':')).find(|fields| fields.clone().next() == Some(name))?;
     fields.nth(2)?.parse().ok()
 }
 
@@ -404,7 +408,10 @@ mod tests {
     fn a_management_port_is_for_local_users_too() {
         let open = |args: &[&str]| parse(args).unwrap().open_to_local_users().count();
         assert_eq!(open(&["--management", "127.0.0.1:1,unix:/run/m.sock,[::1]:2"]), 2);
-        assert_eq!(open(&["--management", "127.0.0.1:1", "--tls", "allowed", "--tls-cert", "c", "--tls-key", "k"]), 0);
+        assert_eq!(
+            open(&["--management", "127.0.0.1:1", "--tls", "allowed", "--tls-cert", "c", "--tls-key", "k"]),
+            0
+        );
         assert_eq!(open(&["--management", "unix:/run/m.sock"]), 0);
     }
 

@@ -44,7 +44,9 @@ impl ServedData {
 /// The system's error behind a file's, with its kind; what has no such is `InvalidData`.
 fn io_error(error: FileError) -> io::Error {
     match &error {
-        FileError::Io { source, .. } | FileError::Sync { source, .. } => io::Error::new(source.kind(), error.to_string()),
+        FileError::Io { source, .. } | FileError::Sync { source, .. } => {
+            io::Error::new(source.kind(), error.to_string())
+        }
         _ => io::Error::new(io::ErrorKind::InvalidData, error.to_string()),
     }
 }

@@ -295,9 +295,7 @@ fn data_server_config(
 fn runtime_dir(config: &Config) -> Option<PathBuf> {
     let dir = config.runtime_dir();
     let device = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.dev());
-    let is_beside = |dir: &PathBuf| {
-        matches!((device(dir), device(&config.data_dir)), (Ok(runtime), Ok(data)) if runtime == data)
-    };
+    let is_beside = |dir: &PathBuf| matches!((device(dir), device(&config.data_dir)), (Ok(runtime), Ok(data)) if runtime == data);
     if let Some(dir) = dir.as_ref().filter(|dir| is_beside(dir)) {
         tracing::warn!(
             runtime_dir = %dir.display(),

@@ -566,7 +566,11 @@ mod tests {
         let (mut failing, _) = fixture.begin(Command::Flush, CommandFlags::NONE);
         assert_eq!(failing.completed(&fixture.volume, -libc::EIO), Next::Disconnect);
         fixture.recorded.store(true, Ordering::Relaxed);
-        assert_eq!(earlier.completed(&fixture.volume, 0), Next::Disconnect, "it is recorded once or not at all");
+        assert_eq!(
+            earlier.completed(&fixture.volume, 0),
+            Next::Disconnect,
+            "it is recorded once or not at all"
+        );
         assert_eq!(fixture.begin(Command::Write, CommandFlags::FUA).1, Next::Disconnect);
         let (mut read, _) = fixture.begin(Command::Read, CommandFlags::NONE);
         assert_eq!(read.completed(&fixture.volume, 8192), OK);

@@ -14,11 +14,13 @@ use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::path::Path;
 
+use proto::export_name::{AttachmentExportName, Secret};
 use proto::v1;
 use rustix::process::Signal;
 
+use client::Client;
 use support::LoopFs;
-use volserver::{Volserver, command, create_request, refused};
+use volserver::{Volserver, attach_request, command, create_request, refused};
 
 /// Takes all the space that there is, to the last byte.
 fn fill(path: &Path) {
@@ -36,7 +38,71 @@ fn fill(path: &Path) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_on_a_full_file_system_starts_or_says_which_one_is_full() {
+async fn on_a_full_file_system_only_what_needs_space_is_refused() {
+    for kind in ["ext4", "xfs"] {
+        let Some(fs) = LoopFs::new(kind, if kind == "xfs" { 320 << 20 } else { 48 << 20 }) else { return };
+        let (data_dir, filler) = (fs.mount.join("data"), fs.mount.join("filler"));
+        let logs = tempfile::tempdir().unwrap();
+        let command = |data_dir: &Path| {
+            let mut command = command(data_dir);
+            command.env("VOLSERVER_RUNTIME_DIR", logs.path().join("run"));
+            command
+        };
+        let start = || Volserver::start_with(command(&data_dir), &logs.path().join("log"));
+        let server = start();
+        let mut client = server.client().await;
+        for number in 0..40 {
+            client.create_volume(create_request(&format!("vol-{number}"))).await.unwrap();
+        }
+        let attached =
+            client.attach_volume(attach_request("vol-1", "node", false)).await.unwrap().into_inner();
+        fill(&filler);
+        // The catalog: sessions that are begun, attachments that end, volumes that go.
+        for epoch in 1..20 {
+            drop(Client::open(server.data[0], &export_name(&attached, epoch)).unwrap());
+        }
+        let refused = client.create_volume(create_request(&"n".repeat(60))).await;
+        if let Err(status) = refused {
+            assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{kind}: {status:?}");
+        }
+        server.kill();
+        let server = start();
+        let mut client = server.client().await;
+        drop(Client::open(server.data[0], &export_name(&attached, 30)).unwrap());
+        let detach = v1::DetachVolumeRequest { volume_name: "vol-1".to_owned(), ..Default::default() };
+        let detached = client.detach_volume(detach).await;
+        assert!(detached.is_ok_and(|detached| detached.into_inner().existed), "{}", server.log());
+        assert!(server.stop(Signal::TERM).success());
+        // In the meantime somebody takes what the stopped server gave back.
+        fill(&fs.mount.join("another"));
+        let server = start();
+        let mut client = server.client().await;
+        for number in 0..40 {
+            let request = v1::DeleteVolumeRequest { name: format!("vol-{number}") };
+            let deleted = client.delete_volume(request).await;
+            assert!(
+                deleted.as_ref().is_ok_and(|deleted| deleted.get_ref().existed),
+                "{kind} {number} {deleted:?}: {}",
+                server.log()
+            );
+        }
+        std::fs::remove_file(&filler).unwrap();
+        client.create_volume(create_request("again")).await.unwrap();
+    }
+}
+
+fn export_name(attached: &v1::AttachVolumeResponse, epoch: u64) -> String {
+    let name = AttachmentExportName {
+        attachment_id: attached.attachment.as_ref().unwrap().attachment_id.parse().unwrap(),
+        secret: Secret::parse(&attached.secret).unwrap(),
+        epoch,
+        slot: 0,
+    };
+    name.expose()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_cannot_start_says_which_file_system_is_full() {
     for kind in ["ext4", "xfs"] {
         let Some(fs) = LoopFs::new(kind, if kind == "xfs" { 320 << 20 } else { 24 << 20 }) else { return };
         let (data_dir, filler) = (fs.mount.join("data"), fs.mount.join("filler"));
@@ -50,6 +116,8 @@ async fn a_server_on_a_full_file_system_starts_or_says_which_one_is_full() {
         let server = start();
         server.client().await.create_volume(create_request("vol-1")).await.unwrap();
         assert!(server.stop(Signal::TERM).success());
+        // As one that has had to be given up.
+        std::fs::remove_file(data_dir.join("reserve")).unwrap();
         fill(&filler);
         let (code, stderr) = refused(command(&data_dir));
         assert_eq!(code, 8, "{kind}: {stderr}");

@@ -77,16 +77,14 @@ impl Storage {
             client.create_volume(create_request("vol")).await.unwrap(); // or it is there
             client.attach_volume(attach_request("vol", "node", false)).await.unwrap().into_inner()
         });
-        Held {
-            attachment_id: attached.attachment.unwrap().attachment_id,
-            secret: attached.secret,
-        }
+        Held { attachment_id: attached.attachment.unwrap().attachment_id, secret: attached.secret }
     }
 
     /// As the API tells it.
     fn incarnation(&self, server: &Volserver) -> String {
         let request = v1::GetVolumeRequest { name: "vol".to_owned() };
-        let volume = self.runtime.block_on(async { server.client().await.get_volume(request).await.unwrap() });
+        let volume =
+            self.runtime.block_on(async { server.client().await.get_volume(request).await.unwrap() });
         volume.into_inner().storage_incarnation
     }
 
@@ -105,12 +103,8 @@ impl Held {
     /// `None` where it is refused.
     fn try_to_open(&self, server: &Volserver, epoch: u64, slot: u32) -> Option<Client> {
         let attachment_id = self.attachment_id.parse().unwrap();
-        let name = AttachmentExportName {
-            attachment_id,
-            secret: Secret::parse(&self.secret).unwrap(),
-            epoch,
-            slot,
-        };
+        let name =
+            AttachmentExportName { attachment_id, secret: Secret::parse(&self.secret).unwrap(), epoch, slot };
         Client::open(server.data[0], &name.expose()).ok()
     }
 }
@@ -164,7 +158,10 @@ fn a_failed_flush_is_remembered_by_the_next_server() {
         let mut client = held.open(&server, 3);
         assert_ne!(told(&client), before);
         let read = client.read(0, 4096).unwrap();
-        assert!(read == [1; 4096] || read == [2; 4096], "what was flushed, or what the kernel wrote back meanwhile");
+        assert!(
+            read == [1; 4096] || read == [2; 4096],
+            "what was flushed, or what the kernel wrote back meanwhile"
+        );
         client.flush().unwrap();
     }
 }
@@ -240,7 +237,11 @@ fn a_restart_with_unflushed_writes_is_no_loss() {
             (true, Signal::KILL),
             (false, Signal::TERM),
         ]) {
-            let server = if is_elsewhere { in_another_mount_namespace(&fs.mount, || storage.start()) } else { storage.start() };
+            let server = if is_elsewhere {
+                in_another_mount_namespace(&fs.mount, || storage.start())
+            } else {
+                storage.start()
+            };
             let mut client = held.open(&server, epoch);
             assert_eq!(told(&client), before, "{cache} {epoch}");
             assert!(client.read(0, 4096) == Ok(vec![7; 4096]));

@@ -25,7 +25,8 @@ const NOBODY: u32 = 65_534;
 /// Nothing is said but where the data is, and where this process may make a socket.
 fn by_default(dir: &Path) -> Command {
     let mut bare = Command::new(env!("CARGO_BIN_EXE_volserver"));
-    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("VOLSERVER_")) {
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("VOLSERVER_"))
+    {
         bare.env_remove(name);
     }
     bare.env_remove("NOTIFY_SOCKET").env("RUNTIME_DIRECTORY", dir.join("run"));

@@ -249,13 +249,20 @@ async fn a_clone_does_not_take_the_volume_of_a_machine_that_is_there() {
     let held = client.attach_volume(from_boot("boot-1")).await.unwrap().into_inner();
     let mut export = bench.open(&held, 1).unwrap();
     let refused = client.attach_volume(from_boot("boot-2")).await.unwrap_err();
-    assert_eq!((refused.code(), reason_of(&refused).as_str()), (Code::FailedPrecondition, reason::OTHER_BOOT));
+    assert_eq!(
+        (refused.code(), reason_of(&refused).as_str()),
+        (Code::FailedPrecondition, reason::OTHER_BOOT)
+    );
     // A controller's call is answered, and gives away nothing.
     let told = client.attach_volume(from_boot("")).await.unwrap().into_inner();
     assert!(told.existed && told.secret.is_empty());
     assert_eq!(export.write_block().unwrap().error, 0);
     let again = client.attach_volume(from_boot("boot-1")).await.unwrap().into_inner();
-    assert_eq!((again.existed, &again.secret), (true, &held.secret), "the machine itself may ask as often as it likes");
+    assert_eq!(
+        (again.existed, &again.secret),
+        (true, &held.secret),
+        "the machine itself may ask as often as it likes"
+    );
     let forced = v1::AttachVolumeRequest { force: true, ..from_boot("boot-2") };
     let taken = client.attach_volume(forced).await.unwrap().into_inner();
     assert!(export.is_closed() && taken.secret != held.secret);

@@ -63,7 +63,12 @@ fn a_killed_servers_last_write_lands_before_its_lock_is_free() {
         .unwrap();
     file::create(&fs.mount, volume.volume_uid, CAPACITY_BYTES).unwrap();
     catalog.finish_creating(volume.volume_uid).unwrap();
-    let new = NewAttachment { volume_uid: volume.volume_uid, node_id: "node-a".into(), read_only: false, boot_id: String::new() };
+    let new = NewAttachment {
+        volume_uid: volume.volume_uid,
+        node_id: "node-a".into(),
+        read_only: false,
+        boot_id: String::new(),
+    };
     let attachment = catalog.add_attachment(&new).unwrap();
     drop(catalog);
 

@@ -82,7 +82,14 @@ impl Server {
         let programs = programs::directory();
         let mut command = Command::new(programs.join("volserver"));
         command.arg("--data-dir").arg(directory.join("data"));
-        command.args(["--listen", "127.0.0.1:0", "--management", "127.0.0.1:0", "--insecure", "--export-by-name"]);
+        command.args([
+            "--listen",
+            "127.0.0.1:0",
+            "--management",
+            "127.0.0.1:0",
+            "--insecure",
+            "--export-by-name",
+        ]);
         command.args(["--cache", "writeback", "--log", "error", "--memory-max"]);
         command.arg(format!("{MEMORY_MAX_MIB}M")).args(["--threads", "2"]);
         let mut process = command.stdout(Stdio::piped()).spawn().unwrap();

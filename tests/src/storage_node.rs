@@ -257,7 +257,7 @@ impl StorageNode {
         server.arg("--data-dir").arg(&self.data_dir).args(["--listen", &self.data_address]);
         let (scheme, management) = self.management_uri.split_once("://").context("management URI")?;
         server.args(["--management", management]).args(&self.server_options);
-        server.arg("--runtime-dir").arg(self.logs.join("runtime-of-volserver"));
+        server.arg("--runtime-dir").arg(self.run_dir.with_extension("volserver"));
         if self.tls.is_none() && !self.server_options.iter().any(|option| option == "--insecure") {
             server.arg("--insecure");
         }

@@ -44,8 +44,11 @@ pub(crate) const TESTS: &[Test] = &[
         a_server_that_refuses_everything,
     )
     .once(),
-    Test::new("hostile_server::a_server_that_opens_and_serves_nothing_is_not_back", a_server_that_serves_nothing)
-        .once(),
+    Test::new(
+        "hostile_server::a_server_that_opens_and_serves_nothing_is_not_back",
+        a_server_that_serves_nothing,
+    )
+    .once(),
 ];
 
 const SIZE_BYTES: u64 = 16 << 20;

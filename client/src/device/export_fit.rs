@@ -39,7 +39,10 @@ pub fn fits(
         format!("the export cannot {name} any more, which the disk offers")
     } else if nr_connections > 1 && !is.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
         format!("the export allows one connection now, and the disk has {nr_connections}")
-    } else if is.flags.contains(TransmissionFlags::SEND_FLUSH) && !session.volatile_cache && !session.read_only {
+    } else if is.flags.contains(TransmissionFlags::SEND_FLUSH)
+        && !session.volatile_cache
+        && !session.read_only
+    {
         "the export has a write cache now, which the disk does not know to flush".to_owned()
     } else if maximum_bytes < session.max_io_bytes {
         format!(
@@ -101,7 +104,8 @@ mod tests {
 
     #[test]
     fn what_the_disk_does_not_use_may_change() {
-        let taken = |change: fn(&mut ExportInfo)| assert_eq!(fits(&session(), 1 << 30, 4, &export(change)), Ok(()));
+        let taken =
+            |change: fn(&mut ExportInfo)| assert_eq!(fits(&session(), 1 << 30, 4, &export(change)), Ok(()));
         taken(|_| {});
         taken(|export| export.size_bytes = 2 << 30);
         taken(|export| export.flags = export.flags.with(TransmissionFlags::ROTATIONAL));

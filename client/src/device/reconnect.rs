@@ -177,7 +177,9 @@ impl<S> Reconnect<S> {
             self.connect(queue_id, sockets, outputs);
             return;
         }
-        if self.former_incarnations.contains(&incarnation) && self.doubted[index].as_ref() != Some(&incarnation) {
+        if self.former_incarnations.contains(&incarnation)
+            && self.doubted[index].as_ref() != Some(&incarnation)
+        {
             // Perhaps it was told before the present one; the next dial begins after that.
             self.doubted[index] = Some(incarnation);
             outputs.push(Output::Dial(queue_id));

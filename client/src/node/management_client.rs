@@ -21,8 +21,8 @@ use tonic_types::StatusExt as _;
 use uuid::Uuid;
 
 use super::error::NodeError;
-use crate::{api_channel, contract};
 use crate::tls_spec::ClientFiles;
+use crate::{api_channel, contract};
 
 /// A call: a detach waits there for the I/O of fenced connections.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);

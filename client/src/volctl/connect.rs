@@ -37,7 +37,8 @@ pub(crate) async fn server(address: &ServerAddress) -> Result<ManagementClient<C
     let connected = api_channel::connect(uri, address.tls_files.as_ref()).await;
     connected.map(ManagementClient::new).map_err(|error| match error {
         ChannelError::Uri(_) => {
-            let next = "write --server unix:/path, http://host:port or https://host:port (or set VOLNODE_SERVER)";
+            let next =
+                "write --server unix:/path, http://host:port or https://host:port (or set VOLNODE_SERVER)";
             Failure::new(ExitCode::Usage, error.to_string(), next)
         }
         ChannelError::NoAuthority(_) => Failure::new(
@@ -45,11 +46,13 @@ pub(crate) async fn server(address: &ServerAddress) -> Result<ManagementClient<C
             error.to_string(),
             "give the file with --tls-ca (or VOLNODE_TLS_CA)",
         ),
-        ChannelError::Connect(error) if io_error_kind(&error) == Some(io::ErrorKind::PermissionDenied) => Failure::new(
-            ExitCode::MachineCannot,
-            format!("cannot reach the storage server at {uri}: {}", root_cause(&error)),
-            "run volctl as root (sudo volctl ...), or as a member of the socket's group",
-        ),
+        ChannelError::Connect(error) if io_error_kind(&error) == Some(io::ErrorKind::PermissionDenied) => {
+            Failure::new(
+                ExitCode::MachineCannot,
+                format!("cannot reach the storage server at {uri}: {}", root_cause(&error)),
+                "run volctl as root (sudo volctl ...), or as a member of the socket's group",
+            )
+        }
         ChannelError::Connect(error) => Failure::new(
             ExitCode::Unreachable,
             format!("cannot reach the storage server at {uri}: {}", root_cause(&error)),

@@ -195,8 +195,11 @@ pub fn grow(volumes_dir: &Path, volume_uid: Uuid, capacity_bytes: u64) -> Result
 /// [`FileError::Sync`]; [`FileError::Io`]: the file cannot be opened.
 pub fn sync(volumes_dir: &Path, volume_uid: Uuid) -> Result<(), FileError> {
     let path = path(volumes_dir, volume_uid);
-    let file = File::open(&path)
-        .map_err(|source| FileError::Io { action: "cannot open", path: path.clone(), source })?;
+    let file = File::open(&path).map_err(|source| FileError::Io {
+        action: "cannot open",
+        path: path.clone(),
+        source,
+    })?;
     file.sync_data().map_err(|source| {
         // What is left of it in the cache is looked at when the volume is opened anew.
         let _ = rustix::fs::fadvise(&file, 0, None, Advice::DontNeed);

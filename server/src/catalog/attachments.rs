@@ -16,8 +16,7 @@ use uuid::Uuid;
 use super::records::{self, AttachmentFilter, AttachmentRecord, AttachmentState, NewAttachment};
 use super::{Catalog, CatalogError, State, now_ms, to_db};
 
-const COLUMNS: &str =
-    "attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, created_at_ms, boot_id";
+const COLUMNS: &str = "attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, created_at_ms, boot_id";
 
 impl State {
     fn attachment_row(

@@ -15,6 +15,7 @@
 mod attachments;
 mod data_dir;
 mod records;
+mod reserve;
 mod schema;
 mod volumes;
 
@@ -42,6 +43,9 @@ pub const CATALOG_FILE_NAME: &str = "catalog.sqlite";
 
 /// What the catalog's files take when a server starts, in bytes, with what a file system needs around them.
 const SPACE_BYTES_LEAST: u64 = 1 << 20;
+
+/// Below this no catalog is opened, because its index could end the process.
+const INDEX_SPACE_BYTES: u64 = 128 << 10;
 
 /// Why the catalog could not be opened, read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +163,10 @@ struct Inner {
     state: Mutex<State>,
     server_id: Uuid,
     data_dir: PathBuf,
+    /// Behind the database, whose locks they would take along: POSIX locks of a file go with any of its descriptors.
+    _preallocated: Vec<File>,
+    /// Behind the database: it has given its log back by then.
+    _reserve: reserve::MadeAtClose,
     /// Held as long as the catalog is open: no second server uses the directory.
     _lock: File,
 }
@@ -183,31 +191,57 @@ impl Catalog {
     /// The directory cannot be made or written, another process holds it, the catalog is foreign, damaged, lost or of a
     /// newer format, or SQLite failed. [`CatalogError::NoSpace`]: its file system is full.
     pub fn open(data_dir: &Path) -> Result<Self, CatalogError> {
-        Self::open_in(data_dir).map_err(|error| {
-            // SQLite has several words for a file of its own that it could not make or make longer.
-            let may_be_full = error.may_be_for_space() && is_nearly_full(data_dir);
-            if !error.is_out_of_space() && !may_be_full {
+        // SQLite has several words for a file of its own that it could not make or make longer.
+        let is_for_space = |error: &CatalogError| {
+            error.is_out_of_space() || (error.may_be_for_space() && is_nearly_full(data_dir))
+        };
+        // Before it is needed: what SQLite maps into memory and finds no block for ends the process.
+        let mut is_released = is_nearly_full(data_dir) && reserve::release(data_dir);
+        let mut opened = Self::open_in(data_dir);
+        if opened.as_ref().is_err_and(is_for_space) && reserve::release(data_dir) {
+            is_released = true;
+            opened = Self::open_in(data_dir);
+        }
+        let catalog = opened.map_err(|error| {
+            if !is_for_space(&error) {
                 return error;
             }
             CatalogError::NoSpace { dir: data_dir.to_owned(), cause: error.to_string() }
-        })
+        })?;
+        // What was given up just now is for what follows.
+        if !is_released {
+            reserve::make(data_dir);
+        }
+        Ok(catalog)
     }
 
     fn open_in(data_dir: &Path) -> Result<Self, CatalogError> {
         let lock = data_dir::prepare(data_dir)?;
+        if space_bytes(data_dir).is_some_and(|bytes| bytes < INDEX_SPACE_BYTES) {
+            let cause = "what is left is too little for its index".to_owned();
+            return Err(CatalogError::NoSpace { dir: data_dir.to_owned(), cause });
+        }
         let path = data_dir.join(CATALOG_FILE_NAME);
         create_private_file(&path).map_err(|source| CatalogError::File { path: path.clone(), source })?;
         let mut db = Connection::open(&path)?;
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "foreign_keys", true)?;
+        db.pragma_update(None, "wal_autocheckpoint", reserve::LOG_PAGES)?;
         schema::prepare(&mut db, &path, &data_dir.join(VOLUMES_DIR_NAME))?;
         schema::add_columns(&mut db)?;
         let server_id = schema::server_id(&db)?;
         // The entries of the directory (database, lock, volumes) are durable before anything is answered.
         data_dir::sync(data_dir)?;
         let state = Mutex::new(State { db, concealed: HashSet::new() });
-        let inner = Inner { state, server_id, data_dir: data_dir.to_owned(), _lock: lock };
+        let inner = Inner {
+            state,
+            server_id,
+            data_dir: data_dir.to_owned(),
+            _preallocated: reserve::preallocate(&path),
+            _reserve: reserve::MadeAtClose(data_dir.to_owned()),
+            _lock: lock,
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -237,11 +271,19 @@ fn create_private_file(path: &Path) -> std::io::Result<()> {
 
 /// Whether the file system has less space than the catalog's own files may want, or no place for another file.
 fn is_nearly_full(dir: &Path) -> bool {
-    rustix::fs::statvfs(dir).is_ok_and(|space| {
+    let has_files_left = rustix::fs::statvfs(dir).is_ok_and(|space| {
         // Some have no fixed number of files, and say 0.
-        let has_files_left = space.f_files == 0 || space.f_favail > 0;
-        space.f_bavail.saturating_mul(space.f_frsize) < SPACE_BYTES_LEAST || !has_files_left
-    })
+        space.f_files == 0 || space.f_favail > 0
+    });
+    space_bytes(dir).is_some_and(|bytes| bytes < SPACE_BYTES_LEAST || !has_files_left)
+}
+
+/// What is left on the file system, in bytes; `None`: that is not known.
+fn space_bytes(dir: &Path) -> Option<u64> {
+    let space = rustix::fs::statvfs(dir).ok()?;
+    // Some keep a part for root.
+    let blocks = if rustix::process::geteuid().is_root() { space.f_bfree } else { space.f_bavail };
+    Some(blocks.saturating_mul(space.f_frsize))
 }
 
 /// Milliseconds since the Unix epoch; 0 on a machine whose clock is before it.

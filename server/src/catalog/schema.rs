@@ -77,8 +77,8 @@ pub(super) fn prepare(db: &mut Connection, path: &Path, volumes_dir: &Path) -> R
     let application_id: i32 = transaction.pragma_query_value(None, "application_id", |row| row.get(0))?;
     let tables: u32 = transaction.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
     if tables == 0 && found == 0 {
-        let holds_volumes =
-            holds_volumes(volumes_dir).map_err(|source| CatalogError::File { path: volumes_dir.to_owned(), source })?;
+        let holds_volumes = holds_volumes(volumes_dir)
+            .map_err(|source| CatalogError::File { path: volumes_dir.to_owned(), source })?;
         if holds_volumes {
             return Err(CatalogError::Lost(volumes_dir.to_owned()));
         }

@@ -23,7 +23,12 @@ fn ready_volume(catalog: &Catalog, name: &str) -> VolumeRecord {
 }
 
 fn attach(catalog: &Catalog, volume: &VolumeRecord, node_id: &str) -> AttachmentRecord {
-    let new = NewAttachment { volume_uid: volume.volume_uid, node_id: node_id.to_owned(), read_only: false, boot_id: String::new() };
+    let new = NewAttachment {
+        volume_uid: volume.volume_uid,
+        node_id: node_id.to_owned(),
+        read_only: false,
+        boot_id: String::new(),
+    };
     catalog.add_attachment(&new).unwrap()
 }
 
@@ -127,7 +132,10 @@ fn the_fixture_has_the_tables_that_this_version_makes() {
     drop(Catalog::open(new.path()).unwrap());
     let older = fixture_dir("");
     let added: BTreeSet<String> = ["attachments.boot_id:TEXT".to_owned()].into();
-    assert_eq!(columns(new.path()).difference(&columns(older.path())).cloned().collect::<BTreeSet<_>>(), added);
+    assert_eq!(
+        columns(new.path()).difference(&columns(older.path())).cloned().collect::<BTreeSet<_>>(),
+        added
+    );
     drop(Catalog::open(older.path()).unwrap());
     assert_eq!(columns(new.path()), columns(older.path()), "added when it is opened");
 }
@@ -213,8 +221,12 @@ fn an_attached_volume_is_neither_deleted_nor_attached_again() {
     let volume = ready_volume(&catalog, "vol-1");
     let attachment = attach(&catalog, &volume, "node-a");
     assert!(matches!(catalog.begin_deleting(volume.volume_uid), Err(CatalogError::VolumeAttached(_))));
-    let other =
-        NewAttachment { volume_uid: volume.volume_uid, node_id: "node-b".to_owned(), read_only: false, boot_id: String::new() };
+    let other = NewAttachment {
+        volume_uid: volume.volume_uid,
+        node_id: "node-b".to_owned(),
+        read_only: false,
+        boot_id: String::new(),
+    };
     assert!(matches!(catalog.add_attachment(&other), Err(CatalogError::VolumeAttached(_))));
     // An ending attachment still counts: its I/O may not have finished.
     catalog.end_attachment(attachment.attachment_id, false).unwrap();

@@ -13,7 +13,7 @@ use rusqlite::{OptionalExtension as _, Row};
 use uuid::Uuid;
 
 use super::records::{self, NewVolume, VolumeRecord, VolumeState};
-use super::{Catalog, CatalogError, State, now_ms, to_db};
+use super::{Catalog, CatalogError, State, now_ms, reserve, to_db};
 
 const COLUMNS: &str = "volume_uid, name, state, capacity_bytes, block_size_bytes, backend, write_cache_on, incarnation, created_at_ms";
 
@@ -186,6 +186,8 @@ impl Catalog {
             "DELETE FROM volumes WHERE volume_uid = ?1 AND state IN ('creating', 'deleting')",
             [volume_uid.to_string()],
         )?;
+        // There may be room for it again.
+        reserve::make(&self.inner.data_dir);
         Ok(())
     }
 
@@ -218,8 +220,10 @@ impl Catalog {
     /// [`CatalogError::VolumeNotFound`]; SQLite's.
     pub fn attach_generation(&self, volume_uid: Uuid) -> Result<u64, CatalogError> {
         let state = self.state();
-        let mut query = state.db.prepare_cached("SELECT attach_generation FROM volumes WHERE volume_uid = ?1")?;
-        let generation: Option<i64> = query.query_row([volume_uid.to_string()], |row| row.get(0)).optional()?;
+        let mut query =
+            state.db.prepare_cached("SELECT attach_generation FROM volumes WHERE volume_uid = ?1")?;
+        let generation: Option<i64> =
+            query.query_row([volume_uid.to_string()], |row| row.get(0)).optional()?;
         let generation = generation.ok_or(CatalogError::VolumeNotFound(volume_uid))?;
         u64::try_from(generation)
             .map_err(|_| CatalogError::Damaged { table: "volumes", column: "attach_generation" })

@@ -105,7 +105,10 @@ impl Gate {
         let is_settled = self.incarnations.settle(volume_uid).is_ok();
         let is_recorded = is_settled || self.incarnations.is_recorded(volume_uid);
         if !is_recorded {
-            let have_it = self.connections.iter().filter(|(_, known)| known.volume_uid == volume_uid && known.is_served());
+            let have_it = self
+                .connections
+                .iter()
+                .filter(|(_, known)| known.volume_uid == volume_uid && known.is_served());
             let have_it: Vec<ConnectionId> = have_it.map(|(connection, _)| *connection).collect();
             have_it.into_iter().for_each(|connection| self.close(connection));
         }
@@ -117,7 +120,11 @@ impl Gate {
         let volume_uid = volume.volume_uid;
         if let Some(VolumeState::Open(open)) = self.volumes.get(&volume_uid) {
             open.report_failed_sync(errno);
-            return if self.record_loss(volume_uid) { Ok(()) } else { Err("it is recorded nowhere".to_owned()) };
+            return if self.record_loss(volume_uid) {
+                Ok(())
+            } else {
+                Err("it is recorded nowhere".to_owned())
+            };
         }
         self.incarnations.raise_and_settle(volume).map_err(|error| error.to_string())
     }

@@ -31,7 +31,8 @@ impl Fixture {
         };
         let (own_sender, messages) = channel();
         let ring = Arc::new(Mailbox::new().unwrap());
-        let incarnations = Incarnations::open(catalog.clone(), "boot".to_owned(), "process".to_owned(), None).unwrap();
+        let incarnations =
+            Incarnations::open(catalog.clone(), "boot".to_owned(), "process".to_owned(), None).unwrap();
         let gate = Gate::new(catalog, config, incarnations, vec![Arc::clone(&ring)], own_sender);
         Self { gate, messages, ring, volumes: volumes.into(), _dir: dir }
     }

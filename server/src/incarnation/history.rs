@@ -28,7 +28,14 @@ impl Record {
     /// Of a volume as it is seen, and what that means.
     pub fn of(seen: Seen, verdict: &Verdict, lost_writes: bool) -> Self {
         let Seen { attach_generation, superblock, file, .. } = seen;
-        Self { incarnation: verdict.incarnation, attach_generation, superblock, file, modified: None, lost_writes }
+        Self {
+            incarnation: verdict.incarnation,
+            attach_generation,
+            superblock,
+            file,
+            modified: None,
+            lost_writes,
+        }
     }
 }
 

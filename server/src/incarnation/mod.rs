@@ -64,13 +64,17 @@ pub enum AdmitError {
     #[error("cannot look at the volume's storage: {0}")]
     Storage(io::Error),
     /// The page cache has what the disk may not have, and keeps it.
-    #[error("{0}: the volume lost writes, and is not served before that is gone (unmount its file system once)")]
+    #[error(
+        "{0}: the volume lost writes, and is not served before that is gone (unmount its file system once)"
+    )]
     Cache(io::Error),
     /// The catalog cannot be read.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
     /// It lost writes, and that can be written down nowhere.
-    #[error("the volume lost writes ({0}), which can be recorded neither in the catalog nor in the runtime directory")]
+    #[error(
+        "the volume lost writes ({0}), which can be recorded neither in the catalog nor in the runtime directory"
+    )]
     Unrecorded(Loss),
 }
 
@@ -139,8 +143,7 @@ impl Incarnations {
         }
         let volumes = Mutex::new(volumes);
         let write_back_failed = OnceLock::new();
-        let inner =
-            Inner { boot_id, process_id, catalog, dir, _lock: lock, volumes, write_back_failed };
+        let inner = Inner { boot_id, process_id, catalog, dir, _lock: lock, volumes, write_back_failed };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -160,17 +163,25 @@ impl Incarnations {
     ///
     /// # Errors
     /// [`AdmitError`]: it may not be served.
-    pub fn admit(&self, volume: &VolumeRecord, file: &FileVolume, volumes_dir: &Path) -> Result<(), AdmitError> {
+    pub fn admit(
+        &self,
+        volume: &VolumeRecord,
+        file: &FileVolume,
+        volumes_dir: &Path,
+    ) -> Result<(), AdmitError> {
         let volume_uid = volume.volume_uid;
         let (record, is_admitted) = match self.volumes().get(&volume_uid) {
             Some(known) => (known.record.clone(), known.is_admitted),
             None => (None, false),
         };
-        let write_back_failed = !is_admitted && *self.inner.write_back_failed.get_or_init(|| {
-            storage::sync_file_system(volumes_dir)
-                .inspect_err(|error| error!(%error, "the volumes' file system has failed to write something back"))
-                .is_err()
-        });
+        let write_back_failed = !is_admitted
+            && *self.inner.write_back_failed.get_or_init(|| {
+                storage::sync_file_system(volumes_dir)
+                    .inspect_err(
+                        |error| error!(%error, "the volumes' file system has failed to write something back"),
+                    )
+                    .is_err()
+            });
         let seen = Seen { write_back_failed, ..self.see(volume, file.file())? };
         let verdict = judge(record.as_ref(), &seen);
         self.tell(volume, &verdict, &seen)?;
@@ -230,7 +241,8 @@ impl Incarnations {
         warn!(name = %volume.name, %volume_uid, %loss, incarnation, "what was written and not flushed may be gone: clients are told");
         if loss.is_roll_back() {
             let remembered = self.volumes().get(&volume_uid).and_then(|known| known.record.clone());
-            let generation = remembered.map_or(0, |record| record.attach_generation).max(seen.attach_generation);
+            let generation =
+                remembered.map_or(0, |record| record.attach_generation).max(seen.attach_generation);
             if self.inner.catalog.end_rolled_back(volume_uid, generation)? {
                 warn!(
                     name = %volume.name, %volume_uid,
@@ -244,7 +256,9 @@ impl Incarnations {
     /// The volume has been opened under an attachment of this generation: no older one may come back.
     pub fn opened_under(&self, volume_uid: Uuid, generation: u64) {
         let mut volumes = self.volumes();
-        let Some(Known { record: Some(record), file: Some(file), .. }) = volumes.get_mut(&volume_uid) else { return };
+        let Some(Known { record: Some(record), file: Some(file), .. }) = volumes.get_mut(&volume_uid) else {
+            return;
+        };
         if record.attach_generation < generation {
             record.attach_generation = generation;
             // Without it, a catalog that is rolled back goes unnoticed, and nothing more.
@@ -290,16 +304,16 @@ impl Incarnations {
     /// The catalog's.
     pub fn settle(&self, volume_uid: Uuid) -> Result<(), CatalogError> {
         let incarnation = self.volumes().get(&volume_uid).map_or(0, |known| known.incarnation);
-        self.inner
-            .catalog
-            .raise_incarnation_to(volume_uid, incarnation)
-            .inspect_err(|error| error!(%volume_uid, incarnation, %error, "the catalog cannot take the incarnation"))
+        self.inner.catalog.raise_incarnation_to(volume_uid, incarnation).inspect_err(
+            |error| error!(%volume_uid, incarnation, %error, "the catalog cannot take the incarnation"),
+        )
     }
 
     /// Whether what is known is in the record too.
     pub fn is_recorded(&self, volume_uid: Uuid) -> bool {
         self.volumes().get(&volume_uid).is_some_and(|known| {
-            known.is_in_file && known.record.as_ref().is_some_and(|record| record.incarnation >= known.incarnation)
+            known.is_in_file
+                && known.record.as_ref().is_some_and(|record| record.incarnation >= known.incarnation)
         })
     }
 
@@ -337,7 +351,9 @@ impl Incarnations {
         let written = opened.and_then(|file| write(&file, &self.inner.boot_id, &record).map(|()| file));
         known.record = Some(record);
         known.file = written
-            .inspect_err(|error| warn!(%volume_uid, %error, "what is known of the volume's storage cannot be kept"))
+            .inspect_err(
+                |error| warn!(%volume_uid, %error, "what is known of the volume's storage cannot be kept"),
+            )
             .ok();
         known.is_in_file = known.file.is_some();
         known.is_in_file

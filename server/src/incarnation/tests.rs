@@ -33,7 +33,8 @@ impl Fixture {
 
     fn process(&self, boot_id: &str) -> Incarnations {
         let runtime_dir = self.runtime_dir();
-        Incarnations::open(self.catalog.clone(), boot_id.to_owned(), "p".to_owned(), Some(&runtime_dir)).unwrap()
+        Incarnations::open(self.catalog.clone(), boot_id.to_owned(), "p".to_owned(), Some(&runtime_dir))
+            .unwrap()
     }
 
     fn volume(&self) -> VolumeRecord {
@@ -138,7 +139,10 @@ fn the_first_form_of_a_record_can_be_read() {
     let text = br#"{"version":1,"boot_id":"6f1d","incarnation":7,"attach_generation":2,"superblock":null,
                     "file":"8:1:131:1700000000.000000001","modified":null,"lost_writes":true,"of_a_later_version":1}"#;
     let stored: Stored = serde_json::from_slice(text).unwrap();
-    assert_eq!((stored.boot_id.as_str(), stored.record.incarnation, stored.record.lost_writes), ("6f1d", 7, true));
+    assert_eq!(
+        (stored.boot_id.as_str(), stored.record.incarnation, stored.record.lost_writes),
+        ("6f1d", 7, true)
+    );
 }
 
 #[test]
@@ -146,6 +150,7 @@ fn a_copy_of_a_data_directory_is_not_served_beside_it() {
     let fixture = Fixture::new();
     let _first = fixture.process(BOOT);
     let runtime_dir = fixture.runtime_dir();
-    let second = Incarnations::open(fixture.catalog.clone(), BOOT.to_owned(), "q".to_owned(), Some(&runtime_dir));
+    let second =
+        Incarnations::open(fixture.catalog.clone(), BOOT.to_owned(), "q".to_owned(), Some(&runtime_dir));
     assert!(matches!(second, Err(RuntimeDirError::InUse(_))));
 }

@@ -99,7 +99,11 @@ impl<D: DataSide> Lifecycle<D> {
     ) -> Result<Claim, LifecycleError> {
         let (name, node_id) = (volume.name.clone(), held.node_id.clone());
         if held.node_id != wanted.node_id {
-            return if wanted.force { Ok(Claim::Take) } else { Err(LifecycleError::VolumeAttached { name, node_id }) };
+            return if wanted.force {
+                Ok(Claim::Take)
+            } else {
+                Err(LifecycleError::VolumeAttached { name, node_id })
+            };
         }
         let claim = claims::claim(&held.boot_id, &wanted.boot_id, self.data_side.holder(held.attachment_id));
         match claim {

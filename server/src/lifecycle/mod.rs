@@ -146,7 +146,9 @@ pub enum LifecycleError {
         node_id: String,
     },
     /// Another boot of the node holds the volume, and may come back.
-    #[error("volume {name} is attached to another boot of node {node_id}, which may come back within {after:?}")]
+    #[error(
+        "volume {name} is attached to another boot of node {node_id}, which may come back within {after:?}"
+    )]
     OtherBootMayReturn {
         /// Its name.
         name: String,

@@ -163,9 +163,19 @@ impl Bench {
         self.attach_boot(name, node_id, "", force)
     }
 
-    fn attach_boot(&self, name: &str, node_id: &str, boot_id: &str, force: bool) -> Result<Attached, LifecycleError> {
-        let wanted =
-            AttachWanted { node_id: node_id.to_owned(), boot_id: boot_id.to_owned(), read_only: false, force };
+    fn attach_boot(
+        &self,
+        name: &str,
+        node_id: &str,
+        boot_id: &str,
+        force: bool,
+    ) -> Result<Attached, LifecycleError> {
+        let wanted = AttachWanted {
+            node_id: node_id.to_owned(),
+            boot_id: boot_id.to_owned(),
+            read_only: false,
+            force,
+        };
         self.lifecycle.attach_volume(&self.locks.blocking_lock(name), &wanted)
     }
 

@@ -250,7 +250,8 @@ impl Crowd {
 
 fn evict_most_silent(present: &mut HashMap<u64, Present>, is_candidate: impl Fn(&Present) -> bool) {
     let candidates = present.iter().filter(|(_, other)| is_candidate(other));
-    let silent = candidates.min_by_key(|(number, other)| (other.heard.last_ms.load(Ordering::Relaxed), **number));
+    let silent =
+        candidates.min_by_key(|(number, other)| (other.heard.last_ms.load(Ordering::Relaxed), **number));
     if let Some(number) = silent.map(|(number, _)| *number)
         && let Some(left) = present.remove(&number)
     {

@@ -69,7 +69,11 @@ pub(super) fn attached<D: DataSide>(
 ) -> v1::AttachVolumeResponse {
     v1::AttachVolumeResponse {
         attachment: Some(attachment(lifecycle, &attached.volume.name, &attached.attachment)),
-        secret: if attached.hides_secret { String::new() } else { attached.attachment.secret.expose().to_owned() },
+        secret: if attached.hides_secret {
+            String::new()
+        } else {
+            attached.attachment.secret.expose().to_owned()
+        },
         server_id: lifecycle.catalog().server_id().to_string(),
         data_addresses,
         capacity_bytes: attached.volume.capacity_bytes,

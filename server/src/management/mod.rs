@@ -74,7 +74,8 @@ impl<D: DataSide> ManagementService<D> {
     /// The service as tonic takes it. `data_addresses` ("host:port") is what clients are told.
     pub fn new(lifecycle: Lifecycle<D>, calls: Calls, data_addresses: Vec<String>) -> ManagementServer<Self> {
         let lifecycle = Arc::new(lifecycle);
-        let service = ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), calls, data_addresses });
+        let service =
+            ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), calls, data_addresses });
         service.max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 

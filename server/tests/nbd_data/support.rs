@@ -142,7 +142,12 @@ impl Server {
     }
 
     pub(crate) fn attach(&self, volume: &VolumeRecord, read_only: bool) -> AttachmentRecord {
-        let new = NewAttachment { volume_uid: volume.volume_uid, node_id: "node-a".into(), read_only, boot_id: String::new() };
+        let new = NewAttachment {
+            volume_uid: volume.volume_uid,
+            node_id: "node-a".into(),
+            read_only,
+            boot_id: String::new(),
+        };
         self.catalog.add_attachment(&new).unwrap()
     }
 
@@ -285,7 +290,13 @@ impl LoopFs {
     }
 
     /// The same with its image in a place of the caller's, and options for mkfs.
-    pub(crate) fn new_at(dir: TempDir, image: PathBuf, kind: &str, bytes: u64, options: &[&str]) -> Option<Self> {
+    pub(crate) fn new_at(
+        dir: TempDir,
+        image: PathBuf,
+        kind: &str,
+        bytes: u64,
+        options: &[&str],
+    ) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             skip("mounting needs root");
             return None;
@@ -317,7 +328,9 @@ impl LoopFs {
     pub(crate) fn remount(&self) {
         run("umount", &[self.mount.to_str().unwrap()]);
         // A mount namespace that somebody made meanwhile has it mounted as well.
-        wait_until("nobody has it mounted", || run("losetup", &["-j", self.image.to_str().unwrap()]).is_empty());
+        wait_until("nobody has it mounted", || {
+            run("losetup", &["-j", self.image.to_str().unwrap()]).is_empty()
+        });
         self.mount();
     }
 

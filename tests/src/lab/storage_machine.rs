@@ -37,7 +37,13 @@ impl StorageMachine {
         let mut command = tool::command("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(workspace.programs().join("volserver"));
         command.arg("--data-dir").arg(directory.path().join("storage-machine"));
-        command.args(["--insecure", "--management", "127.0.0.1:0", "--listen", &format!("127.0.0.1:{data_port}")]);
+        command.args([
+            "--insecure",
+            "--management",
+            "127.0.0.1:0",
+            "--listen",
+            &format!("127.0.0.1:{data_port}"),
+        ]);
         command.args(["--advertise", &format!("{HOST_FROM_GUEST}:{data_port}")]);
         let log = directory.path().join("storage-machine.log");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log)?);

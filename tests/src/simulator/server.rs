@@ -575,7 +575,8 @@ impl Server {
         let is_first = !std::mem::replace(&mut self.is_admitted, true);
         // Descriptors are opened before the file system is asked.
         world.disk.opened(self.process);
-        let write_back_failed = is_first && !world.disk.sync_file_system() && !self.is(Mutant::WriteBackIgnored);
+        let write_back_failed =
+            is_first && !world.disk.sync_file_system() && !self.is(Mutant::WriteBackIgnored);
         let superblock = (!self.is(Mutant::MountIgnored)).then(|| world.disk.superblock.to_string());
         let seen = Seen {
             incarnation: world.catalog.incarnation,

@@ -149,7 +149,14 @@ impl Starting<'_> {
     fn volserver(&self) -> Result<Server> {
         let mut command = self.pinned(&self.site.programs.join("volserver"))?;
         command.arg("--data-dir").arg(self.directory.join("data"));
-        command.args(["--listen", "127.0.0.1:0", "--management", "127.0.0.1:0", "--insecure", "--export-by-name"]);
+        command.args([
+            "--listen",
+            "127.0.0.1:0",
+            "--management",
+            "127.0.0.1:0",
+            "--insecure",
+            "--export-by-name",
+        ]);
         command.args(["--log", "warn"]);
         let cache = if self.subject.storage == Storage::PageCache { "writeback" } else { "none" };
         command.args(["--cache", cache]).stdout(Stdio::piped());
