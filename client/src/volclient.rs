@@ -110,6 +110,11 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&cli.log).with_context(|| format!("--log {:?}", cli.log))?;
     daemon_log::start(filter);
+    // Secrets of attachments and private keys are in this process's memory.
+    let behavior = rustix::process::DumpableBehavior::NotDumpable;
+    if let Err(error) = rustix::process::set_dumpable_behavior(behavior) {
+        tracing::warn!(%error, "a core dump of this process would hold secrets");
+    }
     match cli.command {
         Command::Serve(args) => run_serve(args, cli.log),
         Command::TakeAway(args) => run_take_away(args, cli.log),

@@ -241,7 +241,19 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    socket.bind(&address.into())?;
+    match socket.bind(&address.into()) {
+        // At boot an address may come later than the server.
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+            if address.is_ipv6() {
+                socket.set_freebind_v6(true)?;
+            } else {
+                socket.set_freebind_v4(true)?;
+            }
+            socket.bind(&address.into())?;
+            tracing::warn!(%address, "this machine does not have the address that is to be listened on: clients are served when it has");
+        }
+        bound => bound?,
+    }
     Ok(socket)
 }
 
@@ -336,6 +348,13 @@ mod tests {
         assert!(Listener::bind(&address).is_err(), "not a socket");
         drop(first);
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    /// As at boot, before the network is configured: an address of those that are for documentation, which nobody has.
+    #[test]
+    fn an_address_that_the_machine_does_not_have_yet_is_listened_on() {
+        let listener = Listener::bind(&"192.0.2.77:0".parse().unwrap()).unwrap();
+        assert_ne!(listener.address().tcp().unwrap().port(), 0);
     }
 
     #[test]

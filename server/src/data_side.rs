@@ -3,9 +3,11 @@
 //! Owns no state: it translates. A `memory` volume has no storage to make or remove; it begins when it is first opened and
 //! ends when it is released. Called by `lifecycle/`.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -19,25 +21,56 @@ use crate::lifecycle::{DataSide, Holder, StillOpen};
 pub(crate) struct ServedData {
     server: Arc<DataServer>,
     volumes_dir: PathBuf,
+    /// Volumes whose storage is being synced, by a thread that may be stuck in that.
+    syncing: Arc<Mutex<HashSet<Uuid>>>,
 }
+
+/// So long a call waits for a volume's storage. What does not answer then may never, and is not to hold up the calls for others.
+const SYNC_LIMIT: Duration = Duration::from_secs(25);
 
 impl ServedData {
     /// `volumes_dir` is the one that the server was started with.
     pub(crate) fn new(server: Arc<DataServer>, volumes_dir: PathBuf) -> Self {
-        Self { server, volumes_dir }
+        Self { server, volumes_dir, syncing: Arc::default() }
     }
 }
 
-impl ServedData {
-    /// A sync that fails tells, once, that acknowledged writes may be lost: the clients are to know.
-    fn noticed(&self, volume: &VolumeRecord, error: FileError) -> io::Error {
-        if let FileError::Sync { source, .. } = &error {
-            let errno = source.raw_os_error().unwrap_or(libc::EIO);
-            if let Err(unrecorded) = self.server.sync_failed(volume, errno) {
-                return io::Error::other(format!("{error}; {unrecorded}"));
-            }
+/// A sync that fails tells, once, that acknowledged writes may be lost: the clients are to know.
+fn noticed(server: &DataServer, volume: &VolumeRecord, error: FileError) -> io::Error {
+    if let FileError::Sync { source, .. } = &error {
+        let errno = source.raw_os_error().unwrap_or(libc::EIO);
+        if let Err(unrecorded) = server.sync_failed(volume, errno) {
+            return io::Error::other(format!("{error}; {unrecorded}"));
         }
-        io_error(error)
+    }
+    io_error(error)
+}
+
+impl ServedData {
+    fn syncing(&self) -> MutexGuard<'_, HashSet<Uuid>> {
+        self.syncing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Syncs on a thread of its own, which is left behind where it gets stuck.
+    fn sync_file(&self, volume: &VolumeRecord) -> io::Result<()> {
+        let volume_uid = volume.volume_uid;
+        if !self.syncing().insert(volume_uid) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let (sender, synced) = mpsc::channel();
+        let (server, syncing) = (Arc::clone(&self.server), Arc::clone(&self.syncing));
+        let (volumes_dir, volume) = (self.volumes_dir.clone(), volume.clone());
+        let spawned = std::thread::Builder::new().name("volume-sync".into()).spawn(move || {
+            let result = file::sync(&volumes_dir, volume_uid).map_err(|error| noticed(&server, &volume, error));
+            syncing.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume_uid);
+            // Nobody may be waiting any more.
+            let _ = sender.send(result);
+        });
+        if let Err(error) = spawned {
+            self.syncing().remove(&volume_uid);
+            return Err(error);
+        }
+        synced.recv_timeout(SYNC_LIMIT).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -81,15 +114,12 @@ impl DataSide for ServedData {
 
     fn grow_storage(&self, volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
         let grown = file::grow(&self.volumes_dir, volume.volume_uid, capacity_bytes);
-        grown.map_err(|error| self.noticed(volume, error))
+        grown.map_err(|error| noticed(&self.server, volume, error))
     }
 
     fn sync_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
         match volume.backend {
-            BackendKind::File => {
-                let synced = file::sync(&self.volumes_dir, volume.volume_uid);
-                synced.map_err(|error| self.noticed(volume, error))
-            }
+            BackendKind::File => self.sync_file(volume),
             BackendKind::Memory => Ok(()),
         }
     }

@@ -30,6 +30,7 @@ fn main() -> ExitCode {
 
 fn run(config: Config) -> anyhow::Result<()> {
     start_log(&config.log)?;
+    keep_secrets_out_of_core_dumps();
     // The management API is light work; the cores belong to the data side.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -42,6 +43,14 @@ fn run(config: Config) -> anyhow::Result<()> {
     // What did not end in time was reported; it must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_millis(100));
     Ok(outcome?)
+}
+
+/// Secrets of attachments and private keys are in this process's memory.
+fn keep_secrets_out_of_core_dumps() {
+    let behavior = rustix::process::DumpableBehavior::NotDumpable;
+    if let Err(error) = rustix::process::set_dumpable_behavior(behavior) {
+        tracing::warn!(%error, "a core dump of this process would hold secrets");
+    }
 }
 
 fn start_log(filter: &str) -> anyhow::Result<()> {

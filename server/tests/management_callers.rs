@@ -109,6 +109,35 @@ fn a_port_for_every_user_of_the_machine_needs_the_word_for_it() {
     assert!(!dir.path().join("data").exists(), "nothing was made");
 }
 
+/// As far as the kernel tells it: what is in /proc of a process that writes no core is root's, whoever the process is.
+#[test]
+fn a_server_has_no_core_dumped_that_would_hold_secrets() {
+    if !rustix::process::geteuid().is_root() {
+        return println!("SKIP to start it as another user needs root");
+    }
+    let dir = open_dir();
+    let program = dir.path().join("volserver");
+    std::fs::copy(env!("CARGO_BIN_EXE_volserver"), &program).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::chown(dir.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    std::os::unix::fs::chown(dir.path().join("run"), Some(NOBODY), Some(NOBODY)).unwrap();
+    let plain = by_default(dir.path());
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&program).args(plain.get_args());
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    // The rights that the filter of the unit takes away are needed to become somebody else.
+    let server = Volserver::start_unfiltered(command, &dir.path().join("log"));
+    let of_process = format!("/proc/{}", server.pid());
+    let status = std::fs::read_to_string(format!("{of_process}/status")).unwrap();
+    assert!(status.lines().any(|line| line.starts_with("Uid:") && line.contains("65534")), "{status}");
+    assert_eq!(std::fs::metadata(format!("{of_process}/environ")).unwrap().uid(), 0);
+}
+
 #[test]
 fn a_server_without_a_place_for_its_socket_says_so() {
     let dir = open_dir();

@@ -14,7 +14,7 @@
 //! on: it begins with connections that are lost already, so that all that follows is as after any loss.
 
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -252,8 +252,9 @@ impl Attachment {
         let link_dir = spec.device_link.parent().unwrap_or(&spec.device_link);
         // Read at each dial, so they have to stay in sight.
         let tls_paths = spec.tls.as_ref().map(|tls| tls.files.paths()).unwrap_or_default();
-        let needed: Vec<&Path> =
-            [dir.path(), link_dir].into_iter().chain(tls_paths.iter().map(PathBuf::as_path)).collect();
+        let name_paths = mount_namespace::paths_of_names();
+        let read_later = tls_paths.iter().chain(&name_paths).map(PathBuf::as_path);
+        let needed: Vec<&Path> = [dir.path(), link_dir].into_iter().chain(read_later).collect();
         mount_namespace::enter(&needed).map_err(AttachmentError::MountNamespace)?;
         daemon_log::start_writer().map_err(AttachmentError::Log)?;
         let (sender, events) = mpsc::channel();
@@ -597,8 +598,11 @@ impl Attachment {
     fn make_link(&self) -> Result<(), AttachmentError> {
         let link = &self.device_link;
         let link_error = |source| AttachmentError::Link { path: link.clone(), source };
-        if let Some(folder) = link.parent() {
+        if let Some(folder) = link.parent().filter(|folder| !folder.is_dir()) {
             std::fs::create_dir_all(folder).map_err(link_error)?;
+            // Whatever the umask is: everybody may know the names, as of every disk.
+            let open = std::fs::Permissions::from_mode(0o755);
+            std::fs::set_permissions(folder, open).map_err(link_error)?;
         }
         // Made beside and renamed over, so that a leftover of an earlier device is replaced at once.
         let new_link = link.with_file_name(format!(".{}.new", self.device.dev_id()));

@@ -40,6 +40,28 @@ pub fn enter(needed: &[&Path]) -> io::Result<()> {
     Ok(())
 }
 
+/// What the C library reads, or asks, for the address of a name; in a container each of these may be a mount of its own.
+const NAME_FILES: [&str; 8] = [
+    "/etc/resolv.conf",
+    "/etc/hosts",
+    "/etc/nsswitch.conf",
+    "/etc/host.conf",
+    "/etc/gai.conf",
+    "/run/systemd/resolve",
+    "/run/nscd",
+    "/var/run/nscd",
+];
+
+/// Where names are looked up when the server is dialled again, with what these paths link to.
+pub fn paths_of_names() -> Vec<PathBuf> {
+    let with_target = |path: &str| {
+        let path = PathBuf::from(path);
+        let target = std::fs::canonicalize(&path).ok();
+        std::iter::once(path).chain(target)
+    };
+    NAME_FILES.into_iter().flat_map(with_target).collect()
+}
+
 /// The mount points of a mountinfo file, in its order.
 fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
     mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).collect()
@@ -70,6 +92,18 @@ fn unescape(field: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_can_be_looked_up_when_the_server_is_dialled_again() {
+        let paths = paths_of_names();
+        for wanted in ["/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf"] {
+            assert!(paths.iter().any(|path| path == Path::new(wanted)), "{wanted}");
+            // What is linked to may be behind a mount as well.
+            if let Ok(target) = std::fs::canonicalize(wanted) {
+                assert!(paths.contains(&target), "{wanted} is {}", target.display());
+            }
+        }
+    }
 
     #[test]
     fn mount_points_are_read_in_order_and_unescaped() {

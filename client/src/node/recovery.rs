@@ -3,7 +3,7 @@
 //! ```text
 //!   process ends ─► its device stays in the kernel, requests wait ─► new spec: same device, higher epoch ─► new process
 //!        ▲                                                                                                    │
-//!        └──────────────────────── at most RETRIES times in a row, with pauses ───────────────────────────────┘
+//!        └──────────────────────────────── for as long as it takes, with pauses ──────────────────────────────┘
 //! ```
 //! The kernel issues what was in flight once more (`UBLK_F_USER_RECOVERY_REISSUE`), so users see a pause and no error. What
 //! the former process had sent cannot land late: the new epoch's first GO waits for it at the server. Live upgrade is the
@@ -26,10 +26,14 @@ use crate::contract::{
     AttachmentDir, DeviceSpec, DeviceState, ExportSpec, RecoverSpec, attachment_hash, boot_id,
 };
 
-/// How often a device is taken on in a row before it is left to its user.
-const RETRIES: u32 = 6;
-/// Before the second try, and before the first if the process did not live; each pause after it is twice as long.
+/// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
+/// what is in the way (a full disk, memory, a program that is being replaced) may take its time to go.
 const PAUSE: Duration = Duration::from_millis(250);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+fn longer(pause: Duration) -> Duration {
+    PAUSE_MAX.min(pause * 2)
+}
 /// A process that has lived for so long did not die of being started.
 const LIVED: Duration = Duration::from_secs(3);
 
@@ -81,10 +85,10 @@ impl Supervisor {
 
     async fn recover_dead(self: &Arc<Self>, dir: &AttachmentDir, has_lived: bool) {
         let mut pause = PAUSE;
-        for retry in 0..RETRIES {
+        for retry in 0u32.. {
             if retry > 0 || !has_lived {
                 tokio::time::sleep(pause).await;
-                pause *= 2;
+                pause = longer(pause);
             }
             // The folder of an attachment that was ended on purpose is gone, or says so.
             let Ok(Some(record)) = AttachmentRecord::read(dir.clone()) else { return };
@@ -94,12 +98,17 @@ impl Supervisor {
             let target = record.spec.target.clone();
             match self.recover(&record, spec).await {
                 Ok(_) => return,
+                Err(error @ NodeError::DeviceFailed { .. }) => {
+                    tracing::error!(target, error = with_sources(&error), "there is nothing left to be taken on");
+                    return;
+                }
                 Err(error) => {
                     tracing::error!(
                         target,
                         retry,
+                        next_try_in = ?pause,
                         error = with_sources(&error),
-                        "a device cannot be taken on"
+                        "a device cannot be taken on yet"
                     );
                 }
             }
@@ -261,5 +270,12 @@ mod tests {
         let again = spec(&record).unwrap();
         assert_eq!(again.recover, record.spec.recover);
         assert!(matches!(again.export, ExportSpec::Attachment { session_epoch: 5, .. }));
+    }
+
+    #[test]
+    fn a_device_is_not_left_alone_and_pauses_grow_no_further() {
+        let pauses: Vec<Duration> = std::iter::successors(Some(PAUSE), |pause| Some(longer(*pause))).take(20).collect();
+        assert_eq!(pauses[6], Duration::from_secs(16));
+        assert!(pauses[7..].iter().all(|pause| *pause == PAUSE_MAX));
     }
 }

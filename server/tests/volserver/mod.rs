@@ -68,10 +68,25 @@ impl Volserver {
         Self::start_logging_to(File::options().create(true).append(true).open(log).unwrap(), command, log)
     }
 
+    /// Without the filter of the unit, for a command that becomes somebody else first.
+    pub fn start_unfiltered(command: Command, log: &Path) -> Self {
+        let stderr = File::options().create(true).append(true).open(log).unwrap();
+        Self::wait_until_ready(stderr.into(), command, log, |command| command.spawn())
+    }
+
     /// The same with any stderr; `log` is what is shown of it.
-    pub fn start_logging_to(stderr: impl Into<Stdio>, mut command: Command, log: &Path) -> Self {
+    pub fn start_logging_to(stderr: impl Into<Stdio>, command: Command, log: &Path) -> Self {
+        Self::wait_until_ready(stderr.into(), command, log, |command| unit_filter::under(|| command.spawn()))
+    }
+
+    fn wait_until_ready(
+        stderr: Stdio,
+        mut command: Command,
+        log: &Path,
+        spawn: impl FnOnce(&mut Command) -> std::io::Result<Child>,
+    ) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
-        let mut child = unit_filter::under(|| command.spawn()).unwrap();
+        let mut child = spawn(&mut command).unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || {
