@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use client::contract::DeviceSpec;
-use client::device::slots::{SlotError, dial_slot};
+use client::device::slots::{SlotError, dial_others, dial_slot};
 use proto::export_name::{ExportDescription, ExportRefusal};
 use proto::nbd::handshake::server::{Event, Refusal, ServerHandshake};
 use proto::nbd::{ExportInfo, TransmissionFlags};
@@ -25,6 +25,10 @@ enum Answer {
     Opens(String),
     Refuses(String),
     Nothing,
+    /// The first so many connections are served, the next are closed.
+    Limits(usize),
+    /// The first is served, the others wait.
+    OneByOne,
 }
 
 /// A server of this answer: its address, and how often it was connected to.
@@ -36,9 +40,13 @@ fn server(answer: Answer) -> (String, Arc<AtomicUsize>) {
     std::thread::spawn(move || {
         let mut held = Vec::new();
         for peer in listener.incoming().flatten() {
-            counter.fetch_add(1, Ordering::SeqCst);
+            let number = counter.fetch_add(1, Ordering::SeqCst);
+            let opens = Answer::Opens("a disk of somebody else's".to_owned());
             match &answer {
                 Answer::Nothing => held.push(peer),
+                Answer::Limits(most) if number >= *most => drop(peer),
+                Answer::OneByOne if number >= 1 => held.push(peer),
+                Answer::Limits(_) | Answer::OneByOne => drop(std::thread::spawn(move || serve(peer, &opens))),
                 answer => serve(peer, answer),
             }
         }
@@ -65,7 +73,7 @@ fn serve(mut peer: TcpStream, answer: &Answer) {
                     description: Some(description.clone()),
                 }),
                 Answer::Refuses(text) => Err(Refusal::unknown(text.clone())),
-                Answer::Nothing => unreachable!("it does not get here"),
+                _ => unreachable!("it does not get here"),
             };
             handshake.answer_open(answer.as_ref().map_err(Clone::clone), &mut out).unwrap();
         }
@@ -160,4 +168,27 @@ fn where_all_are_wrong_the_error_names_each_and_why() {
     for part in told.map(AsRef::<str>::as_ref) {
         assert!(text.contains(part), "{part} is not in: {text}");
     }
+}
+
+/// Of somebody else's server, with so many connections asked for; 0: as many as there can be.
+fn foreign_spec(address: &str, nr_connections: u16) -> DeviceSpec {
+    let mut spec = serde_json::to_value(spec(&[&address.to_owned()])).unwrap();
+    spec["export"] = serde_json::json!({ "kind": "nbd", "export_name": "disk" });
+    spec["nr_connections"] = nr_connections.into();
+    serde_json::from_value(spec).unwrap()
+}
+
+#[test]
+fn a_server_that_grants_fewer_connections_has_a_disk_with_those() {
+    for (answer, granted) in [(Answer::Limits(1), 1), (Answer::Limits(3), 3), (Answer::OneByOne, 1)] {
+        let (address, _) = server(answer);
+        let spec = foreign_spec(&address, 0);
+        let first = dial_slot(&spec, 0, None).unwrap();
+        assert_eq!(dial_others(&spec, first, 4).unwrap().len(), granted);
+    }
+    let (address, _) = server(Answer::Limits(2));
+    let spec = foreign_spec(&address, 4);
+    let first = dial_slot(&spec, 0, None).unwrap();
+    let refused = dial_others(&spec, first, 4).unwrap_err().to_string();
+    assert!(refused.contains("grants 2 of the 4") && refused.contains("--connections"), "{refused}");
 }

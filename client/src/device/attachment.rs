@@ -179,10 +179,6 @@ impl Made {
         let first = slots::dial_slot(spec, 0, None)?;
         let params = block_request::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
         let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
-        let add = |data_path| add_device(control, spec, &params, data_path, layout.nr_hw_queues);
-        let (device, chosen) = ladder.add_device(add)?;
-        let nr_hw_queues = device.info().nr_hw_queues;
-        let nr_connections = layout.nr_connections(nr_hw_queues);
         let session = SessionRecord {
             incarnation: slots::incarnation(spec, &first),
             encryption: first.socket.encryption(),
@@ -196,7 +192,16 @@ impl Made {
             read_only: params.read_only,
         };
         let address = first.address.clone();
-        let sockets = slots::dial_others(spec, first, nr_connections, nr_hw_queues)?;
+        // Before there is a device: every queue needs a connection.
+        let mut sockets = slots::dial_others(spec, first, layout.wanted_connections())?;
+        let opened = sockets.len() as u16;
+        let wanted_queues = layout.nr_hw_queues.min(opened);
+        let add = |data_path| add_device(control, spec, &params, data_path, wanted_queues);
+        let (device, chosen) = ladder.add_device(add)?;
+        let nr_hw_queues = device.info().nr_hw_queues;
+        let nr_connections = layout.nr_connections(nr_hw_queues, opened);
+        sockets.truncate(usize::from(nr_connections));
+        let sockets = slots::deal(sockets, nr_hw_queues);
         Ok(Self { device, chosen, session, nr_connections, sockets, address })
     }
 

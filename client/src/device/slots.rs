@@ -61,6 +61,19 @@ pub enum SlotError {
         "the server does not allow several connections to one export: attach with one queue and one connection"
     )]
     NoMultiConn,
+    /// As many connections as were asked for are not to be had.
+    #[error(
+        "the server grants {granted} of the {wanted} connections that were asked for ({why}): leave --connections away, or ask for \
+         fewer"
+    )]
+    TooFewGranted {
+        /// Asked for.
+        wanted: u16,
+        /// Had.
+        granted: u16,
+        /// Why no more.
+        why: String,
+    },
     /// The export is not the same on every connection.
     #[error("the server at {address} tells another size or other flags than on the first connection")]
     Differs {
@@ -145,9 +158,14 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Connections of a device that the driver gave so many queues.
-    pub fn nr_connections(&self, nr_hw_queues: u16) -> u16 {
-        self.nr_connections.unwrap_or(nr_hw_queues)
+    /// Connections to open.
+    pub fn wanted_connections(&self) -> u16 {
+        self.nr_connections.unwrap_or(self.nr_hw_queues)
+    }
+
+    /// Connections of a device that the driver gave so many queues, of so many that were opened.
+    pub fn nr_connections(&self, nr_hw_queues: u16, opened: u16) -> u16 {
+        self.nr_connections.unwrap_or(nr_hw_queues).min(opened)
     }
 }
 
@@ -172,29 +190,43 @@ pub fn dial_slot(spec: &DeviceSpec, slot: u16, worked_last: Option<&str>) -> Res
     Err(if passed_over.is_empty() { SlotError::NoAddress } else { SlotError::PassedOver(passed_over) })
 }
 
-/// Opens the slots after the first and deals all of them out: the sockets of each queue, by queue.
+/// Opens the slots after the first, up to `wanted` connections in all; the sockets, by slot. Where the spec leaves their number open and the
+/// server is a foreign one, there are as many as it grants: many allow fewer than they say, or serve one after the other.
 ///
 /// # Errors
 /// [`SlotError`]: one cannot be opened, or tells another size or other flags than the first.
-pub fn dial_others(
-    spec: &DeviceSpec,
-    first: Dialled,
-    nr_connections: u16,
-    nr_hw_queues: u16,
-) -> Result<Vec<Vec<DataSocket>>, SlotError> {
-    let mut others = Vec::new();
-    for slot in 1..nr_connections {
-        let next = dial_slot(spec, slot, Some(&first.address))?;
+pub fn dial_others(spec: &DeviceSpec, first: Dialled, wanted: u16) -> Result<Vec<DataSocket>, SlotError> {
+    let takes_fewer = spec.nr_connections == 0 && matches!(spec.export, ExportSpec::Nbd { .. });
+    let mut sockets = vec![first.socket];
+    for slot in 1..wanted {
+        let next = match dial_slot(spec, slot, Some(&first.address)) {
+            Ok(next) => next,
+            Err(error @ SlotError::PassedOver(_)) if takes_fewer => {
+                let granted = sockets.len();
+                let error = with_sources(&error);
+                tracing::warn!(wanted, granted, error, "the server grants fewer connections: the disk has as many queues");
+                break;
+            }
+            Err(error @ SlotError::PassedOver(_)) if spec.nr_connections > 1 => {
+                return Err(SlotError::TooFewGranted { wanted, granted: slot, why: with_sources(&error) });
+            }
+            Err(error) => return Err(error),
+        };
         if !is_same_export(&first.export, &next.export) {
             return Err(SlotError::Differs { address: next.address });
         }
-        others.push(next.socket);
+        sockets.push(next.socket);
     }
+    Ok(sockets)
+}
+
+/// Deals sockets out to queues, as slots belong to them.
+pub fn deal(sockets: Vec<DataSocket>, nr_hw_queues: u16) -> Vec<Vec<DataSocket>> {
     let mut by_queue: Vec<Vec<DataSocket>> = (0..nr_hw_queues).map(|_| Vec::new()).collect();
-    for (slot, socket) in std::iter::once(first.socket).chain(others).enumerate() {
+    for (slot, socket) in sockets.into_iter().enumerate() {
         by_queue[slot % usize::from(nr_hw_queues)].push(socket);
     }
-    Ok(by_queue)
+    by_queue
 }
 
 /// Minimum, preferred and maximum block size of an export, in bytes.
@@ -268,7 +300,7 @@ mod tests {
     fn choose(queues: u16, connections: u16, flags: TransmissionFlags) -> Result<(u16, u16), SlotError> {
         let mut spec = spec(Uuid::from_u128(7), "vol-1");
         (spec.nr_hw_queues, spec.nr_connections) = (queues, connections);
-        Layout::choose(&spec, flags, 16).map(|l| (l.nr_hw_queues, l.nr_connections(l.nr_hw_queues)))
+        Layout::choose(&spec, flags, 16).map(|l| (l.nr_hw_queues, l.nr_connections(l.nr_hw_queues, u16::MAX)))
     }
 
     #[test]
@@ -302,8 +334,8 @@ mod tests {
     fn a_driver_that_gives_fewer_queues_gets_fewer_connections_unless_they_were_asked_for() {
         let mut spec = spec(Uuid::from_u128(7), "vol-1");
         (spec.nr_hw_queues, spec.nr_connections) = (8, 0);
-        assert_eq!(Layout::choose(&spec, SEVERAL, 2).unwrap().nr_connections(2), 2);
+        assert_eq!(Layout::choose(&spec, SEVERAL, 2).unwrap().nr_connections(2, 9), 2);
         spec.nr_connections = 8;
-        assert_eq!(Layout::choose(&spec, SEVERAL, 2).unwrap().nr_connections(2), 8);
+        assert_eq!(Layout::choose(&spec, SEVERAL, 2).unwrap().nr_connections(2, 9), 8);
     }
 }
