@@ -61,7 +61,8 @@ impl ServedData {
         let (server, syncing) = (Arc::clone(&self.server), Arc::clone(&self.syncing));
         let (volumes_dir, volume) = (self.volumes_dir.clone(), volume.clone());
         let spawned = std::thread::Builder::new().name("volume-sync".into()).spawn(move || {
-            let result = file::sync(&volumes_dir, volume_uid).map_err(|error| noticed(&server, &volume, error));
+            let result =
+                file::sync(&volumes_dir, volume_uid).map_err(|error| noticed(&server, &volume, error));
             syncing.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume_uid);
             // Nobody may be waiting any more.
             let _ = sender.send(result);

@@ -123,7 +123,10 @@ fn a_server_has_no_core_dumped_that_would_hold_secrets() {
     std::os::unix::fs::chown(dir.path().join("run"), Some(NOBODY), Some(NOBODY)).unwrap();
     let plain = by_default(dir.path());
     let mut command = Command::new("setpriv");
-    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&program).args(plain.get_args());
+    command
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+        .arg(&program)
+        .args(plain.get_args());
     for (name, value) in plain.get_envs() {
         match value {
             Some(value) => command.env(name, value),

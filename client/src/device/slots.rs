@@ -204,7 +204,12 @@ pub fn dial_others(spec: &DeviceSpec, first: Dialled, wanted: u16) -> Result<Vec
             Err(error @ SlotError::PassedOver(_)) if takes_fewer => {
                 let granted = sockets.len();
                 let error = with_sources(&error);
-                tracing::warn!(wanted, granted, error, "the server grants fewer connections: the disk has as many queues");
+                tracing::warn!(
+                    wanted,
+                    granted,
+                    error,
+                    "the server grants fewer connections: the disk has as many queues"
+                );
                 break;
             }
             Err(error @ SlotError::PassedOver(_)) if spec.nr_connections > 1 => {

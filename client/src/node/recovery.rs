@@ -25,6 +25,8 @@ use super::target::DetachSelector;
 use crate::contract::{
     AttachmentDir, DeviceSpec, DeviceState, ExportSpec, RecoverSpec, attachment_hash, boot_id,
 };
+use crate::device::dial::Dialled;
+use crate::device::slots;
 
 /// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
 /// what is in the way (a full disk, memory, a program that is being replaced) may take its time to go.
@@ -99,7 +101,11 @@ impl Supervisor {
             match self.recover(&record, spec).await {
                 Ok(_) => return,
                 Err(error @ NodeError::DeviceFailed { .. }) => {
-                    tracing::error!(target, error = with_sources(&error), "there is nothing left to be taken on");
+                    tracing::error!(
+                        target,
+                        error = with_sources(&error),
+                        "there is nothing left to be taken on"
+                    );
                     return;
                 }
                 Err(error) => {
@@ -166,6 +172,8 @@ impl Supervisor {
             let why = "the driver cannot hand its device to another process".to_owned();
             return Err(NodeError::UpgradeRefused { target, why });
         }
+        // Kept until the next process has its own: a server that ends with its last client would be gone in between.
+        let _held = self.hold_foreign_server(&record.spec).await?;
         let from_version = record.status.as_ref().map(|status| status.program_version.clone());
         let stalled = Instant::now();
         device_process::kill(&record.dir, &record.spec.target).await?;
@@ -180,6 +188,28 @@ impl Supervisor {
             from_version: from_version.unwrap_or_default(),
             attachment: Some(attachment),
         })
+    }
+}
+
+impl Supervisor {
+    /// One more connection to somebody else's server; `None` for ours, which stays.
+    ///
+    /// # Errors
+    /// [`NodeError::UpgradeRefused`]: it takes no other, and might not take the next process's.
+    async fn hold_foreign_server(&self, spec: &DeviceSpec) -> Result<Option<Dialled>, NodeError> {
+        if !matches!(spec.export, ExportSpec::Nbd { .. }) {
+            return Ok(None);
+        }
+        let (spec, target) = (spec.clone(), spec.target.clone());
+        let dialled = tokio::task::spawn_blocking(move || slots::dial_slot(&spec, 0, None)).await;
+        let why = match dialled {
+            Ok(Ok(dialled)) => return Ok(Some(dialled)),
+            Ok(Err(error)) => with_sources(&error),
+            Err(panicked) => panicked.to_string(),
+        };
+        let why =
+            format!("its server takes no other connection, and may end with the one that it has ({why})");
+        Err(NodeError::UpgradeRefused { target, why })
     }
 }
 
@@ -274,7 +304,8 @@ mod tests {
 
     #[test]
     fn a_device_is_not_left_alone_and_pauses_grow_no_further() {
-        let pauses: Vec<Duration> = std::iter::successors(Some(PAUSE), |pause| Some(longer(*pause))).take(20).collect();
+        let pauses: Vec<Duration> =
+            std::iter::successors(Some(PAUSE), |pause| Some(longer(*pause))).take(20).collect();
         assert_eq!(pauses[6], Duration::from_secs(16));
         assert!(pauses[7..].iter().all(|pause| *pause == PAUSE_MAX));
     }
