@@ -6,15 +6,12 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -34,8 +31,6 @@ const UNIX: &str = "unix:";
 
 /// Where a server of this machine listens unless it was told otherwise.
 pub const DEFAULT_URI: &str = "unix:/run/volserver/management.sock";
-/// Where servers up to 0.1.0 listen unless they were told otherwise; tried where the socket of [`DEFAULT_URI`] is not there.
-const FORMER_ADDRESS: &str = "127.0.0.1:10810";
 const HTTPS: &str = "https://";
 
 /// Why there is no channel.
@@ -131,59 +126,8 @@ impl Way {
     }
 }
 
-/// A connection without TLS, to a server of this machine.
-enum Local {
-    Unix(UnixStream),
-    Tcp(TcpStream),
-}
-
-async fn unix_connect(path: PathBuf) -> io::Result<TokioIo<Local>> {
-    let connected = UnixStream::connect(&path).await;
-    let is_former = |error: &io::Error| {
-        error.kind() == io::ErrorKind::NotFound && DEFAULT_URI.ends_with(&*path.to_string_lossy())
-    };
-    match connected {
-        Err(error) if is_former(&error) => match TcpStream::connect(FORMER_ADDRESS).await {
-            Ok(socket) => {
-                socket.set_nodelay(true)?;
-                Ok(TokioIo::new(Local::Tcp(socket)))
-            }
-            Err(_) => Err(error),
-        },
-        connected => connected.map(|socket| TokioIo::new(Local::Unix(socket))),
-    }
-}
-
-impl AsyncRead for Local {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Unix(socket) => Pin::new(socket).poll_read(cx, into),
-            Self::Tcp(socket) => Pin::new(socket).poll_read(cx, into),
-        }
-    }
-}
-
-impl AsyncWrite for Local {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Unix(socket) => Pin::new(socket).poll_write(cx, bytes),
-            Self::Tcp(socket) => Pin::new(socket).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Unix(socket) => Pin::new(socket).poll_flush(cx),
-            Self::Tcp(socket) => Pin::new(socket).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
-            Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
-        }
-    }
+async fn unix_connect(path: PathBuf) -> io::Result<TokioIo<UnixStream>> {
+    Ok(TokioIo::new(UnixStream::connect(path).await?))
 }
 
 async fn tls_connect(uri: Uri, files: ClientFiles) -> io::Result<TokioIo<TlsStream<TcpStream>>> {

@@ -4,7 +4,7 @@
 //! beyond loopback needs TLS, or `--insecure`. Opens and starts nothing. Called by `main.rs`.
 
 use std::net::SocketAddr;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -39,6 +39,7 @@ const _: () = assert!(REQUEST_BYTES_LEAST >= STATUS_REPLY_BYTES_MAX, "extents ar
 
 /// Of the management API's socket in the runtime directory.
 const MANAGEMENT_SOCKET_NAME: &str = "management.sock";
+const MANAGEMENT_PORT: u16 = 10810;
 /// Whose members may manage, where the server runs as root.
 const DEFAULT_GROUP: &str = "volnode";
 
@@ -69,7 +70,7 @@ pub struct Config {
     pub listen: Vec<DataAddress>,
 
     /// Where the gRPC management API listens; as --listen. On TCP it needs --tls, or --insecure
-    /// [default: unix:management.sock in the runtime directory]
+    /// [default: unix:management.sock in the runtime directory, and 127.0.0.1:10810 with --tls required and --tls-client-ca]
     #[arg(long, env = "VOLSERVER_MANAGEMENT", value_name = "unix:PATH|ADDR:PORT", value_delimiter = ',')]
     pub management: Vec<DataAddress>,
 
@@ -238,12 +239,17 @@ impl Config {
         self.management.iter().filter_map(DataAddress::tcp).filter(move |_| is_open)
     }
 
-    /// Where the management API listens; `None`: nothing was said, and there is no runtime directory for a socket.
-    pub fn management_addresses(&self, runtime_dir: Option<&Path>) -> Option<Vec<DataAddress>> {
+    /// Where the management API listens: as told, else on a socket in the runtime directory, or in the data directory where there is
+    /// none; and where TLS tells who calls, on loopback as well.
+    pub fn management_addresses(&self, runtime_dir: Option<&Path>) -> Vec<DataAddress> {
         if !self.management.is_empty() {
-            return Some(self.management.clone());
+            return self.management.clone();
         }
-        Some(vec![DataAddress::Unix(std::path::absolute(runtime_dir?.join(MANAGEMENT_SOCKET_NAME)).ok()?)])
+        let path = runtime_dir.unwrap_or(&self.data_dir).join(MANAGEMENT_SOCKET_NAME);
+        let socket = DataAddress::Unix(std::path::absolute(&path).unwrap_or(path));
+        let tells_who_calls = self.tls == TlsMode::Required && self.tls_client_ca.is_some();
+        let port = tells_who_calls.then(|| SocketAddr::from(([127, 0, 0, 1], MANAGEMENT_PORT)).into());
+        std::iter::once(socket).chain(port).collect()
     }
 
     /// The group of the management API's Unix sockets.
@@ -279,6 +285,10 @@ impl Config {
         ];
         candidates.into_iter().flatten().find(|dir| {
             let made = std::fs::DirBuilder::new().mode(0o755).create(dir);
+            if made.is_ok() {
+                // Whatever the umask is: the socket's group has to get there.
+                let _ = std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755));
+            }
             let is_there = made.is_ok() || dir.is_dir();
             is_there && rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_ok()
         })
@@ -373,9 +383,12 @@ mod tests {
         let config = parse(&[]).unwrap();
         assert_eq!(config.listen, ["127.0.0.1:10809".parse().unwrap()]);
         assert_eq!(config.exposed().count() + config.open_to_local_users().count(), 0);
-        let management = config.management_addresses(Some(Path::new("/run/volserver"))).unwrap();
+        let management = config.management_addresses(Some(Path::new("/run/volserver")));
         assert_eq!(management, ["unix:/run/volserver/management.sock".parse().unwrap()]);
-        assert_eq!(config.management_addresses(None), None);
+        assert_eq!(config.management_addresses(None), ["unix:/d/management.sock".parse().unwrap()]);
+        let tls = ["--tls", "required", "--tls-cert", "c", "--tls-key", "k", "--tls-client-ca", "a"];
+        let with_port = parse(&tls).unwrap().management_addresses(None);
+        assert_eq!(with_port[1], "127.0.0.1:10810".parse().unwrap());
         assert_eq!(config.tls_files(), None);
         assert!(!config.export_by_name && !config.insecure);
     }

@@ -323,6 +323,7 @@ impl Connection {
         if matches!(carrier, Carrier::Relay(_)) {
             // Later it is not the connection's any more.
             self.place.widen(ring.socket(self.index));
+            self.peer.notice_when_gone(ring.socket(self.index));
         }
         if let Err(error) = ring.set_carrier(self.index, carrier) {
             debug!(peer = %self.peer, %error, "TLS cannot be used");

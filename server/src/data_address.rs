@@ -4,6 +4,8 @@
 //! away when the listener is dropped. Never: accepts (`acceptor.rs` does) or decides whether an address is safe (`config.rs`
 //! does). Called by: `config.rs` (parses), `data_server.rs` (listens), `acceptor.rs` (peers).
 
+#![allow(unsafe_code)] // A socket option whose answer libraries cannot hold: a process id of 0.
+
 use std::fmt;
 use std::fs;
 use std::io;
@@ -90,7 +92,7 @@ pub enum Peer {
     Tcp(SocketAddr),
     /// A process of this machine.
     Unix {
-        /// Its id, as it was when it connected.
+        /// Its id, as it was when it connected; 0 where it is in another PID namespace.
         process_id: i32,
         /// Its user.
         user_id: u32,
@@ -111,10 +113,9 @@ impl Peer {
     /// Has a connection end within a minute of its machine's silence, also while something is on its way there; for clients that come
     /// again by themselves, because it also ends one whose program is stopped and takes nothing.
     pub fn notice_when_gone(&self, socket: BorrowedFd<'_>) {
-        if let Self::Tcp(_) = self
-            && let Err(error) = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(USER_TIMEOUT))
-        {
-            tracing::warn!(peer = %self, %error, "a connection has no time-out");
+        if let Self::Tcp(_) = self {
+            // Refused by the near end of a relay that encrypts: its far end has it already.
+            let _ = socket2::SockRef::from(&socket).set_tcp_user_timeout(Some(USER_TIMEOUT));
         }
     }
 }
@@ -203,9 +204,8 @@ impl Listener {
             }
             None => {
                 socket_memory::bound_unix(&socket)?;
-                let credentials = rustix::net::sockopt::socket_peercred(&socket)?;
-                let process_id = credentials.pid.as_raw_nonzero().get();
-                Peer::Unix { process_id, user_id: credentials.uid.as_raw() }
+                let credentials = peer_credentials(&socket)?;
+                Peer::Unix { process_id: credentials.pid, user_id: credentials.uid }
             }
         };
         Ok((socket, peer))
@@ -233,6 +233,26 @@ impl Drop for Listener {
             tracing::warn!(path = %path.display(), %error, "a Unix socket's file cannot be removed");
         }
     }
+}
+
+/// The process at the other end of a Unix socket, as it was when it connected; its id is 0 where this PID namespace does not know it.
+///
+/// # Errors
+/// The system's.
+pub fn peer_credentials(socket: &Socket) -> io::Result<libc::ucred> {
+    let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut length_bytes = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most so many bytes there, and how many it wrote.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut length_bytes,
+        )
+    };
+    if result == 0 { Ok(credentials) } else { Err(io::Error::last_os_error()) }
 }
 
 fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {

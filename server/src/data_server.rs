@@ -198,6 +198,11 @@ impl DataServer {
             config.runtime_dir.as_deref(),
         )?;
         incarnations.look(&config.volumes_dir);
+        // Begun before the first client waits for it.
+        let (looking, volumes_dir) = (incarnations.clone(), config.volumes_dir.clone());
+        spawn("write-back".into(), move || {
+            looking.has_write_back_failed(&volumes_dir);
+        })?;
         let stop_accepting = Arc::new(
             eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from).map_err(system("make an eventfd"))?,
         );
@@ -304,6 +309,12 @@ impl DataServer {
         self.ask(|reply| GateMessage::ConnectionsOf { attachment_id, reply }).unwrap_or(0)
     }
 
+    /// The holder of the attachment was told its secret just now.
+    pub fn holder_seen(&self, attachment_id: Uuid) {
+        // Without an answer the data side is ending.
+        let _ = self.gate.send(GateMessage::HolderSeen { attachment_id });
+    }
+
     /// Connections that are served on the attachment now, and since when there have been none, at most since the server's start.
     pub fn holder_of(&self, attachment_id: Uuid) -> (u32, Duration) {
         // Nobody is taken for gone where the data side does not answer.
@@ -340,6 +351,11 @@ impl DataServer {
         let volume = Box::new(volume.clone());
         self.ask(|reply| GateMessage::SyncFailed { volume, errno, reply })
             .unwrap_or_else(|| Err(FenceError::NoAnswer.to_string()))
+    }
+
+    /// The control side is about to change the volume's file.
+    pub fn changes_file(&self, volume_uid: Uuid) {
+        self.incarnations.changes(volume_uid);
     }
 
     /// The volume is no more, and nothing has to be remembered of it.

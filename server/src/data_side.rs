@@ -114,6 +114,7 @@ impl DataSide for ServedData {
     }
 
     fn grow_storage(&self, volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
+        self.server.changes_file(volume.volume_uid);
         let grown = file::grow(&self.volumes_dir, volume.volume_uid, capacity_bytes);
         grown.map_err(|error| noticed(&self.server, volume, error))
     }
@@ -143,6 +144,10 @@ impl DataSide for ServedData {
 
     fn connections_of(&self, attachment_id: Uuid) -> u32 {
         self.server.connections_of(attachment_id)
+    }
+
+    fn holder_seen(&self, attachment_id: Uuid) {
+        self.server.holder_seen(attachment_id);
     }
 
     fn holder(&self, attachment_id: Uuid) -> Holder {

@@ -61,12 +61,6 @@ pub enum ServeError {
          Unix socket then, for root and its group), or use --tls, or say --insecure if all of them are trusted"
     )]
     OpenToLocalUsers(SocketAddr),
-    /// Nowhere to listen for calls.
-    #[error(
-        "no runtime directory can be written to, so there is no place for the management API's socket: give --runtime-dir or \
-         --management"
-    )]
-    NoManagementAddress,
     /// No such group.
     #[error("{0}")]
     Group(String),
@@ -113,7 +107,7 @@ impl ServeError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::BeyondLoopback(_) | Self::OpenToLocalUsers(_) | Self::Certificates(_) => 2,
-            Self::NoManagementAddress | Self::Group(_) => 2,
+            Self::Group(_) => 2,
             Self::Catalog(error) if error.is_out_of_space() => 8,
             Self::Recovery(LifecycleError::NoSpace(_)) => 8,
             Self::Catalog(_) | Self::Recovery(_) => 3,
@@ -217,6 +211,11 @@ fn check_addresses(config: &Config) -> Result<(), ServeError> {
             "--insecure: whoever reaches this address can read what passes, or manage volumes without a password"
         );
     }
+    if config.tls != TlsMode::Off && !(config.tls == TlsMode::Required && config.tls_client_ca.is_some()) {
+        for address in config.management.iter().filter_map(DataAddress::tcp) {
+            tracing::warn!(%address, "without --tls required and --tls-client-ca every user of this machine may manage volumes here");
+        }
+    }
     if let Some(address) = config.open_to_local_users().next().filter(|_| !config.insecure) {
         return Err(ServeError::OpenToLocalUsers(address));
     }
@@ -262,7 +261,7 @@ fn reload_at_sighup(tls: Arc<ServerTls>) -> Result<(), ServeError> {
 }
 
 fn bind_management(config: &Config, runtime_dir: Option<&Path>) -> Result<Vec<Listener>, ServeError> {
-    let addresses = config.management_addresses(runtime_dir).ok_or(ServeError::NoManagementAddress)?;
+    let addresses = config.management_addresses(runtime_dir);
     let group_id = config.management_group_id().map_err(ServeError::Group)?;
     let bind = |address: &DataAddress| {
         let group_id = address.tcp().is_none().then_some(group_id);

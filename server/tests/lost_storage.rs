@@ -313,6 +313,51 @@ fn what_happens_to_the_storage_while_no_server_runs_is_noticed() {
     }
 }
 
+/// The server itself changes the file of a volume that nobody has opened since its orderly start.
+#[test]
+fn a_volume_that_grows_before_it_is_opened_again_is_nobody_elses_work() {
+    let storage = Storage::new(None, None);
+    let server = storage.start();
+    let held = storage.attach(&server);
+    let mut client = held.open(&server, 1);
+    let before = told(&client);
+    client.write(0, &[7; 4096]).unwrap();
+    drop(client);
+    server.stop(Signal::TERM);
+    let server = storage.start();
+    storage.runtime.block_on(async {
+        let request = v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes: 2 << 20 };
+        server.client().await.resize_volume(request).await.unwrap();
+    });
+    server.kill();
+    let server = storage.start();
+    let mut client = held.open(&server, 2);
+    assert_eq!(told(&client), before);
+    assert!(client.read(0, 4096) == Ok(vec![7; 4096]));
+}
+
+/// A server of an older version has served in between, which keeps no records.
+#[test]
+fn what_a_version_without_records_wrote_in_between_is_no_roll_back() {
+    let storage = Storage::new(None, None);
+    let server = storage.start();
+    let held = storage.attach(&server);
+    let before = told(&held.open(&server, 1));
+    server.stop(Signal::TERM);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut older = storage.command();
+    older.env("VOLSERVER_RUNTIME_DIR", elsewhere.path().join("run"));
+    let server = storage.start_with(older);
+    let mut client = held.open(&server, 2);
+    client.write(0, &[8; 4096]).unwrap();
+    drop(client);
+    server.stop(Signal::TERM);
+    let server = storage.start();
+    let mut client = held.open(&server, 3);
+    assert_eq!(told(&client), before);
+    assert!(client.read(0, 4096) == Ok(vec![8; 4096]));
+}
+
 /// A catalog from before the volume was taken by force: who lost it does not get it back.
 #[test]
 fn a_catalog_that_is_rolled_back_revives_no_holder() {

@@ -81,7 +81,7 @@ impl Server {
     fn start(directory: &Path) -> Self {
         let programs = programs::directory();
         let mut command = Command::new(programs.join("volserver"));
-        command.arg("--data-dir").arg(directory.join("data"));
+        command.arg("--data-dir").arg(directory.join("data")).arg("--runtime-dir").arg(directory.join("run"));
         command.args([
             "--listen",
             "127.0.0.1:0",

@@ -5,5 +5,6 @@
 mod bench_server;
 mod crowd;
 mod programs;
+mod silent;
 mod simulator;
 mod units;

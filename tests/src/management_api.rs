@@ -12,7 +12,7 @@ use proto::export_name::{AttachmentExportName, Secret};
 use proto::v1::management_client::ManagementClient;
 use proto::v1::{
     AttachVolumeRequest, AttachVolumeResponse, Attachment, CreateVolumeRequest, DeleteVolumeRequest,
-    DetachVolumeRequest, ListAttachmentsRequest, ListVolumesRequest, Volume, WriteCache,
+    DetachVolumeRequest, GetVolumeRequest, ListAttachmentsRequest, ListVolumesRequest, Volume, WriteCache,
 };
 use tokio::runtime::Runtime;
 use tonic::Status;
@@ -104,6 +104,15 @@ impl ManagementApi {
     pub fn detach_volume(&mut self, name: &str) -> Result<bool, Status> {
         let request = DetachVolumeRequest { volume_name: name.to_owned(), ..DetachVolumeRequest::default() };
         Ok(self.runtime.block_on(self.client.detach_volume(request))?.into_inner().existed)
+    }
+
+    /// One volume.
+    ///
+    /// # Errors
+    /// The server's answer.
+    pub fn volume(&mut self, name: &str) -> Result<Volume, Status> {
+        let request = GetVolumeRequest { name: name.to_owned() };
+        Ok(self.runtime.block_on(self.client.get_volume(request))?.into_inner())
     }
 
     /// Every volume, over all pages.

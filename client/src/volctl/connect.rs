@@ -56,8 +56,8 @@ pub(crate) async fn server(address: &ServerAddress) -> Result<ManagementClient<C
         ChannelError::Connect(error) => Failure::new(
             ExitCode::Unreachable,
             format!("cannot reach the storage server at {uri}: {}", root_cause(&error)),
-            "check that volserver runs and listens there; another address is given with --server \
-             (or VOLNODE_SERVER)",
+            "check that volserver runs and listens there; another address is given with --server (or VOLNODE_SERVER), such as \
+             http://127.0.0.1:10810 for a server up to 0.1.0",
         ),
     })
 }

@@ -195,12 +195,11 @@ impl Catalog {
         let is_for_space = |error: &CatalogError| {
             error.is_out_of_space() || (error.may_be_for_space() && is_nearly_full(data_dir))
         };
-        // Before it is needed: what SQLite maps into memory and finds no block for ends the process.
-        let mut is_released = is_nearly_full(data_dir) && reserve::release(data_dir);
-        let mut opened = Self::open_in(data_dir);
+        let mut is_released = false;
+        let mut opened = Self::open_in(data_dir, &mut is_released);
         if opened.as_ref().is_err_and(is_for_space) && reserve::release(data_dir) {
+            opened = Self::open_in(data_dir, &mut is_released);
             is_released = true;
-            opened = Self::open_in(data_dir);
         }
         let catalog = opened.map_err(|error| {
             if !is_for_space(&error) {
@@ -215,8 +214,10 @@ impl Catalog {
         Ok(catalog)
     }
 
-    fn open_in(data_dir: &Path) -> Result<Self, CatalogError> {
+    fn open_in(data_dir: &Path, is_released: &mut bool) -> Result<Self, CatalogError> {
         let lock = data_dir::prepare(data_dir)?;
+        // Before it is needed: what SQLite maps into memory and finds no block for ends the process.
+        *is_released |= is_nearly_full(data_dir) && reserve::release(data_dir);
         if space_bytes(data_dir).is_some_and(|bytes| bytes < INDEX_SPACE_BYTES) {
             let cause = "what is left is too little for its index".to_owned();
             return Err(CatalogError::NoSpace { dir: data_dir.to_owned(), cause });
@@ -280,7 +281,8 @@ fn is_nearly_full(dir: &Path) -> bool {
 
 /// What is left on the file system, in bytes; `None`: that is not known.
 fn space_bytes(dir: &Path) -> Option<u64> {
-    let space = rustix::fs::statvfs(dir).ok()?;
+    // Some file systems tell nothing.
+    let space = rustix::fs::statvfs(dir).ok().filter(|space| space.f_blocks > 0)?;
     // Some keep a part for root.
     let blocks = if rustix::process::geteuid().is_root() { space.f_bfree } else { space.f_bavail };
     Some(blocks.saturating_mul(space.f_frsize))

@@ -17,6 +17,7 @@ const FILE_NAME: &str = "reserve";
 /// A log, its index, and a journal's block for each; less is better than nothing.
 const RESERVE_BYTES: [u64; 3] = [1 << 20, 512 << 10, 256 << 10];
 const SPARED_BYTES: u64 = 64 << 10;
+const PLENTY_BYTES: u64 = 8 << 20;
 /// Blocks of a file that was deleted are waited for.
 const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(25);
@@ -34,8 +35,11 @@ pub(super) fn make(data_dir: &Path) {
     let left_bytes = super::space_bytes(data_dir).unwrap_or(0);
     let fits = |bytes: &u64| left_bytes >= *bytes + SPARED_BYTES;
     let Some(bytes) = RESERVE_BYTES.into_iter().find(fits) else { return };
-    if path.exists() {
-        return;
+    match std::fs::metadata(&path) {
+        Ok(found) if found.len() >= bytes => return,
+        // Smaller than there is room for, or left by a server that was killed while it made it.
+        Ok(_) => drop(std::fs::remove_file(&path)),
+        Err(_) => {}
     }
     let options = OpenOptions::new().create_new(true).write(true).mode(0o600).clone();
     let made = options.open(&path).and_then(|file| {
@@ -45,6 +49,13 @@ pub(super) fn make(data_dir: &Path) {
     if let Err(error) = made {
         tracing::debug!(%error, "there is no room for the catalog's reserve");
         let _ = std::fs::remove_file(&path);
+    }
+}
+
+/// The same while the catalog is open, whose files may still need what little there is.
+pub(super) fn renew(data_dir: &Path) {
+    if super::space_bytes(data_dir).is_some_and(|bytes| bytes >= PLENTY_BYTES) {
+        make(data_dir);
     }
 }
 

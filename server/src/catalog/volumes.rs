@@ -187,7 +187,7 @@ impl Catalog {
             [volume_uid.to_string()],
         )?;
         // There may be room for it again.
-        reserve::make(&self.inner.data_dir);
+        reserve::renew(&self.inner.data_dir);
         Ok(())
     }
 

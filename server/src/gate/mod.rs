@@ -124,6 +124,11 @@ pub enum GateMessage {
         /// The answer.
         reply: Sender<u32>,
     },
+    /// See [`crate::data_server::DataServer::holder_seen`].
+    HolderSeen {
+        /// Of which attachment.
+        attachment_id: Uuid,
+    },
     /// See [`crate::data_server::DataServer::holder_of`].
     HolderOf {
         /// Of which attachment.
@@ -312,6 +317,9 @@ impl Gate {
             }
             GateMessage::ConnectionsOf { attachment_id, reply } => {
                 let _ = reply.send(self.fences.get(&attachment_id).map_or(0, Fence::connections));
+            }
+            GateMessage::HolderSeen { attachment_id } => {
+                self.left_at.insert(attachment_id, Instant::now());
             }
             GateMessage::HolderOf { attachment_id, reply } => {
                 let connections = self.fences.get(&attachment_id).map_or(0, Fence::connections);

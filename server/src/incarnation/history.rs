@@ -6,6 +6,15 @@
 
 use serde::{Deserialize, Serialize};
 
+/// How far the sessions of a volume have come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionMark {
+    /// Whose; empty where the volume is not attached.
+    pub attachment_id: String,
+    /// Its session epoch.
+    pub epoch: u64,
+}
+
 /// What is remembered of a volume while this boot lasts, outside of its own file system.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -19,6 +28,10 @@ pub struct Record {
     pub file: String,
     /// When it was last written to; known only of a volume whose server has ended in order.
     pub modified: Option<String>,
+    /// The attachment and its session epoch when the server ended in order: where they have moved on, another server of ours has
+    /// served the volume since, such as an older version, which keeps no records.
+    #[serde(default)]
+    pub session: Option<SessionMark>,
     /// A sync failed since it was opened. What the page cache has of the file may not be on the disk, and what was acknowledged
     /// after the failure, to clients that had been told of it, may be gone as well.
     pub lost_writes: bool,
@@ -34,6 +47,7 @@ impl Record {
             superblock,
             file,
             modified: None,
+            session: None,
             lost_writes,
         }
     }
@@ -52,6 +66,8 @@ pub struct Seen {
     pub file: String,
     /// When it was last written to.
     pub modified: String,
+    /// See [`Record::session`].
+    pub session: SessionMark,
     /// The file system could not write something back, and nobody has been told.
     pub write_back_failed: bool,
 }
@@ -111,12 +127,16 @@ pub fn judge(record: Option<&Record>, seen: &Seen) -> Verdict {
 
 fn difference(record: &Record, seen: &Seen) -> Option<Loss> {
     let superblocks = record.superblock.as_ref().zip(seen.superblock.as_ref());
-    if record.attach_generation > seen.attach_generation {
+    let (was, is) = (record.session.as_ref(), &seen.session);
+    let is_older = was.is_some_and(|was| was.attachment_id == is.attachment_id && was.epoch > is.epoch);
+    let is_comparable = was.is_none_or(|was| was == is);
+    if record.attach_generation > seen.attach_generation || is_older {
         Some(Loss::CatalogRolledBack)
-    } else if record.modified.as_ref().is_some_and(|modified| *modified != seen.modified) {
-        Some(Loss::Modified)
     } else if superblocks.is_some_and(|(before, now)| before != now) {
+        // A time of writing that did not reach the disk says nothing.
         Some(Loss::Remounted)
+    } else if is_comparable && record.modified.as_ref().is_some_and(|modified| *modified != seen.modified) {
+        Some(Loss::Modified)
     } else if record.file != seen.file {
         Some(Loss::FileReplaced)
     } else if record.lost_writes {
@@ -130,6 +150,10 @@ fn difference(record: &Record, seen: &Seen) -> Option<Loss> {
 mod tests {
     use super::*;
 
+    fn session(attachment_id: &str, epoch: u64) -> SessionMark {
+        SessionMark { attachment_id: attachment_id.to_owned(), epoch }
+    }
+
     fn seen() -> Seen {
         Seen {
             incarnation: 3,
@@ -137,13 +161,22 @@ mod tests {
             superblock: Some("xfs/sda1:7".to_owned()),
             file: "1:2:3".to_owned(),
             modified: "100.5".to_owned(),
+            session: session("a", 4),
             write_back_failed: false,
         }
     }
 
     fn record() -> Record {
         let Seen { incarnation, attach_generation, superblock, file, .. } = seen();
-        Record { incarnation, attach_generation, superblock, file, modified: None, lost_writes: false }
+        Record {
+            incarnation,
+            attach_generation,
+            superblock,
+            file,
+            modified: None,
+            session: None,
+            lost_writes: false,
+        }
     }
 
     fn verdict(incarnation: u64, loss: Option<Loss>, drops_cache: bool) -> Verdict {
@@ -181,12 +214,22 @@ mod tests {
         let moved = Seen { file: other("9:2:4"), superblock: Some(other("ext4/sdb:9")), ..seen() };
         let closed = Record { modified: Some(other("100.5")), ..record() };
         let loss = judge(Some(&closed), &moved).loss.unwrap();
-        assert!(!loss.is_roll_back(), "what was copied after an orderly stop is what it was");
-        let older = Seen { modified: other("90.0"), ..moved };
+        assert!(!loss.is_roll_back(), "what was moved after an orderly stop is what it was");
+        let older = Seen { modified: other("90.0"), ..seen() };
         assert!(judge(Some(&closed), &older).loss.unwrap().is_roll_back());
     }
 
-    /// Raised by the failure, and once more when it is opened anew: clients that were told may have written in between.
+    #[test]
+    fn what_another_server_of_ours_wrote_in_between_is_no_roll_back() {
+        let closed = Record { modified: Some("90.0".to_owned()), session: Some(session("a", 4)), ..record() };
+        assert!(judge(Some(&closed), &seen()).loss.unwrap().is_roll_back());
+        for session in [session("a", 5), session("b", 1)] {
+            assert_eq!(judge(Some(&closed), &Seen { session, ..seen() }).loss, None);
+        }
+        let catalog_is_older = Seen { session: session("a", 3), ..seen() };
+        assert_eq!(judge(Some(&closed), &catalog_is_older).loss, Some(Loss::CatalogRolledBack));
+    }
+
     #[test]
     fn what_was_raised_and_not_yet_in_the_catalog_is_not_forgotten() {
         let raised = Record { incarnation: 5, lost_writes: true, ..record() };

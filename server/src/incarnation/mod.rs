@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 use uuid::Uuid;
 
-pub use history::{Loss, Record, Seen, Verdict, judge};
+pub use history::{Loss, Record, Seen, SessionMark, Verdict, judge};
 
 use crate::backend::file::{self, FileVolume};
 use crate::catalog::{BackendKind, Catalog, CatalogError, VolumeRecord};
@@ -71,6 +71,12 @@ pub enum AdmitError {
     /// The catalog cannot be read.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
+    /// It is not what its holder knows, whose attachment has ended.
+    #[error("{0}: the volume's attachment has ended")]
+    RolledBack(Loss),
+    /// A loss of writes was recorded while it was being opened.
+    #[error("a sync of the volume failed while it was being opened")]
+    Changed,
     /// It lost writes, and that can be written down nowhere.
     #[error(
         "the volume lost writes ({0}), which can be recorded neither in the catalog nor in the runtime directory"
@@ -170,34 +176,43 @@ impl Incarnations {
         volumes_dir: &Path,
     ) -> Result<(), AdmitError> {
         let volume_uid = volume.volume_uid;
-        let (record, is_admitted) = match self.volumes().get(&volume_uid) {
-            Some(known) => (known.record.clone(), known.is_admitted),
-            None => (None, false),
+        let (record, is_admitted, known_before) = match self.volumes().get(&volume_uid) {
+            Some(known) => (known.record.clone(), known.is_admitted, known.incarnation),
+            None => (None, false, 0),
         };
-        let write_back_failed = !is_admitted
-            && *self.inner.write_back_failed.get_or_init(|| {
-                storage::sync_file_system(volumes_dir)
-                    .inspect_err(
-                        |error| error!(%error, "the volumes' file system has failed to write something back"),
-                    )
-                    .is_err()
-            });
-        let seen = Seen { write_back_failed, ..self.see(volume, file.file())? };
+        let write_back_failed = !is_admitted && self.has_write_back_failed(volumes_dir);
+        let mut seen = Seen { write_back_failed, ..self.see(volume, file.file())? };
         let verdict = judge(record.as_ref(), &seen);
-        self.tell(volume, &verdict, &seen)?;
+        self.tell(volume, &verdict, &mut seen)?;
         // Before the record is written anew: who is killed meanwhile has it dropped by the next one.
         if verdict.drops_cache {
             file.drop_page_cache().map_err(AdmitError::Cache)?;
         }
-        let is_recorded = self.remember(volume_uid, Record::of(seen, &verdict, false));
+        let record = Record::of(seen, &verdict, false);
+        let is_recorded = self.remember(volume_uid, record, known_before).ok_or(AdmitError::Changed)?;
         if let Some(known) = self.volumes().get_mut(&volume_uid) {
             known.is_admitted = true;
         }
         let in_catalog = self.settle(volume_uid);
         match (verdict.loss, in_catalog) {
             (Some(loss), Err(_)) if !is_recorded => Err(AdmitError::Unrecorded(loss)),
+            // Who waits for it holds an attachment that has just ended.
+            (Some(loss), _) if loss.is_roll_back() => Err(AdmitError::RolledBack(loss)),
             _ => Ok(()),
         }
+    }
+
+    /// Whether the file system failed to write something back before this process opened a volume. The first to ask waits until all
+    /// of it is written back, and the others for that.
+    pub fn has_write_back_failed(&self, volumes_dir: &Path) -> bool {
+        *self.inner.write_back_failed.get_or_init(|| {
+            let failed = storage::sync_file_system(volumes_dir);
+            failed
+                .inspect_err(
+                    |error| error!(%error, "the volumes' file system has failed to write something back"),
+                )
+                .is_err()
+        })
     }
 
     /// Looks at all volumes that something is remembered of, before anybody opens or asks for one. One that cannot be looked at
@@ -210,14 +225,14 @@ impl Incarnations {
         for (volume_uid, record) in recorded {
             let Ok(Some(volume)) = self.inner.catalog.volume_by_uid(volume_uid) else { continue };
             let Ok(file) = File::open(file::path(volumes_dir, volume_uid)) else { continue };
-            let Ok(seen) = self.see(&volume, &file) else { continue };
+            let Ok(mut seen) = self.see(&volume, &file) else { continue };
             let verdict = judge(Some(&record), &seen);
             // A failed sync has raised it; the rest of that is for the opening.
             let is_news = !matches!(verdict.loss, None | Some(Loss::SyncFailed));
-            if !is_news || self.tell(&volume, &verdict, &seen).is_err() {
+            if !is_news || self.tell(&volume, &verdict, &mut seen).is_err() {
                 continue;
             }
-            self.remember(volume_uid, Record::of(seen, &verdict, record.lost_writes));
+            self.remember(volume_uid, Record::of(seen, &verdict, record.lost_writes), record.incarnation);
             // Where it cannot be, the record has it, or the opening finds out once more.
             let _ = self.settle(volume_uid);
         }
@@ -230,12 +245,24 @@ impl Incarnations {
             superblock: storage::superblock(file),
             file: storage::identity(file).map_err(AdmitError::Storage)?,
             modified: storage::modified(file).map_err(AdmitError::Storage)?,
+            session: self.session(volume.volume_uid)?,
             write_back_failed: false,
         })
     }
 
+    fn session(&self, volume_uid: Uuid) -> Result<SessionMark, CatalogError> {
+        let held = self.inner.catalog.attachment_of_volume(volume_uid)?;
+        Ok(held.map_or_else(
+            || SessionMark { attachment_id: String::new(), epoch: 0 },
+            |(held, _)| SessionMark {
+                attachment_id: held.attachment_id.to_string(),
+                epoch: held.session_epoch,
+            },
+        ))
+    }
+
     /// Says what was noticed; whose volume was rolled back loses it.
-    fn tell(&self, volume: &VolumeRecord, verdict: &Verdict, seen: &Seen) -> Result<(), AdmitError> {
+    fn tell(&self, volume: &VolumeRecord, verdict: &Verdict, seen: &mut Seen) -> Result<(), AdmitError> {
         let Some(loss) = verdict.loss else { return Ok(()) };
         let (volume_uid, incarnation) = (volume.volume_uid, verdict.incarnation);
         warn!(name = %volume.name, %volume_uid, %loss, incarnation, "what was written and not flushed may be gone: clients are told");
@@ -249,6 +276,8 @@ impl Incarnations {
                     "the volume is not what its holder knows: its attachment has ended, and has to be made anew"
                 );
             }
+            // Higher than before, so that the same roll-back is noticed again.
+            seen.attach_generation = self.inner.catalog.attach_generation(volume_uid)?;
         }
         Ok(())
     }
@@ -319,14 +348,31 @@ impl Incarnations {
 
     /// The volume's last operation has ended, and the server is about to.
     pub fn closed(&self, volume_uid: Uuid, file: &File) {
+        let session = self.session(volume_uid).ok();
         let mut volumes = self.volumes();
         let Some(Known { record: Some(record), file: Some(record_file), .. }) = volumes.get_mut(&volume_uid)
         else {
             return;
         };
-        record.modified = storage::modified(file).ok();
+        (record.modified, record.session) = (storage::modified(file).ok(), session);
         // Without it, somebody else's writes go unnoticed, and nothing more.
         let _ = write(record_file, &self.inner.boot_id, record);
+    }
+
+    /// The server itself is about to change the volume's file, which may not be open: its time of writing says nothing any more.
+    pub fn changes(&self, volume_uid: Uuid) {
+        let mut volumes = self.volumes();
+        let Some(record) = volumes.get_mut(&volume_uid).and_then(|known| known.record.as_mut()) else {
+            return;
+        };
+        if record.modified.take().is_none() {
+            return;
+        }
+        let Some(dir) = &self.inner.dir else { return };
+        let opened = OpenOptions::new().write(true).open(dir.join(volume_uid.to_string()));
+        if let Err(error) = opened.and_then(|file| write(&file, &self.inner.boot_id, record)) {
+            warn!(%volume_uid, %error, "what is known of the volume's storage cannot be kept");
+        }
     }
 
     /// The volume is no more.
@@ -337,18 +383,20 @@ impl Incarnations {
         }
     }
 
-    /// Keeps a record, in memory and, where there is a place for it, in its file. False: it is not in the file.
-    fn remember(&self, volume_uid: Uuid, record: Record) -> bool {
+    /// Keeps a record, in memory and, where there is a place for it, in its file. False: it is not in the file. `None`: a loss was
+    /// recorded since `known_before` was known, and nothing was changed.
+    fn remember(&self, volume_uid: Uuid, record: Record, known_before: u64) -> Option<bool> {
         let mut volumes = self.volumes();
         let known = volumes.entry(volume_uid).or_default();
+        if known.incarnation > known_before {
+            return None;
+        }
         known.incarnation = known.incarnation.max(record.incarnation);
         let Some(dir) = &self.inner.dir else {
             known.record = Some(record);
-            return false;
+            return Some(false);
         };
-        let path = dir.join(volume_uid.to_string());
-        let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path);
-        let written = opened.and_then(|file| write(&file, &self.inner.boot_id, &record).map(|()| file));
+        let written = replace(&dir.join(volume_uid.to_string()), &self.inner.boot_id, &record);
         known.record = Some(record);
         known.file = written
             .inspect_err(
@@ -356,7 +404,7 @@ impl Incarnations {
             )
             .ok();
         known.is_in_file = known.file.is_some();
-        known.is_in_file
+        Some(known.is_in_file)
     }
 
     fn volumes(&self) -> MutexGuard<'_, HashMap<Uuid, Known>> {
@@ -394,8 +442,14 @@ fn read_records(dir: &Path, boot_id: &str) -> io::Result<HashMap<Uuid, Known>> {
             continue;
         };
         let text = std::fs::read(entry.path())?;
+        if text.is_empty() {
+            // Its server was killed before it had written it.
+            std::fs::remove_file(entry.path())?;
+            continue;
+        }
         let stored = match serde_json::from_slice::<Stored>(&text) {
-            Ok(stored) if stored.boot_id == boot_id => stored,
+            Ok(stored) if stored.boot_id == boot_id && stored.version == FORMAT_VERSION => stored,
+            // Of another boot, or of a newer program: nothing is known.
             Ok(_) => {
                 std::fs::remove_file(entry.path())?;
                 continue;
@@ -409,6 +463,7 @@ fn read_records(dir: &Path, boot_id: &str) -> io::Result<HashMap<Uuid, Known>> {
                     superblock: None,
                     file: unknown(),
                     modified: None,
+                    session: None,
                     lost_writes: true,
                 };
                 Stored { version: FORMAT_VERSION, boot_id: boot_id.to_owned(), record }
@@ -424,6 +479,18 @@ fn read_records(dir: &Path, boot_id: &str) -> io::Result<HashMap<Uuid, Known>> {
         volumes.insert(volume_uid, known);
     }
     Ok(volumes)
+}
+
+/// Puts a new file with the record in the place of the former one; gives it, to be changed in its place from then on.
+fn replace(path: &Path, boot_id: &str, record: &Record) -> io::Result<File> {
+    let new = path.with_extension("new");
+    let made = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&new);
+    let written = made.and_then(|file| {
+        write(&file, boot_id, record)?;
+        std::fs::rename(&new, path)?;
+        Ok(file)
+    });
+    written.inspect_err(|_| drop(std::fs::remove_file(&new)))
 }
 
 /// Writes a record over the former one, in one piece.

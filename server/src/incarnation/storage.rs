@@ -61,7 +61,10 @@ pub(super) fn identity(file: &File) -> io::Result<String> {
     } else {
         format!("{}.{:09}", told.stx_btime.tv_sec, told.stx_btime.tv_nsec)
     };
-    Ok(format!("{}:{}:{}:{born}", told.stx_dev_major, told.stx_dev_minor, told.stx_ino))
+    // Where there is no device below (NFS, overlay), the number is made up at each mount; subvolumes of btrfs are told by theirs.
+    let is_numbered = told.stx_dev_major != 0 || superblock(file).is_some();
+    let device = if is_numbered { (told.stx_dev_major, told.stx_dev_minor) } else { (0, 0) };
+    Ok(format!("{}:{}:{}:{born}", device.0, device.1, told.stx_ino))
 }
 
 /// When the file was last written to.
@@ -73,7 +76,14 @@ pub(super) fn modified(file: &File) -> io::Result<String> {
 /// Writes back what the file system of the directory has in memory. Fails also for what could not be written back before, if
 /// nobody has been told of it: `s_wb_err` in the kernel, which outlives the inodes that it is about.
 pub(super) fn sync_file_system(directory: &Path) -> io::Result<()> {
-    Ok(rustix::fs::syncfs(File::open(directory)?)?)
+    match File::open(directory) {
+        Ok(directory) => Ok(rustix::fs::syncfs(directory)?),
+        // That it cannot be asked is no loss.
+        Err(error) => {
+            tracing::warn!(%error, "whether the volumes' file system failed to write something back is not known");
+            Ok(())
+        }
+    }
 }
 
 #[cfg(test)]

@@ -95,10 +95,30 @@ fn restarts_are_no_loss_and_other_files_and_writers_are() {
     told("6f1d.1");
     let copy = path.with_extension("copy");
     std::fs::copy(&path, &copy).unwrap();
+    // As who moves a data directory does.
+    let modified = std::fs::metadata(&path).unwrap().modified().unwrap();
+    File::options().write(true).open(&copy).unwrap().set_modified(modified).unwrap();
     std::fs::rename(&copy, &path).unwrap();
     told("6f1d.2");
     told("6f1d.2");
+    // The server itself changes it.
+    let before_it_is_opened = fixture.process(BOOT);
+    before_it_is_opened.changes(fixture.volume_uid);
+    drop(before_it_is_opened);
     file::grow(&fixture.catalog.volumes_dir(), fixture.volume_uid, 2 << 20).unwrap();
+    told("6f1d.2");
+    // Somebody else does.
+    File::options().write(true).open(&path).unwrap().write_all_at(&[2; 512], 0).unwrap();
+    let (incarnations, _) = {
+        let incarnations = fixture.process(BOOT);
+        let refused = incarnations.admit(&fixture.volume(), &fixture.file(), &fixture.catalog.volumes_dir());
+        assert!(
+            matches!(refused, Err(AdmitError::RolledBack(Loss::Modified))),
+            "whoever waits has no right to it"
+        );
+        (incarnations, ())
+    };
+    drop(incarnations);
     told("6f1d.3");
     // Killed: what it wrote last is not known, and no reason to tell anybody anything.
     drop(start());
@@ -115,6 +135,9 @@ fn a_record_of_another_boot_or_of_none_is_no_loss_and_one_that_cannot_be_read_is
     std::fs::remove_dir_all(fixture.runtime_dir()).unwrap();
     fixture.admit(&fixture.process(BOOT));
     assert_eq!(fixture.volume().incarnation, 1, "as after an upgrade");
+    std::fs::write(fixture.record_path(), "").unwrap();
+    fixture.admit(&fixture.process(BOOT));
+    assert_eq!(fixture.volume().incarnation, 1, "a record that was never written");
     std::fs::write(fixture.record_path(), "{").unwrap();
     fixture.admit(&fixture.process(BOOT));
     assert_eq!(fixture.volume().incarnation, 2);

@@ -70,11 +70,15 @@ impl<D: DataSide> Lifecycle<D> {
                 Claim::Take => self.end(&volume, &held, true)?,
                 Claim::Bind => {
                     self.catalog.bind_attachment(held.attachment_id, &wanted.boot_id)?;
+                    self.data_side.holder_seen(held.attachment_id);
                     let attachment = AttachmentRecord { boot_id: wanted.boot_id.clone(), ..held };
                     return Ok(Attached { attachment, volume, existed: true, hides_secret: false });
                 }
                 claim => {
                     let hides_secret = claim == Claim::Show;
+                    if !hides_secret {
+                        self.data_side.holder_seen(held.attachment_id);
+                    }
                     return Ok(Attached { attachment: held, volume, existed: true, hides_secret });
                 }
             }
@@ -88,6 +92,7 @@ impl<D: DataSide> Lifecycle<D> {
             return Err(error);
         }
         let attachment_id = attachment.attachment_id;
+        self.data_side.holder_seen(attachment_id);
         tracing::info!(name = %volume.name, %attachment_id, node_id = %attachment.node_id, generation = attachment.generation, "volume attached");
         Ok(Attached { attachment, volume, existed: false, hides_secret: false })
     }
@@ -113,7 +118,7 @@ impl<D: DataSide> Lifecycle<D> {
                 tracing::info!(%name, node_id, former = %held.boot_id, "another boot of the node holds the volume, and has gone");
                 Ok(claim)
             }
-            Claim::Wait(_) | Claim::Refuse if wanted.force => Ok(Claim::Take),
+            Claim::Wait(_) | Claim::Refuse | Claim::Show if wanted.force => Ok(Claim::Take),
             Claim::Wait(after) => Err(LifecycleError::OtherBootMayReturn { name, node_id, after }),
             Claim::Refuse => Err(LifecycleError::OtherBoot { name, node_id }),
             _ if held.read_only == wanted.read_only => Ok(claim),

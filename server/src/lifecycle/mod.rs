@@ -101,6 +101,9 @@ pub trait DataSide: Send + Sync + 'static {
     /// How the attachment's holder is.
     fn holder(&self, attachment_id: Uuid) -> Holder;
 
+    /// The attachment's holder was here just now: it has as long to connect as one whose connections ended.
+    fn holder_seen(&self, attachment_id: Uuid);
+
     /// Bytes of storage that the volume takes now.
     fn allocated_bytes(&self, volume: &VolumeRecord) -> u64;
 

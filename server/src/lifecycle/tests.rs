@@ -113,6 +113,8 @@ impl DataSide for Double {
         0
     }
 
+    fn holder_seen(&self, _attachment_id: Uuid) {}
+
     fn holder(&self, _attachment_id: Uuid) -> Holder {
         self.state.lock().unwrap().holder.unwrap_or(Holder { connections: 0, gone_for: Duration::ZERO })
     }

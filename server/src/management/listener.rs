@@ -32,7 +32,7 @@ use tonic::transport::server::Connected;
 use tracing::{debug, info, warn};
 
 use crate::admission::accountable;
-use crate::data_address::{Listener, Peer};
+use crate::data_address::{self, Listener, Peer};
 use crate::tls::ServerTls;
 use crate::tls::rights::Rights;
 
@@ -44,6 +44,8 @@ const CONNECTIONS_OF_PEER_MAX: usize = 128;
 const BEGIN_LIMIT: Duration = Duration::from_secs(10);
 /// A client's side of a connection begins with so many bytes that are always the same (RFC 9113, 3.4).
 const PREFACE_BYTES: u64 = 24;
+/// Who has said so much has made calls.
+const KNOWN_BYTES: u64 = 1024;
 /// Of a caller that has begun: longer than from one ping of ours to its answer.
 const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 /// Connections that are ready for gRPC and not taken yet.
@@ -145,8 +147,9 @@ fn begin(
 fn may_manage(socket: &Socket, user_id: u32, group_id: Option<u32>) -> bool {
     let own = rustix::process::geteuid().as_raw();
     let is_member = |group_id| {
-        let primary = rustix::net::sockopt::socket_peercred(socket).map(|told| told.gid.as_raw());
-        primary == Ok(group_id) || peer_groups::of(socket).is_ok_and(|groups| groups.contains(&group_id))
+        let primary = data_address::peer_credentials(socket).map(|told| told.gid);
+        primary.is_ok_and(|primary| primary == group_id)
+            || peer_groups::of(socket).is_ok_and(|groups| groups.contains(&group_id))
     };
     user_id == 0 || user_id == own || group_id.is_some_and(is_member)
 }
@@ -190,16 +193,26 @@ struct Present {
     leave: oneshot::Sender<()>,
 }
 
-/// When something was last read of a connection.
+/// What was read of a connection, and when last.
 #[derive(Debug)]
 struct Heard {
     epoch: Instant,
     last_ms: AtomicU64,
+    bytes: AtomicU64,
 }
 
 impl Heard {
     fn now(&self) {
         self.last_ms.store(self.epoch.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Who has not begun goes first, then who has said next to nothing: a newcomer takes no old caller's place while there are such.
+    fn standing(&self) -> u8 {
+        match self.bytes.load(Ordering::Relaxed) {
+            0..PREFACE_BYTES => 0,
+            PREFACE_BYTES..KNOWN_BYTES => 1,
+            _ => 2,
+        }
     }
 }
 
@@ -231,7 +244,8 @@ impl Crowd {
             }
         };
         let (leave, told_to_leave) = oneshot::channel();
-        let heard = Arc::new(Heard { epoch: self.epoch, last_ms: AtomicU64::new(0) });
+        let heard =
+            Arc::new(Heard { epoch: self.epoch, last_ms: AtomicU64::new(0), bytes: AtomicU64::new(0) });
         heard.now();
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
@@ -244,14 +258,15 @@ impl Crowd {
         drop(present);
         let place = Place { crowd: Arc::clone(self), number };
         let silence = Box::pin(tokio::time::sleep(BEGIN_LIMIT));
-        Ok(Guarded { transport, heard, read_bytes: 0, silence, told_to_leave, _place: place })
+        Ok(Guarded { transport, heard, silence, told_to_leave, _place: place })
     }
 }
 
 fn evict_most_silent(present: &mut HashMap<u64, Present>, is_candidate: impl Fn(&Present) -> bool) {
     let candidates = present.iter().filter(|(_, other)| is_candidate(other));
-    let silent =
-        candidates.min_by_key(|(number, other)| (other.heard.last_ms.load(Ordering::Relaxed), **number));
+    let silent = candidates.min_by_key(|(number, other)| {
+        (other.heard.standing(), other.heard.last_ms.load(Ordering::Relaxed), **number)
+    });
     if let Some(number) = silent.map(|(number, _)| *number)
         && let Some(left) = present.remove(&number)
     {
@@ -286,7 +301,6 @@ enum Transport {
 pub struct Guarded {
     transport: Transport,
     heard: Arc<Heard>,
-    read_bytes: u64,
     /// Runs out when nothing was read for so long.
     silence: Pin<Box<Sleep>>,
     told_to_leave: oneshot::Receiver<()>,
@@ -306,9 +320,9 @@ impl AsyncRead for Guarded {
         }
         if read.is_ready() {
             let read_bytes = (into.filled().len() - before) as u64;
-            this.read_bytes += read_bytes;
+            let all_bytes = this.heard.bytes.fetch_add(read_bytes, Ordering::Relaxed) + read_bytes;
             // Before that, one time limit is for all of it.
-            if read_bytes > 0 && this.read_bytes >= PREFACE_BYTES {
+            if read_bytes > 0 && all_bytes >= PREFACE_BYTES {
                 this.heard.now();
                 this.silence.as_mut().reset(tokio::time::Instant::now() + SILENCE_LIMIT);
             }

@@ -37,6 +37,7 @@ impl StorageMachine {
         let mut command = tool::command("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(workspace.programs().join("volserver"));
         command.arg("--data-dir").arg(directory.path().join("storage-machine"));
+        command.arg("--runtime-dir").arg(directory.path().join("storage-machine.run"));
         command.args([
             "--insecure",
             "--management",

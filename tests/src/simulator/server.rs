@@ -18,7 +18,7 @@ use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use server::backend::VolumeOp;
 use server::backend::file::{self, CacheMode};
 use server::fence::{ConnectionId, Fence, Go, Output};
-use server::incarnation::{Record, Seen, judge};
+use server::incarnation::{Record, Seen, SessionMark, judge};
 use server::session::{Action, IN_FLIGHT_REQUESTS_MAX, Session, SlotId};
 use server::sync_groups::{Begin, SyncGroups};
 use server::volume::{Backend, Faults, LossRecorder, Next, RequestProgress, Volume};
@@ -584,6 +584,7 @@ impl Server {
             superblock,
             file: String::new(),
             modified: String::new(),
+            session: SessionMark { attachment_id: String::new(), epoch: 0 },
             write_back_failed,
         };
         let verdict = judge(lock(&world.catalog.record).as_ref(), &seen);

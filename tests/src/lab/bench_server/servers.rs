@@ -149,6 +149,7 @@ impl Starting<'_> {
     fn volserver(&self) -> Result<Server> {
         let mut command = self.pinned(&self.site.programs.join("volserver"))?;
         command.arg("--data-dir").arg(self.directory.join("data"));
+        command.arg("--runtime-dir").arg(self.directory.join("runtime"));
         command.args([
             "--listen",
             "127.0.0.1:0",
