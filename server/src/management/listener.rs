@@ -71,8 +71,8 @@ pub fn connections(
     let crowd = Arc::new(Crowd::default());
     for listener in listeners {
         let group_id = listener.group_id();
-        // SAFETY: a listener's descriptor is its socket's, which it owns and keeps until it is dropped.
         #[allow(unsafe_code)] // Waiting for a descriptor that tokio has not made.
+        // SAFETY: a listener's descriptor is its socket's, which it owns and keeps until it is dropped.
         let listener = unsafe { AsyncFd::register(listener) }?;
         let (tls, ready, crowd) = (Arc::clone(&tls), ready.clone(), Arc::clone(&crowd));
         tokio::spawn(async move {
