@@ -175,7 +175,10 @@ pub enum ControlError {
     )]
     NoDriver,
     /// Opening the control device, or a command, was refused.
-    #[error("{what}: permission denied; this needs root (CAP_SYS_ADMIN)")]
+    #[error(
+        "{what}: permission denied; this needs root (CAP_SYS_ADMIN), and root needs a driver that allows more disks \
+         (/sys/module/ublk_drv/parameters/ublks_max)"
+    )]
     PermissionDenied {
         /// The path or the command.
         what: &'static str,

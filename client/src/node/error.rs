@@ -215,11 +215,7 @@ impl NodeError {
             Self::Ublk(ControlError::NoDriver) => "load it with `modprobe ublk_drv`; it needs Linux 6.0 or later \
                                                    with CONFIG_BLK_DEV_UBLK (Ubuntu: package linux-modules-extra)"
                 .to_owned(),
-            Self::Ublk(ControlError::PermissionDenied { .. }) => {
-                "run `volclient serve` as root; as root it means that this machine has as many ublk devices as its driver allows \
-                 (64 by default: `echo 1024 > /sys/module/ublk_drv/parameters/ublks_max`)"
-                    .to_owned()
-            }
+            Self::Ublk(ControlError::PermissionDenied { .. }) => "run `volclient serve` as root".to_owned(),
             Self::DeviceOpen { .. } => "close it (unmount, swapoff, stop the process), then detach again; or take it \
                                         away all the same (--force), and I/O on it fails"
                 .to_owned(),
