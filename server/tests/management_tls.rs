@@ -18,6 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustls::pki_types::ServerName;
 use tls::certificates::client_config;
 use tls::test_authority::{Authority, Issued};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
@@ -174,6 +175,36 @@ async fn where_tls_is_allowed_the_first_byte_decides() {
     let refused = client.create_volume(create_request("vol-2")).await.unwrap_err();
     assert!(is_forbidden(&refused), "who shows a certificate is held to it: {refused:?}");
     server.log_with("not restricted");
+}
+
+/// Nothing of a TLS handshake, or the head of its first record: more of them than the API keeps of one caller.
+#[tokio::test]
+async fn handshakes_that_do_not_go_on_keep_nobody_out() {
+    const SILENT: usize = 400;
+    for mode in ["required", "allowed"] {
+        let rig = Rig::new();
+        let server = rig.start(mode);
+        let mut silent = Vec::new();
+        for number in 0..SILENT {
+            let mut socket = TcpStream::connect(server.management).await.unwrap();
+            if number % 2 == 0 {
+                socket.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
+            }
+            silent.push(socket);
+        }
+        let began = Instant::now();
+        let manager = rig.client("manager", &["volnode:manage"]);
+        let mut manager = connect(server.management, &manager).await.unwrap();
+        manager.create_volume(create_request("vol-1")).await.unwrap();
+        // Well before their time is up.
+        assert!(began.elapsed() < Duration::from_secs(8), "{mode}: {:?}", began.elapsed());
+        let mut open = 0;
+        for socket in &mut silent {
+            let ended = tokio::time::timeout(Duration::from_millis(1), socket.read(&mut [0; 64])).await;
+            open += usize::from(ended.is_err());
+        }
+        assert!(open <= 128, "{mode}: {open} of one address are let in");
+    }
 }
 
 #[tokio::test]
