@@ -201,10 +201,11 @@ fn in_another_mount_namespace<T: Send>(needed: &Path, start: impl FnOnce() -> T 
         let started = scope.spawn(|| {
             // SAFETY: this thread alone sees other mounts from here on, and it makes no use of them but to start a program.
             unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
-            run("mount", &["--make-rprivate", "/"]);
-            // Others cannot unmount theirs as long as they are mounted here.
+            // Others cannot unmount theirs as long as they are mounted here. One by one, because a root that was changed into is no
+            // mount.
             for mount in std::fs::read_to_string("/proc/thread-self/mounts").unwrap().lines() {
                 let point = mount.split(' ').nth(1).unwrap();
+                let _ = rustix::mount::mount_change(point, rustix::mount::MountPropagationFlags::PRIVATE);
                 if point.contains("/volnode-") && Path::new(point) != needed {
                     // Whoever made it may have unmounted it just now.
                     let _ = Command::new("umount").args(["--lazy", point]).stderr(Stdio::null()).status();
