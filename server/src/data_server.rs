@@ -198,11 +198,6 @@ impl DataServer {
             config.runtime_dir.as_deref(),
         )?;
         incarnations.look(&config.volumes_dir);
-        // Begun before the first client waits for it.
-        let (looking, volumes_dir) = (incarnations.clone(), config.volumes_dir.clone());
-        spawn("write-back".into(), move || {
-            looking.has_write_back_failed(&volumes_dir);
-        })?;
         let stop_accepting = Arc::new(
             eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from).map_err(system("make an eventfd"))?,
         );
@@ -237,6 +232,9 @@ impl DataServer {
         if let Err(error) = started {
             server.shutdown();
             return Err(error);
+        }
+        if let Err(error) = server.incarnations.look_for_failed_write_back(&server.volumes_dir) {
+            warn!(%error, "the first client waits for the volumes' file system to be written back");
         }
         let memory_mib_max = plan.total_bytes >> 20;
         let wide_sockets_mib_max = plan.wide_sockets_bytes >> 20;

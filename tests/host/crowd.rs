@@ -220,6 +220,7 @@ fn lacking() -> Option<String> {
 
 #[test]
 fn a_hundred_keep_their_speed_beside_nine_hundred_that_stand_still() {
+    let _alone = super::measuring();
     if let Some(why) = lacking() {
         assert!(std::env::var_os(LAB_VARIABLE).is_none(), "{why}");
         println!("SKIP {why}");

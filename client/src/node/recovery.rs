@@ -92,10 +92,21 @@ impl Supervisor {
                 tokio::time::sleep(pause).await;
                 pause = longer(pause);
             }
-            // The folder of an attachment that was ended on purpose is gone, or says so.
-            let Ok(Some(record)) = AttachmentRecord::read(dir.clone()) else { return };
-            let _guard = self.locks.lock(&record.lock_name()).await;
-            let Ok(Some(record)) = AttachmentRecord::read(dir.clone()) else { return };
+            // The folder of an attachment that was ended on purpose is gone, or says so. One that cannot be read is tried again.
+            let found = match AttachmentRecord::read(dir.clone()) {
+                Ok(Some(record)) => record,
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::error!(folder = %dir.path().display(), %error, "a device's state cannot be read yet");
+                    continue;
+                }
+            };
+            let _guard = self.locks.lock(&found.lock_name()).await;
+            let record = match AttachmentRecord::read(dir.clone()) {
+                Ok(Some(record)) => record,
+                Ok(None) => return,
+                Err(_) => continue,
+            };
             let Some(spec) = spec(&record) else { return };
             let target = record.spec.target.clone();
             match self.recover(&record, spec).await {

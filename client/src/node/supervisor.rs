@@ -404,13 +404,14 @@ impl Supervisor {
         let io_error =
             |source| NodeError::Io { what: format!("cannot make {}", dir.path().display()), source };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir.path()).map_err(io_error)?;
+        // First: with neither this nor the status nobody would know whose the device is.
+        write_file(&dir.spec(), spec)?;
         // What the process before said must not be taken for this one's word.
         for path in [dir.status(), dir.control_socket()] {
             if path.exists() {
                 fs::remove_file(path).map_err(io_error)?;
             }
         }
-        write_file(&dir.spec(), spec)?;
         let mut child = device_process::spawn(dir, &self.config.log_filter)?;
         let pid = child.id();
         match device_process::wait_until_live(dir, &spec.target, Some(&mut child)).await? {

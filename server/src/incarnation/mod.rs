@@ -119,7 +119,7 @@ struct Inner {
     _lock: Option<File>,
     volumes: Mutex<HashMap<Uuid, Known>>,
     /// Whether the file system failed to write something back before this process opened a volume.
-    write_back_failed: OnceLock<bool>,
+    write_back_failed: Arc<OnceLock<bool>>,
 }
 
 /// The incarnations of one server's volumes; clones share them.
@@ -147,8 +147,12 @@ impl Incarnations {
             lock = Some(prepare(dir).map_err(io_error)?.ok_or(RuntimeDirError::InUse(server_id))?);
             volumes = read_records(dir, &boot_id).map_err(io_error)?;
         }
+        // What nobody had open in this boot, nobody has written to.
+        let write_back_failed: Arc<OnceLock<bool>> = Arc::default();
+        if volumes.is_empty() {
+            let _ = write_back_failed.set(false);
+        }
         let volumes = Mutex::new(volumes);
-        let write_back_failed = OnceLock::new();
         let inner = Inner { boot_id, process_id, catalog, dir, _lock: lock, volumes, write_back_failed };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -204,15 +208,21 @@ impl Incarnations {
 
     /// Whether the file system failed to write something back before this process opened a volume. The first to ask waits until all
     /// of it is written back, and the others for that.
-    pub fn has_write_back_failed(&self, volumes_dir: &Path) -> bool {
-        *self.inner.write_back_failed.get_or_init(|| {
-            let failed = storage::sync_file_system(volumes_dir);
-            failed
-                .inspect_err(
-                    |error| error!(%error, "the volumes' file system has failed to write something back"),
-                )
-                .is_err()
-        })
+    fn has_write_back_failed(&self, volumes_dir: &Path) -> bool {
+        has_write_back_failed(&self.inner.write_back_failed, volumes_dir)
+    }
+
+    /// Asks that on a thread of its own, so that the first client waits less. The thread holds nothing of the catalog.
+    ///
+    /// # Errors
+    /// There can be no thread.
+    pub fn look_for_failed_write_back(&self, volumes_dir: &Path) -> io::Result<()> {
+        let (asked, volumes_dir) = (Arc::clone(&self.inner.write_back_failed), volumes_dir.to_owned());
+        let name = "write-back".to_owned();
+        std::thread::Builder::new().name(name).spawn(move || {
+            has_write_back_failed(&asked, &volumes_dir);
+        })?;
+        Ok(())
     }
 
     /// Looks at all volumes that something is remembered of, before anybody opens or asks for one. One that cannot be looked at
@@ -303,8 +313,10 @@ impl Incarnations {
         let known = volumes.entry(volume_uid).or_default();
         known.incarnation += 1;
         let incarnation = known.incarnation;
-        let Known { record: Some(record), file: Some(file), is_in_file, .. } = known else { return false };
+        let Known { record: Some(record), file, is_in_file, .. } = known else { return false };
+        // Also where there is no file: whoever opens the volume anew in this process has to know.
         (record.incarnation, record.lost_writes) = (incarnation, true);
+        let Some(file) = file else { return false };
         let written = write(file, &self.inner.boot_id, record);
         *is_in_file = written
             .inspect_err(|error| error!(%volume_uid, %error, "a loss of writes cannot be recorded"))
@@ -412,6 +424,17 @@ impl Incarnations {
     }
 }
 
+fn has_write_back_failed(asked: &OnceLock<bool>, volumes_dir: &Path) -> bool {
+    *asked.get_or_init(|| {
+        let synced = storage::sync_file_system(volumes_dir);
+        synced
+            .inspect_err(
+                |error| error!(%error, "the volumes' file system has failed to write something back"),
+            )
+            .is_err()
+    })
+}
+
 /// Makes the directory and locks it; `None`: somebody else has.
 fn prepare(dir: &Path) -> io::Result<Option<File>> {
     if !dir.is_dir() {
@@ -490,7 +513,18 @@ fn replace(path: &Path, boot_id: &str, record: &Record) -> io::Result<File> {
         std::fs::rename(&new, path)?;
         Ok(file)
     });
-    written.inspect_err(|_| drop(std::fs::remove_file(&new)))
+    written.or_else(|error| {
+        drop(std::fs::remove_file(&new));
+        // Without room for another: what an old record says would be held against whoever writes from now on.
+        let changed = OpenOptions::new().write(true).open(path).and_then(|file| {
+            write(&file, boot_id, record)?;
+            Ok(file)
+        });
+        changed.map_err(|_| {
+            drop(std::fs::remove_file(path));
+            error
+        })
+    })
 }
 
 /// Writes a record over the former one, in one piece.

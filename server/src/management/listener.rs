@@ -5,8 +5,9 @@
 //! A Unix socket's caller is who the kernel says: root, the server's own user, and members of the socket's group may do everything;
 //! nobody else gets in. On TCP, where TLS is required nothing else is answered; where it is allowed, the first byte of a
 //! connection tells which it is: a TLS record begins with 22, HTTP/2 with `P`.
-//! Nobody is refused for numbers: where there are too many connections, or too many of one caller, the one that has been
-//! silent the longest makes room. So callers that say nothing, however many, keep nobody out.
+//! Nobody is refused for numbers: where there are too many connections, or too many of one caller, one that has been there for some
+//! seconds makes room: one that has not begun, or has said next to nothing, before others; of those the one that has been silent the
+//! longest. So callers that say nothing, however many, keep nobody out.
 //! Called by: `serve.rs`.
 
 use std::collections::HashMap;
@@ -44,6 +45,8 @@ const CONNECTIONS_OF_PEER_MAX: usize = 128;
 const BEGIN_LIMIT: Duration = Duration::from_secs(10);
 /// A client's side of a connection begins with so many bytes that are always the same (RFC 9113, 3.4).
 const PREFACE_BYTES: u64 = 24;
+/// Milliseconds that a newcomer is spared for.
+const NEW_MS: u64 = 2000;
 /// Who has said so much has made calls.
 const KNOWN_BYTES: u64 = 1024;
 /// Of a caller that has begun: longer than from one ping of ours to its answer.
@@ -197,6 +200,7 @@ struct Present {
 #[derive(Debug)]
 struct Heard {
     epoch: Instant,
+    entered_ms: u64,
     last_ms: AtomicU64,
     bytes: AtomicU64,
 }
@@ -204,6 +208,11 @@ struct Heard {
 impl Heard {
     fn now(&self) {
         self.last_ms.store(self.epoch.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Who has just come has time for a call, if anybody else can go.
+    fn is_new(&self) -> bool {
+        self.epoch.elapsed().as_millis() as u64 - self.entered_ms < NEW_MS
     }
 
     /// Who has not begun goes first, then who has said next to nothing: a newcomer takes no old caller's place while there are such.
@@ -244,8 +253,8 @@ impl Crowd {
             }
         };
         let (leave, told_to_leave) = oneshot::channel();
-        let heard =
-            Arc::new(Heard { epoch: self.epoch, last_ms: AtomicU64::new(0), bytes: AtomicU64::new(0) });
+        let (entered_ms, last_ms) = (self.epoch.elapsed().as_millis() as u64, AtomicU64::new(0));
+        let heard = Arc::new(Heard { epoch: self.epoch, entered_ms, last_ms, bytes: AtomicU64::new(0) });
         heard.now();
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
@@ -265,7 +274,8 @@ impl Crowd {
 fn evict_most_silent(present: &mut HashMap<u64, Present>, is_candidate: impl Fn(&Present) -> bool) {
     let candidates = present.iter().filter(|(_, other)| is_candidate(other));
     let silent = candidates.min_by_key(|(number, other)| {
-        (other.heard.standing(), other.heard.last_ms.load(Ordering::Relaxed), **number)
+        let heard = &other.heard;
+        (heard.is_new(), heard.standing(), heard.last_ms.load(Ordering::Relaxed), **number)
     });
     if let Some(number) = silent.map(|(number, _)| *number)
         && let Some(left) = present.remove(&number)

@@ -324,9 +324,11 @@ impl LoopFs {
         run("mount", &["-o", "loop", self.image.to_str().unwrap(), self.mount.to_str().unwrap()]);
     }
 
-    /// Unmounts it, which works only when no file of it is open, and mounts it again.
+    /// Unmounts it, as soon as no file of it is open, and mounts it again.
     pub(crate) fn remount(&self) {
-        run("umount", &[self.mount.to_str().unwrap()]);
+        wait_until("no file of it is open", || {
+            tool("umount").arg(&self.mount).output().unwrap().status.success()
+        });
         // A mount namespace that somebody made meanwhile has it mounted as well.
         wait_until("nobody has it mounted", || {
             run("losetup", &["-j", self.image.to_str().unwrap()]).is_empty()
