@@ -4,7 +4,7 @@
 //! beyond loopback needs TLS, or `--insecure`. Opens and starts nothing. Called by `main.rs`.
 
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -223,11 +223,16 @@ impl From<TlsRecords> for Records {
 }
 
 impl Config {
+    /// Whether TLS tells of every caller on TCP who it is.
+    pub fn tells_who_calls(&self) -> bool {
+        self.tls == TlsMode::Required && self.tls_client_ca.is_some()
+    }
+
     /// The addresses that other machines can reach, and that are not protected: NBD needs encryption there (what may be
     /// opened, the names' secrets say), the API also has to know who calls.
     pub fn exposed(&self) -> impl Iterator<Item = SocketAddr> {
         let is_encrypted = self.tls == TlsMode::Required;
-        let is_protected = is_encrypted && self.tls_client_ca.is_some();
+        let is_protected = self.tells_who_calls();
         let data = self.listen.iter().filter_map(DataAddress::tcp).filter(move |_| !is_encrypted);
         let management = self.management.iter().filter_map(DataAddress::tcp).filter(move |_| !is_protected);
         data.chain(management).filter(|address| !address.ip().to_canonical().is_loopback())
@@ -247,8 +252,7 @@ impl Config {
         }
         let path = runtime_dir.unwrap_or(&self.data_dir).join(MANAGEMENT_SOCKET_NAME);
         let socket = DataAddress::Unix(std::path::absolute(&path).unwrap_or(path));
-        let tells_who_calls = self.tls == TlsMode::Required && self.tls_client_ca.is_some();
-        let port = tells_who_calls.then(|| SocketAddr::from(([127, 0, 0, 1], MANAGEMENT_PORT)).into());
+        let port = self.tells_who_calls().then(|| SocketAddr::from(([127, 0, 0, 1], MANAGEMENT_PORT)).into());
         std::iter::once(socket).chain(port).collect()
     }
 
@@ -273,6 +277,8 @@ impl Config {
     /// Where to keep what has to survive this process; the first place that can be written to. `None`: there is none.
     pub fn runtime_dir(&self) -> Option<PathBuf> {
         if let Some(dir) = &self.runtime_dir {
+            // One that cannot be made is told by who needs it.
+            make_runtime_dir(dir, true);
             return Some(dir.clone());
         }
         let from_env =
@@ -284,13 +290,8 @@ impl Config {
             from_env("XDG_RUNTIME_DIR").map(|dir| dir.join("volserver")),
         ];
         candidates.into_iter().flatten().find(|dir| {
-            let made = std::fs::DirBuilder::new().mode(0o755).create(dir);
-            if made.is_ok() {
-                // Whatever the umask is: the socket's group has to get there.
-                let _ = std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755));
-            }
-            let is_there = made.is_ok() || dir.is_dir();
-            is_there && rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_ok()
+            make_runtime_dir(dir, false);
+            dir.is_dir() && rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).is_ok()
         })
     }
 
@@ -316,6 +317,14 @@ impl Config {
             stall_timeout: Duration::from_secs(self.stall_timeout.into()),
             ..Limits::default()
         }
+    }
+}
+
+/// Makes the directory where it is missing, and lets the socket's group get there, whatever the umask is.
+fn make_runtime_dir(dir: &Path, with_parents: bool) {
+    let mut builder = std::fs::DirBuilder::new();
+    if !dir.is_dir() && builder.recursive(with_parents).create(dir).is_ok() {
+        let _ = std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755));
     }
 }
 

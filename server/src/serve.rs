@@ -7,7 +7,7 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -211,7 +211,7 @@ fn check_addresses(config: &Config) -> Result<(), ServeError> {
             "--insecure: whoever reaches this address can read what passes, or manage volumes without a password"
         );
     }
-    if config.tls != TlsMode::Off && !(config.tls == TlsMode::Required && config.tls_client_ca.is_some()) {
+    if config.tls != TlsMode::Off && !config.tells_who_calls() {
         for address in config.management.iter().filter_map(DataAddress::tcp) {
             tracing::warn!(%address, "without --tls required and --tls-client-ca every user of this machine may manage volumes here");
         }
@@ -293,11 +293,6 @@ fn data_server_config(
 /// Says so where there is none: a server without one is as good, until its storage fails.
 fn runtime_dir(config: &Config) -> Option<PathBuf> {
     let dir = config.runtime_dir();
-    if let Some(dir) = dir.as_ref().filter(|dir| !dir.is_dir()) {
-        // Whatever the umask is: the group of the API's socket has to get there. What cannot be made is told by who needs it.
-        let open = std::fs::Permissions::from_mode(0o755);
-        let _ = std::fs::create_dir_all(dir).and_then(|()| std::fs::set_permissions(dir, open));
-    }
     let device = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.dev());
     let is_beside = |dir: &PathBuf| matches!((device(dir), device(&config.data_dir)), (Ok(runtime), Ok(data)) if runtime == data);
     if let Some(dir) = dir.as_ref().filter(|dir| is_beside(dir)) {

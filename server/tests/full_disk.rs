@@ -13,6 +13,7 @@ mod volserver;
 use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::path::Path;
+use std::process::Command;
 
 use proto::export_name::{AttachmentExportName, Secret};
 use proto::v1;
@@ -37,17 +38,20 @@ fn fill(path: &Path) {
     let _ = file.sync_all();
 }
 
+/// A server whose runtime directory is not on the file system that is full.
+fn command_beside(data_dir: &Path, elsewhere: &Path) -> Command {
+    let mut command = command(data_dir);
+    command.env("VOLSERVER_RUNTIME_DIR", elsewhere.join("run"));
+    command
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_a_full_file_system_only_what_needs_space_is_refused() {
     for kind in ["ext4", "xfs"] {
         let Some(fs) = LoopFs::new(kind, if kind == "xfs" { 320 << 20 } else { 48 << 20 }) else { return };
         let (data_dir, filler) = (fs.mount.join("data"), fs.mount.join("filler"));
         let logs = tempfile::tempdir().unwrap();
-        let command = |data_dir: &Path| {
-            let mut command = command(data_dir);
-            command.env("VOLSERVER_RUNTIME_DIR", logs.path().join("run"));
-            command
-        };
+        let command = |data_dir: &Path| command_beside(data_dir, logs.path());
         let start = || Volserver::start_with(command(&data_dir), &logs.path().join("log"));
         let server = start();
         let mut client = server.client().await;
@@ -107,11 +111,7 @@ async fn a_server_that_cannot_start_says_which_file_system_is_full() {
         let Some(fs) = LoopFs::new(kind, if kind == "xfs" { 320 << 20 } else { 24 << 20 }) else { return };
         let (data_dir, filler) = (fs.mount.join("data"), fs.mount.join("filler"));
         let logs = tempfile::tempdir().unwrap();
-        let command = |data_dir: &Path| {
-            let mut command = command(data_dir);
-            command.env("VOLSERVER_RUNTIME_DIR", logs.path().join("run"));
-            command
-        };
+        let command = |data_dir: &Path| command_beside(data_dir, logs.path());
         let start = || Volserver::start_with(command(&data_dir), &logs.path().join("log"));
         let server = start();
         server.client().await.create_volume(create_request("vol-1")).await.unwrap();

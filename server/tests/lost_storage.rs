@@ -72,11 +72,16 @@ impl Storage {
     }
 
     fn attach(&self, server: &Volserver) -> Held {
-        let attached = self.runtime.block_on(async {
-            let mut client = server.client().await;
-            client.create_volume(create_request("vol")).await.unwrap(); // or it is there
-            client.attach_volume(attach_request("vol", "node", false)).await.unwrap().into_inner()
-        });
+        let request = create_request("vol");
+        self.runtime.block_on(async { server.client().await.create_volume(request).await.unwrap() }); // or it is there
+        self.attach_as(server, "node", false)
+    }
+
+    fn attach_as(&self, server: &Volserver, node: &str, force: bool) -> Held {
+        let request = attach_request("vol", node, force);
+        let attached = self
+            .runtime
+            .block_on(async { server.client().await.attach_volume(request).await.unwrap().into_inner() });
         Held { attachment_id: attached.attachment.unwrap().attachment_id, secret: attached.secret }
     }
 
@@ -363,12 +368,7 @@ fn what_a_version_without_records_wrote_in_between_is_no_roll_back() {
 #[test]
 fn a_catalog_that_is_rolled_back_revives_no_holder() {
     let storage = Storage::new(None, None);
-    let attach = |server: &Volserver, node: &str| {
-        let attached = storage.runtime.block_on(async {
-            server.client().await.attach_volume(attach_request("vol", node, true)).await.unwrap().into_inner()
-        });
-        Held { attachment_id: attached.attachment.unwrap().attachment_id, secret: attached.secret }
-    };
+    let attach = |server: &Volserver, node: &str| storage.attach_as(server, node, true);
     let server = storage.start();
     let former = storage.attach(&server);
     drop(former.open(&server, 1));

@@ -21,8 +21,8 @@ const PAGES_MAX: usize = 257;
 /// writes: XFS takes the inode's lock, which a throttled write or a hole being punched holds for hundreds of milliseconds; NFS
 /// also asks its server. Source: `include/uapi/linux/magic.h`, and each one's `file.c`.
 const SPLICED_WITHOUT_LOCK: [u32; 3] = [EXT4_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
-const EXT4_SUPER_MAGIC: u32 = 0xEF53;
-const BTRFS_SUPER_MAGIC: u32 = 0x9123_683E;
+pub(crate) const EXT4_SUPER_MAGIC: u32 = 0xEF53;
+pub(crate) const BTRFS_SUPER_MAGIC: u32 = 0x9123_683E;
 const TMPFS_MAGIC: u32 = 0x0102_1994;
 
 /// Address space that all views together may take, in bytes: a quarter of what a process has, so that volumes that are

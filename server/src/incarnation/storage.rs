@@ -14,10 +14,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, StatxFlags, fstatfs};
 
+use crate::backend::page_cache::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC};
+
 /// Source: `include/uapi/linux/magic.h`; the names are those below /sys/fs.
 const WITH_DIRECTORY: [(u32, &str); 4] =
-    [(0xEF53, "ext4"), (0x5846_5342, "xfs"), (0xF2F5_2010, "f2fs"), (BTRFS_SUPER_MAGIC, "btrfs")];
-const BTRFS_SUPER_MAGIC: u32 = 0x9123_683E;
+    [(EXT4_SUPER_MAGIC, "ext4"), (0x5846_5342, "xfs"), (0xF2F5_2010, "f2fs"), (BTRFS_SUPER_MAGIC, "btrfs")];
 
 /// `BTRFS_IOC_FS_INFO`, and where in its answer of 1,024 bytes the file system's UUID is. Source: `include/uapi/linux/btrfs.h`.
 const BTRFS_IOC_FS_INFO: libc::Ioctl = 0x8400_941f_u32 as libc::Ioctl;
