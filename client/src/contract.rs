@@ -169,6 +169,9 @@ pub struct DeviceSpec {
     /// What requests do while the server cannot be reached.
     #[serde(default)]
     pub on_stall: StallPolicy,
+    /// Whether somebody has set it since the attachment was made: its time is not stretched then while the server answers probes.
+    #[serde(default)]
+    pub on_stall_is_told: bool,
     /// For how long after its last event a queue's thread looks for the next without sleeping, in microseconds.
     #[serde(default)]
     pub busy_poll_us: u16,
@@ -335,6 +338,9 @@ pub struct DeviceStatus {
     /// The policy in force.
     #[serde(default)]
     pub on_stall: StallPolicy,
+    /// Whether somebody has set it since the attachment was made: its time is not stretched then while the server answers probes.
+    #[serde(default)]
+    pub on_stall_is_told: bool,
     /// For a process that takes the device on; `None` before there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<SessionRecord>,

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 use client::device::data_socket::{DataSocket, Encryption};
-use client::device::dial::{DialError, Dialled, attempts};
+use client::device::dial::{DialError, Dialled, OPEN_TIMEOUT, attempts};
 use client::tls_spec::{CertificateAndKey, ClientFiles, TlsSpec};
 use proto::nbd::transmission::{
     Command as NbdCommand, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply,
@@ -66,7 +66,7 @@ impl Drop for Nbdkit {
 
 /// The first attempt at this address.
 fn dial(address: &String, export_name: &str, spec: &TlsSpec) -> Result<Dialled, DialError> {
-    attempts(std::slice::from_ref(address), export_name, Some(spec))?.next().unwrap()
+    attempts(std::slice::from_ref(address), export_name, Some(spec), OPEN_TIMEOUT)?.next().unwrap()
 }
 
 fn spec(client: &Issued, server_name: &str, user_space_only: bool) -> TlsSpec {

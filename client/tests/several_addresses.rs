@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use client::contract::DeviceSpec;
+use client::device::dial::OPEN_TIMEOUT;
 use client::device::slots::{SlotError, dial_others, dial_slot};
 use proto::export_name::{ExportDescription, ExportRefusal};
 use proto::nbd::handshake::server::{Event, Refusal, ServerHandshake};
@@ -123,7 +124,7 @@ fn servers_that_are_not_the_right_one_are_passed_over() {
     ];
     for answer in wrong {
         let (address, visits) = server(answer);
-        let dialled = dial_slot(&spec(&[&address, &right]), 0, None).unwrap();
+        let dialled = dial_slot(&spec(&[&address, &right]), 0, None, OPEN_TIMEOUT).unwrap();
         assert_eq!((dialled.address, visits.load(Ordering::SeqCst)), (right.clone(), 1));
     }
 }
@@ -134,11 +135,11 @@ fn a_silent_server_is_passed_over_after_ten_seconds_and_the_one_that_worked_come
     let (silent, visits) = server(Answer::Nothing);
     let spec = spec(&[&silent, &right]);
     let started = Instant::now();
-    assert_eq!(dial_slot(&spec, 0, None).unwrap().address, right);
+    assert_eq!(dial_slot(&spec, 0, None, OPEN_TIMEOUT).unwrap().address, right);
     let took = started.elapsed();
     assert!((Duration::from_secs(9)..Duration::from_secs(30)).contains(&took), "{took:?}");
     let started = Instant::now();
-    assert_eq!(dial_slot(&spec, 1, Some(&right)).unwrap().address, right);
+    assert_eq!(dial_slot(&spec, 1, Some(&right), OPEN_TIMEOUT).unwrap().address, right);
     assert!(started.elapsed() < Duration::from_secs(9));
     assert_eq!(visits.load(Ordering::SeqCst), 1);
 }
@@ -147,7 +148,7 @@ fn a_silent_server_is_passed_over_after_ten_seconds_and_the_one_that_worked_come
 fn the_right_server_s_refusal_is_the_end() {
     let (fencing, _) = server(refuses(OURS));
     let (next, visits) = server(describes(OURS, VOLUME));
-    let ended = dial_slot(&spec(&[&fencing, &next]), 0, None).unwrap_err();
+    let ended = dial_slot(&spec(&[&fencing, &next]), 0, None, OPEN_TIMEOUT).unwrap_err();
     assert!(matches!(&ended, SlotError::Ended { address, .. } if *address == fencing), "{ended}");
     assert!(ended.to_string().contains("has been fenced"), "{ended}");
     assert_eq!(visits.load(Ordering::SeqCst), 0, "nobody else was asked");
@@ -161,7 +162,7 @@ fn where_all_are_wrong_the_error_names_each_and_why() {
     let taken = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     taken.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     let closed = taken.local_addr().unwrap().as_socket().unwrap().to_string();
-    let error = dial_slot(&spec(&[&other, &unknown, &closed]), 0, None).unwrap_err();
+    let error = dial_slot(&spec(&[&other, &unknown, &closed]), 0, None, OPEN_TIMEOUT).unwrap_err();
     assert!(matches!(&error, SlotError::PassedOver(all) if all.len() == 3), "{error}");
     let text = error.to_string();
     let told = [&other, &unknown, &closed, &OTHER.to_string(), "export not found", "refused"];
@@ -183,12 +184,12 @@ fn a_server_that_grants_fewer_connections_has_a_disk_with_those() {
     for (answer, granted) in [(Answer::Limits(1), 1), (Answer::Limits(3), 3), (Answer::OneByOne, 1)] {
         let (address, _) = server(answer);
         let spec = foreign_spec(&address, 0);
-        let first = dial_slot(&spec, 0, None).unwrap();
+        let first = dial_slot(&spec, 0, None, OPEN_TIMEOUT).unwrap();
         assert_eq!(dial_others(&spec, first, 4).unwrap().len(), granted);
     }
     let (address, _) = server(Answer::Limits(2));
     let spec = foreign_spec(&address, 4);
-    let first = dial_slot(&spec, 0, None).unwrap();
+    let first = dial_slot(&spec, 0, None, OPEN_TIMEOUT).unwrap();
     let refused = dial_others(&spec, first, 4).unwrap_err().to_string();
     assert!(refused.contains("grants 2 of the 4") && refused.contains("--connections"), "{refused}");
 }

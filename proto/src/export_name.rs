@@ -19,6 +19,10 @@ use uuid::Uuid;
 /// Bytes of randomness in a secret; its text is twice as many hexadecimal digits.
 pub const SECRET_BYTES: usize = 32;
 
+/// The slot of a connection that only asks whether the server lives: it has no other's I/O to wait for, and the server opens it
+/// beside its limits of connections, for a short time.
+pub const PROBE_SLOT: u32 = u32::MAX;
+
 /// The word an attachment's holder proves itself with. Compared in constant time; never printed by `Debug`.
 #[derive(Clone)]
 pub struct Secret(String);

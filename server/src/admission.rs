@@ -4,6 +4,10 @@
 //! asks for a [`Place`] before a connection is given to a ring; the connection holds it, and giving it back is dropping it.
 //! Invariants: there are never more places, nor more memory for wide sockets, than the limits say; an address without a
 //! connection is not remembered, so the table is no larger than the number of connections.
+//!
+//! Beyond the limits a few come in as guests. They have a place for as long as a handshake may take: a client whose connections
+//! died with its network needs one to take the slot of a dead one, which ends that; and one that asks whether the server lives gets
+//! its answer. What a guest is for is known only when it opens an export; the gate then says whether it stays.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -12,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
 
-use crate::limits::{Limits, MemoryPlan};
+use crate::limits::{GUESTS_MAX, GUESTS_PER_ADDRESS_MAX, Limits, MemoryPlan};
 use crate::socket_memory::{WIDTHS, WideSockets, Width};
 
 /// As many sockets of a width have to find room before one gets it.
@@ -31,7 +35,9 @@ pub enum NotAdmitted {
 
 #[derive(Debug, Default)]
 struct Counts {
+    /// Guests not counted.
     total: u32,
+    guests: u32,
     /// What the kernel may keep in all sockets beyond what narrow ones hold.
     wide_bytes: u64,
     by_address: HashMap<IpAddr, OfAddress>,
@@ -40,6 +46,7 @@ struct Counts {
 #[derive(Debug, Default, Clone, Copy)]
 struct OfAddress {
     connections: u32,
+    guests: u32,
     wide_bytes: u64,
 }
 
@@ -65,26 +72,30 @@ impl Admission {
         })
     }
 
-    /// A place for a connection from this address; `None` is a peer on this machine that has none.
+    /// A place for a connection from this address, a guest's where a limit is reached; `None` is a peer on this machine that has
+    /// none.
     ///
     /// # Errors
     /// [`NotAdmitted`]
     pub fn admit(self: &Arc<Self>, peer: Option<IpAddr>) -> Result<Place, NotAdmitted> {
         let address = peer.map(accountable);
         let mut counts = self.counts();
-        if counts.total >= self.connections_max {
-            return Err(NotAdmitted::TooMany(counts.total));
+        let of_address = address.and_then(|address| counts.by_address.get(&address).copied());
+        let of_address = of_address.unwrap_or_default();
+        let limit = if counts.total >= self.connections_max {
+            Some(NotAdmitted::TooMany(counts.total))
+        } else {
+            let is_full = of_address.connections >= self.connections_per_address_max;
+            is_full.then_some(NotAdmitted::TooManyOfAddress(of_address.connections))
+        };
+        if let Some(limit) = limit
+            && (counts.guests >= GUESTS_MAX || of_address.guests >= GUESTS_PER_ADDRESS_MAX)
+        {
+            return Err(limit);
         }
-        if let Some(address) = address {
-            let of_address = counts.by_address.get(&address).copied().unwrap_or_default();
-            if of_address.connections >= self.connections_per_address_max {
-                return Err(NotAdmitted::TooManyOfAddress(of_address.connections));
-            }
-            counts.by_address.entry(address).or_default().connections += 1;
-        }
-        counts.total += 1;
+        counts.count(address, limit.is_some(), 1);
         drop(counts);
-        Ok(Place { admission: Arc::clone(self), address, wide_bytes: 0 })
+        Ok(Place { admission: Arc::clone(self), address, wide_bytes: 0, beyond: limit })
     }
 
     /// Takes memory for a wider socket: how wide, and how many bytes. One address gets no more than it leaves to all others
@@ -114,9 +125,40 @@ pub struct Place {
     address: Option<IpAddr>,
     /// Taken for the socket to be wider than narrow.
     wide_bytes: u64,
+    /// The limit that was reached, of a guest's.
+    beyond: Option<NotAdmitted>,
+}
+
+impl Counts {
+    /// One connection more (1) or less (-1).
+    fn count(&mut self, address: Option<IpAddr>, is_guest: bool, change: i32) {
+        let total = if is_guest { &mut self.guests } else { &mut self.total };
+        *total = total.saturating_add_signed(change);
+        let Some(address) = address else { return };
+        let of_address = self.by_address.entry(address).or_default();
+        let total = if is_guest { &mut of_address.guests } else { &mut of_address.connections };
+        *total = total.saturating_add_signed(change);
+        if of_address.connections == 0 && of_address.guests == 0 {
+            self.by_address.remove(&address);
+        }
+    }
 }
 
 impl Place {
+    /// The limit that was reached when a guest came; `None` for whoever is no guest.
+    pub fn beyond(&self) -> Option<NotAdmitted> {
+        self.beyond
+    }
+
+    /// The guest has taken the slot of another connection, which is gone: it stays.
+    pub fn settle(&mut self) {
+        if self.beyond.take().is_some() {
+            let mut counts = self.admission.counts();
+            counts.count(self.address, false, 1);
+            counts.count(self.address, true, -1);
+        }
+    }
+
     /// Lets the connection's TCP socket hold more of the kernel's memory, if some is left for its address. A Unix socket stays as
     /// it is.
     pub fn widen(&mut self, socket: BorrowedFd<'_>) {
@@ -136,15 +178,11 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut counts = self.admission.counts();
-        counts.total -= 1;
         counts.wide_bytes -= self.wide_bytes;
-        let Some(address) = self.address else { return };
-        let Some(of_address) = counts.by_address.get_mut(&address) else { return };
-        of_address.connections -= 1;
-        of_address.wide_bytes -= self.wide_bytes;
-        if of_address.connections == 0 {
-            counts.by_address.remove(&address);
+        if let Some(of_address) = self.address.and_then(|address| counts.by_address.get_mut(&address)) {
+            of_address.wide_bytes -= self.wide_bytes;
         }
+        counts.count(self.address, self.beyond.is_some(), -1);
     }
 }
 
@@ -182,29 +220,57 @@ mod tests {
     fn the_last_place_is_given_and_one_more_is_not() {
         let admission = admission(3, 100);
         let mut places: Vec<Place> = (0..3).map(|_| admission.admit(ip("192.0.2.1")).unwrap()).collect();
-        assert_eq!(admission.admit(ip("192.0.2.2")).unwrap_err(), NotAdmitted::TooMany(3));
+        assert!(places.iter().all(|place| place.beyond().is_none()));
+        let guest = admission.admit(ip("192.0.2.2")).unwrap();
+        assert_eq!(guest.beyond(), Some(NotAdmitted::TooMany(3)));
         places.pop();
-        assert!(admission.admit(None).is_ok());
+        assert_eq!(admission.admit(None).unwrap().beyond(), None);
+    }
+
+    #[test]
+    fn a_few_come_beyond_the_limits_as_guests_and_count_when_they_stay() {
+        let admission = admission(2, 1);
+        let mut places = vec![admission.admit(ip("192.0.2.1")).unwrap()];
+        let guests_of = |address: &str| -> Vec<Place> {
+            let admitted = std::iter::from_fn(|| admission.admit(ip(address)).ok());
+            admitted.take(1_000).collect()
+        };
+        let mut guests = guests_of("192.0.2.1");
+        assert_eq!(guests.len() as u32, GUESTS_PER_ADDRESS_MAX);
+        assert!(guests.iter().all(|guest| guest.beyond() == Some(NotAdmitted::TooManyOfAddress(1))));
+        // One stays, in the place of another that goes.
+        let mut stays = guests.pop().unwrap();
+        places.clear();
+        stays.settle();
+        assert_eq!(stays.beyond(), None);
+        let others: Vec<Place> = (2..99).flat_map(|last| guests_of(&format!("192.0.2.{last}"))).collect();
+        assert_eq!(admission.counts().total, 2);
+        assert_eq!((guests.len() + others.len()) as u32, GUESTS_MAX + 1, "one of them found a place");
+        assert_eq!(admission.admit(ip("198.51.100.1")).unwrap_err(), NotAdmitted::TooMany(2));
+        drop((stays, guests, others));
+        let counts = admission.counts();
+        assert_eq!((counts.total, counts.guests, counts.by_address.len()), (0, 0, 0));
     }
 
     #[test]
     fn one_address_has_its_own_limit_and_others_are_let_in() {
         let admission = admission(100, 2);
         let places = [admission.admit(ip("192.0.2.1")).unwrap(), admission.admit(ip("192.0.2.1")).unwrap()];
-        assert_eq!(admission.admit(ip("192.0.2.1")).unwrap_err(), NotAdmitted::TooManyOfAddress(2));
+        let beyond = |address: &str| admission.admit(ip(address)).unwrap().beyond();
+        assert_eq!(beyond("192.0.2.1"), Some(NotAdmitted::TooManyOfAddress(2)));
         // The same machine in IPv6's clothes.
-        assert!(admission.admit(ip("::ffff:192.0.2.1")).is_err());
-        assert!(admission.admit(ip("192.0.2.2")).is_ok());
+        assert!(beyond("::ffff:192.0.2.1").is_some());
+        assert_eq!(beyond("192.0.2.2"), None);
         drop(places);
         assert!(admission.counts().by_address.is_empty(), "who has left is not remembered");
-        assert!(admission.admit(ip("192.0.2.1")).is_ok());
+        assert_eq!(beyond("192.0.2.1"), None);
     }
 
     #[test]
     fn a_network_of_ipv6_counts_as_one_address() {
         let admission = admission(100, 1);
         let _place = admission.admit(ip("2001:db8:0:1::1")).unwrap();
-        assert!(admission.admit(ip("2001:db8:0:1:ffff::2")).is_err());
+        assert!(admission.admit(ip("2001:db8:0:1:ffff::2")).unwrap().beyond().is_some());
         assert!(admission.admit(ip("2001:db8:0:2::1")).is_ok());
     }
 

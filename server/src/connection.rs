@@ -22,7 +22,7 @@ use tls::kernel::ControlRecord;
 use tls::stream::Carrier;
 use tracing::{debug, info, warn};
 
-use crate::admission::Place;
+use crate::admission::{NotAdmitted, Place};
 use crate::buffers::{Buffer, HeldBuffers};
 use crate::data_address::Peer;
 use crate::fence::ConnectionId;
@@ -204,14 +204,19 @@ impl Connection {
         self.phase == Phase::Closing && ring.ops_in_flight(self.index) == 0
     }
 
-    /// Whether it has taken too long to get to the transmission phase.
+    /// Whether it has taken too long to get to the transmission phase, or as a guest.
     pub fn is_late(&self, now: Instant) -> bool {
-        self.is_in_handshake() && now >= self.handshake_deadline
+        self.has_to_end() && now >= self.handshake_deadline
     }
 
-    /// Whether the handshake still goes on.
-    pub fn is_in_handshake(&self) -> bool {
-        self.phase != Phase::Closing && !self.session.is_transmitting()
+    /// Whether the handshake still goes on, or it is a guest.
+    pub fn has_to_end(&self) -> bool {
+        self.phase != Phase::Closing && (!self.session.is_transmitting() || self.beyond().is_some())
+    }
+
+    /// The limit that was reached when it came, if it is a guest.
+    pub fn beyond(&self) -> Option<NotAdmitted> {
+        self.place.beyond()
     }
 
     /// For how long the peer has neither taken nor sent a byte while buffers are held for it; `None` if none are.
@@ -274,8 +279,11 @@ impl Connection {
         };
         match (result, answer) {
             (Ok(false), _) => {}
-            (Ok(true), Ok(Opened { volume: Some(volume), is_attachment, .. })) => {
-                self.place.widen(ring.socket(self.index));
+            (Ok(true), Ok(Opened { volume: Some(volume), is_attachment, is_probe, .. })) => {
+                if !is_probe {
+                    self.place.settle();
+                    self.place.widen(ring.socket(self.index));
+                }
                 if is_attachment {
                     self.peer.notice_when_gone(ring.socket(self.index));
                 }

@@ -173,6 +173,11 @@ impl Fence {
         }
     }
 
+    /// Whether a GO would be served in the place of a connection that is still there.
+    pub fn would_replace(&self, epoch: u64, slot: u32) -> bool {
+        self.served.values().any(|other| other.epoch < epoch || (other.epoch == epoch && other.slot == slot))
+    }
+
     /// Whether no connection is served or closing.
     pub fn is_drained(&self) -> bool {
         self.served.is_empty()
@@ -319,6 +324,19 @@ mod tests {
         assert_eq!(driver.go(3, 1, 1), [refuse(3, Reason::StaleEpoch)]);
         assert_eq!(driver.go(4, 3, 0), [refuse(2, Reason::StaleEpoch)], "even one that was waiting");
         assert_eq!(driver.drained(1), [grant(4)]);
+    }
+
+    #[test]
+    fn who_takes_a_slot_over_replaces_its_connection() {
+        let mut driver = Driver::default();
+        driver.go(1, 2, 0);
+        assert!(driver.fence.would_replace(2, 0) && driver.fence.would_replace(3, 7));
+        assert!(!driver.fence.would_replace(2, 1) && !driver.fence.would_replace(1, 0));
+        driver.go(2, 2, 0);
+        assert!(driver.fence.would_replace(2, 0), "also while it is closing");
+        driver.drained(1);
+        driver.drained(2);
+        assert!(!driver.fence.would_replace(2, 0));
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub struct IoLoop {
     shutdown_deadline: Option<Instant>,
     /// When deadlines were last looked at.
     checked_at: Instant,
-    /// Whether a handshake may be going on; found out at each check, because that takes a look at every connection.
+    /// Whether a handshake, or a guest's visit, may be going on; found out at each check, because that takes a look at every connection.
     has_handshakes: bool,
 }
 
@@ -151,12 +151,12 @@ impl IoLoop {
             connection.is_listed = false;
             if let Some(ask) = connection.advance(&mut self.ring) {
                 let rights = Arc::clone(connection.rights());
-                let deadline = connection.handshake_deadline();
+                let (deadline, beyond) = (connection.handshake_deadline(), connection.beyond());
                 let connection = connection.id();
                 let ring = self.ring_number;
                 match ask {
                     Ask::Open(open) => {
-                        self.tell_gate(GateMessage::Open { connection, ring, open, rights });
+                        self.tell_gate(GateMessage::Open { connection, ring, open, rights, beyond });
                     }
                     Ask::List => self.tell_gate(GateMessage::List { connection, ring, rights }),
                     Ask::StartTls => self.start_tls(index, connection, deadline),
@@ -271,8 +271,7 @@ impl IoLoop {
                 connection.close(&mut self.ring);
             }
         }
-        self.has_handshakes =
-            self.connections.iter().flatten().any(|connection| connection.is_in_handshake());
+        self.has_handshakes = self.connections.iter().flatten().any(|connection| connection.has_to_end());
         self.checked_at = now;
         if self.ring.has_waiters() {
             let limit = self.limits.stall_timeout;

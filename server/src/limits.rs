@@ -41,12 +41,18 @@ const HANDSHAKE_BYTES: u64 = 3 * OPTION_BYTES_MAX as u64;
 pub const CONNECTION_BYTES: u64 =
     BOOKKEEPING_BYTES + if HANDSHAKE_BYTES > BULK_BYTES as u64 { HANDSHAKE_BYTES } else { BULK_BYTES as u64 };
 
+/// Connections beyond the limits that may come as far as to say what they are for; and of one address. Who takes the slot of a
+/// connection that is dead, or only asks whether the server lives, is let in; the others are told of the limit.
+pub const GUESTS_MAX: u32 = 16;
+/// As above.
+pub const GUESTS_PER_ADDRESS_MAX: u32 = 4;
+
 /// Bounds of the data side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at once; more are closed as they come.
+    /// Connections at once; what more ask for is refused, but see [`GUESTS_MAX`].
     pub connections_max: u32,
-    /// Connections at once from one address (from one /64 with IPv6); more are closed as they come.
+    /// Connections at once from one address (from one /64 with IPv6); the same for more.
     pub connections_per_address_max: u32,
     /// From the first byte to the transmission phase.
     pub handshake_timeout: Duration,
@@ -132,7 +138,7 @@ impl Limits {
         tls_bytes: u64,
         more_bytes: u64,
     ) -> Result<MemoryPlan, TooLittleMemory> {
-        let (rings_count, connections_max) = (rings as u64, u64::from(self.connections_max));
+        let (rings_count, connections_max) = (rings as u64, u64::from(self.connections_max + GUESTS_MAX));
         let connections_bytes = connections_max * (CONNECTION_BYTES + NARROW_BYTES + tls_bytes);
         let fixed_bytes = connections_bytes + rings_count * RING_BYTES;
         let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
@@ -152,7 +158,7 @@ impl Limits {
                 let wide_sockets_bytes = (connections_max * more_bytes).min(left_bytes - held_bytes);
                 Ok(MemoryPlan {
                     pool,
-                    connections_per_ring: self.connections_max.div_ceil(rings as u32),
+                    connections_per_ring: (self.connections_max + GUESTS_MAX).div_ceil(rings as u32),
                     wide_sockets_bytes,
                     page_pipes: page_pipes as u16,
                     total_bytes: with_pools(pool) + held_bytes + wide_sockets_bytes,
@@ -185,7 +191,7 @@ mod tests {
                     memory_bytes_max: Some(memory_bytes_max),
                     ..Limits::default()
                 };
-                let least_bytes = u64::from(connections_max) * (CONNECTION_BYTES + NARROW_BYTES)
+                let least_bytes = u64::from(connections_max + GUESTS_MAX) * (CONNECTION_BYTES + NARROW_BYTES)
                     + rings as u64 * (RING_BYTES + PoolSize::smallest(request_bytes_max).bytes());
                 assert!(limits(least_bytes - 1).plan(rings, GIB, 0, MORE_BYTES).is_err());
                 for memory_bytes_max in [least_bytes, least_bytes + (7 << 20), 2 * least_bytes, 1 << 40] {
@@ -202,7 +208,7 @@ mod tests {
         let limits = Limits::default();
         let plan = limits.plan(2, 1 << 40, 0, MORE_BYTES).unwrap();
         assert_eq!(plan.pool, PoolSize::full(limits.request_bytes_max));
-        assert_eq!(plan.wide_sockets_bytes, u64::from(limits.connections_max) * MORE_BYTES);
+        assert_eq!(plan.wide_sockets_bytes, u64::from(limits.connections_max + GUESTS_MAX) * MORE_BYTES);
         let plan = limits.plan(8, 2 * GIB, 0, MORE_BYTES).unwrap();
         assert!((MORE_BYTES..100 * MORE_BYTES).contains(&plan.wide_sockets_bytes), "{plan:?}");
         assert!(

@@ -32,6 +32,8 @@ pub struct Opened {
     pub volume: Option<Arc<Volume>>,
     /// Of an attachment: its client comes again by itself when a connection is lost.
     pub is_attachment: bool,
+    /// It only asks whether the server lives, and is not counted.
+    pub is_probe: bool,
 }
 
 /// What a ring thread can be told.

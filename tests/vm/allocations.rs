@@ -121,7 +121,9 @@ impl Disk {
     ) -> Result<Self> {
         let addresses = [address.to_owned()];
         let connect = || -> Result<Dialled> {
-            Ok(dial::attempts(&addresses, VOLUME, None)?.next().context("no address")??)
+            Ok(dial::attempts(&addresses, VOLUME, None, dial::OPEN_TIMEOUT)?
+                .next()
+                .context("no address")??)
         };
         let (one, other) = (connect()?, connect()?);
         let params = device_params(&one.export, 0, false)?;

@@ -34,12 +34,14 @@ use super::block_request::{self, GeometryError};
 use super::connection::Resend;
 use super::control_socket::{self, PendingRequest};
 use super::data_socket::{DataSocket, Encryption};
+use super::dial::OPEN_TIMEOUT;
 use super::ladder::{Chosen, Ladder, LadderError};
+use super::liveness::{Probes, Silence};
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
 use super::queue_loop;
 use super::queue_parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts};
-use super::reconnect::{Condition, Output, Reconnect, StallPolicy};
+use super::reconnect::{Condition, Loss, Output, Reconnect, StallPolicy};
 use super::redial::{Attempt, Redial};
 use super::slots::{self, Layout, SlotError};
 use super::status_file::StatusFile;
@@ -62,7 +64,7 @@ const QUEUES_END_TIMEOUT: Duration = Duration::from_secs(60);
 const START_STALL_MS: u64 = 10_000;
 /// A server of ours that owes replies and sends nothing for so long is taken for lost: its requests are sent again.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
-/// A foreign one has longer: what it owes cannot be sent again, and fails.
+/// A foreign one has longer: what it owes cannot be sent again, and fails. Both have ten minutes while they answer probes.
 const REPLY_TIMEOUT_FOREIGN: Duration = Duration::from_secs(120);
 
 /// Why there is no device.
@@ -125,6 +127,8 @@ enum Event {
     Queue(QueueEvent),
     /// Of this queue's connections.
     Attempt(u16, Attempt),
+    /// A probe was answered, or was not.
+    Probed(bool),
     /// START_DEV has returned.
     Started,
     Control(PendingRequest),
@@ -176,7 +180,7 @@ impl Made {
     /// A new device for an export that is there.
     fn anew(control: &ControlDevice, spec: &DeviceSpec) -> Result<Self, AttachmentError> {
         let ladder = Ladder::new(&ublk_core::probe_driver(control)?, &spec.data_path)?;
-        let first = slots::dial_slot(spec, 0, None)?;
+        let first = slots::dial_slot(spec, 0, None, OPEN_TIMEOUT)?;
         let params = block_request::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
         let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
         let session = SessionRecord {
@@ -301,9 +305,11 @@ impl Attachment {
         }
         // A device that is taken on has users, who wait as they were told to.
         let starting = if is_recovered { spec.on_stall } else { StallPolicy::FailAfterMs(START_STALL_MS) };
+        let (_, reply_timeout) = ways_of(&spec.export);
+        let probes = Probes::new(reply_timeout, Redial::can_probe(spec, nr_connections));
         let links = Links {
             redial: Redial::new(spec, &session, nr_hw_queues, nr_connections),
-            reconnect: Reconnect::new(nr_hw_queues, session.incarnation.clone(), starting),
+            reconnect: Reconnect::new(nr_hw_queues, session.incarnation.clone(), starting, probes),
             commanders: Vec::new(),
             unflushed,
             is_volatile: spec.is_volatile,
@@ -329,7 +335,11 @@ impl Attachment {
             }
             _ => {}
         }
-        attachment.links.reconnect.set_policy(spec.on_stall);
+        if spec.on_stall_is_told {
+            attachment.links.reconnect.told_policy(spec.on_stall, Instant::now());
+        } else {
+            attachment.links.reconnect.set_policy(spec.on_stall);
+        }
         attachment.make_link()?;
         let on_request = move |request| drop(sender.send(Event::Control(request)));
         control_socket::listen(&dir.control_socket(), on_request).map_err(AttachmentError::Setup)?;
@@ -349,10 +359,7 @@ impl Attachment {
         status: &mut StatusFile,
     ) -> Result<(), AttachmentError> {
         let is_pinned = sockets.len() > 1;
-        let (resend, reply_timeout) = match spec.export {
-            ExportSpec::Attachment { .. } => (Resend::Everything, REPLY_TIMEOUT),
-            ExportSpec::Nbd { .. } => (Resend::ReadsOnly, REPLY_TIMEOUT_FOREIGN),
-        };
+        let (resend, reply_timeout) = ways_of(&spec.export);
         for (queue_id, sockets) in (0..).zip(sockets) {
             // A single queue has the requests of every processor.
             let cpus =
@@ -440,7 +447,7 @@ impl Attachment {
             let left = self.links.take_event(event, status);
             self.grow(status);
             match left {
-                None | Some(Event::Queue(_) | Event::Attempt(..) | Event::Started) => {}
+                None | Some(Event::Queue(_) | Event::Attempt(..) | Event::Probed(_) | Event::Started) => {}
                 Some(Event::Control(request)) => match request.command {
                     ControlCommand::Status => {
                         request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
@@ -500,10 +507,10 @@ impl Attachment {
     }
 
     fn set_policy(&mut self, policy: StallPolicy, status: &mut StatusFile) -> ControlResponse {
-        self.links.reconnect.set_policy(policy);
+        self.links.reconnect.told_policy(policy, Instant::now());
         self.links.tick();
         self.links.tell_condition(status);
-        match status.update(|status| status.on_stall = policy) {
+        match status.update(|status| (status.on_stall, status.on_stall_is_told) = (policy, true)) {
             Ok(()) => ControlResponse::Ok(Box::new(status.status().clone())),
             Err(error) => ControlResponse::Error { message: with_sources(&error) },
         }
@@ -622,8 +629,9 @@ impl Links {
     /// The next event; what is due at a certain time is done meanwhile. `None`: there can be none any more.
     fn next_event(&mut self, events: &Receiver<Event>, status: &mut StatusFile) -> Option<Event> {
         loop {
-            let Some(deadline) = self.reconnect.deadline() else { return events.recv().ok() };
-            match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let now = Instant::now();
+            let Some(wakes_at) = self.reconnect.wakes_at(now) else { return events.recv().ok() };
+            match events.recv_timeout(wakes_at.saturating_duration_since(now)) {
                 Ok(event) => return Some(event),
                 Err(RecvTimeoutError::Timeout) => {
                     self.tick();
@@ -648,15 +656,30 @@ impl Links {
             Event::Queue(QueueEvent::SentByReference { was_copied }) => {
                 note_send_zc(if was_copied { SendZc::Copied } else { SendZc::Used }, status);
             }
-            Event::Queue(QueueEvent::Disconnected { queue_id, connection, reason, served_nothing }) => {
+            Event::Queue(QueueEvent::Silent { queue_id, silent }) => {
+                let now = Instant::now();
+                let silence = silent.and_then(|(silent, oldest)| {
+                    Some(Silence { since: now.checked_sub(silent)?, oldest_sent: now.checked_sub(oldest)? })
+                });
+                self.reconnect.silent(queue_id, silence, now, &mut outputs);
+            }
+            Event::Probed(is_answered) => self.reconnect.probed(is_answered, Instant::now()),
+            Event::Queue(QueueEvent::Disconnected {
+                queue_id,
+                connection,
+                reason,
+                served_nothing,
+                oldest,
+            }) => {
                 let slot = connection * status.status().nr_hw_queues + queue_id;
                 let reason =
                     format!("connection {slot} to {} was lost ({reason})", status.status().server_address);
                 let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
                 let has_unflushed = || is_volatile || unflushed.any();
                 let now = Instant::now();
-                let reconnect = &mut self.reconnect;
-                reconnect.disconnected(queue_id, served_nothing, &reason, now, has_unflushed, &mut outputs);
+                let oldest_sent = oldest.and_then(|oldest| now.checked_sub(oldest));
+                let loss = Loss { reason: &reason, served_nothing, oldest_sent };
+                self.reconnect.disconnected(queue_id, &loss, now, has_unflushed, &mut outputs);
             }
             Event::Queue(QueueEvent::Ended { queue_id, outcome }) => {
                 self.queues_live -= 1;
@@ -721,6 +744,14 @@ impl Links {
                 Output::Connect(queue_id, sockets) => self.tell(queue_id, QueueCommand::Connect(sockets)),
                 Output::Disconnect(queue_id, why) => self.tell(queue_id, QueueCommand::Disconnect(why)),
                 Output::GiveUp(queue_id) => self.tell(queue_id, QueueCommand::GiveUp),
+                Output::Probe => {
+                    let sender = self.sender.clone();
+                    let on_return = move |is_answered| drop(sender.send(Event::Probed(is_answered)));
+                    if let Err(error) = self.redial.probe(on_return) {
+                        tracing::warn!(%error, "no thread can be made to ask whether the server lives");
+                        self.reconnect.probed(false, Instant::now());
+                    }
+                }
             }
         }
     }
@@ -740,6 +771,7 @@ impl Links {
     fn tell_condition(&self, status: &mut StatusFile) {
         let (state, reason) = match self.reconnect.condition() {
             Condition::Live => (DeviceState::Live, String::new()),
+            Condition::Slow(reason) => (DeviceState::Live, reason),
             Condition::Stalled(reason) => (DeviceState::Stalled, format!("I/O waits: {reason}")),
             Condition::Failing(reason) => {
                 (DeviceState::Stalled, format!("I/O fails until the server is back: {reason}"))
@@ -751,6 +783,14 @@ impl Links {
         if is_usable && (is.state != state || is.state_reason != reason) {
             status.enter(state, &reason);
         }
+    }
+}
+
+/// What becomes of requests on lost connections, and how long a server may owe replies without a sign of life.
+fn ways_of(export: &ExportSpec) -> (Resend, Duration) {
+    match export {
+        ExportSpec::Attachment { .. } => (Resend::Everything, REPLY_TIMEOUT),
+        ExportSpec::Nbd { .. } => (Resend::ReadsOnly, REPLY_TIMEOUT_FOREIGN),
     }
 }
 

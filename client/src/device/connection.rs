@@ -176,6 +176,8 @@ struct Entry {
     cookie: u64,
     operation: Operation,
     answer: Answer,
+    /// Ticks since it was sent for the first time, on whichever connection.
+    age_ticks: u32,
 }
 
 /// What has come of a request on this connection.
@@ -396,6 +398,22 @@ impl Connection {
         self.entries.iter().any(is_owed)
     }
 
+    /// A tick has passed since the last: whatever the server was sent and has not answered is older by that.
+    pub fn tick(&mut self) {
+        for entry in &mut self.entries {
+            let is_sent = matches!(entry.stage, Stage::Sending | Stage::Sent);
+            let waits_again = entry.stage == Stage::Queued && entry.age_ticks > 0;
+            entry.age_ticks += u32::from(is_sent || waits_again);
+        }
+    }
+
+    /// Ticks since the oldest request that is not answered was sent for the first time, on whichever connection; `None`: none
+    /// was.
+    pub fn oldest_ticks(&self) -> Option<u32> {
+        let is_waiting = |entry: &&Entry| entry.stage != Stage::Idle && entry.age_ticks > 0;
+        self.entries.iter().filter(is_waiting).map(|entry| entry.age_ticks).max()
+    }
+
     /// Whether the server has done, or tried to do, anything that it was asked for on this connection.
     pub fn has_served(&self) -> bool {
         self.has_served
@@ -519,7 +537,7 @@ impl Connection {
 
 impl Entry {
     fn new(operation: Operation) -> Self {
-        Self { stage: Stage::Idle, cookie: 0, operation, answer: Answer::None }
+        Self { stage: Stage::Idle, cookie: 0, operation, answer: Answer::None, age_ticks: 0 }
     }
 
     fn request(&self) -> Request {
@@ -675,6 +693,39 @@ mod tests {
         });
         assert_eq!(payloads.collect::<Vec<_>>(), [1, 4]);
         assert!(!connection.is_leaving() && !connection.has_served());
+    }
+
+    #[test]
+    fn a_request_is_as_old_as_its_first_sending() {
+        let mut connection = Connection::new(8, 0);
+        connection.submit(0, operation(Command::Flush, 0));
+        connection.tick();
+        assert_eq!(connection.oldest_ticks(), None, "it was not sent");
+        batch(&mut connection);
+        connection.batch_sent();
+        connection.tick();
+        connection.tick();
+        connection.submit(1, operation(Command::Read, 512));
+        let (_, cookies) = batch(&mut connection);
+        connection.batch_sent();
+        connection.tick();
+        assert_eq!(connection.oldest_ticks(), Some(3));
+        connection.fail();
+        connection.reaped(Resend::Everything);
+        connection.tick();
+        connection.connected();
+        batch(&mut connection);
+        connection.batch_sent();
+        connection.tick();
+        assert_eq!(connection.oldest_ticks(), Some(5), "sent again it is no younger");
+        connection.header_received(&reply(0, cookies[0])).unwrap_err();
+        let flush = connection.cookie(0).unwrap();
+        connection.header_received(&reply(0, flush)).unwrap();
+        assert_eq!(connection.oldest_ticks(), Some(3), "the READ's");
+        connection.submit(0, operation(Command::Flush, 0));
+        batch(&mut connection);
+        connection.tick();
+        assert_eq!(connection.oldest_ticks(), Some(4), "a tag is as old as its request");
     }
 
     #[test]

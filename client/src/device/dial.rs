@@ -25,7 +25,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a peer that accepts the connection may take to greet, and then to start TLS: it waits for nobody there.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the answer to GO may take: the server gives it only when the I/O of fenced connections has finished.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+pub const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// A peer that acknowledges nothing for this long is gone. Some retransmissions more than a network loses on an ordinary
 /// day, and little enough that another connection is tried while people still wait.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -102,7 +102,7 @@ pub struct Dialled {
 }
 
 /// Tries to open `export_name` at each of `addresses` in turn, at every address that a host name stands for, over TLS where
-/// `tls` says how. Whoever asks for no further attempt leaves the other addresses alone.
+/// `tls` says how. Once it was asked for, the export may take `open_timeout`. Whoever asks for no further attempt leaves the other addresses alone.
 ///
 /// # Errors
 /// [`DialError::TlsSpec`]: `tls` is of no use anywhere. That an attempt failed is its own result.
@@ -110,13 +110,14 @@ pub fn attempts<'a>(
     addresses: &'a [String],
     export_name: &'a str,
     tls: Option<&TlsSpec>,
+    open_timeout: Duration,
 ) -> Result<impl Iterator<Item = Result<Dialled, DialError>> + use<'a>, DialError> {
     let tls = tls.map(Tls::load).transpose()?;
     let targets = addresses.iter().flat_map(|address| resolve(address));
     Ok(targets.map(move |target| {
         let target = target?;
         let socket = connect(&target)?;
-        Handshake::new(target, export_name)?.run(socket, tls.as_ref())
+        Handshake::new(target, export_name, open_timeout)?.run(socket, tls.as_ref())
     }))
 }
 
@@ -181,13 +182,15 @@ struct Handshake {
     /// How long what is waited for now may take.
     patience: Duration,
     deadline: Instant,
+    open_timeout: Duration,
 }
 
 impl Handshake {
-    fn new(target: Target, export_name: &str) -> Result<Self, DialError> {
+    fn new(target: Target, export_name: &str, open_timeout: Duration) -> Result<Self, DialError> {
         let machine = ClientHandshake::new(export_name)
             .map_err(|source| DialError::Handshake { address: target.shown.clone(), source })?;
-        Ok(Self { target, machine, patience: GREETING_TIMEOUT, deadline: Instant::now() + GREETING_TIMEOUT })
+        let (patience, deadline) = (GREETING_TIMEOUT, Instant::now() + GREETING_TIMEOUT);
+        Ok(Self { target, machine, patience, deadline, open_timeout })
     }
 
     fn run(mut self, socket: TcpStream, tls: Option<&Tls>) -> Result<Dialled, DialError> {
@@ -205,7 +208,7 @@ impl Handshake {
             .map_err(|error| self.stream_error(error))?;
         let mut output = Vec::new();
         self.machine.tls_started(&mut output);
-        self.wait_for(OPEN_TIMEOUT);
+        self.wait_for(self.open_timeout);
         stream.write_all(&output, self.deadline).map_err(|error| self.stream_error(error))?;
         let export = self.speak(&mut stream, |_| false)?;
         let export = export.ok_or_else(|| self.protocol_error("it does not tell the export"))?;
@@ -239,8 +242,8 @@ impl Handshake {
                     return Err(self.handshake_error(source));
                 }
             };
-            if self.machine.has_asked_for_export() && self.patience != OPEN_TIMEOUT {
-                self.wait_for(OPEN_TIMEOUT);
+            if self.machine.has_asked_for_export() && self.patience != self.open_timeout {
+                self.wait_for(self.open_timeout);
             }
             stream.send(&output, self.deadline).map_err(|error| self.stream_error(error))?;
             output.clear();
@@ -335,7 +338,8 @@ mod tests {
             let (mut peer, _) = listener.accept().unwrap();
             peer.write_all(b"220 mail.example.org ESMTP\r\n").unwrap();
         });
-        let dial = || attempts(std::slice::from_ref(&address), "x", None).unwrap().next().unwrap();
+        let dial =
+            || attempts(std::slice::from_ref(&address), "x", None, OPEN_TIMEOUT).unwrap().next().unwrap();
         let foreign = dial().unwrap_err();
         assert!(matches!(foreign, DialError::Handshake { .. }), "{foreign}");
         server.join().unwrap();

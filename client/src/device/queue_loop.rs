@@ -100,6 +100,7 @@ impl Lane {
 
     /// A tick has passed: for how many replies were due and nothing came.
     fn count_silence(&mut self) -> u32 {
+        self.connection.tick();
         let is_silent = self.connection.in_flight() > 0 && self.progress == self.progress_at_tick;
         self.silent_ticks = if is_silent { self.silent_ticks + 1 } else { 0 };
         self.progress_at_tick = self.progress;
@@ -121,7 +122,9 @@ struct QueueLoop<'a> {
     requests: Box<[Operation]>,
     volatile_cache: bool,
     resend: Resend,
-    silent_ticks_max: u32,
+    /// From so many on the main thread is told, and whether it was.
+    silent_ticks_told: u32,
+    is_told_silent: bool,
     busy_poll: Duration,
     key_bytes_max: u64,
     unflushed: Arc<Unflushed>,
@@ -170,7 +173,8 @@ impl<'a> QueueLoop<'a> {
             requests: vec![flush; usize::from(depth) + 1].into_boxed_slice(),
             volatile_cache: parts.volatile_cache,
             resend: parts.resend,
-            silent_ticks_max: (parts.reply_timeout.as_millis() / TICK.as_millis()).max(1) as u32,
+            silent_ticks_told: (parts.reply_timeout.as_millis() / TICK.as_millis() / 2).max(1) as u32,
+            is_told_silent: false,
             busy_poll: parts.busy_poll,
             key_bytes_max: parts.key_bytes_max,
             covered: vec![0; (usize::from(depth) + 1) * unflushed.nr_queues()].into_boxed_slice(),
@@ -470,8 +474,9 @@ impl<'a> QueueLoop<'a> {
         for connection in self.connections() {
             self.commit_completed(connection);
         }
-        let queue_id = self.ring.queue().q_id();
-        (self.on_event)(QueueEvent::Disconnected { queue_id, connection, reason, served_nothing });
+        let (queue_id, oldest) = (self.ring.queue().q_id(), self.oldest());
+        self.is_told_silent = false;
+        (self.on_event)(QueueEvent::Disconnected { queue_id, connection, reason, served_nothing, oldest });
     }
 
     fn command_came(&mut self) -> Result<(), QueueError> {
@@ -481,7 +486,13 @@ impl<'a> QueueLoop<'a> {
         while let Ok(command) = self.commands.commands.try_recv() {
             match command {
                 QueueCommand::Connect(sockets) => self.connect(sockets)?,
-                QueueCommand::Disconnect(reason) => self.fail(0, reason),
+                QueueCommand::Disconnect(reason) => {
+                    // Of silence the connection that was silent for longest is the cause.
+                    let silent = (0..)
+                        .zip(&self.lanes)
+                        .max_by_key(|(connection, lane)| (lane.silent_ticks, std::cmp::Reverse(*connection)));
+                    self.fail(silent.map_or(0, |(connection, _)| connection), reason);
+                }
                 QueueCommand::GiveUp => self.lanes.iter_mut().for_each(|lane| lane.connection.give_up()),
             }
         }
@@ -508,17 +519,22 @@ impl<'a> QueueLoop<'a> {
         Ok(())
     }
 
-    /// Looks for connections on which replies are due and nothing comes.
+    /// For how long the oldest request that waits has been known to a server.
+    fn oldest(&self) -> Option<Duration> {
+        let ticks = self.lanes.iter().filter_map(|lane| lane.connection.oldest_ticks()).max();
+        ticks.map(|ticks| TICK * ticks)
+    }
+
+    /// Looks for connections on which replies are due and nothing comes. What is to be done about them, the main thread says.
     fn tick_passed(&mut self) {
         self.is_tick_out = false;
-        let silent_ticks_max = self.silent_ticks_max;
-        let mut silences =
-            (0..).zip(&mut self.lanes).map(|(connection, lane)| (connection, lane.count_silence()));
-        let silent = silences.find(|(_, ticks)| *ticks >= silent_ticks_max);
-        if let Some((connection, ticks)) = silent
-            && self.is_up()
-        {
-            self.fail(connection, format!("no reply for {} s", ticks * TICK.as_secs() as u32));
+        let silent_ticks = self.lanes.iter_mut().map(Lane::count_silence).max().unwrap_or(0);
+        let is_silent = silent_ticks >= self.silent_ticks_told && self.is_up();
+        if is_silent || std::mem::replace(&mut self.is_told_silent, is_silent) {
+            self.is_told_silent = is_silent;
+            let silent = TICK * silent_ticks;
+            let silent = is_silent.then(|| (silent, self.oldest().unwrap_or(silent)));
+            (self.on_event)(QueueEvent::Silent { queue_id: self.ring.queue().q_id(), silent });
         }
         let worn = self
             .connections()

@@ -31,6 +31,15 @@ pub enum QueueEvent {
         reason: String,
         /// The server has refused all that it was asked for on them, from the moment when they were opened.
         served_nothing: bool,
+        /// For how long the oldest request that waits has been known to a server; `None`: none was sent.
+        oldest: Option<Duration>,
+    },
+    /// On one of the queue's connections replies are due and nothing comes. Told at every tick, from half of the reply time-out on.
+    Silent {
+        /// Which queue.
+        queue_id: u16,
+        /// For how long, and for how long the oldest request of the queue has been known to a server; `None`: it is over.
+        silent: Option<(Duration, Duration)>,
     },
     /// On a connection the first payload has left that was sent from a request's own pages.
     SentByReference {
@@ -128,7 +137,7 @@ pub struct QueueParts {
     pub sockets: Vec<DataSocket>,
     /// What becomes of requests on connections that are lost.
     pub resend: Resend,
-    /// After so long without any reply while some are due, connections are given up as lost.
+    /// After half of this without any reply while some are due, the main thread is told at each tick.
     pub reply_timeout: Duration,
     /// For so long after its last event the thread looks for the next without sleeping.
     pub busy_poll: Duration,

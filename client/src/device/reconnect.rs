@@ -23,10 +23,16 @@
 //! - whether the server forgot anything is judged only when no queue has a connection: an acknowledgement of the former
 //!   incarnation could still arrive on one;
 //! - after `lost for good` no queue gets a connection again.
+//!
+//! A server that owes replies and sends nothing is not left, and does not use up the time after which requests fail, while it
+//! answers probes (`liveness.rs`). A probe ends no outage: only an answered request does. A policy that somebody sets later has
+//! a time of its own, which probes do not stop: whoever shuts a machine down has to know how long it takes.
 
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+
+use super::liveness::{OutageClock, Probes, Silence};
 
 /// What requests do while there is no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -50,6 +56,8 @@ pub enum Output<S> {
     Disconnect(u16, String),
     /// Requests of the queue fail while it has no connections.
     GiveUp(u16),
+    /// Ask the server for one block on a connection of its own, and tell [`Reconnect::probed`].
+    Probe,
 }
 
 #[derive(Debug)]
@@ -62,11 +70,24 @@ enum QueueState<S> {
     Dialled(S, String),
 }
 
+/// How a queue lost its connections.
+#[derive(Debug, Clone, Copy)]
+pub struct Loss<'a> {
+    /// Why, for people.
+    pub reason: &'a str,
+    /// The server refused from the start: it was not back, and the outage before is not over.
+    pub served_nothing: bool,
+    /// When the oldest request that waits was sent for the first time; `None`: none was sent.
+    pub oldest_sent: Option<Instant>,
+}
+
 /// What is told of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Condition {
     /// Every queue has its connections.
     Live,
+    /// The same, but the server takes long; how long, for people.
+    Slow(String),
     /// Requests wait; why, for people.
     Stalled(String),
     /// Requests fail until the server is back; why, for people.
@@ -85,10 +106,15 @@ pub struct Reconnect<S> {
     /// By queue: the former incarnation that its last dial told, which may have begun before the present one was known.
     doubted: Vec<Option<String>>,
     policy: StallPolicy,
-    /// When the outage began, and why.
-    outage: Option<(Instant, String)>,
-    /// When the one before began, and how often since then a server was reached that refused everything.
-    former_outage: Option<Instant>,
+    /// When somebody set it, if that was later than at the start.
+    told_at: Option<Instant>,
+    probes: Probes,
+    /// By queue: of its connections the one that has been silent for longest.
+    silences: Vec<Option<Silence>>,
+    /// How long the outage has lasted, and why.
+    outage: Option<(OutageClock, String)>,
+    /// The one before, and how often since then a server was reached that refused everything.
+    former_outage: Option<OutageClock>,
     refusals: u32,
     /// What the last attempt came to.
     attempt: String,
@@ -98,13 +124,16 @@ pub struct Reconnect<S> {
 
 impl<S> Reconnect<S> {
     /// All queues have connections of this incarnation.
-    pub fn new(nr_hw_queues: u16, incarnation: String, policy: StallPolicy) -> Self {
+    pub fn new(nr_hw_queues: u16, incarnation: String, policy: StallPolicy, probes: Probes) -> Self {
         Self {
             queues: (0..nr_hw_queues).map(|_| QueueState::Up).collect(),
             incarnation,
             former_incarnations: Vec::new(),
             doubted: vec![None; usize::from(nr_hw_queues)],
             policy,
+            told_at: None,
+            probes,
+            silences: vec![None; usize::from(nr_hw_queues)],
             outage: None,
             former_outage: None,
             refusals: 0,
@@ -120,34 +149,69 @@ impl<S> Reconnect<S> {
     }
 
     /// A queue has lost its connections, and no byte of them can come any more. `has_unflushed` tells whether a server that
-    /// forgets would have anything to forget; it is asked only when no queue has a connection. Where the connections
-    /// `served_nothing`, refused from the start, the server was not back, and the outage before them is not over.
+    /// forgets would have anything to forget; it is asked only when no queue has a connection.
     pub fn disconnected(
         &mut self,
         queue_id: u16,
-        served_nothing: bool,
-        reason: &str,
+        loss: &Loss<'_>,
         now: Instant,
         has_unflushed: impl FnOnce() -> bool,
         outputs: &mut Vec<Output<S>>,
     ) {
-        if served_nothing {
+        if loss.served_nothing {
             self.refusals = self.refusals.saturating_add(1);
         } else {
             (self.former_outage, self.refusals) = (None, 0);
         }
         self.queues[usize::from(queue_id)] = QueueState::Down;
+        self.silences[usize::from(queue_id)] = None;
         if self.lost.is_some() {
             outputs.push(Output::GiveUp(queue_id));
             return;
         }
-        if self.outage.is_none() {
-            self.outage = Some((self.former_outage.unwrap_or(now), reason.to_owned()));
-            self.attempt.clear();
+        let oldest_sent = loss.oldest_sent.unwrap_or(now);
+        match &mut self.outage {
+            Some((clock, _)) => clock.waits_for(oldest_sent),
+            None => {
+                let clock = self.former_outage.take().unwrap_or(OutageClock::new(now, oldest_sent));
+                self.outage = Some((clock, loss.reason.to_owned()));
+                self.attempt.clear();
+            }
         }
         self.give_up(outputs);
         outputs.push(Output::Dial(queue_id));
         self.settle(has_unflushed, outputs);
+    }
+
+    /// On a queue's connections replies are due and nothing comes; `None`: not any more. To be told about once a second.
+    pub fn silent(
+        &mut self,
+        queue_id: u16,
+        silence: Option<Silence>,
+        now: Instant,
+        outputs: &mut Vec<Output<S>>,
+    ) {
+        let index = usize::from(queue_id);
+        let is_up = matches!(self.queues[index], QueueState::Up);
+        self.silences[index] = silence.filter(|_| is_up);
+        let Some(silence) = self.silences[index] else { return };
+        if self.probes.is_dead(silence, now) {
+            self.silences[index] = None;
+            self.queues[index] = QueueState::Closing;
+            outputs.push(Output::Disconnect(queue_id, no_reply(silence, now)));
+        } else if self.probes.take_turn(now) {
+            outputs.push(Output::Probe);
+        }
+    }
+
+    /// A probe was answered, or was not.
+    pub fn probed(&mut self, is_answered: bool, now: Instant) {
+        self.probes.returned(is_answered, now);
+        let good_for = self.probes.reply_timeout();
+        let clocks = self.outage.as_mut().map(|(clock, _)| clock).into_iter().chain(&mut self.former_outage);
+        for clock in clocks.filter(|_| is_answered) {
+            clock.lives(now, good_for);
+        }
     }
 
     /// An attempt to open a queue's connections failed; another follows.
@@ -194,9 +258,29 @@ impl<S> Reconnect<S> {
     pub fn tick(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
         if self.deadline().is_some_and(|deadline| now >= deadline) {
             self.has_given_up = true;
-            self.close_all("the other connections are given up", outputs);
+            let silence = self.silences.iter().flatten().min_by_key(|silence| silence.since);
+            let reason = silence.map(|silence| no_reply(*silence, now));
+            let begins = || (OutageClock::new(now, now), reason.clone().unwrap_or_default());
+            self.outage.get_or_insert_with(begins);
+            let why = reason.as_deref().unwrap_or("the other connections are given up");
+            self.close_all(why, outputs);
             self.give_up(outputs);
         }
+        if self.probes_matter() && self.probes.take_turn(now) {
+            outputs.push(Output::Probe);
+        }
+    }
+
+    /// When [`Reconnect::tick`] has something to do.
+    pub fn wakes_at(&self, now: Instant) -> Option<Instant> {
+        let probe = self.probes.due_at(now).filter(|_| self.probes_matter());
+        self.deadline().into_iter().chain(probe).min()
+    }
+
+    /// Whether requests would fail sooner without probes. While there are connections their silence asks for probes.
+    fn probes_matter(&self) -> bool {
+        let fails_later = matches!(self.policy, StallPolicy::FailAfterMs(_)) && !self.has_given_up;
+        fails_later && self.lost.is_none() && self.outage.is_some()
     }
 
     /// Once no queue is served any more: whoever is told of an error may write again at once, through any of them.
@@ -219,20 +303,37 @@ impl<S> Reconnect<S> {
         }
     }
 
-    /// When [`Reconnect::tick`] has something to do.
-    pub fn deadline(&self) -> Option<Instant> {
-        match (self.policy, &self.outage) {
-            (StallPolicy::FailAfterMs(after_ms), Some((since, _))) if !self.has_given_up => {
-                since.checked_add(Duration::from_millis(after_ms))
-            }
-            _ => None,
+    /// When requests fail.
+    fn deadline(&self) -> Option<Instant> {
+        let StallPolicy::FailAfterMs(after_ms) = self.policy else { return None };
+        if self.has_given_up || self.lost.is_some() {
+            return None;
         }
+        let after = Duration::from_millis(after_ms);
+        // Of a policy that somebody set: from then on, or from when the outage or the silence began.
+        let told = self.told_at.and_then(|told_at| {
+            let silent_for_long = self
+                .silences
+                .iter()
+                .flatten()
+                .filter_map(|it| it.since.checked_add(self.probes.reply_timeout()));
+            let outage = self.outage.as_ref().map(|(clock, _)| clock.began());
+            let began = silent_for_long.chain(outage).min()?;
+            began.max(told_at).checked_add(after)
+        });
+        let counted = self.outage.as_ref().and_then(|(clock, _)| clock.ends(after));
+        told.into_iter().chain(counted).min()
     }
 
-    /// What is to be done from now on. Requests that failed stay failed; under `Wait` those that come wait again after
-    /// the next outage begins.
+    /// The policy that the attachment was made with. Requests that failed stay failed; under `Wait` those that come wait again
+    /// after the next outage begins.
     pub fn set_policy(&mut self, policy: StallPolicy) {
-        self.policy = policy;
+        (self.policy, self.told_at) = (policy, None);
+    }
+
+    /// The same, set by somebody now: its time is not stretched by probes.
+    pub fn told_policy(&mut self, policy: StallPolicy, now: Instant) {
+        (self.policy, self.told_at) = (policy, Some(now));
     }
 
     /// The storage incarnation that all connections are of.
@@ -250,7 +351,11 @@ impl<S> Reconnect<S> {
         if let Some(reason) = &self.lost {
             return Condition::Lost(reason.clone());
         }
-        let Some((_, reason)) = &self.outage else { return Condition::Live };
+        let Some((_, reason)) = &self.outage else {
+            let is_slow = self.silences.iter().any(Option::is_some) && self.probes.is_vouching();
+            let words = "the server takes long for a request; it answers others".to_owned();
+            return if is_slow { Condition::Slow(words) } else { Condition::Live };
+        };
         let attempt = if self.attempt.is_empty() { "connecting" } else { &self.attempt };
         let text = format!("{reason}; {attempt}");
         if self.has_given_up { Condition::Failing(text) } else { Condition::Stalled(text) }
@@ -260,7 +365,7 @@ impl<S> Reconnect<S> {
         self.queues[usize::from(queue_id)] = QueueState::Up;
         outputs.push(Output::Connect(queue_id, sockets));
         if self.queues.iter().all(|queue| matches!(queue, QueueState::Up)) {
-            self.former_outage = self.outage.take().map(|(since, _)| since);
+            self.former_outage = self.outage.take().map(|(clock, _)| clock);
             self.has_given_up = false;
         }
     }
@@ -323,9 +428,15 @@ impl<S> Reconnect<S> {
     }
 }
 
+fn no_reply(silence: Silence, now: Instant) -> String {
+    format!("no reply for {} s", now.saturating_duration_since(silence.since).as_secs())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 
     const OLD: &str = "boot.1";
     const NEW: &str = "boot.2";
@@ -341,7 +452,12 @@ mod tests {
 
     impl World {
         fn new(policy: StallPolicy) -> Self {
-            let reconnect = Reconnect::new(2, OLD.to_owned(), policy);
+            Self::probing(policy, false)
+        }
+
+        fn probing(policy: StallPolicy, is_possible: bool) -> Self {
+            let probes = Probes::new(REPLY_TIMEOUT, is_possible);
+            let reconnect = Reconnect::new(2, OLD.to_owned(), policy, probes);
             Self { reconnect, start: Instant::now(), now_ms: 0, has_unflushed: false, outputs: Vec::new() }
         }
 
@@ -356,8 +472,23 @@ mod tests {
         fn lost(&mut self, queue_id: u16, served_nothing: bool) -> Vec<Output<u32>> {
             let (now, unflushed) = (self.now(), self.has_unflushed);
             let outputs = &mut self.outputs;
-            self.reconnect.disconnected(queue_id, served_nothing, "cut", now, || unflushed, outputs);
+            let loss = Loss { reason: "cut", served_nothing, oldest_sent: None };
+            self.reconnect.disconnected(queue_id, &loss, now, || unflushed, outputs);
             std::mem::take(&mut self.outputs)
+        }
+
+        /// Nothing has come on the queue since `since_ms`; its oldest request was sent then.
+        fn silent_at(&mut self, queue_id: u16, since_ms: u64, now_ms: u64) -> Vec<Output<u32>> {
+            self.now_ms = now_ms;
+            let since = self.start + Duration::from_millis(since_ms);
+            let silence = Some(Silence { since, oldest_sent: since });
+            self.reconnect.silent(queue_id, silence, self.now(), &mut self.outputs);
+            std::mem::take(&mut self.outputs)
+        }
+
+        fn answered_at(&mut self, now_ms: u64) {
+            self.now_ms = now_ms;
+            self.reconnect.probed(true, self.now());
         }
 
         fn dialled(&mut self, queue_id: u16, sockets: u32, incarnation: &str) -> Vec<Output<u32>> {
@@ -433,15 +564,118 @@ mod tests {
     }
 
     #[test]
+    fn a_silent_server_is_left_unless_it_answers_probes() {
+        let mut world = World::probing(StallPolicy::FailAfterMs(5_000), true);
+        assert_eq!(world.silent_at(0, 0, 10_000), [Output::Probe]);
+        assert_eq!(world.silent_at(1, 0, 10_000), [], "one probe for all queues");
+        world.answered_at(10_100);
+        assert_eq!(
+            world.reconnect.condition(),
+            Condition::Slow("the server takes long for a request; it answers others".into())
+        );
+        assert_eq!(world.tick_at(29_000), [], "no time of an outage passes either");
+        assert_eq!(world.silent_at(0, 0, 29_000), [Output::Probe]);
+        assert_eq!(world.silent_at(0, 0, 30_099), []);
+        assert_eq!(world.silent_at(0, 0, 30_100), [Output::Disconnect(0, "no reply for 30 s".into())]);
+        // A reply ends it.
+        world.answered_at(30_200);
+        assert_eq!(world.silent_at(1, 15_000, 30_200), []);
+        world.reconnect.silent(1, None, world.now(), &mut world.outputs);
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+        // Ten minutes after it was sent a request is not waited for any longer.
+        assert_eq!(world.silent_at(1, 20_000, 35_200), [Output::Probe]);
+        world.answered_at(619_000);
+        assert_eq!(world.silent_at(1, 20_000, 619_999), []);
+        assert_eq!(disconnects(&world.silent_at(1, 20_000, 620_000)), [1]);
+    }
+
+    #[test]
+    fn where_no_probe_is_possible_silence_is_the_end() {
+        let mut world = World::new(StallPolicy::Wait);
+        assert_eq!(world.silent_at(0, 0, 19_999), []);
+        assert_eq!(disconnects(&world.silent_at(0, 0, 20_000)), [0]);
+        assert_eq!(world.silent_at(0, 0, 21_000), [], "it was told already");
+    }
+
+    #[test]
+    fn an_outage_does_not_last_while_the_server_answers_probes() {
+        let mut world = World::probing(StallPolicy::FailAfterMs(5_000), true);
+        world.disconnected(0);
+        assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.start), "a probe is due");
+        assert_eq!(world.tick_at(0), [Output::Probe]);
+        world.answered_at(1_000);
+        assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_secs(1 + 20 + 4)));
+        assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.start + Duration::from_secs(6)));
+        assert!(matches!(world.reconnect.condition(), Condition::Stalled(_)), "a probe ends no outage");
+        assert_eq!(world.tick_at(24_999), [Output::Probe]);
+        assert_eq!(disconnects(&world.tick_at(25_000)), [1]);
+        // The server opens and serves nothing: the same outage goes on, and stands still in the same way.
+        let mut world = World::probing(StallPolicy::FailAfterMs(5_000), true);
+        world.disconnected(0);
+        world.dialled(0, 7, OLD);
+        world.answered_at(2_000);
+        world.lost(0, true);
+        assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_secs(2 + 20 + 3)));
+    }
+
+    #[test]
+    fn a_policy_that_somebody_sets_has_a_time_that_probes_do_not_stop() {
+        let fail = StallPolicy::FailAfterMs(10_000);
+        // In an outage.
+        let mut world = World::probing(StallPolicy::Wait, true);
+        world.disconnected(0);
+        world.now_ms = 60_000;
+        world.answered_at(60_000);
+        world.reconnect.told_policy(fail, world.now());
+        assert_eq!(
+            disconnects(&world.tick_at(60_000)),
+            [1],
+            "without probes it has lasted for longer already"
+        );
+        let mut world = World::probing(StallPolicy::FailAfterMs(30_000), true);
+        world.disconnected(0);
+        for second in (0..60).step_by(10) {
+            world.answered_at(second * 1_000);
+        }
+        world.now_ms = 60_000;
+        world.reconnect.told_policy(fail, world.now());
+        world.answered_at(69_000);
+        assert!(disconnects(&world.tick_at(69_999)).is_empty());
+        assert_eq!(disconnects(&world.tick_at(70_000)), [1]);
+        // While a server that is connected takes long.
+        let mut world = World::probing(StallPolicy::Wait, true);
+        world.answered_at(45_000);
+        world.silent_at(0, 0, 50_000);
+        world.reconnect.told_policy(fail, world.now());
+        world.answered_at(59_000);
+        world.silent_at(0, 0, 59_500);
+        assert!(disconnects(&world.tick_at(59_999)).is_empty());
+        let outputs = world.tick_at(60_000);
+        assert_eq!(disconnects(&outputs), [0, 1]);
+        assert!(matches!(world.reconnect.condition(), Condition::Failing(_)));
+        world.disconnected(0);
+        let outputs = world.disconnected(1);
+        assert!(outputs.contains(&Output::GiveUp(0)) && outputs.contains(&Output::GiveUp(1)));
+        // Long before: its time begins when the server falls silent.
+        let mut world = World::probing(StallPolicy::Wait, true);
+        world.reconnect.told_policy(fail, world.now());
+        world.silent_at(0, 100_000, 115_000);
+        world.answered_at(128_000);
+        world.silent_at(0, 100_000, 129_000);
+        assert!(disconnects(&world.tick_at(129_999)).is_empty());
+        assert_eq!(disconnects(&world.tick_at(130_000)), [0, 1]);
+    }
+
+    #[test]
     fn a_policy_may_be_changed_during_an_outage() {
         let mut world = World::new(StallPolicy::Wait);
         world.disconnected(0);
         world.tick_at(60_000);
-        world.reconnect.set_policy(StallPolicy::FailAfterMs(30_000));
+        world.reconnect.told_policy(StallPolicy::FailAfterMs(30_000), world.now());
         assert_eq!(disconnects(&world.tick_at(60_000)), [1], "it has lasted longer already");
         let mut world = World::new(StallPolicy::FailAfterMs(30_000));
         world.disconnected(0);
-        world.reconnect.set_policy(StallPolicy::Wait);
+        world.reconnect.told_policy(StallPolicy::Wait, world.now());
         assert_eq!(world.tick_at(60_000), []);
     }
 

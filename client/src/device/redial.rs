@@ -11,10 +11,11 @@ use std::thread;
 use std::time::Duration;
 
 use super::data_socket::DataSocket;
-use super::dial::Dialled;
+use super::dial::{Dialled, OPEN_TIMEOUT};
 use super::export_fit::fits;
+use super::probe;
 use super::slots::{self, SlotError};
-use crate::contract::{DeviceSpec, SessionRecord};
+use crate::contract::{DeviceSpec, ExportSpec, SessionRecord};
 use crate::node::error::with_sources;
 
 /// Between the first attempts, and at most. The pause grows by half each time and is cut by chance, so that many clients
@@ -130,11 +131,12 @@ impl Redial {
         let mut export_bytes = u64::MAX;
         for slot in (queue_id..self.nr_connections).step_by(usize::from(self.nr_hw_queues)) {
             let worked_last = self.worked_last().clone();
-            let dialled = match slots::dial_slot(&self.spec, slot, worked_last.as_deref()) {
-                Ok(dialled) => dialled,
-                Err(error @ SlotError::Ended { .. }) => return Attempt::Refused(with_sources(&error)),
-                Err(error) => return Attempt::Failed(with_sources(&error)),
-            };
+            let dialled =
+                match slots::dial_slot(&self.spec, slot.into(), worked_last.as_deref(), OPEN_TIMEOUT) {
+                    Ok(dialled) => dialled,
+                    Err(error @ SlotError::Ended { .. }) => return Attempt::Refused(with_sources(&error)),
+                    Err(error) => return Attempt::Failed(with_sources(&error)),
+                };
             *self.worked_last() = Some(dialled.address.clone());
             let incarnation = slots::incarnation(&self.spec, &dialled);
             if let Err(reason) = self.check(&dialled) {
@@ -159,6 +161,20 @@ impl Redial {
             return Err("the connection is not encrypted as the former one was".to_owned());
         }
         Ok(())
+    }
+
+    /// Asks the server for one block, beside all else. Whether it was answered is told once, unless there can be no thread.
+    ///
+    /// # Errors
+    /// There can be no thread.
+    pub fn probe(&self, on_return: impl FnOnce(bool) + Send + 'static) -> io::Result<()> {
+        let worked_last = self.worked_last().clone();
+        probe::start(&self.spec, self.session.block_size_bytes, worked_last, on_return)
+    }
+
+    /// Whether a probe says anything: a foreign server that granted one connection may have no other to give.
+    pub fn can_probe(spec: &DeviceSpec, nr_connections: u16) -> bool {
+        matches!(spec.export, ExportSpec::Attachment { .. }) || nr_connections > 1
     }
 
     fn worked_last(&self) -> MutexGuard<'_, Option<String>> {

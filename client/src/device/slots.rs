@@ -9,6 +9,8 @@
 //! Invariant: there is more than one connection only where the server says that a FLUSH on any of them covers all
 //! (`NBD_FLAG_CAN_MULTI_CONN`; NBD `doc/proto.md`).
 
+use std::time::Duration;
+
 use proto::export_name::{AttachmentExportName, DescriptionError, ExportDescription, ExportRefusal};
 use proto::nbd::handshake::client::ClientHandshakeError;
 use proto::nbd::reply::ERR_UNKNOWN;
@@ -16,7 +18,7 @@ use proto::nbd::{ExportInfo, TransmissionFlags};
 use uuid::Uuid;
 
 use super::data_socket::DataSocket;
-use super::dial::{self, DialError, Dialled};
+use super::dial::{self, DialError, Dialled, OPEN_TIMEOUT};
 use crate::contract::{DeviceSpec, ExportSpec};
 use crate::node::error::with_sources;
 
@@ -169,16 +171,23 @@ impl Layout {
     }
 }
 
-/// Opens a slot of the attachment's export, at the address that worked last if it still does.
+/// Opens a slot of the attachment's export, at the address that worked last if it still does. Once it was asked for, the export may
+/// take `open_timeout`.
 ///
 /// # Errors
 /// [`SlotError::Ended`] is final; of the others [`SlotError::PassedOver`] tells of every address that was tried.
-pub fn dial_slot(spec: &DeviceSpec, slot: u16, worked_last: Option<&str>) -> Result<Dialled, SlotError> {
+pub fn dial_slot(
+    spec: &DeviceSpec,
+    slot: u32,
+    worked_last: Option<&str>,
+    open_timeout: Duration,
+) -> Result<Dialled, SlotError> {
     let mut addresses = spec.addresses.clone();
     // Stable: the others stay in their order.
     addresses.sort_by_key(|address| Some(address.as_str()) != worked_last);
     let mut passed_over = Vec::new();
-    for attempt in dial::attempts(&addresses, &export_name(spec, slot)?, spec.tls.as_ref())? {
+    let export_name = export_name(spec, slot)?;
+    for attempt in dial::attempts(&addresses, &export_name, spec.tls.as_ref(), open_timeout)? {
         match judge(spec, attempt)? {
             Ok(dialled) => return Ok(dialled),
             Err(reason) => {
@@ -199,7 +208,7 @@ pub fn dial_others(spec: &DeviceSpec, first: Dialled, wanted: u16) -> Result<Vec
     let takes_fewer = spec.nr_connections == 0 && matches!(spec.export, ExportSpec::Nbd { .. });
     let mut sockets = vec![first.socket];
     for slot in 1..wanted {
-        let next = match dial_slot(spec, slot, Some(&first.address)) {
+        let next = match dial_slot(spec, slot.into(), Some(&first.address), OPEN_TIMEOUT) {
             Ok(next) => next,
             Err(error @ SlotError::PassedOver(_)) if takes_fewer => {
                 let granted = sockets.len();
@@ -248,14 +257,13 @@ pub fn incarnation(spec: &DeviceSpec, dialled: &Dialled) -> String {
         .unwrap_or_default()
 }
 
-fn export_name(spec: &DeviceSpec, slot: u16) -> Result<String, SlotError> {
+fn export_name(spec: &DeviceSpec, slot: u32) -> Result<String, SlotError> {
     match &spec.export {
         ExportSpec::Nbd { export_name } => Ok(export_name.clone()),
         ExportSpec::Attachment { session_epoch, .. } => {
             let secret = spec.secret().ok_or(SlotError::Secret)?;
             let attachment_id = spec.attachment_id;
-            let name =
-                AttachmentExportName { attachment_id, secret, epoch: *session_epoch, slot: slot.into() };
+            let name = AttachmentExportName { attachment_id, secret, epoch: *session_epoch, slot };
             Ok(name.expose())
         }
     }

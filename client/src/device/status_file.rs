@@ -53,6 +53,7 @@ impl StatusFile {
             send_zc: SendZc::default(),
             session_epoch,
             on_stall: spec.on_stall,
+            on_stall_is_told: spec.on_stall_is_told,
             reconnects: 0,
             session: None,
             program_version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -26,6 +26,7 @@ use crate::contract::{
     AttachmentDir, DeviceSpec, DeviceState, ExportSpec, RecoverSpec, attachment_hash, boot_id,
 };
 use crate::device::dial::Dialled;
+use crate::device::dial::OPEN_TIMEOUT;
 use crate::device::slots;
 
 /// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
@@ -62,7 +63,7 @@ pub(super) fn spec(record: &AttachmentRecord) -> Option<DeviceSpec> {
         *session_epoch += 1;
     }
     if let Some(status) = &record.status {
-        spec.on_stall = status.on_stall;
+        (spec.on_stall, spec.on_stall_is_told) = (status.on_stall, status.on_stall_is_told);
     }
     spec.recover = Some(recover);
     Some(spec)
@@ -212,7 +213,8 @@ impl Supervisor {
             return Ok(None);
         }
         let (spec, target) = (spec.clone(), spec.target.clone());
-        let dialled = tokio::task::spawn_blocking(move || slots::dial_slot(&spec, 0, None)).await;
+        let dialled =
+            tokio::task::spawn_blocking(move || slots::dial_slot(&spec, 0, None, OPEN_TIMEOUT)).await;
         let why = match dialled {
             Ok(Ok(dialled)) => return Ok(Some(dialled)),
             Ok(Err(error)) => with_sources(&error),

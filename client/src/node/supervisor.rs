@@ -373,6 +373,7 @@ impl Supervisor {
             device_link: self.config.device_dir.join(target.link_name(attachment_id)),
             is_volatile: false,
             on_stall: wishes.on_stall,
+            on_stall_is_told: false,
             busy_poll_us: wishes.busy_poll_us.unwrap_or(0),
             send_zc: wishes.send_zc,
             recover: None,

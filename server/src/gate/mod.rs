@@ -28,6 +28,7 @@ use proto::nbd::handshake::server::{ListedExport, Open, OpenKind, Refusal};
 use tracing::error;
 use uuid::Uuid;
 
+use crate::admission::NotAdmitted;
 use crate::backend::file::FileError;
 use crate::backend::memory::MemoryVolume;
 use crate::catalog::{Catalog, VolumeRecord};
@@ -53,6 +54,8 @@ pub enum GateMessage {
         open: Open,
         /// What it may have.
         rights: Arc<Rights>,
+        /// The limit that was reached when it came; `None`: it has a place.
+        beyond: Option<NotAdmitted>,
     },
     /// A connection asks for the public names.
     List {
@@ -188,6 +191,8 @@ struct Known {
     read_only: bool,
     /// Until when the open has to be answered; `None` once it was.
     deadline: Option<Instant>,
+    /// It only asks whether the server lives.
+    is_probe: bool,
     /// Whether it was answered with the volume, or will be.
     has_volume: bool,
     is_closing: bool,
@@ -287,8 +292,8 @@ impl Gate {
 
     fn handle(&mut self, message: GateMessage) {
         match message {
-            GateMessage::Open { connection, ring, open, rights } => {
-                self.open(connection, ring, &open, &rights);
+            GateMessage::Open { connection, ring, open, rights, beyond } => {
+                self.open(connection, ring, &open, &rights, beyond);
             }
             GateMessage::List { connection, ring, rights } => {
                 let exports = self.listed_exports(&rights);

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use proto::export_name::{AttachmentExportName, ExportDescription, ExportRefusal};
+use proto::export_name::{AttachmentExportName, ExportDescription, ExportRefusal, PROBE_SLOT};
 use proto::nbd::ExportInfo;
 use proto::nbd::handshake::server::{Open, OpenKind, Refusal};
 use tracing::{error, info};
 use uuid::Uuid;
 
 use super::{Gate, GateMessage, Known, OpenError, Right, VolumeState};
+use crate::admission::NotAdmitted;
 use crate::backend::file;
 use crate::backend::memory::MemoryVolume;
 use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
@@ -25,10 +26,18 @@ use crate::tls::rights::Rights;
 use crate::volume::{Backend, LossRecorder, Volume};
 
 impl Gate {
-    pub(super) fn open(&mut self, connection: ConnectionId, ring: usize, open: &Open, rights: &Rights) {
-        let opened = match AttachmentExportName::parse(&open.name) {
-            Some(name) => self.open_attachment(connection, ring, open.kind, &name, rights),
-            None => self.open_by_name(connection, ring, open, rights),
+    pub(super) fn open(
+        &mut self,
+        connection: ConnectionId,
+        ring: usize,
+        open: &Open,
+        rights: &Rights,
+        beyond: Option<NotAdmitted>,
+    ) {
+        let opened = match (AttachmentExportName::parse(&open.name), beyond) {
+            (Some(name), _) => self.open_attachment(connection, ring, open.kind, &name, rights, beyond),
+            (None, Some(limit)) if open.kind == OpenKind::Go => Err(limit_refusal(limit)),
+            (None, _) => self.open_by_name(connection, ring, open, rights),
         };
         if let Err(refusal) = opened {
             self.connections.remove(&connection);
@@ -43,6 +52,7 @@ impl Gate {
         kind: OpenKind,
         name: &AttachmentExportName,
         rights: &Rights,
+        beyond: Option<NotAdmitted>,
     ) -> Result<(), Refusal> {
         let attachment = self.catalog.attachment(name.attachment_id).map_err(catalog_refusal)?;
         // Whether the id or the secret is wrong is not for the peer to know.
@@ -52,8 +62,14 @@ impl Gate {
         if !rights.may_open(&volume.name, Some(&attachment.node_id)) {
             return Err(Refusal::policy("the client's certificate names neither this volume nor its node"));
         }
+        let (is_probe, fence) = (name.slot == PROBE_SLOT, self.fences.get(&attachment.attachment_id));
+        let is_replacement = fence.is_some_and(|fence| fence.would_replace(name.epoch, name.slot));
+        if let Some(limit) = beyond.filter(|_| kind == OpenKind::Go && !is_probe && !is_replacement) {
+            return Err(limit_refusal(limit));
+        }
         let right = Right::Attachment { attachment_id: attachment.attachment_id };
-        self.remember(connection, ring, kind, right, attachment.volume_uid, attachment.read_only);
+        let known = self.remember(connection, ring, kind, right, attachment.volume_uid, attachment.read_only);
+        known.is_probe = is_probe;
         if kind == OpenKind::Info {
             self.find_volume(connection);
             return Ok(());
@@ -101,7 +117,7 @@ impl Gate {
         right: Right,
         volume_uid: Uuid,
         read_only: bool,
-    ) {
+    ) -> &mut Known {
         let deadline = Some(Instant::now() + self.config.limits.open_timeout);
         let known = Known {
             ring,
@@ -110,10 +126,11 @@ impl Gate {
             volume_uid,
             read_only,
             deadline,
+            is_probe: false,
             has_volume: false,
             is_closing: false,
         };
-        self.connections.insert(connection, known);
+        self.connections.entry(connection).insert_entry(known).into_mut()
     }
 
     /// Gives a granted connection its volume, now or when it is open.
@@ -212,7 +229,7 @@ impl Gate {
         };
         known.deadline = None;
         let (ring, is_info) = (known.ring, known.kind == OpenKind::Info);
-        let is_attachment = matches!(known.right, Right::Attachment { .. });
+        let (is_attachment, is_probe) = (matches!(known.right, Right::Attachment { .. }), known.is_probe);
         let block_size_bytes = if is_attachment { record.block_size_bytes } else { 1 };
         let mut limits = volume.limits(known.read_only, block_size_bytes);
         // It may have grown since it was opened.
@@ -226,7 +243,7 @@ impl Gate {
             description: Some(self.description(&record)),
         };
         let volume = (!is_info).then(|| Arc::clone(volume));
-        let opened = Opened { export, limits, volume, is_attachment };
+        let opened = Opened { export, limits, volume, is_attachment, is_probe };
         self.post(ring, RingMessage::Opened { connection, answer: Ok(opened) });
         if is_info {
             self.connections.remove(&connection);
@@ -263,6 +280,10 @@ impl Gate {
         let refusal = refusal.map_text(|reason| ExportRefusal { reason, server_id }.to_string());
         self.post(ring, RingMessage::Opened { connection, answer: Err(refusal) });
     }
+}
+
+fn limit_refusal(limit: NotAdmitted) -> Refusal {
+    Refusal::policy(format!("{limit}; try again when others have left"))
 }
 
 fn unknown_export() -> Refusal {

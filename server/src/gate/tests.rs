@@ -40,7 +40,7 @@ impl Fixture {
     fn go(&mut self, name: &str) {
         let open = Open { kind: OpenKind::Go, name: name.to_owned() };
         let rights = Arc::new(Rights::everything());
-        self.gate.handle(GateMessage::Open { connection: CLIENT, ring: 0, open, rights });
+        self.gate.handle(GateMessage::Open { connection: CLIENT, ring: 0, open, rights, beyond: None });
     }
 
     /// What the openers of both volumes report; the gate has not seen it.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use proto::nbd::transmission::{Command, CommandFlags};
 use proto::nbd::{OPTION_MAGIC, option};
+use server::limits::GUESTS_PER_ADDRESS_MAX;
 
 use super::support::{CLOSE_LIMIT, HANDSHAKE_TIMEOUT, Random, Server, export_name, seed};
 
@@ -103,13 +104,24 @@ fn connections_beyond_the_limit_are_closed_and_places_come_free() {
         let mut greeting = [0u8; 18];
         stream.read_exact(&mut greeting).unwrap();
     }
+    let volume = server.create("vol", 1 << 20);
+    let attachment = server.attach(&volume, false);
+    let refused =
+        super::client::Client::open(server.address(), &export_name(&attachment, 1, 0)).err().unwrap();
+    assert!(
+        refused.to_string().contains("there are 8 connections, which is the limit (--connections-max)"),
+        "{refused}"
+    );
+    // So many may say what they want; more are not even greeted.
+    let guests: Vec<TcpStream> = (0..GUESTS_PER_ADDRESS_MAX).map(|_| connect(server.address())).collect();
+    for mut stream in &guests {
+        stream.read_exact(&mut [0u8; 18]).unwrap();
+    }
     let mut one_more = connect(server.address());
     let mut input = Vec::new();
     let _ = one_more.read_to_end(&mut input);
     assert!(input.is_empty(), "not even greeted");
-    drop(crowd);
-    let volume = server.create("vol", 1 << 20);
-    let attachment = server.attach(&volume, false);
+    drop((crowd, guests));
     super::support::wait_until("a place is free", || {
         super::client::Client::open(server.address(), &export_name(&attachment, 1, 0)).is_ok()
     });

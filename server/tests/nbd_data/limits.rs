@@ -1,19 +1,23 @@
 //! Every limit, at its border: the last that is allowed works, the first that is not ends only what went too far.
 
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
+use proto::export_name::PROBE_SLOT;
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use proto::nbd::{OPTION_MAGIC, option};
 use server::catalog::Catalog;
 use server::data_server::{DataServer, DataServerConfig, DataServerError};
-use server::limits::{CONNECTION_BYTES, Limits};
+use server::limits::{CONNECTION_BYTES, GUESTS_PER_ADDRESS_MAX, Limits};
 use socket2::{Domain, Socket, Type};
 
 use super::client::Client;
 use super::hostile_requests::flood_with_reads;
-use super::support::{DEADLINE, Server, TempDir, alone, may_open_files, skip, wait_until};
+use super::support::{
+    CLOSE_LIMIT, DEADLINE, HANDSHAKE_TIMEOUT, Server, TempDir, alone, export_name, may_open_files, skip,
+    wait_until,
+};
 
 /// The greeting of a server that lets a connection in.
 const GREETING_BYTES: usize = 18;
@@ -35,10 +39,58 @@ fn one_address_gets_its_share_and_others_are_let_in() {
     let (mine, other) = ([127, 0, 0, 2], [127, 0, 0, 3]);
     let crowd: Vec<_> = (0..3).map(|_| connect_from(mine, server.address())).collect();
     assert!(crowd.iter().all(|(_, is_in)| *is_in));
-    assert!(!connect_from(mine, server.address()).1, "a fourth");
+    let guests: Vec<_> = (0..GUESTS_PER_ADDRESS_MAX).map(|_| connect_from(mine, server.address())).collect();
+    assert!(guests.iter().all(|(_, is_in)| *is_in), "they may say what they want");
+    assert!(!connect_from(mine, server.address()).1, "one more");
     assert!(connect_from(other, server.address()).1);
-    drop(crowd);
+    drop((crowd, guests));
     wait_until("the places are free again", || connect_from(mine, server.address()).1);
+}
+
+/// What a machine needs whose connections died with its network: at the server they still count.
+#[test]
+fn who_takes_a_slot_over_or_asks_whether_the_server_lives_finds_a_place_beyond_the_limit() {
+    let server = Server::start_with(|config| {
+        config.limits.connections_per_address_max = 2;
+        config.limits.handshake_timeout = HANDSHAKE_TIMEOUT;
+    });
+    let volume = server.create("vol", 1 << 20);
+    let attachment = server.attach(&volume, false);
+    let open_in_time = |epoch: u64, slot: u32| {
+        let mut opened = None;
+        wait_until("a handshake in time", || {
+            opened = Client::open(server.address(), &export_name(&attachment, epoch, slot)).ok();
+            opened.is_some()
+        });
+        opened.unwrap()
+    };
+    let (mut first, mut second) = (open_in_time(1, 0), open_in_time(1, 1));
+    let refused = Client::open(server.address(), &export_name(&attachment, 1, 2)).err().unwrap();
+    assert!(
+        refused.to_string().contains("2 connections, which is the limit (--connections-per-address-max)"),
+        "{refused}"
+    );
+    first.write(0, &[7; 4096]).unwrap();
+    let mut probe = open_in_time(1, PROBE_SLOT);
+    assert_eq!(probe.read(0, 512).unwrap(), [7; 512]);
+    first.write(0, &[8; 4096]).unwrap();
+    // A new connection in a slot, then a new session, each in the place of one that is there.
+    let mut again = open_in_time(1, 0);
+    first.stream.read_exact(&mut [0]).unwrap_err();
+    assert_eq!(again.read(0, 4096).unwrap(), [8; 4096]);
+    second.write(0, &[9; 4096]).unwrap();
+    let mut next = open_in_time(2, 1);
+    second.stream.read_exact(&mut [0]).unwrap_err();
+    assert_eq!(next.read(0, 4096).unwrap(), [9; 4096]);
+    // The probe has to end, the others stay.
+    probe.stream.set_read_timeout(Some(CLOSE_LIMIT)).unwrap();
+    let ended = probe.stream.read(&mut [0]);
+    assert!(
+        matches!(ended, Ok(0)) || ended.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset)
+    );
+    std::thread::sleep(HANDSHAKE_TIMEOUT + Duration::from_secs(1));
+    next.write(0, &[1; 4096]).unwrap();
+    assert!(Client::open(server.address(), &export_name(&attachment, 2, 0)).is_ok(), "a place is free again");
 }
 
 #[test]
