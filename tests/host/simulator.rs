@@ -12,7 +12,7 @@ const FIRST_SEED: u64 = 1;
 const SEEDS_OF_A_MUTANT: u64 = 3_000;
 
 /// What has to come up, or a rule was not tried.
-const SITUATIONS: [&str; 28] = [
+const SITUATIONS: [&str; 31] = [
     "a connection is closed with I/O under way",
     "a connection stands still",
     "a device process is killed",
@@ -38,7 +38,10 @@ const SITUATIONS: [&str; 28] = [
     "an open of an attachment that is no more",
     "bytes come after a loss",
     "draining lets a connection in",
-    "replies are due for too long",
+    "a probe is answered",
+    "a probe is not answered",
+    "replies are due for long",
+    "the disk takes long for a sync",
     "requests are given up",
     "requests are sent again",
 ];

@@ -9,21 +9,22 @@ use std::time::{Duration, Instant};
 
 use client::device::balance::Balance;
 use client::device::connection::{Completion, Connection, Follows, Operation, PayloadSource, Piece, Resend};
-use client::device::reconnect::{Condition, Output, Reconnect, StallPolicy};
+use client::device::liveness::{Probes, Silence};
+use client::device::reconnect::{Condition, Loss, Output, Reconnect, StallPolicy};
 use client::device::stream::{Incoming, Outgoing, Stretch};
 use client::device::unflushed::Unflushed;
 use fastrand::Rng;
-use proto::export_name::{AttachmentExportName, ExportDescription, Secret};
+use proto::export_name::{AttachmentExportName, ExportDescription, PROBE_SLOT, Secret};
 use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
 use proto::nbd::reply::ERR_UNKNOWN;
-use proto::nbd::transmission::{Command, CommandFlags, REQUEST_BYTES, SIMPLE_REPLY_BYTES};
+use proto::nbd::transmission::{Command, CommandFlags, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES};
 use uuid::Uuid;
 
 use super::Mutant;
 use super::coverage::Coverage;
 use super::network::{End, Link, LinkId};
 use super::server::{EIO, choose};
-use crate::block_history::{SentFlush, SentRead, SentWrite};
+use crate::block_history::{BLOCK_BYTES, SentFlush, SentRead, SentWrite};
 
 const INBOX_BYTES: usize = 1024;
 const OUTBOX_BYTES: usize = 8192;
@@ -31,6 +32,7 @@ const PIECES_MAX: usize = 8;
 /// As in the product: how long replies may be due without a byte, and a dial without an answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+const TICK: Duration = Duration::from_secs(1);
 
 /// What the oracle is to be told when a request ends.
 #[derive(Debug)]
@@ -52,6 +54,7 @@ pub(super) struct Bio {
     /// Its pages.
     pub(super) data: Vec<u8>,
     pub(super) note: Note,
+    pub(super) submitted_at: Instant,
 }
 
 /// The device's requests, by queue and tag.
@@ -102,6 +105,16 @@ struct Queue {
     /// Receives into pages that nobody waits for any more.
     forgotten: Vec<(LinkId, u16, Stretch)>,
     dial: Option<Dial>,
+    ticked_at: Instant,
+    is_told_silent: bool,
+}
+
+/// As in `probe.rs`.
+struct Probe {
+    link: LinkId,
+    handshake: Option<Box<ClientHandshake>>,
+    received_bytes: usize,
+    gives_up_at: Instant,
 }
 
 struct Dial {
@@ -114,7 +127,9 @@ struct Dial {
 }
 
 enum MainEvent {
-    Disconnected(u16),
+    Disconnected(u16, Option<Duration>),
+    Silent(u16, Option<(Duration, Duration)>),
+    Probed(bool),
     Opened(u16, Vec<LinkId>, String),
     Refused,
 }
@@ -144,6 +159,7 @@ pub(super) struct Client {
     reconnect: Reconnect<Vec<LinkId>>,
     unflushed: Unflushed,
     events: VecDeque<MainEvent>,
+    probe: Option<Probe>,
     mutant: Option<Mutant>,
 }
 
@@ -203,12 +219,16 @@ impl Client {
             covered: vec![vec![0; usize::from(spec.nr_queues)]; usize::from(spec.queue_depth)],
             forgotten: Vec::new(),
             dial: None,
+            ticked_at: world.now,
+            is_told_silent: false,
         };
+        let probes = Probes::new(REPLY_TIMEOUT, true);
         let mut client = Self {
             queues: (0..spec.nr_queues).map(queue).collect(),
-            reconnect: Reconnect::new(spec.nr_queues, incarnation, spec.policy),
+            reconnect: Reconnect::new(spec.nr_queues, incarnation, spec.policy, probes),
             unflushed,
             events: VecDeque::new(),
+            probe: None,
             mutant,
             spec,
         };
@@ -244,9 +264,9 @@ impl Client {
         self.reconnect.incarnation().to_owned()
     }
 
-    pub(super) fn set_policy(&mut self, policy: StallPolicy) {
+    pub(super) fn told_policy(&mut self, policy: StallPolicy, now: Instant) {
         self.spec.policy = policy;
-        self.reconnect.set_policy(policy);
+        self.reconnect.told_policy(policy, now);
     }
 
     /// A request arrives on a queue.
@@ -266,7 +286,8 @@ impl Client {
             let dial = queue.dial.iter().flat_map(|dial| {
                 dial.opened.iter().copied().chain(dial.handshake.iter().map(|(link, _)| *link))
             });
-            for link in lanes.chain(dial) {
+            let probe = self.probe.iter().map(|probe| probe.link);
+            for link in lanes.chain(dial).chain(probe) {
                 abandon(&mut links[link], rng);
             }
         }
@@ -281,7 +302,7 @@ impl Client {
     pub(super) fn step(&mut self, world: &mut Surroundings<'_>) -> bool {
         let queue_id = world.rng.u16(..self.spec.nr_queues);
         match world.rng.u8(..8) {
-            0 => self.main_step(world),
+            0 => self.main_step(world) | self.probe_step(world),
             1 => self.dial_step(queue_id, world),
             2 => self.command_step(queue_id, world),
             _ => self.queue_step(queue_id, world),
@@ -290,11 +311,11 @@ impl Client {
 
     /// Everything that it could do now; false: there was nothing.
     pub(super) fn step_all(&mut self, world: &mut Surroundings<'_>) -> bool {
-        let mut has_done = self.main_step(world);
+        let mut has_done = self.main_step(world) | self.probe_step(world);
         for queue_id in 0..self.spec.nr_queues {
             has_done |= self.dial_step(queue_id, world);
             has_done |= self.command_step(queue_id, world);
-            has_done |= self.look_for_silence(queue_id, world);
+            self.look_for_silence(queue_id, world);
             for lane in 0..self.queues[usize::from(queue_id)].lanes.len() {
                 has_done |= self.send_step(queue_id, lane, world);
                 has_done |= self.receive_step(queue_id, lane, world);
@@ -312,15 +333,27 @@ impl Client {
         let has_event = event.is_some();
         let unflushed = &self.unflushed;
         match event {
-            Some(MainEvent::Disconnected(queue_id)) => {
-                self.reconnect.disconnected(
-                    queue_id,
-                    false,
-                    "cut",
-                    world.now,
-                    || unflushed.any(),
-                    &mut outputs,
-                );
+            Some(MainEvent::Disconnected(queue_id, oldest)) => {
+                let oldest_sent = oldest.map(|oldest| world.now - oldest);
+                let loss = Loss { reason: "cut", served_nothing: false, oldest_sent };
+                self.reconnect.disconnected(queue_id, &loss, world.now, || unflushed.any(), &mut outputs);
+            }
+            Some(MainEvent::Silent(queue_id, silent)) => {
+                let forgets_age = self.mutant == Some(Mutant::ProbesForEver);
+                let silence = silent.map(|(silent, oldest)| Silence {
+                    since: world.now - silent,
+                    oldest_sent: if forgets_age { world.now } else { world.now - oldest },
+                });
+                self.reconnect.silent(queue_id, silence, world.now, &mut outputs);
+            }
+            Some(MainEvent::Probed(is_answered)) => {
+                world.coverage.count(if is_answered {
+                    "a probe is answered"
+                } else {
+                    "a probe is not answered"
+                });
+                let is_believed = self.mutant != Some(Mutant::ProbesIgnored);
+                self.reconnect.probed(is_answered && is_believed, world.now);
             }
             Some(MainEvent::Opened(queue_id, links, told)) => {
                 let incarnation = match self.mutant {
@@ -340,11 +373,14 @@ impl Client {
         }
         let before = outputs.len();
         self.reconnect.tick(world.now, &mut outputs);
-        if outputs.len() > before {
+        let has_given_up = outputs[before..]
+            .iter()
+            .any(|output| matches!(output, Output::GiveUp(_) | Output::Disconnect(..)));
+        if has_given_up {
             world.coverage.count("requests are given up");
         }
         let has_outputs = !outputs.is_empty();
-        let gives_up_alone = self.is(Mutant::GivesUpAlone) && outputs.len() > before;
+        let gives_up_alone = self.is(Mutant::GivesUpAlone) && has_given_up;
         for queue in self.queues.iter_mut().filter(|queue| gives_up_alone && !queue.is_up()) {
             queue.commands.push_back(QueueCommand::GiveUp);
         }
@@ -374,9 +410,69 @@ impl Client {
                 Output::GiveUp(queue_id) => {
                     self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::GiveUp);
                 }
+                Output::Probe => self.start_probe(world),
             }
         }
         has_event || has_outputs
+    }
+
+    // ------------------------------------------------------------------------------------------------ probing
+
+    fn start_probe(&mut self, world: &mut Surroundings<'_>) {
+        if !world.is_server_up {
+            self.events.push_back(MainEvent::Probed(false));
+            return;
+        }
+        let (link, handshake) = begin_dial(&self.spec, PROBE_SLOT, world);
+        let gives_up_at = world.now + DIAL_TIMEOUT;
+        self.probe = Some(Probe { link, handshake: Some(handshake), received_bytes: 0, gives_up_at });
+    }
+
+    fn probe_step(&mut self, world: &mut Surroundings<'_>) -> bool {
+        let Some(probe) = &mut self.probe else { return false };
+        let pipe = &mut world.links[probe.link].to_client;
+        let readable = pipe.readable();
+        let is_over = readable.is_empty() && pipe.end().is_some();
+        let has_failed = is_over || world.now >= probe.gives_up_at;
+        let mut outcome = has_failed.then_some(false);
+        match &mut probe.handshake {
+            Some(handshake) if !readable.is_empty() && !has_failed => {
+                let mut out = Vec::new();
+                let answer = handshake.handle_bytes(readable, &mut out);
+                let bytes = readable.len();
+                pipe.consume(bytes);
+                match answer {
+                    Ok(opened) if opened.is_some() => {
+                        let request = Request {
+                            flags: CommandFlags::NONE,
+                            command: Command::Read,
+                            cookie: 7,
+                            offset_bytes: 0,
+                            length_bytes: BLOCK_BYTES as u64,
+                        };
+                        out.extend(request.encode());
+                        probe.handshake = None;
+                    }
+                    Ok(_) => {}
+                    Err(_) => outcome = Some(false),
+                }
+                world.links[probe.link].to_server.write(&out);
+            }
+            None if !readable.is_empty() && !has_failed => {
+                let bytes = readable.len();
+                pipe.consume(bytes);
+                probe.received_bytes += bytes;
+                outcome = (probe.received_bytes >= SIMPLE_REPLY_BYTES + BLOCK_BYTES).then_some(true);
+            }
+            _ if has_failed => {}
+            _ => return false,
+        }
+        if let Some(is_answered) = outcome {
+            abandon(&mut world.links[probe.link], world.rng);
+            self.probe = None;
+            self.events.push_back(MainEvent::Probed(is_answered));
+        }
+        true
     }
 
     // ------------------------------------------------------------------------------------------------ dialling
@@ -398,13 +494,7 @@ impl Client {
             if changes_slots {
                 slot += u32::from(spec.nr_connections) * world.rng.u32(..2);
             }
-            let (attachment_id, secret) = (spec.attachment_id, spec.secret);
-            let name = AttachmentExportName { attachment_id, secret, epoch: spec.session_epoch, slot };
-            let handshake = ClientHandshake::new(&name.expose()).expect("the name is short");
-            world.links.push(Link::default());
-            let link = world.links.len() - 1;
-            world.dialled.push(link);
-            dial.handshake = Some((link, Box::new(handshake)));
+            dial.handshake = Some(begin_dial(&spec, slot, world));
             dial.gives_up_at = world.now + DIAL_TIMEOUT;
             return true;
         };
@@ -495,27 +585,34 @@ impl Client {
             1 if !queue.forgotten.is_empty() => forgotten_step(queue, queue_id, world),
             _ => self.receive_step(queue_id, lane, world),
         };
-        let timed_out = self.look_for_silence(queue_id, world);
-        self.end_of_pass(queue_id, world) || has_done || timed_out
+        self.look_for_silence(queue_id, world);
+        self.end_of_pass(queue_id, world) || has_done
     }
 
-    fn look_for_silence(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+    /// As at every tick of the queue.
+    fn look_for_silence(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
         let queue = &mut self.queues[usize::from(queue_id)];
-        if !queue.is_up() {
-            return false;
+        if world.now.duration_since(queue.ticked_at) < TICK {
+            return;
         }
-        let mut is_silent = false;
+        while world.now.duration_since(queue.ticked_at) >= TICK {
+            queue.ticked_at += TICK;
+            queue.lanes.iter_mut().for_each(|lane| lane.connection.tick());
+        }
+        let mut silent = Duration::ZERO;
         for lane in &mut queue.lanes {
             if lane.connection.in_flight() == 0 {
                 lane.silent_since = world.now;
             }
-            is_silent |= world.now.duration_since(lane.silent_since) >= REPLY_TIMEOUT;
+            silent = silent.max(world.now.duration_since(lane.silent_since));
         }
-        if is_silent {
-            world.coverage.count("replies are due for too long");
-            self.fail(queue_id, false, world);
+        let is_silent = queue.is_up() && silent >= REPLY_TIMEOUT / 2;
+        if is_silent || queue.is_told_silent {
+            world.coverage.count("replies are due for long");
+            let silent = is_silent.then(|| (silent, queue.oldest().unwrap_or(silent)));
+            self.events.push_back(MainEvent::Silent(queue_id, silent));
         }
-        is_silent
+        queue.is_told_silent = is_silent;
     }
 
     /// What every pass ends with. True: something was sent or ended.
@@ -573,7 +670,10 @@ impl Client {
         } else {
             self.commit(queue_id, world);
         }
-        self.events.push_back(MainEvent::Disconnected(queue_id));
+        let queue = &mut self.queues[usize::from(queue_id)];
+        queue.is_told_silent = false;
+        let oldest = queue.oldest();
+        self.events.push_back(MainEvent::Disconnected(queue_id, oldest));
     }
 
     fn fail(&mut self, queue_id: u16, is_distrusted: bool, world: &mut Surroundings<'_>) {
@@ -765,7 +865,24 @@ impl Client {
     }
 }
 
+/// A connection to the server is begun, in a slot.
+fn begin_dial(spec: &Spec, slot: u32, world: &mut Surroundings<'_>) -> (LinkId, Box<ClientHandshake>) {
+    let (attachment_id, secret) = (spec.attachment_id, spec.secret.clone());
+    let name = AttachmentExportName { attachment_id, secret, epoch: spec.session_epoch, slot };
+    let handshake = ClientHandshake::new(&name.expose()).expect("the name is short");
+    world.links.push(Link::default());
+    let link = world.links.len() - 1;
+    world.dialled.push(link);
+    (link, Box::new(handshake))
+}
+
 impl Queue {
+    /// For how long the oldest request that waits has been known to a server.
+    fn oldest(&self) -> Option<Duration> {
+        let ticks = self.lanes.iter().filter_map(|lane| lane.connection.oldest_ticks()).max();
+        ticks.map(|ticks| TICK * ticks)
+    }
+
     fn is_up(&self) -> bool {
         self.lanes.iter().all(|lane| lane.connection.is_up())
     }

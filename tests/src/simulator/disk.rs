@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Instant;
 
 use fastrand::Rng;
 use server::session::SlotId;
@@ -91,6 +92,8 @@ pub(super) struct Disk {
     told: BTreeMap<u64, u64>,
     /// Raised by each mount.
     pub(super) superblock: u64,
+    /// Until when no sync ends.
+    pub(super) slow_until: Option<Instant>,
     /// How often what was lost was taken out of the cache by a server.
     pub(super) drops: u64,
 }
@@ -112,6 +115,7 @@ impl Disk {
             is_unseen_in_superblock: false,
             told: BTreeMap::new(),
             superblock: 1,
+            slow_until: None,
             drops: 0,
         }
     }
@@ -191,17 +195,29 @@ impl Disk {
         self.operations.len()
     }
 
+    /// Whether any of them can go on now.
+    pub(super) fn can_go_on(&self, now: Instant) -> bool {
+        self.operations.iter().any(|operation| !self.is_held(operation, now))
+    }
+
+    fn is_held(&self, operation: &Operation, now: Instant) -> bool {
+        matches!(operation.work, Work::Sync { .. }) && self.slow_until.is_some_and(|until| now < until)
+    }
+
     /// Whether another process's operations are under way.
     pub(super) fn has_predecessors(&self, process: u64) -> bool {
         self.operations.iter().any(|operation| operation.owner.process != process)
     }
 
     /// Goes on with an operation; gives it back when it has ended.
-    pub(super) fn step(&mut self, rng: &mut Rng) -> Option<Ended> {
+    pub(super) fn step(&mut self, now: Instant, rng: &mut Rng) -> Option<Ended> {
         if self.operations.is_empty() {
             return None;
         }
         let index = rng.usize(..self.operations.len());
+        if self.is_held(&self.operations[index], now) {
+            return None;
+        }
         let idle_steps = &mut self.operations[index].idle_steps;
         if *idle_steps > 0 {
             *idle_steps -= 1;

@@ -45,11 +45,15 @@ pub enum Mutant {
     WriteBackIgnored,
     /// What could not be written back stays in the page cache when the volume is opened anew.
     CacheKept,
+    /// A silent server is left although it answers probes.
+    ProbesIgnored,
+    /// Probes vouch for a request however old it is.
+    ProbesForEver,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -71,5 +75,7 @@ impl Mutant {
         Self::MountIgnored,
         Self::WriteBackIgnored,
         Self::CacheKept,
+        Self::ProbesIgnored,
+        Self::ProbesForEver,
     ];
 }

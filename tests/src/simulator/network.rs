@@ -1,7 +1,12 @@
 //! The simulated network: connections as two pipes of bytes, of which a part has arrived and the rest is on its way.
 //!
 //! Owns the bytes between a client and a server. Never decides what happens to them: `world.rs` lets bytes arrive, cuts
-//! connections and lets them stand still. What a side sent before it closed may arrive long after, as on a real network.
+//! connections and lets them stand still, until TCP gives them up. What a side sent before it closed may arrive long after, as on a real network.
+
+use std::time::{Duration, Instant};
+
+/// As the product sets it: after so long without an acknowledgement TCP tells its user.
+pub(super) const TCP_USER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How a direction ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +83,11 @@ impl Pipe {
         self.end = Some(End::Reset);
     }
 
+    /// Whether nothing comes behind what can be read.
+    pub(super) fn is_cut_off(&self) -> bool {
+        self.end.is_some() && self.on_the_way() == 0
+    }
+
     /// The end, once everything before it was read.
     pub(super) fn end(&self) -> Option<End> {
         self.end.filter(|_| self.read == self.bytes.len())
@@ -92,8 +102,8 @@ pub(super) type LinkId = usize;
 pub(super) struct Link {
     pub(super) to_server: Pipe,
     pub(super) to_client: Pipe,
-    /// Nothing arrives, in neither direction, and nobody is told.
-    pub(super) is_stalled: bool,
+    /// From when on nothing arrives, in neither direction; nobody is told before TCP gives it up.
+    pub(super) stalled_at: Option<Instant>,
     /// So many times it is passed by before bytes arrive.
     pub(super) delay: u32,
 }
@@ -101,6 +111,6 @@ pub(super) struct Link {
 impl Link {
     /// Whether bytes can arrive on it.
     pub(super) fn has_traffic(&self) -> bool {
-        !self.is_stalled && self.to_server.on_the_way() + self.to_client.on_the_way() > 0
+        self.stalled_at.is_none() && self.to_server.on_the_way() + self.to_client.on_the_way() > 0
     }
 }

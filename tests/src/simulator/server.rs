@@ -279,6 +279,11 @@ impl Server {
             has_parsed |= used_bytes > 0;
             match action {
                 Action::NextBytes => {}
+                Action::NeedsBytes if pipe.is_cut_off() => {
+                    world.coverage.count("a request of which the rest never comes");
+                    self.close(id, world);
+                    return true;
+                }
                 Action::NeedsBytes | Action::Paused => return has_parsed,
                 Action::TakePayload(slot) => connection.buffers[usize::from(slot.0)].clear(),
                 Action::Begin(slot) => self.begin(id, slot, world),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::client::device::connection::Operation;
+use ::client::device::liveness::VOUCHED_FOR;
 use ::client::device::reconnect::{Condition, StallPolicy};
 use fastrand::Rng;
 use proto::export_name::{SECRET_BYTES, Secret};
@@ -15,7 +16,7 @@ use uuid::Uuid;
 use super::client::{Bio, Bios, Client, EndedBio, Note, Spec, is_eio};
 use super::coverage::Coverage;
 use super::disk::Disk;
-use super::network::{End, Link};
+use super::network::{End, Link, LinkId, TCP_USER_TIMEOUT};
 use super::server::{Attachment, Catalog, Server};
 use super::{Failure, Mutant, client, server};
 use crate::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern};
@@ -27,6 +28,8 @@ const BLOCKS_OF_A_REQUEST_MAX: usize = 3;
 pub(super) const REQUESTS: usize = 220;
 /// A simulation that takes more is stuck.
 const STEPS_MAX: u64 = 400_000;
+/// How much longer than probes count a request may take: until the server is left, and its requests are given up.
+const SLOW_PATIENCE: Duration = Duration::from_secs(60);
 /// Steps between two faults, on average.
 const STEPS_PER_FAULT: u64 = 300;
 
@@ -41,12 +44,15 @@ struct Device {
     may_be_lost: bool,
     /// Some requests were given up in this outage, or the peer lies.
     may_fail: bool,
+    /// How old the oldest of them was; until it was looked at.
+    given_up_after: Option<Duration>,
 }
 
 pub(super) struct World<'a> {
     rng: Rng,
     now: Instant,
     links: Vec<Link>,
+    stalled: Vec<LinkId>,
     disk: Disk,
     catalog: Catalog,
     server: Option<Server>,
@@ -59,6 +65,9 @@ pub(super) struct World<'a> {
     is_taking: bool,
     room_bytes: usize,
     lies: bool,
+    /// Nothing fails, but the disk takes minutes for a sync now and then; users do not wait for ever.
+    is_slow: bool,
+    slow_syncs_left: u8,
     has_faults: bool,
     may_fail_syncs: bool,
     mutant: Option<Mutant>,
@@ -91,6 +100,7 @@ impl<'a> World<'a> {
         let room_bytes = [700, 5_000, 100_000][rng.usize(..3)];
         let lies = rng.u8(..8) == 0 || mutant == Some(Mutant::TagOnlyCookie);
         let may_fail_syncs = rng.u8(..6) == 0;
+        let is_slow = !lies && rng.u8(..20) == 0;
         let mut world = Self {
             now: Instant::now(),
             links: Vec::new(),
@@ -105,8 +115,11 @@ impl<'a> World<'a> {
             is_taking: false,
             room_bytes,
             lies,
+            is_slow,
+            slow_syncs_left: 4,
             has_faults: true,
-            may_fail_syncs,
+            may_fail_syncs: may_fail_syncs && !is_slow,
+            stalled: Vec::new(),
             mutant,
             coverage,
             ended: Vec::new(),
@@ -160,12 +173,32 @@ impl<'a> World<'a> {
             }
         };
         self.take_ended()?;
+        self.look_at_slow_requests()?;
         self.now += Duration::from_micros(self.rng.u64(..2_000));
         if !has_done && self.rng.u8(..8) == 0 && !self.do_anything() {
             // Nothing can happen but that time passes.
             self.now += Duration::from_millis(self.rng.u64(..1_500));
         }
         self.take_ended()
+    }
+
+    /// Where the disk is slow, and nothing else is wrong, nobody is told of an error before probes count no more, nor waits for
+    /// much longer.
+    fn look_at_slow_requests(&mut self) -> Result<(), Failure> {
+        let (now, is_slow) = (self.now, self.is_slow);
+        let device = self.device();
+        let oldest = device.oldest_request(now);
+        match device.given_up_after.take().filter(|_| is_slow) {
+            // Ages are counted in ticks of a second.
+            Some(after) if after + Duration::from_secs(2) < VOUCHED_FOR => {
+                let words = format!("a request is given up after {after:?} though the server lives");
+                Err(Failure::Error(words))
+            }
+            _ if is_slow && oldest > VOUCHED_FOR + SLOW_PATIENCE => {
+                Err(Failure::Stuck(format!("a request is {oldest:?} old, and nobody is told")))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn stuck(&self) -> Failure {
@@ -241,9 +274,11 @@ impl<'a> World<'a> {
             length_bytes: if is_flush { 0 } else { blocks.length_bytes() },
         };
         self.requests_left -= 1;
+        let now = self.now;
         self.coverage.say(|| format!("submitted to queue {queue_id} tag {tag}: {operation:?} {note:?}"));
         let device = self.device();
-        device.bios[usize::from(queue_id)][usize::from(tag)] = Some(Bio { operation, data, note });
+        let bio = Bio { operation, data, note, submitted_at: now };
+        device.bios[usize::from(queue_id)][usize::from(tag)] = Some(bio);
         if let Some(client) = &mut device.client {
             client.submit(queue_id, tag, operation);
         }
@@ -288,7 +323,7 @@ impl<'a> World<'a> {
                 offset_bytes: blocks.offset_bytes(),
                 length_bytes: blocks.length_bytes(),
             };
-            self.ask(Bio { operation, data: vec![0xee; BLOCK_BYTES], note })?;
+            self.ask(Bio { operation, data: vec![0xee; BLOCK_BYTES], note, submitted_at: self.now })?;
         }
         Ok(())
     }
@@ -318,7 +353,7 @@ impl<'a> World<'a> {
                 length_bytes: 0,
             };
             let note = Note::Flush(self.history.send_flush());
-            self.ask(Bio { operation, data: Vec::new(), note })?;
+            self.ask(Bio { operation, data: Vec::new(), note, submitted_at: self.now })?;
         }
         self.disk.power_cut(&mut self.rng);
         let found = self.disk.contents();
@@ -332,6 +367,7 @@ impl<'a> World<'a> {
         let mut dialled = Vec::new();
         for index in 0..self.devices.len() {
             let device = &mut self.devices[index];
+            let oldest = device.oldest_request(self.now);
             let Some(client) = &mut device.client else { continue };
             let mut ended = Vec::new();
             let might_fail = self.is_taking || device.may_fail || device.may_be_lost;
@@ -349,7 +385,10 @@ impl<'a> World<'a> {
             has_done |= if all { client.step_all(&mut world) } else { client.step(&mut world) };
             device.incarnation = Some(client.incarnation());
             match client.condition() {
-                Condition::Failing(_) => device.may_fail = true,
+                Condition::Failing(_) if !device.may_fail => {
+                    device.may_fail = true;
+                    device.given_up_after = Some(oldest);
+                }
                 Condition::Live if client.is_connected() => {
                     device.may_be_lost &= client.incarnation() != self.catalog.incarnation();
                     device.may_fail &= device.has_bios();
@@ -436,8 +475,8 @@ impl<'a> World<'a> {
     }
 
     fn disk_step(&mut self) -> bool {
-        let had = self.disk.operations();
-        let Some(ended) = self.disk.step(&mut self.rng) else { return had > 0 };
+        let can_go_on = self.disk.can_go_on(self.now);
+        let Some(ended) = self.disk.step(self.now, &mut self.rng) else { return can_go_on };
         if ended.is_sync && ended.result < 0 {
             self.coverage.count("a sync fails");
         }
@@ -471,8 +510,19 @@ impl<'a> World<'a> {
             self.start_process();
         }
         self.look_after_devices()?;
+        self.give_up_stalled_links();
         let faults_per_chance = STEPS_PER_FAULT / 16;
         if !self.has_faults || self.rng.u64(..faults_per_chance) > 0 {
+            return Ok(());
+        }
+        if self.is_slow {
+            let is_over = self.disk.slow_until.is_none_or(|until| self.now >= until);
+            if is_over && self.slow_syncs_left > 0 && self.rng.u8(..4) == 0 {
+                self.slow_syncs_left -= 1;
+                let until = self.now + Duration::from_secs(self.rng.u64(5..1_200));
+                self.disk.slow_until = Some(until);
+                self.coverage.count("the disk takes long for a sync");
+            }
             return Ok(());
         }
         match self.rng.u8(..20) {
@@ -484,10 +534,11 @@ impl<'a> World<'a> {
                     0 => StallPolicy::FailAfterMs(self.rng.u64(..3_000)),
                     _ => StallPolicy::Wait,
                 };
+                let now = self.now;
                 let device = self.device();
                 device.spec.policy = policy;
                 if let Some(client) = &mut device.client {
-                    client.set_policy(policy);
+                    client.told_policy(policy, now);
                 }
             }
             6 => {
@@ -526,9 +577,9 @@ impl<'a> World<'a> {
     fn cut_link(&mut self) {
         let device = self.device();
         let links = device.client.as_ref().map(Client::links).unwrap_or_default();
-        let Some(link) = self.rng.choice(links) else { return };
+        let Some(id) = self.rng.choice(links) else { return };
         let loses_arrived = self.rng.bool();
-        let link = &mut self.links[link];
+        let link = &mut self.links[id];
         match self.rng.u8(..5) {
             0 => {
                 link.to_client.cut(loses_arrived);
@@ -549,10 +600,30 @@ impl<'a> World<'a> {
                 self.coverage.count("a connection is closed by a FIN");
             }
             _ => {
-                link.is_stalled = true;
+                self.stall(id);
                 self.coverage.count("a connection stands still");
             }
         }
+    }
+
+    fn stall(&mut self, id: LinkId) {
+        if self.links[id].stalled_at.is_none() {
+            self.links[id].stalled_at = Some(self.now);
+            self.stalled.push(id);
+        }
+    }
+
+    fn give_up_stalled_links(&mut self) {
+        let (now, links, rng) = (self.now, &mut self.links, &mut self.rng);
+        self.stalled.retain(|id| {
+            let link = &mut links[*id];
+            let is_over = link.stalled_at.is_none_or(|since| now.duration_since(since) >= TCP_USER_TIMEOUT);
+            if is_over {
+                link.to_client.cut(rng.bool());
+                link.to_server.cut(rng.bool());
+            }
+            !is_over
+        });
     }
 
     fn kill_server(&mut self) {
@@ -569,7 +640,7 @@ impl<'a> World<'a> {
             if self.rng.bool() {
                 server.die(&mut self.links, &mut self.rng);
             } else {
-                self.links.iter_mut().for_each(|link| link.is_stalled = true);
+                (0..self.links.len()).for_each(|link| self.stall(link));
             }
         }
         self.coverage.count("a power cut");
@@ -621,7 +692,11 @@ impl<'a> World<'a> {
             small_bytes_max: [0, 4096, 8192][self.rng.usize(..3)],
             stages: self.rng.bool(),
             is_volatile_cache: self.catalog.write_cache_on,
-            policy: StallPolicy::Wait,
+            policy: if self.is_slow {
+                StallPolicy::FailAfterMs(self.rng.u64(2_000..6_000))
+            } else {
+                StallPolicy::Wait
+            },
         };
         self.catalog.attachment = Some(attachment);
         let tags = || (0..spec.queue_depth).map(|_| None).collect();
@@ -632,6 +707,7 @@ impl<'a> World<'a> {
             incarnation: None,
             may_be_lost: false,
             may_fail: false,
+            given_up_after: None,
         };
         self.devices.push(device);
         self.start_process();
@@ -706,6 +782,11 @@ impl<'a> World<'a> {
 impl Device {
     fn bios_count(&self) -> usize {
         self.bios.iter().flatten().flatten().count()
+    }
+
+    fn oldest_request(&self, now: Instant) -> Duration {
+        let bios = self.bios.iter().flatten().flatten();
+        bios.map(|bio| now.duration_since(bio.submitted_at)).max().unwrap_or_default()
     }
 
     fn has_bios(&self) -> bool {
