@@ -100,7 +100,7 @@ impl<'a> World<'a> {
         let room_bytes = [700, 5_000, 100_000][rng.usize(..3)];
         let lies = rng.u8(..8) == 0 || mutant == Some(Mutant::TagOnlyCookie);
         let may_fail_syncs = rng.u8(..6) == 0;
-        let is_slow = !lies && rng.u8(..20) == 0;
+        let is_slow = !lies && rng.u8(..40) == 0;
         let mut world = Self {
             now: Instant::now(),
             links: Vec::new(),
@@ -116,7 +116,7 @@ impl<'a> World<'a> {
             room_bytes,
             lies,
             is_slow,
-            slow_syncs_left: 4,
+            slow_syncs_left: 2,
             has_faults: true,
             may_fail_syncs: may_fail_syncs && !is_slow,
             stalled: Vec::new(),
