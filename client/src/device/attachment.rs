@@ -40,7 +40,7 @@ use super::liveness::{Probes, Silence};
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
 use super::queue_loop;
-use super::queue_parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts};
+use super::queue_parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts, QueueSilence};
 use super::reconnect::{Condition, Loss, Output, Reconnect, StallPolicy};
 use super::redial::{Attempt, Redial};
 use super::slots::{self, Layout, SlotError};
@@ -656,11 +656,9 @@ impl Links {
             Event::Queue(QueueEvent::SentByReference { was_copied }) => {
                 note_send_zc(if was_copied { SendZc::Copied } else { SendZc::Used }, status);
             }
-            Event::Queue(QueueEvent::Silent { queue_id, silent }) => {
+            Event::Queue(QueueEvent::Silent { queue_id, silence }) => {
                 let now = Instant::now();
-                let silence = silent.and_then(|(silent, oldest)| {
-                    Some(Silence { since: now.checked_sub(silent)?, oldest_sent: now.checked_sub(oldest)? })
-                });
+                let silence = silence.and_then(|it| silence_since(it, now));
                 self.reconnect.silent(queue_id, silence, now, &mut outputs);
             }
             Event::Probed(is_answered) => self.reconnect.probed(is_answered, Instant::now()),
@@ -784,6 +782,16 @@ impl Links {
             status.enter(state, &reason);
         }
     }
+}
+
+/// `None`: the clock has not run for so long.
+fn silence_since(silence: QueueSilence, now: Instant) -> Option<Silence> {
+    let heard_at = match silence.unheard {
+        Some(unheard) => Some(now.checked_sub(unheard)?),
+        None => None,
+    };
+    let (since, oldest_sent) = (now.checked_sub(silence.silent)?, now.checked_sub(silence.oldest)?);
+    Some(Silence { since, heard_at, oldest_sent })
 }
 
 /// What becomes of requests on lost connections, and how long a server may owe replies without a sign of life.

@@ -214,10 +214,12 @@ pub struct Connection {
     /// READs in flight whose payload is not small.
     large_reads: u16,
     latest_read_is_large: bool,
+    /// Pings that were answered; only differences matter.
+    pongs: u32,
 }
 
 impl Connection {
-    /// A connection for tags `0..tags`. Payloads of up to `small_bytes_max` are sent together with the headers around
+    /// A connection for tags `0..tags`; one more is its own, for pings. Payloads of up to `small_bytes_max` are sent together with the headers around
     /// them; 0: none is.
     pub fn new(tags: u16, small_bytes_max: u32) -> Self {
         let operation = Operation {
@@ -227,7 +229,7 @@ impl Connection {
             length_bytes: 0,
         };
         let idle = Entry::new(operation);
-        let capacity = usize::from(tags);
+        let capacity = usize::from(tags) + 1;
         Self {
             entries: vec![idle; capacity].into_boxed_slice(),
             to_send: VecDeque::with_capacity(capacity),
@@ -242,6 +244,7 @@ impl Connection {
             small_bytes_max,
             large_reads: 0,
             latest_read_is_large: false,
+            pongs: 0,
         }
     }
 
@@ -351,11 +354,19 @@ impl Connection {
     pub fn header_received(&mut self, wire: &[u8; SIMPLE_REPLY_BYTES]) -> Result<Follows, PeerError> {
         let reply = SimpleReply::decode(wire)?;
         let tag = (reply.cookie & ((1 << COOKIE_TAG_BITS) - 1)) as u16;
+        let ping_tag = self.ping_tag();
         let entry = self
             .entries
             .get_mut(usize::from(tag))
             .filter(|entry| entry.awaits(reply.cookie))
             .ok_or(PeerError::UnknownCookie(reply.cookie))?;
+        if tag == ping_tag {
+            entry.answer = Answer::Whole(Ok(()));
+            self.pongs = self.pongs.wrapping_add(1);
+            self.is_leaving |= reply.error == NbdError::Eshutdown as u32;
+            self.complete_if_done(tag);
+            return Ok(Follows::Header);
+        }
         if reply.error == NbdError::Eshutdown as u32 {
             entry.answer = Answer::Refused;
             self.is_leaving = true;
@@ -395,7 +406,38 @@ impl Connection {
         let is_owed = |entry: &Entry| {
             matches!(entry.stage, Stage::Sending | Stage::Sent) && entry.answer != Answer::Refused
         };
-        self.entries.iter().any(is_owed)
+        self.requests().any(is_owed)
+    }
+
+    /// Asks for a READ of nothing, which a server of ours refuses at once, whatever else it does: so it is known whether the
+    /// connection still carries bytes both ways. Nothing happens while one is out, or without a connection.
+    pub fn ping(&mut self) {
+        let tag = self.ping_tag();
+        let entry = &mut self.entries[usize::from(tag)];
+        if self.link == Link::Up && entry.stage == Stage::Idle {
+            let nothing = Operation {
+                command: Command::Read,
+                flags: CommandFlags::NONE,
+                offset_bytes: 0,
+                length_bytes: 0,
+            };
+            *entry = Entry::new(nothing);
+            self.queue(tag);
+        }
+    }
+
+    /// How many pings were answered; only differences matter.
+    pub fn pongs(&self) -> u32 {
+        self.pongs
+    }
+
+    fn ping_tag(&self) -> u16 {
+        self.entries.len() as u16 - 1
+    }
+
+    /// Those of the caller's.
+    fn requests(&self) -> impl Iterator<Item = &Entry> {
+        self.entries[..self.entries.len() - 1].iter()
     }
 
     /// A tick has passed since the last: whatever the server was sent and has not answered is older by that.
@@ -411,7 +453,7 @@ impl Connection {
     /// was.
     pub fn oldest_ticks(&self) -> Option<u32> {
         let is_waiting = |entry: &&Entry| entry.stage != Stage::Idle && entry.age_ticks > 0;
-        self.entries.iter().filter(is_waiting).map(|entry| entry.age_ticks).max()
+        self.requests().filter(is_waiting).map(|entry| entry.age_ticks).max()
     }
 
     /// Whether the server has done, or tried to do, anything that it was asked for on this connection.
@@ -438,7 +480,9 @@ impl Connection {
         self.is_leaving = false;
         self.to_send.clear();
         self.sending.clear();
-        for tag in 0..self.entries.len() as u16 {
+        let ping_tag = self.ping_tag();
+        self.entries[usize::from(ping_tag)].stage = Stage::Idle;
+        for tag in 0..ping_tag {
             let entry = &mut self.entries[usize::from(tag)];
             if entry.stage == Stage::Idle {
                 continue;
@@ -525,8 +569,12 @@ impl Connection {
     }
 
     fn end(&mut self, tag: u16, result: Result<(), i32>) {
+        let ping_tag = self.ping_tag();
         let entry = &mut self.entries[usize::from(tag)];
         entry.stage = Stage::Idle;
+        if tag == ping_tag {
+            return;
+        }
         self.in_flight -= 1;
         if entry.operation.command == Command::Read && entry.operation.length_bytes > self.small_bytes_max {
             self.large_reads -= 1;
@@ -693,6 +741,45 @@ mod tests {
         });
         assert_eq!(payloads.collect::<Vec<_>>(), [1, 4]);
         assert!(!connection.is_leaving() && !connection.has_served());
+    }
+
+    #[test]
+    fn a_ping_is_answered_and_is_no_request() {
+        let mut connection = Connection::new(2, 512);
+        connection.submit(0, operation(Command::Flush, 0));
+        batch(&mut connection);
+        connection.batch_sent();
+        connection.ping();
+        connection.ping();
+        let (pieces, cookies) = batch(&mut connection);
+        assert_eq!((pieces.len(), cookies.len()), (1, 1), "one at a time");
+        connection.batch_sent();
+        connection.tick();
+        assert_eq!((connection.in_flight(), connection.oldest_ticks()), (1, Some(1)));
+        let refused = reply(NbdError::Einval as u32, cookies[0]);
+        assert_eq!(connection.header_received(&refused), Ok(Follows::Header));
+        assert_eq!((connection.pongs(), completions(&mut connection).len()), (1, 0));
+        assert!(!connection.has_served(), "it says nothing of the storage");
+        connection.header_received(&refused).unwrap_err();
+        // The next one is lost with the connection.
+        connection.ping();
+        let (_, cookies) = batch(&mut connection);
+        connection.fail();
+        connection.reaped(Resend::Everything);
+        connection.ping();
+        connection.connected();
+        let (_, again) = batch(&mut connection);
+        assert_eq!(again.len(), 1, "the FLUSH, and no ping");
+        connection.batch_sent();
+        connection.header_received(&reply(0, cookies[0])).unwrap_err();
+        connection.header_received(&reply(0, again[0])).unwrap();
+        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Ok(()) }]);
+        // A server that ends may say so to a ping.
+        connection.ping();
+        let (_, cookies) = batch(&mut connection);
+        connection.batch_sent();
+        connection.header_received(&reply(NbdError::Eshutdown as u32, cookies[0])).unwrap();
+        assert!(connection.is_leaving() && !connection.is_owed_replies());
     }
 
     #[test]

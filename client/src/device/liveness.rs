@@ -3,6 +3,9 @@
 //! Owns: when a probe is due, what its answer is worth and for how long, and how long an outage has lasted for those who do not
 //! wait for ever. Never: sends a probe (`probe.rs` does) or reads a clock. Called by `reconnect.rs`, which decides.
 //!
+//! Two questions are asked. Pings, on the connection itself and only of servers of ours, tell whether it still carries bytes: a
+//! server that lives is of no use behind one that does not. Probes tell whether the storage behind the server still works.
+//!
 //! A probe is a READ of one block on a connection of its own. A busy disk may take minutes for one FLUSH, and its server answers
 //! that READ all the same. So an answered probe is a sign of life as a reply is, and both are good for the reply time-out; but
 //! probes vouch for a request no longer than [`VOUCHED_FOR`] after it was first sent: a server that has forgotten it may
@@ -15,11 +18,13 @@ pub const VOUCHED_FOR: Duration = Duration::from_secs(600);
 /// Between the end of a probe and the next.
 pub const PROBE_PAUSE: Duration = Duration::from_secs(5);
 
-/// A connection on which replies are due and nothing comes.
+/// A connection on which replies are due and none comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Silence {
-    /// When the last byte came, or the first request was sent.
+    /// When the last byte of a reply came, or the first request was sent.
     pub since: Instant,
+    /// When anything came at all, the answers to pings too; `None` where nobody is pinged.
+    pub heard_at: Option<Instant>,
     /// When the oldest request that is not answered was sent for the first time, on whichever connection.
     pub oldest_sent: Instant,
 }
@@ -72,11 +77,12 @@ impl Probes {
         self.answered_at.is_some()
     }
 
-    /// Whether neither a reply nor an answered probe says that the server lives.
+    /// Whether neither a reply nor an answered probe says that the server lives, or the connection does not carry pings any more.
     pub fn is_dead(&self, silence: Silence, now: Instant) -> bool {
         let is_recent = |at: Instant| now.saturating_duration_since(at) < self.reply_timeout;
         let is_vouched_for = now.saturating_duration_since(silence.oldest_sent) < VOUCHED_FOR;
-        !is_recent(silence.since) && !(is_vouched_for && self.answered_at.is_some_and(is_recent))
+        let is_cut = silence.heard_at.is_some_and(|at| !is_recent(at));
+        !is_recent(silence.since) && (is_cut || !is_vouched_for || !self.answered_at.is_some_and(is_recent))
     }
 }
 
@@ -137,7 +143,7 @@ mod tests {
     #[test]
     fn a_silent_server_lives_for_as_long_as_it_answers_probes_and_ten_minutes_at_most() {
         let start = Instant::now();
-        let silence = Silence { since: start, oldest_sent: start };
+        let silence = Silence { since: start, heard_at: None, oldest_sent: start };
         let mut probes = Probes::new(REPLY_TIMEOUT, true);
         assert!(!probes.is_dead(silence, start + seconds(19)));
         assert!(probes.is_dead(silence, start + seconds(20)));
@@ -151,6 +157,21 @@ mod tests {
         assert!(!probes.is_dead(silence, start + seconds(609)));
         probes.returned(true, start + seconds(610));
         assert!(probes.is_dead(silence, start + seconds(610)));
+    }
+
+    /// Something between the two took the requests and passes nothing on, while new connections get through.
+    #[test]
+    fn a_connection_that_carries_no_pings_is_dead_whatever_the_server_answers_elsewhere() {
+        let start = Instant::now();
+        let mut probes = Probes::new(REPLY_TIMEOUT, true);
+        probes.returned(true, start + seconds(29));
+        let is_dead = |since, heard_at| {
+            let heard_at = Some(start + seconds(heard_at));
+            let silence = Silence { since: start + seconds(since), heard_at, oldest_sent: start };
+            probes.is_dead(silence, start + seconds(30))
+        };
+        assert!(!is_dead(0, 11) && is_dead(0, 10));
+        assert!(!is_dead(11, 11));
     }
 
     #[test]

@@ -45,7 +45,7 @@ use super::block_request;
 use super::connection::{Completion, Connection, Follows, Operation, Piece, Resend};
 use super::data_socket::DataSocket;
 use super::payload::Payloads;
-use super::queue_parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts};
+use super::queue_parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts, QueueSilence};
 use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing, TICK};
 use super::stream::{Incoming, Outgoing, StreamError};
 use super::unflushed::Unflushed;
@@ -77,9 +77,12 @@ struct Lane {
     outgoing: Outgoing,
     /// Receives that brought something; only differences matter.
     progress: u32,
-    /// What it was at the last tick, and how many ticks it has been so while replies were due.
+    /// What it was at the last tick, and answered pings.
     progress_at_tick: u32,
+    pongs_at_tick: u32,
+    /// For how many ticks nothing but answers to pings has come while replies were due, and for how many nothing.
     silent_ticks: u32,
+    unheard_ticks: u32,
     /// The server broke the protocol on it.
     is_distrusted: bool,
 }
@@ -93,18 +96,22 @@ impl Lane {
             outgoing: Outgoing::new(BATCH_PIECES_MAX),
             progress: 0,
             progress_at_tick: 0,
+            pongs_at_tick: 0,
             silent_ticks: 0,
+            unheard_ticks: 0,
             is_distrusted: false,
         }
     }
 
-    /// A tick has passed: for how many replies were due and nothing came.
-    fn count_silence(&mut self) -> u32 {
+    /// A tick has passed: counts what did not come in it.
+    fn count_silence(&mut self) {
         self.connection.tick();
-        let is_silent = self.connection.in_flight() > 0 && self.progress == self.progress_at_tick;
-        self.silent_ticks = if is_silent { self.silent_ticks + 1 } else { 0 };
-        self.progress_at_tick = self.progress;
-        self.silent_ticks
+        let came = self.progress.wrapping_sub(self.progress_at_tick);
+        let pongs = self.connection.pongs().wrapping_sub(self.pongs_at_tick);
+        let is_owed = self.connection.in_flight() > 0;
+        self.silent_ticks = if is_owed && came <= pongs { self.silent_ticks + 1 } else { 0 };
+        self.unheard_ticks = if is_owed && came == 0 { self.unheard_ticks + 1 } else { 0 };
+        (self.progress_at_tick, self.pongs_at_tick) = (self.progress, self.connection.pongs());
     }
 
     /// Operations on the socket that are not reaped.
@@ -512,7 +519,7 @@ impl<'a> QueueLoop<'a> {
             self.ring.replace_socket(connection, socket)?;
             let lane = &mut self.lanes[usize::from(connection)];
             lane.connection.connected();
-            lane.silent_ticks = 0;
+            (lane.silent_ticks, lane.unheard_ticks) = (0, 0);
         }
         self.connected_at = Instant::now();
         self.was_awaited = self.lanes.iter().any(|lane| lane.connection.in_flight() > 0);
@@ -528,13 +535,23 @@ impl<'a> QueueLoop<'a> {
     /// Looks for connections on which replies are due and nothing comes. What is to be done about them, the main thread says.
     fn tick_passed(&mut self) {
         self.is_tick_out = false;
-        let silent_ticks = self.lanes.iter_mut().map(Lane::count_silence).max().unwrap_or(0);
-        let is_silent = silent_ticks >= self.silent_ticks_told && self.is_up();
-        if is_silent || std::mem::replace(&mut self.is_told_silent, is_silent) {
+        // A server of ours answers pings, whatever its storage does.
+        let (pings, told_from) = (self.resend == Resend::Everything, self.silent_ticks_told);
+        for lane in &mut self.lanes {
+            lane.count_silence();
+            if pings && lane.unheard_ticks >= told_from {
+                lane.connection.ping();
+            }
+        }
+        let longest = |ticks: fn(&Lane) -> u32| self.lanes.iter().map(ticks).max().unwrap_or(0);
+        let (silent, unheard) = (longest(|lane| lane.silent_ticks), longest(|lane| lane.unheard_ticks));
+        let is_silent = silent >= told_from && self.is_up();
+        if is_silent || self.is_told_silent {
             self.is_told_silent = is_silent;
-            let silent = TICK * silent_ticks;
-            let silent = is_silent.then(|| (silent, self.oldest().unwrap_or(silent)));
-            (self.on_event)(QueueEvent::Silent { queue_id: self.ring.queue().q_id(), silent });
+            let (silent, unheard) = (TICK * silent, pings.then_some(TICK * unheard));
+            let oldest = self.oldest().unwrap_or(silent);
+            let silence = is_silent.then_some(QueueSilence { silent, unheard, oldest });
+            (self.on_event)(QueueEvent::Silent { queue_id: self.ring.queue().q_id(), silence });
         }
         let worn = self
             .connections()

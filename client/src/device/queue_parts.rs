@@ -38,8 +38,8 @@ pub enum QueueEvent {
     Silent {
         /// Which queue.
         queue_id: u16,
-        /// For how long, and for how long the oldest request of the queue has been known to a server; `None`: it is over.
-        silent: Option<(Duration, Duration)>,
+        /// `None`: it is over.
+        silence: Option<QueueSilence>,
     },
     /// On a connection the first payload has left that was sent from a request's own pages.
     SentByReference {
@@ -53,6 +53,17 @@ pub enum QueueEvent {
         /// `Err`: what was written may not be on stable storage, or the queue broke.
         outcome: Result<(), QueueError>,
     },
+}
+
+/// For how long replies have been due on a queue's connections, the longest of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueSilence {
+    /// No byte of a reply has come.
+    pub silent: Duration,
+    /// Nothing at all has come, the answers to pings included; `None` where nobody is pinged.
+    pub unheard: Option<Duration>,
+    /// The oldest request has been known to a server, on whichever connection.
+    pub oldest: Duration,
 }
 
 /// What a queue thread is told.

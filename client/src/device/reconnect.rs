@@ -481,7 +481,7 @@ mod tests {
         fn silent_at(&mut self, queue_id: u16, since_ms: u64, now_ms: u64) -> Vec<Output<u32>> {
             self.now_ms = now_ms;
             let since = self.start + Duration::from_millis(since_ms);
-            let silence = Some(Silence { since, oldest_sent: since });
+            let silence = Some(Silence { since, heard_at: None, oldest_sent: since });
             self.reconnect.silent(queue_id, silence, self.now(), &mut self.outputs);
             std::mem::take(&mut self.outputs)
         }

@@ -342,6 +342,7 @@ impl Client {
                 let forgets_age = self.mutant == Some(Mutant::ProbesForEver);
                 let silence = silent.map(|(silent, oldest)| Silence {
                     since: world.now - silent,
+                    heard_at: None,
                     oldest_sent: if forgets_age { world.now } else { world.now - oldest },
                 });
                 self.reconnect.silent(queue_id, silence, world.now, &mut outputs);
