@@ -369,7 +369,7 @@ pub struct ControlRequest {
 }
 
 /// What a device process can be asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ControlCommand {
     /// Tell the status.
@@ -380,6 +380,8 @@ pub enum ControlCommand {
     ForceStop,
     /// From now on, do this while the server cannot be reached.
     SetStallPolicy(StallPolicy),
+    /// From now on, the server's data addresses are these, `host:port`, tried in order.
+    SetAddresses(Vec<String>),
 }
 
 /// A device process's answer. To `Stop`, [`ControlResponse::Ok`] means that the device is gone.

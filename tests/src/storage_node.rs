@@ -279,6 +279,11 @@ impl StorageNode {
         Ok(())
     }
 
+    /// Lets the server, when it is started next, serve data at another address of this machine, on a port that is free there.
+    pub fn move_server(&mut self, host: &str) {
+        self.data_address = format!("{host}:0");
+    }
+
     /// Lets the server, when it is started next, find itself on a machine that has been booted since.
     pub fn boot_server_machine(&mut self, seed: u64) {
         self.boot_id = Some(format!("00000000-0000-4000-8000-{:012x}", seed & 0xffff_ffff_ffff));

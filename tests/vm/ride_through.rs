@@ -1,8 +1,9 @@
 //! What the disk does while its server cannot be reached: its I/O waits and goes on, or fails as its policy says; it never
 //! loses an acknowledged write in silence, and it can always be taken away.
 
+use std::fs;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -27,8 +28,10 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("ride_through::a_reply_may_break_at_any_byte", a_cut_at_every_byte).within(400),
     Test::new("ride_through::a_server_that_answers_nothing_is_left", a_silent_server).within(300),
     Test::new("ride_through::with_fail_io_ends_in_time_and_works_again", fail_after),
+    Test::new("ride_through::a_server_whose_disk_is_slow_is_not_left", a_slow_disk).within(400).once(),
     Test::new("ride_through::a_policy_can_be_changed_during_an_outage", a_policy_changed_during_an_outage)
         .once(),
+    Test::new("ride_through::a_server_that_moved_is_found", a_server_that_moved).within(300).once(),
     Test::new("ride_through::a_volume_grows_under_its_users", a_volume_grows).within(300),
     Test::new("ride_through::whoever_watches_is_told", events).once(),
     Test::new("ride_through::a_detach_by_force_returns_without_a_server", detach_by_force),
@@ -259,6 +262,117 @@ fn fail_after(env: &Env) -> Result<()> {
     wait_for_state(&node, "vol-1", "live", BOUND)?;
     verify_mostly_small(&device, 4, 8)?;
     node.detach("vol-1")
+}
+
+/// Its name, by which the management API is known, stands for another address now, and so do its data addresses.
+fn a_server_that_moved(env: &Env) -> Result<()> {
+    let mut node = StorageNode::start(env)?;
+    let device = node.create_and_attach("vol-1", "64M", &[])?;
+    verify_meanwhile(&device, || {
+        let before = reconnects(&node, "vol-1")?;
+        node.kill_server()?;
+        node.move_server("127.0.0.9");
+        node.start_server()?;
+        wait_for_reconnect(&node, "vol-1", before, "the disk to find its server")?;
+        wait_for_state(&node, "vol-1", "live", BOUND)
+    })?;
+    let address = node.attachment("vol-1")?["server_address"].to_string();
+    ensure!(address.contains("127.0.0.9:"), "{address}");
+    // The process after this one knows it as well.
+    node.volctl(&["upgrade", "vol-1"])?.succeeded()?;
+    verify_mostly_small(&device, 4, 8)?;
+    node.detach("vol-1")
+}
+
+/// An fsync takes longer than a lost server is waited for, and everything else goes on: nobody is told of an error, unless somebody
+/// has said meanwhile how long it may take.
+fn a_slow_disk(env: &Env) -> Result<()> {
+    const SLOW: Duration = Duration::from_secs(50);
+    let disk = SlowDisk::make(env)?;
+    let node = StorageNode::start_with(env, &disk.mount_point.join("data"), &["--cache", "writeback"])?;
+    node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
+    let device = node.attach(&["vol-1", "--on-stall", "fail", "--after", "5s"])?;
+    let sync = || -> Result<Child> {
+        ensure!(end_write(begin_write(&device)?, BOUND)?.status.success(), "a write before");
+        disk.delay_flushes(SLOW)?;
+        let script = format!("exec dd if=/dev/zero of={} bs=4k count=1 conv=notrunc,fsync", device.display());
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().context("dd")
+    };
+    let started = Instant::now();
+    let mut syncing = sync()?;
+    wait_for("the disk to say that its server is slow", BOUND, || {
+        let attachment = node.attachment("vol-1")?;
+        let says = attachment["state_reason"].as_str().is_some_and(|why| why.contains("takes long"));
+        Ok((attachment["state"] == "live" && says).then_some(()))
+    })?;
+    ensure!(syncing.try_wait()?.is_none(), "the sync is not slow");
+    let output = end_write(syncing, SLOW * 3)?;
+    ensure!(
+        output.status.success() && started.elapsed() >= SLOW / 2,
+        "{:.1?}: {output:?}",
+        started.elapsed()
+    );
+    println!("a sync of {:.1?} succeeded", started.elapsed());
+    ensure!(reconnects(&node, "vol-1")? == 0, "the server was left");
+    // Whoever sets a policy knows how long it takes.
+    disk.delay_flushes(Duration::ZERO)?;
+    let syncing = sync()?;
+    thread::sleep(Duration::from_secs(12));
+    let told = Instant::now();
+    node.volctl(&["policy", "vol-1", "--on-stall", "fail", "--after", "3s"])?.succeeded()?;
+    let output = end_write(syncing, SLOW)?;
+    assert_fails(&output)?;
+    ensure!(told.elapsed() < SLOW / 2, "it took {:.1?}", told.elapsed());
+    println!("with a policy that was set meanwhile it failed after {:.1?}", told.elapsed());
+    disk.delay_flushes(Duration::ZERO)?;
+    wait_for_state(&node, "vol-1", "live", SLOW * 3)?;
+    node.detach("vol-1")?;
+    drop(node);
+    disk.take_down()
+}
+
+/// XFS on a disk of which each flush takes as long as is said, and nothing else does.
+struct SlowDisk {
+    mount_point: PathBuf,
+    sectors: String,
+    disk: String,
+}
+
+impl SlowDisk {
+    const NAME: &str = "volnode-slow";
+
+    fn make(env: &Env) -> Result<Self> {
+        run("modprobe", &["--all", "dm-mod", "dm-delay"])?;
+        let disk = env.scratch_disk()?.to_string_lossy().into_owned();
+        let sectors = run("blockdev", &["--getsz", &disk])?.trim().to_owned();
+        let slow = Self { mount_point: env.directory.join("slow"), sectors, disk };
+        let table = slow.table(Duration::ZERO);
+        run("dmsetup", &["create", "--noudevsync", Self::NAME, "--table", &table])?;
+        fs::create_dir_all(&slow.mount_point)?;
+        let device = format!("/dev/mapper/{}", Self::NAME);
+        run("mkfs.xfs", &["-q", "-f", &device])?;
+        run("mount", &[device.as_ref(), slow.mount_point.as_os_str()])?;
+        Ok(slow)
+    }
+
+    /// Reads and writes are not delayed.
+    fn table(&self, flush: Duration) -> String {
+        let Self { sectors, disk, .. } = self;
+        format!("0 {sectors} delay {disk} 0 0 {disk} 0 0 {disk} 0 {}", flush.as_millis())
+    }
+
+    fn delay_flushes(&self, flush: Duration) -> Result<()> {
+        run("dmsetup", &["reload", Self::NAME, "--table", &self.table(flush)])?;
+        // Without a freeze of the file system, which would wait for what is under way.
+        run("dmsetup", &["suspend", "--noudevsync", "--nolockfs", Self::NAME])?;
+        run("dmsetup", &["resume", "--noudevsync", Self::NAME]).map(drop)
+    }
+
+    fn take_down(self) -> Result<()> {
+        run("umount", &[&self.mount_point])?;
+        run("dmsetup", &["remove", "--noudevsync", Self::NAME]).map(drop)
+    }
 }
 
 fn a_policy_changed_during_an_outage(env: &Env) -> Result<()> {

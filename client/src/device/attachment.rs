@@ -455,6 +455,11 @@ impl Attachment {
                     ControlCommand::SetStallPolicy(policy) => {
                         request.answer(&self.set_policy(policy, status));
                     }
+                    ControlCommand::SetAddresses(ref addresses) => {
+                        tracing::info!(?addresses, "the server is dialled at other addresses");
+                        self.links.redial.set_addresses(addresses.clone());
+                        request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
+                    }
                     ControlCommand::Stop => match self.try_stop(status) {
                         Ok(()) => return self.end(status, Some(request)),
                         Err(refusal) => request.answer(&refusal),

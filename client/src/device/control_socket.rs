@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::contract::{CONTRACT_VERSION, ControlCommand, ControlRequest, ControlResponse};
 
 /// Longest request line, in bytes.
-const LINE_BYTES_MAX: u64 = 4096;
+const LINE_BYTES_MAX: u64 = 64 << 10;
 /// How long a client may take to send its line or to take the answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 

@@ -5,6 +5,7 @@
 //! Called by `attachment.rs` when `reconnect.rs` asks for it; what the answer is worth is said in `liveness.rs`.
 
 use std::io;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -41,12 +42,11 @@ enum ProbeError {
 /// # Errors
 /// There can be no thread; nothing is told then.
 pub(super) fn start(
-    spec: &DeviceSpec,
+    spec: Arc<DeviceSpec>,
     block_bytes: u32,
     worked_last: Option<String>,
     on_return: impl FnOnce(bool) + Send + 'static,
 ) -> io::Result<()> {
-    let spec = spec.clone();
     let probe = move || {
         let outcome = run(&spec, block_bytes, worked_last.as_deref());
         if let Err(error) = &outcome {

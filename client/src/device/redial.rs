@@ -54,7 +54,8 @@ pub enum Attempt {
 /// What all connections of the attachment have in common.
 #[derive(Debug)]
 pub struct Redial {
-    spec: DeviceSpec,
+    /// Its addresses may change.
+    spec: Mutex<Arc<DeviceSpec>>,
     session: SessionRecord,
     /// As the disk's users know it.
     export_bytes: AtomicU64,
@@ -74,7 +75,7 @@ impl Redial {
     ) -> Arc<Self> {
         let export_bytes = AtomicU64::new(session.export_bytes);
         Arc::new(Self {
-            spec: spec.clone(),
+            spec: Mutex::new(Arc::new(spec.clone())),
             session: session.clone(),
             export_bytes,
             nr_hw_queues,
@@ -125,20 +126,20 @@ impl Redial {
     }
 
     fn attempt(&self, queue_id: u16) -> Attempt {
+        let spec = self.spec();
         let mut sockets = Vec::new();
         let mut last = None;
         // The smallest that any of them tells: what all of them can do.
         let mut export_bytes = u64::MAX;
         for slot in (queue_id..self.nr_connections).step_by(usize::from(self.nr_hw_queues)) {
             let worked_last = self.worked_last().clone();
-            let dialled =
-                match slots::dial_slot(&self.spec, slot.into(), worked_last.as_deref(), OPEN_TIMEOUT) {
-                    Ok(dialled) => dialled,
-                    Err(error @ SlotError::Ended { .. }) => return Attempt::Refused(with_sources(&error)),
-                    Err(error) => return Attempt::Failed(with_sources(&error)),
-                };
+            let dialled = match slots::dial_slot(&spec, slot.into(), worked_last.as_deref(), OPEN_TIMEOUT) {
+                Ok(dialled) => dialled,
+                Err(error @ SlotError::Ended { .. }) => return Attempt::Refused(with_sources(&error)),
+                Err(error) => return Attempt::Failed(with_sources(&error)),
+            };
             *self.worked_last() = Some(dialled.address.clone());
-            let incarnation = slots::incarnation(&self.spec, &dialled);
+            let incarnation = slots::incarnation(&spec, &dialled);
             if let Err(reason) = self.check(&dialled) {
                 return Attempt::Failed(format!("the server at {}: {reason}", dialled.address));
             }
@@ -169,12 +170,23 @@ impl Redial {
     /// There can be no thread.
     pub fn probe(&self, on_return: impl FnOnce(bool) + Send + 'static) -> io::Result<()> {
         let worked_last = self.worked_last().clone();
-        probe::start(&self.spec, self.session.block_size_bytes, worked_last, on_return)
+        probe::start(self.spec(), self.session.block_size_bytes, worked_last, on_return)
     }
 
     /// Whether a probe says anything: a foreign server that granted one connection may have no other to give.
     pub fn can_probe(spec: &DeviceSpec, nr_connections: u16) -> bool {
         matches!(spec.export, ExportSpec::Attachment { .. }) || nr_connections > 1
+    }
+
+    /// The server is dialled at these addresses from the next attempt on.
+    pub fn set_addresses(&self, addresses: Vec<String>) {
+        let mut spec = DeviceSpec::clone(&self.spec());
+        spec.addresses = addresses;
+        *self.spec.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(spec);
+    }
+
+    fn spec(&self) -> Arc<DeviceSpec> {
+        Arc::clone(&self.spec.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn worked_last(&self) -> MutexGuard<'_, Option<String>> {

@@ -212,6 +212,13 @@ pub async fn ask(
     target: &str,
     command: ControlCommand,
 ) -> Result<Option<ControlResponse>, NodeError> {
+    let (deadline, what) = match &command {
+        ControlCommand::Stop => (STOP_DEADLINE, "stopping the device"),
+        ControlCommand::ForceStop => (FORCE_DEADLINE, "stopping the device by force"),
+        ControlCommand::Status | ControlCommand::SetStallPolicy(_) | ControlCommand::SetAddresses(_) => {
+            (ANSWER_DEADLINE, "the device process's answer")
+        }
+    };
     let conversation = async {
         let mut stream = UnixStream::connect(dir.control_socket()).await?;
         let request = ControlRequest { version: CONTRACT_VERSION, command };
@@ -221,13 +228,6 @@ pub async fn ask(
         let mut answer = String::new();
         BufReader::new(stream).read_line(&mut answer).await?;
         Ok::<_, io::Error>(serde_json::from_str(&answer)?)
-    };
-    let (deadline, what) = match command {
-        ControlCommand::Stop => (STOP_DEADLINE, "stopping the device"),
-        ControlCommand::ForceStop => (FORCE_DEADLINE, "stopping the device by force"),
-        ControlCommand::Status | ControlCommand::SetStallPolicy(_) => {
-            (ANSWER_DEADLINE, "the device process's answer")
-        }
     };
     match timeout(deadline, conversation).await {
         Ok(Ok(response)) => Ok(Some(response)),

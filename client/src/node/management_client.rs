@@ -13,7 +13,7 @@ use proto::export_name::Secret;
 use proto::v1::management_client::ManagementClient as Stub;
 use proto::v1::{
     AccessMode, AttachVolumeRequest, Backend, DetachVolumeRequest, GetServerInfoRequest,
-    ListAttachmentsRequest,
+    GetServerInfoResponse, ListAttachmentsRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
@@ -126,13 +126,21 @@ impl ManagementClient {
         Ok(self.call(stub.detach_volume(request)).await?.existed)
     }
 
+    /// Who the server is, and where it serves data now.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`]
+    pub async fn server_info(&self) -> Result<GetServerInfoResponse, NodeError> {
+        let mut stub = self.stub.clone();
+        self.call(stub.get_server_info(GetServerInfoRequest {})).await
+    }
+
     /// Makes sure that the server is the one that gave an attachment out.
     ///
     /// # Errors
     /// [`NodeError::ServerAnswer`]: it is another. [`NodeError::Refused`], [`NodeError::ServerUnreachable`].
     pub async fn expect_server(&self, server_id: Uuid) -> Result<(), NodeError> {
-        let mut stub = self.stub.clone();
-        let info = self.call(stub.get_server_info(GetServerInfoRequest {})).await?;
+        let info = self.server_info().await?;
         if info.server_id == server_id.to_string() {
             return Ok(());
         }

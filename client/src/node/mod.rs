@@ -10,6 +10,7 @@
 //! - [`leftovers`]: the device and the link that a dead device process left.
 //! - [`holders`]: who has a block device open.
 //! - [`management_client`]: the storage server's management API.
+//! - `moved_servers`: a server that got another address: the disks that wait for it are told.
 //! - [`error`]: every error of the daemon, and the one place that makes a gRPC status of it.
 //!
 //! The daemon keeps no state of its own: an attachment is its folder under the run directory, its device process, its
@@ -22,6 +23,7 @@ pub mod error;
 pub mod holders;
 pub mod leftovers;
 pub mod management_client;
+mod moved_servers;
 pub mod node_service;
 mod recovery;
 pub mod serve;

@@ -114,7 +114,9 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     supervisor.adopt_found_attachments()?;
     let listener = listen(&options.socket)?;
     announce(&options.socket).map_err(ServeError::io(&options.socket))?;
+    let moves = tokio::spawn(Arc::clone(&supervisor).follow_moved_servers());
     let served = run_grpc(listener, supervisor).await;
+    moves.abort();
     fs::remove_file(&options.socket).ok();
     tracing::info!("volclient ends; device processes go on");
     served

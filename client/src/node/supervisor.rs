@@ -77,7 +77,7 @@ pub struct SupervisorConfig {
 #[derive(Debug)]
 pub struct Supervisor {
     config: SupervisorConfig,
-    management: ManagementClient,
+    pub(super) management: ManagementClient,
     pub(super) locks: TargetLocks,
 }
 

@@ -116,6 +116,11 @@ pub(crate) struct DeviceStandIn {
 
 impl DeviceStandIn {
     pub(crate) fn start(folder: &Folder, answers: Vec<ControlResponse>) -> Self {
+        Self::expecting(folder, answers.into_iter().map(|answer| (ControlCommand::Stop, answer)).collect())
+    }
+
+    /// The same for other commands.
+    pub(crate) fn expecting(folder: &Folder, answers: Vec<(ControlCommand, ControlResponse)>) -> Self {
         let claim = device_process::claim(&folder.dir).unwrap();
         let listener = UnixListener::bind(folder.dir.control_socket()).unwrap();
         let (end, ended) = mpsc::channel();
@@ -132,13 +137,13 @@ impl DeviceStandIn {
     }
 }
 
-fn answer(listener: &UnixListener, answers: Vec<ControlResponse>, claim: File) {
-    for answer in answers {
+fn answer(listener: &UnixListener, answers: Vec<(ControlCommand, ControlResponse)>, claim: File) {
+    for (command, answer) in answers {
         let (mut stream, _) = listener.accept().unwrap();
         let mut line = String::new();
         BufReader::new(&stream).read_line(&mut line).unwrap();
         let request: ControlRequest = serde_json::from_str(&line).unwrap();
-        assert_eq!(request.command, ControlCommand::Stop);
+        assert_eq!(request.command, command);
         let mut text = serde_json::to_vec(&answer).unwrap();
         text.push(b'\n');
         stream.write_all(&text).unwrap();

@@ -25,6 +25,8 @@ const SPACE_BYTES: u64 = 1 << 40;
 #[derive(Debug, Default)]
 pub(crate) struct State {
     pub(crate) server_id: Uuid,
+    /// Where it serves data, as it tells.
+    pub(crate) data_addresses: Vec<String>,
     pub(crate) volumes: BTreeMap<String, v1::Volume>,
     /// By id.
     pub(crate) attachments: BTreeMap<String, v1::Attachment>,
@@ -61,7 +63,8 @@ pub(crate) struct FakeServer {
 impl FakeServer {
     /// On a free port, with nothing in it.
     pub(crate) fn start() -> Self {
-        let state = State { server_id: Uuid::new_v4(), ..State::default() };
+        let data_addresses = vec!["127.0.0.1:9".to_owned()];
+        let state = State { server_id: Uuid::new_v4(), data_addresses, ..State::default() };
         Self::start_at("127.0.0.1:0".parse().unwrap(), Arc::new(Mutex::new(state)))
     }
 
@@ -119,8 +122,8 @@ impl Management for Service {
         &self,
         _: Request<v1::GetServerInfoRequest>,
     ) -> Result<Response<v1::GetServerInfoResponse>, Status> {
-        let server_id = self.0.lock().unwrap().server_id.to_string();
-        let data_addresses = vec!["127.0.0.1:9".to_owned()];
+        let state = self.0.lock().unwrap();
+        let (server_id, data_addresses) = (state.server_id.to_string(), state.data_addresses.clone());
         Ok(Response::new(v1::GetServerInfoResponse { server_id, version: "0.1.0".into(), data_addresses }))
     }
 

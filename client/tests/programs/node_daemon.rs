@@ -9,7 +9,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use client::contract::{ControlResponse, DeviceStatus, read_file};
+use client::contract::{
+    ControlCommand, ControlResponse, DeviceSpec, DeviceState, DeviceStatus, read_file, write_file,
+};
 use tonic::transport::Endpoint;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
@@ -343,6 +345,33 @@ fn a_daemon_that_is_told_to_end_cuts_off_a_call_that_does_not() {
     assert!(started.elapsed() < Duration::from_secs(30), "it took {:?}", started.elapsed());
     assert_eq!(detach.wait().unwrap().code(), Some(6));
     assert!(attached.folder.exists(), "what was cut off can be repeated");
+}
+
+#[test]
+fn a_disk_that_waits_is_told_where_its_server_is_now() {
+    let attached = Attached::new();
+    let spec = || read_file::<DeviceSpec>(&attached.folder.dir.spec()).unwrap();
+    let (before, now) = (spec().addresses, vec!["192.0.2.7:10809".to_owned()]);
+    attached.server.state.lock().unwrap().data_addresses.clone_from(&now);
+    let ok = ControlResponse::Ok(Box::new(attached.folder.status.clone()));
+    let process = DeviceStandIn::expecting(
+        &attached.folder,
+        vec![(ControlCommand::SetAddresses(now.clone()), ok.clone()), (ControlCommand::Stop, ok)],
+    );
+    let daemon = attached.daemon();
+    // While it is served nobody asks.
+    std::thread::sleep(Duration::from_secs(4));
+    assert_eq!(spec().addresses, before);
+    let mut status = attached.folder.status.clone();
+    status.state = DeviceState::Stalled;
+    write_file(&attached.folder.dir.status(), &status).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while spec().addresses != now {
+        assert!(Instant::now() < deadline, "it is not told");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    daemon.volctl(&["detach", "vol-1"]).expect_success();
+    process.join();
 }
 
 #[test]

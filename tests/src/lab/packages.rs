@@ -51,7 +51,7 @@ const QEMU_PACKAGES: [Package; 2] = [
 ];
 
 /// What else the lab and the tests call. The versions are Debian 12's, on which the tests were made.
-const PACKAGES: [Package; 20] = [
+const PACKAGES: [Package; 21] = [
     Package::any("g++", "g++"),
     Package::any("busybox-static", "busybox"),
     Package::any("cpio", "cpio"),
@@ -66,6 +66,7 @@ const PACKAGES: [Package; 20] = [
     Package::any("e2fsprogs", "mkfs.ext4"),
     Package::any("xfsprogs", "mkfs.xfs"),
     Package::any("btrfs-progs", "mkfs.btrfs"),
+    Package::any("dmsetup", "dmsetup"),
     Package::from("fio", "fio", "--version", (3, 33)),
     Package::from("nbdkit", "nbdkit", "--version", (1, 32)),
     Package::from("libnbd-bin", "nbdcopy", "--version", (1, 14)),
