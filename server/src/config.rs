@@ -26,7 +26,7 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0  stopped by SIGTERM or SIGINT, everything ended in order
   1  failed unexpectedly
-  2  bad options or certificates, an address that needs TLS or --insecure, or a --memory-max that is too little
+  2  bad options or certificates, an address that needs TLS or --insecure, or too little --memory-max or open files (ulimit -n)
   3  the data directory, its catalog or the runtime directory cannot be used
   4  an address cannot be listened on
   5  stopped, but connections or their I/O did not end in time

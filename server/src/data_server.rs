@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, getrlimit};
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -23,11 +23,13 @@ use crate::admission::Admission;
 use crate::backend::file::{self, CacheMode};
 use crate::catalog::{BackendKind, Catalog, VolumeRecord};
 use crate::data_address::{DataAddress, Listener};
+use crate::descriptors::{self, Descriptors, TooFewDescriptors, Wanted};
 use crate::gate::{Gate, GateMessage};
 use crate::incarnation::{Incarnations, RuntimeDirError};
 use crate::io_loop::IoLoop;
 use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
 use crate::mailbox::{Mailbox, RingMessage};
+use crate::management::listener;
 use crate::ring::LOCKED_BYTES;
 use crate::socket_memory::{WIDTHS, WideSockets};
 use crate::tls::ServerTls;
@@ -113,6 +115,9 @@ pub enum DataServerError {
     /// The memory limit leaves too little for buffers.
     #[error(transparent)]
     Memory(#[from] TooLittleMemory),
+    /// The limit of open files leaves too little for connections and volumes.
+    #[error(transparent)]
+    Descriptors(#[from] TooFewDescriptors),
     /// The runtime directory.
     #[error(transparent)]
     RuntimeDir(#[from] RuntimeDirError),
@@ -166,6 +171,7 @@ pub struct DataServer {
     gate: Sender<GateMessage>,
     rings: Vec<Arc<Mailbox>>,
     stop_accepting: Arc<OwnedFd>,
+    management_connections_max: u32,
     threads: Mutex<Threads>,
 }
 
@@ -185,7 +191,10 @@ impl DataServer {
         if config.faults != Faults::default() {
             warn!(faults = ?config.faults, "THIS SERVER LIES about what is durable: it is for tests only");
         }
-        raise_descriptor_limit(config.limits.connections_max);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let ring_count = if config.threads == 0 { cores } else { config.threads };
+        let wide_sockets = WideSockets::of_this_machine();
+        let (limits, plan, descriptors) = divide(&config, ring_count, &wide_sockets)?;
         let listeners = config.listen.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
         let local_addrs = listeners.iter().map(|listener| listener.address().clone()).collect();
         let boot_id =
@@ -202,20 +211,11 @@ impl DataServer {
             eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from).map_err(system("make an eventfd"))?,
         );
         let (gate_sender, gate_receiver) = channel();
-
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let ring_count = if config.threads == 0 { cores } else { config.threads };
-        let limits = config.limits;
-        let wide_sockets = WideSockets::of_this_machine();
-        let plan = limits.plan(
-            ring_count,
-            machine_bytes(),
-            config.tls.connection_bytes(),
-            wide_sockets.more_bytes(WIDTHS[0]),
-        )?;
         let (rings, ring_threads) = start_rings(ring_count, &gate_sender, limits, plan, &config.tls)?;
         let volumes_dir = config.volumes_dir.clone();
-        let gate = Gate::new(catalog, config, incarnations.clone(), rings.clone(), gate_sender.clone());
+        let of_volumes = Descriptors::new(descriptors.of_volumes);
+        let gate =
+            Gate::new(catalog, config, incarnations.clone(), rings.clone(), gate_sender.clone(), of_volumes);
         let server = Arc::new(Self {
             local_addrs,
             volumes_dir,
@@ -223,6 +223,7 @@ impl DataServer {
             gate: gate_sender,
             rings: rings.clone(),
             stop_accepting: Arc::clone(&stop_accepting),
+            management_connections_max: descriptors.management_max,
             threads: Mutex::new(Threads { acceptor: None, rings: ring_threads, gate: None }),
         });
         // From here on a failure shuts down what is running.
@@ -265,6 +266,11 @@ impl DataServer {
     /// Where clients can connect, in the order of the configuration.
     pub fn local_addrs(&self) -> &[DataAddress] {
         &self.local_addrs
+    }
+
+    /// Connections of the management API that there are descriptors for.
+    pub fn management_connections_max(&self) -> u32 {
+        self.management_connections_max
     }
 
     /// Closes every connection of the attachment and waits until their submitted I/O has finished. From the call on, no
@@ -493,17 +499,22 @@ fn machine_bytes() -> u64 {
     info.totalram.saturating_mul(u64::from(info.mem_unit))
 }
 
-/// Descriptors beside those of the connections: listeners, rings, the catalog, two for each of some volumes.
-const OTHER_DESCRIPTORS: u64 = 256;
-
-/// A connection takes one descriptor and a volume two or more: what the administrator allows at most is asked for.
-fn raise_descriptor_limit(connections_max: u32) {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
-        warn!(%error, ?limit, "the limit of open files cannot be raised");
-    }
-    let needed = u64::from(connections_max) + OTHER_DESCRIPTORS;
-    if let Some(allowed) = limit.maximum.filter(|allowed| *allowed < needed) {
-        warn!(allowed, needed, "the limit of open files is lower than what --connections-max needs");
-    }
+/// What the data side may take of memory and of open files; the limits are those that were configured, or what there are open
+/// files for.
+fn divide(
+    config: &DataServerConfig,
+    rings: usize,
+    wide_sockets: &WideSockets,
+) -> Result<(Limits, MemoryPlan, descriptors::Plan), DataServerError> {
+    let more_bytes = wide_sockets.more_bytes(WIDTHS[0]);
+    let plan = config.limits.plan(rings, machine_bytes(), config.tls.connection_bytes(), more_bytes)?;
+    let descriptors = descriptors::plan_of_this_process(&Wanted {
+        rings,
+        page_pipes: plan.page_pipes,
+        connections_max: config.limits.connections_max,
+        of_connection: config.tls.connection_descriptors(),
+        management_max: listener::CONNECTIONS_MAX,
+    })?;
+    let limits = Limits { connections_max: descriptors.connections_max, ..config.limits };
+    Ok((limits, MemoryPlan { page_pipes: descriptors.page_pipes, ..plan }, descriptors))
 }

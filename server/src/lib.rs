@@ -5,8 +5,8 @@
 //! - [`management`]: the gRPC API over it.
 //! - [`data_server`]: the data side: [`io_loop`] and [`connection`] move bytes, [`session`] speaks NBD, [`volume`] and
 //!   [`backend`] know what a request needs, [`gate`] and [`fence`] decide who is served; [`admission`] and
-//!   [`limits`] say how much, [`socket_memory`] of the kernel's; [`ring`], [`buffers`], [`page_pipes`], [`sync_groups`] and
-//!   [`mailbox`] carry it; [`tls`] has its handshakes.
+//!   [`limits`] say how much, [`socket_memory`] of the kernel's, [`descriptors`] of open files; [`ring`], [`buffers`],
+//!   [`page_pipes`], [`sync_groups`] and [`mailbox`] carry it; [`tls`] has its handshakes.
 //!
 //! Control (catalog, management API, on tokio) and data (sessions and volumes, on one ring thread for each core) meet only
 //! where the catalog is asked about a connection that opens, and where the management side has an attachment fenced.
@@ -22,6 +22,7 @@ pub mod connection;
 pub mod data_address;
 pub mod data_server;
 mod data_side;
+pub mod descriptors;
 pub mod fence;
 pub mod gate;
 pub mod incarnation;

@@ -113,7 +113,7 @@ impl ServeError {
             Self::Catalog(_) | Self::Recovery(_) => 3,
             Self::ManagementAddress { .. } => 4,
             Self::Data(error) if error.is_address() => 4,
-            Self::Data(DataServerError::Memory(_)) => 2,
+            Self::Data(DataServerError::Memory(_) | DataServerError::Descriptors(_)) => 2,
             Self::Data(DataServerError::RuntimeDir(_)) => 3,
             Self::Data(_) | Self::SetUp { .. } | Self::Management(_) => 1,
             Self::Unclean(_) => 5,
@@ -152,7 +152,8 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let (stop_api, stopped) = oneshot::channel::<()>();
     let calls = Calls::default();
     let service = ManagementService::new(lifecycle, calls.clone(), addresses);
-    let mut api = tokio::spawn(answer(service, management, tls, stopped)?);
+    let connections_max = data_server.management_connections_max();
+    let mut api = tokio::spawn(answer(service, management, connections_max, tls, stopped)?);
     announce(data_server.local_addrs(), &management_addresses);
 
     let failure = tokio::select! {
@@ -327,6 +328,7 @@ fn data_addresses(config: &Config, local: &[DataAddress]) -> Vec<String> {
 fn answer<D: crate::lifecycle::DataSide>(
     service: v1::management_server::ManagementServer<ManagementService<D>>,
     listeners: Vec<Listener>,
+    connections_max: u32,
     tls: Arc<ServerTls>,
     stopped: oneshot::Receiver<()>,
 ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>>, ServeError> {
@@ -339,8 +341,8 @@ fn answer<D: crate::lifecycle::DataSide>(
         .with_service_name("grpc.reflection.v1.ServerReflection")
         .build_v1()
         .map_err(set_up("gRPC reflection"))?;
-    let connections =
-        listener::connections(listeners, tls).map_err(set_up("the management API's listeners"))?;
+    let connections = listener::connections(listeners, tls, connections_max)
+        .map_err(set_up("the management API's listeners"))?;
     Ok(async move {
         reporter.set_serving::<v1::management_server::ManagementServer<ManagementService<D>>>().await;
         Server::builder()

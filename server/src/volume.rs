@@ -30,6 +30,7 @@ use uuid::Uuid;
 use crate::backend::file::FileVolume;
 use crate::backend::memory::MemoryVolume;
 use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
+use crate::descriptors::Taken;
 
 /// Below this, requests make the file system handle parts of a page.
 const PREFERRED_BLOCK_BYTES: u32 = 4096;
@@ -104,6 +105,8 @@ pub struct Volume {
     recorder: LossRecorder,
     /// Whether the loss is recorded; set by the first failed sync.
     is_recorded: OnceLock<bool>,
+    /// What it has of the process's open files; behind the backend, which closes them.
+    _descriptors: Option<Taken>,
 }
 
 impl Volume {
@@ -128,7 +131,14 @@ impl Volume {
             sync_failed,
             recorder,
             is_recorded,
+            _descriptors: None,
         }
+    }
+
+    /// The same, with the descriptors that were counted for it until it is closed.
+    #[must_use]
+    pub fn with_descriptors(self, descriptors: Taken) -> Self {
+        Self { _descriptors: Some(descriptors), ..self }
     }
 
     /// Whether a sync has failed: what was acknowledged before may be lost.

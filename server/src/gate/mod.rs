@@ -33,6 +33,7 @@ use crate::backend::file::FileError;
 use crate::backend::memory::MemoryVolume;
 use crate::catalog::{Catalog, VolumeRecord};
 use crate::data_server::{DataServerConfig, FenceError, VolumeBusy};
+use crate::descriptors::Descriptors;
 use crate::fence::{ConnectionId, Fence};
 use crate::incarnation::{AdmitError, Incarnations};
 use crate::mailbox::{Mailbox, RingMessage};
@@ -235,6 +236,8 @@ pub struct Gate {
     rings: Vec<Arc<Mailbox>>,
     /// For openers to report to.
     own_sender: Sender<GateMessage>,
+    /// For volumes to be opened with.
+    descriptors: Arc<Descriptors>,
     fences: HashMap<Uuid, Fence>,
     volumes: HashMap<Uuid, VolumeState>,
     connections: HashMap<ConnectionId, Known>,
@@ -252,6 +255,7 @@ impl Gate {
         incarnations: Incarnations,
         rings: Vec<Arc<Mailbox>>,
         own_sender: Sender<GateMessage>,
+        descriptors: Arc<Descriptors>,
     ) -> Self {
         Self {
             catalog,
@@ -259,6 +263,7 @@ impl Gate {
             incarnations,
             rings,
             own_sender,
+            descriptors,
             fences: HashMap::new(),
             volumes: HashMap::new(),
             connections: HashMap::new(),

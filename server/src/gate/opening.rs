@@ -19,6 +19,7 @@ use crate::backend::file;
 use crate::backend::memory::MemoryVolume;
 use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
 use crate::data_server::DataServerConfig;
+use crate::descriptors::{self, Taken};
 use crate::fence::{ConnectionId, Go};
 use crate::incarnation::Incarnations;
 use crate::mailbox::{Opened, RingMessage};
@@ -175,13 +176,20 @@ impl Gate {
             Ok(None) => return self.give_up(connection, unknown_export()),
             Err(error) => return self.give_up(connection, catalog_refusal(error)),
         };
+        let ring_count = self.rings.len();
+        let descriptors = match self.descriptors.take(descriptors::of_volume(record.backend, ring_count)) {
+            Ok(taken) => taken,
+            Err(error) => {
+                error!(name = %record.name, %volume_uid, %error, "a volume cannot be opened");
+                return self.give_up(connection, Refusal::shutdown(error.to_string()));
+            }
+        };
         self.volumes.insert(volume_uid, VolumeState::Opening);
         let (config, gate) = (self.config.clone(), self.own_sender.clone());
         let incarnations = self.incarnations.clone();
-        let ring_count = self.rings.len();
         // A thread of its own, because the lock of a file is waited for as long as a predecessor's I/O takes.
         let opener = std::thread::Builder::new().name("volume-opener".into()).spawn(move || {
-            let result = open_volume(&record, &config, ring_count, &incarnations, &gate);
+            let result = open_volume(&record, &config, ring_count, descriptors, &incarnations, &gate);
             let _ = gate.send(GateMessage::VolumeOpened { volume_uid, result });
         });
         if let Err(error) = opener {
@@ -300,6 +308,7 @@ fn open_volume(
     record: &VolumeRecord,
     config: &DataServerConfig,
     ring_count: usize,
+    descriptors: Taken,
     incarnations: &Incarnations,
     gate: &Sender<GateMessage>,
 ) -> Result<Arc<Volume>, OpenError> {
@@ -325,5 +334,6 @@ fn open_volume(
         is_recorded
     });
     let (capacity_bytes, write_cache_on) = (record.capacity_bytes, record.write_cache_on);
-    Ok(Arc::new(Volume::new(volume_uid, capacity_bytes, backend, write_cache_on, config.faults, recorder)))
+    let volume = Volume::new(volume_uid, capacity_bytes, backend, write_cache_on, config.faults, recorder);
+    Ok(Arc::new(volume.with_descriptors(descriptors)))
 }

@@ -33,7 +33,14 @@ impl Fixture {
         let ring = Arc::new(Mailbox::new().unwrap());
         let incarnations =
             Incarnations::open(catalog.clone(), "boot".to_owned(), "process".to_owned(), None).unwrap();
-        let gate = Gate::new(catalog, config, incarnations, vec![Arc::clone(&ring)], own_sender);
+        let gate = Gate::new(
+            catalog,
+            config,
+            incarnations,
+            vec![Arc::clone(&ring)],
+            own_sender,
+            Descriptors::new(100),
+        );
         Self { gate, messages, ring, volumes: volumes.into(), _dir: dir }
     }
 

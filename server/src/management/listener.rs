@@ -37,8 +37,8 @@ use crate::data_address::{self, Listener, Peer};
 use crate::tls::ServerTls;
 use crate::tls::rights::Rights;
 
-/// Connections at once, on all addresses together.
-pub const CONNECTIONS_MAX: usize = 512;
+/// Connections at once, on all addresses together, where the limit of open files allows so many.
+pub const CONNECTIONS_MAX: u32 = 512;
 /// Connections at once of one address (with IPv6: one /64), or of one local user.
 const CONNECTIONS_OF_PEER_MAX: usize = 128;
 /// The TLS handshake and the beginning of HTTP/2: a caller that takes longer is not one.
@@ -62,16 +62,17 @@ const TLS_HANDSHAKE_RECORD: u8 = 22;
 #[derive(Debug, Clone)]
 pub struct ApiPeer(pub Arc<Rights>);
 
-/// Accepts connections for as long as the stream is taken from.
+/// Accepts connections for as long as the stream is taken from, at most `connections_max` at once.
 ///
 /// # Errors
 /// The listeners cannot be waited for.
 pub fn connections(
     listeners: Vec<Listener>,
     tls: Arc<ServerTls>,
+    connections_max: u32,
 ) -> io::Result<ReceiverStream<io::Result<ApiStream>>> {
     let (ready, taken) = mpsc::channel(READY_MAX);
-    let crowd = Arc::new(Crowd::default());
+    let crowd = Arc::new(Crowd::of_at_most(connections_max));
     for listener in listeners {
         let group_id = listener.group_id();
         #[allow(unsafe_code)] // Waiting for a descriptor that tokio has not made.
@@ -230,16 +231,16 @@ impl Heard {
 struct Crowd {
     epoch: Instant,
     next: AtomicU64,
+    connections_max: usize,
     present: Mutex<HashMap<u64, Present>>,
 }
 
-impl Default for Crowd {
-    fn default() -> Self {
-        Self { epoch: Instant::now(), next: AtomicU64::new(0), present: Mutex::default() }
-    }
-}
-
 impl Crowd {
+    fn of_at_most(connections_max: u32) -> Self {
+        let (epoch, next) = (Instant::now(), AtomicU64::new(0));
+        Self { epoch, next, connections_max: connections_max as usize, present: Mutex::default() }
+    }
+
     /// Takes a connection in; another one leaves for it where there are too many.
     fn enter(self: &Arc<Self>, socket: Socket, peer: Peer) -> io::Result<Guarded> {
         socket.set_nonblocking(true)?;
@@ -260,7 +261,7 @@ impl Crowd {
         let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
         if present.values().filter(|other| other.caller == caller).count() >= CONNECTIONS_OF_PEER_MAX {
             evict_most_silent(&mut present, |other| other.caller == caller);
-        } else if present.len() >= CONNECTIONS_MAX {
+        } else if present.len() >= self.connections_max {
             evict_most_silent(&mut present, |_| true);
         }
         present.insert(number, Present { caller, heard: Arc::clone(&heard), leave });

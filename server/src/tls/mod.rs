@@ -103,6 +103,12 @@ impl ServerTls {
         if self.state == TlsState::Off { 0 } else { CONNECTION_BYTES }
     }
 
+    /// Descriptors that one connection may come to have: its socket, and with TLS a second one of it for the handshake and the
+    /// two ends of a relay.
+    pub fn connection_descriptors(&self) -> u32 {
+        if self.state == TlsState::Off { 1 } else { 4 }
+    }
+
     /// Reads the files again. Connections stay as they are; those that come get the new certificates.
     ///
     /// # Errors
