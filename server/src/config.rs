@@ -157,7 +157,8 @@ pub struct Config {
           help_heading = LIMITS)]
     pub request_max: u32,
 
-    /// Memory for buffers and connections [default: as much as is of use, at most half of this machine's]
+    /// Memory for buffers and connections [default: as much as is of use, at most half of what
+    /// this machine has, or a control group allows (MemoryMax=)]
     #[arg(long, env = "VOLSERVER_MEMORY_MAX", value_name = "SIZE", value_parser = size_bytes, help_heading = LIMITS)]
     pub memory_max: Option<u64>,
 

@@ -28,6 +28,7 @@ use crate::gate::{Gate, GateMessage};
 use crate::incarnation::{Incarnations, RuntimeDirError};
 use crate::io_loop::IoLoop;
 use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
+use crate::machine_memory::Allowed;
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::management::listener;
 use crate::ring::LOCKED_BYTES;
@@ -115,6 +116,14 @@ pub enum DataServerError {
     /// The memory limit leaves too little for buffers.
     #[error(transparent)]
     Memory(#[from] TooLittleMemory),
+    /// The same, and nobody has set it.
+    #[error("{error}. It is half of what there is: {} MiB, by {}", .allowed.bytes >> 20, .allowed.by)]
+    DefaultMemory {
+        /// What is missing.
+        error: TooLittleMemory,
+        /// What there is.
+        allowed: Allowed,
+    },
     /// The limit of open files leaves too little for connections and volumes.
     #[error(transparent)]
     Descriptors(#[from] TooFewDescriptors),
@@ -172,6 +181,7 @@ pub struct DataServer {
     rings: Vec<Arc<Mailbox>>,
     stop_accepting: Arc<OwnedFd>,
     management_connections_max: u32,
+    memory_bytes_max: u64,
     threads: Mutex<Threads>,
 }
 
@@ -224,6 +234,7 @@ impl DataServer {
             rings: rings.clone(),
             stop_accepting: Arc::clone(&stop_accepting),
             management_connections_max: descriptors.management_max,
+            memory_bytes_max: plan.total_bytes,
             threads: Mutex::new(Threads { acceptor: None, rings: ring_threads, gate: None }),
         });
         // From here on a failure shuts down what is running.
@@ -271,6 +282,11 @@ impl DataServer {
     /// Connections of the management API that there are descriptors for.
     pub fn management_connections_max(&self) -> u32 {
         self.management_connections_max
+    }
+
+    /// What clients can make the data side hold, in bytes.
+    pub fn memory_bytes_max(&self) -> u64 {
+        self.memory_bytes_max
     }
 
     /// Closes every connection of the attachment and waits until their submitted I/O has finished. From the call on, no
@@ -493,12 +509,6 @@ fn listen(address: &DataAddress) -> Result<Listener, DataServerError> {
     Listener::bind(address).map_err(|source| DataServerError::Address { address: address.clone(), source })
 }
 
-/// The machine's memory, in bytes.
-fn machine_bytes() -> u64 {
-    let info = rustix::system::sysinfo();
-    info.totalram.saturating_mul(u64::from(info.mem_unit))
-}
-
 /// What the data side may take of memory and of open files; the limits are those that were configured, or what there are open
 /// files for.
 fn divide(
@@ -507,7 +517,18 @@ fn divide(
     wide_sockets: &WideSockets,
 ) -> Result<(Limits, MemoryPlan, descriptors::Plan), DataServerError> {
     let more_bytes = wide_sockets.more_bytes(WIDTHS[0]);
-    let plan = config.limits.plan(rings, machine_bytes(), config.tls.connection_bytes(), more_bytes)?;
+    let allowed = Allowed::of_this_process();
+    let plan = config.limits.plan(rings, allowed.bytes, config.tls.connection_bytes(), more_bytes);
+    let plan = match (plan, config.limits.memory_bytes_max) {
+        (Err(error), None) => return Err(DataServerError::DefaultMemory { error, allowed }),
+        (plan, _) => plan?,
+    };
+    let (memory_mib_max, allowed_mib, by) = (plan.total_bytes >> 20, allowed.bytes >> 20, &allowed.by);
+    if plan.total_bytes > allowed.bytes {
+        warn!(memory_mib_max, allowed_mib, %by, "--memory-max is more than there is: clients may have the kernel end this server");
+    } else {
+        info!(memory_mib_max, allowed_mib, %by, "memory");
+    }
     let descriptors = descriptors::plan_of_this_process(&Wanted {
         rings,
         page_pipes: plan.page_pipes,

@@ -15,6 +15,7 @@ use crate::backend::file::{self, FileError};
 use crate::catalog::{BackendKind, VolumeRecord};
 use crate::data_server::DataServer;
 use crate::lifecycle::{DataSide, Holder, StillOpen};
+use crate::machine_memory::{Allowed, ForVolumes};
 
 /// A running data server with the directory of its backing files.
 #[derive(Debug)]
@@ -91,16 +92,12 @@ impl DataSide for ServedData {
             BackendKind::File => {
                 file::create(&self.volumes_dir, volume.volume_uid, volume.capacity_bytes).map_err(io_error)
             }
-            BackendKind::Memory => {
-                let info = rustix::system::sysinfo();
-                let memory_bytes = info.totalram.saturating_mul(u64::from(info.mem_unit));
-                if volume.capacity_bytes > memory_bytes {
-                    Err(io::ErrorKind::OutOfMemory.into())
-                } else {
-                    Ok(())
-                }
-            }
+            BackendKind::Memory => Ok(()),
         }
+    }
+
+    fn memory_for_volumes(&self) -> ForVolumes {
+        ForVolumes { allowed: Allowed::of_this_process(), data_side_bytes: self.server.memory_bytes_max() }
     }
 
     fn delete_storage(&self, volume_uid: Uuid) -> io::Result<()> {

@@ -5,7 +5,7 @@
 //! - [`management`]: the gRPC API over it.
 //! - [`data_server`]: the data side: [`io_loop`] and [`connection`] move bytes, [`session`] speaks NBD, [`volume`] and
 //!   [`backend`] know what a request needs, [`gate`] and [`fence`] decide who is served; [`admission`] and
-//!   [`limits`] say how much, [`socket_memory`] of the kernel's, [`descriptors`] of open files; [`ring`], [`buffers`],
+//!   [`limits`] say how much, [`socket_memory`] of the kernel's, [`machine_memory`] of how much there is, [`descriptors`] of open files; [`ring`], [`buffers`],
 //!   [`page_pipes`], [`sync_groups`] and [`mailbox`] carry it; [`tls`] has its handshakes.
 //!
 //! Control (catalog, management API, on tokio) and data (sessions and volumes, on one ring thread for each core) meet only
@@ -29,6 +29,7 @@ pub mod incarnation;
 pub mod io_loop;
 pub mod lifecycle;
 pub mod limits;
+pub mod machine_memory;
 pub mod mailbox;
 pub mod management;
 pub mod page_pipes;

@@ -61,7 +61,7 @@ pub struct Limits {
     /// Longest READ and WRITE, in bytes: announced as the maximum block size.
     pub request_bytes_max: u32,
     /// Memory that peers can make the data side hold, in bytes; `None` is what full pools and wide sockets for all need, but no
-    /// more than half of the machine's.
+    /// more than half of what this process may have (`machine_memory.rs`).
     pub memory_bytes_max: Option<u64>,
     /// How long an open may wait for a former session's I/O, or for the lock of a backing file.
     pub open_timeout: Duration,
@@ -98,7 +98,7 @@ impl Default for Limits {
      {needed_mib} MiB; raise --memory-max, or lower --connections-max, --request-max or --threads"
 )]
 pub struct TooLittleMemory {
-    /// What was set, or half of the machine's, in MiB.
+    /// What was set, or half of what there is, in MiB.
     pub limit_mib: u64,
     /// The least that would do, in MiB.
     pub needed_mib: u64,
@@ -124,7 +124,7 @@ pub struct MemoryPlan {
 }
 
 impl Limits {
-    /// Divides the memory among `rings` rings and all the connections there may be; `machine_bytes` is what the machine has,
+    /// Divides the memory among `rings` rings and all the connections there may be; `allowed_bytes` is what this process may have,
     /// `tls_bytes` what TLS may take for each connection, `more_bytes` what the kernel may keep in the widest socket beyond what
     /// it may in a narrow one. Of what is left beside the least of everything, the pools get three quarters, until they are full,
     /// held pages a quarter of the rest, and wide sockets what is left then.
@@ -134,7 +134,7 @@ impl Limits {
     pub fn plan(
         &self,
         rings: usize,
-        machine_bytes: u64,
+        allowed_bytes: u64,
         tls_bytes: u64,
         more_bytes: u64,
     ) -> Result<MemoryPlan, TooLittleMemory> {
@@ -147,7 +147,7 @@ impl Limits {
         let full_bytes = with_pools(PoolSize::full(self.request_bytes_max))
             + connections_max * more_bytes
             + PAGE_PIPES_MAX * pipe_bytes;
-        let limit_bytes = self.memory_bytes_max.unwrap_or_else(|| full_bytes.min(machine_bytes / 2));
+        let limit_bytes = self.memory_bytes_max.unwrap_or_else(|| full_bytes.min(allowed_bytes / 2));
         let spare_bytes = limit_bytes.saturating_sub(least_bytes);
         let pool_bytes_max = (limit_bytes - spare_bytes / 4).saturating_sub(fixed_bytes) / rings_count.max(1);
         match PoolSize::within(pool_bytes_max, self.request_bytes_max) {

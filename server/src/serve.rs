@@ -113,7 +113,11 @@ impl ServeError {
             Self::Catalog(_) | Self::Recovery(_) => 3,
             Self::ManagementAddress { .. } => 4,
             Self::Data(error) if error.is_address() => 4,
-            Self::Data(DataServerError::Memory(_) | DataServerError::Descriptors(_)) => 2,
+            Self::Data(
+                DataServerError::Memory(_)
+                | DataServerError::DefaultMemory { .. }
+                | DataServerError::Descriptors(_),
+            ) => 2,
             Self::Data(DataServerError::RuntimeDir(_)) => 3,
             Self::Data(_) | Self::SetUp { .. } | Self::Management(_) => 1,
             Self::Unclean(_) => 5,

@@ -101,6 +101,14 @@ pub(crate) fn from_lifecycle(error: &LifecycleError) -> Status {
             Code::ResourceExhausted,
             error_info(reason::NO_SPACE, "free space on the server, then repeat the call", []),
         ),
+        LifecycleError::NoMemory { .. } => (
+            Code::ResourceExhausted,
+            error_info(
+                reason::NO_SPACE,
+                "delete volumes in memory, lower the server's --memory-max, or raise what it may have, then repeat the call",
+                [],
+            ),
+        ),
         LifecycleError::Unfenced { .. } => (
             Code::Unavailable,
             error_info(reason::FENCE_UNFINISHED, "repeat the call: it goes on where this one stopped", []),

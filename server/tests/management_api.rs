@@ -359,7 +359,7 @@ async fn attachments_are_listed_by_volume_and_node_in_pages() {
 }
 
 #[tokio::test]
-async fn a_memory_volume_leaves_no_file_and_must_fit_the_machine() {
+async fn a_memory_volume_leaves_no_file_and_all_of_them_must_fit_the_machine() {
     let mut bench = Bench::new().await;
     let memory = |name: &str, capacity_bytes| v1::CreateVolumeRequest {
         backend: v1::Backend::Memory.into(),
@@ -370,8 +370,25 @@ async fn a_memory_volume_leaves_no_file_and_must_fit_the_machine() {
     assert_eq!((volume.backend(), bench.files()), (v1::Backend::Memory, 0));
     let status = bench.create(memory("vol-2", 1 << 60)).await.unwrap_err();
     assert_eq!(reason_of(&status), (Code::ResourceExhausted, reason::NO_SPACE.to_owned()));
+    // Each of them fits the machine by itself.
+    let machine_bytes = rustix::system::sysinfo().totalram & !4095;
+    let mut made = 0;
+    let status = loop {
+        match bench.create(memory(&format!("part-{made}"), machine_bytes / 4)).await {
+            Ok(_) => made += 1,
+            Err(status) => break status,
+        }
+        assert!(made < 4, "what four quarters have is not left for a first volume");
+    };
+    assert_eq!(reason_of(&status), (Code::ResourceExhausted, reason::NO_SPACE.to_owned()));
+    assert!(status.message().contains("--memory-max") && status.message().contains("MiB"), "{status:?}");
+    assert!(status.message().contains(&format!("volume part-{made}")), "{status:?}");
+    for number in 0..made {
+        assert!(bench.delete(&format!("part-{number}")).await.unwrap());
+    }
     assert!(bench.delete("vol-1").await.unwrap());
     assert_eq!(bench.volumes(0, "").await.unwrap().volumes, []);
+    bench.create(memory("vol-1", 1 << 20)).await.unwrap();
 }
 
 #[tokio::test]

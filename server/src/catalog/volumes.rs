@@ -12,7 +12,7 @@
 use rusqlite::{OptionalExtension as _, Row};
 use uuid::Uuid;
 
-use super::records::{self, NewVolume, VolumeRecord, VolumeState};
+use super::records::{self, BackendKind, NewVolume, VolumeRecord, VolumeState};
 use super::{Catalog, CatalogError, State, now_ms, reserve, to_db};
 
 const COLUMNS: &str = "volume_uid, name, state, capacity_bytes, block_size_bytes, backend, write_cache_on, incarnation, created_at_ms";
@@ -102,6 +102,21 @@ impl Catalog {
         let mut query = state.db.prepare(&format!("SELECT {COLUMNS} FROM volumes ORDER BY name"))?;
         let rows = query.query_map([], |row: &Row<'_>| Ok(records::volume(row)))?;
         rows.map(|row| row?).collect()
+    }
+
+    /// The sizes of all volumes in memory together, in whatever state, in bytes.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn memory_volumes_bytes(&self) -> Result<u64, CatalogError> {
+        let state = self.state();
+        let mut query = state.db.prepare("SELECT capacity_bytes FROM volumes WHERE backend = ?1")?;
+        let sizes = query.query_map([BackendKind::Memory.as_str()], |row| row.get::<_, i64>(0))?;
+        let mut all_bytes: u64 = 0;
+        for size in sizes {
+            all_bytes = all_bytes.saturating_add(size?.unsigned_abs());
+        }
+        Ok(all_bytes)
     }
 
     /// Writes a new volume down in state `creating`, with a new identity.

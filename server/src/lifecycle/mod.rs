@@ -32,6 +32,7 @@ pub use name_locks::{NameLock, NameLocks};
 pub use recovery::Recovered;
 
 use crate::catalog::{Catalog, CatalogError, VolumeRecord};
+use crate::machine_memory::{ForVolumes, TooMuchMemory};
 
 /// A volume that cannot be released: somebody has it open, or is opening it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +55,9 @@ pub trait DataSide: Send + Sync + 'static {
     /// # Errors
     /// The system's.
     fn delete_storage(&self, volume_uid: Uuid) -> io::Result<()>;
+
+    /// What volumes in memory may have together, now.
+    fn memory_for_volumes(&self) -> ForVolumes;
 
     /// Every volume that has storage on this server, catalogued or not.
     ///
@@ -205,6 +209,14 @@ pub enum LifecycleError {
     /// No space under the data directory.
     #[error("no space left on the server to {0}")]
     NoSpace(&'static str),
+    /// With this one the volumes in memory would come to more than there is.
+    #[error("no memory for volume {name}: {source}")]
+    NoMemory {
+        /// Its name.
+        name: String,
+        /// What there is.
+        source: TooMuchMemory,
+    },
     /// The former connections are refused everything new, but their I/O has not finished in time.
     #[error("connections of volume {name} were closed, but their I/O has not finished yet: {reason}")]
     Unfenced {

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use super::*;
 use crate::catalog::{AttachmentState, BackendKind, NewVolume, VolumeState};
+use crate::machine_memory::{Allowed, BoundBy};
 
 /// Keeps storage as a set of names, and at each call looks at what the catalog shows.
 #[derive(Debug)]
@@ -66,6 +67,11 @@ impl DataSide for Double {
         }
         state.stored.remove(&volume_uid);
         Ok(())
+    }
+
+    fn memory_for_volumes(&self) -> ForVolumes {
+        let allowed = Allowed { bytes: 4 << 30, by: BoundBy::Machine };
+        ForVolumes { allowed, data_side_bytes: 1 << 30 }
     }
 
     fn stored_volumes(&self) -> io::Result<Vec<Uuid>> {
@@ -147,11 +153,20 @@ impl Bench {
     }
 
     fn create(&self, name: &str, capacity_bytes: u64) -> Result<VolumeRecord, LifecycleError> {
+        self.create_on(BackendKind::File, name, capacity_bytes)
+    }
+
+    fn create_on(
+        &self,
+        backend: BackendKind,
+        name: &str,
+        capacity_bytes: u64,
+    ) -> Result<VolumeRecord, LifecycleError> {
         let new = NewVolume {
             name: name.to_owned(),
             capacity_bytes,
             block_size_bytes: 4096,
-            backend: BackendKind::File,
+            backend,
             write_cache_on: true,
         };
         self.lifecycle.create_volume(&self.locks.blocking_lock(name), &new)
@@ -242,6 +257,23 @@ fn a_creation_that_failed_leaves_nothing() {
     assert_eq!(bench.lifecycle.catalog().all_volumes().unwrap(), []);
     bench.double().change(|state| state.create_error = None);
     bench.create("vol-1", 8192).unwrap();
+}
+
+#[test]
+fn memory_volumes_are_counted_together() {
+    let bench = Bench::new();
+    let create = |name: &str, gib: u64| bench.create_on(BackendKind::Memory, name, gib << 30);
+    create("a", 2).unwrap();
+    bench.create("file", 1 << 50).unwrap();
+    let error = create("b", 2).unwrap_err();
+    assert!(
+        error.to_string().contains("4096 MiB, and may have 3072 MiB: 4096 MiB, by the machine"),
+        "{error}"
+    );
+    assert_eq!(bench.lifecycle.catalog().all_volumes().unwrap().len(), 2, "what was refused leaves nothing");
+    create("b", 1).unwrap();
+    assert!(bench.delete("a").unwrap());
+    create("c", 2).unwrap();
 }
 
 #[test]

@@ -18,8 +18,8 @@ impl<D: DataSide> Lifecycle<D> {
     /// Makes the volume; one with the same name and properties is returned as it is.
     ///
     /// # Errors
-    /// [`LifecycleError::VolumeDiffers`], [`LifecycleError::NoSpace`], [`LifecycleError::TooLarge`]; the catalog's or the
-    /// storage's failure.
+    /// [`LifecycleError::VolumeDiffers`], [`LifecycleError::NoSpace`], [`LifecycleError::NoMemory`],
+    /// [`LifecycleError::TooLarge`]; the catalog's or the storage's failure.
     pub fn create_volume(&self, lock: &NameLock, new: &NewVolume) -> Result<VolumeRecord, LifecycleError> {
         assert_eq!(lock.name(), new.name, "the lock is of the volume's name");
         match self.catalog.volume_in_any_state(&new.name)? {
@@ -44,6 +44,11 @@ impl<D: DataSide> Lifecycle<D> {
 
     fn make_storage(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
         let volume_uid = volume.volume_uid;
+        if volume.backend == BackendKind::Memory {
+            // This one is in the catalog already, and so are others that are just being made.
+            let fits = self.data_side.memory_for_volumes().check(self.catalog.memory_volumes_bytes()?);
+            fits.map_err(|source| LifecycleError::NoMemory { name: volume.name.clone(), source })?;
+        }
         let made = self.data_side.create_storage(volume);
         made.map_err(|source| storage_error(source, "make", volume_uid, volume.capacity_bytes))
     }
@@ -152,7 +157,6 @@ fn storage_error(
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             LifecycleError::NoSpace("hold the volume's size")
         }
-        io::ErrorKind::OutOfMemory => LifecycleError::NoSpace("hold the volume in memory"),
         io::ErrorKind::FileTooLarge => LifecycleError::TooLarge { capacity_bytes },
         _ => LifecycleError::Storage { action, volume_uid, source },
     }
