@@ -98,6 +98,9 @@ struct DeviceArgs {
     dir: PathBuf,
 }
 
+/// Threads of tokio that are always there.
+const WORKERS: usize = 2;
+
 fn main() -> ExitCode {
     let outcome = run(Cli::parse());
     if let Err(error) = &outcome {
@@ -155,7 +158,8 @@ fn serve_options(args: ServeArgs, log_filter: String) -> anyhow::Result<ServeOpt
 
 fn run_on_tokio<E: Into<anyhow::Error>>(work: impl Future<Output = Result<(), E>>) -> anyhow::Result<()> {
     daemon_log::start_writer().context("cannot start a thread for the log")?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    daemon_log::try_threads(WORKERS + 1).context("cannot start the daemon's threads")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()?;
     let outcome = runtime.block_on(work);
     // A call that was cut off may be in the kernel, on a thread that nobody can end: it goes with the process.
     runtime.shutdown_background();

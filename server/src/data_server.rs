@@ -130,7 +130,10 @@ pub enum DataServerError {
     /// The runtime directory.
     #[error(transparent)]
     RuntimeDir(#[from] RuntimeDirError),
-    /// A thread, an eventfd or the boot id.
+    /// This process may have no more threads.
+    #[error("cannot start a thread: {0}; {hint}, or lower --threads", hint = daemon_log::THREAD_LIMITS)]
+    Thread(io::Error),
+    /// An eventfd or the boot id.
     #[error("cannot {action}: {source}")]
     System {
         /// What was tried.
@@ -422,7 +425,7 @@ fn system(action: &'static str) -> impl FnOnce(io::Error) -> DataServerError {
 }
 
 fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, DataServerError> {
-    std::thread::Builder::new().name(name).spawn(run).map_err(system("start a thread"))
+    std::thread::Builder::new().name(name).spawn(run).map_err(DataServerError::Thread)
 }
 
 /// Waits for a thread to end, until the deadline.
@@ -464,6 +467,7 @@ fn start_rings(
 }
 
 /// The kernel has one error for all memory that it does not give; where the limit of what may be locked explains it, it is that.
+/// And one for threads.
 fn explain(error: DataServerError, rings: usize, allowed_bytes: Option<u64>) -> DataServerError {
     match (error, allowed_bytes) {
         (DataServerError::Ring(source), Some(allowed_bytes))
@@ -471,6 +475,10 @@ fn explain(error: DataServerError, rings: usize, allowed_bytes: Option<u64>) -> 
         {
             let needed_kib = (rings as u64 * LOCKED_BYTES).div_ceil(1 << 10);
             DataServerError::LockedMemory { source, rings, needed_kib, allowed_kib: allowed_bytes >> 10 }
+        }
+        // A ring brings a thread of its own along.
+        (DataServerError::Ring(source), _) if source.raw_os_error() == Some(libc::EAGAIN) => {
+            DataServerError::Thread(source)
         }
         (error, _) => error,
     }

@@ -14,6 +14,10 @@ use tracing_subscriber::EnvFilter;
 
 /// Threads for blocking calls: each does one catalog commit or one fence at a time.
 const BLOCKING_THREADS_MAX: usize = 64;
+/// One is there from the start, and none goes: where the process may have no more threads, calls find one, and wait for it.
+const BLOCKING_THREADS_KEPT: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Of tokio, for the management API.
+const WORKERS: usize = 2;
 
 fn main() -> ExitCode {
     let config = Config::parse();
@@ -31,14 +35,17 @@ fn main() -> ExitCode {
 fn run(config: Config) -> anyhow::Result<()> {
     start_log(&config.log)?;
     keep_secrets_out_of_core_dumps();
+    daemon_log::try_threads(WORKERS + 1).context("cannot start the management API's threads")?;
     // The management API is light work; the cores belong to the data side.
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .thread_keep_alive(BLOCKING_THREADS_KEPT)
         .thread_name("management")
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
+    runtime.spawn_blocking(|| ());
     let outcome = runtime.block_on(serve(config));
     // What did not end in time was reported; it must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_millis(100));

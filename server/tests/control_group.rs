@@ -1,51 +1,63 @@
-//! A server whose control group allows less memory than the machine has: it plans with that, or says what to do.
+//! A server whose control group allows less than the machine has, memory or threads: it plans with that, goes on, or says what to do.
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
+#[path = "nbd_data/client.rs"]
+#[allow(dead_code)] // Made for the other tests; this one needs less.
+mod client;
 mod unit_filter;
 mod volserver;
 
+use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 
 use proto::v1;
 use tonic::Code;
 use uuid::Uuid;
 
+use client::Client;
 use volserver::{Volserver, command, create_request, refused};
 
-/// A control group below this process's own, with a limit of memory; gone when the test is.
+/// A control group below this process's own, with a limit; gone when the test is.
 struct ControlGroup(PathBuf);
 
 impl ControlGroup {
-    /// `None`, with the reason printed, where none can be made: without root, or below a group that has processes (version 2).
-    fn new(limit_bytes: u64) -> Option<Self> {
+    /// With a limit of a controller, in the files that it has in version 1 and 2. `None`, with the reason printed, where none can be
+    /// made: without root, or below a group that has processes (version 2).
+    fn new(controller: &str, files: [&str; 2], limit: u64) -> Option<Self> {
         let membership = std::fs::read_to_string("/proc/self/cgroup").unwrap();
         let own = |controller: &str| {
-            let fields = membership.lines().map(|line| line.splitn(3, ':').collect::<Vec<_>>());
-            fields
-                .filter(|fields| fields[1] == controller)
-                .map(|fields| fields[2].trim_start_matches('/').to_owned())
-                .next()
+            let lines = membership.lines().map(|line| line.splitn(3, ':').collect::<Vec<_>>());
+            let mut own = lines.filter(|fields| fields[1] == controller);
+            own.next().map(|fields| fields[2].trim_start_matches('/').to_owned())
         };
-        let places = [
-            (Path::new("/sys/fs/cgroup/memory"), own("memory"), "memory.limit_in_bytes"),
-            (Path::new("/sys/fs/cgroup"), own(""), "memory.max"),
-        ];
+        let root = Path::new("/sys/fs/cgroup");
+        let places =
+            [(root.join(controller), own(controller), files[0]), (root.to_owned(), own(""), files[1])];
         for (mount, own, file) in places {
             let Some(own) = own else { continue };
             let group = Self(mount.join(own).join(format!("volnode-test-{}", Uuid::new_v4())));
             let made = std::fs::create_dir(&group.0)
-                .and_then(|()| std::fs::write(group.0.join(file), limit_bytes.to_string()));
+                .and_then(|()| std::fs::write(group.0.join(file), limit.to_string()));
             match made {
                 Ok(()) => return Some(group),
                 Err(error) => println!("no control group at {}: {error}", group.0.display()),
             }
         }
-        println!("SKIP no control group with a limit of memory can be made here");
+        println!("SKIP no control group with a limit of {controller} can be made here");
         None
     }
 
-    /// The server inside, with the default of `--memory-max` and few connections.
+    fn with_memory(limit_bytes: u64) -> Option<Self> {
+        Self::new("memory", ["memory.limit_in_bytes", "memory.max"], limit_bytes)
+    }
+
+    fn with_tasks(limit: u64) -> Option<Self> {
+        Self::new("pids", ["pids.max", "pids.max"], limit)
+    }
+
+    /// The server inside, with the default of `--memory-max`.
     fn command(&self, data_dir: &Path, connections_max: u32) -> Command {
         let inner = command(data_dir);
         let mut limited = Command::new("/bin/sh");
@@ -79,7 +91,7 @@ impl Drop for ControlGroup {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_control_group_bounds_what_is_planned_and_what_memory_volumes_may_have() {
     const LIMIT_BYTES: u64 = 512 << 20;
-    let Some(group) = ControlGroup::new(LIMIT_BYTES) else { return };
+    let Some(group) = ControlGroup::with_memory(LIMIT_BYTES) else { return };
     let dir = tempfile::tempdir().unwrap();
     let data_dir = dir.path().join("data");
     let server = Volserver::start_unfiltered(group.command(&data_dir, 16), &dir.path().join("log"));
@@ -103,7 +115,7 @@ async fn the_control_group_bounds_what_is_planned_and_what_memory_volumes_may_ha
 
 #[test]
 fn a_control_group_that_leaves_too_little_is_named_at_start() {
-    let Some(group) = ControlGroup::new(256 << 20) else { return };
+    let Some(group) = ControlGroup::with_memory(256 << 20) else { return };
     let dir = tempfile::tempdir().unwrap();
     let (code, text) = refused(group.command(&dir.path().join("data"), 1024));
     assert_eq!(code, 2, "{text}");
@@ -112,4 +124,77 @@ fn a_control_group_that_leaves_too_little_is_named_at_start() {
         text.contains("half of what there is: 256 MiB") && text.contains(group.0.to_str().unwrap()),
         "{text}"
     );
+}
+
+/// What a server says first on stdout, or how it ended.
+fn first_word(mut command: Command) -> Result<(Child, String), (ExitStatus, String)> {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (sender, said) = mpsc::channel();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        let _ = stdout.read_line(&mut line);
+        let _ = sender.send(line);
+    });
+    let line = said.recv_timeout(volserver::DEADLINE).unwrap_or_else(|_| {
+        child.kill().unwrap();
+        panic!("it neither says that it is ready nor ends")
+    });
+    if !line.is_empty() {
+        return Ok((child, line));
+    }
+    let status = volserver::wait(&mut child, volserver::DEADLINE);
+    Err((status, std::io::read_to_string(child.stderr.take().unwrap()).unwrap()))
+}
+
+#[test]
+fn a_limit_of_threads_that_is_too_low_is_named_at_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut refusals = 0;
+    // Every number that is too little, up to one that is not.
+    for limit in 1..64 {
+        let Some(group) = ControlGroup::with_tasks(limit) else { return };
+        let mut command = group.command(&dir.path().join("data"), 16);
+        command.args(["--memory-max", volserver::MEMORY_MAX]);
+        match first_word(command) {
+            Ok((mut child, line)) => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                assert!(line.starts_with("volserver ready"), "{line}");
+                assert!(refusals > 3, "the limit is not in force");
+                return;
+            }
+            Err((status, text)) => {
+                assert_eq!(status.code(), Some(1), "{limit} tasks: {status:?} {text}");
+                // With one task not even the log has its thread.
+                assert!(limit == 1 || text.contains("TasksMax="), "{limit} tasks: {text}");
+                refusals += 1;
+            }
+        }
+    }
+    panic!("a server of one thread does not start with 63 tasks");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_another_thread_the_api_answers_and_opens_are_refused_until_there_is_one() {
+    let Some(group) = ControlGroup::with_tasks(1000) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = group.command(&dir.path().join("data"), 16);
+    command.args(["--memory-max", volserver::MEMORY_MAX, "--export-by-name"]);
+    let server = Volserver::start_unfiltered(command, &dir.path().join("log"));
+    server.client().await.create_volume(create_request("vol")).await.unwrap();
+    let file = |name: &str| group.0.join(name);
+    let current = std::fs::read_to_string(file("pids.current")).unwrap();
+    std::fs::write(file("pids.max"), current.trim()).unwrap();
+    for _ in 0..3 {
+        let request = v1::GetVolumeRequest { name: "vol".to_owned() };
+        server.client().await.get_volume(request).await.unwrap();
+    }
+    assert!(Client::open(server.data[0], "vol").is_err());
+    assert!(server.log_with("a volume cannot be opened").contains("TasksMax="));
+    std::fs::write(file("pids.max"), "max").unwrap();
+    let mut client = Client::open(server.data[0], "vol").unwrap();
+    client.write(0, &[7; 4096]).unwrap();
+    client.flush().unwrap();
+    assert_eq!(client.read(0, 4096).unwrap(), [7; 4096]);
 }

@@ -60,6 +60,16 @@ fn systemd_takes_every_line_of_the_units() {
 }
 
 #[test]
+fn no_daemon_is_limited_by_a_count_of_threads() {
+    // The others run one command each.
+    for name in ["volclient.service", "volserver.service"] {
+        let unit = UnitFile::read(name).unwrap();
+        let limits: Vec<&str> = unit.text().lines().filter(|line| line.starts_with("TasksMax=")).collect();
+        assert_eq!(limits, ["TasksMax=infinity"], "{name}");
+    }
+}
+
+#[test]
 fn every_unit_is_tested_and_bounds_its_stop() {
     let mut found: Vec<String> = fs::read_dir(UnitFile::directory())
         .unwrap()

@@ -34,7 +34,9 @@ const STACK_BYTES: usize = 128 << 10;
 /// Why a command gave no result.
 #[derive(Debug)]
 pub(crate) enum CommandError {
-    /// No thread or ring.
+    /// No thread.
+    Thread(io::Error),
+    /// No ring.
     Setup(io::Error),
     /// Not done by the deadline.
     TimedOut,
@@ -110,7 +112,7 @@ pub(crate) fn execute<P: Payload>(
         .name("ublk-control".to_owned())
         .stack_size(STACK_BYTES)
         .spawn(move || run(&control, cmd_op, cmd, payload, deadline, &sender))
-        .map_err(CommandError::Setup)?;
+        .map_err(CommandError::Thread)?;
     receiver.recv_timeout(deadline + CANCEL_GRACE + THREAD_GRACE).unwrap_or(Err(CommandError::TimedOut))
 }
 

@@ -197,7 +197,18 @@ pub enum ControlError {
     Ring {
         /// The command.
         command: &'static str,
-        /// What io_uring or the thread's creation answered.
+        /// What io_uring answered.
+        #[source]
+        source: io::Error,
+    },
+    /// This process may have no more threads.
+    #[error(
+        "cannot start a thread for {command}; raise the limit (TasksMax= of the unit, ulimit -u, a container's limit of pids)"
+    )]
+    Thread {
+        /// The command.
+        command: &'static str,
+        /// What the thread's creation answered.
         #[source]
         source: io::Error,
     },
@@ -260,6 +271,7 @@ pub enum ControlError {
 impl ControlError {
     fn new(error: CommandError, command: &'static str, dev_id: u32, after: Duration) -> Self {
         match error {
+            CommandError::Thread(source) => Self::Thread { command, source },
             CommandError::Setup(source) => Self::Ring { command, source },
             CommandError::TimedOut => Self::TimedOut { command, dev_id, after },
             CommandError::Errno(errno) => match errno {

@@ -21,6 +21,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use daemon_log::THREAD_LIMITS;
 use ublk_core::abi::{
     UBLK_F_UPDATE_SIZE, UBLK_F_USER_COPY, UBLK_F_USER_RECOVERY, UBLK_F_USER_RECOVERY_REISSUE,
 };
@@ -117,7 +118,10 @@ pub enum AttachmentError {
         /// The operating system's reason.
         source: io::Error,
     },
-    /// Threads or sockets of our own.
+    /// A thread of our own.
+    #[error("cannot start a thread: {0}; {THREAD_LIMITS}")]
+    Thread(io::Error),
+    /// Sockets of our own.
     #[error("cannot set up the device process: {0}")]
     Setup(io::Error),
 }
@@ -392,7 +396,7 @@ impl Attachment {
                     }
                     queue_loop::run(parts, &on_event);
                 })
-                .map_err(AttachmentError::Setup)?;
+                .map_err(AttachmentError::Thread)?;
             self.queues.push(thread);
             self.links.commanders.push(commander);
             self.links.queues_live += 1;
@@ -406,20 +410,22 @@ impl Attachment {
         let Self { device, links, events, .. } = self;
         std::thread::scope(|scope| {
             let sender = links.sender.clone();
-            let starting = scope.spawn(move || {
+            let start = move || {
                 let outcome = device.start();
                 let _ = sender.send(Event::Started);
                 outcome
-            });
+            };
+            let thread = std::thread::Builder::new().name("start-device".into());
+            let starting = thread.spawn_scoped(scope, start).map_err(AttachmentError::Thread)?;
             while let Some(event) = links.next_event(events, status) {
                 match event {
                     Event::Started => break,
                     event => drop(links.take_event(event, status)),
                 }
             }
-            starting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })?;
-        Ok(())
+            let outcome = starting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            outcome.map_err(AttachmentError::from)
+        })
     }
 
     /// START_DEV waits until every tag is fetched, so a queue that cannot start has to be noticed before.
@@ -738,10 +744,10 @@ impl Links {
                     let sender = self.sender.clone();
                     let on_attempt = move |attempt| drop(sender.send(Event::Attempt(queue_id, attempt)));
                     if let Err(error) = self.redial.start(queue_id, self.reconnect.refusals(), on_attempt) {
-                        // Without a thread there is no other way back than the next loss; users see why.
                         tracing::error!(queue_id, %error, "the server cannot be dialled");
-                        self.reconnect
-                            .dial_failed(format!("no thread can be made to dial the server: {error}"));
+                        let why =
+                            format!("cannot start a thread to dial the server: {error}; {THREAD_LIMITS}");
+                        self.reconnect.dial_not_begun(queue_id, why, Instant::now());
                     }
                 }
                 Output::Connect(queue_id, sockets) => self.tell(queue_id, QueueCommand::Connect(sockets)),
@@ -840,7 +846,7 @@ fn listen_for_signals(sender: &Sender<Event>) -> Result<(), AttachmentError> {
             }
         })
         .map(drop)
-        .map_err(AttachmentError::Setup)
+        .map_err(AttachmentError::Thread)
 }
 
 fn add_device(

@@ -34,6 +34,9 @@ use serde::{Deserialize, Serialize};
 
 use super::liveness::{OutageClock, Probes, Silence};
 
+/// Until a dial that could not be begun is tried again.
+const BEGIN_PAUSE: Duration = Duration::from_secs(1);
+
 /// What requests do while there is no connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -48,7 +51,8 @@ pub enum StallPolicy {
 /// What is to be done, in this order.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Output<S> {
-    /// Open the connections of this queue, again and again until it works, and tell [`Reconnect::dialled`].
+    /// Open the connections of this queue, again and again until it works, and tell [`Reconnect::dialled`]; where that cannot even
+    /// be begun, [`Reconnect::dial_not_begun`].
     Dial(u16),
     /// Give the queue its connections.
     Connect(u16, S),
@@ -105,6 +109,8 @@ pub struct Reconnect<S> {
     former_incarnations: Vec<String>,
     /// By queue: the former incarnation that its last dial told, which may have begun before the present one was known.
     doubted: Vec<Option<String>>,
+    /// By queue: when to begin with a dial that could not be.
+    not_begun: Vec<Option<Instant>>,
     policy: StallPolicy,
     /// When somebody set it, if that was later than at the start.
     told_at: Option<Instant>,
@@ -130,6 +136,7 @@ impl<S> Reconnect<S> {
             incarnation,
             former_incarnations: Vec::new(),
             doubted: vec![None; usize::from(nr_hw_queues)],
+            not_begun: vec![None; usize::from(nr_hw_queues)],
             policy,
             told_at: None,
             probes,
@@ -219,6 +226,12 @@ impl<S> Reconnect<S> {
         self.attempt = error;
     }
 
+    /// The queue's connections are not being opened, because this machine lacks something for it: that is tried again.
+    pub fn dial_not_begun(&mut self, queue_id: u16, error: String, now: Instant) {
+        self.attempt = error;
+        self.not_begun[usize::from(queue_id)] = Some(now + BEGIN_PAUSE);
+    }
+
     /// The server says that the attachment is no more: nothing will bring it back.
     pub fn refused_for_good(&mut self, reason: String, outputs: &mut Vec<Output<S>>) {
         self.lose(reason, outputs);
@@ -256,7 +269,15 @@ impl<S> Reconnect<S> {
 
     /// Time has passed.
     pub fn tick(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
-        if self.deadline().is_some_and(|deadline| now >= deadline) {
+        for (queue_id, not_begun) in (0..).zip(&mut self.not_begun) {
+            if not_begun.is_some_and(|again| now >= again) {
+                *not_begun = None;
+                if self.lost.is_none() {
+                    outputs.push(Output::Dial(queue_id));
+                }
+            }
+        }
+        if self.give_up_at().is_some_and(|deadline| now >= deadline) {
             self.has_given_up = true;
             let silence = self.silences.iter().flatten().min_by_key(|silence| silence.since);
             let reason = silence.map(|silence| no_reply(*silence, now));
@@ -274,7 +295,8 @@ impl<S> Reconnect<S> {
     /// When [`Reconnect::tick`] has something to do.
     pub fn wakes_at(&self, now: Instant) -> Option<Instant> {
         let probe = self.probes.due_at(now).filter(|_| self.probes_matter());
-        self.deadline().into_iter().chain(probe).min()
+        let not_begun = self.not_begun.iter().copied().flatten();
+        not_begun.chain(self.give_up_at()).chain(probe).min()
     }
 
     /// Whether requests would fail sooner without probes. While there are connections their silence asks for probes.
@@ -304,7 +326,7 @@ impl<S> Reconnect<S> {
     }
 
     /// When requests fail.
-    fn deadline(&self) -> Option<Instant> {
+    fn give_up_at(&self) -> Option<Instant> {
         let StallPolicy::FailAfterMs(after_ms) = self.policy else { return None };
         if self.has_given_up || self.lost.is_some() {
             return None;
@@ -527,15 +549,36 @@ mod tests {
     }
 
     #[test]
+    fn a_dial_that_could_not_be_begun_is_tried_again_and_the_policy_goes_on() {
+        let mut world = World::new(StallPolicy::FailAfterMs(5_000));
+        assert_eq!(world.disconnected(0), [Output::Dial(0)]);
+        world.reconnect.dial_not_begun(0, "no thread".into(), world.now());
+        assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; no thread".into()));
+        assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.start + Duration::from_secs(1)));
+        assert_eq!(world.tick_at(999), []);
+        assert_eq!(world.tick_at(1_000), [Output::Dial(0)]);
+        assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.start + Duration::from_secs(5)));
+        world.now_ms = 4_500;
+        world.reconnect.dial_not_begun(0, "no thread".into(), world.now());
+        assert_eq!(disconnects(&world.tick_at(5_000)), [1], "given up meanwhile");
+        assert_eq!(world.tick_at(5_500), [Output::Dial(0)]);
+        world.reconnect.dial_not_begun(0, "no thread".into(), world.now());
+        world.reconnect.refused_for_good("fenced".into(), &mut world.outputs);
+        world.outputs.clear();
+        assert_eq!(world.tick_at(10_000), [], "nothing is dialled for a disk that is lost");
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+    }
+
+    #[test]
     fn after_its_time_an_outage_fails_what_waits_until_the_server_is_back() {
         let mut world = World::new(StallPolicy::FailAfterMs(5_000));
         world.disconnected(0);
-        assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_secs(5)));
+        assert_eq!(world.reconnect.give_up_at(), Some(world.start + Duration::from_secs(5)));
         assert_eq!(world.tick_at(4_999), []);
         let outputs = world.tick_at(5_000);
         assert_eq!(disconnects(&outputs), [1], "what fails may still land: no queue is served meanwhile");
         assert!(!outputs.contains(&Output::GiveUp(0)), "nor when the first error is told");
-        assert_eq!(world.reconnect.deadline(), None, "once is enough");
+        assert_eq!(world.reconnect.give_up_at(), None, "once is enough");
         assert!(matches!(world.reconnect.condition(), Condition::Failing(_)));
         assert_eq!(world.dialled(0, 1, OLD), []);
         let outputs = world.disconnected(1);
@@ -543,7 +586,11 @@ mod tests {
         assert_eq!(world.dialled(1, 2, OLD), [Output::Connect(0, 1), Output::Connect(1, 2)]);
         assert_eq!(world.reconnect.condition(), Condition::Live);
         world.disconnected(0);
-        assert_eq!(world.reconnect.deadline(), Some(world.now() + Duration::from_secs(5)), "the next outage");
+        assert_eq!(
+            world.reconnect.give_up_at(),
+            Some(world.now() + Duration::from_secs(5)),
+            "the next outage"
+        );
     }
 
     #[test]
@@ -604,7 +651,7 @@ mod tests {
         assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.start), "a probe is due");
         assert_eq!(world.tick_at(0), [Output::Probe]);
         world.answered_at(1_000);
-        assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_secs(1 + 20 + 4)));
+        assert_eq!(world.reconnect.give_up_at(), Some(world.start + Duration::from_secs(1 + 20 + 4)));
         assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.start + Duration::from_secs(6)));
         assert!(matches!(world.reconnect.condition(), Condition::Stalled(_)), "a probe ends no outage");
         assert_eq!(world.tick_at(24_999), [Output::Probe]);
@@ -615,7 +662,7 @@ mod tests {
         world.dialled(0, 7, OLD);
         world.answered_at(2_000);
         world.lost(0, true);
-        assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_secs(2 + 20 + 3)));
+        assert_eq!(world.reconnect.give_up_at(), Some(world.start + Duration::from_secs(2 + 20 + 3)));
     }
 
     #[test]
@@ -729,7 +776,7 @@ mod tests {
         for (now_ms, served_nothing, deadline_ms) in losses {
             world.now_ms = now_ms;
             world.lost(0, served_nothing);
-            assert_eq!(world.reconnect.deadline(), Some(world.start + Duration::from_millis(deadline_ms)));
+            assert_eq!(world.reconnect.give_up_at(), Some(world.start + Duration::from_millis(deadline_ms)));
             refusals = if served_nothing { refusals + 1 } else { 0 };
             assert_eq!(world.reconnect.refusals(), refusals);
             world.dialled(0, 7, OLD);

@@ -31,6 +31,8 @@ use crate::device::slots;
 
 /// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
 /// what is in the way (a full disk, memory, a program that is being replaced) may take its time to go.
+/// Until a process that cannot be watched is looked at again.
+const WATCH_PAUSE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
@@ -75,12 +77,10 @@ impl Supervisor {
         let (supervisor, dir) = (Arc::clone(self), dir.clone());
         tokio::spawn(async move {
             let started = Instant::now();
-            let pid = device_process::running_pid(&dir).ok().flatten();
-            if let Some(pid) = pid
-                && let Err(error) = device_process::wait_until_ended(pid).await
-            {
-                tracing::error!(%error, folder = %dir.path().display(), "a device process cannot be watched");
-                return;
+            while let Some(pid) = device_process::running_pid(&dir).ok().flatten() {
+                let Err(error) = device_process::wait_until_ended(pid).await else { break };
+                tracing::error!(%error, folder = %dir.path().display(), "a device process cannot be watched yet");
+                tokio::time::sleep(WATCH_PAUSE).await;
             }
             supervisor.recover_dead(&dir, started.elapsed() > LIVED).await;
         });

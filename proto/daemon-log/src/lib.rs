@@ -18,9 +18,11 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::{self, IsTerminal as _, Write};
 use std::os::fd::AsFd as _;
 use std::panic::PanicHookInfo;
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::Builder;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing_subscriber::EnvFilter;
 
 use lines::Lines;
@@ -58,6 +60,34 @@ pub fn start_writer() -> io::Result<()> {
     writer.map(drop)
 }
 
+/// Whether this process may have so many more threads; tokio, which makes its own, panics where it may not.
+///
+/// # Errors
+/// It may not, with the limits that can be the reason.
+pub fn try_threads(count: usize) -> io::Result<()> {
+    let (all_made, made) = mpsc::channel::<()>();
+    let made = Arc::new(Mutex::new(made));
+    let wait = || {
+        let made = Arc::clone(&made);
+        // Ends when the other end is gone; by then there are all of them at once.
+        move || drop(made.lock().map(|made| made.recv()))
+    };
+    let threads: io::Result<Vec<_>> =
+        (0..count).map(|_| Builder::new().name("trial".into()).spawn(wait())).collect();
+    drop(all_made);
+    let threads =
+        threads.map_err(|error| io::Error::new(error.kind(), format!("{error}; {THREAD_LIMITS}")))?;
+    for thread in threads {
+        // It cannot have panicked.
+        let _ = thread.join();
+    }
+    Ok(())
+}
+
+/// What may keep a process from having another thread, and how it is raised.
+pub const THREAD_LIMITS: &str =
+    "there may be no more threads: raise TasksMax= of the unit, ulimit -u, or a container's limit of pids";
+
 /// Says a line that is not part of the log, such as why the process ends.
 pub fn say(line: &str) {
     LINES.push_last_words(format!("{line}\n").as_bytes());
@@ -72,18 +102,33 @@ pub fn finish() {
     }
 }
 
-/// Prints a line on stdout, for whoever started the daemon; a thread of its own waits until it is taken.
+/// Prints a line on stdout, for whoever started the daemon; a thread of its own waits until it is taken. Where there can be none, it
+/// is printed at once if there is room for it.
 ///
 /// # Errors
-/// No thread can be made.
+/// No thread can be made, and nobody takes the line.
 pub fn announce(line: String) -> io::Result<()> {
-    let print = move || {
-        let mut stdout = io::stdout();
-        if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
-            tracing::warn!(%error, "nobody reads stdout");
-        }
+    let printer = {
+        let line = line.clone();
+        move || print(&line)
     };
-    Builder::new().name("announce".into()).spawn(print).map(drop)
+    Builder::new().name("announce".into()).spawn(printer).map(drop).or_else(|no_thread| {
+        let stdout = io::stdout();
+        // A line is short enough to be taken whole.
+        let ready = poll(&mut [PollFd::new(&stdout, PollFlags::OUT)], Some(&Timespec::default()));
+        if !ready.is_ok_and(|ready| ready > 0) {
+            return Err(no_thread);
+        }
+        print(&line);
+        Ok(())
+    })
+}
+
+fn print(line: &str) {
+    let mut stdout = io::stdout();
+    if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+        tracing::warn!(%error, "nobody reads stdout");
+    }
 }
 
 /// In a panic's place the process may be about to be aborted: its words have to be out by then.

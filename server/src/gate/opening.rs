@@ -3,6 +3,7 @@
 //! Owns: the steps from an export's name to the answer that the ring gets. What an attachment's GO waits for is in
 //! `fencing.rs`. Never: blocks on storage; a thread of its own opens each volume and reports back.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -193,7 +194,8 @@ impl Gate {
             let _ = gate.send(GateMessage::VolumeOpened { volume_uid, result });
         });
         if let Err(error) = opener {
-            self.volume_opened(volume_uid, Err(error.into()));
+            let words = format!("cannot start a thread: {error}; {}", daemon_log::THREAD_LIMITS);
+            self.volume_opened(volume_uid, Err(io::Error::new(error.kind(), words).into()));
         }
     }
 
