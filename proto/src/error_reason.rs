@@ -29,6 +29,8 @@ pub const SIZE_FIXED: &str = "SIZE_FIXED";
 pub const NO_SPACE: &str = "NO_SPACE";
 /// UNAVAILABLE: former connections are closed, but their I/O has not finished; repeating the call goes on from there.
 pub const FENCE_UNFINISHED: &str = "FENCE_UNFINISHED";
+/// UNAVAILABLE: another program has the lock of the server's catalog; repeating the call goes on where this one stopped.
+pub const CATALOG_HELD: &str = "CATALOG_HELD";
 /// UNAVAILABLE: the server is stopping; nothing was done.
 pub const SERVER_STOPPING: &str = "SERVER_STOPPING";
 /// PERMISSION_DENIED: the caller's certificate does not name what the call is about.

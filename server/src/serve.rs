@@ -149,7 +149,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         catalog.clone(),
         Arc::new(ServedData::new(Arc::clone(&data_server), catalog.volumes_dir())),
     );
-    let recovered = lifecycle.recover().map_err(ServeError::Recovery)?;
+    let recovered = lifecycle.recover().map_err(|error| ServeError::Recovery(lifecycle.explained(error)))?;
     tracing::info!(server_id = %catalog.server_id(), ?recovered, "catalog open");
 
     let addresses = data_addresses(&config, data_server.local_addrs());

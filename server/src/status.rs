@@ -113,6 +113,17 @@ pub(crate) fn from_lifecycle(error: &LifecycleError) -> Status {
             Code::Unavailable,
             error_info(reason::FENCE_UNFINISHED, "repeat the call: it goes on where this one stopped", []),
         ),
+        LifecycleError::CatalogHeld { .. } => {
+            tracing::warn!(%message, "a management call is refused");
+            (
+                Code::Unavailable,
+                error_info(
+                    reason::CATALOG_HELD,
+                    "close it (a transaction in sqlite3, a backup that hangs), then repeat the call: it goes on where this one stopped",
+                    [],
+                ),
+            )
+        }
         LifecycleError::Storage { .. } | LifecycleError::Listing(_) | LifecycleError::Catalog(_) => {
             return failed(&message);
         }

@@ -100,6 +100,7 @@ mod tests {
         assert_eq!(ExitCode::of(Code::FailedPrecondition, reason::DEVICE_OPEN), ExitCode::Precondition);
         assert_eq!(ExitCode::of(Code::FailedPrecondition, reason::NO_UBLK_DRIVER), ExitCode::MachineCannot);
         assert_eq!(ExitCode::of(Code::Unavailable, reason::DETACH_UNFINISHED), ExitCode::Unreachable);
+        assert_eq!(ExitCode::of(Code::Unavailable, reason::CATALOG_HELD), ExitCode::Unreachable);
         assert_eq!(ExitCode::of(Code::ResourceExhausted, reason::NO_SPACE), ExitCode::NoSpace);
         assert_eq!(ExitCode::of(Code::DeadlineExceeded, reason::DEVICE_TIMED_OUT), ExitCode::TimedOut);
         assert_eq!(ExitCode::of(Code::InvalidArgument, "A_REASON_OF_LATER"), ExitCode::Usage);

@@ -14,6 +14,7 @@
 
 mod attachments;
 mod data_dir;
+mod held;
 mod records;
 mod reserve;
 mod schema;
@@ -74,6 +75,14 @@ pub enum CatalogError {
     /// SQLite failed: no space, an I/O error, a damaged file.
     #[error("catalog: {0}")]
     Sqlite(#[from] rusqlite::Error),
+    /// The server cannot start, because another program has the catalog's lock.
+    #[error("another program{by} holds the catalog {path}: close it, then start volserver again")]
+    Held {
+        /// The database file.
+        path: PathBuf,
+        /// Which, if that is known.
+        by: String,
+    },
     /// The file is a database, but not a volnode catalog.
     #[error("{0} is not a volnode catalog: choose another --data-dir, or move that file away")]
     Foreign(PathBuf),
@@ -140,6 +149,18 @@ impl CatalogError {
         matches!(code, Some(rusqlite::ErrorCode::CannotOpen | rusqlite::ErrorCode::SystemIoFailure))
     }
 
+    /// True where another program has the catalog's lock.
+    pub fn is_held(&self) -> bool {
+        match self {
+            Self::Held { .. } => true,
+            Self::Sqlite(error) => {
+                let code = error.sqlite_error_code();
+                matches!(code, Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked))
+            }
+            _ => false,
+        }
+    }
+
     /// True where the cause is a full file system under the data directory.
     pub fn is_out_of_space(&self) -> bool {
         match self {
@@ -189,7 +210,8 @@ impl Catalog {
     ///
     /// # Errors
     /// The directory cannot be made or written, another process holds it, the catalog is foreign, damaged, lost or of a
-    /// newer format, or SQLite failed. [`CatalogError::NoSpace`]: its file system is full.
+    /// newer format, or SQLite failed. [`CatalogError::NoSpace`]: its file system is full. [`CatalogError::Held`]: another
+    /// program has it.
     pub fn open(data_dir: &Path) -> Result<Self, CatalogError> {
         // SQLite has several words for a file of its own that it could not make or make longer.
         let is_for_space = |error: &CatalogError| {
@@ -202,6 +224,10 @@ impl Catalog {
             is_released = true;
         }
         let catalog = opened.map_err(|error| {
+            if error.is_held() {
+                let path = data_dir.join(CATALOG_FILE_NAME);
+                return CatalogError::Held { by: held::holder(&path), path };
+            }
             if !is_for_space(&error) {
                 return error;
             }
@@ -225,6 +251,7 @@ impl Catalog {
         let path = data_dir.join(CATALOG_FILE_NAME);
         create_private_file(&path).map_err(|source| CatalogError::File { path: path.clone(), source })?;
         let mut db = Connection::open(&path)?;
+        db.busy_handler(Some(held::wait))?;
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "foreign_keys", true)?;
@@ -249,6 +276,11 @@ impl Catalog {
     /// Identity of this server, made once with the catalog.
     pub fn server_id(&self) -> Uuid {
         self.inner.server_id
+    }
+
+    /// Which other program has the catalog's lock, as a text to be put behind "another program"; empty: it is not known.
+    pub fn holder(&self) -> String {
+        held::holder(&self.inner.data_dir.join(CATALOG_FILE_NAME))
     }
 
     /// Where the backing files of the volumes are.

@@ -238,6 +238,12 @@ pub enum LifecycleError {
     /// The storage directory cannot be listed.
     #[error("cannot list the volumes' storage: {0}")]
     Listing(io::Error),
+    /// Another program has the catalog's lock.
+    #[error("another program{by} holds the server's catalog")]
+    CatalogHeld {
+        /// Which, if that is known.
+        by: String,
+    },
     /// The catalog failed.
     #[error(transparent)]
     Catalog(CatalogError),
@@ -245,7 +251,13 @@ pub enum LifecycleError {
 
 impl From<CatalogError> for LifecycleError {
     fn from(error: CatalogError) -> Self {
-        if error.is_out_of_space() { Self::NoSpace("write the catalog") } else { Self::Catalog(error) }
+        if error.is_out_of_space() {
+            Self::NoSpace("write the catalog")
+        } else if error.is_held() {
+            Self::CatalogHeld { by: String::new() }
+        } else {
+            Self::Catalog(error)
+        }
     }
 }
 
@@ -260,6 +272,14 @@ impl<D: DataSide> Lifecycle<D> {
     /// Over an open catalog and a running data side.
     pub fn new(catalog: Catalog, data_side: Arc<D>) -> Self {
         Self { catalog, data_side }
+    }
+
+    /// The same error, with what can be found out about its cause; looks at the system.
+    pub fn explained(&self, error: LifecycleError) -> LifecycleError {
+        match error {
+            LifecycleError::CatalogHeld { .. } => LifecycleError::CatalogHeld { by: self.catalog.holder() },
+            error => error,
+        }
     }
 
     /// The catalog, for reading.

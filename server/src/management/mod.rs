@@ -96,7 +96,7 @@ impl<D: DataSide> ManagementService<D> {
         let lifecycle = Arc::clone(&self.lifecycle);
         let permit = Arc::clone(&self.calls.permits).acquire_owned().await.map_err(|_| status::stopping())?;
         let work = move || {
-            let outcome = call(&lifecycle);
+            let outcome = call(&lifecycle).map_err(|error| lifecycle.explained(error));
             drop(permit);
             outcome
         };
