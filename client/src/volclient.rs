@@ -13,6 +13,7 @@ use client::contract::AttachmentDir;
 use client::node::attachment_record::AttachmentRecord;
 use client::node::device_process;
 use client::node::error::with_sources;
+use client::node::safe_stop;
 use client::node::serve::{ServeOptions, serve};
 use client::node::take_away::take_all_away;
 use client::tls_spec::ClientFiles;
@@ -53,6 +54,12 @@ enum Command {
     },
     /// Serve one attachment; started by `volclient serve`, or by a service manager
     Device(DeviceArgs),
+    /// Take a ublk disk away unless somebody uses it, and print what came of it; started by the others
+    #[command(name = safe_stop::SUBCOMMAND, hide = true)]
+    StopDisk {
+        /// The number in the disk's name
+        dev_id: u32,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -124,6 +131,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::DeviceName { disk, run_dir } => run_device_name(&disk, &run_dir),
         // It starts the log's writer itself, when no mount is in its way any more.
         Command::Device(args) => run_device(args),
+        Command::StopDisk { dev_id } => run_stop_disk(dev_id),
     }
 }
 
@@ -175,6 +183,11 @@ fn run_device_name(disk: &str, run_dir: &Path) -> anyhow::Result<()> {
     if let Some(name) = AttachmentRecord::name_of_device(run_dir, dev_id)? {
         print!("{name}");
     }
+    Ok(())
+}
+
+fn run_stop_disk(dev_id: u32) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string(&safe_stop::stop_disk(dev_id))?);
     Ok(())
 }
 

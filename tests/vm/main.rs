@@ -15,6 +15,7 @@ mod foreign;
 mod fsx;
 mod hostile_server;
 mod idle;
+mod in_use;
 mod lying_disk;
 mod memory_pressure;
 mod network;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         tls_disks::TESTS,
         bad_input::TESTS,
         daemons::TESTS,
+        in_use::TESTS,
         hostile_server::TESTS,
         ride_through::TESTS,
         recovery::TESTS,

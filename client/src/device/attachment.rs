@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   spec ─► protect ─► choose data path ─► connect ─► ADD_DEV ─► connect the other slots ─► queue threads ─► START_DEV ─► live
-//!   live ─ Stop ─► TRY_STOP_DEV ─► queues flush and end ─► DEL_DEV ─► answer ─► exit
-//!    │ ▲      │         └─ open: Busy, live as before
+//!   live ─ Stop ─► another process stops it ─► queues flush and end ─► DEL_DEV ─► answer ─► exit
+//!    │ ▲      │         └─ in use: Busy, live as before
 //!    │ │      └─ ForceStop: STOP_DEV, whoever has it open; what is in flight fails
 //!    │ └────── connected again
 //!    └ connection lost ─► stalled: I/O waits (`reconnect.rs`) ─► failed, where the server forgot: EIO until Stop
@@ -52,13 +52,10 @@ use crate::contract::{
     RecoverSpec, SendZc, SessionRecord,
 };
 use crate::node::error::with_sources;
-use crate::node::holders::holders;
+use crate::node::safe_stop::{self, Outcome};
 
 /// How long the queue threads may take to be ready for START_DEV.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Device managers open a device for a moment now and then: busy for less than this is not busy.
-const BUSY_PATIENCE: Duration = Duration::from_secs(2);
-const BUSY_RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// How long the queues may take to flush and end after the device stopped; above `queue_loop`'s own bounds.
 const QUEUES_END_TIMEOUT: Duration = Duration::from_secs(60);
 /// A server that is lost while the device is being made may come back for so long; then there is no device.
@@ -137,6 +134,23 @@ enum Event {
     Started,
     Control(PendingRequest),
     Terminate,
+    /// What came of taking the disk away unless it is used.
+    StopTried(Outcome),
+}
+
+/// Another process tries to take the disk away.
+struct Stopping {
+    /// Who asked; nobody where the process was told to terminate.
+    request: Option<PendingRequest>,
+    /// To go back to.
+    before: (DeviceState, String),
+}
+
+/// What follows an event.
+enum Next {
+    Serve,
+    /// The device is stopped, for whoever is to be answered.
+    End(Option<PendingRequest>),
 }
 
 /// Serves one attachment until it is stopped. On an error its reason is in the status file, too.
@@ -162,6 +176,7 @@ struct Attachment {
     queues: Vec<JoinHandle<()>>,
     links: Links,
     events: Receiver<Event>,
+    stopping: Option<Stopping>,
     /// The disk was taken away from whoever had it open, so that nobody expects a good end.
     is_forced: bool,
     /// The driver has refused to make the disk larger.
@@ -266,7 +281,8 @@ impl Attachment {
         // Read at each dial, so they have to stay in sight.
         let tls_paths = spec.tls.as_ref().map(|tls| tls.files.paths()).unwrap_or_default();
         let name_paths = mount_namespace::paths_of_names();
-        let read_later = tls_paths.iter().chain(&name_paths).map(PathBuf::as_path);
+        let program_paths = mount_namespace::paths_of_program();
+        let read_later = tls_paths.iter().chain(&name_paths).chain(&program_paths).map(PathBuf::as_path);
         let needed: Vec<&Path> = [dir.path(), link_dir].into_iter().chain(read_later).collect();
         mount_namespace::enter(&needed).map_err(AttachmentError::MountNamespace)?;
         daemon_log::start_writer().map_err(AttachmentError::Log)?;
@@ -328,6 +344,7 @@ impl Attachment {
             queues: Vec::new(),
             links,
             events,
+            stopping: None,
             is_forced: false,
             cannot_grow: false,
         };
@@ -452,41 +469,46 @@ impl Attachment {
             let Some(event) = self.links.next_event(&self.events, status) else { return Ok(()) };
             let left = self.links.take_event(event, status);
             self.grow(status);
-            match left {
-                None | Some(Event::Queue(_) | Event::Attempt(..) | Event::Probed(_) | Event::Started) => {}
-                Some(Event::Control(request)) => match request.command {
-                    ControlCommand::Status => {
-                        request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
-                    }
-                    ControlCommand::SetStallPolicy(policy) => {
-                        request.answer(&self.set_policy(policy, status));
-                    }
-                    ControlCommand::SetAddresses(ref addresses) => {
-                        tracing::info!(?addresses, "the server is dialled at other addresses");
-                        self.links.redial.set_addresses(addresses.clone());
-                        request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
-                    }
-                    ControlCommand::Stop => match self.try_stop(status) {
-                        Ok(()) => return self.end(status, Some(request)),
-                        Err(refusal) => request.answer(&refusal),
-                    },
-                    ControlCommand::ForceStop => match self.force_stop(status) {
-                        Ok(()) => return self.end(status, Some(request)),
-                        Err(error) => {
-                            request.answer(&ControlResponse::Error { message: with_sources(&error) });
-                        }
-                    },
-                },
-                Some(Event::Terminate) => match self.try_stop(status) {
-                    Ok(()) => return self.end(status, None),
-                    Err(refusal) => tracing::warn!(?refusal, "told to terminate, but the device is in use"),
-                },
+            let next = match left {
+                None | Some(Event::Queue(_) | Event::Attempt(..) | Event::Probed(_) | Event::Started) => {
+                    Next::Serve
+                }
+                Some(Event::Control(request)) => self.take_request(request, status),
+                Some(Event::Terminate) => {
+                    self.begin_stop(None, status);
+                    Next::Serve
+                }
+                Some(Event::StopTried(outcome)) => self.stop_tried(outcome, status),
+            };
+            if let Next::End(request) = next {
+                return self.end(status, request);
             }
             if self.links.queues_live == 0 {
-                // Every queue ended though nobody stopped the device: the driver took it away, or broke.
-                return self.end(status, None);
+                // Every queue ended: the device was stopped a moment ago, or the driver took it away, or broke.
+                let request = self.stopping.take().and_then(|stopping| stopping.request);
+                return self.end(status, request);
             }
         }
+    }
+
+    fn take_request(&mut self, request: PendingRequest, status: &mut StatusFile) -> Next {
+        match request.command {
+            ControlCommand::Status => {
+                request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
+            }
+            ControlCommand::SetStallPolicy(policy) => request.answer(&self.set_policy(policy, status)),
+            ControlCommand::SetAddresses(ref addresses) => {
+                tracing::info!(?addresses, "the server is dialled at other addresses");
+                self.links.redial.set_addresses(addresses.clone());
+                request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
+            }
+            ControlCommand::Stop => self.begin_stop(Some(request), status),
+            ControlCommand::ForceStop => match self.force_stop(status) {
+                Ok(()) => return Next::End(Some(request)),
+                Err(error) => request.answer(&ControlResponse::Error { message: with_sources(&error) }),
+            },
+        }
+        Next::Serve
     }
 
     /// Tells the kernel of a volume that has grown, once all connections know it too: what lies behind the old end must
@@ -535,41 +557,43 @@ impl Attachment {
         self.device.stop()
     }
 
-    /// Takes the disk away unless somebody has it open.
-    fn try_stop(&mut self, status: &mut StatusFile) -> Result<(), ControlResponse> {
+    /// Has another process take the disk away unless somebody uses it. This one goes on serving: what keeps the disk busy
+    /// may need it.
+    fn begin_stop(&mut self, request: Option<PendingRequest>, status: &mut StatusFile) {
+        if self.stopping.is_some() {
+            if let Some(request) = request {
+                request.answer(&ControlResponse::Error { message: "the device is being detached".into() });
+            }
+            return;
+        }
         let before = (status.status().state, status.status().state_reason.clone());
         status.enter(DeviceState::Stopping, "");
-        let deadline = Instant::now() + BUSY_PATIENCE;
-        let stopped = loop {
-            match self.try_stop_once() {
-                Err(ControlError::Busy { .. }) if Instant::now() < deadline => {
-                    std::thread::sleep(BUSY_RETRY_INTERVAL);
-                }
-                other => break other,
-            }
-        };
-        let Err(error) = stopped else { return Ok(()) };
-        status.enter(before.0, &before.1);
-        match error {
-            ControlError::Busy { .. } => {
-                Err(ControlResponse::Busy { holders: holders(self.device.dev_id()) })
-            }
-            error => Err(ControlResponse::Error { message: with_sources(&error) }),
+        self.stopping = Some(Stopping { request, before });
+        let sender = self.links.sender.clone();
+        let on_outcome = move |outcome| drop(sender.send(Event::StopTried(outcome)));
+        if let Err(error) = safe_stop::begin(self.device.dev_id(), on_outcome) {
+            let message = format!("cannot start a process that stops the device: {error}");
+            self.stop_tried(Outcome::Failed { message }, status);
         }
     }
 
-    fn try_stop_once(&mut self) -> Result<(), ControlError> {
-        match self.device.try_stop() {
-            Err(ControlError::Unsupported { .. }) => {}
-            other => return other,
+    fn stop_tried(&mut self, outcome: Outcome, status: &mut StatusFile) -> Next {
+        let Some(Stopping { request, before: (state, reason) }) = self.stopping.take() else {
+            return Next::Serve;
+        };
+        let refusal = match outcome {
+            Outcome::Stopped => return Next::End(request),
+            Outcome::InUse { holders } => ControlResponse::Busy { holders },
+            Outcome::Failed { message } => ControlResponse::Error { message },
+        };
+        status.enter(state, &reason);
+        // It may have changed meanwhile.
+        self.links.tell_condition(status);
+        match request {
+            Some(request) => request.answer(&refusal),
+            None => tracing::warn!(?refusal, "told to terminate, but the device stays"),
         }
-        // Before TRY_STOP_DEV (Linux 6.18) nothing stops the device only if it is closed: look first. What is opened
-        // between the look and the stop gets an I/O error, never a wrong byte.
-        let dev_id = self.device.dev_id();
-        if !holders(dev_id).is_empty() {
-            return Err(ControlError::Busy { command: "STOP_DEV", dev_id });
-        }
-        self.device.stop()
+        Next::Serve
     }
 
     /// The device is stopped: wait for the queues to flush and end, delete it, answer.

@@ -60,6 +60,22 @@ pub fn paths_of_names() -> Vec<PathBuf> {
     NAME_FILES.into_iter().filter_map(existing).flatten().collect()
 }
 
+/// This program's file and the libraries that it is linked with: it is run once more when its disk is to be stopped. They keep
+/// their mounts busy as long as it runs, whatever is unmounted here.
+pub fn paths_of_program() -> Vec<PathBuf> {
+    program_files(&std::fs::read_to_string("/proc/self/maps").unwrap_or_default())
+}
+
+/// The files in a `maps` file of /proc, each once.
+fn program_files(maps: &str) -> Vec<PathBuf> {
+    // Address, permissions, offset, device, inode and, after spaces, the path.
+    let path = |line: &str| line.split_once('/').map(|(_, path)| PathBuf::from(format!("/{path}")));
+    let mut files: Vec<PathBuf> = maps.lines().filter_map(path).collect();
+    files.sort_unstable();
+    files.dedup();
+    files
+}
+
 /// The mount points of a mountinfo file, in its order.
 fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
     mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).collect()
@@ -100,6 +116,17 @@ mod tests {
             assert_eq!(paths.iter().any(|path| path == Path::new(wanted)), target.is_some(), "{wanted}");
             assert!(target.is_none_or(|target| paths.contains(&target)), "{wanted}");
         }
+    }
+
+    #[test]
+    fn the_program_can_be_run_once_more() {
+        let files = paths_of_program();
+        assert!(files.contains(&std::env::current_exe().unwrap()), "{files:?}");
+        let maps = "55d0-55d1 r-xp 0 fe:00 12   /usr/sbin/volclient\n7f00-7f01 rw-p 0 00:00 0\n\
+                    7f02-7f03 r-xp 0 fe:00 13   /usr/lib/libc.so.6\n7f04-7f05 r--p 0 fe:00 13   /usr/lib/libc.so.6\n\
+                    7ffe-7fff rw-p 0 00:00 0   [stack]\n";
+        let expected = [PathBuf::from("/usr/lib/libc.so.6"), PathBuf::from("/usr/sbin/volclient")];
+        assert_eq!(program_files(maps), expected);
     }
 
     #[test]

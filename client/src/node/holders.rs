@@ -1,11 +1,13 @@
 //! Who has a block device open: what a refused detach tells the user.
 //!
 //! Looks, never touches: reads /proc and /sys. A user of the disk or of one of its partitions is a mount (in any mount
-//! namespace), a stacked device (device mapper, md, bcache, loop), a swap area, or a process with a file descriptor.
-//! The kernel decides whether a device is in use (TRY_STOP_DEV); this only puts names to it, so everything that cannot
-//! be read (a process that just ended, a namespace that is not ours to see) is passed over.
-//! Called by: the device process when it is asked to stop, and the supervisor before it removes a dead device.
+//! namespace), a stacked device (device mapper, md, bcache, loop), a storage target, a swap area, or a process with a file
+//! descriptor. The kernel decides whether a device is in use, as far as it can be asked (`safe_stop`); this puts names to it, so
+//! everything that cannot be read (a process that just ended, a namespace that is not ours to see) is passed over.
+//! Called by: `safe_stop`, and `take_away` for what is to be unmounted.
 //! Source: proc(5) `mountinfo`, `swaps`, `fd`; Documentation/ABI/testing/sysfs-block, Linux 7.3.
+
+mod kernel;
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
@@ -50,29 +52,61 @@ impl BlockDevice {
     }
 }
 
-/// Who has `/dev/ublkb<dev_id>` or a partition of it open, for people: "mounted on /mnt/data", "used by dm-0 (vault)",
+/// What a device is to a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// The file system lies on it, on others too perhaps.
+    FileSystem,
+    /// The journal lies on it (XFS, `logdev=`).
+    Journal,
+    /// Files' data lies on it (XFS, `rtdev=`).
+    RealTime,
+}
+
+impl Role {
+    /// What of the mount point the device is, for people.
+    fn words(self) -> &'static str {
+        match self {
+            Self::FileSystem => "mounted on",
+            Self::Journal => "the journal of",
+            Self::RealTime => "the real-time section of",
+        }
+    }
+}
+
+/// Who uses `/dev/ublkb<dev_id>` or a partition of it, for people: "mounted on /mnt/data", "used by dm-0 (vault)",
 /// "swap area /dev/ublkb0p2", "open by pid 123 (fio)". Empty when nobody is seen.
 pub fn holders(dev_id: u32) -> Vec<String> {
     holders_below(Path::new("/proc"), Path::new("/sys"), dev_id)
 }
 
-/// Where `/dev/ublkb<dev_id>` or a partition of it is mounted in this process's mount namespace, the last mount first.
+/// The mounts in this process's mount namespace that need `/dev/ublkb<dev_id>` or a partition of it, the last one first.
 pub(super) fn mounted_on(dev_id: u32) -> Vec<PathBuf> {
-    let devices = disk_and_partitions(Path::new("/sys"), dev_id);
+    let devices = with_btrfs_members(Path::new("/sys"), &disk_and_partitions(Path::new("/sys"), dev_id));
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut points: Vec<PathBuf> = mount_points(&mountinfo, &devices).map(PathBuf::from).collect();
+    let mut points: Vec<PathBuf> =
+        mount_points(&mountinfo, &devices).map(|(_, point)| PathBuf::from(point)).collect();
     points.reverse();
     points
 }
 
 fn holders_below(proc: &Path, sys: &Path, dev_id: u32) -> Vec<String> {
     let devices = disk_and_partitions(sys, dev_id);
-    let mut found = mounts(proc, &devices);
-    found.extend(stacked_devices(sys, &devices));
+    let mut found = mounts(proc, &with_btrfs_members(sys, &devices));
+    found.extend(kernel::external_journals(proc, &devices));
+    found.extend(kernel::stacked_devices(sys, &devices));
+    // As the machine has it mounted: a device process sees few mounts, and none that came after it.
+    found.extend(kernel::served(&proc.join("1/root/sys/kernel/config"), &devices));
     let swaps = fs::read_to_string(proc.join("swaps")).unwrap_or_default();
     found.extend(swap_areas(&swaps, &devices));
     found.extend(processes(proc, &devices));
     found
+}
+
+fn with_btrfs_members(sys: &Path, devices: &[BlockDevice]) -> Vec<BlockDevice> {
+    let mut all = devices.to_vec();
+    all.extend(kernel::btrfs_members(sys, devices));
+    all
 }
 
 fn disk_and_partitions(sys: &Path, dev_id: u32) -> Vec<BlockDevice> {
@@ -107,21 +141,35 @@ fn mounts(proc: &Path, devices: &[BlockDevice]) -> Vec<String> {
             _ => format!(" in the mount namespace of pid {pid} ({})", command_name(&process)),
         };
         let mountinfo = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
-        found.extend(mount_points(&mountinfo, devices).map(|point| format!("mounted on {point}{place}")));
+        let words = |(role, point): (Role, String)| format!("{} {point}{place}", role.words());
+        found.extend(mount_points(&mountinfo, devices).map(words));
     }
     found
 }
 
-/// The mount points of these devices in a `mountinfo` text. A file system that has a device number of its own (btrfs)
-/// is recognised by its source.
-fn mount_points<'a>(mountinfo: &'a str, devices: &'a [BlockDevice]) -> impl Iterator<Item = String> + 'a {
+/// The mount points of these devices in a `mountinfo` text, and what the devices are to them. A file system that has a device
+/// number of its own (btrfs) is recognised by its source.
+fn mount_points<'a>(
+    mountinfo: &'a str,
+    devices: &'a [BlockDevice],
+) -> impl Iterator<Item = (Role, String)> + 'a {
     mountinfo.lines().filter_map(move |line| {
         let mut fields = line.split(' ');
         let number = DeviceNumber::parse(fields.nth(2)?)?;
         let mount_point = unescape(fields.nth(1)?);
-        let source = unescape(line.split_once(" - ")?.1.split(' ').nth(1)?);
-        let is_ours = |device: &BlockDevice| device.number == Some(number) || device.is_at(&source);
-        devices.iter().any(is_ours).then_some(mount_point)
+        // File system, source, options of the file system.
+        let mut fields = line.split_once(" - ")?.1.split(' ').skip(1);
+        let (source, options) = (unescape(fields.next()?), fields.next().unwrap_or_default());
+        let is_at = |path: &str| devices.iter().any(|device| device.is_at(path));
+        if devices.iter().any(|device| device.number == Some(number)) || is_at(&source) {
+            return Some((Role::FileSystem, mount_point));
+        }
+        let role = options.split(',').find_map(|option| match option.split_once('=')? {
+            ("logdev", path) if is_at(&unescape(path)) => Some(Role::Journal),
+            ("rtdev", path) if is_at(&unescape(path)) => Some(Role::RealTime),
+            _ => None,
+        });
+        role.map(|role| (role, mount_point))
     })
 }
 
@@ -145,27 +193,6 @@ fn unescape(field: &str) -> String {
     }
     text.push_str(rest);
     text
-}
-
-/// Devices made of these devices: those that say so in `holders`, and loop devices, which do not.
-fn stacked_devices(sys: &Path, devices: &[BlockDevice]) -> Vec<String> {
-    let mut found = Vec::new();
-    for device in devices {
-        for (holder, path) in entries(&device.sys_path.join("holders")) {
-            let mapped_name = fs::read_to_string(path.join("dm/name")).unwrap_or_default();
-            match mapped_name.trim() {
-                "" => found.push(format!("used by {holder}")),
-                name => found.push(format!("used by {holder} ({name})")),
-            }
-        }
-    }
-    for (name, path) in entries(&sys.join("block")) {
-        let backing = fs::read_to_string(path.join("loop/backing_file")).unwrap_or_default();
-        if devices.iter().any(|device| device.is_at(backing.trim())) {
-            found.push(format!("used by {name} (loop device)"));
-        }
-    }
-    found
 }
 
 fn swap_areas(swaps: &str, devices: &[BlockDevice]) -> Vec<String> {
@@ -246,8 +273,20 @@ mod tests {
             31 1 0:55 /sub /mnt/tree rw,relatime - btrfs /dev/ublkb0p1 rw\n\
             32 1 0:56 / /tmp rw - tmpfs tmpfs rw\n";
         let devices = [device("ublkb0", 259, 3), device("ublkb0p1", 259, 9)];
-        let found: Vec<String> = mount_points(mountinfo, &devices).collect();
+        let found: Vec<String> = mount_points(mountinfo, &devices).map(|(_, point)| point).collect();
         assert_eq!(found, ["/mnt/my data", "/mnt/tree"]);
+    }
+
+    #[test]
+    fn a_journal_or_a_real_time_section_is_found_in_the_options() {
+        let mountinfo = "\
+            29 1 8:1 / /mnt/x rw - xfs /dev/sda1 rw,attr2,logdev=/dev/ublkb0,rtdev=/dev/ublkb0p1,noquota\n\
+            30 1 8:2 / /mnt/y rw - xfs /dev/sda2 rw,logdev=/dev/ublkb1,rtdev=/dev/ublkb0p1\n\
+            31 1 8:3 / /mnt/z rw - xfs /dev/sda3 rw,logdev=/dev/ublkb1\n";
+        let devices = [device("ublkb0", 259, 3), device("ublkb0p1", 259, 9)];
+        let found: Vec<(Role, String)> = mount_points(mountinfo, &devices).collect();
+        let expected = [(Role::Journal, "/mnt/x".to_owned()), (Role::RealTime, "/mnt/y".to_owned())];
+        assert_eq!(found, expected);
     }
 
     #[test]
@@ -255,7 +294,8 @@ mod tests {
         let devices = [BlockDevice { number: None, ..device("ublkb0", 0, 0) }];
         let mountinfo =
             "29 1 259:3 / /mnt rw - ext4 /dev/ublkb0 rw\n29 1 259:3 / /a rw - ext4 /dev/ublkb01 rw\n";
-        assert_eq!(mount_points(mountinfo, &devices).collect::<Vec<_>>(), ["/mnt"]);
+        let found: Vec<String> = mount_points(mountinfo, &devices).map(|(_, point)| point).collect();
+        assert_eq!(found, ["/mnt"]);
     }
 
     #[test]
@@ -285,7 +325,33 @@ mod tests {
         write(sys.join("block/ublkb7/ublkb7p1/holders/md0/x"), "");
         write(sys.join("block/loop0/loop/backing_file"), "/dev/ublkb7\n");
         write(sys.join("block/loop1/loop/backing_file"), "/var/image\n");
-        let mounted = "29 1 259:8 / /srv rw - ext4 /dev/ublkb7p1 rw\n";
+        write(sys.join("fs/btrfs/1234/devices/ublkb7/dev"), "259:7\n");
+        write(sys.join("fs/btrfs/1234/devices/sdx/dev"), "8:16\n");
+        write(sys.join("fs/btrfs/5678/devices/sdy/dev"), "8:32\n");
+        write(proc.join("fs/jbd2/ublkb7p1/info"), "");
+        write(proc.join("fs/jbd2/ublkb7-8/info"), "");
+        let config = proc.join("1/root/sys/kernel/config");
+        for (name, path, enable) in
+            [("a", "/dev/ublkb7", "1\n"), ("b", "/dev/ublkb7", "0\n"), ("c", "/dev/sdx", "1\n")]
+        {
+            let namespace = config.join("nvmet/subsystems").join(name).join("namespaces/1");
+            write(namespace.join("device_path"), path);
+            write(namespace.join("enable"), enable);
+        }
+        write(
+            config.join("target/core/iblock_0/one/info"),
+            "Status: ACTIVATED\niBlock device: ublkb7p1  UDEV PATH: \n",
+        );
+        write(
+            config.join("target/core/fileio_1/two/info"),
+            "TCM FILEIO ID: 0  File: /dev/ublkb7  Size: 4096\n",
+        );
+        write(
+            config.join("target/core/fileio_1/three/info"),
+            "TCM FILEIO ID: 0  File: /srv/image  Size: 4096\n",
+        );
+        let mounted =
+            "29 1 259:8 / /srv rw - ext4 /dev/ublkb7p1 rw\n30 1 0:50 / /tree rw - btrfs /dev/sdx rw\n";
         for (pid, namespace) in [(1, "mnt:[1]"), (20, "mnt:[1]"), (30, "mnt:[2]")] {
             let process = proc.join(pid.to_string());
             write(process.join("mountinfo"), mounted);
@@ -297,10 +363,16 @@ mod tests {
         let found = holders_below(&proc, &sys, 7);
         let expected = [
             "mounted on /srv",
+            "mounted on /tree",
             "mounted on /srv in the mount namespace of pid 30 (pod)",
+            "mounted on /tree in the mount namespace of pid 30 (pod)",
+            "ublkb7p1 is the external journal of an ext4",
             "used by dm-0 (vault)",
             "used by md0",
             "used by loop0 (loop device)",
+            "served by nvmet (a)",
+            "served by LIO (fileio_1/two)",
+            "served by LIO (iblock_0/one)",
         ];
         assert_eq!(found, expected);
     }

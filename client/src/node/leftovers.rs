@@ -14,14 +14,14 @@ use ublk_core::control::list_devices;
 use uuid::Uuid;
 
 use super::error::NodeError;
-use super::holders::holders;
+use super::safe_stop::{self, Outcome};
 use crate::contract::attachment_hash;
 
 /// Removes every device in the kernel that belongs to the attachment, by force even if it is in use. Blocks; not for an async
 /// thread.
 ///
 /// # Errors
-/// [`NodeError::DeviceOpen`]: it is in use. [`NodeError::Ublk`]: the driver refuses.
+/// [`NodeError::DeviceOpen`]: it is in use. [`NodeError::StopFailed`], [`NodeError::Ublk`]: the driver refuses.
 pub fn remove_devices(attachment_id: Uuid, target: &str, by_force: bool) -> Result<(), NodeError> {
     let dev_ids = list_devices()?;
     if dev_ids.is_empty() {
@@ -33,15 +33,24 @@ pub fn remove_devices(attachment_id: Uuid, target: &str, by_force: bool) -> Resu
         if info.is_none_or(|info| info.ublksrv_flags != attachment_hash(attachment_id)) {
             continue;
         }
-        let holders = holders(dev_id);
-        if !holders.is_empty() && !by_force {
-            return Err(NodeError::DeviceOpen { target: target.to_owned(), holders });
-        }
         tracing::info!(target, dev_id, "removing the device of a dead device process");
-        control.stop_dev(dev_id)?;
+        if by_force {
+            control.stop_dev(dev_id)?;
+        } else {
+            stop_unless_used(dev_id, target)?;
+        }
         control.del_dev(dev_id)?;
     }
     Ok(())
+}
+
+fn stop_unless_used(dev_id: u32, target: &str) -> Result<(), NodeError> {
+    let target = target.to_owned();
+    match safe_stop::run(dev_id) {
+        Outcome::Stopped => Ok(()),
+        Outcome::InUse { holders } => Err(NodeError::DeviceOpen { target, holders }),
+        Outcome::Failed { message: why } => Err(NodeError::StopFailed { target, why }),
+    }
 }
 
 /// Removes the stable link, unless it leads to a device that is there: then it is another attachment's.

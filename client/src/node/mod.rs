@@ -8,6 +8,7 @@
 //! - [`attachment_record`]: an attachment as its folder tells it.
 //! - [`device_process`]: one device process: claim, start, wait, stop.
 //! - [`leftovers`]: the device and the link that a dead device process left.
+//! - [`safe_stop`]: takes a disk away unless somebody uses it.
 //! - [`holders`]: who has a block device open.
 //! - [`management_client`]: the storage server's management API.
 //! - `moved_servers`: a server that got another address: the disks that wait for it are told.
@@ -26,6 +27,7 @@ pub mod management_client;
 mod moved_servers;
 pub mod node_service;
 mod recovery;
+pub mod safe_stop;
 pub mod serve;
 pub mod supervisor;
 pub mod take_away;
