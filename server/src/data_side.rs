@@ -3,11 +3,11 @@
 //! Owns no state: it translates. A `memory` volume has no storage to make or remove; it begins when it is first opened and
 //! ends when it is released. Called by `lifecycle/`.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -22,12 +22,29 @@ use crate::machine_memory::{Allowed, ForVolumes};
 pub(crate) struct ServedData {
     server: Arc<DataServer>,
     volumes_dir: PathBuf,
-    /// Volumes whose storage is being synced, by a thread that may be stuck in that.
-    syncing: Arc<Mutex<HashSet<Uuid>>>,
+    /// Volumes whose storage is being synced, by a thread that may be stuck in that, and since when.
+    syncing: Arc<Mutex<HashMap<Uuid, Instant>>>,
 }
 
 /// So long a call waits for a volume's storage. What does not answer then may never, and is not to hold up the calls for others.
 const SYNC_LIMIT: Duration = Duration::from_secs(25);
+/// So many calls may wait for so long: half of those that the API has at once.
+const SYNCS_PATIENT_MAX: usize = 16;
+/// So long the others wait, and only where no sync has taken longer yet: storage that is stuck is not asked by everybody.
+const SYNC_LIMIT_MANY: Duration = Duration::from_secs(5);
+
+/// How long one more sync is waited for, beside those that have taken so long already; `None`: it is not begun.
+fn sync_limit(ages: impl Iterator<Item = Duration>) -> Option<Duration> {
+    let (mut syncs, mut oldest) = (0, Duration::ZERO);
+    for age in ages {
+        syncs += 1;
+        oldest = oldest.max(age);
+    }
+    match syncs {
+        ..SYNCS_PATIENT_MAX => Some(SYNC_LIMIT),
+        _ => (oldest < SYNC_LIMIT_MANY).then_some(SYNC_LIMIT_MANY),
+    }
+}
 
 impl ServedData {
     /// `volumes_dir` is the one that the server was started with.
@@ -48,16 +65,22 @@ fn noticed(server: &DataServer, volume: &VolumeRecord, error: FileError) -> io::
 }
 
 impl ServedData {
-    fn syncing(&self) -> MutexGuard<'_, HashSet<Uuid>> {
+    fn syncing(&self) -> MutexGuard<'_, HashMap<Uuid, Instant>> {
         self.syncing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Syncs on a thread of its own, which is left behind where it gets stuck.
     fn sync_file(&self, volume: &VolumeRecord) -> io::Result<()> {
         let volume_uid = volume.volume_uid;
-        if !self.syncing().insert(volume_uid) {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
+        let limit = {
+            let mut syncing = self.syncing();
+            let limit = sync_limit(syncing.values().map(Instant::elapsed));
+            let Some(limit) = limit.filter(|_| !syncing.contains_key(&volume_uid)) else {
+                return Err(io::ErrorKind::TimedOut.into());
+            };
+            syncing.insert(volume_uid, Instant::now());
+            limit
+        };
         let (sender, synced) = mpsc::channel();
         let (server, syncing) = (Arc::clone(&self.server), Arc::clone(&self.syncing));
         let (volumes_dir, volume) = (self.volumes_dir.clone(), volume.clone());
@@ -72,7 +95,7 @@ impl ServedData {
             self.syncing().remove(&volume_uid);
             return Err(error);
         }
-        synced.recv_timeout(SYNC_LIMIT).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        synced.recv_timeout(limit).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -158,5 +181,25 @@ impl DataSide for ServedData {
 
     fn storage_incarnation(&self, volume: &VolumeRecord) -> String {
         self.server.storage_incarnation(volume)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limit_beside(syncs: usize, oldest_s: u64) -> Option<Duration> {
+        sync_limit((0..syncs).map(|index| Duration::from_secs(if index == 0 { oldest_s } else { 0 })))
+    }
+
+    #[test]
+    fn storage_that_is_stuck_does_not_take_every_call() {
+        assert_eq!(limit_beside(0, 0), Some(SYNC_LIMIT));
+        // Slow, or stuck for one volume.
+        assert_eq!(limit_beside(SYNCS_PATIENT_MAX - 1, 600), Some(SYNC_LIMIT));
+        // Many at once, on storage that answers.
+        assert_eq!(limit_beside(SYNCS_PATIENT_MAX, 4), Some(SYNC_LIMIT_MANY));
+        assert_eq!(limit_beside(SYNCS_PATIENT_MAX, 5), None);
+        assert_eq!(limit_beside(100, 600), None);
     }
 }

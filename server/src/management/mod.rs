@@ -28,8 +28,10 @@ use authorization::Caller;
 use fields::Fields;
 use page_token::PageToken;
 
-/// Blocking calls at once; more wait. Each takes a thread, for one commit or one fence.
+/// Blocking calls at once that change something; more wait. Each takes a thread, for one commit or one fence.
 const CALLS_MAX: u32 = 32;
+/// The same of those that only look. They wait for no storage, and so for no call that does.
+const LOOKS_MAX: usize = 8;
 
 /// So long an attach waits for a holder that may come back: longer than that has to, and shorter than clients wait for an answer.
 const ATTACH_WAIT_MAX: Duration = Duration::from_secs(40);
@@ -43,17 +45,20 @@ const MESSAGE_BYTES_MAX: usize = 256 << 10;
 #[derive(Debug, Clone)]
 pub struct Calls {
     permits: Arc<Semaphore>,
+    looks: Arc<Semaphore>,
 }
 
 impl Default for Calls {
     fn default() -> Self {
-        Self { permits: Arc::new(Semaphore::new(CALLS_MAX as usize)) }
+        let of = |permits| Arc::new(Semaphore::new(permits));
+        Self { permits: of(CALLS_MAX as usize), looks: of(LOOKS_MAX) }
     }
 }
 
 impl Calls {
-    /// Waits until every call in progress has finished, and lets no other begin.
+    /// Waits until every call in progress that changes something has finished, and lets no other begin.
     pub async fn finish(&self) {
+        self.looks.close();
         if let Ok(all) = self.permits.acquire_many(CALLS_MAX).await {
             self.permits.close();
             all.forget();
@@ -79,22 +84,32 @@ impl<D: DataSide> ManagementService<D> {
         service.max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
+    /// Runs a call that only looks, and answers with what it returned.
+    async fn looking<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        let outcome = self.outcome(&self.calls.looks, call).await?;
+        outcome.map(Response::new).map_err(|error| status::from_lifecycle(&error))
+    }
+
     /// Runs a blocking call on the lifecycle and answers with what it returned.
     async fn blocking<T: Send + 'static>(
         &self,
         call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
     ) -> Result<Response<T>, Status> {
-        let outcome = self.outcome(call).await?;
+        let outcome = self.outcome(&self.calls.permits, call).await?;
         outcome.map(Response::new).map_err(|error| status::from_lifecycle(&error))
     }
 
     /// The same, with the lifecycle's own error.
     async fn outcome<T: Send + 'static>(
         &self,
+        permits: &Arc<Semaphore>,
         call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
     ) -> Result<Result<T, LifecycleError>, Status> {
         let lifecycle = Arc::clone(&self.lifecycle);
-        let permit = Arc::clone(&self.calls.permits).acquire_owned().await.map_err(|_| status::stopping())?;
+        let permit = Arc::clone(permits).acquire_owned().await.map_err(|_| status::stopping())?;
         let work = move || {
             let outcome = call(&lifecycle).map_err(|error| lifecycle.explained(error));
             drop(permit);
@@ -139,7 +154,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         let mut fields = Fields::default();
         let name = fields.volume_name("name", request.into_inner().name);
         fields.finish()?;
-        self.blocking(move |lifecycle| messages::volume(lifecycle, &lifecycle.volume(&name)?)).await
+        self.looking(move |lifecycle| messages::volume(lifecycle, &lifecycle.volume(&name)?)).await
     }
 
     async fn list_volumes(
@@ -153,7 +168,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         let after = fields.page_token("page_token", &token, &request.page_token);
         fields.finish()?;
         let limit = page_token::page_limit(request.page_size);
-        self.blocking(move |lifecycle| {
+        self.looking(move |lifecycle| {
             // One more than the page tells whether there is another.
             let mut found = lifecycle.catalog().list_volumes(&after, limit + 1)?;
             let next_page_token = token.next(&mut found, limit, |volume| &volume.name);
@@ -217,7 +232,7 @@ impl<D: DataSide> Management for ManagementService<D> {
             let (wanted, data_addresses) = (wanted.clone(), self.data_addresses.clone());
             let lock = self.locks.lock(&name).await;
             let outcome = self
-                .outcome(move |lifecycle| {
+                .outcome(&self.calls.permits, move |lifecycle| {
                     let attached = lifecycle.attach_volume(&lock, &wanted)?;
                     Ok(messages::attached(lifecycle, &attached, data_addresses))
                 })
@@ -241,7 +256,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         match (caller.may_manage(), &wanted.node_id, wanted.attachment_id) {
             (true, ..) => {}
             (false, None, Some(id)) => {
-                let holder = self.blocking(move |lifecycle| lifecycle.node_id_of(id)).await?.into_inner();
+                let holder = self.looking(move |lifecycle| lifecycle.node_id_of(id)).await?.into_inner();
                 // One that is gone is nobody's, and detaching it does nothing.
                 if let Some(node_id) = holder {
                     caller.require_node(&node_id)?;
@@ -252,7 +267,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         let name = match (named, wanted.attachment_id) {
             (Some(name), _) => Some(name),
             (None, Some(id)) => {
-                self.blocking(move |lifecycle| lifecycle.volume_name_of(id)).await?.into_inner()
+                self.looking(move |lifecycle| lifecycle.volume_name_of(id)).await?.into_inner()
             }
             (None, None) => None,
         };
@@ -279,7 +294,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         let after = fields.page_token("page_token", &token, &request.page_token);
         fields.finish()?;
         let limit = page_token::page_limit(request.page_size);
-        self.blocking(move |lifecycle| {
+        self.looking(move |lifecycle| {
             let mut found = lifecycle.catalog().list_attachments(&filter, &after, limit + 1)?;
             let next_page_token = token.next(&mut found, limit, |(volume_name, _)| volume_name);
             let attachments = found
