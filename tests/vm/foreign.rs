@@ -4,7 +4,7 @@
 //! and a disk of ours on other people's servers.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -13,6 +13,9 @@ use testlab::harness::{Env, Test};
 use testlab::shell::{run, sh, wait_for};
 use testlab::storage_node::{StorageNode, mount_xfs};
 
+use crate::direct;
+use crate::ride_through::{BOUND, wait_for_state, write_and_sync};
+
 pub(crate) const TESTS: &[Test] = &[
     Test::new("foreign::the_kernels_nbd_client_verifies_on_our_server", the_kernels_nbd_client)
         .within(300)
@@ -20,6 +23,10 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("foreign::nbdcopy_and_qemu_agree_with_our_server", nbdcopy_and_qemu).within(300).once(),
     Test::new("foreign::our_disk_on_nbdkit_verifies", our_disk_on_nbdkit).within(300),
     Test::new("foreign::our_disk_on_qemu_nbd_verifies", our_disk_on_qemu_nbd).once().within(300),
+    Test::new("foreign::a_one_shot_servers_disk_survives_an_upgrade", a_one_shot_server).once().within(300),
+    Test::new("foreign::a_dead_process_of_a_one_shot_servers_disk_is_replaced", a_dead_process)
+        .once()
+        .within(300),
 ];
 
 /// Writes and verifies 16 MiB of checksummed blocks with fsyncs.
@@ -105,8 +112,119 @@ fn on_foreign_server(env: &Env, server: &str, arguments: &[&str], uri: &str) -> 
     Ok(())
 }
 
+/// An ext4 with a file on it that is on the server.
+fn mount_with_file(device: &str, mount_point: &Path) -> Result<Vec<u8>> {
+    fs::create_dir_all(mount_point)?;
+    sh(&format!("mkfs.ext4 -q {device}; mount {device} {}", mount_point.display()))?;
+    let bytes = direct::random_bytes(2 << 20);
+    write_and_sync(&mount_point.join("before"), &bytes)?;
+    Ok(bytes)
+}
+
+/// Writes to a file system, and compares what was written with what is on the disk.
+fn goes_on(device: &str, mount_point: &Path, before: &[u8]) -> Result<()> {
+    let bytes = direct::random_bytes(2 << 20);
+    write_and_sync(&mount_point.join("after"), &bytes)?;
+    run("umount", &[mount_point])?;
+    sh(&format!("e2fsck -fn {device}; mount {device} {}", mount_point.display()))?;
+    ensure!(fs::read(mount_point.join("before"))? == before, "the former file is another one");
+    ensure!(fs::read(mount_point.join("after"))? == bytes, "the new file is another one");
+    run("umount", &[mount_point]).map(drop)
+}
+
+/// Servers that end with their last client, or take a single one: the disk has another process, or the upgrade is refused and
+/// says why; in either case it serves.
+fn a_one_shot_server(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let image = env.directory.join("image");
+    let image = image.to_string_lossy();
+    run("truncate", &["-s", "64M", &image])?;
+    let qemu_nbd = |options: &[&'static str]| -> Vec<String> {
+        let own = ["-f", "raw", "-b", "127.0.0.1", "-x", "disk"];
+        own.iter().chain(options).copied().chain([&*image]).map(str::to_owned).collect()
+    };
+    let nbdkit = ["-f", "-i", "127.0.0.1", "-p", "10996", "--filter=limit", "memory", "64M", "limit=1"];
+    let cases = [
+        ("qemu-nbd", qemu_nbd(&["-p", "10994"]), "nbd://127.0.0.1:10994/disk", false),
+        ("qemu-nbd", qemu_nbd(&["-p", "10995", "-e", "2"]), "nbd://127.0.0.1:10995/disk", true),
+        ("nbdkit", nbdkit.map(str::to_owned).to_vec(), "nbd://127.0.0.1:10996/", false),
+    ];
+    for (program, arguments, uri, can_upgrade) in cases {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let server = Server::start(program, &arguments)?;
+        let device = attach_one_when_there(&node, uri)?;
+        let mount_point = env.directory.join("mnt");
+        let before = mount_with_file(&device, &mount_point)?;
+        let pid = node.attachment(uri)?["pid"].clone();
+        let upgraded = node.volctl(&["upgrade", uri])?;
+        println!("{program}: {upgraded:?}");
+        if can_upgrade {
+            upgraded.succeeded()?;
+        } else {
+            let complaint = upgraded.failed_with(5)?;
+            ensure!(complaint.contains("takes no other connection"), "{complaint}");
+        }
+        ensure!((node.attachment(uri)?["pid"] != pid) == can_upgrade, "{}", node.attachment(uri)?);
+        goes_on(&device, &mount_point, &before)?;
+        ensure!(node.attachment(uri)?["state"] == "live", "{}", node.attachment(uri)?);
+        node.detach(uri)?;
+        drop(server);
+    }
+    Ok(())
+}
+
+/// Nobody holds the server meanwhile. It ends, the disk waits and says for what, and goes on when there is a server again.
+fn a_dead_process(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let image = env.directory.join("image");
+    let image = image.to_string_lossy();
+    run("truncate", &["-s", "64M", &image])?;
+    let (arguments, uri) = (
+        ["-f", "raw", "-b", "127.0.0.1", "-p", "10993", "-x", "disk", &*image],
+        "nbd://127.0.0.1:10993/disk",
+    );
+    let server = Server::start("qemu-nbd", &arguments)?;
+    let device = PathBuf::from(attach_one_when_there(&node, uri)?);
+    let before = direct::random_bytes(1 << 20);
+    direct::write(&device, 0, &before)??;
+    direct::flush(&device)?;
+    let pid = node.attachment(uri)?["pid"].as_u64().context("pid")?;
+    run("kill", &["-9", &pid.to_string()])?;
+    let reason = wait_for("a process that has no server", BOUND, || {
+        let attachment = node.attachment(uri)?;
+        let is_another = attachment["pid"] != pid && attachment["pid"] != 0;
+        let reason = attachment["state_reason"].as_str().unwrap_or_default();
+        let is_told = reason.contains("cannot reach the server at 127.0.0.1:10993");
+        Ok((is_another && attachment["state"] == "stalled" && is_told).then(|| reason.to_owned()))
+    })?;
+    println!("{reason}");
+    drop(server);
+    let server = Server::start("qemu-nbd", &arguments)?;
+    wait_for_state(&node, uri, "live", BOUND)?;
+    ensure!(direct::read(&device, 0, before.len())?? == before, "it holds something else");
+    // What the dead process had been told, nobody knows: one FLUSH fails.
+    ensure!(direct::flush(&device).is_err(), "nobody was told that something may be lost");
+    let after = direct::random_bytes(1 << 20);
+    direct::write(&device, 1 << 20, &after)??;
+    direct::flush(&device)?;
+    ensure!(direct::read(&device, 1 << 20, after.len())?? == after, "it holds something else");
+    node.detach(uri)?;
+    drop(server);
+    Ok(())
+}
+
+/// Attaches, over a single connection, what a server serves that is still starting.
+fn attach_one_when_there(node: &StorageNode, uri: &str) -> Result<String> {
+    attach_as_when_there(node, &[uri, "--queues", "1", "--connections", "1"])
+}
+
 /// Attaches what a server serves that is still starting: the disk's path.
 pub(crate) fn attach_when_there(node: &StorageNode, uri: &str) -> Result<String> {
+    attach_as_when_there(node, &[uri])
+}
+
+fn attach_as_when_there(node: &StorageNode, arguments: &[&str]) -> Result<String> {
+    let uri = arguments.first().context("no URI")?;
     let port = uri.rsplit_once(':').and_then(|(_, rest)| rest.split('/').next()?.parse().ok());
     let port = port.with_context(|| format!("{uri} has no port"))?;
     // An attach that finds nobody takes longer than the server takes to start.
@@ -114,7 +232,7 @@ pub(crate) fn attach_when_there(node: &StorageNode, uri: &str) -> Result<String>
         Ok(is_listened_on(port)?.then_some(()))
     })?;
     wait_for("the foreign server", Duration::from_secs(60), || {
-        let attached = node.volctl(&["attach", uri])?;
+        let attached = node.volctl(&[&["attach"], arguments].concat())?;
         // One that came up while the daemon looked for the cause is not called unreachable, but was.
         let unreachable = attached.exit_code == 6 || attached.stderr.contains("Connection refused");
         if unreachable { Ok(None) } else { attached.succeeded().map(|device| Some(device.trim().to_owned())) }

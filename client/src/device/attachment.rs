@@ -319,7 +319,8 @@ impl Attachment {
         }
         let unflushed = Arc::new(Unflushed::new(nr_hw_queues));
         let is_recovered = spec.recover.is_some();
-        if is_recovered && session.has_volatile_cache() {
+        let is_flushed = spec.recover.as_ref().is_none_or(|recover| recover.is_flushed);
+        if !is_flushed && session.has_volatile_cache() {
             // Nobody knows what the process before had been told: until the first FLUSH there may be something.
             unflushed.acknowledged(0);
         }

@@ -8,6 +8,7 @@
 //! - [`attachment_record`]: an attachment as its folder tells it.
 //! - [`device_process`]: one device process: claim, start, wait, stop.
 //! - [`leftovers`]: the device and the link that a dead device process left.
+//! - `recovery`: another process for a device whose process has ended; `foreign_server`: what keeps its server meanwhile.
 //! - [`safe_stop`]: takes a disk away unless somebody uses it.
 //! - [`holders`]: who has a block device open.
 //! - [`management_client`]: the storage server's management API.
@@ -21,6 +22,7 @@ mod attachment_events;
 pub mod attachment_record;
 pub mod device_process;
 pub mod error;
+mod foreign_server;
 pub mod holders;
 pub mod leftovers;
 pub mod management_client;

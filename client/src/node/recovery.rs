@@ -20,14 +20,12 @@ use ublk_core::control::DeviceState as UblkState;
 use super::attachment_record::AttachmentRecord;
 use super::device_process;
 use super::error::{NodeError, with_sources};
+use super::foreign_server::HeldServer;
 use super::supervisor::{Supervisor, blocking};
 use super::target::DetachSelector;
 use crate::contract::{
     AttachmentDir, DeviceSpec, DeviceState, ExportSpec, RecoverSpec, attachment_hash, boot_id,
 };
-use crate::device::dial::Dialled;
-use crate::device::dial::OPEN_TIMEOUT;
-use crate::device::slots;
 
 /// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
 /// what is in the way (a full disk, memory, a program that is being replaced) may take its time to go.
@@ -53,13 +51,14 @@ pub(super) fn spec(record: &AttachmentRecord) -> Option<DeviceSpec> {
         Some(status) if status.state == DeviceState::Stopping => return None,
         Some(status) => match (status.dev_id, status.session) {
             (Some(dev_id), Some(session)) => {
-                Some(RecoverSpec { dev_id, data_path: status.data_path, session })
+                Some(RecoverSpec { dev_id, data_path: status.data_path, session, is_flushed: false })
             }
             _ => former,
         },
         // It died before it said anything; a status of another boot is none, and so is what was to be recovered then.
         None => former.filter(|_| record.status.is_none()),
     }?;
+    let recover = RecoverSpec { is_flushed: false, ..recover };
     let mut spec = record.spec.clone();
     if let ExportSpec::Attachment { session_epoch, .. } = &mut spec.export {
         *session_epoch += 1;
@@ -185,16 +184,22 @@ impl Supervisor {
             return Err(NodeError::UpgradeRefused { target, why });
         }
         // Kept until the next process has its own: a server that ends with its last client would be gone in between.
-        let _held = self.hold_foreign_server(&record.spec).await?;
+        let held = self.hold_foreign_server(&record.spec).await?;
         let from_version = record.status.as_ref().map(|status| status.program_version.clone());
         let stalled = Instant::now();
         device_process::kill(&record.dir, &record.spec.target).await?;
         let record = AttachmentRecord::read(record.dir.clone())?.ok_or_else(not_attached)?;
-        let spec = spec(&record).ok_or_else(|| NodeError::UpgradeRefused {
+        let mut spec = spec(&record).ok_or_else(|| NodeError::UpgradeRefused {
             target: target.clone(),
             why: "its state is not known".to_owned(),
         })?;
+        // Now that nothing more can be told to anybody.
+        let (held, is_flushed) = flush_held(held).await?;
+        if let Some(recover) = &mut spec.recover {
+            recover.is_flushed = is_flushed;
+        }
         let attachment = self.recover(&record, spec).await?;
+        drop(held);
         Ok(v1::UpgradeResponse {
             stall_ms: u64::try_from(stalled.elapsed().as_millis()).unwrap_or(u64::MAX),
             from_version: from_version.unwrap_or_default(),
@@ -208,22 +213,28 @@ impl Supervisor {
     ///
     /// # Errors
     /// [`NodeError::UpgradeRefused`]: it takes no other, and might not take the next process's.
-    async fn hold_foreign_server(&self, spec: &DeviceSpec) -> Result<Option<Dialled>, NodeError> {
+    async fn hold_foreign_server(&self, spec: &DeviceSpec) -> Result<Option<HeldServer>, NodeError> {
         if !matches!(spec.export, ExportSpec::Nbd { .. }) {
             return Ok(None);
         }
         let (spec, target) = (spec.clone(), spec.target.clone());
-        let dialled =
-            tokio::task::spawn_blocking(move || slots::dial_slot(&spec, 0, None, OPEN_TIMEOUT)).await;
-        let why = match dialled {
-            Ok(Ok(dialled)) => return Ok(Some(dialled)),
-            Ok(Err(error)) => with_sources(&error),
-            Err(panicked) => panicked.to_string(),
-        };
-        let why =
-            format!("its server takes no other connection, and may end with the one that it has ({why})");
-        Err(NodeError::UpgradeRefused { target, why })
+        let held = blocking(move || Ok(HeldServer::hold(&spec))).await?;
+        held.map(Some).map_err(|why| NodeError::UpgradeRefused {
+            target,
+            why: format!(
+                "its server takes no other connection, and may end with the one that it has ({why})"
+            ),
+        })
     }
+}
+
+/// Whether all that was written through a process that has ended is durable on its server.
+async fn flush_held(held: Option<HeldServer>) -> Result<(Option<HeldServer>, bool), NodeError> {
+    blocking(move || {
+        let is_flushed = held.as_ref().is_some_and(HeldServer::flush);
+        Ok((held, is_flushed))
+    })
+    .await
 }
 
 /// Makes sure that the device is there, the attachment's, and without a process.
@@ -310,8 +321,11 @@ mod tests {
         let mut record = dead(|_| {});
         record.spec = spec(&record).unwrap();
         record.status = None;
+        let told = record.spec.recover.clone();
+        // It may have been told something, and nobody has flushed that.
+        record.spec.recover.as_mut().unwrap().is_flushed = true;
         let again = spec(&record).unwrap();
-        assert_eq!(again.recover, record.spec.recover);
+        assert_eq!(again.recover, told);
         assert!(matches!(again.export, ExportSpec::Attachment { session_epoch: 5, .. }));
     }
 
