@@ -29,6 +29,9 @@ const READY_DEADLINE: Duration = Duration::from_secs(60);
 /// A daemon that was asked to end has ended by then.
 const END_DEADLINE: Duration = Duration::from_secs(60);
 
+/// Where the kernel tells which boot this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// What a run of volctl gave.
 #[derive(Debug)]
 pub struct Volctl {
@@ -74,6 +77,17 @@ pub struct NodeTls {
     pub user_space_only: bool,
 }
 
+/// A machine of its own for a node daemon, as far as programs can tell.
+#[derive(Debug, Clone)]
+pub struct ClonedMachine {
+    /// Its network namespace.
+    pub name: String,
+    /// Its /etc/machine-id.
+    pub machine_id: String,
+    /// Which boot it is, of all those that there are.
+    pub boot: u64,
+}
+
 /// A server, a node daemon, and where they keep what.
 pub struct StorageNode {
     /// The server's data directory.
@@ -92,6 +106,8 @@ pub struct StorageNode {
     server_options: Vec<String>,
     client_options: Vec<String>,
     node_id: String,
+    /// The machine that the node daemon runs on; `None`: this one, as `node_id`.
+    machine: Option<ClonedMachine>,
     /// The network namespace that the server runs in; `None`: ours.
     server_netns: Option<String>,
     /// What the server takes for this machine's boot id; `None`: the true one.
@@ -191,6 +207,32 @@ impl StorageNode {
         Ok(node)
     }
 
+    /// Starts a server alone, at an address of this machine that others reach.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_server_at(env: &Env, address: &str) -> Result<Self> {
+        let mut node = Self::new(env, &env.directory.join("data"), &["--insecure"])?;
+        node.data_address = format!("{address}:0");
+        node.management_uri = format!("http://{address}:0");
+        node.start_server()?;
+        Ok(node)
+    }
+
+    /// Starts the daemon of a machine of its own, for the same server.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_clone(&self, env: &Env, machine: ClonedMachine) -> Result<Self> {
+        if env.in_vm {
+            load_drivers(&["ublk_drv"])?;
+        }
+        let mut other = self.another(env, &machine.name)?;
+        other.machine = Some(machine);
+        other.start_client()?;
+        Ok(other)
+    }
+
     /// Starts a node daemon alone, for the server on another machine.
     ///
     /// # Errors
@@ -210,15 +252,21 @@ impl StorageNode {
     /// # Errors
     /// It does not get ready.
     pub fn start_another_client(&self, env: &Env, node_id: &str) -> Result<Self> {
+        let mut other = self.another(env, node_id)?;
+        other.start_client()?;
+        Ok(other)
+    }
+
+    /// Another node of the same server, which has not been started.
+    fn another(&self, env: &Env, name: &str) -> Result<Self> {
         let mut other = Self::new(env, &self.data_dir, &[])?;
         other.data_address.clone_from(&self.data_address);
         other.management_uri.clone_from(&self.management_uri);
-        other.run_dir = env.directory.join(format!("run-{node_id}"));
-        other.device_dir = env.directory.join(format!("by-name-{node_id}"));
-        other.logs = env.directory.join(format!("logs-{node_id}"));
-        other.node_id = node_id.to_owned();
+        other.run_dir = env.directory.join(format!("run-{name}"));
+        other.device_dir = env.directory.join(format!("by-name-{name}"));
+        other.logs = env.directory.join(format!("logs-{name}"));
+        other.node_id = name.to_owned();
         fs::create_dir_all(&other.logs)?;
-        other.start_client()?;
         Ok(other)
     }
 
@@ -239,6 +287,7 @@ impl StorageNode {
             server_options: server_options.iter().map(|&option| option.to_owned()).collect(),
             client_options: Vec::new(),
             node_id: "node-1".into(),
+            machine: None,
             server_netns: None,
             boot_id: None,
             tls: None,
@@ -286,7 +335,7 @@ impl StorageNode {
 
     /// Lets the server, when it is started next, find itself on a machine that has been booted since.
     pub fn boot_server_machine(&mut self, seed: u64) {
-        self.boot_id = Some(format!("00000000-0000-4000-8000-{:012x}", seed & 0xffff_ffff_ffff));
+        self.boot_id = Some(boot_id(seed));
     }
 
     /// The server's program, under a boot id of the test's where there is one.
@@ -298,12 +347,42 @@ impl StorageNode {
             return Ok(command);
         }
         let Some(boot_id) = &self.boot_id else { return Ok(Command::new(program)) };
-        let file = self.logs.join("boot_id");
-        fs::write(&file, format!("{boot_id}\n"))?;
-        let script = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id; exec \"$@\"";
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "bash", "-euc", script]).arg(file).arg(program);
+        self.bind_over(&mut command, &[("boot_id", boot_id, BOOT_ID)])?;
+        command.arg(program);
         Ok(command)
+    }
+
+    /// The node daemon's program, on the machine that it is to find itself on.
+    fn client_command(&self) -> Result<Command> {
+        let program = self.programs.join("volclient");
+        let Some(machine) = &self.machine else {
+            let mut command = Command::new(program);
+            command.args(["serve", "--node-id", &self.node_id]);
+            return Ok(command);
+        };
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &machine.name, "unshare"]);
+        let files = [
+            ("boot_id", &boot_id(machine.boot), BOOT_ID),
+            ("machine-id", &machine.machine_id, "/etc/machine-id"),
+        ];
+        self.bind_over(&mut command, &files)?;
+        command.arg(program).arg("serve");
+        Ok(command)
+    }
+
+    /// The arguments of `unshare` up to the program that is to see other files: their names here, contents, and paths.
+    fn bind_over(&self, unshare: &mut Command, files: &[(&str, &String, &str)]) -> Result<()> {
+        let mut script = String::new();
+        for (name, contents, path) in files {
+            let file = self.logs.join(name);
+            fs::write(&file, format!("{contents}\n"))?;
+            script += &format!("mount --bind '{}' {path}; ", file.display());
+        }
+        script += "exec \"$@\"";
+        unshare.args(["--mount", "--propagation", "private", "bash", "-euc", &script, "bash"]);
+        Ok(())
     }
 
     /// Starts the node daemon.
@@ -311,8 +390,8 @@ impl StorageNode {
     /// # Errors
     /// It does not get ready.
     pub fn start_client(&mut self) -> Result<()> {
-        let mut client = Command::new(self.programs.join("volclient"));
-        client.arg("serve").args(["--server", &self.management_uri, "--node-id", &self.node_id]);
+        let mut client = self.client_command()?;
+        client.args(["--server", &self.management_uri]);
         client.arg("--run-dir").arg(&self.run_dir).arg("--device-dir").arg(&self.device_dir);
         self.add_tls_options(&mut client);
         if self.tls.as_ref().is_some_and(|tls| tls.user_space_only) {
@@ -548,6 +627,10 @@ impl Drop for StorageNode {
             println!("--- log of {name}\n{log}");
         }
     }
+}
+
+fn boot_id(seed: u64) -> String {
+    format!("00000000-0000-4000-8000-{:012x}", seed & 0xffff_ffff_ffff)
 }
 
 fn find_attachment(all: Vec<serde_json::Value>, target: &str) -> Result<serde_json::Value> {

@@ -6,6 +6,7 @@
 mod allocations;
 mod bad_input;
 mod bench;
+mod clones;
 mod counting_allocator;
 mod daemons;
 mod direct;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         ride_through::TESTS,
         recovery::TESTS,
         network::TESTS,
+        clones::TESTS,
         send_zc::TESTS,
         fsx::TESTS,
         shutdown::TESTS,
