@@ -16,6 +16,7 @@ use socket2::Socket;
 use super::error::with_sources;
 use crate::contract::DeviceSpec;
 use crate::device::dial::Dialled;
+use crate::device::dial::OPEN_TIMEOUT;
 use crate::device::slots;
 
 /// I/O stands still meanwhile.
@@ -33,7 +34,7 @@ pub(super) struct HeldServer {
 impl HeldServer {
     /// Connects. Blocks. The error says, for people, why there is no other connection.
     pub(super) fn hold(spec: &DeviceSpec) -> Result<Self, String> {
-        let dialled = slots::dial_slot(spec, 0, None).map_err(|error| with_sources(&error))?;
+        let dialled = slots::dial_slot(spec, 0, None, OPEN_TIMEOUT).map_err(|error| with_sources(&error))?;
         let socket = dialled.socket.as_fd().try_clone_to_owned().map_err(|error| error.to_string())?;
         let needed = TransmissionFlags::CAN_MULTI_CONN.with(TransmissionFlags::SEND_FLUSH);
         let can_flush_for_all = dialled.export.flags.contains(needed);
