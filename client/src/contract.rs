@@ -144,7 +144,7 @@ pub struct DeviceSpec {
     pub attachment_id: Uuid,
     /// What the user attached: a volume's name or an NBD URI.
     pub target: String,
-    /// The server's data addresses, `host:port`, tried in order.
+    /// The server's data addresses, `host:port` or `unix:/path`, tried in order.
     pub addresses: Vec<String>,
     /// What is opened there.
     pub export: ExportSpec,

@@ -59,7 +59,8 @@ pub struct Config {
     #[arg(long, env = "VOLSERVER_RUNTIME_DIR", value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
 
-    /// Where NBD clients connect; may be given more than once, or separated by commas
+    /// Where NBD clients connect; may be given more than once, or separated by commas. 0.0.0.0 is every address of this machine,
+    /// and [::] those of IPv6 as well, where 0.0.0.0 has not the same port
     #[arg(
         long,
         env = "VOLSERVER_LISTEN",
@@ -126,7 +127,8 @@ pub struct Config {
     #[arg(long, env = "VOLSERVER_INSECURE", value_parser = BoolishValueParser::new())]
     pub insecure: bool,
 
-    /// Where clients are told to connect, if not where --listen says (behind NAT, or with a wildcard address)
+    /// Where clients are told to connect, if not where --listen says (behind NAT); with a wildcard address they are told the one at
+    /// which they reach the management API, or loopback at its Unix socket
     #[arg(long, env = "VOLSERVER_ADVERTISE", value_name = "HOST:PORT", value_delimiter = ',', value_parser = host_and_port)]
     pub advertise: Vec<String>,
 

@@ -146,16 +146,16 @@ impl Listener {
     /// # Errors
     /// The system's own: it is in use, not this machine's, not allowed, or a path that is too long or is no socket's.
     pub fn bind(address: &DataAddress) -> io::Result<Self> {
-        Self::bind_for(address, None)
+        Self::bind_among(address, &[], None)
     }
 
-    /// The same; a Unix socket is also for the members of a group.
+    /// The same for one of several addresses, see [`takes_ipv4`]; a Unix socket is also for the members of a group.
     ///
     /// # Errors
     /// As of [`Self::bind`]; the socket's file may not be given to that group.
-    pub fn bind_for(address: &DataAddress, group_id: Option<u32>) -> io::Result<Self> {
+    pub fn bind_among(address: &DataAddress, all: &[DataAddress], group_id: Option<u32>) -> io::Result<Self> {
         let (socket, file) = match address {
-            DataAddress::Tcp(address) => (bind_tcp(*address)?, None),
+            DataAddress::Tcp(address) => (bind_tcp(*address, takes_ipv4(*address, all))?, None),
             DataAddress::Unix(path) => {
                 let socket = bind_unix(path)?;
                 if let Some(group_id) = group_id {
@@ -200,7 +200,7 @@ impl Listener {
         let peer = match address.as_socket() {
             Some(address) => {
                 set_tcp_options(&socket)?;
-                Peer::Tcp(address)
+                Peer::Tcp(plain(address))
             }
             None => {
                 socket_memory::bound_unix(&socket)?;
@@ -255,11 +255,28 @@ pub fn peer_credentials(socket: &Socket) -> io::Result<libc::ucred> {
     if result == 0 { Ok(credentials) } else { Err(io::Error::last_os_error()) }
 }
 
-fn bind_tcp(address: SocketAddr) -> io::Result<Socket> {
+/// Whether a listener takes IPv4 connections beside those of IPv6: `[::]` is every address of the machine, unless IPv4 has a listener
+/// of its own at that port.
+pub fn takes_ipv4(address: SocketAddr, all: &[DataAddress]) -> bool {
+    let has_its_own = |other: SocketAddr| other.is_ipv4() && other.port() == address.port();
+    let is_left = address.port() == 0 || !all.iter().filter_map(DataAddress::tcp).any(has_its_own);
+    address.is_ipv6() && address.ip().is_unspecified() && is_left
+}
+
+/// An IPv4 address as such, also where a socket for both families has accepted the connection.
+fn plain(address: SocketAddr) -> SocketAddr {
+    match address.ip().to_canonical() {
+        IpAddr::V4(ip) => SocketAddr::new(ip.into(), address.port()),
+        IpAddr::V6(_) => address,
+    }
+}
+
+fn bind_tcp(address: SocketAddr, takes_ipv4: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        socket.set_only_v6(true)?;
+        // Whatever net.ipv6.bindv6only says.
+        socket.set_only_v6(!takes_ipv4)?;
     }
     match socket.bind(&address.into()) {
         // At boot an address may come later than the server.
@@ -317,6 +334,7 @@ fn set_tcp_options(socket: &Socket) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
     use std::os::unix::net::UnixStream;
 
     use super::*;
@@ -375,6 +393,36 @@ mod tests {
     fn an_address_that_the_machine_does_not_have_yet_is_listened_on() {
         let listener = Listener::bind(&"192.0.2.77:0".parse().unwrap()).unwrap();
         assert_ne!(listener.address().tcp().unwrap().port(), 0);
+    }
+
+    #[test]
+    fn the_ipv6_wildcard_takes_ipv4_unless_that_has_a_listener_of_its_own() {
+        let takes = |address: &str, all: &[&str]| {
+            let all: Vec<DataAddress> = all.iter().map(|address| address.parse().unwrap()).collect();
+            takes_ipv4(address.parse().unwrap(), &all)
+        };
+        assert!(takes("[::]:1", &["[::]:1", "[::1]:1", "0.0.0.0:2", "unix:/s"]));
+        assert!(takes("[::]:0", &["[::]:0", "0.0.0.0:0"]));
+        for other in ["0.0.0.0:1", "127.0.0.1:1"] {
+            assert!(!takes("[::]:1", &[other, "[::]:1"]), "{other}");
+        }
+        assert!(!takes("[::1]:1", &[]) && !takes("0.0.0.0:1", &[]));
+    }
+
+    #[test]
+    fn a_client_over_ipv4_is_known_by_its_own_address() {
+        let Ok(listener) = Listener::bind(&"[::]:0".parse().unwrap()) else {
+            println!("SKIP this machine has no IPv6");
+            return;
+        };
+        let port = listener.address().tcp().unwrap().port();
+        let client = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let (_, peer) = listener.accept().unwrap();
+        assert_eq!(peer, Peer::Tcp(client.local_addr().unwrap()));
+        // Beside a listener for IPv4 it is one for IPv6 alone.
+        let ipv4 = Listener::bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
+        let beside = DataAddress::Tcp((Ipv6Addr::UNSPECIFIED, ipv4.address().tcp().unwrap().port()).into());
+        Listener::bind_among(&beside, &[ipv4.address().clone(), beside.clone()], None).unwrap();
     }
 
     #[test]

@@ -208,7 +208,7 @@ impl DataServer {
         let ring_count = if config.threads == 0 { cores } else { config.threads };
         let wide_sockets = WideSockets::of_this_machine();
         let (limits, plan, descriptors) = divide(&config, ring_count, &wide_sockets)?;
-        let listeners = config.listen.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
+        let listeners = listen(&config.listen)?;
         let local_addrs = listeners.iter().map(|listener| listener.address().clone()).collect();
         let boot_id =
             std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("read the boot id"))?;
@@ -513,8 +513,12 @@ fn start_ring(
     }
 }
 
-fn listen(address: &DataAddress) -> Result<Listener, DataServerError> {
-    Listener::bind(address).map_err(|source| DataServerError::Address { address: address.clone(), source })
+fn listen(addresses: &[DataAddress]) -> Result<Vec<Listener>, DataServerError> {
+    let listen = |address: &DataAddress| {
+        Listener::bind_among(address, addresses, None)
+            .map_err(|source| DataServerError::Address { address: address.clone(), source })
+    };
+    addresses.iter().map(listen).collect()
 }
 
 /// What the data side may take of memory and of open files; the limits are those that were configured, or what there are open

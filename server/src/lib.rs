@@ -13,6 +13,7 @@
 
 pub mod acceptor;
 pub mod admission;
+pub mod advertised;
 pub mod backend;
 pub mod block_status;
 pub mod buffers;

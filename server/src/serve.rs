@@ -21,6 +21,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::transport::Server;
 
+use crate::advertised::Advertised;
 use crate::catalog::{Catalog, CatalogError};
 use crate::config::{Config, TlsMode, TlsRecords};
 use crate::data_address::{DataAddress, Listener};
@@ -152,10 +153,10 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let recovered = lifecycle.recover().map_err(|error| ServeError::Recovery(lifecycle.explained(error)))?;
     tracing::info!(server_id = %catalog.server_id(), ?recovered, "catalog open");
 
-    let addresses = data_addresses(&config, data_server.local_addrs());
+    let advertised = advertised(&config, data_server.local_addrs());
     let (stop_api, stopped) = oneshot::channel::<()>();
     let calls = Calls::default();
-    let service = ManagementService::new(lifecycle, calls.clone(), addresses);
+    let service = ManagementService::new(lifecycle, calls.clone(), advertised);
     let connections_max = data_server.management_connections_max();
     let mut api = tokio::spawn(answer(service, management, connections_max, tls, stopped)?);
     announce(data_server.local_addrs(), &management_addresses);
@@ -270,7 +271,7 @@ fn bind_management(config: &Config, runtime_dir: Option<&Path>) -> Result<Vec<Li
     let group_id = config.management_group_id().map_err(ServeError::Group)?;
     let bind = |address: &DataAddress| {
         let group_id = address.tcp().is_none().then_some(group_id);
-        Listener::bind_for(address, group_id)
+        Listener::bind_among(address, &addresses, group_id)
             .map_err(|source| ServeError::ManagementAddress { address: address.clone(), source })
     };
     addresses.iter().map(bind).collect()
@@ -316,16 +317,15 @@ fn runtime_dir(config: &Config) -> Option<PathBuf> {
 }
 
 /// What clients are told: as configured, else where the data side listens.
-fn data_addresses(config: &Config, local: &[DataAddress]) -> Vec<String> {
-    if !config.advertise.is_empty() {
-        return config.advertise.clone();
+fn advertised(config: &Config, local: &[DataAddress]) -> Advertised {
+    let advertised = Advertised::new(config.advertise.clone(), local.to_vec());
+    if advertised.depends_on_caller() {
+        tracing::info!(
+            "--listen has a wildcard address: clients are told the address at which they reach the management API, unless \
+             --advertise says another"
+        );
     }
-    // Clients on other machines are told, who can do nothing with a Unix socket of this one.
-    let local: Vec<SocketAddr> = local.iter().filter_map(DataAddress::tcp).collect();
-    for address in local.iter().filter(|address| address.ip().is_unspecified()) {
-        tracing::warn!(%address, "clients on other machines cannot connect to this address: give theirs with --advertise");
-    }
-    local.iter().map(SocketAddr::to_string).collect()
+    advertised
 }
 
 /// The API with health and reflection, as a future that ends some time after `stopped` is told.

@@ -13,11 +13,13 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use proto::v1;
+use proto::v1::management_client::ManagementClient;
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Signal;
-use volserver::{Volserver, command, create_request, refused};
+use tonic::transport::Endpoint;
+use volserver::{Volserver, attach_request, command, create_request, refused};
 
 /// Stopping takes no longer than this, whatever clients keep open: less than the ten seconds for which calls are waited for.
 const STOP_LIMIT: Duration = Duration::from_secs(9);
@@ -64,7 +66,35 @@ fn with_the_word_for_it_the_log_warns_of_each_address() {
     let log = server.log_with("--advertise");
     let warnings = log.lines().filter(|line| line.contains("WARN") && line.contains("--insecure"));
     assert_eq!(warnings.count(), 2, "{log}");
-    assert!(log.contains("--advertise"), "clients cannot connect to a wildcard: {log}");
+}
+
+/// What a caller is told it can connect to, whatever it has reached the API by.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_told_a_wildcard_and_it_takes_both_families() {
+    let dir = tempfile::tempdir().unwrap();
+    let has_ipv6 = TcpListener::bind("[::1]:0").is_ok();
+    let wildcard = if has_ipv6 { "[::]:0" } else { "0.0.0.0:0" };
+    let socket = format!("unix:{}", dir.path().join("m.sock").display());
+    let mut command = bare(&dir.path().join("data"));
+    command.args(["--threads", "1", "--memory-max", volserver::MEMORY_MAX]);
+    command.args(["--insecure", "--listen", wildcard, "--management", wildcard, "--management", &socket]);
+    let server = Volserver::start_with(command, &dir.path().join("log"));
+    let (data_port, api_port) = (server.data[0].port(), server.management.port());
+    let loopback = format!("127.0.0.1:{data_port}");
+    let ipv6 = format!("[::1]:{data_port}");
+    let over_ipv6 = has_ipv6.then(|| (format!("http://[::1]:{api_port}"), &ipv6));
+    let reached = [(format!("http://127.0.0.1:{api_port}"), &loopback), (socket, &loopback)];
+    for (uri, expected) in reached.into_iter().chain(over_ipv6) {
+        let channel = Endpoint::from_shared(uri.clone()).unwrap().connect().await.unwrap();
+        let mut client = ManagementClient::new(channel);
+        let info = client.get_server_info(v1::GetServerInfoRequest {}).await.unwrap().into_inner();
+        assert_eq!(info.data_addresses, std::slice::from_ref(expected), "{uri}");
+        let name = format!("vol-{}", uri.len());
+        client.create_volume(create_request(&name)).await.unwrap();
+        let attached = client.attach_volume(attach_request(&name, "n", false)).await.unwrap().into_inner();
+        assert_eq!(attached.data_addresses, std::slice::from_ref(expected), "{uri}");
+        TcpStream::connect(expected).unwrap();
+    }
 }
 
 #[test]

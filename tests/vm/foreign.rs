@@ -22,6 +22,7 @@ pub(crate) const TESTS: &[Test] = &[
         .once(),
     Test::new("foreign::nbdcopy_and_qemu_agree_with_our_server", nbdcopy_and_qemu).within(300).once(),
     Test::new("foreign::our_disk_on_nbdkit_verifies", our_disk_on_nbdkit).within(300),
+    Test::new("foreign::our_disk_on_a_unix_socket_verifies", our_disk_on_a_unix_socket).once().within(300),
     Test::new("foreign::our_disk_on_qemu_nbd_verifies", our_disk_on_qemu_nbd).once().within(300),
     Test::new("foreign::a_one_shot_servers_disk_survives_an_upgrade", a_one_shot_server).once().within(300),
     Test::new("foreign::a_dead_process_of_a_one_shot_servers_disk_is_replaced", a_dead_process)
@@ -87,6 +88,13 @@ fn nbdcopy_and_qemu(env: &Env) -> Result<()> {
 fn our_disk_on_nbdkit(env: &Env) -> Result<()> {
     let arguments = ["-f", "-i", "127.0.0.1", "-p", "10999", "memory", "64M"];
     on_foreign_server(env, "nbdkit", &arguments, "nbd://127.0.0.1:10999/")
+}
+
+fn our_disk_on_a_unix_socket(env: &Env) -> Result<()> {
+    let socket = env.directory.join("nbd.sock");
+    let socket = socket.to_string_lossy();
+    let uri = format!("nbd+unix:///?socket={socket}");
+    on_foreign_server(env, "nbdkit", &["-f", "-U", &socket, "memory", "64M"], &uri)
 }
 
 fn our_disk_on_qemu_nbd(env: &Env) -> Result<()> {
@@ -225,18 +233,23 @@ pub(crate) fn attach_when_there(node: &StorageNode, uri: &str) -> Result<String>
 
 fn attach_as_when_there(node: &StorageNode, arguments: &[&str]) -> Result<String> {
     let uri = arguments.first().context("no URI")?;
-    let port = uri.rsplit_once(':').and_then(|(_, rest)| rest.split('/').next()?.parse().ok());
-    let port = port.with_context(|| format!("{uri} has no port"))?;
     // An attach that finds nobody takes longer than the server takes to start.
-    wait_for("a foreign server that listens", Duration::from_secs(60), || {
-        Ok(is_listened_on(port)?.then_some(()))
-    })?;
+    wait_for("a foreign server that listens", Duration::from_secs(60), || Ok(is_served(uri)?.then_some(())))?;
     wait_for("the foreign server", Duration::from_secs(60), || {
         let attached = node.volctl(&[&["attach"], arguments].concat())?;
         // One that came up while the daemon looked for the cause is not called unreachable, but was.
         let unreachable = attached.exit_code == 6 || attached.stderr.contains("Connection refused");
         if unreachable { Ok(None) } else { attached.succeeded().map(|device| Some(device.trim().to_owned())) }
     })
+}
+
+/// Whether there is a server for that URI on this machine.
+fn is_served(uri: &str) -> Result<bool> {
+    if let Some((_, socket)) = uri.split_once("?socket=") {
+        return Ok(Path::new(socket).exists());
+    }
+    let port = uri.rsplit_once(':').and_then(|(_, rest)| rest.split('/').next()?.parse().ok());
+    is_listened_on(port.with_context(|| format!("{uri} has no port"))?)
 }
 
 /// Whether somebody listens on that port of this machine; seen without calling, which some servers take for their only client.

@@ -282,7 +282,13 @@ impl Attachment {
         let tls_paths = spec.tls.as_ref().map(|tls| tls.files.paths()).unwrap_or_default();
         let name_paths = mount_namespace::paths_of_names();
         let program_paths = mount_namespace::paths_of_program();
-        let read_later = tls_paths.iter().chain(&name_paths).chain(&program_paths).map(PathBuf::as_path);
+        let socket_paths = mount_namespace::paths_of_sockets(&spec.addresses);
+        let read_later = tls_paths
+            .iter()
+            .chain(&name_paths)
+            .chain(&program_paths)
+            .chain(&socket_paths)
+            .map(PathBuf::as_path);
         let needed: Vec<&Path> = [dir.path(), link_dir].into_iter().chain(read_later).collect();
         mount_namespace::enter(&needed).map_err(AttachmentError::MountNamespace)?;
         daemon_log::start_writer().map_err(AttachmentError::Log)?;

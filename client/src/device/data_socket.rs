@@ -1,11 +1,12 @@
 //! The socket of one connection as a queue sees it, whoever encrypts what goes through it.
 //!
 //! Owns: the socket, and the one thing that differs for the ring: on a kTLS socket, MSG_WAITALL and links of RECV and SEND
-//! do not work (`queue_ring.rs` then takes other operations). A relay's end is a plain stream socket.
+//! do not work (`queue_ring.rs` then takes other operations). A relay's end is a Unix stream socket, like that of a server on this
+//! machine.
 //! Made by `dial.rs`; owned by `queue_ring.rs`.
 
 use std::io::{self, Write as _};
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -45,9 +46,9 @@ impl Encryption {
     }
 }
 
-impl From<TcpStream> for DataSocket {
-    fn from(socket: TcpStream) -> Self {
-        Self { socket: socket.into(), encryption: Encryption::None }
+impl From<Socket> for DataSocket {
+    fn from(socket: Socket) -> Self {
+        Self { socket, encryption: Encryption::None }
     }
 }
 

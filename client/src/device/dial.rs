@@ -1,4 +1,5 @@
-//! Opening a connection: TCP, its options, TLS where it is asked for, and the NBD handshake, on a blocking socket.
+//! Opening a connection: TCP or a Unix socket, its options, TLS where it is asked for, and the NBD handshake, on a blocking
+//! socket.
 //!
 //! Used before a queue thread starts, and to open what was lost. Every wait is bounded. What to make of a server that opens the
 //! export, or does not, is `slots.rs`'s to say: here one address is tried after the other for as long as it asks. The handshake itself is `proto`'s state machine. With TLS all
@@ -6,7 +7,8 @@
 //! connection's records go to the kernel, or to a relay.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,10 +16,11 @@ use proto::nbd::ExportInfo;
 use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use tls::stream::{Records, StreamError, TlsStream};
 
 use super::data_socket::DataSocket;
+use crate::data_address::{self, Place, ResolveError};
 use crate::tls_spec::{TlsSpec, TlsSpecError};
 
 /// How long one address may take to accept a connection.
@@ -37,13 +40,13 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// Why an export could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
-    /// A host name without an address.
+    /// A host name without an address, or an address with the zone of no interface.
     #[error("cannot find the server {address}: {source}")]
     Resolve {
         /// `host:port`
         address: String,
         /// The resolver's reason.
-        source: io::Error,
+        source: ResolveError,
     },
     /// Nobody accepts connections there.
     #[error("cannot reach the server at {address}: {source}")]
@@ -123,41 +126,64 @@ pub fn attempts<'a>(
 
 /// One place to connect to.
 struct Target {
-    /// `host:port`, as it was given.
+    /// `host:port` or `unix:/path`, as it was given.
     address: String,
     /// The same for people: with what the name stands for, where it is a name.
     shown: String,
-    socket_address: SocketAddr,
+    place: Place,
 }
 
 fn resolve(address: &str) -> Vec<Result<Target, DialError>> {
-    let found = match address.to_socket_addrs() {
+    let found = match data_address::resolve(address) {
         Ok(found) => found,
         Err(source) => return vec![Err(DialError::Resolve { address: address.to_owned(), source })],
     };
-    let target = |socket_address: SocketAddr| {
-        let is_name = socket_address.to_string() != address;
-        let shown = if is_name { format!("{address} ({})", socket_address.ip()) } else { address.to_owned() };
-        Ok(Target { address: address.to_owned(), shown, socket_address })
+    let target = |place: Place| {
+        let name_of = match &place {
+            Place::Tcp(tcp) if !address.starts_with('[') && tcp.to_string() != address => Some(tcp.ip()),
+            Place::Tcp(_) | Place::Unix(_) => None,
+        };
+        let shown = name_of.map_or_else(|| address.to_owned(), |ip| format!("{address} ({ip})"));
+        Ok(Target { address: address.to_owned(), shown, place })
     };
-    found.map(target).collect()
+    found.into_iter().map(target).collect()
 }
 
-fn connect(target: &Target) -> Result<TcpStream, DialError> {
-    TcpStream::connect_timeout(&target.socket_address, CONNECT_TIMEOUT)
-        .and_then(|socket| set_options(&socket).map(|()| socket))
-        .map_err(|source| DialError::Connect { address: target.shown.clone(), source })
+fn connect(target: &Target) -> Result<Socket, DialError> {
+    let connected = match &target.place {
+        Place::Tcp(address) => connect_tcp(*address),
+        Place::Unix(path) => connect_unix(path),
+    };
+    connected.map_err(|source| DialError::Connect { address: target.shown.clone(), source })
 }
 
-fn set_options(socket: &TcpStream) -> io::Result<()> {
-    socket.set_nodelay(true)?;
+fn connect_tcp(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.connect_timeout(&address.into(), CONNECT_TIMEOUT)?;
+    set_options(&socket)?;
+    Ok(socket)
+}
+
+fn connect_unix(path: &Path) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // A server that takes no connections has them wait; a connect that does not wait would fail at once.
+    socket.set_write_timeout(Some(CONNECT_TIMEOUT))?;
+    socket.connect(&SockAddr::unix(path)?).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    })?;
+    socket.set_write_timeout(None)?;
+    Ok(socket)
+}
+
+fn set_options(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
     let keepalive = TcpKeepalive::new()
         .with_time(KEEPALIVE_IDLE)
         .with_interval(KEEPALIVE_INTERVAL)
         .with_retries(KEEPALIVE_PROBES);
-    let options = SockRef::from(socket);
-    options.set_tcp_keepalive(&keepalive)?;
-    options.set_tcp_user_timeout(Some(SILENCE_TIMEOUT))
+    socket.set_tcp_keepalive(&keepalive)?;
+    socket.set_tcp_user_timeout(Some(SILENCE_TIMEOUT))
 }
 
 /// What the spec says, loaded.
@@ -193,7 +219,7 @@ impl Handshake {
         Ok(Self { target, machine, patience, deadline, open_timeout })
     }
 
-    fn run(mut self, socket: TcpStream, tls: Option<&Tls>) -> Result<Dialled, DialError> {
+    fn run(mut self, socket: Socket, tls: Option<&Tls>) -> Result<Dialled, DialError> {
         let Some(tls) = tls else {
             let export = self.speak(&mut PlainStream(&socket), |_| false)?;
             let export = export.ok_or_else(|| self.protocol_error("it does not tell the export"))?;
@@ -204,7 +230,8 @@ impl Handshake {
         self.speak(&mut PlainStream(&socket), ClientHandshake::is_tls_acknowledged)?;
         self.wait_for(GREETING_TIMEOUT);
         let (config, server_name) = (Arc::clone(&tls.config), tls.server_name.clone());
-        let mut stream = TlsStream::connect(socket, config, server_name, self.deadline)
+        // TLS is asked for on TCP only.
+        let mut stream = TlsStream::connect(TcpStream::from(socket), config, server_name, self.deadline)
             .map_err(|error| self.stream_error(error))?;
         let mut output = Vec::new();
         self.machine.tls_started(&mut output);
@@ -290,7 +317,7 @@ trait Conversation {
     fn send(&mut self, bytes: &[u8], deadline: Instant) -> Result<(), StreamError>;
 }
 
-struct PlainStream<'a>(&'a TcpStream);
+struct PlainStream<'a>(&'a Socket);
 
 impl Conversation for PlainStream<'_> {
     fn receive(&mut self, into: &mut [u8], deadline: Instant) -> Result<usize, StreamError> {
@@ -327,6 +354,7 @@ impl Conversation for TlsStream {
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
+    use std::os::unix::net::UnixListener;
 
     use super::*;
 
@@ -345,5 +373,30 @@ mod tests {
         server.join().unwrap();
         let refused = dial().unwrap_err();
         assert!(matches!(refused, DialError::Connect { .. }), "{refused}");
+    }
+
+    #[test]
+    fn a_unix_socket_is_dialled_like_any_address() {
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        let address = format!("unix:{}", dir.path().join("nbd.sock").display());
+        let dial = || attempts(std::slice::from_ref(&address), "x", None).unwrap().next().unwrap();
+        let missing = dial().unwrap_err();
+        assert!(matches!(missing, DialError::Connect { .. }), "{missing}");
+        let listener = UnixListener::bind(dir.path().join("nbd.sock")).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut peer, _) = listener.accept().unwrap();
+            peer.write_all(b"220 mail.example.org ESMTP\r\n").unwrap();
+        });
+        let foreign = dial().unwrap_err();
+        assert!(matches!(foreign, DialError::Handshake { .. }), "{foreign}");
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn a_zone_of_no_interface_is_told() {
+        let address = "[fe80::1%no-such-if0]:10809".to_owned();
+        let dialled = attempts(std::slice::from_ref(&address), "x", None).unwrap().next().unwrap();
+        let told = dialled.unwrap_err().to_string();
+        assert!(told.contains("no network interface \"no-such-if0\""), "{told}");
     }
 }

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use rustix::thread::UnshareFlags;
 
+use crate::data_address;
+
 /// Where the kernel and its devices are looked up.
 const ALWAYS_NEEDED: [&str; 3] = ["/dev", "/proc", "/sys"];
 
@@ -76,6 +78,19 @@ fn program_files(maps: &str) -> Vec<PathBuf> {
     files
 }
 
+/// Where the server's Unix sockets are, with what these paths link to. A server that is started anew may put another socket
+/// there, so their directories have to stay in sight.
+pub fn paths_of_sockets(addresses: &[String]) -> Vec<PathBuf> {
+    let path = |address: &String| data_address::unix_path(address);
+    let linked_to =
+        |path: &PathBuf| Some(std::fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?));
+    let paths = addresses.iter().filter_map(path);
+    paths
+        .flat_map(|path| [linked_to(&path), std::fs::canonicalize(&path).ok(), Some(path)])
+        .flatten()
+        .collect()
+}
+
 /// The mount points of a mountinfo file, in its order.
 fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
     mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape).collect()
@@ -127,6 +142,18 @@ mod tests {
                     7ffe-7fff rw-p 0 00:00 0   [stack]\n";
         let expected = [PathBuf::from("/usr/lib/libc.so.6"), PathBuf::from("/usr/sbin/volclient")];
         assert_eq!(program_files(maps), expected);
+    }
+
+    #[test]
+    fn a_servers_socket_is_found_again_where_its_path_leads() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = std::fs::canonicalize(dir.path()).unwrap().join("real");
+        std::fs::create_dir(&real).unwrap();
+        std::os::unix::fs::symlink(&real, dir.path().join("run")).unwrap();
+        let named = dir.path().join("run/nbd.sock");
+        // Also while the server, and its socket, are away.
+        let paths = paths_of_sockets(&["127.0.0.1:1".to_owned(), format!("unix:{}", named.display())]);
+        assert_eq!(paths, [real.join("nbd.sock"), named]);
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub struct GrantedAttachment {
     pub server_id: Uuid,
     /// The volume.
     pub volume_uid: Uuid,
-    /// Where to open the export, `host:port`.
+    /// Where to open the export, `host:port` or `unix:/path`.
     pub data_addresses: Vec<String>,
     /// Logical block size in bytes.
     pub block_size_bytes: u32,
@@ -66,7 +66,7 @@ impl ManagementClient {
     pub fn new(server: &str, files: Option<&ClientFiles>) -> Result<Self, NodeError> {
         let off = |message: String| NodeError::InvalidField { field: "server", message };
         let channel = api_channel::connect_lazy(server, files).map_err(|error| off(error.to_string()))?;
-        Ok(Self { server: server.to_owned(), stub: Stub::new(channel) })
+        Ok(Self { server: api_channel::with_port(server), stub: Stub::new(channel) })
     }
 
     /// The server's URI.
@@ -101,7 +101,9 @@ impl ManagementClient {
         let is_volatile = answer.backend() == Backend::Memory;
         let attachment = answer.attachment.ok_or_else(|| off("no attachment"))?;
         if answer.data_addresses.is_empty() {
-            return Err(off("no data address"));
+            return Err(off(
+                "no data address that this machine can reach: start it with --listen or --advertise for it",
+            ));
         }
         Ok(GrantedAttachment {
             attachment_id: uuid(&attachment.attachment_id, "an attachment_id that is no UUID")?,

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tonic::Code;
 use ublk_core::abi::UBLK_MAX_QUEUE_DEPTH;
@@ -40,6 +40,7 @@ use crate::contract::{
     AttachmentDir, CONTRACT_VERSION, CONTRACT_VERSION_TLS, ControlCommand, ControlResponse, DeviceSpec,
     DeviceState, DeviceStatus, ExportSpec, now_ms, write_file,
 };
+use crate::data_address::{self, Place, on_the_link_of};
 use crate::device::reconnect::StallPolicy;
 use crate::tls_spec::{ClientFiles, TlsSpec};
 
@@ -313,7 +314,9 @@ impl Supervisor {
         };
         let target = Target::Volume(name.to_owned());
         let mut spec = self.spec(granted.attachment_id, &target, export, wishes);
-        spec.addresses = granted.data_addresses;
+        let zone = api_channel::zone(self.management.server());
+        let told = granted.data_addresses.into_iter();
+        spec.addresses = told.map(|address| on_the_link_of(zone.as_deref(), address)).collect();
         spec.block_size_bytes = granted.block_size_bytes;
         spec.is_volatile = granted.is_volatile;
         Ok(NewAttachment { spec, is_granted_now: !granted.existed })
@@ -341,7 +344,7 @@ impl Supervisor {
         let server = self.management.server();
         let server_name = match target {
             Target::Volume(_) => api_channel::host(server).filter(|_| api_channel::is_https(server)),
-            Target::Nbd(uri) => uri.tls.then(|| uri.host.clone()),
+            Target::Nbd(uri) => uri.certificate_name().map(str::to_owned),
         };
         let Some(server_name) = server_name else { return Ok(None) };
         let Some(files) = self.config.tls_files.clone() else {
@@ -590,11 +593,25 @@ impl Supervisor {
 async fn start_failure(spec: &DeviceSpec, why: String) -> NodeError {
     let target = spec.target.clone();
     for address in &spec.addresses {
-        if let Ok(Ok(_)) = timeout(DIAGNOSIS_DEADLINE, TcpStream::connect(address)).await {
+        if let Ok(true) = timeout(DIAGNOSIS_DEADLINE, accepts_connections(address.clone())).await {
             return NodeError::StartFailed { target, why };
         }
     }
     NodeError::DataUnreachable { target, addresses: spec.addresses.clone(), why }
+}
+
+async fn accepts_connections(address: String) -> bool {
+    let places = tokio::task::spawn_blocking(move || data_address::resolve(&address)).await;
+    for place in places.into_iter().flatten().flatten() {
+        let accepts = match place {
+            Place::Tcp(address) => TcpStream::connect(address).await.is_ok(),
+            Place::Unix(path) => UnixStream::connect(path).await.is_ok(),
+        };
+        if accepts {
+            return true;
+        }
+    }
+    false
 }
 
 /// Finds out whether this machine can do what is asked, before the server is asked for anything.

@@ -1,12 +1,13 @@
 //! What can be attached: a volume's name or an NBD URI; and how a detach names it.
 //!
 //! Owns: the syntax of both, and the name of the stable link below the device directory. Never: looks anything up.
-//! A URI is `nbd://host[:port]/export`, or `nbds://` for the same over TLS: port 10809 unless given, one `/` after the authority removed, the rest
-//! percent-decoded; an empty export name is the server's default export. Two spellings of one URI are one target.
-//! Link names: a volume's is its name; an NBD URI's is `nbd@<host>@<port>@<export>` (or `nbds@`…), percent-encoded but for letters,
-//! digits, `-`, `_` and `.`. `@` is in no volume's name, so that no two targets share a link.
+//! A URI is `nbd://host[:port]/export`, `nbds://` for the same over TLS, or `nbd+unix:///export?socket=/path`: port 10809 unless
+//! given, one `/` after the authority removed, the rest percent-decoded; an empty export name is the server's default export. A
+//! link-local host has a zone: `[fe80::1%25eth0]`, or `%eth0` as people write it. Two spellings of one URI are one target.
+//! Link names: a volume's is its name; an NBD URI's is `nbd@<host>@<port>@<export>` (or `nbds@`…), or `nbd+unix@<path>@<export>`,
+//! percent-encoded but for letters, digits, `-`, `_` and `.`. `@` is in no volume's name, so that no two targets share a link.
 //! Called by: `supervisor`.
-//! Source: the NBD project's doc/uri.md.
+//! Source: the NBD project's doc/uri.md; RFC 6874 (zones).
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 use uuid::Uuid;
 
 use super::error::NodeError;
+use crate::data_address::{self, host_and_zone};
 
 /// Longest volume name, in characters (all ASCII): the server's rule.
 const VOLUME_NAME_LEN_MAX: usize = 128;
@@ -22,8 +24,13 @@ const VOLUME_NAME_LEN_MAX: usize = 128;
 const EXPORT_NAME_BYTES_MAX: usize = 4096;
 /// Port of an NBD server, as registered with IANA.
 const NBD_PORT: u16 = 10809;
+/// Longest path of a Unix socket, in bytes: `sun_path` has 108, the last of which is 0.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Longest link name, in bytes; `NAME_MAX` is 255.
 const LINK_NAME_BYTES_MAX: usize = 200;
+
+/// Of a URI's query.
+const SOCKET_PARAMETER: &str = "socket=";
 
 const LINK_NAME_ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');
 const URI_PATH_ESCAPED: &AsciiSet = &LINK_NAME_ESCAPED.remove(b'~').remove(b'/');
@@ -37,17 +44,34 @@ pub enum Target {
     Nbd(NbdUri),
 }
 
-/// `nbd://host[:port]/export` or `nbds://host[:port]/export`
+/// An export of an NBD server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NbdUri {
-    /// `nbds`: over TLS.
-    pub tls: bool,
-    /// Name or address; an IPv6 address without its brackets.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
+    /// Where the server is, and how it is spoken to.
+    pub server: NbdServer,
     /// As the server knows it; may be empty.
     pub export_name: String,
+}
+
+/// An NBD server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NbdServer {
+    /// `nbd://host[:port]`, `nbds://host[:port]`
+    Tcp {
+        /// `nbds`: over TLS.
+        tls: bool,
+        /// Name or address; an IPv6 address without its brackets.
+        host: String,
+        /// The interface that an IPv6 address is reached through, by name or number.
+        zone: Option<String>,
+        /// TCP port.
+        port: u16,
+    },
+    /// `nbd+unix://`
+    Unix {
+        /// Absolute path of its socket.
+        socket: String,
+    },
 }
 
 impl Target {
@@ -68,10 +92,15 @@ impl Target {
         match self {
             Self::Volume(name) => name.clone(),
             Self::Nbd(uri) => {
-                let escaped = |text| utf8_percent_encode(text, LINK_NAME_ESCAPED).to_string();
-                let scheme = uri.scheme();
-                let name =
-                    format!("{scheme}@{}@{}@{}", escaped(&uri.host), uri.port, escaped(&uri.export_name));
+                let escaped = |text: &str| utf8_percent_encode(text, LINK_NAME_ESCAPED).to_string();
+                let (scheme, export_name) = (uri.scheme(), escaped(&uri.export_name));
+                let name = match &uri.server {
+                    NbdServer::Tcp { host, zone, port, .. } => {
+                        let host = escaped(&with_zone(host, zone.as_deref()));
+                        format!("{scheme}@{host}@{port}@{export_name}")
+                    }
+                    NbdServer::Unix { socket } => format!("{scheme}@{}@{export_name}", escaped(socket)),
+                };
                 // No file could be named so; the attachment's id is as unique.
                 if name.len() <= LINK_NAME_BYTES_MAX { name } else { format!("{scheme}@{attachment_id}") }
             }
@@ -97,70 +126,138 @@ fn volume_name(text: &str) -> Result<String, String> {
     }
     Err(format!(
         "{text:?} is neither a volume's name (1 to {VOLUME_NAME_LEN_MAX} letters, digits, '-', '_' and '.', \
-         beginning with a letter or digit) nor an NBD URI (nbd://host[:port]/export, or nbds:// for TLS)"
+         beginning with a letter or digit) nor an NBD URI (nbd://host[:port]/export, nbds:// for TLS, or \
+         nbd+unix:///export?socket=/path)"
     ))
 }
 
 impl NbdUri {
     fn parse(text: &str, scheme: &str) -> Result<Self, String> {
         let scheme = scheme.to_ascii_lowercase();
-        match scheme.as_str() {
-            "nbd" | "nbds" => {}
-            "nbd+unix" | "nbds+unix" | "nbd+vsock" | "nbds+vsock" => {
-                return Err(format!("{scheme}:// is not supported yet; nbd://host[:port]/export is"));
-            }
-            _ => return Err(format!("{scheme}:// is not an NBD URI; write nbd://host[:port]/export")),
-        }
-        let off = |what: &str| format!("{text:?} {what}");
         if text.contains('#') {
-            return Err(off("has a fragment ('#'), which NBD URIs do not; write %23 for the character"));
+            return Err(off(
+                text,
+                "has a fragment ('#'), which NBD URIs do not; write %23 for the character",
+            ));
         }
-        let uri: http::Uri = text.parse().map_err(|e| off(&format!("is not a valid URI: {e}")))?;
-        let authority = uri.authority().ok_or_else(|| off("names no host"))?;
+        match scheme.as_str() {
+            "nbd" | "nbds" => Self::parse_tcp(text, scheme == "nbds"),
+            "nbd+unix" => Self::parse_unix(text),
+            "nbds+unix" => Err("TLS over a Unix socket is not supported, and has nothing to protect there: no other machine \
+                                reaches the socket; write nbd+unix:///export?socket=/path, or nbds://host[:port]/export"
+                .to_owned()),
+            "nbd+vsock" | "nbds+vsock" => Err(format!(
+                "{scheme}:// is not supported; have the server listen on TCP (nbd://host[:port]/export) or on a Unix socket \
+                 (nbd+unix:///export?socket=/path)"
+            )),
+            _ => Err(format!(
+                "{scheme}:// is not an NBD URI; write nbd://host[:port]/export, nbds:// for TLS, or \
+                 nbd+unix:///export?socket=/path"
+            )),
+        }
+    }
+
+    fn parse_tcp(text: &str, tls: bool) -> Result<Self, String> {
+        let uri: http::Uri = text.parse().map_err(|e| off(text, &format!("is not a valid URI: {e}")))?;
+        let authority = uri.authority().ok_or_else(|| off(text, "names no host"))?;
         if authority.as_str().contains('@') {
-            return Err(off("names a user, which plain NBD has no use for"));
+            return Err(off(text, "names a user, which plain NBD has no use for"));
+        }
+        if uri.query().is_some_and(|query| query.starts_with(SOCKET_PARAMETER)) {
+            return Err(off(text, "names a socket: write nbd+unix:///export?socket=/path, without a host"));
         }
         if uri.query().is_some() {
-            return Err(off("has a query ('?'), which is not supported; write %3F for the character"));
+            return Err(off(text, "has a query ('?'), which is not supported; write %3F for the character"));
         }
-        let port_text =
-            authority.as_str().rsplit_once(':').map(|(_, port)| port).filter(|p| !p.contains(']'));
-        let port = match port_text {
-            Some(text_of_port) => text_of_port.parse().ok().filter(|port| *port != 0),
-            None => Some(NBD_PORT),
-        };
-        let port = port.ok_or_else(|| off("has a port that is not 1 to 65535"))?;
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
-        if host.is_empty() {
-            return Err(off("names no host"));
-        }
-        let path = uri.path().strip_prefix('/').unwrap_or_default();
-        let export_name = percent_decode_str(path).decode_utf8().map_err(|_| off("is not UTF-8"))?;
-        if export_name.len() > EXPORT_NAME_BYTES_MAX || export_name.contains('\0') {
-            return Err(off("has an export name that NBD does not allow"));
-        }
-        Ok(Self { tls: scheme == "nbds", host, port, export_name: export_name.into_owned() })
+        let port = data_address::port(authority.as_str(), NBD_PORT);
+        let port = port.ok_or_else(|| off(text, "has a port that is not 1 to 65535"))?;
+        let (host, zone) = host_and_zone(authority.host()).map_err(|what| off(text, what))?;
+        let export_name = export_name(text, uri.path())?;
+        Ok(Self { server: NbdServer::Tcp { tls, host, zone, port }, export_name })
     }
 
-    /// `nbd` or `nbds`.
+    fn parse_unix(text: &str) -> Result<Self, String> {
+        let usage = "write nbd+unix:///export?socket=/path";
+        let rest = text.split_once("://").map_or("", |(_, rest)| rest);
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        if !path.is_empty() && !path.starts_with('/') {
+            return Err(off(text, &format!("names a host, which a Unix socket has none of; {usage}")));
+        }
+        let socket = query.strip_prefix(SOCKET_PARAMETER).filter(|socket| !socket.contains('&'));
+        let socket = socket.ok_or_else(|| {
+            off(text, &format!("has to name the server's socket, and nothing else, behind the '?': {usage}"))
+        })?;
+        let socket = percent_decode_str(socket).decode_utf8().map_err(|_| off(text, "is not UTF-8"))?;
+        if !socket.starts_with('/') || socket.contains('\0') || socket.len() > SOCKET_PATH_BYTES_MAX {
+            let what =
+                format!("names a socket that is no absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes");
+            return Err(off(text, &what));
+        }
+        let server = NbdServer::Unix { socket: socket.into_owned() };
+        Ok(Self { server, export_name: export_name(text, path)? })
+    }
+
+    /// `nbd`, `nbds` or `nbd+unix`.
     pub fn scheme(&self) -> &'static str {
-        if self.tls { "nbds" } else { "nbd" }
+        match self.server {
+            NbdServer::Tcp { tls: false, .. } => "nbd",
+            NbdServer::Tcp { tls: true, .. } => "nbds",
+            NbdServer::Unix { .. } => "nbd+unix",
+        }
     }
 
-    /// `host:port`, with the brackets of an IPv6 address.
+    /// The name, or IP address, that the server's certificate has to bear; `None`: without TLS. A zone is this machine's own
+    /// affair, and in no certificate.
+    pub fn certificate_name(&self) -> Option<&str> {
+        match &self.server {
+            NbdServer::Tcp { tls: true, host, .. } => Some(host),
+            NbdServer::Tcp { tls: false, .. } | NbdServer::Unix { .. } => None,
+        }
+    }
+
+    /// `host:port`, with the brackets and the zone of an IPv6 address, or `unix:/path`.
     pub fn address(&self) -> String {
-        if self.host.contains(':') {
-            format!("[{}]:{}", self.host, self.port)
-        } else {
-            format!("{}:{}", self.host, self.port)
+        match &self.server {
+            NbdServer::Tcp { host, zone, port, .. } => {
+                data_address::authority(host, zone.as_deref(), "%", *port)
+            }
+            NbdServer::Unix { socket } => format!("{}{socket}", data_address::UNIX),
         }
     }
 }
 
+/// What is wrong with a URI.
+fn off(text: &str, what: &str) -> String {
+    format!("{text:?} {what}")
+}
+
+fn with_zone(host: &str, zone: Option<&str>) -> String {
+    zone.map_or_else(|| host.to_owned(), |zone| format!("{host}%{zone}"))
+}
+
+fn export_name(text: &str, path: &str) -> Result<String, String> {
+    let path = path.strip_prefix('/').unwrap_or_default();
+    let export_name = percent_decode_str(path).decode_utf8().map_err(|_| off(text, "is not UTF-8"))?;
+    if export_name.len() > EXPORT_NAME_BYTES_MAX || export_name.contains('\0') {
+        return Err(off(text, "has an export name that NBD does not allow"));
+    }
+    Ok(export_name.into_owned())
+}
+
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let export_name = utf8_percent_encode(&self.export_name, URI_PATH_ESCAPED);
-        write!(f, "{}://{}/{export_name}", self.scheme(), self.address())
+        let escaped = |text| utf8_percent_encode(text, URI_PATH_ESCAPED);
+        let (scheme, export_name) = (self.scheme(), escaped(&self.export_name));
+        match &self.server {
+            NbdServer::Tcp { host, zone, port, .. } => {
+                let zone = zone.as_deref().map(|zone| escaped(zone).to_string());
+                let authority = data_address::authority(host, zone.as_deref(), "%25", *port);
+                write!(f, "{scheme}://{authority}/{export_name}")
+            }
+            NbdServer::Unix { socket } => {
+                write!(f, "{scheme}:///{export_name}?{SOCKET_PARAMETER}{}", escaped(socket))
+            }
+        }
     }
 }
 
@@ -224,20 +321,53 @@ mod tests {
     #[test]
     fn host_port_and_export_are_read() {
         let uri = nbd("nbd://storage.example:10810/disk%201/a");
-        assert_eq!((uri.host.as_str(), uri.port), ("storage.example", 10810));
         assert_eq!(uri.export_name, "disk 1/a");
         assert_eq!(uri.address(), "storage.example:10810");
         assert_eq!(nbd("nbd://h").export_name, "");
-        assert_eq!(nbd("nbd://h/").port, 10809);
+        assert_eq!(nbd("nbd://h/").address(), "h:10809");
         assert_eq!(nbd("nbd://h//a").export_name, "/a");
     }
 
     #[test]
     fn ipv6_addresses_keep_their_brackets_in_addresses_only() {
-        let uri = nbd("nbd://[::1]/x");
-        assert_eq!((uri.host.as_str(), uri.port), ("::1", 10809));
-        assert_eq!(uri.address(), "[::1]:10809");
+        let uri = nbd("nbds://[::1]/x");
+        assert_eq!((uri.certificate_name(), uri.address().as_str()), (Some("::1"), "[::1]:10809"));
         assert_eq!(nbd("nbd://[fe80::2]:99/x").address(), "[fe80::2]:99");
+    }
+
+    #[test]
+    fn a_zone_is_kept_all_the_way() {
+        for text in ["nbds://[FE80::1%25Eth0]/x", "nbds://[fe80::1%Eth0]/x"] {
+            let uri = nbd(text);
+            assert_eq!(uri.address(), "[fe80::1%Eth0]:10809");
+            assert_eq!(uri.certificate_name(), Some("fe80::1"));
+            assert_eq!(uri.to_string(), "nbds://[fe80::1%25Eth0]:10809/x");
+            assert_eq!(nbd(&uri.to_string()), uri);
+            let link = Target::Nbd(uri).link_name(Uuid::from_u128(7));
+            assert_eq!(link, "nbds@fe80%3A%3A1%25Eth0@10809@x");
+        }
+        assert_eq!(nbd("nbd://[fe80::1%3]:1/x").address(), "[fe80::1%3]:1");
+        // The number 25, not an empty zone behind a "%25".
+        assert_eq!(nbd("nbd://[fe80::1%25]:1/x").address(), "[fe80::1%25]:1");
+        assert_ne!(nbd("nbd://[fe80::1%eth0]/x"), nbd("nbd://[fe80::1%eth1]/x"));
+        for nameless in ["nbd://[fe80::1%]/x", "nbd://[fe80::1%25%2F]/x"] {
+            assert!(refusal(nameless).contains("no name of an interface"), "{nameless}");
+        }
+        assert!(refusal("nbd://[h]/x").contains("IPv6 address in brackets"));
+    }
+
+    #[test]
+    fn a_unix_socket_is_a_place_as_well() {
+        let uri = nbd("nbd+unix:///disk%201?socket=/run/my%20nbd.sock");
+        assert_eq!((uri.export_name.as_str(), uri.address().as_str()), ("disk 1", "unix:/run/my nbd.sock"));
+        assert_eq!(uri.certificate_name(), None);
+        assert_eq!(nbd(&uri.to_string()), uri);
+        assert_eq!(nbd("nbd+unix://?socket=/s"), nbd("NBD+UNIX:///?socket=/s"));
+        let link = Target::Nbd(uri).link_name(Uuid::from_u128(7));
+        assert_eq!(link, "nbd+unix@%2Frun%2Fmy%20nbd.sock@disk%201");
+        let longest = format!("nbd+unix:///x?socket=/{}", "s".repeat(106));
+        assert_eq!(nbd(&longest).export_name, "x");
+        assert!(refusal(&format!("{longest}s")).contains("at most 107 bytes"));
     }
 
     #[test]
@@ -251,14 +381,20 @@ mod tests {
     fn the_same_export_over_tls_is_another_target() {
         let (plain, tls) = (nbd("nbd://h/x"), nbd("NBDS://h/x"));
         assert_ne!(plain, tls);
-        assert_eq!((tls.port, tls.to_string().as_str()), (10809, "nbds://h:10809/x"));
+        assert_eq!(tls.to_string(), "nbds://h:10809/x");
         assert_eq!(Target::Nbd(tls).link_name(Uuid::from_u128(7)), "nbds@h@10809@x");
     }
 
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        assert!(refusal("nbds+unix:///x?socket=/s").contains("not supported yet"));
-        assert!(refusal("nbd+unix:///x?socket=/s").contains("not supported yet"));
+        assert!(refusal("nbds+unix:///x?socket=/s").contains("write nbd+unix:///export?socket=/path"));
+        assert!(refusal("nbd+vsock://2/x").contains("have the server listen on TCP"));
+        for no_socket in ["nbd+unix:///x", "nbd+unix:///x?path=/s", "nbd+unix:///x?socket=/s&tls=1"] {
+            assert!(refusal(no_socket).contains("has to name the server's socket"), "{no_socket}");
+        }
+        assert!(refusal("nbd+unix:///x?socket=s").contains("absolute path"));
+        assert!(refusal("nbd+unix://h/x?socket=/s").contains("names a host"));
+        assert!(refusal("nbd://h/x?socket=/s").contains("write nbd+unix:///export?socket=/path"));
         assert!(refusal("http://h/x").contains("not an NBD URI"));
         assert!(refusal("nbd://me@h/x").contains("names a user"));
         assert!(refusal("nbd://h/x?tls=1").contains("query"));

@@ -25,7 +25,7 @@ const CALL_DEADLINE: Duration = Duration::from_secs(300);
 /// Where the storage server's management API is, and with which files TLS is spoken to it.
 #[derive(Debug)]
 pub(crate) struct ServerAddress {
-    /// `unix:/path`, `http://host:port` or `https://host:port`
+    /// `unix:/path`, `http://host[:port]` or `https://host[:port]`
     pub(crate) uri: String,
     /// For `https://`.
     pub(crate) tls_files: Option<ClientFiles>,
@@ -33,12 +33,12 @@ pub(crate) struct ServerAddress {
 
 /// The storage server at this address.
 pub(crate) async fn server(address: &ServerAddress) -> Result<ManagementClient<Channel>, Failure> {
-    let uri = &address.uri;
+    let uri = &api_channel::with_port(&address.uri);
     let connected = api_channel::connect(uri, address.tls_files.as_ref()).await;
     connected.map(ManagementClient::new).map_err(|error| match error {
         ChannelError::Uri(_) => {
             let next =
-                "write --server unix:/path, http://host:port or https://host:port (or set VOLNODE_SERVER)";
+                "write --server unix:/path, http://host[:port] or https://host[:port] (or set VOLNODE_SERVER)";
             Failure::new(ExitCode::Usage, error.to_string(), next)
         }
         ChannelError::NoAuthority(_) => Failure::new(

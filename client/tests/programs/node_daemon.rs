@@ -248,7 +248,8 @@ fn a_target_that_cannot_be_is_wrong_usage() {
     let daemon = NodeDaemon::start(run_dir.path(), "http://127.0.0.1:9");
     for (target, why) in [
         ("a/b", "neither a volume's name"),
-        ("nbd+unix:///x", "not supported yet"),
+        ("nbd+unix:///x", "socket=/path"),
+        ("nbds+unix:///x?socket=/s", "nbd+unix:///export?socket=/path"),
         ("nbds://h/x", "--tls-ca"),
     ] {
         let ended = daemon.volctl(&["attach", target]);

@@ -113,7 +113,7 @@ fn wrong_usage_ends_with_2() {
         assert_eq!(volctl(NOBODY, Path::new(NO_SOCKET), args).exit_code, Some(2), "{args:?}");
     }
     let ended = volctl("ftp://h", Path::new(NO_SOCKET), &["list"]);
-    ended.expect_failure(2, "not of the form unix:/path, http://host:port", "--server");
+    ended.expect_failure(2, "not of the form unix:/path, http://host[:port]", "--server");
 }
 
 #[test]

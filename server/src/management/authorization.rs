@@ -25,7 +25,7 @@ impl Caller {
     /// Of the call with these extensions.
     pub(super) fn of(extensions: &Extensions) -> Self {
         let peer = extensions.get::<ApiPeer>();
-        Self(peer.map_or_else(|| Arc::new(Rights::nothing()), |ApiPeer(rights)| Arc::clone(rights)))
+        Self(peer.map_or_else(|| Arc::new(Rights::nothing()), |peer| Arc::clone(&peer.rights)))
     }
 
     /// Whether every call may be made, whatever it is about.
@@ -58,6 +58,7 @@ mod tests {
     use tonic::Code;
 
     use super::*;
+    use crate::advertised::ReachedAt;
 
     #[test]
     fn a_call_that_came_another_way_may_do_nothing() {
@@ -70,7 +71,8 @@ mod tests {
     #[test]
     fn who_may_do_everything_may_do_each() {
         let mut extensions = Extensions::new();
-        extensions.insert(ApiPeer(Arc::new(Rights::everything())));
+        let (rights, reached_at) = (Arc::new(Rights::everything()), ReachedAt::Socket);
+        extensions.insert(ApiPeer { rights, reached_at });
         let caller = Caller::of(&extensions);
         assert!(
             caller.require_manage().is_ok()

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,6 +33,7 @@ use tonic::transport::server::Connected;
 use tracing::{debug, info, warn};
 
 use crate::admission::accountable;
+use crate::advertised::ReachedAt;
 use crate::data_address::{self, Listener, Peer};
 use crate::tls::ServerTls;
 use crate::tls::rights::Rights;
@@ -58,9 +59,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// The type of a handshake record, the first byte of every TLS connection.
 const TLS_HANDSHAKE_RECORD: u8 = 22;
 
-/// Who calls; in the extensions of every call.
+/// Who calls, and how; in the extensions of every call.
 #[derive(Debug, Clone)]
-pub struct ApiPeer(pub Arc<Rights>);
+pub struct ApiPeer {
+    /// What the caller may do.
+    pub rights: Arc<Rights>,
+    /// Where the connection was accepted.
+    pub reached_at: ReachedAt,
+}
 
 /// Accepts connections for as long as the stream is taken from, at most `connections_max` at once.
 ///
@@ -174,11 +180,12 @@ async fn begin_tcp(mut socket: Guarded, tls: &ServerTls) -> io::Result<ApiStream
     }
     let mut config = (*config).clone();
     config.alpn_protocols = vec![b"h2".to_vec()];
+    let reached_at = socket.reached_at();
     let stream = TlsAcceptor::from(Arc::new(config)).accept(socket).await?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let rights = tls.rights_of(certificate);
+    let rights = Arc::new(tls.rights_of(certificate));
     debug!(?rights, "a caller of the management API");
-    Ok(ApiStream::Tls(Box::new(stream), ApiPeer(Arc::new(rights))))
+    Ok(ApiStream::Tls(Box::new(stream), ApiPeer { rights, reached_at }))
 }
 
 // ------------------------------------------------------------------------------------------------ how many
@@ -318,6 +325,20 @@ pub struct Guarded {
     _place: Place,
 }
 
+impl Guarded {
+    fn reached_at(&self) -> ReachedAt {
+        match &self.transport {
+            // Of a connection that has ended there is none, and nobody is told anything any more.
+            Transport::Tcp(socket) => {
+                socket.local_addr().map_or(ReachedAt::Address(Ipv4Addr::LOCALHOST.into()), |local| {
+                    ReachedAt::Address(local.ip())
+                })
+            }
+            Transport::Unix(_) => ReachedAt::Socket,
+        }
+    }
+}
+
 impl AsyncRead for Guarded {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -381,7 +402,9 @@ impl Connected for ApiStream {
 
     fn connect_info(&self) -> ApiPeer {
         match self {
-            Self::Plain(_) => ApiPeer(Arc::new(Rights::everything())),
+            Self::Plain(socket) => {
+                ApiPeer { rights: Arc::new(Rights::everything()), reached_at: socket.reached_at() }
+            }
             Self::Tls(_, peer) => peer.clone(),
         }
     }

@@ -20,12 +20,14 @@ use std::time::{Duration, Instant};
 use proto::v1;
 use proto::v1::management_server::{Management, ManagementServer};
 use tokio::sync::Semaphore;
-use tonic::{Request, Response, Status};
+use tonic::{Extensions, Request, Response, Status};
 
+use crate::advertised::Advertised;
 use crate::lifecycle::{AttachWanted, DataSide, HOLDER_TIMEOUT, Lifecycle, LifecycleError, NameLocks};
 use crate::status;
 use authorization::Caller;
 use fields::Fields;
+use listener::ApiPeer;
 use page_token::PageToken;
 
 /// Blocking calls at once that change something; more wait. Each takes a thread, for one commit or one fence.
@@ -72,15 +74,15 @@ pub struct ManagementService<D> {
     lifecycle: Arc<Lifecycle<D>>,
     locks: NameLocks,
     calls: Calls,
-    data_addresses: Vec<String>,
+    advertised: Advertised,
 }
 
 impl<D: DataSide> ManagementService<D> {
-    /// The service as tonic takes it. `data_addresses` ("host:port") is what clients are told.
-    pub fn new(lifecycle: Lifecycle<D>, calls: Calls, data_addresses: Vec<String>) -> ManagementServer<Self> {
+    /// The service as tonic takes it. `advertised` is what clients are told.
+    pub fn new(lifecycle: Lifecycle<D>, calls: Calls, advertised: Advertised) -> ManagementServer<Self> {
         let lifecycle = Arc::new(lifecycle);
         let service =
-            ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), calls, data_addresses });
+            ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), calls, advertised });
         service.max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
@@ -91,6 +93,12 @@ impl<D: DataSide> ManagementService<D> {
     ) -> Result<Response<T>, Status> {
         let outcome = self.outcome(&self.calls.looks, call).await?;
         outcome.map(Response::new).map_err(|error| status::from_lifecycle(&error))
+    }
+
+    /// Where the caller of these extensions can open exports.
+    fn data_addresses(&self, extensions: &Extensions) -> Vec<String> {
+        let peer = extensions.get::<ApiPeer>();
+        peer.map_or_else(Vec::new, |peer| self.advertised.to_caller(peer.reached_at))
     }
 
     /// Runs a blocking call on the lifecycle and answers with what it returned.
@@ -123,12 +131,12 @@ impl<D: DataSide> ManagementService<D> {
 impl<D: DataSide> Management for ManagementService<D> {
     async fn get_server_info(
         &self,
-        _request: Request<v1::GetServerInfoRequest>,
+        request: Request<v1::GetServerInfoRequest>,
     ) -> Result<Response<v1::GetServerInfoResponse>, Status> {
         Ok(Response::new(v1::GetServerInfoResponse {
             server_id: self.lifecycle.catalog().server_id().to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            data_addresses: self.data_addresses.clone(),
+            data_addresses: self.data_addresses(request.extensions()),
         }))
     }
 
@@ -214,6 +222,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::AttachVolumeRequest>,
     ) -> Result<Response<v1::AttachVolumeResponse>, Status> {
         let caller = Caller::of(request.extensions());
+        let data_addresses = self.data_addresses(request.extensions());
         let request = request.into_inner();
         let mut fields = Fields::default();
         let name = fields.volume_name("volume_name", request.volume_name);
@@ -229,7 +238,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         let wanted = AttachWanted { node_id, boot_id, read_only, force };
         let give_up = Instant::now() + ATTACH_WAIT_MAX;
         loop {
-            let (wanted, data_addresses) = (wanted.clone(), self.data_addresses.clone());
+            let (wanted, data_addresses) = (wanted.clone(), data_addresses.clone());
             let lock = self.locks.lock(&name).await;
             let outcome = self
                 .outcome(&self.calls.permits, move |lifecycle| {

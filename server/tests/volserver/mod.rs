@@ -107,8 +107,14 @@ impl Volserver {
         Self {
             child,
             data: data.split(' ').map(|address| address.parse().unwrap()).collect(),
-            management: management.parse().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0))),
-            management_socket: management.strip_prefix("unix:").map(PathBuf::from),
+            management: management
+                .split(' ')
+                .find_map(|address| address.parse().ok())
+                .unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0))),
+            management_socket: management
+                .split(' ')
+                .find_map(|address| address.strip_prefix("unix:"))
+                .map(PathBuf::from),
             log: log.to_owned(),
         }
     }
