@@ -236,6 +236,12 @@ pub struct SessionRecord {
 }
 
 impl SessionRecord {
+    /// How many bytes at the end of the export are no whole block, and so not on the disk.
+    pub fn tail_bytes(&self) -> u64 {
+        let block_bytes = u64::from(self.block_size_bytes.max(1));
+        self.export_bytes % block_bytes
+    }
+
     /// Whether there can be writes that were acknowledged and are not durable.
     pub fn has_volatile_cache(&self) -> bool {
         self.volatile_cache && !self.read_only

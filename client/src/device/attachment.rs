@@ -214,6 +214,14 @@ impl Made {
             volatile_cache: params.volatile_cache,
             read_only: params.read_only,
         };
+        if session.tail_bytes() > 0 {
+            tracing::warn!(
+                target = spec.target,
+                tail_bytes = session.tail_bytes(),
+                block_size_bytes = session.block_size_bytes,
+                "the end of the export is no whole block, and is not on the disk"
+            );
+        }
         let address = first.address.clone();
         // Before there is a device: every queue needs a connection.
         let mut sockets = slots::dial_others(spec, first, layout.wanted_connections())?;

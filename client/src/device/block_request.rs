@@ -80,7 +80,9 @@ pub enum GeometryError {
 
 /// The device for an export.
 ///
-/// A capacity that is not a whole number of blocks is rounded down. What the server does not announce is not announced
+/// Blocks are as small as was asked for and the server allows: 512 bytes where neither says otherwise, because that is what disk
+/// images are made for, and no other size leaves less of an export over. A capacity that is not a whole number of blocks is
+/// rounded down. What the server does not announce is not announced
 /// by the device: without FLUSH there is no volatile cache, without FUA the block layer follows a write by a FLUSH,
 /// without WRITE_ZEROES it writes pages of zeroes.
 ///
@@ -190,6 +192,26 @@ mod tests {
         assert_eq!((full.capacity_bytes, full.logical_block_bytes), (1 << 20, 4096));
         assert!(full.volatile_cache && full.fua && full.read_only && full.discard.is_some());
         full.to_abi().unwrap();
+    }
+
+    /// As of an image whose size is a multiple of 2048, like an ISO's: a partition table in it counts in sectors of 512 bytes.
+    #[test]
+    fn no_larger_blocks_are_chosen_than_are_needed_and_a_tail_is_left_over_only_where_it_must_be() {
+        let blocks = |size_bytes: u64, minimum_bytes: u32, asked_bytes: u32| {
+            let mut export = export(TransmissionFlags::HAS_FLAGS);
+            export.size_bytes = size_bytes;
+            export.block_sizes =
+                Some(BlockSizes { minimum_bytes, preferred_bytes: 4096, maximum_bytes: 1 << 20 });
+            let params = device_params(&export, asked_bytes, false).unwrap();
+            (params.logical_block_bytes, size_bytes - params.capacity_bytes)
+        };
+        let iso = (1 << 20) + 2048;
+        assert_eq!(blocks(1 << 20, 1, 0), (512, 0));
+        assert_eq!(blocks(iso, 1, 0), (512, 0));
+        assert_eq!(blocks(iso, 2048, 0), (2048, 0));
+        assert_eq!(blocks(iso, 4096, 0), (4096, 2048));
+        assert_eq!(blocks(iso, 1, 4096), (4096, 2048));
+        assert_eq!(blocks(iso + 100, 1, 0), (512, 100));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::device_process;
 use super::error::NodeError;
 use super::target::{DetachSelector, Target};
 use crate::contract::{
-    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec,
+    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec, SessionRecord,
 };
 use crate::device::reconnect::StallPolicy;
 
@@ -179,6 +179,7 @@ impl AttachmentRecord {
             attachment.stall_fail_after_ms = fail_after_ms;
             attachment.reconnects = status.reconnects;
             attachment.program_version.clone_from(&status.program_version);
+            attachment.tail_bytes = status.session.as_ref().map_or(0, SessionRecord::tail_bytes);
         }
         if self.pid.is_none() && attachment.state_reason.is_empty() {
             let why =
@@ -211,6 +212,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::contract::{CONTRACT_VERSION, ExportSpec, SendZc, write_file};
+    use crate::device::data_socket::Encryption;
 
     /// A spec for a volume, as the supervisor would write it.
     pub(crate) fn spec(attachment_id: Uuid, target: &str) -> DeviceSpec {
@@ -288,6 +290,35 @@ pub(crate) mod tests {
         assert_eq!(attachment.state(), v1::DeviceState::Dead);
         assert_eq!(attachment.state_reason, "the device process died; detach cleans up");
         assert_eq!(attachment.device_path, "/dev/ublkb4000000");
+    }
+
+    #[test]
+    fn what_is_not_on_the_disk_is_told() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let boot_id = contract::boot_id().unwrap();
+        let spec = write(run_dir.path(), 7, "nbd://h/iso", &boot_id);
+        let dir = AttachmentDir::new(run_dir.path(), spec.attachment_id);
+        let told = |session| {
+            write_file(
+                &dir.status(),
+                &DeviceStatus { session, ..status(&spec, DeviceState::Live, &boot_id) },
+            )
+            .unwrap();
+            AttachmentRecord::read(dir.clone()).unwrap().unwrap().to_proto().tail_bytes
+        };
+        let session = SessionRecord {
+            incarnation: String::new(),
+            encryption: Encryption::None,
+            export_bytes: (1 << 20) + 2048,
+            export_flags: 0,
+            export_block_bytes: None,
+            capacity_bytes: 1 << 20,
+            block_size_bytes: 4096,
+            max_io_bytes: 1 << 20,
+            volatile_cache: false,
+            read_only: true,
+        };
+        assert_eq!((told(None), told(Some(session))), (0, 2048));
     }
 
     #[test]

@@ -25,7 +25,7 @@ const SPINNER_INTERVAL: Duration = Duration::from_millis(100);
 /// Of `--on-stall fail`; long enough for a server to be restarted.
 const FAIL_AFTER_DEFAULT: Duration = Duration::from_secs(30);
 
-/// Prints the device path and nothing else, so that a script can use it.
+/// Prints the device path and nothing else on stdout, so that a script can use it.
 pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Failure> {
     let mut client = connect::node(socket).await?;
     let spinner = spinner(format!("attaching {}", args.target));
@@ -57,7 +57,22 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
     };
     spinner.finish_and_clear();
     let attachment = answer?.attachment.ok_or_else(|| Failure::incomplete_answer("attachment"))?;
-    Ok(Report::new(format!("{}\n", attachment.device_path), node_attachment_json(&attachment)))
+    let report = Report::new(format!("{}\n", attachment.device_path), node_attachment_json(&attachment));
+    Ok(report.with_note(tail_note(&attachment)))
+}
+
+/// What of the export the disk has not, if anything.
+fn tail_note(attachment: &v1::NodeAttachment) -> String {
+    match attachment.tail_bytes {
+        0 => String::new(),
+        tail_bytes => format!(
+            "volctl: the last {tail_bytes} bytes of {} are no whole block of {} bytes, and not on the disk\n  next: make the export \
+             larger by {} bytes, or have its server allow smaller blocks\n",
+            attachment.target,
+            attachment.block_size_bytes,
+            u64::from(attachment.block_size_bytes).saturating_sub(tail_bytes)
+        ),
+    }
 }
 
 /// One disk, or all of them.
@@ -229,4 +244,21 @@ fn spinner(message: String) -> ProgressBar {
     let spinner = ProgressBar::new_spinner().with_message(message);
     spinner.enable_steady_tick(SPINNER_INTERVAL);
     spinner
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_that_is_not_on_the_disk_is_told_with_its_size_and_what_to_do() {
+        let whole =
+            v1::NodeAttachment { target: "nbd://h/iso".into(), block_size_bytes: 4096, ..Default::default() };
+        assert_eq!(tail_note(&whole), "");
+        let told = tail_note(&v1::NodeAttachment { tail_bytes: 2000, ..whole });
+        assert!(
+            told.contains("last 2000 bytes of nbd://h/iso") && told.contains("larger by 2096 bytes"),
+            "{told}"
+        );
+    }
 }

@@ -136,7 +136,7 @@ pub(crate) struct CreateArgs {
     /// Capacity: bytes, or with K, M, G or T (powers of 1024; KiB, MiB ... mean the same), such as 2G
     #[arg(long, value_parser = parse_size)]
     pub(crate) size: u64,
-    /// Logical block size in bytes: 512 or 4096
+    /// Logical block size in bytes: 4096; or 512, which disk images (cloud images, ISOs) are made for
     #[arg(long, default_value_t = 4096, value_name = "BYTES")]
     pub(crate) block_size: u32,
     /// Where the data is kept

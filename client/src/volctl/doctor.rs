@@ -47,6 +47,7 @@ pub(crate) async fn doctor(server: &ServerAddress, socket: &Path) -> Report {
         text: checks.iter().map(Check::text).collect(),
         json: checks.iter().map(Check::json).collect(),
         exit_code: exit_code.unwrap_or(ExitCode::Done),
+        note: String::new(),
         is_printed: false,
     }
 }

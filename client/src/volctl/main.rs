@@ -70,6 +70,8 @@ fn print(report: &Report, output: OutputFormat) -> Result<(), Failure> {
     if report.is_printed {
         return Ok(());
     }
+    // Whoever closed stderr does not want to know.
+    io::stderr().write_all(report.note.as_bytes()).ok();
     let text = match output {
         OutputFormat::Table => report.text.clone(),
         OutputFormat::Json => format!("{:#}\n", report.json),

@@ -18,6 +18,8 @@ pub(crate) struct Report {
     pub(crate) text: String,
     pub(crate) json: Value,
     pub(crate) exit_code: ExitCode,
+    /// For people, on stderr; ends with a line feed, or is empty.
+    pub(crate) note: String,
     /// It was printed already, piece by piece.
     pub(crate) is_printed: bool,
 }
@@ -25,7 +27,12 @@ pub(crate) struct Report {
 impl Report {
     /// A success.
     pub(crate) fn new(text: impl Into<String>, json: Value) -> Self {
-        Self { text: text.into(), json, exit_code: ExitCode::Done, is_printed: false }
+        Self { text: text.into(), json, exit_code: ExitCode::Done, note: String::new(), is_printed: false }
+    }
+
+    /// The same, with something that is to be known besides.
+    pub(crate) fn with_note(self, note: String) -> Self {
+        Self { note, ..self }
     }
 
     /// The same, of which nothing is left to print.
@@ -119,6 +126,7 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "stall_fail_after_ms": attachment.stall_fail_after_ms,
         "reconnects": attachment.reconnects,
         "program_version": attachment.program_version,
+        "tail_bytes": attachment.tail_bytes,
     })
 }
 
