@@ -4,15 +4,21 @@
 //! Owns: which URI is taken, and TLS under HTTP/2. The files are read at each connect, so that renewed certificates are
 //! taken without a restart. Never: makes a call. Called by the node daemon (`node/management_client.rs`) and volctl.
 
+use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
+use tls::certificates::CertificateError;
+use tls::explain;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -20,6 +26,7 @@ use tonic::transport::{self, Channel, Endpoint};
 use tower::service_fn;
 
 use crate::data_address::{self, Place, host_and_zone};
+use crate::node::error::with_sources;
 use crate::tls_spec::ClientFiles;
 
 /// TCP, TLS and HTTP/2 to the server.
@@ -46,9 +53,24 @@ pub enum ChannelError {
     /// There is nobody to believe the server's certificate by.
     #[error("{0} needs the certificate of the server's authority: give --tls-ca")]
     NoAuthority(String),
+    /// A certificate or key of ours cannot be used.
+    #[error(transparent)]
+    Certificates(#[from] CertificateError),
     /// The server cannot be reached, or is not believed.
     #[error(transparent)]
     Connect(#[from] transport::Error),
+}
+
+/// What the system or TLS saw, such as "Connection refused"; the layers around it only say that connecting failed. Of what is wrong
+/// with certificates and keys, in words that say what to change.
+pub fn innermost_cause(error: &(dyn Error + 'static)) -> String {
+    let causes = || std::iter::successors(Some(error), |cause| <dyn Error>::source(*cause));
+    let inner = |cause: &'_ (dyn Error + 'static)| {
+        let inner = cause.downcast_ref::<io::Error>()?.get_ref()?;
+        let of_tls = inner.downcast_ref().map(explain::handshake_failure);
+        of_tls.or_else(|| inner.downcast_ref::<CertificateError>().map(|error| with_sources(error)))
+    };
+    causes().find_map(inner).or_else(|| causes().last().map(ToString::to_string)).unwrap_or_default()
 }
 
 /// Whether TLS is spoken to the API at this URI.
@@ -114,6 +136,8 @@ pub async fn connect(uri: &str, files: Option<&ClientFiles>) -> Result<Channel, 
             Ok(endpoint.connect_with_connector(connector).await?)
         }
         Way::Https(endpoint, authority, files) => {
+            // For its own error: below a connector it would look as if the server were not there.
+            files.load()?;
             let connector = service_fn(move |_| tls_connect(authority.clone(), files.clone()));
             Ok(endpoint.connect_with_connector(connector).await?)
         }
@@ -207,13 +231,45 @@ async fn tcp_connect(authority: &Authority) -> io::Result<TcpStream> {
     Ok(socket)
 }
 
-async fn tls_connect(authority: Authority, files: ClientFiles) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+async fn tls_connect(authority: Authority, files: ClientFiles) -> io::Result<TokioIo<Explained>> {
     let mut config = files.load().map_err(io::Error::other)?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     let socket = tcp_connect(&authority).await?;
     let name = ServerName::try_from(authority.host).map_err(io::Error::other)?;
     let stream = TlsConnector::from(Arc::new(config)).connect(name, socket).await?;
-    Ok(TokioIo::new(stream))
+    Ok(TokioIo::new(Explained(stream)))
+}
+
+/// A stream whose errors say what to change: the server refuses a certificate of ours only after the client's handshake, and HTTP/2
+/// keeps nothing of an error but its words.
+struct Explained(TlsStream<TcpStream>);
+
+impl AsyncRead for Explained {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.0).poll_read(cx, into);
+        read.map_err(|error| match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+            Some(of_tls) => io::Error::new(error.kind(), explain::handshake_failure(of_tls)),
+            None => error,
+        })
+    }
+}
+
+impl AsyncWrite for Explained {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
 }
 
 #[cfg(test)]

@@ -129,9 +129,11 @@ fn servers_and_clients_that_are_not_believed_are_refused() {
     let client = authority.issue(&dir.path().join("client"), &[]);
     let other_name = dial(&spec(&client, "other.example", false));
     assert!(matches!(other_name, DialError::Tls { .. }), "{other_name}");
+    assert!(other_name.to_string().contains("subjectAltName=DNS:other.example as well"), "{other_name}");
     let stranger = Authority::new().issue(&dir.path().join("stranger"), &[]);
     let unknown_server = dial(&spec(&stranger, "127.0.0.1", false));
     assert!(matches!(unknown_server, DialError::Tls { .. }), "{unknown_server}");
+    assert!(unknown_server.to_string().contains("issued by none of the authorities"), "{unknown_server}");
     // The server learns of a bad client's certificate after the client's handshake: then the export does not open.
     let mut unknown_client = spec(&stranger, "127.0.0.1", false);
     unknown_client.files.ca = files.authority();

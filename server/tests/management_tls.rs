@@ -253,6 +253,50 @@ fn files_that_cannot_be_used_are_told_at_the_start() {
     assert!(code == 2 && stderr.contains("server-cert.pem"), "{code} {stderr}");
     let (code, stderr) = start(&rig.files.authority());
     assert!(code == 2 && stderr.contains("ca-cert.pem"), "{code} {stderr}");
+    let rig = Rig::new();
+    let other = rig.client("other", &[]);
+    std::fs::copy(other.pair().key, rig.files.pair().key).unwrap();
+    let (code, stderr) = refused(rig.command("required"));
+    assert!(
+        code == 2 && stderr.contains("this certificate is not for the private key in"),
+        "{code} {stderr}"
+    );
+}
+
+/// However much it has said before it hears of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_whose_certificate_is_refused_always_hears_why() {
+    let rig = Rig::new();
+    let server = rig.start("required");
+    let stranger = Authority::new().issue(&rig.dir.path().join("stranger"), &[]);
+    let mut config = client_config(&rig.files.authority(), Some(&stranger.pair())).unwrap();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = TlsConnector::from(Arc::new(config));
+    for _ in 0..30 {
+        let socket = TcpStream::connect(server.management).await.unwrap();
+        let mut stream = connector.connect(ServerName::try_from("localhost").unwrap(), socket).await.unwrap();
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.ok();
+        let error = stream.read_to_end(&mut Vec::new()).await.unwrap_err();
+        assert!(error.to_string().contains("UnknownCA"), "{error}");
+    }
+    let log = server.log_with("a TLS handshake of the management API fails");
+    assert!(log.contains("issued by none of the authorities that are trusted here"), "{log}");
+}
+
+/// It serves all the same: not every client looks at everything.
+#[test]
+fn a_server_whose_certificate_clients_refuse_says_so_at_the_start() {
+    let mut rig = Rig::new();
+    rig.files = rig.authority.issue_with(&rig.dir.path().join("bad"), &[], |made| {
+        made.not_after = tls::test_authority::rcgen::date_time_ymd(2002, 1, 1);
+        made.subject_alt_names.clear();
+    });
+    let server = rig.start("required");
+    let log = server.log_with("common name (CN) does not count");
+    assert!(
+        log.contains("server-cert.pem: the certificate expired") && log.contains("have it issued anew"),
+        "{log}"
+    );
 }
 
 #[test]

@@ -186,10 +186,8 @@ impl ManagementClient {
     }
 }
 
-/// What the system saw, such as "Connection refused"; the layers around it only say that connecting failed.
 fn innermost_cause(status: &Status) -> String {
-    let causes = std::iter::successors(status.source(), |cause| <dyn Error>::source(*cause));
-    causes.last().map_or_else(|| status.message().to_owned(), ToString::to_string)
+    status.source().map_or_else(|| status.message().to_owned(), api_channel::innermost_cause)
 }
 
 #[cfg(test)]

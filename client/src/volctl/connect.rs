@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use client::api_channel::{self, ChannelError};
+use client::node::error::with_sources;
 use client::tls_spec::ClientFiles;
 use proto::v1::management_client::ManagementClient;
 use proto::v1::node_client::NodeClient;
@@ -45,6 +46,16 @@ pub(crate) async fn server(address: &ServerAddress) -> Result<ManagementClient<C
             ExitCode::Usage,
             error.to_string(),
             "give the file with --tls-ca (or VOLNODE_TLS_CA)",
+        ),
+        ChannelError::Certificates(error) => Failure::new(
+            ExitCode::Usage,
+            with_sources(&error),
+            "give other files with --tls-ca, --tls-cert and --tls-key (or VOLNODE_TLS_…), or mend these",
+        ),
+        ChannelError::Connect(error) if is_of_tls(&error) => Failure::new(
+            ExitCode::Unreachable,
+            format!("the storage server at {uri} answers, but TLS does not start: {}", root_cause(&error)),
+            "mend what it says; docs/tls.md shows how certificates are made",
         ),
         ChannelError::Connect(error) if io_error_kind(&error) == Some(io::ErrorKind::PermissionDenied) => {
             Failure::new(
@@ -102,7 +113,12 @@ fn io_error_kind(error: &transport::Error) -> Option<io::ErrorKind> {
     causes(error).find_map(|cause| cause.downcast_ref::<io::Error>()).map(io::Error::kind)
 }
 
-/// The innermost cause, which says what the system saw; those around it only say that connecting failed.
 fn root_cause(error: &transport::Error) -> String {
-    causes(error).last().map_or_else(String::new, ToString::to_string)
+    api_channel::innermost_cause(error)
+}
+
+/// Whether the two sides do not believe each other, or what answers speaks no TLS.
+fn is_of_tls(error: &transport::Error) -> bool {
+    let io_errors = causes(error).filter_map(|cause| cause.downcast_ref::<io::Error>());
+    io_errors.filter_map(io::Error::get_ref).any(|inner| inner.is::<rustls::Error>())
 }

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fmt;
 
+use client::api_channel;
 use proto::error_reason as reason;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -75,8 +76,7 @@ impl From<Status> for Failure {
 
 /// What the system or TLS saw, if the status was made here because of it.
 fn innermost_cause(status: &Status) -> Option<String> {
-    let causes = std::iter::successors(status.source(), |cause| <dyn Error>::source(*cause));
-    causes.last().map(ToString::to_string)
+    status.source().map(api_channel::innermost_cause)
 }
 
 impl fmt::Display for Failure {

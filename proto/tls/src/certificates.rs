@@ -5,32 +5,56 @@
 //! TLS 1.3 and 1.2 only. No session is ever resumed and no ticket is sent: a ticket would be a record that a
 //! socket in the kernel's hands cannot take for data.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject as _};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
+
+use crate::explain::{self, faults_of_server_certificate};
 
 /// A file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
-    /// It cannot be read, or holds no such thing in PEM form.
-    #[error("{}: {what}: {source}", path.display())]
-    File {
+    /// It cannot be read.
+    #[error("{}: cannot be read: {source}", path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// What was looked for is damaged.
+    #[error("{}: the PEM of {what} is damaged: {reason}", path.display())]
+    Damaged {
         /// Which file.
         path: PathBuf,
         /// What was looked for.
         what: &'static str,
-        /// Why it was not found.
-        source: pem::Error,
+        /// Where it stops to make sense.
+        reason: String,
     },
-    /// It holds no certificate at all.
-    #[error("{}: there is no certificate in this file", .0.display())]
-    Empty(PathBuf),
+    /// It holds something else, or nothing in PEM form.
+    #[error("{}: there is no {what} in this file, but {found}", path.display())]
+    Missing {
+        /// Which file.
+        path: PathBuf,
+        /// What was looked for.
+        what: &'static str,
+        /// What there is, and what may be meant.
+        found: String,
+    },
+    /// The key can be read by nobody who has not its passphrase.
+    #[error(
+        "{path}: the private key is encrypted, and nobody can be asked for its passphrase here: write it anew without \
+         (openssl pkey -in {path} -out NEW.pem), readable by this program's user alone", path = .0.display()
+    )]
+    Encrypted(PathBuf),
     /// A certificate of an authority is malformed.
     #[error("{}: not a certificate of an authority: {source}", path.display())]
     Authority {
@@ -39,13 +63,27 @@ pub enum CertificateError {
         /// What is wrong with it.
         source: rustls::Error,
     },
-    /// Certificate and key do not belong together, or are of a kind that is not supported.
-    #[error("{}: the certificate cannot be used with its key: {source}", path.display())]
+    /// The certificate is of another key.
+    #[error(
+        "{certificate}: this certificate is not for the private key in {key}: give the two that were made together (both of \
+         `openssl x509 -noout -pubkey -in {certificate}` and `openssl pkey -pubout -in {key}` tell the public key)",
+        certificate = certificate.display(), key = key.display()
+    )]
+    Mismatch {
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// The key's.
+        key: PathBuf,
+    },
+    /// Certificate or key are malformed, or of a kind that is not supported.
+    #[error("{} with the key in {}: {reason}", certificate.display(), key.display())]
     Pair {
         /// The certificate's file.
-        path: PathBuf,
+        certificate: PathBuf,
+        /// The key's.
+        key: PathBuf,
         /// What does not fit.
-        source: rustls::Error,
+        reason: String,
     },
     /// Client certificates cannot be checked against the authorities.
     #[error("client certificates cannot be checked: {0}")]
@@ -67,12 +105,15 @@ pub struct Pair {
 impl Pair {
     fn load(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), CertificateError> {
         let chain = certificates(&self.certificate)?;
-        let key = PrivateKeyDer::from_pem_file(&self.key).map_err(|source| CertificateError::File {
-            path: self.key.clone(),
-            what: "no private key",
-            source,
-        })?;
-        Ok((chain, key))
+        Ok((chain, private_key(&self.key)?))
+    }
+
+    fn unfit(&self, source: rustls::Error) -> CertificateError {
+        let (certificate, key) = (self.certificate.clone(), self.key.clone());
+        match source {
+            rustls::Error::InconsistentKeys(_) => CertificateError::Mismatch { certificate, key },
+            source => CertificateError::Pair { certificate, key, reason: explain::own_certificate(&source) },
+        }
     }
 }
 
@@ -93,9 +134,7 @@ pub fn server_config(pair: &Pair, client_authority: Option<&Path>) -> Result<Ser
         }
     };
     let (chain, key) = pair.load()?;
-    let mut config = builder
-        .with_single_cert(chain, key)
-        .map_err(|source| CertificateError::Pair { path: pair.certificate.clone(), source })?;
+    let mut config = builder.with_single_cert(chain, key).map_err(|source| pair.unfit(source))?;
     config.enable_secret_extraction = true;
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -115,9 +154,7 @@ pub fn client_config(authority: &Path, pair: Option<&Pair>) -> Result<ClientConf
         None => builder.with_no_client_auth(),
         Some(pair) => {
             let (chain, key) = pair.load()?;
-            builder
-                .with_client_auth_cert(chain, key)
-                .map_err(|source| CertificateError::Pair { path: pair.certificate.clone(), source })?
+            builder.with_client_auth_cert(chain, key).map_err(|source| pair.unfit(source))?
         }
     };
     config.enable_secret_extraction = true;
@@ -135,11 +172,64 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
+/// What clients will find wrong with a server's certificate, whichever they are; a line for each, with what to change.
+///
+/// # Errors
+/// [`CertificateError`]: the file cannot be used.
+pub fn faults_of_server(pair: &Pair, now: UnixTime) -> Result<Vec<String>, CertificateError> {
+    let chain = certificates(&pair.certificate)?;
+    let faults = chain.first().map(|shown| faults_of_server_certificate(shown, now)).unwrap_or_default();
+    let path = pair.certificate.display();
+    Ok(faults.into_iter().map(|fault| format!("{path}: the certificate {fault}")).collect())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, CertificateError> {
+    std::fs::read(path).map_err(|source| CertificateError::Unreadable { path: path.to_owned(), source })
+}
+
+fn damaged(path: &Path, what: &'static str, error: &pem::Error) -> CertificateError {
+    CertificateError::Damaged { path: path.to_owned(), what, reason: error.to_string() }
+}
+
+/// What a file has, and what may be meant.
+fn missing(path: &Path, what: &'static str, text: &[u8], command: &str) -> CertificateError {
+    let text = String::from_utf8_lossy(text);
+    let begin = |line: &str| Some(line.trim().strip_prefix("-----BEGIN ")?.strip_suffix("-----")?.to_owned());
+    let kinds: Vec<String> = text.lines().filter_map(begin).collect();
+    let found = match &kinds[..] {
+        _ if text.trim().is_empty() => "nothing at all".to_owned(),
+        [] => format!(
+            "nothing in PEM form (text between BEGIN and END lines): if it is DER, `openssl {command} -inform der -in {path} -out \
+             NEW.pem` makes PEM of it",
+            path = path.display()
+        ),
+        kinds => format!("{}: are the names of the files exchanged?", kinds.join(", ")),
+    };
+    CertificateError::Missing { path: path.to_owned(), what, found }
+}
+
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, CertificateError> {
-    let broken = |source| CertificateError::File { path: path.to_owned(), what: "no certificate", source };
-    let found: Vec<_> =
-        CertificateDer::pem_file_iter(path).map_err(broken)?.collect::<Result<_, _>>().map_err(broken)?;
-    if found.is_empty() { Err(CertificateError::Empty(path.to_owned())) } else { Ok(found) }
+    let text = read(path)?;
+    let found: Vec<_> = CertificateDer::pem_slice_iter(&text)
+        .collect::<Result<_, _>>()
+        .map_err(|error| damaged(path, "a certificate", &error))?;
+    if found.is_empty() { Err(missing(path, "certificate", &text, "x509")) } else { Ok(found) }
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, CertificateError> {
+    let text = read(path)?;
+    // In PKCS #8's way, and in that of the forms before it.
+    let is_encrypted = |text: &str| {
+        text.contains("-----BEGIN ENCRYPTED PRIVATE KEY-----") || text.contains("Proc-Type: 4,ENCRYPTED")
+    };
+    match PrivateKeyDer::from_pem_slice(&text) {
+        Ok(key) => Ok(key),
+        Err(_) if is_encrypted(&String::from_utf8_lossy(&text)) => {
+            Err(CertificateError::Encrypted(path.to_owned()))
+        }
+        Err(pem::Error::NoItemsFound) => Err(missing(path, "private key", &text, "pkey")),
+        Err(error) => Err(damaged(path, "a private key", &error)),
+    }
 }
 
 fn authorities(path: &Path) -> Result<RootCertStore, CertificateError> {
@@ -156,28 +246,81 @@ fn authorities(path: &Path) -> Result<RootCertStore, CertificateError> {
 mod tests {
     use super::*;
 
+    /// Each file that people give by mistake.
     #[test]
-    fn a_file_of_no_use_is_named() {
+    fn a_file_of_no_use_is_named_with_what_is_wrong_and_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        std::fs::write(at("empty"), "").unwrap();
-        std::fs::write(at("text"), "-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n").unwrap();
+        let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
+        write("empty", "\n");
+        write("text", "-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n");
+        write("der", "0\u{1}no PEM");
         let key = rcgen::KeyPair::generate().unwrap();
         let certificate = rcgen::CertificateParams::new(["h".to_owned()]).unwrap().self_signed(&key).unwrap();
-        std::fs::write(at("cert"), certificate.pem()).unwrap();
-        std::fs::write(at("other-key"), rcgen::KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        write("cert", &certificate.pem());
+        write("key", &key.serialize_pem());
+        write("other-key", &rcgen::KeyPair::generate().unwrap().serialize_pem());
+        let pkcs8 = "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIHs\n-----END ENCRYPTED PRIVATE KEY-----\n";
+        write("encrypted", pkcs8);
+        let before = "-----BEGIN EC PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,00\n\nMIHs\n\
+                      -----END EC PRIVATE KEY-----\n";
+        write("encrypted-before", before);
         let pair = |certificate: &str, key: &str| Pair { certificate: at(certificate), key: at(key) };
         for (pair, told) in [
-            (pair("missing", "other-key"), "missing: no certificate"),
-            (pair("empty", "other-key"), "empty: there is no certificate"),
-            (pair("text", "other-key"), "text: no certificate"),
-            (pair("cert", "cert"), "cert: no private key"),
-            (pair("cert", "other-key"), "cert: the certificate cannot be used with its key"),
+            (pair("absent", "key"), ["absent: cannot be read", "No such file"]),
+            (pair("empty", "key"), ["empty: there is no certificate", "nothing at all"]),
+            (pair("text", "key"), ["text: the PEM of a certificate is damaged", "base64"]),
+            (pair("der", "key"), ["der: there is no certificate", "openssl x509 -inform der"]),
+            (pair("key", "cert"), ["key: there is no certificate", "PRIVATE KEY: are the names"]),
+            (pair("cert", "cert"), ["cert: there is no private key", "CERTIFICATE: are the names"]),
+            (pair("cert", "der"), ["der: there is no private key", "openssl pkey -inform der"]),
+            (pair("cert", "other-key"), ["cert: this certificate is not for the private key in", "-pubkey"]),
+            (pair("cert", "encrypted"), ["encrypted: the private key is encrypted", "openssl pkey -in"]),
+            (pair("cert", "encrypted-before"), ["the private key is encrypted", "openssl pkey -in"]),
         ] {
-            let error = server_config(&pair, None).unwrap_err().to_string();
-            assert!(error.contains(told), "{error}");
+            for error in [
+                server_config(&pair, None).unwrap_err(),
+                client_config(&at("cert"), Some(&pair)).unwrap_err(),
+            ] {
+                let error = error.to_string();
+                assert!(told.iter().all(|told| error.contains(told)), "{told:?}: {error}");
+            }
         }
         assert!(client_config(&at("empty"), None).is_err());
+    }
+
+    /// Made by OpenSSL: a key with a passphrase, and a certificate without extensions, as `openssl x509 -req` issues it.
+    #[test]
+    fn what_openssl_makes_when_it_is_not_told_more_is_explained() {
+        let dir = tempfile::tempdir().unwrap();
+        let openssl = |arguments: &str| {
+            let made = std::process::Command::new("openssl")
+                .args(arguments.split(' '))
+                .current_dir(dir.path())
+                .stdin(std::process::Stdio::null())
+                .output();
+            made.is_ok_and(|made| made.status.success())
+        };
+        let key = "genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out";
+        if !openssl(&format!("{key} key.pem")) {
+            println!("SKIP no openssl");
+            return;
+        }
+        assert!(openssl(&format!("{key} encrypted.pem -aes256 -pass pass:x")));
+        assert!(openssl("req -new -subj /CN=localhost -key key.pem -out request.pem"));
+        assert!(openssl("x509 -req -in request.pem -signkey key.pem -out cert.pem"));
+        let pair = |key: &str| Pair { certificate: dir.path().join("cert.pem"), key: dir.path().join(key) };
+        let encrypted = server_config(&pair("encrypted.pem"), None).unwrap_err();
+        assert!(matches!(encrypted, CertificateError::Encrypted(_)), "{encrypted}");
+        // Newer ones make it of version 3, still without a name.
+        let told = match server_config(&pair("key.pem"), None) {
+            Ok(_) => faults_of_server(&pair("key.pem"), UnixTime::now()).unwrap().join("; "),
+            Err(error) => error.to_string(),
+        };
+        assert!(
+            told.contains("cert.pem") && told.contains("issued with") && told.contains("subjectAltName"),
+            "{told}"
+        );
     }
 
     #[test]

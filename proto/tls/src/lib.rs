@@ -2,6 +2,7 @@
 //! records, which the kernel does where it can (kTLS) and a relay in user space where it cannot.
 //!
 //! - [`certificates`]: the files an administrator names, and the rustls configurations made of them.
+//! - [`explain`]: what a handshake failed for, in words that say what to change.
 //! - [`stream`]: a connection from the handshake until its records are handed over.
 //! - [`kernel`]: kTLS: what this kernel can do, the hand-over of keys, and records that are not data.
 //! - [`relay`]: a socket pair whose far end is copied through rustls, so that a ring still sees a plain stream socket.
@@ -12,6 +13,7 @@
 //! `ring` the ciphers; there is no cryptography here.
 
 pub mod certificates;
+pub mod explain;
 pub mod kernel;
 pub mod relay;
 pub mod stream;

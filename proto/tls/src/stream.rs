@@ -8,11 +8,12 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{CipherSuite, ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
+use crate::explain;
 use crate::kernel::{self, CipherKind, HandOverError};
 use crate::relay;
 
@@ -21,12 +22,15 @@ const RECORD_HEADER_BYTES: usize = 5;
 /// Longest body of a record: 2^14 of data and, in TLS 1.2, up to 2^11 around them.
 const RECORD_BODY_BYTES_MAX: usize = (16 << 10) + 2048;
 
+/// So long a client whose handshake failed may take to hear of it.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+
 /// Why there is no TLS connection.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The peer is not believed, does not believe us, or breaks the protocol.
-    #[error(transparent)]
-    Tls(#[from] rustls::Error),
+    #[error("{}", explain::handshake_failure(.0))]
+    Tls(rustls::Error),
     /// The socket failed, or the time was up (`TimedOut`).
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -36,6 +40,13 @@ pub enum StreamError {
     /// The records cannot be handed over.
     #[error(transparent)]
     HandOver(#[from] HandOverError),
+}
+
+// Not by thiserror, which would make it the source as well: its own words would be told beside ours.
+impl From<rustls::Error> for StreamError {
+    fn from(error: rustls::Error) -> Self {
+        Self::Tls(error)
+    }
 }
 
 /// Who does the records.
@@ -99,8 +110,26 @@ impl TlsStream {
             // The alert says why; a peer that does not take it has no use for it.
             let _ = stream.send_records(deadline);
             let _ = stream.socket.shutdown(Shutdown::Write);
+            if matches!(stream.connection, Connection::Server(_)) {
+                stream.say_farewell();
+            }
         }
         outcome.map(|()| stream)
+    }
+
+    /// Has the alert arrive: a client learns of it only after its own side of the handshake, and what it sends meanwhile, unread, would
+    /// reset the connection and take the alert along.
+    fn say_farewell(&self) {
+        let (give_up, mut nowhere) = (Instant::now() + FAREWELL_LIMIT, [0; 4096]);
+        loop {
+            let left = give_up.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.socket.set_read_timeout(Some(left)).is_err() {
+                return;
+            }
+            if !matches!((&self.socket).read(&mut nowhere), Ok(1..)) {
+                return;
+            }
+        }
     }
 
     fn handshake(&mut self, deadline: Instant) -> Result<(), StreamError> {

@@ -14,6 +14,8 @@ use rcgen::{
     SanType, date_time_ymd,
 };
 
+pub use rcgen;
+
 use crate::certificates::Pair;
 
 /// Number of the next authority.
@@ -58,7 +60,8 @@ impl Authority {
         })
     }
 
-    fn issue_with(
+    /// The same, of a certificate that is changed before it is issued.
+    pub fn issue_with(
         &self,
         folder: &Path,
         uris: &[&str],

@@ -21,8 +21,9 @@ use std::time::{Duration, Instant};
 
 use proto::nbd::handshake::server::TlsState;
 use socket2::Socket;
+use tls::explain;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
@@ -44,6 +45,8 @@ pub const CONNECTIONS_MAX: u32 = 512;
 const CONNECTIONS_OF_PEER_MAX: usize = 128;
 /// The TLS handshake and the beginning of HTTP/2: a caller that takes longer is not one.
 const BEGIN_LIMIT: Duration = Duration::from_secs(10);
+/// So long a client whose handshake failed may take to hear of it.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 /// A client's side of a connection begins with so many bytes that are always the same (RFC 9113, 3.4).
 const PREFACE_BYTES: u64 = 24;
 /// Milliseconds that a newcomer is spared for.
@@ -135,7 +138,13 @@ fn begin(
             match begun.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 // The server is stopping where nobody takes it.
                 Ok(stream) => drop(ready.send(Ok(stream)).await),
-                Err(error) => debug!(%peer, %error, "a connection of the management API has not begun"),
+                Err(error) => match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+                    Some(of_tls) => {
+                        let why = explain::handshake_failure(of_tls);
+                        info!(%peer, why, "a TLS handshake of the management API fails");
+                    }
+                    None => debug!(%peer, %error, "a connection of the management API has not begun"),
+                },
             }
         });
         return;
@@ -181,11 +190,26 @@ async fn begin_tcp(mut socket: Guarded, tls: &ServerTls) -> io::Result<ApiStream
     let mut config = (*config).clone();
     config.alpn_protocols = vec![b"h2".to_vec()];
     let reached_at = socket.reached_at();
-    let stream = TlsAcceptor::from(Arc::new(config)).accept(socket).await?;
+    let stream = match TlsAcceptor::from(Arc::new(config)).accept(socket).into_fallible().await {
+        Ok(stream) => stream,
+        Err((error, socket)) => {
+            say_farewell(socket).await;
+            return Err(error);
+        }
+    };
     let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let rights = Arc::new(tls.rights_of(certificate));
     debug!(?rights, "a caller of the management API");
     Ok(ApiStream::Tls(Box::new(stream), ApiPeer { rights, reached_at }))
+}
+
+/// Has the alert arrive that says why: what the client sends meanwhile, unread, would reset the connection and take it along.
+async fn say_farewell(mut socket: Guarded) {
+    if socket.shutdown().await.is_ok() {
+        let mut nowhere = tokio::io::sink();
+        let drained = tokio::io::copy(&mut socket, &mut nowhere);
+        let _ = tokio::time::timeout(FAREWELL_LIMIT, drained).await;
+    }
 }
 
 // ------------------------------------------------------------------------------------------------ how many

@@ -20,10 +20,11 @@ use std::time::Instant;
 
 use proto::nbd::handshake::server::TlsState;
 use rustls::ServerConfig;
-use tls::certificates::{CertificateError, Pair, server_config};
+use rustls::pki_types::UnixTime;
+use tls::certificates::{CertificateError, Pair, faults_of_server, server_config};
 use tls::relay;
 use tls::stream::{Carrier, Records, StreamError, TlsStream};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::fence::ConnectionId;
 use crate::mailbox::{Mailbox, RingMessage};
@@ -177,5 +178,10 @@ impl ServerTls {
 }
 
 fn load(files: &TlsFiles) -> Result<Arc<ServerConfig>, CertificateError> {
-    server_config(&files.pair, files.client_authority.as_deref()).map(Arc::new)
+    let config = server_config(&files.pair, files.client_authority.as_deref()).map(Arc::new)?;
+    // Served all the same: some clients look away, and one that has expired is no reason to keep the others' disks waiting.
+    for fault in faults_of_server(&files.pair, UnixTime::now())? {
+        warn!(fault, "clients refuse the server's certificate");
+    }
+    Ok(config)
 }
