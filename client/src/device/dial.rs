@@ -379,7 +379,8 @@ mod tests {
     fn a_unix_socket_is_dialled_like_any_address() {
         let dir = tempfile::tempdir_in("/tmp").unwrap();
         let address = format!("unix:{}", dir.path().join("nbd.sock").display());
-        let dial = || attempts(std::slice::from_ref(&address), "x", None).unwrap().next().unwrap();
+        let dial =
+            || attempts(std::slice::from_ref(&address), "x", None, OPEN_TIMEOUT).unwrap().next().unwrap();
         let missing = dial().unwrap_err();
         assert!(matches!(missing, DialError::Connect { .. }), "{missing}");
         let listener = UnixListener::bind(dir.path().join("nbd.sock")).unwrap();
@@ -395,7 +396,8 @@ mod tests {
     #[test]
     fn a_zone_of_no_interface_is_told() {
         let address = "[fe80::1%no-such-if0]:10809".to_owned();
-        let dialled = attempts(std::slice::from_ref(&address), "x", None).unwrap().next().unwrap();
+        let dialled =
+            attempts(std::slice::from_ref(&address), "x", None, OPEN_TIMEOUT).unwrap().next().unwrap();
         let told = dialled.unwrap_err().to_string();
         assert!(told.contains("no network interface \"no-such-if0\""), "{told}");
     }

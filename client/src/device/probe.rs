@@ -120,6 +120,8 @@ mod tests {
     use std::io::{Read as _, Write as _};
     use std::net::{TcpListener, TcpStream};
 
+    use socket2::Socket;
+
     use super::*;
 
     /// What a server answers to a READ with this cookie.
@@ -143,7 +145,7 @@ mod tests {
             far.write_all(first).unwrap();
             far.write_all(second).unwrap();
         });
-        let outcome = ask(&near.into(), 512, Instant::now() + Duration::from_secs(5));
+        let outcome = ask(&Socket::from(near).into(), 512, Instant::now() + Duration::from_secs(5));
         server.join().unwrap();
         outcome
     }
