@@ -58,6 +58,8 @@ pub const DEVICE_START_FAILED: &str = "DEVICE_START_FAILED";
 pub const DEVICE_TIMED_OUT: &str = "DEVICE_TIMED_OUT";
 /// ALREADY_EXISTS: the target is attached here with other properties.
 pub const ATTACHED_DIFFERENTLY: &str = "ATTACHED_DIFFERENTLY";
+/// FAILED_PRECONDITION: a partition of another disk of this machine has the stable name that the disk would have.
+pub const NAME_TAKEN: &str = "NAME_TAKEN";
 /// UNAVAILABLE: the storage server cannot be reached.
 pub const SERVER_UNREACHABLE: &str = "SERVER_UNREACHABLE";
 /// UNAVAILABLE: the device is gone, but the server could not be told; repeating the detach finishes it.

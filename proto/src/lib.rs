@@ -4,6 +4,7 @@
 //! - [`nbd`]: the NBD wire protocol: codec, request validation, and the handshake of both sides as state machines that
 //!   take bytes and give bytes.
 //! - [`error_reason`]: the stable reasons that gRPC errors carry.
+//! - [`volume_name`]: names of volumes that look like those of partitions.
 //! - [`export_name`]: the name under which an attachment's export is opened; it carries identity, secret, epoch and slot.
 //!
 //! Never here: sockets, clocks, unsafe code.
@@ -11,6 +12,7 @@
 pub mod error_reason;
 pub mod export_name;
 pub mod nbd;
+pub mod volume_name;
 
 /// The gRPC API `volnode.v1`, generated from `proto/volnode/v1/*.proto`.
 pub mod v1 {

@@ -39,6 +39,9 @@ pub(crate) fn from_lifecycle(error: &LifecycleError) -> Status {
             Code::NotFound,
             error_info(reason::VOLUME_NOT_FOUND, "list the volumes to see which there are", []),
         ),
+        LifecycleError::PartitionName { .. } => {
+            return invalid_fields(vec![InvalidField { field: "name", description: message }]);
+        }
         LifecycleError::VolumeDiffers { property, existing, .. } => (
             Code::AlreadyExists,
             error_info(

@@ -138,6 +138,18 @@ pub enum NodeError {
         /// How long.
         after: Duration,
     },
+    /// A partition of another disk has the stable name.
+    #[error(
+        "partition {partition} of {disk}, which is attached to this machine, has the name that the disk of {target} would have"
+    )]
+    NameTaken {
+        /// What was to be attached.
+        target: String,
+        /// Whose partition it is.
+        disk: String,
+        /// Which.
+        partition: u32,
+    },
     /// The target is attached here, otherwise than asked for.
     #[error("{target} is attached already, with {}", .differences.join(", "))]
     AttachedDifferently {
@@ -184,6 +196,7 @@ impl NodeError {
             Self::DeviceOpen { .. } => (Code::FailedPrecondition, reason::DEVICE_OPEN),
             Self::DeviceFailed { .. } => (Code::FailedPrecondition, reason::DEVICE_FAILED),
             Self::StartFailed { .. } => (Code::FailedPrecondition, reason::DEVICE_START_FAILED),
+            Self::NameTaken { .. } => (Code::FailedPrecondition, reason::NAME_TAKEN),
             Self::AttachedDifferently { .. } => (Code::AlreadyExists, reason::ATTACHED_DIFFERENTLY),
             Self::StateFile(ContractError::Version { .. }) => {
                 (Code::FailedPrecondition, reason::NEWER_FORMAT)
@@ -231,6 +244,7 @@ impl NodeError {
             Self::StopFailed { .. } | Self::TimedOut { .. } | Self::Panicked => {
                 "see the log of `volclient serve` and the kernel's (dmesg)".to_owned()
             }
+            Self::NameTaken { disk, .. } => format!("detach {disk} first, or attach the two on different machines"),
             Self::AttachedDifferently { .. } => {
                 "detach it first, or ask for the properties it has".to_owned()
             }

@@ -15,11 +15,12 @@
 use std::fmt::Display;
 use std::fs;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1;
+use proto::volume_name::partition_of;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tonic::Code;
@@ -33,7 +34,7 @@ use super::error::NodeError;
 use super::leftovers;
 use super::management_client::ManagementClient;
 use super::recovery;
-use super::target::{DetachSelector, NbdUri, Target};
+use super::target::{self, DetachSelector, NbdUri, Target};
 use super::target_locks::TargetLocks;
 use crate::api_channel;
 use crate::contract::{
@@ -232,19 +233,24 @@ impl Supervisor {
         let target = Target::parse(&request.target)?;
         let wishes = Wishes::of(&request)?;
         let _guard = self.locks.lock(&target.to_string()).await;
-        let found = AttachmentRecord::read_all(&self.config.run_dir)?;
-        let found = found.into_iter().find(|record| record.target().as_ref() == Some(&target));
+        let (found, attached): (Vec<_>, Vec<_>) = AttachmentRecord::read_all(&self.config.run_dir)?
+            .into_iter()
+            .partition(|record| record.target().as_ref() == Some(&target));
+        let found = found.into_iter().next();
         if let Some(record) = &found {
             if let Some(attachment) = self.reuse(record, &wishes).await? {
                 return Ok(v1::AttachResponse { attachment: Some(attachment), existed: true });
             }
             remove_device_and_link(&record.spec, false).await?;
         }
+        check_link(&target, &attached)?;
         let tls = self.tls_for(&target)?;
         check_machine(wishes.data_path).await?;
         let mut new = match &target {
             Target::Volume(name) => self.prepare_volume(name, &wishes, request.force, found.as_ref()).await?,
-            Target::Nbd(uri) => self.prepare_nbd(uri, &request.target, &wishes, found.as_ref()),
+            Target::Nbd(uri) => {
+                self.prepare_nbd(uri, &target::unescaped(&request.target), &wishes, found.as_ref())
+            }
         };
         if tls.is_some() {
             new.spec.format_version = CONTRACT_VERSION_TLS;
@@ -586,6 +592,19 @@ impl Supervisor {
             existed |= self.management.detach_volume(&attachment_id).await?;
         }
         Ok(existed)
+    }
+}
+
+/// Makes sure that a volume's stable name is not the one of a partition that is there; volumes of such names are no longer made.
+fn check_link(target: &Target, attached: &[AttachmentRecord]) -> Result<(), NodeError> {
+    let Target::Volume(name) = target else { return Ok(()) };
+    let Some((disk, partition)) = partition_of(name) else { return Ok(()) };
+    let is_disk = |record: &&AttachmentRecord| record.target() == Some(Target::Volume(disk.to_owned()));
+    let dev_id = attached.iter().find(is_disk).and_then(|record| record.status.as_ref()?.dev_id);
+    let is_there = |dev_id: u32| Path::new(&format!("/sys/class/block/ublkb{dev_id}p{partition}")).exists();
+    match dev_id.filter(|dev_id| is_there(*dev_id)) {
+        Some(_) => Err(NodeError::NameTaken { target: name.clone(), disk: disk.to_owned(), partition }),
+        None => Ok(()),
     }
 }
 

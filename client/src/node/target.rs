@@ -5,14 +5,18 @@
 //! given, one `/` after the authority removed, the rest percent-decoded; an empty export name is the server's default export. A
 //! link-local host has a zone: `[fe80::1%25eth0]`, or `%eth0` as people write it. Two spellings of one URI are one target.
 //! Link names: a volume's is its name; an NBD URI's is `nbd@<host>@<port>@<export>` (or `nbds@`…), or `nbd+unix@<path>@<export>`,
-//! percent-encoded but for letters, digits, `-`, `_` and `.`. `@` is in no volume's name, so that no two targets share a link.
+//! percent-encoded but for letters, digits, `-`, `_` and `.`. `@` is in no volume's name, so that no two targets share a link; nor
+//! does an export share one with another's partition: the `-` of a `-part1` at its end is encoded, too.
+//! In the name of a systemd unit a URI is written as systemd-escape(1) writes it: `nbd:--host-export`.
 //! Called by: `supervisor`.
 //! Source: the NBD project's doc/uri.md; RFC 6874 (zones).
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
+use proto::volume_name::partition_of;
 use uuid::Uuid;
 
 use super::error::NodeError;
@@ -80,6 +84,7 @@ impl Target {
     /// # Errors
     /// [`NodeError::InvalidField`]: neither a volume's name nor an NBD URI that is supported.
     pub fn parse(text: &str) -> Result<Self, NodeError> {
+        let text = &unescaped(text);
         match text.split_once("://") {
             Some((scheme, _)) => NbdUri::parse(text, scheme).map(Self::Nbd),
             None => volume_name(text).map(Self::Volume),
@@ -101,6 +106,10 @@ impl Target {
                     }
                     NbdServer::Unix { socket } => format!("{scheme}@{}@{export_name}", escaped(socket)),
                 };
+                let name = match partition_of(&name) {
+                    Some((export, partition)) => format!("{export}%2Dpart{partition}"),
+                    None => name,
+                };
                 // No file could be named so; the attachment's id is as unique.
                 if name.len() <= LINK_NAME_BYTES_MAX { name } else { format!("{scheme}@{attachment_id}") }
             }
@@ -116,6 +125,35 @@ impl fmt::Display for Target {
             Self::Nbd(uri) => uri.fmt(f),
         }
     }
+}
+
+/// A URI that was written as systemd-escape(1) writes it, for the instance of a unit; anything else as it is, which has no `:`
+/// without `//` behind it.
+pub fn unescaped(text: &str) -> Cow<'_, str> {
+    let is_escaped = ["nbd:--", "nbds:--", r"nbd\x2bunix:--"].iter().any(|scheme| text.starts_with(scheme));
+    if !is_escaped {
+        return Cow::Borrowed(text);
+    }
+    let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text);
+    while let Some(first) = rest.chars().next() {
+        let code = rest.strip_prefix("\\x").and_then(|code| u8::from_str_radix(code.get(..2)?, 16).ok());
+        let taken = match (code, first) {
+            (Some(code), _) => {
+                bytes.push(code);
+                4
+            }
+            (None, '-') => {
+                bytes.push(b'/');
+                1
+            }
+            (None, other) => {
+                bytes.extend_from_slice(&rest.as_bytes()[..other.len_utf8()]);
+                other.len_utf8()
+            }
+        };
+        rest = &rest[taken..];
+    }
+    String::from_utf8(bytes).map_or(Cow::Borrowed(text), Cow::Owned)
 }
 
 fn volume_name(text: &str) -> Result<String, String> {
@@ -414,6 +452,31 @@ mod tests {
         assert_eq!(link("nbd://h/a/b"), "nbd@h@10809@a%2Fb");
         assert_ne!(link("nbd://h/a%2540"), link("nbd://h/a@"));
         assert_eq!(link(&format!("nbd://h/{}", "x".repeat(300))), format!("nbd@{id}"));
+    }
+
+    #[test]
+    fn an_export_has_another_link_than_the_partition_of_another() {
+        let link = |text: &str| Target::parse(text).unwrap().link_name(Uuid::from_u128(7));
+        assert_eq!(link("nbd://h/x-part1"), "nbd@h@10809@x%2Dpart1");
+        assert_ne!(link("nbd://h/x-part1"), format!("{}-part1", link("nbd://h/x")));
+        assert_ne!(link("nbd://h/x-part1"), link("nbd://h/x%252Dpart1"));
+        assert_eq!(link("nbd://h/x-parts"), "nbd@h@10809@x-parts");
+    }
+
+    /// As `systemd-escape` wrote them.
+    #[test]
+    fn a_uri_is_read_as_a_unit_is_named_by_it() {
+        for (escaped, uri) in [
+            ("nbd:--10.0.2.2:10809-disk", "nbd://10.0.2.2:10809/disk"),
+            (r"nbd:--storage\x2d1-a\x2dpart1", "nbd://storage-1/a-part1"),
+            (r"nbds:--\x5bfe80::1\x2525eth0\x5d-x", "nbds://[fe80::1%25eth0]/x"),
+            (r"nbd\x2bunix:---x\x3fsocket\x3d-run-nbd.sock", "nbd+unix:///x?socket=/run/nbd.sock"),
+        ] {
+            assert_eq!(Target::parse(escaped).unwrap(), Target::parse(uri).unwrap(), "{escaped}");
+        }
+        for other in ["vol-1", r"vol\x2d1", "nbd://h-1/x-y"] {
+            assert_eq!(unescaped(other), other);
+        }
     }
 
     #[test]

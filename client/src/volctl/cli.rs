@@ -131,7 +131,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct CreateArgs {
-    /// 1 to 128 letters, digits, '-', '_' and '.', beginning with a letter or digit
+    /// 1 to 128 letters, digits, '-', '_' and '.', beginning with a letter or digit; not ending like a partition's (-part1)
     pub(crate) name: String,
     /// Capacity: bytes, or with K, M, G or T (powers of 1024; KiB, MiB ... mean the same), such as 2G
     #[arg(long, value_parser = parse_size)]
@@ -164,7 +164,7 @@ pub(crate) enum Switch {
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
     /// A volume's name; or nbd://host[:port]/export for any NBD server (port 10809 if left out; nbds:// for TLS), or
-    /// nbd+unix:///export?socket=/path for one on this machine
+    /// nbd+unix:///export?socket=/path for one on this machine; also as systemd-escape writes such a URI
     pub(crate) target: String,
     /// How data moves between the kernel and the network; auto takes the best that this kernel proves it can do
     #[arg(long, value_enum, default_value_t = DataPathArg::Auto)]

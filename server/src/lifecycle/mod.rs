@@ -121,6 +121,18 @@ pub enum LifecycleError {
     /// No volume of that name.
     #[error("there is no volume {0}")]
     VolumeNotFound(String),
+    /// A new volume may not be called what another's partition is.
+    #[error(
+        "the name {name} is that of partition {partition} of the volume {disk}: choose one that does not end in -part and a number"
+    )]
+    PartitionName {
+        /// The name.
+        name: String,
+        /// Whose partition is called so.
+        disk: String,
+        /// Which.
+        partition: u32,
+    },
     /// A volume of that name has other properties than those asked for.
     #[error("volume {name} exists with another {property}: {existing}, not {wanted}")]
     VolumeDiffers {

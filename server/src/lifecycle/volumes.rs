@@ -6,6 +6,7 @@
 
 use std::io;
 
+use proto::volume_name::partition_of;
 use uuid::Uuid;
 
 use super::{DataSide, Lifecycle, LifecycleError, NameLock};
@@ -18,7 +19,7 @@ impl<D: DataSide> Lifecycle<D> {
     /// Makes the volume; one with the same name and properties is returned as it is.
     ///
     /// # Errors
-    /// [`LifecycleError::VolumeDiffers`], [`LifecycleError::NoSpace`], [`LifecycleError::NoMemory`],
+    /// [`LifecycleError::PartitionName`], [`LifecycleError::VolumeDiffers`], [`LifecycleError::NoSpace`], [`LifecycleError::NoMemory`],
     /// [`LifecycleError::TooLarge`]; the catalog's or the storage's failure.
     pub fn create_volume(&self, lock: &NameLock, new: &NewVolume) -> Result<VolumeRecord, LifecycleError> {
         assert_eq!(lock.name(), new.name, "the lock is of the volume's name");
@@ -26,8 +27,12 @@ impl<D: DataSide> Lifecycle<D> {
             Some((existing, VolumeState::Ready)) => {
                 return same_properties(&existing, new).map(|()| existing);
             }
-            Some((leftover, _)) => self.remove_volume(&leftover)?,
-            None => {}
+            found => {
+                refuse_name_of_partition(&new.name)?;
+                if let Some((leftover, _)) = found {
+                    self.remove_volume(&leftover)?;
+                }
+            }
         }
         let volume = self.catalog.begin_creating(new)?;
         let made =
@@ -160,6 +165,13 @@ fn storage_error(
         io::ErrorKind::FileTooLarge => LifecycleError::TooLarge { capacity_bytes },
         _ => LifecycleError::Storage { action, volume_uid, source },
     }
+}
+
+/// Of a new volume only: those that there are keep their names.
+fn refuse_name_of_partition(name: &str) -> Result<(), LifecycleError> {
+    partition_of(name).map_or(Ok(()), |(disk, partition)| {
+        Err(LifecycleError::PartitionName { name: name.to_owned(), disk: disk.to_owned(), partition })
+    })
 }
 
 /// Whether the volume is the one asked for; the error names the first property that is not.
