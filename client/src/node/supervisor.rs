@@ -243,7 +243,7 @@ impl Supervisor {
             }
             remove_device_and_link(&record.spec, false).await?;
         }
-        check_link(&target, &attached)?;
+        check_link(&target, &attached, has_partition)?;
         let tls = self.tls_for(&target)?;
         check_machine(wishes.data_path).await?;
         let mut new = match &target {
@@ -595,17 +595,25 @@ impl Supervisor {
     }
 }
 
-/// Makes sure that a volume's stable name is not the one of a partition that is there; volumes of such names are no longer made.
-fn check_link(target: &Target, attached: &[AttachmentRecord]) -> Result<(), NodeError> {
+/// Makes sure that a volume's stable name is not the one of a partition that is there (of which disk, and which); volumes of such
+/// names are no longer made.
+fn check_link(
+    target: &Target,
+    attached: &[AttachmentRecord],
+    is_there: impl Fn(u32, u32) -> bool,
+) -> Result<(), NodeError> {
     let Target::Volume(name) = target else { return Ok(()) };
     let Some((disk, partition)) = partition_of(name) else { return Ok(()) };
     let is_disk = |record: &&AttachmentRecord| record.target() == Some(Target::Volume(disk.to_owned()));
     let dev_id = attached.iter().find(is_disk).and_then(|record| record.status.as_ref()?.dev_id);
-    let is_there = |dev_id: u32| Path::new(&format!("/sys/class/block/ublkb{dev_id}p{partition}")).exists();
-    match dev_id.filter(|dev_id| is_there(*dev_id)) {
+    match dev_id.filter(|dev_id| is_there(*dev_id, partition)) {
         Some(_) => Err(NodeError::NameTaken { target: name.clone(), disk: disk.to_owned(), partition }),
         None => Ok(()),
     }
+}
+
+fn has_partition(dev_id: u32, partition: u32) -> bool {
+    Path::new(&format!("/sys/class/block/ublkb{dev_id}p{partition}")).exists()
 }
 
 /// Tells a server that is not there from any other reason of a device process to give up.
@@ -702,6 +710,25 @@ mod tests {
         let mut status = status(&spec, DeviceState::Live, "boot");
         (status.nr_hw_queues, status.nr_connections) = (2, 2);
         (spec, status)
+    }
+
+    #[test]
+    fn a_name_that_a_partition_has_is_not_given_to_a_disk() {
+        let (spec, status) = attached();
+        let dir = AttachmentDir::from_path("/nowhere");
+        let attached = [AttachmentRecord { dir, spec, status: Some(status), pid: None }];
+        let check = |name: &str| {
+            let is_there = |dev_id, partition| (dev_id, partition) == (4_000_000, 2);
+            check_link(&Target::parse(name).unwrap(), &attached, is_there)
+        };
+        let taken = check("vol-1-part2").unwrap_err();
+        assert_eq!(
+            taken.to_string(),
+            "partition 2 of vol-1, which is attached to this machine, has the name that the disk of vol-1-part2 would have"
+        );
+        for free in ["vol-1-part1", "vol-2-part2", "vol-2", "nbd://h/vol-1-part2"] {
+            check(free).unwrap();
+        }
     }
 
     #[test]
