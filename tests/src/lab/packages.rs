@@ -63,6 +63,7 @@ const PACKAGES: [Package; 21] = [
     Package::from("systemd", "systemd-analyze", "--version", (252, 0)),
     Package::any("procps", "ps"),
     Package::any("python3", "/usr/bin/python3"),
+    Package::any("openssl", "openssl"),
     Package::any("e2fsprogs", "mkfs.ext4"),
     Package::any("xfsprogs", "mkfs.xfs"),
     Package::any("btrfs-progs", "mkfs.btrfs"),

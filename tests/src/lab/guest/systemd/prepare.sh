@@ -12,7 +12,11 @@ VOLNODE_SERVER=$SERVER
 VOLCLIENT_NODE_ID=lab
 END
 fstab=_netdev,nofail,x-systemd.requires=volnode-attach@vol-1.service,x-systemd.before=volnode-stall-limit.service
-echo "/dev/volnode/vol-1 /mnt/data ext4 $fstab 0 2" > /etc/fstab
+case $SERVER in
+# On the storage server itself there are no disks.
+unix:*) : > /etc/fstab ;;
+*) echo "/dev/volnode/vol-1 /mnt/data ext4 $fstab 0 2" > /etc/fstab ;;
+esac
 echo 0123456789abcdef0123456789abcdef > /etc/machine-id
 cat > /etc/systemd/system/lab.service << END
 [Unit]
