@@ -3,6 +3,7 @@
 //! Owns: the command line and the log. Never: does anything itself; see `node` and `device` of the library.
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -187,8 +188,10 @@ fn run_device_name(disk: &str, run_dir: &Path) -> anyhow::Result<()> {
 }
 
 fn run_stop_disk(dev_id: u32) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string(&safe_stop::stop_disk(dev_id))?);
-    Ok(())
+    let mut line = serde_json::to_string(&safe_stop::stop_disk(dev_id))?;
+    line.push('\n');
+    // Whoever asked may have ended meanwhile.
+    Ok(std::io::stdout().write_all(line.as_bytes())?)
 }
 
 fn run_device(args: DeviceArgs) -> anyhow::Result<()> {
