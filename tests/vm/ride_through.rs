@@ -349,6 +349,8 @@ impl SlowDisk {
         let slow = Self { mount_point: env.directory.join("slow"), sectors, disk };
         let table = slow.table(Duration::ZERO);
         run("dmsetup", &["create", "--noudevsync", Self::NAME, "--table", &table])?;
+        // Without udev nobody else makes the node.
+        run("dmsetup", &["mknodes", Self::NAME])?;
         fs::create_dir_all(&slow.mount_point)?;
         let device = format!("/dev/mapper/{}", Self::NAME);
         run("mkfs.xfs", &["-q", "-f", &device])?;

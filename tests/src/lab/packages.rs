@@ -51,7 +51,7 @@ const QEMU_PACKAGES: [Package; 2] = [
 ];
 
 /// What else the lab and the tests call. The versions are Debian 12's, on which the tests were made.
-const PACKAGES: [Package; 21] = [
+const PACKAGES: [Package; 22] = [
     Package::any("g++", "g++"),
     Package::any("busybox-static", "busybox"),
     Package::any("cpio", "cpio"),
