@@ -13,7 +13,7 @@ use tracing::warn;
 
 use crate::admission::Admission;
 use crate::data_address::{Listener, Peer};
-use crate::fence::ConnectionId;
+use crate::ids::ConnectionId;
 use crate::mailbox::{Mailbox, RingMessage};
 
 /// What the accepting thread works on.

@@ -23,8 +23,9 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use crate::backend::preallocated::{Space, first_run};
+use crate::ids::SlotId;
+use crate::limits::ANSWERS_MAX;
 use crate::mailbox::{Mailbox, RingMessage};
-use crate::session::{STATUS_REPLY_BYTES_MAX, SlotId};
 use crate::volume::Volume;
 
 /// How long one question may look for extents. Others of the ring wait behind it; what is not found by then, the client
@@ -52,12 +53,6 @@ struct Question {
     volume: Arc<Volume>,
     query: StatusQuery,
 }
-
-/// Answers of one ring that may wait to be taken, each as long as the room that its request has.
-const ANSWERS_MAX: usize = 4;
-
-/// Memory of the answers on their way to one ring, in bytes.
-pub const ANSWERS_BYTES_MAX: u64 = ANSWERS_MAX as u64 * STATUS_REPLY_BYTES_MAX as u64;
 
 /// The thread that answers one ring's questions; it ends when this is dropped.
 #[derive(Debug)]

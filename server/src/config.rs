@@ -17,8 +17,7 @@ use tls::stream::Records;
 
 use crate::backend::file::CacheMode;
 use crate::data_address::DataAddress;
-use crate::limits::Limits;
-use crate::session::STATUS_REPLY_BYTES_MAX;
+use crate::limits::{Limits, STATUS_REPLY_BYTES_MAX};
 use crate::tls::TlsFiles;
 use crate::volume::Faults;
 

@@ -20,9 +20,7 @@ use std::collections::BTreeMap;
 
 use proto::nbd::handshake::server::Refusal;
 
-/// A connection's identity, unique in the life of the server.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ConnectionId(pub u64);
+use crate::ids::ConnectionId;
 
 /// Why a GO is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -22,8 +22,8 @@ use tracing::{debug, error, warn};
 use crate::admission::Place;
 use crate::connection::{Ask, Connection};
 use crate::data_address::Peer;
-use crate::fence::ConnectionId;
 use crate::gate::GateMessage;
+use crate::ids::ConnectionId;
 use crate::limits::{Limits, MemoryPlan};
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::ring::{Completion, OpKind, Ring};
@@ -237,7 +237,9 @@ impl IoLoop {
     fn start_tls(&mut self, index: u32, connection: ConnectionId, deadline: Instant) {
         match self.ring.clone_socket(index) {
             Ok(socket) => {
-                self.tls.start_handshake(connection, socket, Arc::clone(&self.mailbox), deadline);
+                let mailbox = Arc::clone(&self.mailbox);
+                let on_end = move |secured| mailbox.post(RingMessage::TlsStarted { connection, secured });
+                self.tls.start_handshake(connection, socket, deadline, on_end);
             }
             Err(error) => {
                 warn!(connection = connection.0, %error, "no descriptor for a TLS handshake");

@@ -26,6 +26,7 @@ mod data_side;
 pub mod descriptors;
 pub mod fence;
 pub mod gate;
+pub mod ids;
 pub mod incarnation;
 pub mod io_loop;
 pub mod lifecycle;

@@ -17,12 +17,36 @@ use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
 use proto::nbd::handshake::OPTION_BYTES_MAX;
 use proto::nbd::handshake::server::OPTIONS_MAX;
 
-use crate::backend::ZEROES_BYTES_MAX;
-use crate::block_status::ANSWERS_BYTES_MAX;
 use crate::buffers::PoolSize;
-use crate::page_pipes::HELD_BYTES_MAX;
-use crate::ring::BULK_BYTES;
 use crate::socket_memory::NARROW_BYTES;
+
+/// Requests of one connection that are in flight at once. As many as ublk and the kernel's nbd client put on a queue by
+/// default, so that neither is held back; a peer that sends more finds its socket full.
+pub const IN_FLIGHT_REQUESTS_MAX: usize = 128;
+
+/// Receive memory of a connection: a queue of 32 small writes in one receive.
+pub const BULK_BYTES: usize = 128 << 10;
+
+/// Room for a BLOCK_STATUS's extents, in bytes: some 4,000 with 64-bit lengths. Who wants more asks again. No maximum block
+/// size may be smaller.
+pub(crate) const STATUS_REPLY_BYTES_MAX: u32 = 64 << 10;
+
+/// Zeroes that are written at a time where the file system cannot make them itself. Large enough that a system call for
+/// each does not count.
+pub const ZEROES_BYTES_MAX: u32 = 1 << 20;
+
+/// From this size on, a payload in a memory volume or in the page cache is sent by handing its pages to the socket; below,
+/// copying it costs less than the way there.
+pub(crate) const PAGES_BYTES_MIN: u32 = 32 << 10;
+
+/// The most that one READ may hold in this way, in bytes: a pipe that needs no privileges (`fs.pipe-max-size`).
+pub const PIPE_BYTES_MAX: u32 = 1 << 20;
+
+/// Answers of one ring that may wait to be taken, each as long as the room that its request has.
+pub const ANSWERS_MAX: usize = 4;
+
+/// Memory of the answers on their way to one ring, in bytes.
+pub const ANSWERS_BYTES_MAX: u64 = ANSWERS_MAX as u64 * STATUS_REPLY_BYTES_MAX as u64;
 
 /// What a connection has beside its receive memory: slots, vectors, headers, the queues of its session.
 const BOOKKEEPING_BYTES: u64 = 64 << 10;
@@ -143,7 +167,7 @@ impl Limits {
         let fixed_bytes = connections_bytes + rings_count * RING_BYTES;
         let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
         let least_bytes = with_pools(PoolSize::smallest(self.request_bytes_max));
-        let pipe_bytes = rings_count * u64::from(HELD_BYTES_MAX);
+        let pipe_bytes = rings_count * u64::from(PIPE_BYTES_MAX);
         let full_bytes = with_pools(PoolSize::full(self.request_bytes_max))
             + connections_max * more_bytes
             + PAGE_PIPES_MAX * pipe_bytes;

@@ -16,8 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::admission::Place;
 use crate::data_address::Peer;
-use crate::fence::ConnectionId;
-use crate::session::SlotId;
+use crate::ids::{ConnectionId, SlotId};
 use crate::tls::Secured;
 use crate::volume::Volume;
 

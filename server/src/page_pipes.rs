@@ -21,10 +21,8 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
 use crate::backend::file::FileVolume;
-use crate::ring::PAGES_BYTES_MIN;
-
-/// The most that one READ may hold in this way, in bytes: a pipe that needs no privileges (`fs.pipe-max-size`).
-pub const HELD_BYTES_MAX: u32 = 1 << 20;
+use crate::limits::PAGES_BYTES_MIN;
+use crate::limits::PIPE_BYTES_MAX;
 
 /// Whose pages: to be given back with [`PagePipes::release`].
 #[derive(Debug, PartialEq, Eq)]
@@ -57,7 +55,7 @@ impl PagePipes {
     pub fn hold(&mut self, volume: &FileVolume, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
         // A pipe has room for so many pages, and a range that begins inside one touches a page more.
         let first_page_bytes = offset_bytes % rustix::param::page_size() as u64;
-        let has_room = first_page_bytes + u64::from(length_bytes) <= u64::from(HELD_BYTES_MAX);
+        let has_room = first_page_bytes + u64::from(length_bytes) <= u64::from(PIPE_BYTES_MAX);
         if length_bytes < PAGES_BYTES_MIN
             || !has_room
             || self.free.is_empty()
@@ -121,7 +119,7 @@ impl PipeId {
 impl Pipe {
     fn new() -> io::Result<Self> {
         let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        fcntl_setpipe_size(&write_end, HELD_BYTES_MAX as usize)?;
+        fcntl_setpipe_size(&write_end, PIPE_BYTES_MAX as usize)?;
         Ok(Self { read_end, write_end, held_bytes: 0 })
     }
 
@@ -159,8 +157,8 @@ mod tests {
     fn volume_of(bytes: &[u8]) -> Option<FileVolume> {
         if let Err(error) = Pipe::new() {
             let is_promised = std::env::var_os("VOLNODE_LAB_TOOLS").is_some_and(|value| value == "1");
-            assert!(!is_promised, "no pipe of {HELD_BYTES_MAX} bytes: {error}");
-            println!("SKIP no pipe of {HELD_BYTES_MAX} bytes: {error}");
+            assert!(!is_promised, "no pipe of {PIPE_BYTES_MAX} bytes: {error}");
+            println!("SKIP no pipe of {PIPE_BYTES_MAX} bytes: {error}");
             return None;
         }
         let in_directory = |dir: &Path| {

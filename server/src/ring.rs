@@ -24,14 +24,15 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::fs::sendfile;
 
+use crate::backend::VolumeOp;
 use crate::backend::memory::MemoryVolume;
-use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
 use crate::block_status::{ExtentFinder, StatusQuery};
 use crate::buffers::{Buffer, BufferPool, Region};
-use crate::limits::MemoryPlan;
+use crate::ids::SlotId;
+use crate::limits::{BULK_BYTES, PAGES_BYTES_MIN};
+use crate::limits::{IN_FLIGHT_REQUESTS_MAX, MemoryPlan, ZEROES_BYTES_MAX};
 use crate::mailbox::Mailbox;
 use crate::page_pipes::{PagePipes, PipeId};
-use crate::session::{IN_FLIGHT_REQUESTS_MAX, SlotId};
 use crate::sync_groups::{Begin, Member, SyncGroups};
 use crate::volume::{Backend, Volume};
 use proto::nbd::replies::REPLY_HEAD_BYTES_MAX;
@@ -45,13 +46,6 @@ const IORING_RECVSEND_POLL_FIRST: u16 = 1;
 const SQ_ENTRIES: u32 = 512;
 /// Completions that fit; the kernel keeps more aside, at a cost.
 const CQ_ENTRIES: u32 = 4096;
-
-/// From this size on, a payload in a memory volume or in the page cache is sent by handing its pages to the socket; below,
-/// copying it costs less than the way there.
-pub(crate) const PAGES_BYTES_MIN: u32 = 32 << 10;
-
-/// Receive memory of a connection: a queue of 32 small writes in one receive.
-pub const BULK_BYTES: usize = 128 << 10;
 
 /// What an operation was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -31,14 +31,9 @@ use proto::nbd::{ExportInfo, HeaderStyle};
 use tracing::debug;
 
 use crate::block_status::StatusQuery;
+use crate::ids::SlotId;
+use crate::limits::{IN_FLIGHT_REQUESTS_MAX, STATUS_REPLY_BYTES_MAX};
 
-/// Requests of one connection that are in flight at once. As many as ublk and the kernel's nbd client put on a queue by
-/// default, so that neither is held back; a peer that sends more finds its socket full.
-pub const IN_FLIGHT_REQUESTS_MAX: usize = 128;
-
-/// Room for a BLOCK_STATUS's extents, in bytes: some 4,000 with 64-bit lengths. Who wants more asks again. No maximum block
-/// size may be smaller.
-pub(crate) const STATUS_REPLY_BYTES_MAX: u32 = 64 << 10;
 /// Room for the only extent that REQ_ONE wants, in bytes.
 const STATUS_REPLY_ONE_BYTES: u32 = 24;
 
@@ -58,10 +53,6 @@ pub enum SessionError {
     #[error(transparent)]
     PayloadTooLong(#[from] PayloadTooLong),
 }
-
-/// Which in-flight request: an index below [`IN_FLIGHT_REQUESTS_MAX`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SlotId(pub u8);
 
 /// What the owner has to do next.
 #[derive(Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@
 //! description of its own to sync on, and never two syncs on it. That many FLUSHes then cost one is a welcome effect.
 //! Invariants: a request joins a sync that has not begun yet, so every write that was answered before is covered by it.
 
-use crate::session::SlotId;
+use crate::ids::SlotId;
 
 /// Who waits for a sync: a connection's index in its ring, and the request.
 pub type Member = (u32, SlotId);

@@ -27,10 +27,11 @@ use proto::nbd::{BlockSizes, Negotiated, PAYLOAD_BYTES_MAX_DEFAULT, Transmission
 use tracing::{error, warn};
 use uuid::Uuid;
 
+use crate::backend::VolumeOp;
 use crate::backend::file::FileVolume;
 use crate::backend::memory::MemoryVolume;
-use crate::backend::{VolumeOp, ZEROES_BYTES_MAX};
 use crate::descriptors::Taken;
+use crate::limits::ZEROES_BYTES_MAX;
 
 /// Below this, requests make the file system handle parts of a page.
 const PREFERRED_BLOCK_BYTES: u32 = 4096;

@@ -61,7 +61,3 @@ pub enum VolumeOp {
         length_bytes: u32,
     },
 }
-
-/// Zeroes that are written at a time where the file system cannot make them itself. Large enough that a system call for
-/// each does not count.
-pub const ZEROES_BYTES_MAX: u32 = 1 << 20;

@@ -13,7 +13,8 @@ use uuid::Uuid;
 use super::{FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
 use crate::catalog::VolumeRecord;
 use crate::data_server::FenceError;
-use crate::fence::{ConnectionId, Fence, Output};
+use crate::fence::{Fence, Output};
+use crate::ids::ConnectionId;
 use crate::mailbox::RingMessage;
 
 impl Gate {

@@ -26,8 +26,7 @@ use tls::relay;
 use tls::stream::{Carrier, Records, StreamError, TlsStream};
 use tracing::{debug, info, warn};
 
-use crate::fence::ConnectionId;
-use crate::mailbox::{Mailbox, RingMessage};
+use crate::ids::ConnectionId;
 use rights::Rights;
 
 /// A handshake needs some 100 KiB; what is not touched costs nothing.
@@ -135,27 +134,27 @@ impl ServerTls {
         certificate.map_or_else(Rights::nothing, Rights::of_certificate)
     }
 
-    /// Does the handshake of a connection on a thread of its own and tells its ring the outcome. `socket` is another
-    /// descriptor of the ring's socket, which has nothing in flight.
+    /// Does the handshake of a connection on a thread of its own and tells the outcome; `None`: it failed, which was logged.
+    /// `socket` is another descriptor of the ring's socket, which has nothing in flight.
     pub fn start_handshake(
         self: &Arc<Self>,
         connection: ConnectionId,
         socket: OwnedFd,
-        ring: Arc<Mailbox>,
         deadline: Instant,
+        on_end: impl Fn(Option<Secured>) + Clone + Send + 'static,
     ) {
-        let (tls, mailbox) = (Arc::clone(self), Arc::clone(&ring));
+        let (tls, tell) = (Arc::clone(self), on_end.clone());
         let thread = std::thread::Builder::new().name("tls-handshake".into()).stack_size(STACK_BYTES);
         let started = thread.spawn(move || {
             let secured = tls.handshake(connection, socket.into(), deadline);
             if let Err(error) = &secured {
                 info!(connection = connection.0, %error, "a TLS handshake fails");
             }
-            mailbox.post(RingMessage::TlsStarted { connection, secured: secured.ok() });
+            tell(secured.ok());
         });
         if let Err(error) = started {
             info!(connection = connection.0, %error, "no thread for a TLS handshake");
-            ring.post(RingMessage::TlsStarted { connection, secured: None });
+            on_end(None);
         }
     }
 

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use proto::nbd::replies::ReplyHead;
 use proto::nbd::transmission::{Command, NbdError, Request};
 use proto::nbd::{ExportInfo, TransmissionFlags};
-use server::session::{Action, Session, SlotId};
+use server::ids::SlotId;
+use server::session::{Action, Session};
 
 use crate::server_handshake::limits_of;
 use crate::{export, pieces, split_first};

@@ -6,12 +6,13 @@
 //! who has the file open is told once, by a sync, and who comes later may never be: the inode forgets, and the file system has told
 //! somebody else.
 
+use server::ids::SlotId;
+
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Instant;
 
 use fastrand::Rng;
-use server::session::SlotId;
 
 use crate::lying_disk::SECTOR_BYTES;
 
