@@ -25,8 +25,8 @@ use tokio_rustls::client::TlsStream;
 use tonic::transport::{self, Channel, Endpoint};
 use tower::service_fn;
 
+use crate::causes::with_sources;
 use crate::data_address::{self, Place, host_and_zone};
-use crate::node::error::with_sources;
 use crate::tls_spec::ClientFiles;
 
 /// TCP, TLS and HTTP/2 to the server.
@@ -328,7 +328,7 @@ mod tests {
         drop(listener);
         let failure = |uri: String| async move {
             let error = connect(&uri, None).await.unwrap_err();
-            crate::node::error::with_sources(&error)
+            crate::causes::with_sources(&error)
         };
         let nowhere = failure(format!("http://[fe80::1%25no-such-if0]:{port}")).await;
         assert!(nowhere.contains("no network interface \"no-such-if0\""), "{nowhere}");

@@ -4,13 +4,19 @@
 //! - [`node`]: the node daemon: the node API, and the supervision of device processes.
 //! - [`api_channel`], [`data_address`], [`tls_spec`]: how a server is reached, with TLS or without.
 //! - [`contract`]: what the node daemon and a device process tell each other: spec file, status file, control socket.
+//! - [`safe_stop`], [`holders`]: taking a disk away unless somebody uses it, and who does. [`causes`]: errors for people.
+//!
+//! `contract` is the ground: `device` knows it and nothing of `node`, which stands above both.
 //!
 //! One block request is followed by file name: `device/queue_loop.rs` → `ublk-core/src/tag.rs` →
 //! `device/connection.rs` → `proto/src/nbd/` → TCP → the server.
 
 pub mod api_channel;
+pub mod causes;
 pub mod contract;
 pub mod data_address;
 pub mod device;
+pub mod holders;
 pub mod node;
+pub mod safe_stop;
 pub mod tls_spec;

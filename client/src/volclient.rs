@@ -10,13 +10,13 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand};
+use client::causes::with_sources;
 use client::contract::AttachmentDir;
 use client::node::attachment_record::AttachmentRecord;
 use client::node::device_process;
-use client::node::error::with_sources;
-use client::node::safe_stop;
 use client::node::serve::{ServeOptions, serve};
 use client::node::take_away::take_all_away;
+use client::safe_stop;
 use client::tls_spec::ClientFiles;
 use tracing_subscriber::EnvFilter;
 

@@ -10,7 +10,8 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command};
 
-use client::device::data_socket::{DataSocket, Encryption};
+use client::contract::Encryption;
+use client::device::data_socket::DataSocket;
 use client::device::dial::{DialError, Dialled, OPEN_TIMEOUT, attempts};
 use client::tls_spec::{CertificateAndKey, ClientFiles, TlsSpec};
 use proto::nbd::transmission::{

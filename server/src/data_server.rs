@@ -20,11 +20,12 @@ use uuid::Uuid;
 
 use crate::acceptor::Acceptor;
 use crate::admission::Admission;
-use crate::backend::file::{self, CacheMode};
+use crate::backend::file;
 use crate::catalog::{BackendKind, Catalog, VolumeRecord};
 use crate::data_address::{DataAddress, Listener};
+use crate::data_config::DataServerConfig;
 use crate::descriptors::{self, Descriptors, TooFewDescriptors, Wanted};
-use crate::gate::{Gate, GateMessage};
+use crate::gate::{FenceError, Gate, GateMessage, VolumeBusy};
 use crate::incarnation::{Incarnations, RuntimeDirError};
 use crate::io_loop::IoLoop;
 use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
@@ -41,45 +42,6 @@ use crate::volume::Faults;
 const GATE_ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// How long the threads have to end; the rings close what is left after five seconds, this leaves time for its I/O.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
-
-/// What the data side is started with.
-#[derive(Debug, Clone)]
-pub struct DataServerConfig {
-    /// Addresses to listen on.
-    pub listen: Vec<DataAddress>,
-    /// Ring threads; 0 is one for each core.
-    pub threads: usize,
-    /// Where the backing files are.
-    pub volumes_dir: PathBuf,
-    /// Where is kept what has to survive this process, and not the machine; `None`: nowhere.
-    pub runtime_dir: Option<PathBuf>,
-    /// Whether they are read and written past the page cache.
-    pub cache: CacheMode,
-    /// Whether volumes can be opened by their plain name.
-    pub export_by_name: bool,
-    /// How connections are encrypted, if they are.
-    pub tls: Arc<ServerTls>,
-    /// For tests only.
-    pub faults: Faults,
-    /// Bounds.
-    pub limits: Limits,
-}
-
-impl Default for DataServerConfig {
-    fn default() -> Self {
-        Self {
-            listen: Vec::new(),
-            threads: 0,
-            volumes_dir: PathBuf::new(),
-            runtime_dir: None,
-            cache: CacheMode::default(),
-            export_by_name: false,
-            tls: Arc::default(),
-            faults: Faults::default(),
-            limits: Limits::default(),
-        }
-    }
-}
 
 /// Why the data side does not start.
 #[derive(Debug, thiserror::Error)]
@@ -148,30 +110,6 @@ impl DataServerError {
     pub fn is_address(&self) -> bool {
         matches!(self, Self::Address { .. })
     }
-}
-
-/// Why connections are not known to be gone.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum FenceError {
-    /// Their submitted I/O has not finished in time; the call may be repeated, and they stay refused meanwhile.
-    #[error("their I/O has not finished within {0:?}")]
-    NotDrained(Duration),
-    /// The catalog cannot be read.
-    #[error("the catalog failed: {0}")]
-    Catalog(String),
-    /// The data side is shutting down, or its gate does not answer.
-    #[error("the data side does not answer")]
-    NoAnswer,
-}
-
-/// A volume that somebody has open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("volume {volume_uid} is open on {connections} connections")]
-pub struct VolumeBusy {
-    /// Which.
-    pub volume_uid: Uuid,
-    /// On how many connections; 0 while it is being opened.
-    pub connections: u32,
 }
 
 /// A running data side.

@@ -21,6 +21,7 @@ pub mod catalog;
 pub mod config;
 pub mod connection;
 pub mod data_address;
+pub mod data_config;
 pub mod data_server;
 mod data_side;
 pub mod descriptors;

@@ -34,7 +34,7 @@ use super::affinity;
 use super::block_request::{self, GeometryError};
 use super::connection::Resend;
 use super::control_socket::{self, PendingRequest};
-use super::data_socket::{DataSocket, Encryption};
+use super::data_socket::DataSocket;
 use super::dial::OPEN_TIMEOUT;
 use super::ladder::{Chosen, Ladder, LadderError};
 use super::liveness::{Probes, Silence};
@@ -42,17 +42,17 @@ use super::mount_namespace;
 use super::protections::{self, ProtectionError};
 use super::queue_loop;
 use super::queue_parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts, QueueSilence};
-use super::reconnect::{Condition, Loss, Output, Reconnect, StallPolicy};
+use super::reconnect::{Condition, Loss, Output, Reconnect};
 use super::redial::{Attempt, Redial};
 use super::slots::{self, Layout, SlotError};
 use super::status_file::StatusFile;
 use super::unflushed::Unflushed;
+use crate::causes::with_sources;
 use crate::contract::{
-    self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState, ExportSpec,
-    RecoverSpec, SendZc, SessionRecord,
+    self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState, Encryption,
+    ExportSpec, RecoverSpec, SendZc, SessionRecord, StallPolicy,
 };
-use crate::node::error::with_sources;
-use crate::node::safe_stop::{self, Outcome};
+use crate::safe_stop::{self, Outcome};
 
 /// How long the queue threads may take to be ready for START_DEV.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);

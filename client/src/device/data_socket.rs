@@ -11,39 +11,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use socket2::Socket;
 use tls::kernel::{self, ControlRecord};
 use tls::stream::Carrier;
+
+use crate::contract::Encryption;
 
 /// A connection in the transmission phase.
 #[derive(Debug)]
 pub struct DataSocket {
     socket: Socket,
     encryption: Encryption,
-}
-
-/// Who encrypts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Encryption {
-    /// Nobody.
-    None,
-    /// TLS, by the kernel (kTLS).
-    Kernel,
-    /// TLS, by a thread of this process.
-    UserSpace,
-}
-
-impl Encryption {
-    /// As the status tells it.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Kernel => "tls by the kernel",
-            Self::UserSpace => "tls in user space",
-        }
-    }
 }
 
 impl From<Socket> for DataSocket {

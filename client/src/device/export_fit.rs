@@ -66,7 +66,7 @@ mod tests {
     use proto::nbd::BlockSizes;
 
     use super::*;
-    use crate::device::data_socket::Encryption;
+    use crate::contract::Encryption;
 
     const ALL: TransmissionFlags = TransmissionFlags::HAS_FLAGS
         .with(TransmissionFlags::SEND_FLUSH)

@@ -10,7 +10,7 @@
 
 use ublk_core::{ControlError, DataPath, DeviceError, ProbeReport, Transfer};
 
-use crate::node::error::with_sources;
+use crate::causes::with_sources;
 
 /// Why no data path can be used.
 #[derive(Debug, thiserror::Error)]

@@ -16,8 +16,8 @@ use proto::nbd::transmission::{
 
 use super::data_socket::DataSocket;
 use super::slots::{self, SlotError};
+use crate::causes::with_sources;
 use crate::contract::DeviceSpec;
-use crate::node::error::with_sources;
 
 /// How long a probe may take, from the first packet to the last byte: half of the shortest reply time-out.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(10);

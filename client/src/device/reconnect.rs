@@ -30,23 +30,11 @@
 
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::liveness::{OutageClock, Probes, Silence};
+use crate::contract::StallPolicy;
 
 /// Until a dial that could not be begun is tried again.
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
-
-/// What requests do while there is no connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StallPolicy {
-    /// They wait, however long it takes.
-    #[default]
-    Wait,
-    /// They fail with EIO once an outage has lasted this long, and work again when the server is back.
-    FailAfterMs(u64),
-}
 
 /// What is to be done, in this order.
 #[derive(Debug, PartialEq, Eq)]

@@ -15,8 +15,8 @@ use super::dial::{Dialled, OPEN_TIMEOUT};
 use super::export_fit::fits;
 use super::probe;
 use super::slots::{self, SlotError};
+use crate::causes::with_sources;
 use crate::contract::{DeviceSpec, ExportSpec, SessionRecord};
-use crate::node::error::with_sources;
 
 /// Between the first attempts, and at most. The pause grows by half each time and is cut by chance, so that many clients
 /// of a server that comes back do not come at once.

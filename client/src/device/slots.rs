@@ -19,8 +19,8 @@ use uuid::Uuid;
 
 use super::data_socket::DataSocket;
 use super::dial::{self, DialError, Dialled, OPEN_TIMEOUT};
+use crate::causes::with_sources;
 use crate::contract::{DeviceSpec, ExportSpec};
-use crate::node::error::with_sources;
 
 /// Most queues that are made unasked: at some hundred thousand requests per second and queue, more wait for the network,
 /// not for a processor, and each costs the idle attachment a thread, a ring and a connection.

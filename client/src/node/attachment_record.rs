@@ -18,8 +18,8 @@ use super::error::NodeError;
 use super::target::{DetachSelector, Target};
 use crate::contract::{
     self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec, SessionRecord,
+    StallPolicy,
 };
-use crate::device::reconnect::StallPolicy;
 
 /// One attachment of this node.
 #[derive(Debug)]
@@ -211,8 +211,7 @@ pub(crate) mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::contract::{CONTRACT_VERSION, ExportSpec, SendZc, write_file};
-    use crate::device::data_socket::Encryption;
+    use crate::contract::{CONTRACT_VERSION, Encryption, ExportSpec, SendZc, write_file};
 
     /// A spec for a volume, as the supervisor would write it.
     pub(crate) fn spec(attachment_id: Uuid, target: &str) -> DeviceSpec {

@@ -13,6 +13,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use ublk_core::ControlError;
 
+use crate::causes::with_sources;
 use crate::contract::ContractError;
 
 /// Why the node daemon could not do what was asked.
@@ -254,22 +255,6 @@ impl NodeError {
     }
 }
 
-/// An error and what caused it, in one line.
-pub fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Some libraries print their source themselves; it is not said twice.
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
-}
-
 impl From<NodeError> for Status {
     fn from(error: NodeError) -> Self {
         let error = match error {
@@ -313,11 +298,5 @@ mod tests {
         let status = Status::from(NodeError::Refused(Box::new(refusal)));
         assert_eq!((status.code(), status.message()), (Code::NotFound, "no volume x"));
         assert_eq!(status.get_details_error_info().unwrap().reason, "VOLUME_NOT_FOUND");
-    }
-
-    #[test]
-    fn sources_are_told_once() {
-        let error = NodeError::Io { what: "cannot read x".into(), source: io::Error::other("broken") };
-        assert_eq!(with_sources(&error), "cannot read x: broken");
     }
 }

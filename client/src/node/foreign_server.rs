@@ -13,10 +13,9 @@ use proto::nbd::TransmissionFlags;
 use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply};
 use socket2::Socket;
 
-use super::error::with_sources;
+use crate::causes::with_sources;
 use crate::contract::DeviceSpec;
-use crate::device::dial::Dialled;
-use crate::device::dial::OPEN_TIMEOUT;
+use crate::device::dial::{Dialled, OPEN_TIMEOUT};
 use crate::device::slots;
 
 /// I/O stands still meanwhile.

@@ -14,8 +14,8 @@ use ublk_core::control::list_devices;
 use uuid::Uuid;
 
 use super::error::NodeError;
-use super::safe_stop::{self, Outcome};
 use crate::contract::attachment_hash;
+use crate::safe_stop::{self, Outcome};
 
 /// Removes every device in the kernel that belongs to the attachment, by force even if it is in use. Blocks; not for an async
 /// thread.

@@ -9,8 +9,6 @@
 //! - [`device_process`]: one device process: claim, start, wait, stop.
 //! - [`leftovers`]: the device and the link that a dead device process left.
 //! - `recovery`: another process for a device whose process has ended; `foreign_server`: what keeps its server meanwhile.
-//! - [`safe_stop`]: takes a disk away unless somebody uses it.
-//! - [`holders`]: who has a block device open.
 //! - [`management_client`]: the storage server's management API.
 //! - `moved_servers`: a server that got another address: the disks that wait for it are told.
 //! - [`error`]: every error of the daemon, and the one place that makes a gRPC status of it.
@@ -23,13 +21,12 @@ pub mod attachment_record;
 pub mod device_process;
 pub mod error;
 mod foreign_server;
-pub mod holders;
 pub mod leftovers;
 pub mod management_client;
 mod moved_servers;
 pub mod node_service;
+mod recover_spec;
 mod recovery;
-pub mod safe_stop;
 pub mod serve;
 pub mod supervisor;
 pub mod take_away;

@@ -14,8 +14,9 @@ use tokio::time::timeout;
 
 use super::attachment_record::AttachmentRecord;
 use super::device_process;
-use super::error::{NodeError, with_sources};
+use super::error::NodeError;
 use super::supervisor::Supervisor;
+use crate::causes::with_sources;
 use crate::contract::{ControlCommand, ControlResponse, ExportSpec, write_file};
 
 /// Between two looks at the state of the attachments.

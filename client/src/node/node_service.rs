@@ -15,8 +15,9 @@ use tonic::{Request, Response, Status};
 use ublk_core::DataPath;
 
 use super::attachment_events;
-use super::error::{NodeError, with_sources};
+use super::error::NodeError;
 use super::supervisor::{Supervisor, probe_data_paths};
+use crate::causes::with_sources;
 
 /// The service.
 #[derive(Debug, Clone)]

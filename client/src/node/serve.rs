@@ -22,10 +22,11 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use uuid::Uuid;
 
-use super::error::{NodeError, with_sources};
+use super::error::NodeError;
 use super::management_client::ManagementClient;
 use super::node_service::NodeService;
 use super::supervisor::{Supervisor, SupervisorConfig};
+use crate::causes::with_sources;
 use crate::contract::AttachmentDir;
 use crate::tls_spec::ClientFiles;
 

@@ -33,16 +33,15 @@ use super::device_process::{self, Started};
 use super::error::NodeError;
 use super::leftovers;
 use super::management_client::ManagementClient;
-use super::recovery;
+use super::recover_spec::recover_spec;
 use super::target::{self, DetachSelector, NbdUri, Target};
 use super::target_locks::TargetLocks;
 use crate::api_channel;
 use crate::contract::{
     AttachmentDir, CONTRACT_VERSION, CONTRACT_VERSION_TLS, ControlCommand, ControlResponse, DeviceSpec,
-    DeviceState, DeviceStatus, ExportSpec, now_ms, write_file,
+    DeviceState, DeviceStatus, ExportSpec, StallPolicy, now_ms, write_file,
 };
 use crate::data_address::{self, Place, on_the_link_of};
-use crate::device::reconnect::StallPolicy;
 use crate::tls_spec::{ClientFiles, TlsSpec};
 
 /// Most connections of one attachment, and so most queues: a server that is asked for more by mistake should not have
@@ -272,7 +271,7 @@ impl Supervisor {
         let target = &record.spec.target;
         match record.state() {
             v1::DeviceState::Dead | v1::DeviceState::Unspecified => {
-                let Some(spec) = recovery::spec(record) else { return Ok(None) };
+                let Some(spec) = recover_spec(record) else { return Ok(None) };
                 return self.recover(record, spec).await.map(Some);
             }
             v1::DeviceState::Stopping => {
@@ -647,7 +646,7 @@ async fn check_machine(data_path: Option<DataPath>) -> Result<(), NodeError> {
     let Some(data_path) = data_path else { return Ok(()) };
     report.check(data_path).map_err(|why| NodeError::DataPathUnsupported {
         data_path: data_path.to_string(),
-        why: super::error::with_sources(why),
+        why: crate::causes::with_sources(why),
     })
 }
 

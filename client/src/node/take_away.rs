@@ -17,10 +17,11 @@ use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::error::{NodeError, with_sources};
-use super::holders::mounted_on;
+use super::error::NodeError;
 use super::serve::{ServeError, ServeOptions, lock_run_dir, supervisor};
 use super::supervisor::Supervisor;
+use crate::causes::with_sources;
+use crate::holders::mounted_on;
 
 /// For how long an outage may go on before I/O fails: a server that is being restarted is not given up at once.
 const STALL_MS: u64 = 10_000;

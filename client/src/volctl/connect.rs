@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use client::api_channel::{self, ChannelError};
-use client::node::error::with_sources;
+use client::causes::with_sources;
 use client::tls_spec::ClientFiles;
 use proto::v1::management_client::ManagementClient;
 use proto::v1::node_client::NodeClient;

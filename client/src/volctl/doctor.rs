@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use client::node::error::with_sources;
+use client::causes::with_sources;
 use proto::v1;
 use serde_json::{Value, json};
 use ublk_core::data_path::Rung;

@@ -10,9 +10,8 @@ use std::time::Duration;
 
 use client::contract::{
     AttachmentDir, CONTRACT_VERSION, ControlCommand, ControlRequest, ControlResponse, DeviceSpec,
-    DeviceState, DeviceStatus, ExportSpec, SendZc, boot_id, write_file,
+    DeviceState, DeviceStatus, ExportSpec, SendZc, StallPolicy, boot_id, write_file,
 };
-use client::device::reconnect::StallPolicy;
 use client::node::device_process;
 use uuid::Uuid;
 

@@ -10,9 +10,8 @@ use std::time::Instant;
 use tracing::{error, info};
 use uuid::Uuid;
 
-use super::{FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
+use super::{FenceError, FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
 use crate::catalog::VolumeRecord;
-use crate::data_server::FenceError;
 use crate::fence::{Fence, Output};
 use crate::ids::ConnectionId;
 use crate::mailbox::RingMessage;

@@ -13,6 +13,7 @@
 //! waits for what is kept nowhere but in `Known`; an unknown attachment and a wrong secret get the same answer. Nothing here
 //! can panic: it would take every connection of the server along.
 
+mod answers;
 mod fencing;
 mod opening;
 #[cfg(test)]
@@ -32,7 +33,7 @@ use crate::admission::NotAdmitted;
 use crate::backend::file::FileError;
 use crate::backend::memory::MemoryVolume;
 use crate::catalog::{Catalog, VolumeRecord};
-use crate::data_server::{DataServerConfig, FenceError, VolumeBusy};
+use crate::data_config::DataServerConfig;
 use crate::descriptors::Descriptors;
 use crate::fence::Fence;
 use crate::ids::ConnectionId;
@@ -40,6 +41,8 @@ use crate::incarnation::{AdmitError, Incarnations};
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::tls::rights::Rights;
 use crate::volume::{Backend, Volume};
+
+pub use answers::{FenceError, VolumeBusy};
 
 /// Public names that LIST gives at most; it is for people, and an answer has to end.
 const LISTED_NAMES_MAX: u32 = 1000;

@@ -19,7 +19,7 @@ use crate::admission::NotAdmitted;
 use crate::backend::file;
 use crate::backend::memory::MemoryVolume;
 use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
-use crate::data_server::DataServerConfig;
+use crate::data_config::DataServerConfig;
 use crate::descriptors::{self, Taken};
 use crate::fence::Go;
 use crate::ids::ConnectionId;

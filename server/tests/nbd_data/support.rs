@@ -11,7 +11,8 @@ use proto::export_name::AttachmentExportName;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use server::backend::file;
 use server::catalog::{AttachmentRecord, BackendKind, Catalog, NewAttachment, NewVolume, VolumeRecord};
-use server::data_server::{DataServer, DataServerConfig, DataServerError};
+use server::data_config::DataServerConfig;
+use server::data_server::{DataServer, DataServerError};
 use uuid::Uuid;
 
 use super::client::Client;

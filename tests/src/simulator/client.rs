@@ -7,10 +7,11 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use client::contract::StallPolicy;
 use client::device::balance::Balance;
 use client::device::connection::{Completion, Connection, Follows, Operation, PayloadSource, Piece, Resend};
 use client::device::liveness::{Probes, Silence};
-use client::device::reconnect::{Condition, Loss, Output, Reconnect, StallPolicy};
+use client::device::reconnect::{Condition, Loss, Output, Reconnect};
 use client::device::stream::{Incoming, Outgoing, Stretch};
 use client::device::unflushed::Unflushed;
 use fastrand::Rng;

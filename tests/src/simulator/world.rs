@@ -5,9 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ::client::contract::StallPolicy;
 use ::client::device::connection::Operation;
 use ::client::device::liveness::VOUCHED_FOR;
-use ::client::device::reconnect::{Condition, StallPolicy};
+use ::client::device::reconnect::Condition;
 use fastrand::Rng;
 use proto::export_name::{SECRET_BYTES, Secret};
 use proto::nbd::transmission::{Command, CommandFlags};

@@ -12,6 +12,9 @@
 //! Every one of them carries a version, because serve and the device processes are upgraded at different times: a
 //! reader takes its own version, and refuses a newer one by name. Fixtures of each version are in this file's tests.
 
+mod encryption;
+mod policy;
+
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
@@ -21,9 +24,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::device::data_socket::Encryption;
-use crate::device::reconnect::StallPolicy;
 use crate::tls_spec::TlsSpec;
+
+pub use encryption::Encryption;
+pub use policy::StallPolicy;
 
 /// Version of [`DeviceSpec`], [`DeviceStatus`] and the control socket's lines.
 pub const CONTRACT_VERSION: u32 = 1;

@@ -32,8 +32,8 @@ use serde::{Deserialize, Serialize};
 use ublk_core::control::block_device_path;
 use ublk_core::{ControlDevice, ControlError};
 
-use super::error::with_sources;
-use super::holders::holders;
+use crate::causes::with_sources;
+use crate::holders::holders;
 
 /// The subcommand of `volclient` that is the process.
 pub const SUBCOMMAND: &str = "stop-disk";
