@@ -43,9 +43,10 @@ enum Command {
     /// What is mounted is unmounted first, as far as that ends in time; then the disk goes, whoever has it open, and what was
     /// not flushed may be lost. The node daemon must not run; while it does, use `volctl detach --all --force`.
     TakeAway(ServeArgs),
-    /// Print whose disk a ublk device is, as udev imports it: VOLNODE_NAME, and VOLNODE_STALLED=1 where reading would wait
+    /// Print what a ublk disk is called, as udev imports it: VOLNODE_NAME, and VOLNODE_STALLED=1 where reading would wait
     ///
-    /// Prints nothing for a disk of another program, or of an NBD server that is not volnode's.
+    /// The name is the volume's, or such as nbd@host@port@export for an NBD server's export. Prints nothing for a disk of another
+    /// program.
     DeviceName {
         /// The kernel's name of the disk, such as ublkb0
         disk: String,

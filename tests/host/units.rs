@@ -59,6 +59,22 @@ fn systemd_takes_every_line_of_the_units() {
     );
 }
 
+/// By its instance's name, which a file may replace: so the variable is set before the files are read.
+#[test]
+fn what_is_attached_is_detached_and_may_be_told_by_a_file() {
+    let unit = UnitFile::read("volnode-attach@.service").unwrap();
+    for instance in ["vol-123", r"nbd:--storage\x2d1-disk"] {
+        let words = |key: &str| unit.words(key, instance).unwrap().concat();
+        assert!(words("ExecStart").starts_with(&["/usr/local/bin/volctl".into(), "attach".into()]));
+        assert!(words("ExecStart").contains(&instance.to_owned()));
+        assert_eq!(words("ExecStop"), ["/usr/local/bin/volctl", "detach", instance]);
+    }
+    let line = |text: &str| unit.text().lines().position(|line| line.starts_with(text)).unwrap();
+    assert!(
+        line("Environment=VOLNODE_ATTACH_TARGET=%i") < line("EnvironmentFile=-/etc/volnode/attach/%i.env")
+    );
+}
+
 #[test]
 fn no_daemon_is_limited_by_a_count_of_threads() {
     // The others run one command each.

@@ -60,17 +60,37 @@ impl UnitFile {
     /// # Errors
     /// There is none, or it is of a form that the units do not use.
     pub fn commands(&self, key: &str, instance: &str, node: &StorageNode) -> Result<Vec<Command>> {
-        let lines: Vec<&str> = self.values(key).collect();
-        anyhow::ensure!(!lines.is_empty(), "no {key}");
-        let command = |line: &&str| {
-            let mut words = line.split_whitespace();
-            let program = words.next().and_then(|program| program.strip_prefix(INSTALLED_PROGRAMS));
-            let mut command = node.program(program.with_context(|| format!("{key}={line}"))?);
-            // A variable that no EnvironmentFile sets is no word at all.
-            command
-                .args(words.filter(|word| !word.starts_with('$')).map(|word| word.replace("%i", instance)));
+        let command = |words: Vec<String>| {
+            let (program, arguments) = words.split_first().context("an empty command")?;
+            let program = program.strip_prefix(INSTALLED_PROGRAMS).with_context(|| program.clone())?;
+            let mut command = node.program(program);
+            command.args(arguments);
             Ok(command)
         };
-        lines.iter().map(command).collect()
+        self.words(key, instance)?.into_iter().map(command).collect()
+    }
+
+    /// The words of each command of `key`, where no file sets a variable.
+    ///
+    /// # Errors
+    /// There is none, or it has a variable that the unit does not set.
+    pub fn words(&self, key: &str, instance: &str) -> Result<Vec<Vec<String>>> {
+        let lines: Vec<&str> = self.values(key).collect();
+        anyhow::ensure!(!lines.is_empty(), "no {key}");
+        let variable = |name: &str| {
+            let mut set =
+                self.values("Environment").filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            set.next().with_context(|| format!("{key} has {name}, which nothing sets"))
+        };
+        let word = |word: &str| {
+            let word = match word.strip_prefix("${").and_then(|word| word.strip_suffix('}')) {
+                Some(name) => variable(name)?,
+                None => word,
+            };
+            Ok(word.replace("%i", instance))
+        };
+        // A variable without braces that no EnvironmentFile sets is no word at all.
+        let is_word = |word: &&str| !word.starts_with('$') || word.starts_with("${");
+        lines.iter().map(|line| line.split_whitespace().filter(is_word).map(word).collect()).collect()
     }
 }

@@ -17,8 +17,7 @@ use super::device_process;
 use super::error::NodeError;
 use super::target::{DetachSelector, Target};
 use crate::contract::{
-    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec, SessionRecord,
-    StallPolicy,
+    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, SessionRecord, StallPolicy,
 };
 
 /// One attachment of this node.
@@ -53,17 +52,17 @@ impl AttachmentRecord {
         Ok(Some(Self { dir, spec, status, pid }))
     }
 
-    /// Whose disk `/dev/ublkb<dev_id>` is, in lines that udev imports; `None`: of no volume that is attached here.
+    /// What `/dev/ublkb<dev_id>` is called below the device directory, in lines that udev imports; `None`: nothing that is attached here.
     ///
     /// # Errors
     /// [`NodeError::Io`]
     pub fn name_of_device(run_dir: &Path, dev_id: u32) -> Result<Option<String>, NodeError> {
         for record in Self::read_all(run_dir)? {
             let Some(status) = record.status else { continue };
-            let is_volume = matches!(record.spec.export, ExportSpec::Attachment { .. });
-            if is_volume && status.dev_id == Some(dev_id) {
+            let name = record.spec.device_link.file_name().and_then(|name| name.to_str());
+            if let Some(name) = name.filter(|_| status.dev_id == Some(dev_id)) {
                 let stalled = if status.state == DeviceState::Stalled { "VOLNODE_STALLED=1\n" } else { "" };
-                return Ok(Some(format!("VOLNODE_NAME={}\n{stalled}", record.spec.target)));
+                return Ok(Some(format!("VOLNODE_NAME={name}\n{stalled}")));
             }
         }
         Ok(None)

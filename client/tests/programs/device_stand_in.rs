@@ -13,6 +13,7 @@ use client::contract::{
     DeviceState, DeviceStatus, ExportSpec, SendZc, StallPolicy, boot_id, write_file,
 };
 use client::node::device_process;
+use client::node::target::Target;
 use uuid::Uuid;
 
 pub(crate) const SECRET: &str = "abababababababababababababababababababababababababababababababab";
@@ -58,7 +59,7 @@ impl Folder {
             nr_connections: 1,
             queue_depth: 128,
             block_size_bytes: 4096,
-            device_link: run_dir.join("dev/link"),
+            device_link: run_dir.join("dev").join(Target::parse(target).unwrap().link_name(attachment_id)),
             is_volatile: false,
             on_stall: StallPolicy::Wait,
             on_stall_is_told: false,

@@ -415,7 +415,7 @@ fn disks_are_taken_away_without_a_daemon_and_not_beside_one() {
 }
 
 #[test]
-fn udev_learns_the_name_of_a_volumes_disk() {
+fn udev_learns_the_name_of_every_disk() {
     let attached = Attached::new();
     let name = |disk: &str| {
         let mut command = program(env!("CARGO_BIN_EXE_volclient"));
@@ -428,6 +428,17 @@ fn udev_learns_the_name_of_a_volumes_disk() {
     client::contract::write_file(&attached.folder.dir.status(), &status).unwrap();
     let told = name("ublkb4000000");
     assert_eq!(String::from_utf8_lossy(&told.stdout), "VOLNODE_NAME=vol-1\nVOLNODE_STALLED=1\n");
+    // Of somebody else's server: it has no name there, so it is called by where it is.
+    let mut foreign = Folder::of_uri(attached.run_dir.path(), "nbd://h/a/b-part1");
+    foreign.status.dev_id = Some(4_000_001);
+    client::contract::write_file(&foreign.dir.status(), &foreign.status).unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&name("ublkb4000001").stdout),
+        "VOLNODE_NAME=nbd@h@10809@a%2Fb%2Dpart1\n"
+    );
+    foreign.status.state = client::contract::DeviceState::Stalled;
+    client::contract::write_file(&foreign.dir.status(), &foreign.status).unwrap();
+    assert!(String::from_utf8_lossy(&name("ublkb4000001").stdout).ends_with("\nVOLNODE_STALLED=1\n"));
     let another = name("ublkb1");
     assert!(another.status.success() && another.stdout.is_empty(), "{another:?}");
     assert_eq!(name("sda").status.code(), Some(1));
