@@ -59,7 +59,7 @@ pub struct Config {
     pub runtime_dir: Option<PathBuf>,
 
     /// Where NBD clients connect; may be given more than once, or separated by commas. 0.0.0.0 is every address of this machine,
-    /// and [::] those of IPv6 as well, where 0.0.0.0 has not the same port
+    /// and `[::]` those of IPv6 as well, where 0.0.0.0 has not the same port
     #[arg(
         long,
         env = "VOLSERVER_LISTEN",
