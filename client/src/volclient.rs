@@ -66,7 +66,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct ServeArgs {
-    /// Management API of the storage server: unix:/path, http://host[:port] or https://host[:port] (port 10810 if left out)
+    /// Management API of the storage server: unix:/path, http://host:port or https://host:port (port 10810 if left out)
     #[arg(long, env = "VOLCLIENT_SERVER", default_value = client::api_channel::DEFAULT_URI, value_name = "URI")]
     server: String,
     /// Authority of the servers' certificates (PEM): needed for https:// and nbds://

@@ -15,7 +15,7 @@ use crate::size::parse_size;
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// Management API of the storage server: unix:/path, http://host[:port] or https://host[:port] (port 10810 if left out)
+    /// Management API of the storage server: unix:/path, http://host:port or https://host:port (port 10810 if left out)
     #[arg(
         long,
         global = true,
@@ -163,7 +163,7 @@ pub(crate) enum Switch {
 
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
-    /// A volume's name; or nbd://host[:port]/export for any NBD server (port 10809 if left out; nbds:// for TLS), or
+    /// A volume's name; or nbd://host:port/export for any NBD server (port 10809 if left out; nbds:// for TLS), or
     /// nbd+unix:///export?socket=/path for one on this machine; also as systemd-escape writes such a URI
     pub(crate) target: String,
     /// How data moves between the kernel and the network; auto takes the best that this kernel proves it can do
