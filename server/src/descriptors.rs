@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
 use crate::catalog::BackendKind;
+use crate::limits::GUESTS_MAX;
 
 /// Beside all that is counted here: the standard ones, listeners, the catalog's files, tokio's, and what calls and openers have open
 /// for a moment.
@@ -88,7 +89,7 @@ pub fn plan(allowed: u64, wanted: &Wanted) -> Result<Plan, TooFewDescriptors> {
     let (connections_max, management_max) =
         (u64::from(wanted.connections_max), u64::from(wanted.management_max));
     let of_volume = of_volume(BackendKind::File, wanted.rings);
-    let fixed = OTHER + rings * OF_RING;
+    let fixed = OTHER + rings * OF_RING + u64::from(GUESTS_MAX) * of_connection;
 
     let wanted_in_all = fixed
         + rings * OF_PIPE * u64::from(wanted.page_pipes)
@@ -221,7 +222,7 @@ mod tests {
         let rings = wanted.rings as u64;
         OTHER
             + rings * (OF_RING + OF_PIPE * u64::from(plan.page_pipes))
-            + u64::from(plan.connections_max) * u64::from(wanted.of_connection)
+            + u64::from(plan.connections_max + GUESTS_MAX) * u64::from(wanted.of_connection)
             + u64::from(plan.management_max)
             + plan.of_volumes
     }
@@ -250,7 +251,7 @@ mod tests {
 
     #[test]
     fn connections_get_what_they_want_as_long_as_some_volumes_fit() {
-        let enough = OTHER + 2 * (2 + 64) + 1024 + 512 + 16 * 4;
+        let enough = OTHER + 2 * (2 + 64) + 1024 + u64::from(GUESTS_MAX) + 512 + 16 * 4;
         let at = |allowed| plan(allowed, &wanted(2)).unwrap();
         assert_eq!((at(enough).connections_max, at(enough).management_max), (1024, 512));
         assert_eq!(at(enough).of_volumes, 64);
@@ -265,7 +266,7 @@ mod tests {
         let error = plan(100, &wanted(2)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "a limit of 100 open files is too little: 2 threads with a few connections and one volume need 184; raise it \
+            "a limit of 100 open files is too little: 2 threads with a few connections and one volume need 200; raise it \
              (LimitNOFILE= of the unit, ulimit -n, a container's ulimits) or lower --threads"
         );
         assert!(plan(184, &wanted(2)).is_ok() && plan(183, &wanted(2)).is_err());
