@@ -269,7 +269,7 @@ mod tests {
             "a limit of 100 open files is too little: 2 threads with a few connections and one volume need 200; raise it \
              (LimitNOFILE= of the unit, ulimit -n, a container's ulimits) or lower --threads"
         );
-        assert!(plan(184, &wanted(2)).is_ok() && plan(183, &wanted(2)).is_err());
+        assert!(plan(200, &wanted(2)).is_ok() && plan(199, &wanted(2)).is_err());
     }
 
     #[test]
