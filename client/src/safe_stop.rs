@@ -80,9 +80,20 @@ pub fn begin(dev_id: u32, on_outcome: impl FnOnce(Outcome) + Send + 'static) -> 
 }
 
 fn begin_with(mut command: Command, on_outcome: impl FnOnce(Outcome) + Send + 'static) -> io::Result<()> {
-    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.process_group(0).spawn()?;
+    command
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .process_group(0);
+    // The thread first: a process that nobody listens to would take the disk away all the same.
+    let (sender, started) = mpsc::channel();
     let read = move || {
+        let mut child = match command.spawn() {
+            Ok(child) => child,
+            Err(error) => return drop(sender.send(Err(error))),
+        };
+        let _ = sender.send(Ok(()));
         let mut line = String::new();
         let told = child.stdout.take().map(|stdout| BufReader::new(stdout).read_line(&mut line));
         let outcome = match (told, serde_json::from_str(&line)) {
@@ -94,7 +105,8 @@ fn begin_with(mut command: Command, on_outcome: impl FnOnce(Outcome) + Send + 's
         // Its exit status says no more; it may take as long as the I/O that it waits for.
         let _ = child.wait();
     };
-    thread::Builder::new().name("safe-stop".into()).stack_size(READER_STACK_BYTES).spawn(read).map(drop)
+    thread::Builder::new().name("safe-stop".into()).stack_size(READER_STACK_BYTES).spawn(read)?;
+    started.recv().unwrap_or_else(|_| Err(io::Error::other("the thread ended")))
 }
 
 /// [`begin`], and waits for what comes of it.

@@ -163,6 +163,10 @@ fn a_one_shot_server(env: &Env) -> Result<()> {
         let device = attach_one_when_there(&node, uri)?;
         let mount_point = env.directory.join("mnt");
         let before = mount_with_file(&device, &mount_point)?;
+        if can_upgrade {
+            // One FLUSH is going to fail, which would end the journal.
+            run("umount", &[&mount_point])?;
+        }
         let pid = node.attachment(uri)?["pid"].clone();
         let upgraded = node.volctl(&["upgrade", uri])?;
         println!("{program}: {upgraded:?}");
@@ -173,6 +177,11 @@ fn a_one_shot_server(env: &Env) -> Result<()> {
             ensure!(complaint.contains("takes no other connection"), "{complaint}");
         }
         ensure!((node.attachment(uri)?["pid"] != pid) == can_upgrade, "{}", node.attachment(uri)?);
+        if can_upgrade {
+            // Nobody knows what the server kept while no process of ours looked.
+            ensure!(direct::flush(Path::new(&device)).is_err(), "nobody was told that something may be lost");
+            run("mount", &[device.as_ref(), mount_point.as_os_str()])?;
+        }
         goes_on(&device, &mount_point, &before)?;
         ensure!(node.attachment(uri)?["state"] == "live", "{}", node.attachment(uri)?);
         node.detach(uri)?;

@@ -209,9 +209,6 @@ pub struct RecoverSpec {
     pub data_path: String,
     /// What it was made for.
     pub session: SessionRecord,
-    /// All that the former process had been told was flushed after its end. Not in specs of programs that did not do that.
-    #[serde(default)]
-    pub is_flushed: bool,
 }
 
 /// The server's side of a device: what later connections, and later device processes, have to find again.

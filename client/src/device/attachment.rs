@@ -142,8 +142,6 @@ enum Event {
 struct Stopping {
     /// Who asked; nobody where the process was told to terminate.
     request: Option<PendingRequest>,
-    /// To go back to.
-    before: (DeviceState, String),
 }
 
 /// What follows an event.
@@ -333,8 +331,7 @@ impl Attachment {
         }
         let unflushed = Arc::new(Unflushed::new(nr_hw_queues));
         let is_recovered = spec.recover.is_some();
-        let is_flushed = spec.recover.as_ref().is_none_or(|recover| recover.is_flushed);
-        if !is_flushed && session.has_volatile_cache() {
+        if is_recovered && session.has_volatile_cache() {
             // Nobody knows what the process before had been told: until the first FLUSH there may be something.
             unflushed.acknowledged(0);
         }
@@ -343,7 +340,13 @@ impl Attachment {
         let (_, reply_timeout) = ways_of(&spec.export);
         let probes = Probes::new(reply_timeout, Redial::can_probe(spec, nr_connections));
         let links = Links {
-            redial: Redial::new(spec, &session, nr_hw_queues, nr_connections),
+            redial: Redial::new(
+                spec,
+                &session,
+                nr_hw_queues,
+                nr_connections,
+                status.status().server_address.clone(),
+            ),
             reconnect: Reconnect::new(nr_hw_queues, session.incarnation.clone(), starting, probes),
             commanders: Vec::new(),
             unflushed,
@@ -581,9 +584,8 @@ impl Attachment {
             }
             return;
         }
-        let before = (status.status().state, status.status().state_reason.clone());
-        status.enter(DeviceState::Stopping, "");
-        self.stopping = Some(Stopping { request, before });
+        // Its state stays: if its server has moved, or this process dies, it is looked after until it is gone.
+        self.stopping = Some(Stopping { request });
         let sender = self.links.sender.clone();
         let on_outcome = move |outcome| drop(sender.send(Event::StopTried(outcome)));
         if let Err(error) = safe_stop::begin(self.device.dev_id(), on_outcome) {
@@ -593,17 +595,17 @@ impl Attachment {
     }
 
     fn stop_tried(&mut self, outcome: Outcome, status: &mut StatusFile) -> Next {
-        let Some(Stopping { request, before: (state, reason) }) = self.stopping.take() else {
+        let Some(Stopping { request }) = self.stopping.take() else {
             return Next::Serve;
         };
         let refusal = match outcome {
-            Outcome::Stopped => return Next::End(request),
+            Outcome::Stopped => {
+                status.enter(DeviceState::Stopping, "");
+                return Next::End(request);
+            }
             Outcome::InUse { holders } => ControlResponse::Busy { holders },
             Outcome::Failed { message } => ControlResponse::Error { message },
         };
-        status.enter(state, &reason);
-        // It may have changed meanwhile.
-        self.links.tell_condition(status);
         match request {
             Some(request) => request.answer(&refusal),
             None => tracing::warn!(?refusal, "told to terminate, but the device stays"),

@@ -34,6 +34,11 @@ use proto::nbd::transmission::{
 /// Bits of a cookie that hold the tag; the sequence number is above them.
 const COOKIE_TAG_BITS: u32 = 16;
 
+/// With more than this in flight a server of ours may have stopped reading, which has room for 128 requests of a connection and,
+/// where others want it too, for little of its data.
+const PONG_REQUESTS_MAX: u16 = 64;
+const PONG_BYTES_MAX: u64 = 4 << 20;
+
 /// The peer broke the protocol: shut the connection down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PeerError {
@@ -426,6 +431,15 @@ impl Connection {
         }
     }
 
+    /// Whether the answer to a ping can be expected: it was sent, and there is so little before it that a server of ours, which takes
+    /// in no more than it has room for, must have come to it.
+    pub fn expects_pong(&self) -> bool {
+        let ping = &self.entries[usize::from(self.ping_tag())];
+        let in_flight = self.requests().filter(|entry| entry.stage != Stage::Idle);
+        let bytes: u64 = in_flight.map(|entry| u64::from(entry.operation.length_bytes)).sum();
+        ping.stage == Stage::Sent && self.in_flight <= PONG_REQUESTS_MAX && bytes <= PONG_BYTES_MAX
+    }
+
     /// How many pings were answered; only differences matter.
     pub fn pongs(&self) -> u32 {
         self.pongs
@@ -759,6 +773,7 @@ mod tests {
         let refused = reply(NbdError::Einval as u32, cookies[0]);
         assert_eq!(connection.header_received(&refused), Ok(Follows::Header));
         assert_eq!((connection.pongs(), completions(&mut connection).len()), (1, 0));
+        assert!(!connection.expects_pong());
         assert!(!connection.has_served(), "it says nothing of the storage");
         connection.header_received(&refused).unwrap_err();
         // The next one is lost with the connection.
@@ -780,6 +795,27 @@ mod tests {
         connection.batch_sent();
         connection.header_received(&reply(NbdError::Eshutdown as u32, cookies[0])).unwrap();
         assert!(connection.is_leaving() && !connection.is_owed_replies());
+    }
+
+    /// A server that is busy with as much as it takes in does not come to what stands behind it.
+    #[test]
+    fn no_pong_is_expected_behind_much_else() {
+        let with_requests = |count: u16, length_bytes: u32| {
+            let mut connection = Connection::new(128, 0);
+            for tag in 0..count {
+                connection.submit(tag, operation(Command::Write, length_bytes));
+            }
+            connection.ping();
+            let before = connection.expects_pong();
+            while !batch(&mut connection).1.is_empty() {
+                connection.batch_sent();
+            }
+            (before, connection.expects_pong())
+        };
+        assert_eq!(with_requests(64, 4096), (false, true), "once it was sent");
+        assert_eq!(with_requests(65, 4096), (false, false));
+        assert_eq!(with_requests(4, 1 << 20), (false, true));
+        assert_eq!(with_requests(5, 1 << 20), (false, false));
     }
 
     #[test]

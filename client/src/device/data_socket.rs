@@ -58,8 +58,7 @@ impl DataSocket {
 
     /// Whether its data may leave by reference: not through what encrypts or passes it on first.
     pub fn takes_references(&self) -> bool {
-        let is_tcp = self.socket.local_addr().is_ok_and(|address| address.as_socket().is_some());
-        is_tcp && self.encryption == Encryption::None
+        self.is_tcp() && self.encryption == Encryption::None
     }
 
     /// Whenever it is closed, by the end of the process too, what it has not sent yet is dropped.
@@ -98,6 +97,25 @@ impl DataSocket {
     /// Those of send(2); `EAGAIN` when the socket is full.
     pub fn write_all(&self, bytes: &[u8]) -> io::Result<()> {
         (&self.socket).write_all(bytes)
+    }
+
+    /// Lets the peer take as long as it likes to read, as long as it acknowledges that: TCP_USER_TIMEOUT ends a connection whose
+    /// peer has had no room for so long, though it acknowledges every probe of its window. Whoever uses the socket looks
+    /// at [`DataSocket::unacknowledged_for`] instead. A relay's TCP socket stays as it is.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn bear_with_a_full_peer(&self) -> io::Result<()> {
+        if self.is_tcp() { self.socket.set_tcp_user_timeout(None) } else { Ok(()) }
+    }
+
+    /// How long data has been out of which the peer's TCP acknowledges nothing; `None` where there is none, or no TCP.
+    pub fn unacknowledged_for(&self) -> Option<Duration> {
+        kernel::unacknowledged_for(&self.socket).ok().flatten()
+    }
+
+    fn is_tcp(&self) -> bool {
+        self.socket.local_addr().is_ok_and(|address| address.as_socket().is_some())
     }
 
     /// How much the kernel has encrypted or decrypted under the connection's keys, in bytes; 0 where it does neither.

@@ -31,7 +31,7 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 pub const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// A peer that acknowledges nothing for this long is gone. Some retransmissions more than a network loses on an ordinary
 /// day, and little enough that another connection is tried while people still wait.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(15);
+pub const NETWORK_TIMEOUT: Duration = Duration::from_secs(15);
 /// An idle connection is asked after this long whether it is still there; with the probes, as long as a busy one.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(6);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
@@ -183,7 +183,7 @@ fn set_options(socket: &Socket) -> io::Result<()> {
         .with_interval(KEEPALIVE_INTERVAL)
         .with_retries(KEEPALIVE_PROBES);
     socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(SILENCE_TIMEOUT))
+    socket.set_tcp_user_timeout(Some(NETWORK_TIMEOUT))
 }
 
 /// What the spec says, loaded.
@@ -224,7 +224,9 @@ impl Handshake {
             let export = self.speak(&mut PlainStream(&socket), |_| false)?;
             let export = export.ok_or_else(|| self.protocol_error("it does not tell the export"))?;
             socket.set_read_timeout(None).map_err(|source| self.io_error(source))?;
-            return Ok(Dialled { socket: socket.into(), export, address: self.target.address });
+            let socket = DataSocket::from(socket);
+            socket.bear_with_a_full_peer().map_err(|source| self.io_error(source))?;
+            return Ok(Dialled { socket, export, address: self.target.address });
         };
         self.machine = self.machine.with_tls();
         self.speak(&mut PlainStream(&socket), ClientHandshake::is_tls_acknowledged)?;
@@ -241,7 +243,9 @@ impl Handshake {
         let export = export.ok_or_else(|| self.protocol_error("it does not tell the export"))?;
         tracing::debug!(address = self.target.shown, agreed = stream.describe(), "TLS has started");
         let carrier = stream.hand_over(tls.records).map_err(|error| self.stream_error(error))?;
-        Ok(Dialled { socket: carrier.into(), export, address: self.target.address })
+        let socket = DataSocket::from(carrier);
+        socket.bear_with_a_full_peer().map_err(|source| self.io_error(source))?;
+        Ok(Dialled { socket, export, address: self.target.address })
     }
 
     fn wait_for(&mut self, patience: Duration) {

@@ -72,11 +72,6 @@ impl Probes {
         }
     }
 
-    /// Whether one was answered: for people, while a server is silent and not left.
-    pub fn is_vouching(&self) -> bool {
-        self.answered_at.is_some()
-    }
-
     /// Whether neither a reply nor an answered probe says that the server lives, or the connection does not carry pings any more.
     pub fn is_dead(&self, silence: Silence, now: Instant) -> bool {
         let is_recent = |at: Instant| now.saturating_duration_since(at) < self.reply_timeout;

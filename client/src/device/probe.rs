@@ -19,7 +19,7 @@ use super::slots::{self, SlotError};
 use crate::causes::with_sources;
 use crate::contract::DeviceSpec;
 
-/// How long a probe may take, from the first packet to the last byte: half of the shortest reply time-out.
+/// How long the server may take to open the export, and then to answer: half of the shortest reply time-out.
 pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A probe was not answered.
@@ -58,9 +58,8 @@ pub(super) fn start(
 }
 
 fn run(spec: &DeviceSpec, block_bytes: u32, worked_last: Option<&str>) -> Result<(), ProbeError> {
-    let deadline = Instant::now() + PROBE_TIMEOUT;
     let dialled = slots::dial_slot(spec, PROBE_SLOT, worked_last, PROBE_TIMEOUT)?;
-    ask(&dialled.socket, block_bytes, deadline)
+    ask(&dialled.socket, block_bytes, Instant::now() + PROBE_TIMEOUT)
 }
 
 /// Asks for the export's first block.

@@ -44,6 +44,7 @@ use super::balance::Balance;
 use super::block_request;
 use super::connection::{Completion, Connection, Follows, Operation, Piece, Resend};
 use super::data_socket::DataSocket;
+use super::dial::NETWORK_TIMEOUT;
 use super::payload::Payloads;
 use super::queue_parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts, QueueSilence};
 use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing, TICK};
@@ -55,6 +56,8 @@ const BATCH_PIECES_MAX: usize = 32;
 /// Ended READs are given back together while the next payload is already there, up to this many bytes: some 100 µs of
 /// copying. Whoever waits for them is woken once, and answers with as many requests at once.
 const HELD_BYTES_MAX: u32 = 512 << 10;
+/// For so many ticks nothing has to come before a ping without an answer, or a network without acknowledgements, says anything.
+const QUIET_TICKS: u32 = 5;
 /// How long the last FLUSH may take when the device goes away.
 const FINAL_FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a socket that was shut down may take to give its operations back.
@@ -83,6 +86,8 @@ struct Lane {
     /// For how many ticks nothing but answers to pings has come while replies were due, and for how many nothing.
     silent_ticks: u32,
     unheard_ticks: u32,
+    /// The same while the answer to a ping could be expected.
+    unanswered_ticks: u32,
     /// The server broke the protocol on it.
     is_distrusted: bool,
 }
@@ -99,6 +104,7 @@ impl Lane {
             pongs_at_tick: 0,
             silent_ticks: 0,
             unheard_ticks: 0,
+            unanswered_ticks: 0,
             is_distrusted: false,
         }
     }
@@ -111,6 +117,8 @@ impl Lane {
         let is_owed = self.connection.in_flight() > 0;
         self.silent_ticks = if is_owed && came <= pongs { self.silent_ticks + 1 } else { 0 };
         self.unheard_ticks = if is_owed && came == 0 { self.unheard_ticks + 1 } else { 0 };
+        self.unanswered_ticks =
+            if came == 0 && self.connection.expects_pong() { self.unanswered_ticks + 1 } else { 0 };
         (self.progress_at_tick, self.pongs_at_tick) = (self.progress, self.connection.pongs());
     }
 
@@ -519,7 +527,7 @@ impl<'a> QueueLoop<'a> {
             self.ring.replace_socket(connection, socket)?;
             let lane = &mut self.lanes[usize::from(connection)];
             lane.connection.connected();
-            (lane.silent_ticks, lane.unheard_ticks) = (0, 0);
+            (lane.silent_ticks, lane.unheard_ticks, lane.unanswered_ticks) = (0, 0, 0);
         }
         self.connected_at = Instant::now();
         self.was_awaited = self.lanes.iter().any(|lane| lane.connection.in_flight() > 0);
@@ -544,7 +552,9 @@ impl<'a> QueueLoop<'a> {
             }
         }
         let longest = |ticks: fn(&Lane) -> u32| self.lanes.iter().map(ticks).max().unwrap_or(0);
-        let (silent, unheard) = (longest(|lane| lane.silent_ticks), longest(|lane| lane.unheard_ticks));
+        // What was not heard before the ping counts, if the ping could have been answered since.
+        let unheard = |lane: &Lane| if lane.unanswered_ticks >= QUIET_TICKS { lane.unheard_ticks } else { 0 };
+        let (silent, unheard) = (longest(|lane| lane.silent_ticks), longest(unheard));
         let is_silent = silent >= told_from && self.is_up();
         if is_silent || self.is_told_silent {
             self.is_told_silent = is_silent;
@@ -552,6 +562,14 @@ impl<'a> QueueLoop<'a> {
             let oldest = self.oldest().unwrap_or(silent);
             let silence = is_silent.then_some(QueueSilence { silent, unheard, oldest });
             (self.on_event)(QueueEvent::Silent { queue_id: self.ring.queue().q_id(), silence });
+        }
+        let cut = self.connections().find(|connection| {
+            let is_silent = self.lanes[usize::from(*connection)].unheard_ticks >= QUIET_TICKS;
+            let unacknowledged = || self.ring.socket(*connection).unacknowledged_for();
+            is_silent && unacknowledged().is_some_and(|silent| silent >= NETWORK_TIMEOUT)
+        });
+        if let Some(connection) = cut {
+            self.fail(connection, "the network acknowledges nothing".to_owned());
         }
         let worn = self
             .connections()

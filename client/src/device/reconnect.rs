@@ -33,6 +33,8 @@ use std::time::{Duration, Instant};
 use super::liveness::{OutageClock, Probes, Silence};
 use crate::contract::StallPolicy;
 
+/// Whoever sets a policy later does not wait for longer than this for a silent server to be called lost, foreign or not.
+const TOLD_SILENCE: Duration = Duration::from_secs(20);
 /// Until a dial that could not be begun is tried again.
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
 
@@ -105,6 +107,8 @@ pub struct Reconnect<S> {
     probes: Probes,
     /// By queue: of its connections the one that has been silent for longest.
     silences: Vec<Option<Silence>>,
+    /// One of them would be the end of its connections, did the server not answer probes.
+    is_slow: bool,
     /// How long the outage has lasted, and why.
     outage: Option<(OutageClock, String)>,
     /// The one before, and how often since then a server was reached that refused everything.
@@ -129,6 +133,7 @@ impl<S> Reconnect<S> {
             told_at: None,
             probes,
             silences: vec![None; usize::from(nr_hw_queues)],
+            is_slow: false,
             outage: None,
             former_outage: None,
             refusals: 0,
@@ -160,6 +165,7 @@ impl<S> Reconnect<S> {
         }
         self.queues[usize::from(queue_id)] = QueueState::Down;
         self.silences[usize::from(queue_id)] = None;
+        self.look_for_slowness(now);
         if self.lost.is_some() {
             outputs.push(Output::GiveUp(queue_id));
             return;
@@ -189,14 +195,22 @@ impl<S> Reconnect<S> {
         let index = usize::from(queue_id);
         let is_up = matches!(self.queues[index], QueueState::Up);
         self.silences[index] = silence.filter(|_| is_up);
-        let Some(silence) = self.silences[index] else { return };
-        if self.probes.is_dead(silence, now) {
-            self.silences[index] = None;
-            self.queues[index] = QueueState::Closing;
-            outputs.push(Output::Disconnect(queue_id, no_reply(silence, now)));
-        } else if self.probes.take_turn(now) {
-            outputs.push(Output::Probe);
+        if let Some(silence) = self.silences[index] {
+            if self.probes.is_dead(silence, now) {
+                self.silences[index] = None;
+                self.queues[index] = QueueState::Closing;
+                outputs.push(Output::Disconnect(queue_id, no_reply(silence, now)));
+            } else if self.probes.take_turn(now) {
+                outputs.push(Output::Probe);
+            }
         }
+        self.look_for_slowness(now);
+    }
+
+    fn look_for_slowness(&mut self, now: Instant) {
+        let is_long =
+            |silence: &Silence| now.saturating_duration_since(silence.since) >= self.probes.reply_timeout();
+        self.is_slow = self.silences.iter().flatten().any(is_long);
     }
 
     /// A probe was answered, or was not.
@@ -290,7 +304,7 @@ impl<S> Reconnect<S> {
     /// Whether requests would fail sooner without probes. While there are connections their silence asks for probes.
     fn probes_matter(&self) -> bool {
         let fails_later = matches!(self.policy, StallPolicy::FailAfterMs(_)) && !self.has_given_up;
-        fails_later && self.lost.is_none() && self.outage.is_some()
+        fails_later && self.told_at.is_none() && self.lost.is_none() && self.outage.is_some()
     }
 
     /// Once no queue is served any more: whoever is told of an error may write again at once, through any of them.
@@ -320,19 +334,13 @@ impl<S> Reconnect<S> {
             return None;
         }
         let after = Duration::from_millis(after_ms);
+        let Some(told_at) = self.told_at else { return self.outage.as_ref()?.0.ends(after) };
         // Of a policy that somebody set: from then on, or from when the outage or the silence began.
-        let told = self.told_at.and_then(|told_at| {
-            let silent_for_long = self
-                .silences
-                .iter()
-                .flatten()
-                .filter_map(|it| it.since.checked_add(self.probes.reply_timeout()));
-            let outage = self.outage.as_ref().map(|(clock, _)| clock.began());
-            let began = silent_for_long.chain(outage).min()?;
-            began.max(told_at).checked_add(after)
-        });
-        let counted = self.outage.as_ref().and_then(|(clock, _)| clock.ends(after));
-        told.into_iter().chain(counted).min()
+        let silence = self.probes.reply_timeout().min(TOLD_SILENCE);
+        let silent_for_long = self.silences.iter().flatten().filter_map(|it| it.since.checked_add(silence));
+        let outage = self.outage.as_ref().map(|(clock, _)| clock.began());
+        let began = silent_for_long.chain(outage).min()?;
+        began.max(told_at).checked_add(after)
     }
 
     /// The policy that the attachment was made with. Requests that failed stay failed; under `Wait` those that come wait again
@@ -362,9 +370,8 @@ impl<S> Reconnect<S> {
             return Condition::Lost(reason.clone());
         }
         let Some((_, reason)) = &self.outage else {
-            let is_slow = self.silences.iter().any(Option::is_some) && self.probes.is_vouching();
             let words = "the server takes long for a request; it answers others".to_owned();
-            return if is_slow { Condition::Slow(words) } else { Condition::Live };
+            return if self.is_slow { Condition::Slow(words) } else { Condition::Live };
         };
         let attempt = if self.attempt.is_empty() { "connecting" } else { &self.attempt };
         let text = format!("{reason}; {attempt}");
@@ -604,21 +611,22 @@ mod tests {
         assert_eq!(world.silent_at(0, 0, 10_000), [Output::Probe]);
         assert_eq!(world.silent_at(1, 0, 10_000), [], "one probe for all queues");
         world.answered_at(10_100);
-        assert_eq!(
-            world.reconnect.condition(),
-            Condition::Slow("the server takes long for a request; it answers others".into())
-        );
-        assert_eq!(world.tick_at(29_000), [], "no time of an outage passes either");
+        assert_eq!(world.reconnect.condition(), Condition::Live, "that is not long");
+        assert_eq!(world.tick_at(20_000), [], "no time of an outage passes either");
+        assert_eq!(world.silent_at(0, 0, 20_000), [Output::Probe]);
+        world.answered_at(20_100);
+        let slow = Condition::Slow("the server takes long for a request; it answers others".into());
+        assert_eq!(world.reconnect.condition(), slow);
         assert_eq!(world.silent_at(0, 0, 29_000), [Output::Probe]);
-        assert_eq!(world.silent_at(0, 0, 30_099), []);
-        assert_eq!(world.silent_at(0, 0, 30_100), [Output::Disconnect(0, "no reply for 30 s".into())]);
+        assert_eq!(world.silent_at(0, 0, 40_099), []);
+        assert_eq!(world.silent_at(0, 0, 40_100), [Output::Disconnect(0, "no reply for 40 s".into())]);
         // A reply ends it.
-        world.answered_at(30_200);
-        assert_eq!(world.silent_at(1, 15_000, 30_200), []);
+        world.answered_at(40_200);
+        assert_eq!(world.silent_at(1, 25_000, 40_200), []);
         world.reconnect.silent(1, None, world.now(), &mut world.outputs);
         assert_eq!(world.reconnect.condition(), Condition::Live);
         // Ten minutes after it was sent a request is not waited for any longer.
-        assert_eq!(world.silent_at(1, 20_000, 35_200), [Output::Probe]);
+        assert_eq!(world.silent_at(1, 20_000, 45_200), [Output::Probe]);
         world.answered_at(619_000);
         assert_eq!(world.silent_at(1, 20_000, 619_999), []);
         assert_eq!(disconnects(&world.silent_at(1, 20_000, 620_000)), [1]);
@@ -660,13 +668,10 @@ mod tests {
         let mut world = World::probing(StallPolicy::Wait, true);
         world.disconnected(0);
         world.now_ms = 60_000;
-        world.answered_at(60_000);
         world.reconnect.told_policy(fail, world.now());
-        assert_eq!(
-            disconnects(&world.tick_at(60_000)),
-            [1],
-            "without probes it has lasted for longer already"
-        );
+        world.answered_at(69_000);
+        assert_eq!(world.tick_at(69_999), [], "and none asks for a probe");
+        assert_eq!(disconnects(&world.tick_at(70_000)), [1]);
         let mut world = World::probing(StallPolicy::FailAfterMs(30_000), true);
         world.disconnected(0);
         for second in (0..60).step_by(10) {
@@ -707,7 +712,8 @@ mod tests {
         world.disconnected(0);
         world.tick_at(60_000);
         world.reconnect.told_policy(StallPolicy::FailAfterMs(30_000), world.now());
-        assert_eq!(disconnects(&world.tick_at(60_000)), [1], "it has lasted longer already");
+        assert_eq!(world.tick_at(89_999), [], "its time begins now");
+        assert_eq!(disconnects(&world.tick_at(90_000)), [1]);
         let mut world = World::new(StallPolicy::FailAfterMs(30_000));
         world.disconnected(0);
         world.reconnect.told_policy(StallPolicy::Wait, world.now());

@@ -66,12 +66,13 @@ pub struct Redial {
 }
 
 impl Redial {
-    /// As the session was first: what comes later has to be like it.
+    /// As the session was first, at this address: what comes later has to be like it.
     pub fn new(
         spec: &DeviceSpec,
         session: &SessionRecord,
         nr_hw_queues: u16,
         nr_connections: u16,
+        worked_last: String,
     ) -> Arc<Self> {
         let export_bytes = AtomicU64::new(session.export_bytes);
         Arc::new(Self {
@@ -80,7 +81,7 @@ impl Redial {
             export_bytes,
             nr_hw_queues,
             nr_connections,
-            worked_last: Mutex::default(),
+            worked_last: Mutex::new(Some(worked_last)),
         })
     }
 

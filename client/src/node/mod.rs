@@ -8,7 +8,6 @@
 //! - [`attachment_record`]: an attachment as its folder tells it.
 //! - [`device_process`]: one device process: claim, start, wait, stop.
 //! - [`leftovers`]: the device and the link that a dead device process left.
-//! - `recovery`: another process for a device whose process has ended; `foreign_server`: what keeps its server meanwhile.
 //! - [`management_client`]: the storage server's management API.
 //! - `moved_servers`: a server that got another address: the disks that wait for it are told.
 //! - [`error`]: every error of the daemon, and the one place that makes a gRPC status of it.
@@ -20,7 +19,6 @@ mod attachment_events;
 pub mod attachment_record;
 pub mod device_process;
 pub mod error;
-mod foreign_server;
 pub mod leftovers;
 pub mod management_client;
 mod moved_servers;

@@ -53,7 +53,8 @@ impl Supervisor {
         if waiting.is_empty() {
             return Ok(());
         }
-        let info = self.management.server_info().await?;
+        let mut info = self.management.server_info().await?;
+        info.data_addresses = self.as_seen_from_here(info.data_addresses);
         for record in waiting.iter().filter(|record| has_moved(record, &info)) {
             if let Err(error) = self.tell_address(record, &info).await {
                 let target = &record.spec.target;

@@ -16,14 +16,13 @@ pub(super) fn recover_spec(record: &AttachmentRecord) -> Option<DeviceSpec> {
         Some(status) if status.state == DeviceState::Stopping => return None,
         Some(status) => match (status.dev_id, status.session) {
             (Some(dev_id), Some(session)) => {
-                Some(RecoverSpec { dev_id, data_path: status.data_path, session, is_flushed: false })
+                Some(RecoverSpec { dev_id, data_path: status.data_path, session })
             }
             _ => former,
         },
         // It died before it said anything; a status of another boot is none, and so is what was to be recovered then.
         None => former.filter(|_| record.status.is_none()),
     }?;
-    let recover = RecoverSpec { is_flushed: false, ..recover };
     let mut spec = record.spec.clone();
     if let ExportSpec::Attachment { session_epoch, .. } = &mut spec.export {
         *session_epoch += 1;
@@ -94,8 +93,6 @@ mod tests {
         record.spec = recover_spec(&record).unwrap();
         record.status = None;
         let told = record.spec.recover.clone();
-        // It may have been told something, and nobody has flushed that.
-        record.spec.recover.as_mut().unwrap().is_flushed = true;
         let again = recover_spec(&record).unwrap();
         assert_eq!(again.recover, told);
         assert!(matches!(again.export, ExportSpec::Attachment { session_epoch: 5, .. }));

@@ -20,12 +20,13 @@ use ublk_core::control::DeviceState as UblkState;
 use super::attachment_record::AttachmentRecord;
 use super::device_process;
 use super::error::NodeError;
-use super::foreign_server::HeldServer;
 use super::recover_spec::recover_spec;
 use super::supervisor::{Supervisor, blocking};
 use super::target::DetachSelector;
 use crate::causes::with_sources;
 use crate::contract::{AttachmentDir, DeviceSpec, ExportSpec, attachment_hash};
+use crate::device::dial::{Dialled, OPEN_TIMEOUT};
+use crate::device::slots;
 
 /// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
 /// what is in the way (a full disk, memory, a program that is being replaced) may take its time to go.
@@ -46,9 +47,9 @@ impl Supervisor {
         let (supervisor, dir) = (Arc::clone(self), dir.clone());
         tokio::spawn(async move {
             let started = Instant::now();
-            while let Some(pid) = device_process::running_pid(&dir).ok().flatten() {
-                let Err(error) = device_process::wait_until_ended(pid).await else { break };
-                tracing::error!(%error, folder = %dir.path().display(), "a device process cannot be watched yet");
+            while let Err(error) = wait_until_ended(&dir).await {
+                let (folder, error) = (dir.path().display(), with_sources(&error));
+                tracing::error!(error, %folder, "a device process cannot be watched yet");
                 tokio::time::sleep(WATCH_PAUSE).await;
             }
             supervisor.recover_dead(&dir, started.elapsed() > LIVED).await;
@@ -159,15 +160,10 @@ impl Supervisor {
         let stalled = Instant::now();
         device_process::kill(&record.dir, &record.spec.target).await?;
         let record = AttachmentRecord::read(record.dir.clone())?.ok_or_else(not_attached)?;
-        let mut spec = recover_spec(&record).ok_or_else(|| NodeError::UpgradeRefused {
+        let spec = recover_spec(&record).ok_or_else(|| NodeError::UpgradeRefused {
             target: target.clone(),
             why: "its state is not known".to_owned(),
         })?;
-        // Now that nothing more can be told to anybody.
-        let (held, is_flushed) = flush_held(held).await?;
-        if let Some(recover) = &mut spec.recover {
-            recover.is_flushed = is_flushed;
-        }
         let attachment = self.recover(&record, spec).await?;
         drop(held);
         Ok(v1::UpgradeResponse {
@@ -183,28 +179,27 @@ impl Supervisor {
     ///
     /// # Errors
     /// [`NodeError::UpgradeRefused`]: it takes no other, and might not take the next process's.
-    async fn hold_foreign_server(&self, spec: &DeviceSpec) -> Result<Option<HeldServer>, NodeError> {
+    async fn hold_foreign_server(&self, spec: &DeviceSpec) -> Result<Option<Dialled>, NodeError> {
         if !matches!(spec.export, ExportSpec::Nbd { .. }) {
             return Ok(None);
         }
         let (spec, target) = (spec.clone(), spec.target.clone());
-        let held = blocking(move || Ok(HeldServer::hold(&spec))).await?;
-        held.map(Some).map_err(|why| NodeError::UpgradeRefused {
+        let held = blocking(move || Ok(slots::dial_slot(&spec, 0, None, OPEN_TIMEOUT))).await?;
+        held.map(Some).map_err(|error| NodeError::UpgradeRefused {
             target,
             why: format!(
-                "its server takes no other connection, and may end with the one that it has ({why})"
+                "its server takes no other connection, and may end with the one that it has ({})",
+                with_sources(&error)
             ),
         })
     }
 }
 
-/// Whether all that was written through a process that has ended is durable on its server.
-async fn flush_held(held: Option<HeldServer>) -> Result<(Option<HeldServer>, bool), NodeError> {
-    blocking(move || {
-        let is_flushed = held.as_ref().is_some_and(HeldServer::flush);
-        Ok((held, is_flushed))
-    })
-    .await
+/// Errors: this machine lacks something for now, so that nobody knows whether it has ended.
+async fn wait_until_ended(dir: &AttachmentDir) -> Result<(), NodeError> {
+    let Some(pid) = device_process::running_pid(dir)? else { return Ok(()) };
+    let io_error = |source| NodeError::Io { what: format!("cannot watch process {pid:?}"), source };
+    device_process::wait_until_ended(pid).await.map_err(io_error)
 }
 
 /// Makes sure that the device is there, the attachment's, and without a process.

@@ -319,12 +319,16 @@ impl Supervisor {
         };
         let target = Target::Volume(name.to_owned());
         let mut spec = self.spec(granted.attachment_id, &target, export, wishes);
-        let zone = api_channel::zone(self.management.server());
-        let told = granted.data_addresses.into_iter();
-        spec.addresses = told.map(|address| on_the_link_of(zone.as_deref(), address)).collect();
+        spec.addresses = self.as_seen_from_here(granted.data_addresses);
         spec.block_size_bytes = granted.block_size_bytes;
         spec.is_volatile = granted.is_volatile;
         Ok(NewAttachment { spec, is_granted_now: !granted.existed })
+    }
+
+    /// Data addresses that the server tells, with the zone of those that are of the link on which its API is.
+    pub(super) fn as_seen_from_here(&self, told: Vec<String>) -> Vec<String> {
+        let zone = api_channel::zone(self.management.server());
+        told.into_iter().map(|address| on_the_link_of(zone.as_deref(), address)).collect()
     }
 
     /// An NBD server grants nothing: the attachment is this node's own, under an id that it keeps.

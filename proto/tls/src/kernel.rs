@@ -13,6 +13,7 @@ use std::mem::{size_of, size_of_val};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets, ProtocolVersion};
 
@@ -105,23 +106,44 @@ pub fn hand_over(
     Ok(())
 }
 
+/// What `struct tcp_info` of `include/uapi/linux/tcp.h` holds up to tcpi_bytes_received.
+const TCP_INFO_BYTES: usize = 136;
+
+/// Errors: `EOPNOTSUPP`: not a TCP socket.
+fn tcp_info(socket: impl AsFd) -> io::Result<[u8; TCP_INFO_BYTES]> {
+    let mut info = [0u8; TCP_INFO_BYTES];
+    let mut length = info.len() as libc::socklen_t;
+    let (fd, address) = (socket.as_fd().as_raw_fd(), info.as_mut_ptr().cast());
+    // SAFETY: the kernel writes at most `length` bytes to `info`, which is that long and lives until the call has returned.
+    let result = unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, address, &raw mut length) };
+    if result == 0 { Ok(info) } else { Err(io::Error::last_os_error()) }
+}
+
 /// How many bytes a connection has carried, in the direction that has carried more.
 ///
 /// # Errors
 /// `EOPNOTSUPP`: not a TCP socket.
 pub fn bytes_carried(socket: impl AsFd) -> io::Result<u64> {
-    // `struct tcp_info` of `include/uapi/linux/tcp.h`: tcpi_bytes_acked at 120, tcpi_bytes_received behind it.
+    // tcpi_bytes_acked, and tcpi_bytes_received behind it.
     const BYTES_ACKED_OFFSET_BYTES: usize = 120;
-    let mut info = [0u8; BYTES_ACKED_OFFSET_BYTES + 16];
-    let mut length = info.len() as libc::socklen_t;
-    let (fd, address) = (socket.as_fd().as_raw_fd(), info.as_mut_ptr().cast());
-    // SAFETY: the kernel writes at most `length` bytes to `info`, which is that long and lives until the call has returned.
-    let result = unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, address, &raw mut length) };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let info = tcp_info(socket)?;
     let counter = |at: usize| info[at..].first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
     Ok(counter(BYTES_ACKED_OFFSET_BYTES).max(counter(BYTES_ACKED_OFFSET_BYTES + 8)))
+}
+
+/// Since the last acknowledgement, while something sent is not acknowledged; `None`: everything is. What the peer has no room for was
+/// not sent.
+///
+/// # Errors
+/// `EOPNOTSUPP`: not a TCP socket.
+pub fn unacknowledged_for(socket: impl AsFd) -> io::Result<Option<Duration>> {
+    // tcpi_unacked, in segments, and tcpi_last_ack_recv, in milliseconds.
+    const UNACKED_OFFSET_BYTES: usize = 24;
+    const LAST_ACK_RECV_OFFSET_BYTES: usize = 56;
+    let info = tcp_info(socket)?;
+    let field = |at: usize| info[at..].first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+    let since = Duration::from_millis(u64::from(field(LAST_ACK_RECV_OFFSET_BYTES)));
+    Ok((field(UNACKED_OFFSET_BYTES) > 0).then_some(since))
 }
 
 /// Takes the record because of which a receive on a kTLS socket has failed with EIO; does not wait. `None`: there is no
@@ -332,6 +354,25 @@ mod tests {
         near.read_exact(&mut [0]).unwrap();
         assert!((10_000..10_100).contains(&bytes_carried(&near).unwrap()));
         assert!(bytes_carried(std::os::unix::net::UnixStream::pair().unwrap().0).is_err());
+    }
+
+    /// A peer that reads nothing acknowledges what it has room for, and the probes of its window after that.
+    #[test]
+    fn what_a_full_peer_has_no_room_for_is_not_unacknowledged() {
+        use std::io::Write as _;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let _far = listener.accept().unwrap().0;
+        assert_eq!(unacknowledged_for(&near).unwrap(), None);
+        near.set_nonblocking(true).unwrap();
+        let bytes = vec![7; 1 << 20];
+        while near.write(&bytes).is_ok() {}
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while unacknowledged_for(&near).unwrap().is_some() {
+            assert!(std::time::Instant::now() < deadline, "its machine acknowledges nothing");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(unacknowledged_for(std::os::unix::net::UnixStream::pair().unwrap().0).is_err());
     }
 
     #[test]

@@ -42,6 +42,7 @@ fn shown(attachment: &v1::NodeAttachment) -> Value {
         "capacity_bytes": attachment.capacity_bytes,
         "block_size_bytes": attachment.block_size_bytes,
         "read_only": attachment.read_only,
+        "tail_bytes": attachment.tail_bytes,
         "state": word(attachment.state().as_str_name(), "DEVICE_STATE_"),
         "state_reason": attachment.state_reason,
         "state_since_ms": attachment.state_since_ms,
