@@ -135,7 +135,10 @@ fn verify(device: &Path) -> Result<()> {
 fn what_the_machine_serves(env: &Env) -> Result<()> {
     let node = StorageNode::start(env)?;
     let device = node.create_and_attach("vol-1", "64M", &[])?;
-    sh("modprobe nvmet; mountpoint -q /sys/kernel/config || mount -t configfs none /sys/kernel/config")?;
+    // As the comparison with NVMe/TCP wants the module that both share, which stays loaded.
+    sh(
+        "modprobe nvme_core multipath=N; modprobe nvmet; mountpoint -q /sys/kernel/config || mount -t configfs none /sys/kernel/config",
+    )?;
     let subsystem = Path::new("/sys/kernel/config/nvmet/subsystems/volnode-test");
     let namespace = subsystem.join("namespaces/1");
     fs::create_dir(subsystem)?;

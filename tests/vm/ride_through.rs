@@ -287,7 +287,7 @@ fn a_server_that_moved(env: &Env) -> Result<()> {
 /// An fsync takes longer than a lost server is waited for, and everything else goes on: nobody is told of an error, unless somebody
 /// has said meanwhile how long it may take.
 fn a_slow_disk(env: &Env) -> Result<()> {
-    const SLOW: Duration = Duration::from_secs(50);
+    const SLOW: Duration = Duration::from_secs(34);
     let disk = SlowDisk::make(env)?;
     let node = StorageNode::start_with(env, &disk.mount_point.join("data"), &["--cache", "writeback"])?;
     node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
