@@ -7,6 +7,7 @@ mod crowd;
 mod programs;
 mod silent;
 mod simulator;
+mod tidy;
 mod units;
 
 /// Held by tests that measure, or that need most of the descriptors that this process may have.

@@ -21,7 +21,7 @@ use libtest_mimic::{Arguments, Completion, Trial};
 use crate::events::{Event, PlannedTest};
 use crate::kernel_series::KernelSeries;
 use crate::left_behind::Machine;
-use crate::libtest_binary::{LibtestBinary, run_one};
+use crate::libtest_binary::{KernelLacks, LibtestBinary, run_one};
 use crate::selection::Selection;
 use crate::stuck_tasks;
 
@@ -159,19 +159,6 @@ impl std::fmt::Display for Lacking {
 }
 
 impl std::error::Error for Lacking {}
-
-/// An error by which a test of another crate says that the kernel is too old for it. The newest series has all we
-/// use, so there it is a failure; on others the test counts as skipped.
-#[derive(Debug)]
-pub(crate) struct KernelLacks(pub(crate) String);
-
-impl std::fmt::Display for KernelLacks {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for KernelLacks {}
 
 /// Shared, because a test that hangs keeps its thread.
 type TestFunction = Arc<dyn Fn(&Env) -> Result<()> + Send + Sync>;

@@ -1,7 +1,7 @@
 //! The device process's control socket: one line in, one line out, one thread.
 //!
 //! The thread only reads requests; `attachment.rs` answers them, one at a time, on the process's main thread. The
-//! format is `contract.rs`'s.
+//! format is `contract/mod.rs`'s.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;

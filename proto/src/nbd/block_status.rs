@@ -1,6 +1,6 @@
 //! `base:allocation`: extents as the server tells them, and which contexts a BLOCK_STATUS asks for.
 //!
-//! Used by the server's `block_status.rs` (finds extents, encodes them) and `session.rs` (decodes a request's payload).
+//! Used by the server's `block_status.rs` (finds extents, encodes them) and `server/src/session.rs` (decodes a request's payload).
 //! Knows nothing of files. Invariants of what [`AllocationExtents`] holds: extents follow each other from the request's
 //! offset on, none is empty, neighbours differ, and together they never reach past the request's end; so REQ_ONE and
 //! 32-bit lengths hold by construction. Source: NBD `doc/proto.md`, "The `base:` metadata namespace".

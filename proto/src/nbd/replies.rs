@@ -1,6 +1,6 @@
 //! What a server puts on the wire before a reply's payload, in each header style.
 //!
-//! Owned by the server's `session.rs`, which reuses one [`ReplyHead`] for reply after reply; the payload itself never
+//! Owned by the server's `server/src/session.rs`, which reuses one [`ReplyHead`] for reply after reply; the payload itself never
 //! passes through here. Nothing allocates.
 //!
 //! | outcome | simple | structured | extended |

@@ -1,6 +1,6 @@
 //! Every check of a request in one place, one errno each.
 //!
-//! The server's `session.rs` calls [`validate_payload`] as soon as it has a header, then [`validate_request`] before
+//! The server's `server/src/session.rs` calls [`validate_payload`] as soon as it has a header, then [`validate_request`] before
 //! anything of the request reaches a volume; what passes is inside the export, aligned, allowed and of bounded size. What
 //! does not pass gets its errno in a reply and the connection lives; a refused request's payload is the caller's to drain.
 //! All of it is pure: the request and what was announced in, a verdict out. Source: NBD `doc/proto.md`.

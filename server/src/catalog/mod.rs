@@ -2,7 +2,7 @@
 //!
 //! Owns the SQLite database, the data directory's lock, and the formats of both. It holds identities, states, secrets,
 //! generations, epochs and incarnations; it never touches a volume's data and never talks to a peer.
-//! Called by the management side (`management/`, `lifecycle.rs`) and by the data side when a connection is opened, an
+//! Called by the management side (`management/`, `lifecycle/mod.rs`) and by the data side when a connection is opened, an
 //! epoch is raised or an fsync has failed. Every call blocks; tokio tasks go through `spawn_blocking`.
 //!
 //! Invariants:

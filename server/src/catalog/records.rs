@@ -28,7 +28,7 @@ impl BackendKind {
     }
 }
 
-/// How far a volume's making or deletion has come; see `lifecycle.rs` for the order of steps.
+/// How far a volume's making or deletion has come; see `lifecycle/mod.rs` for the order of steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VolumeState {
     /// Its storage is being made: nobody was told of it yet.

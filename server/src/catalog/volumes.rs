@@ -5,7 +5,7 @@
 //!  ─────────────▶ creating ─────────────▶ ready ─────────────▶ deleting ─────────────▶ (no row)
 //!                    └───────────────────── forget_volume ───────────────────────────▶
 //! ```
-//! Storage is made while the row says `creating` and removed while it says `deleting`, by `lifecycle.rs`: a row in one of
+//! Storage is made while the row says `creating` and removed while it says `deleting`, by `lifecycle/mod.rs`: a row in one of
 //! those states at start is what a killed server left. Only `ready` volumes that no deletion has concealed are visible to
 //! lookups. Never touches storage itself.
 

@@ -18,8 +18,7 @@ use proto::nbd::transmission::{
 };
 use rustix::net::{RecvFlags, recv};
 
-use super::generator::PEER_DEADLINE;
-use super::{Load, LoadError, Operation, pattern};
+use super::{Load, LoadError, Operation, PEER_DEADLINE, pattern};
 
 /// Payload that is still to come from which on it is received without being copied (`MSG_TRUNC`, see `tcp(7)`). For less, the
 /// system call of its own would cost more than the copy.

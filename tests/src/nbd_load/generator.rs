@@ -11,10 +11,7 @@ use hdrhistogram::Histogram;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 use super::connection::{Answered, Connection};
-use super::{Load, LoadError, Operation, Order, Outcome};
-
-/// No reply of a living server takes longer.
-pub(super) const PEER_DEADLINE: Duration = Duration::from_secs(30);
+use super::{Load, LoadError, Operation, Order, Outcome, PEER_DEADLINE};
 
 /// Room for what one receive brings: a queue of 32 blocks of 4 KiB, or a large block.
 const RECEIVE_BYTES: usize = 1 << 20;

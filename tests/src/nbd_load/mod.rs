@@ -24,6 +24,9 @@ use serde::{Deserialize, Serialize};
 
 use generator::{Generator, Until};
 
+/// No reply of a living server takes longer.
+const PEER_DEADLINE: Duration = Duration::from_secs(30);
+
 /// What is asked of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

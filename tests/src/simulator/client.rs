@@ -1,6 +1,6 @@
 //! The simulated device process: the real connections, streams, reconnects and counters, without ring, sockets and threads.
 //!
-//! Stands for `client/src/device/queue_loop.rs` (its passes), `redial.rs` (dialling) and `attachment.rs` (the main thread). Each
+//! Stands for `client/src/device/queue_loop.rs` (its passes), `client/src/device/redial.rs` (dialling) and `client/src/device/attachment.rs` (the main thread). Each
 //! queue has lanes; a lane's operations on its socket are out until the world lets them go on, byte by byte if it likes. Block
 //! requests belong to the kernel ([`Bio`]): they outlive the process, and the next one gets them again.
 
@@ -110,7 +110,7 @@ struct Queue {
     is_told_silent: bool,
 }
 
-/// As in `probe.rs`.
+/// As in `client/src/device/probe.rs`.
 struct Probe {
     link: LinkId,
     handshake: Option<Box<ClientHandshake>>,

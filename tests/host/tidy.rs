@@ -1,0 +1,248 @@
+//! The repository's own order: files that comments name are there, no file leads back to itself, files stay short.
+//!
+//! What is listed here as an exception may only get smaller.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Of a file that is no test, without its unit tests.
+const LINES_MAX: usize = 600;
+
+/// Longer ones, and how long they are.
+const LONG_FILES: &[(&str, usize)] = &[
+    ("client/src/device/attachment.rs", 920),
+    ("client/src/device/connection.rs", 660),
+    ("client/src/device/queue_loop.rs", 815),
+    ("client/src/device/queue_ring.rs", 602),
+    ("client/src/node/supervisor.rs", 702),
+    ("proto/src/nbd/handshake/server.rs", 643),
+    ("server/src/connection.rs", 749),
+    ("server/src/ring.rs", 853),
+    ("tests/src/simulator/client.rs", 1031),
+    ("tests/src/simulator/server.rs", 730),
+    ("tests/src/simulator/world.rs", 815),
+    ("tests/src/storage_node.rs", 706),
+    ("ublk-core/src/abi.rs", 680),
+];
+
+/// Files that lead back to each other.
+const CIRCLES: &[&[&str]] = &[&[
+    "tests/src/commands.rs",
+    "tests/src/lab/soak.rs",
+    "tests/src/lab/systemd_machine.rs",
+    "tests/src/lab/test_run.rs",
+]];
+
+/// Named in comments, and of others.
+const FOREIGN_FILES: [&str; 2] = ["apt.conf", "doc/proto.md"];
+
+struct Source {
+    /// From the repository's root.
+    path: PathBuf,
+    /// Without unit tests.
+    text: String,
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// Every file but what is built and what git keeps.
+fn files() -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_owned();
+            if path.is_dir() && name != "target" && name != ".git" {
+                folders.push(path);
+            } else if path.is_file() {
+                found.push(path.strip_prefix(root()).unwrap().to_owned());
+            }
+        }
+    }
+    found
+}
+
+fn sources() -> Vec<Source> {
+    let rust = files().into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    let source = |path: PathBuf| {
+        let mut text = fs::read_to_string(root().join(&path)).unwrap();
+        let unit_tests = text.match_indices("#[cfg(test)]\nmod ").find(|(at, found)| {
+            let line = text[at + found.len()..].lines().next().unwrap_or_default();
+            line.ends_with('{') && (*at == 0 || text[..*at].ends_with('\n'))
+        });
+        if let Some((at, _)) = unit_tests {
+            text.truncate(at);
+        }
+        Source { path, text }
+    };
+    rust.map(source).collect()
+}
+
+/// The words between back quotes in a comment that are names of files.
+fn named_files(line: &str) -> impl Iterator<Item = &str> {
+    let comment = line.find("//").map_or("", |at| &line[at..]);
+    comment.split('`').skip(1).step_by(2).filter(|word| {
+        let extensions = [".rs", ".md", ".sh", ".py", ".proto", ".service", ".toml", ".rules", ".conf"];
+        let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"_-./".contains(&byte);
+        extensions.iter().any(|extension| word.ends_with(extension)) && word.bytes().all(is_name)
+    })
+}
+
+#[test]
+fn every_file_that_a_comment_names_is_there() {
+    let files = files();
+    let mut missing = Vec::new();
+    for Source { path, .. } in sources() {
+        let text = fs::read_to_string(root().join(&path)).unwrap();
+        let crate_folder = path.components().next().unwrap();
+        for (number, line) in text.lines().enumerate() {
+            for name in named_files(line).filter(|name| !FOREIGN_FILES.contains(name)) {
+                // A plain name is one of the same crate.
+                let is_it = |file: &PathBuf| {
+                    file.as_path() == Path::new(name)
+                        || file.components().next() == Some(crate_folder) && file.ends_with(name)
+                };
+                if !files.iter().any(is_it) {
+                    missing.push(format!("{}:{}: {name}", path.display(), number + 1));
+                }
+            }
+        }
+    }
+    assert!(missing.is_empty(), "no such files (of another crate, give the path):\n{}", missing.join("\n"));
+}
+
+#[test]
+fn files_are_short_and_the_long_ones_grow_no_longer() {
+    let mut wrong = Vec::new();
+    for Source { path, text } in sources() {
+        let is_test = path.components().nth(1).is_some_and(|folder| folder.as_os_str() == "tests");
+        if is_test || path.starts_with("tests/vm") || path.starts_with("tests/host") {
+            continue;
+        }
+        let lines = text.lines().count();
+        let allowed = LONG_FILES.iter().find(|(long, _)| Path::new(long) == path).map(|(_, lines)| *lines);
+        match allowed {
+            None if lines > LINES_MAX => wrong.push(format!("{}: {lines} lines", path.display())),
+            Some(_) if lines <= LINES_MAX => wrong.push(format!("{}: take it off the list", path.display())),
+            Some(allowed) if lines > allowed => {
+                wrong.push(format!("{}: {lines} lines, it had {allowed}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// What a `use` statement names, each path by itself.
+fn expand(statement: &str) -> Vec<String> {
+    let Some(open) = statement.find('{') else {
+        return vec![statement.split(" as ").next().unwrap_or_default().trim().to_owned()];
+    };
+    let (before, body) =
+        (&statement[..open], &statement[open + 1..statement.rfind('}').unwrap_or(statement.len())]);
+    let (mut depth, mut parts) = (0, vec![String::new()]);
+    for letter in body.chars() {
+        match letter {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                parts.push(String::new());
+                continue;
+            }
+            _ => {}
+        }
+        parts.last_mut().unwrap().push(letter);
+    }
+    let parts = parts.iter().map(|part| part.trim()).filter(|part| !part.is_empty());
+    parts.flat_map(|part| expand(&format!("{before}{part}"))).collect()
+}
+
+/// By file of a crate, the files of the same crate that it uses.
+fn uses_of(sources: &[Source], folder: &Path) -> BTreeMap<PathBuf, BTreeSet<PathBuf>> {
+    let module_of = |path: &Path| -> Vec<String> {
+        let inner = path.strip_prefix(folder).unwrap().with_extension("");
+        let mut parts: Vec<String> = inner.iter().map(|part| part.to_string_lossy().into_owned()).collect();
+        if parts.last().is_some_and(|last| ["mod", "lib", "main"].contains(&last.as_str())) {
+            parts.pop();
+        }
+        parts
+    };
+    let own = || sources.iter().filter(|source| source.path.starts_with(folder));
+    let files: BTreeMap<Vec<String>, &PathBuf> = own()
+        .map(|source| (module_of(&source.path), &source.path))
+        .filter(|(module, _)| !module.is_empty())
+        .collect();
+    let mut uses = BTreeMap::new();
+    for Source { path, text } in own() {
+        let module = module_of(path);
+        if module.is_empty() || module.last().is_some_and(|last| last == "tests") {
+            continue;
+        }
+        let statements = text.split("\nuse ").skip(1).filter_map(|rest| rest.split(';').next());
+        let mut used = BTreeSet::new();
+        for name in statements.flat_map(expand) {
+            let mut parts: Vec<String> = name.split("::").map(|part| part.trim().to_owned()).collect();
+            let mut base = match parts[0].as_str() {
+                "crate" => Vec::new(),
+                "self" | "super" => module.clone(),
+                _ => continue,
+            };
+            while parts.first().is_some_and(|first| ["crate", "self", "super"].contains(&first.as_str())) {
+                if parts.remove(0) == "super" {
+                    base.pop();
+                }
+            }
+            base.extend(parts);
+            // The longest beginning that is a file.
+            let file = (1..=base.len()).rev().find_map(|length| files.get(&base[..length]));
+            used.extend(file.filter(|file| **file != path).map(|file| (*file).clone()));
+        }
+        uses.insert(path.clone(), used);
+    }
+    uses
+}
+
+/// What can be reached from a file.
+fn reached<'a>(uses: &'a BTreeMap<PathBuf, BTreeSet<PathBuf>>, from: &'a PathBuf) -> BTreeSet<&'a PathBuf> {
+    let (mut reached, mut next) = (BTreeSet::new(), vec![from]);
+    while let Some(file) = next.pop() {
+        let used = uses.get(file).into_iter().flatten();
+        next.extend(used.filter(|file| reached.insert(*file)));
+    }
+    reached
+}
+
+#[test]
+fn no_file_leads_back_to_itself() {
+    let sources = sources();
+    let mut circles = BTreeSet::new();
+    for folder in ["client/src", "proto/src", "proto/tls/src", "server/src", "tests/src", "ublk-core/src"] {
+        let uses = uses_of(&sources, Path::new(folder));
+        assert!(uses.values().any(|used| !used.is_empty()), "{folder}: nothing was read");
+        for file in uses.keys() {
+            let there = reached(&uses, file);
+            if there.contains(file) {
+                let circle = there.into_iter().filter(|other| reached(&uses, other).contains(file));
+                circles.insert(circle.map(|file| file.display().to_string()).collect::<Vec<_>>());
+            }
+        }
+    }
+    let known: BTreeSet<Vec<String>> =
+        CIRCLES.iter().map(|circle| circle.iter().map(|file| (*file).to_owned()).collect()).collect();
+    assert_eq!(circles, known);
+}
+
+#[test]
+fn names_of_files_and_of_what_is_used_are_read() {
+    // Names that are there: this file is read as well.
+    let line = "use x; // `tidy.rs` and `docs/tls.md`, not `d`, `x y.rs` or e.rs";
+    assert_eq!(named_files(line).collect::<Vec<_>>(), ["tidy.rs", "docs/tls.md"]);
+    assert_eq!(
+        expand("crate::a::{self, b::{C, D as E}, F}"),
+        ["crate::a::self", "crate::a::b::C", "crate::a::b::D", "crate::a::F"]
+    );
+}
