@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tracing::warn;
 
-use crate::limits::{GUESTS_MAX, GUESTS_PER_ADDRESS_MAX, Limits, MemoryPlan};
+use crate::limits::{GUESTS_PER_ADDRESS_MAX, Limits, MemoryPlan};
 use crate::socket_memory::{WIDTHS, WideSockets, Width};
 
 /// As many sockets of a width have to find room before one gets it.
@@ -55,6 +55,7 @@ struct OfAddress {
 pub struct Admission {
     connections_max: u32,
     connections_per_address_max: u32,
+    guests_max: u32,
     wide_bytes_max: u64,
     wide_sockets: WideSockets,
     counts: Mutex<Counts>,
@@ -66,6 +67,7 @@ impl Admission {
         Arc::new(Self {
             connections_max: limits.connections_max,
             connections_per_address_max: limits.connections_per_address_max,
+            guests_max: plan.guests_max,
             wide_bytes_max: plan.wide_sockets_bytes,
             wide_sockets,
             counts: Mutex::default(),
@@ -89,7 +91,7 @@ impl Admission {
             is_full.then_some(NotAdmitted::TooManyOfAddress(of_address.connections))
         };
         if let Some(limit) = limit
-            && (counts.guests >= GUESTS_MAX || of_address.guests >= GUESTS_PER_ADDRESS_MAX)
+            && (counts.guests >= self.guests_max || of_address.guests >= GUESTS_PER_ADDRESS_MAX)
         {
             return Err(limit);
         }
@@ -201,6 +203,7 @@ mod tests {
     use std::os::fd::AsFd as _;
 
     use super::*;
+    use crate::limits::GUESTS_MAX;
 
     /// About what a machine with 2 GiB has.
     const WIDE_BYTES: u64 = 256 << 20;
@@ -250,6 +253,16 @@ mod tests {
         drop((stays, guests, others));
         let counts = admission.counts();
         assert_eq!((counts.total, counts.guests, counts.by_address.len()), (0, 0, 0));
+    }
+
+    #[test]
+    fn without_memory_for_guests_there_are_none() {
+        let limits = Limits { connections_max: 1, ..Limits::default() };
+        let wide_sockets = WideSockets::with_maxima(4 << 20, 32 << 20);
+        let plan = limits.plan(1, 1 << 40, 0, 0).unwrap();
+        let admission = Admission::new(&limits, &MemoryPlan { guests_max: 0, ..plan }, wide_sockets);
+        let _place = admission.admit(ip("192.0.2.1")).unwrap();
+        assert_eq!(admission.admit(ip("192.0.2.2")).unwrap_err(), NotAdmitted::TooMany(1));
     }
 
     #[test]

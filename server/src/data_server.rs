@@ -468,13 +468,21 @@ fn divide(
 ) -> Result<(Limits, MemoryPlan, descriptors::Plan), DataServerError> {
     let more_bytes = wide_sockets.more_bytes(WIDTHS[0]);
     let allowed = Allowed::of_this_process();
-    let plan = config.limits.plan(rings, allowed.bytes, config.tls.connection_bytes(), more_bytes);
+    let plan = config.limits.plan_within(rings, &allowed, config.tls.connection_bytes(), more_bytes);
     let plan = match (plan, config.limits.memory_bytes_max) {
         (Err(error), None) => return Err(DataServerError::DefaultMemory { error, allowed }),
         (plan, _) => plan?,
     };
     let (memory_mib_max, allowed_mib, by) = (plan.total_bytes >> 20, allowed.bytes >> 20, &allowed.by);
-    if plan.total_bytes > allowed.bytes {
+    if config.limits.memory_bytes_max.is_none() && plan.total_bytes > allowed.bytes / 2 {
+        warn!(
+            memory_mib_max,
+            allowed_mib,
+            %by,
+            "the least that connections and threads may come to take is more than half of what there is: many clients may have the \
+             kernel end this server; raise that limit, or lower --connections-max, --request-max or --threads"
+        );
+    } else if plan.total_bytes > allowed.bytes {
         warn!(memory_mib_max, allowed_mib, %by, "--memory-max is more than there is: clients may have the kernel end this server");
     } else {
         info!(memory_mib_max, allowed_mib, %by, "memory");

@@ -18,6 +18,7 @@ use proto::nbd::handshake::OPTION_BYTES_MAX;
 use proto::nbd::handshake::server::OPTIONS_MAX;
 
 use crate::buffers::PoolSize;
+use crate::machine_memory::Allowed;
 use crate::socket_memory::NARROW_BYTES;
 
 /// Requests of one connection that are in flight at once. As many as ublk and the kernel's nbd client put on a queue by
@@ -66,7 +67,8 @@ pub const CONNECTION_BYTES: u64 =
     BOOKKEEPING_BYTES + if HANDSHAKE_BYTES > BULK_BYTES as u64 { HANDSHAKE_BYTES } else { BULK_BYTES as u64 };
 
 /// Connections beyond the limits that may come as far as to say what they are for; and of one address. Who takes the slot of a
-/// connection that is dead, or only asks whether the server lives, is let in; the others are told of the limit.
+/// connection that is dead, or only asks whether the server lives, is let in; the others are told of the limit. There are none where
+/// the memory is just enough for the connections (`MemoryPlan::guests_max`).
 pub const GUESTS_MAX: u32 = 16;
 /// As above.
 pub const GUESTS_PER_ADDRESS_MAX: u32 = 4;
@@ -137,7 +139,9 @@ pub struct TooLittleMemory {
 pub struct MemoryPlan {
     /// Buffers of each ring.
     pub pool: PoolSize,
-    /// Connections that a ring may come to have, if they are evenly divided.
+    /// Connections beyond the limits: [`GUESTS_MAX`], or 0 where there is no memory for them.
+    pub guests_max: u32,
+    /// Connections that a ring may come to have, if they are evenly divided; guests are counted.
     pub connections_per_ring: u32,
     /// What the kernel may keep in the sockets of all connections together, beyond what narrow ones hold.
     pub wide_sockets_bytes: u64,
@@ -151,7 +155,7 @@ impl Limits {
     /// Divides the memory among `rings` rings and all the connections there may be; `allowed_bytes` is what this process may have,
     /// `tls_bytes` what TLS may take for each connection, `more_bytes` what the kernel may keep in the widest socket beyond what
     /// it may in a narrow one. Of what is left beside the least of everything, the pools get three quarters, until they are full,
-    /// held pages a quarter of the rest, and wide sockets what is left then.
+    /// held pages a quarter of the rest, and wide sockets what is left then. Guests are planned for where the least with them fits.
     ///
     /// # Errors
     /// [`TooLittleMemory`]
@@ -162,16 +166,24 @@ impl Limits {
         tls_bytes: u64,
         more_bytes: u64,
     ) -> Result<MemoryPlan, TooLittleMemory> {
-        let (rings_count, connections_max) = (rings as u64, u64::from(self.connections_max + GUESTS_MAX));
-        let connections_bytes = connections_max * (CONNECTION_BYTES + NARROW_BYTES + tls_bytes);
-        let fixed_bytes = connections_bytes + rings_count * RING_BYTES;
-        let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
-        let least_bytes = with_pools(PoolSize::smallest(self.request_bytes_max));
+        let rings_count = rings as u64;
+        let with_guests = u64::from(self.connections_max + GUESTS_MAX);
+        let fixed_bytes = |connections: u64| {
+            connections * (CONNECTION_BYTES + NARROW_BYTES + tls_bytes) + rings_count * RING_BYTES
+        };
+        let least_pools_bytes = rings_count * PoolSize::smallest(self.request_bytes_max).bytes();
         let pipe_bytes = rings_count * u64::from(PIPE_BYTES_MAX);
-        let full_bytes = with_pools(PoolSize::full(self.request_bytes_max))
-            + connections_max * more_bytes
+        let full_bytes = fixed_bytes(with_guests)
+            + rings_count * PoolSize::full(self.request_bytes_max).bytes()
+            + with_guests * more_bytes
             + PAGE_PIPES_MAX * pipe_bytes;
         let limit_bytes = self.memory_bytes_max.unwrap_or_else(|| full_bytes.min(allowed_bytes / 2));
+        let have_guests = limit_bytes >= fixed_bytes(with_guests) + least_pools_bytes;
+        let guests_max = if have_guests { GUESTS_MAX } else { 0 };
+        let connections_max = u64::from(self.connections_max + guests_max);
+        let fixed_bytes = fixed_bytes(connections_max);
+        let with_pools = |pool: PoolSize| fixed_bytes + rings_count * pool.bytes();
+        let least_bytes = fixed_bytes + least_pools_bytes;
         let spare_bytes = limit_bytes.saturating_sub(least_bytes);
         let pool_bytes_max = (limit_bytes - spare_bytes / 4).saturating_sub(fixed_bytes) / rings_count.max(1);
         match PoolSize::within(pool_bytes_max, self.request_bytes_max) {
@@ -182,7 +194,8 @@ impl Limits {
                 let wide_sockets_bytes = (connections_max * more_bytes).min(left_bytes - held_bytes);
                 Ok(MemoryPlan {
                     pool,
-                    connections_per_ring: (self.connections_max + GUESTS_MAX).div_ceil(rings as u32),
+                    guests_max,
+                    connections_per_ring: (self.connections_max + guests_max).div_ceil(rings as u32),
                     wide_sockets_bytes,
                     page_pipes: page_pipes as u16,
                     total_bytes: with_pools(pool) + held_bytes + wide_sockets_bytes,
@@ -194,6 +207,29 @@ impl Limits {
                 connections_max: self.connections_max,
                 rings,
             }),
+        }
+    }
+
+    /// [`Self::plan`] with what this process may have. Where nobody has set a limit, half of the machine's memory would be enough, and
+    /// only a control group allows less, it is the least: most of it is never used.
+    ///
+    /// # Errors
+    /// [`TooLittleMemory`]
+    pub fn plan_within(
+        &self,
+        rings: usize,
+        allowed: &Allowed,
+        tls_bytes: u64,
+        more_bytes: u64,
+    ) -> Result<MemoryPlan, TooLittleMemory> {
+        let plan = |limits: &Self| limits.plan(rings, allowed.bytes, tls_bytes, more_bytes);
+        match plan(self) {
+            Err(error)
+                if self.memory_bytes_max.is_none() && error.needed_mib <= allowed.machine_bytes >> 21 =>
+            {
+                plan(&Self { memory_bytes_max: Some(error.needed_mib << 20), ..*self })
+            }
+            planned => planned,
         }
     }
 }
@@ -215,9 +251,21 @@ mod tests {
                     memory_bytes_max: Some(memory_bytes_max),
                     ..Limits::default()
                 };
-                let least_bytes = u64::from(connections_max + GUESTS_MAX) * (CONNECTION_BYTES + NARROW_BYTES)
+                let least_bytes = u64::from(connections_max) * (CONNECTION_BYTES + NARROW_BYTES)
                     + rings as u64 * (RING_BYTES + PoolSize::smallest(request_bytes_max).bytes());
                 assert!(limits(least_bytes - 1).plan(rings, GIB, 0, MORE_BYTES).is_err());
+                let with_guests_bytes =
+                    least_bytes + u64::from(GUESTS_MAX) * (CONNECTION_BYTES + NARROW_BYTES);
+                for (memory_bytes_max, guests_max) in
+                    [(least_bytes, 0), (with_guests_bytes - 1, 0), (with_guests_bytes, GUESTS_MAX)]
+                {
+                    let plan = limits(memory_bytes_max).plan(rings, GIB, 0, MORE_BYTES).unwrap();
+                    assert_eq!(plan.guests_max, guests_max);
+                    assert!(
+                        plan.connections_per_ring * rings as u32 >= connections_max + guests_max,
+                        "{plan:?}"
+                    );
+                }
                 for memory_bytes_max in [least_bytes, least_bytes + (7 << 20), 2 * least_bytes, 1 << 40] {
                     let plan = limits(memory_bytes_max).plan(rings, GIB, 0, MORE_BYTES).unwrap();
                     assert!(plan.total_bytes <= memory_bytes_max, "{plan:?}");
@@ -240,6 +288,29 @@ mod tests {
         );
         let error = limits.plan(8, GIB / 2, 0, MORE_BYTES).unwrap_err();
         assert!(error.to_string().contains("a memory limit of 256 MiB is too little"), "{error}");
+    }
+
+    #[test]
+    fn where_only_a_control_group_is_small_the_least_is_planned() {
+        let limits = Limits::default();
+        let group = |bytes| ("/sys/fs/cgroup/memory.max".into(), bytes);
+        let within = |limits: &Limits, machine_bytes, group_bytes| {
+            limits.plan_within(2, &Allowed::smallest(machine_bytes, [group(group_bytes)]), 0, MORE_BYTES)
+        };
+        let least = within(&limits, 8 * GIB, 512 << 20).unwrap();
+        assert!(limits.plan(2, 512 << 20, 0, MORE_BYTES).is_err(), "half of it is too little");
+        assert!((256 << 20..4 * GIB).contains(&least.total_bytes), "{least:?}");
+        let less = Limits { memory_bytes_max: Some(least.total_bytes - (2 << 20)), ..limits };
+        assert!(within(&less, 8 * GIB, 512 << 20).is_err(), "no more than it has to be: {least:?}");
+        // However small it is.
+        assert_eq!(within(&limits, 8 * GIB, 64 << 20).unwrap(), least);
+        // With a machine of that size, or a limit that was set, it is refused.
+        assert!(within(&limits, 512 << 20, 512 << 20).is_err());
+        assert!(within(&limits, 512 << 20, 64 << 20).is_err());
+        let set = Limits { memory_bytes_max: Some(256 << 20), ..limits };
+        assert!(within(&set, 8 * GIB, 512 << 20).is_err());
+        // Where half of it is enough nothing changes.
+        assert_eq!(within(&limits, 8 * GIB, 2 * GIB), limits.plan(2, 2 * GIB, 0, MORE_BYTES));
     }
 
     #[test]

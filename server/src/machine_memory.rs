@@ -34,14 +34,20 @@ pub struct Allowed {
     pub bytes: u64,
     /// And why no more.
     pub by: BoundBy,
+    /// What the machine has, in bytes.
+    pub machine_bytes: u64,
 }
 
 impl Allowed {
     /// The smallest of the machine's memory and the limits that were found.
     pub fn smallest(machine_bytes: u64, limits: impl IntoIterator<Item = (PathBuf, u64)>) -> Self {
-        let of_machine = Self { bytes: machine_bytes, by: BoundBy::Machine };
+        let of_machine = Self { bytes: machine_bytes, by: BoundBy::Machine, machine_bytes };
         limits.into_iter().fold(of_machine, |least, (file, bytes)| {
-            if bytes < least.bytes { Self { bytes, by: BoundBy::ControlGroup(file) } } else { least }
+            if bytes < least.bytes {
+                Self { bytes, by: BoundBy::ControlGroup(file), machine_bytes }
+            } else {
+                least
+            }
         })
     }
 
@@ -289,7 +295,7 @@ mod tests {
     fn memory_volumes_have_what_connections_leave_together() {
         let by = BoundBy::ControlGroup("/sys/fs/cgroup/memory.max".into());
         let of = |data_side_bytes| ForVolumes {
-            allowed: Allowed { bytes: 4 * GIB, by: by.clone() },
+            allowed: Allowed { bytes: 4 * GIB, by: by.clone(), machine_bytes: 64 * GIB },
             data_side_bytes,
         };
         assert!(of(GIB).check(3 * GIB).is_ok());

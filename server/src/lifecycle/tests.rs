@@ -70,7 +70,7 @@ impl DataSide for Double {
     }
 
     fn memory_for_volumes(&self) -> ForVolumes {
-        let allowed = Allowed { bytes: 4 << 30, by: BoundBy::Machine };
+        let allowed = Allowed { bytes: 4 << 30, by: BoundBy::Machine, machine_bytes: 4 << 30 };
         ForVolumes { allowed, data_side_bytes: 1 << 30 }
     }
 
