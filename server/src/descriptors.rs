@@ -1,4 +1,4 @@
-//! What the process's open files go to: connections first, volumes with what is left.
+//! What the process's open files go to: connections and volumes, half and half where they are few.
 //!
 //! Owns the division of the limit of open files ([`plan`]) and the count of those that volumes have ([`Descriptors`]). Never: opens a
 //! file. A volume takes a descriptor for its I/O, one for each ring to sync on (`sync_groups.rs` says why) and one for its record
@@ -22,7 +22,7 @@ const OTHER: u64 = 128;
 const OF_RING: u64 = 2;
 /// Of a page pipe: its ends.
 const OF_PIPE: u64 = 2;
-/// So many volumes have to find room before connections are cut down.
+/// So many volumes have to find room before connections are cut down, however few those are.
 const VOLUMES_LEAST: u64 = 16;
 /// Without so many connections, or as many as were asked for, nothing is started.
 const CONNECTIONS_LEAST: u64 = 32;
@@ -79,7 +79,8 @@ pub fn of_volume(backend: BackendKind, rings: usize) -> u64 {
     }
 }
 
-/// Divides `allowed` descriptors. Connections get what they want while some volumes fit beside them, else most of what there is.
+/// Divides `allowed` descriptors. All connections get what they want where volumes have as many as either kind beside them, else half of what is left
+/// for both; what they do not need of that is the volumes'.
 ///
 /// # Errors
 /// [`TooFewDescriptors`]
@@ -95,7 +96,9 @@ pub fn plan(allowed: u64, wanted: &Wanted) -> Result<Plan, TooFewDescriptors> {
         + rings * OF_PIPE * u64::from(wanted.page_pipes)
         + connections_max * of_connection
         + management_max;
-    if allowed >= wanted_in_all + VOLUMES_LEAST * of_volume {
+    let of_volumes_least =
+        (VOLUMES_LEAST * of_volume).max(connections_max * of_connection).max(management_max);
+    if allowed >= wanted_in_all + of_volumes_least {
         return Ok(Plan {
             page_pipes: wanted.page_pipes,
             connections_max: wanted.connections_max,
@@ -110,8 +113,7 @@ pub fn plan(allowed: u64, wanted: &Wanted) -> Result<Plan, TooFewDescriptors> {
         return Err(TooFewDescriptors { allowed, needed, rings: wanted.rings });
     };
     let management = management_max.min(management_least + spare / 4);
-    let of_more_volumes = (spare / 4).min((VOLUMES_LEAST - 1) * of_volume);
-    let of_more_connections = spare - (management - management_least) - of_more_volumes;
+    let of_more_connections = (spare - (management - management_least)) / 2;
     let connections = connections_max.min(connections_least + of_more_connections / of_connection);
     Ok(Plan {
         page_pipes: 0,
@@ -158,7 +160,7 @@ fn raise_limit() -> u64 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the volumes that are open have {taken} of the {allowed} open files that volumes may have, and this one needs {needed}: raise \
-     the server's limit (LimitNOFILE= of the unit, ulimit -n), or lower --threads, or delete volumes, then try again"
+     the server's limit (LimitNOFILE= of the unit, ulimit -n), or lower --threads or --connections-max, then restart it"
 )]
 pub struct NoDescriptors {
     /// What others have.
@@ -250,15 +252,37 @@ mod tests {
     }
 
     #[test]
-    fn connections_get_what_they_want_as_long_as_some_volumes_fit() {
-        let enough = OTHER + 2 * (2 + 64) + 1024 + u64::from(GUESTS_MAX) + 512 + 16 * 4;
+    fn connections_get_what_they_want_as_long_as_volumes_have_as_much() {
+        let enough = OTHER + 2 * (2 + 64) + 1024 + u64::from(GUESTS_MAX) + 512 + 1024;
         let at = |allowed| plan(allowed, &wanted(2)).unwrap();
         assert_eq!((at(enough).connections_max, at(enough).management_max), (1024, 512));
-        assert_eq!(at(enough).of_volumes, 64);
+        assert_eq!(at(enough).of_volumes, 1024);
         // With a little less the pipes go first.
         assert_eq!((at(enough - 1).page_pipes, at(enough - 1).connections_max), (0, 1024));
         let small = at(1024);
-        assert!((300..1024).contains(&small.connections_max) && small.of_volumes >= 64, "{small:?}");
+        assert!((300..1024).contains(&small.connections_max) && small.of_volumes >= 300, "{small:?}");
+    }
+
+    #[test]
+    fn what_connections_do_not_need_is_for_volumes() {
+        let of_volumes = |allowed, connections_max| {
+            let plan = plan(allowed, &Wanted { connections_max, ..wanted(2) }).unwrap();
+            assert!(plan.connections_max >= 32.min(connections_max), "{plan:?}");
+            plan.of_volumes / of_volume(BackendKind::File, 2)
+        };
+        // About half of what is left of 1024, whatever connections want; with fewer of them more.
+        for connections_max in [1024, 65536] {
+            assert!((70..90).contains(&of_volumes(1024, connections_max)), "{connections_max}");
+        }
+        assert!(of_volumes(1024, 64) > 120);
+        // A higher limit never means fewer volumes or connections, but for what page pipes take.
+        let of = |allowed| plan(allowed, &wanted(2)).unwrap();
+        for allowed in 200..8000 {
+            let (less, more) = (of(allowed), of(allowed + 1));
+            let pipes = u64::from(more.page_pipes - less.page_pipes) * 2 * OF_PIPE;
+            assert!(more.connections_max >= less.connections_max, "{less:?} {more:?}");
+            assert!(more.of_volumes + pipes >= less.of_volumes, "{less:?} {more:?}");
+        }
     }
 
     #[test]
