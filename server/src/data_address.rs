@@ -138,6 +138,8 @@ pub struct Listener {
     file: Option<(u64, u64)>,
     /// The group that may connect as well.
     group_id: Option<u32>,
+    /// A wildcard of IPv6 that could not have IPv4 as well.
+    is_ipv6_only: bool,
 }
 
 impl Listener {
@@ -154,8 +156,15 @@ impl Listener {
     /// # Errors
     /// As of [`Self::bind`]; the socket's file may not be given to that group.
     pub fn bind_among(address: &DataAddress, all: &[DataAddress], group_id: Option<u32>) -> io::Result<Self> {
+        let wants_ipv4 = address.tcp().is_some_and(|address| takes_ipv4(address, all));
+        let mut is_ipv6_only = false;
         let (socket, file) = match address {
-            DataAddress::Tcp(address) => (bind_tcp(*address, takes_ipv4(*address, all))?, None),
+            DataAddress::Tcp(address) if wants_ipv4 => {
+                let (socket, has_ipv4) = bind_both_families(*address)?;
+                is_ipv6_only = !has_ipv4;
+                (socket, None)
+            }
+            DataAddress::Tcp(address) => (bind_tcp(*address, false)?, None),
             DataAddress::Unix(path) => {
                 let socket = bind_unix(path)?;
                 if let Some(group_id) = group_id {
@@ -178,7 +187,15 @@ impl Listener {
             }
             DataAddress::Unix(path) => DataAddress::Unix(path.clone()),
         };
-        Ok(Self { socket, address, file, group_id })
+        if wants_ipv4 && !is_ipv6_only {
+            tracing::info!(%address, "IPv4 is served there as well: a listener for 0.0.0.0 at that port would have it");
+        }
+        Ok(Self { socket, address, file, group_id, is_ipv6_only })
+    }
+
+    /// Whether it is a wildcard of IPv6 at which another program has IPv4.
+    pub fn is_ipv6_only(&self) -> bool {
+        self.is_ipv6_only
     }
 
     /// The group that may connect to a Unix socket, beside the server's user.
@@ -268,6 +285,18 @@ fn plain(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), address.port()),
         IpAddr::V6(_) => address,
+    }
+}
+
+/// Binds a wildcard of IPv6 for IPv4 too, unless another program has the port there; and whether it has IPv4.
+fn bind_both_families(address: SocketAddr) -> io::Result<(Socket, bool)> {
+    match bind_tcp(address, true) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let socket = bind_tcp(address, false)?;
+            tracing::warn!(%address, "another program has this port for IPv4: only IPv6 is served there; stop it, or choose another port");
+            Ok((socket, false))
+        }
+        bound => Ok((bound?, true)),
     }
 }
 
@@ -423,6 +452,24 @@ mod tests {
         let ipv4 = Listener::bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
         let beside = DataAddress::Tcp((Ipv6Addr::UNSPECIFIED, ipv4.address().tcp().unwrap().port()).into());
         Listener::bind_among(&beside, &[ipv4.address().clone(), beside.clone()], None).unwrap();
+    }
+
+    #[test]
+    fn the_ipv6_wildcard_is_one_for_ipv6_alone_where_another_program_has_ipv4() {
+        if Listener::bind(&"[::]:0".parse().unwrap()).is_err() {
+            println!("SKIP this machine has no IPv6");
+            return;
+        }
+        let other = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = other.local_addr().unwrap().port();
+        let wildcard = DataAddress::Tcp((Ipv6Addr::UNSPECIFIED, port).into());
+        let listener = Listener::bind(&wildcard).unwrap();
+        assert!(listener.is_ipv6_only());
+        std::net::TcpStream::connect((Ipv6Addr::LOCALHOST, port)).unwrap();
+        listener.accept().unwrap();
+        // Who has both keeps both from a second one.
+        assert_eq!(Listener::bind(&wildcard).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert!(!Listener::bind(&"[::]:0".parse().unwrap()).unwrap().is_ipv6_only());
     }
 
     #[test]

@@ -116,6 +116,7 @@ impl DataServerError {
 #[derive(Debug)]
 pub struct DataServer {
     local_addrs: Vec<DataAddress>,
+    ipv6_only: Vec<DataAddress>,
     volumes_dir: PathBuf,
     incarnations: Incarnations,
     gate: Sender<GateMessage>,
@@ -148,6 +149,8 @@ impl DataServer {
         let (limits, plan, descriptors) = divide(&config, ring_count, &wide_sockets)?;
         let listeners = listen(&config.listen)?;
         let local_addrs = listeners.iter().map(|listener| listener.address().clone()).collect();
+        let ipv6_only = listeners.iter().filter(|listener| listener.is_ipv6_only());
+        let ipv6_only = ipv6_only.map(|listener| listener.address().clone()).collect();
         let boot_id =
             std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(system("read the boot id"))?;
         let process_id = Uuid::new_v4().simple().to_string();
@@ -169,6 +172,7 @@ impl DataServer {
             Gate::new(catalog, config, incarnations.clone(), rings.clone(), gate_sender.clone(), of_volumes);
         let server = Arc::new(Self {
             local_addrs,
+            ipv6_only,
             volumes_dir,
             incarnations,
             gate: gate_sender,
@@ -218,6 +222,11 @@ impl DataServer {
     /// Where clients can connect, in the order of the configuration.
     pub fn local_addrs(&self) -> &[DataAddress] {
         &self.local_addrs
+    }
+
+    /// Of those, wildcards of IPv6 at which another program has IPv4.
+    pub fn ipv6_only(&self) -> &[DataAddress] {
+        &self.ipv6_only
     }
 
     /// Connections of the management API that there are descriptors for.

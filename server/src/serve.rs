@@ -154,7 +154,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let recovered = lifecycle.recover().map_err(|error| ServeError::Recovery(lifecycle.explained(error)))?;
     tracing::info!(server_id = %catalog.server_id(), ?recovered, "catalog open");
 
-    let advertised = advertised(&config, data_server.local_addrs());
+    let advertised = advertised(&config, &data_server);
     let (stop_api, stopped) = oneshot::channel::<()>();
     let calls = Calls::default();
     let service = ManagementService::new(lifecycle, calls.clone(), advertised);
@@ -318,8 +318,9 @@ fn runtime_dir(config: &Config) -> Option<PathBuf> {
 }
 
 /// What clients are told: as configured, else where the data side listens.
-fn advertised(config: &Config, local: &[DataAddress]) -> Advertised {
-    let advertised = Advertised::new(config.advertise.clone(), local.to_vec());
+fn advertised(config: &Config, data: &DataServer) -> Advertised {
+    let advertised = Advertised::new(config.advertise.clone(), data.local_addrs().to_vec())
+        .with_ipv6_only(data.ipv6_only().to_vec());
     if advertised.depends_on_caller() {
         tracing::info!(
             "--listen has a wildcard address: clients are told the address at which they reach the management API, unless \
