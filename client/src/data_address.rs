@@ -96,11 +96,12 @@ pub fn authority(host: &str, zone: Option<&str>, percent: &str, port: u16) -> St
 }
 
 /// A link-local address that was told by a server which was reached by another one of that kind: it is on the same link, which
-/// the server has no name for that would mean anything here. Any other address is as it was.
+/// the server has no name for that would mean anything here, nor a number: one that it tells is of its own interface. Any other address
+/// is as it was.
 pub fn on_the_link_of(zone: Option<&str>, address: String) -> String {
     let told = address.parse::<SocketAddrV6>().ok().filter(|told| told.ip().is_unicast_link_local());
     match (told, zone) {
-        (Some(told), Some(zone)) if told.scope_id() == 0 => format!("[{}%{zone}]:{}", told.ip(), told.port()),
+        (Some(told), Some(zone)) => format!("[{}%{zone}]:{}", told.ip(), told.port()),
         _ => address,
     }
 }
@@ -168,7 +169,16 @@ mod tests {
         let told = |zone, address: &str| on_the_link_of(zone, address.to_owned());
         assert_eq!(told(Some("eth0"), "[fe80::2]:10809"), "[fe80::2%eth0]:10809");
         assert_eq!(told(None, "[fe80::2]:10809"), "[fe80::2]:10809");
-        for other in ["[2001:db8::1]:10809", "[fe80::2%3]:10809", "192.0.2.1:10809", "storage-1:10809"] {
+        // The number is the server's.
+        assert_eq!(told(Some("eth0"), "[fe80::2%3]:10809"), "[fe80::2%eth0]:10809");
+        assert_eq!(told(None, "[fe80::2%3]:10809"), "[fe80::2%3]:10809");
+        for other in [
+            "[2001:db8::1]:10809",
+            "[2001:db8::1%3]:10809",
+            "[fe80::2%eth1]:10809",
+            "192.0.2.1:10809",
+            "storage-1:10809",
+        ] {
             assert_eq!(told(Some("eth0"), other), other);
         }
     }
