@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::backend::file::{self, FileError};
 use crate::catalog::{BackendKind, VolumeRecord};
 use crate::data_server::DataServer;
-use crate::lifecycle::{DataSide, Holder, StillOpen};
+use crate::lifecycle::{DataSide, Holder, StillOpen, SyncError};
 use crate::machine_memory::{Allowed, ForVolumes};
 
 /// A running data server with the directory of its backing files.
@@ -22,27 +22,57 @@ use crate::machine_memory::{Allowed, ForVolumes};
 pub(crate) struct ServedData {
     server: Arc<DataServer>,
     volumes_dir: PathBuf,
-    /// Volumes whose storage is being synced, by a thread that may be stuck in that, and since when.
-    syncing: Arc<Mutex<HashMap<Uuid, Instant>>>,
+    syncing: Arc<Syncing>,
 }
 
-/// So long a call waits for a volume's storage. What does not answer then may never, and is not to hold up the calls for others.
-const SYNC_LIMIT: Duration = Duration::from_secs(25);
-/// So many calls may wait for so long: half of those that the API has at once.
-const SYNCS_PATIENT_MAX: usize = 16;
-/// So long the others wait, and only where no sync has taken longer yet: storage that is stuck is not asked by everybody.
-const SYNC_LIMIT_MANY: Duration = Duration::from_secs(5);
+#[derive(Debug, Default)]
+struct Syncing {
+    syncs: Mutex<Syncs>,
+    /// One has finished.
+    finished: Condvar,
+}
 
-/// How long one more sync is waited for, beside those that have taken so long already; `None`: it is not begun.
-fn sync_limit(ages: impl Iterator<Item = Duration>) -> Option<Duration> {
-    let (mut syncs, mut oldest) = (0, Duration::ZERO);
-    for age in ages {
-        syncs += 1;
-        oldest = oldest.max(age);
+/// So long a call waits for a volume's storage, and for its turn before. What does not answer then may never, and is not to hold up the
+/// calls for others.
+const SYNC_LIMIT: Duration = Duration::from_secs(25);
+/// So many syncs at once: half of the calls that the API has at once. More wait for their turn.
+const SYNCS_MAX: usize = 16;
+/// Storage on which no sync has finished for so long, while some are under way, is stuck: nobody waits for a turn there.
+const STUCK_AFTER: Duration = Duration::from_secs(10);
+
+/// The syncs of all volumes. Each has a thread of its own, which may be stuck.
+#[derive(Debug, Default)]
+struct Syncs {
+    /// Volumes whose storage is being synced, and since when.
+    under_way: HashMap<Uuid, Instant>,
+    finished_at: Option<Instant>,
+}
+
+/// Whether a sync may begin.
+#[derive(Debug, PartialEq, Eq)]
+enum Turn {
+    Now,
+    /// Not before another has finished; to be asked again after so long.
+    Wait(Duration),
+    /// Nothing suggests that it would finish.
+    Never,
+}
+
+/// Whether one more sync may begin beside `under_way` others, where none has finished for `stalled` while some were under way, and the
+/// call has waited for its turn so long. A volume is synced once at a time.
+fn turn(under_way: usize, is_of_same_volume: bool, stalled: Duration, waited: Duration) -> Turn {
+    if under_way < SYNCS_MAX && !is_of_same_volume {
+        return Turn::Now;
     }
-    match syncs {
-        ..SYNCS_PATIENT_MAX => Some(SYNC_LIMIT),
-        _ => (oldest < SYNC_LIMIT_MANY).then_some(SYNC_LIMIT_MANY),
+    let left = STUCK_AFTER.saturating_sub(stalled).min(SYNC_LIMIT.saturating_sub(waited));
+    if left.is_zero() { Turn::Never } else { Turn::Wait(left) }
+}
+
+impl Syncs {
+    fn stalled(&self, now: Instant) -> Duration {
+        let oldest = self.under_way.values().min().copied();
+        let since = oldest.map(|oldest| self.finished_at.map_or(oldest, |at| at.max(oldest)));
+        since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 }
 
@@ -64,38 +94,67 @@ fn noticed(server: &DataServer, volume: &VolumeRecord, error: FileError) -> io::
     io_error(error)
 }
 
-impl ServedData {
-    fn syncing(&self) -> MutexGuard<'_, HashMap<Uuid, Instant>> {
-        self.syncing.lock().unwrap_or_else(PoisonError::into_inner)
+impl Syncing {
+    fn syncs(&self) -> MutexGuard<'_, Syncs> {
+        self.syncs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for the volume's turn, and takes it; false: it has none.
+    fn begin(&self, volume_uid: Uuid) -> bool {
+        let (began, mut syncs) = (Instant::now(), self.syncs());
+        loop {
+            let now = Instant::now();
+            let is_of_same_volume = syncs.under_way.contains_key(&volume_uid);
+            match turn(syncs.under_way.len(), is_of_same_volume, syncs.stalled(now), now - began) {
+                Turn::Now => {
+                    syncs.under_way.insert(volume_uid, now);
+                    return true;
+                }
+                Turn::Wait(at_most) => {
+                    let waited = self.finished.wait_timeout(syncs, at_most);
+                    syncs = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+                Turn::Never => return false,
+            }
+        }
+    }
+
+    fn end(&self, volume_uid: Uuid, has_finished: bool) {
+        let mut syncs = self.syncs();
+        syncs.under_way.remove(&volume_uid);
+        if has_finished {
+            syncs.finished_at = Some(Instant::now());
+        }
+        drop(syncs);
+        self.finished.notify_all();
+    }
+}
+
+impl ServedData {
     /// Syncs on a thread of its own, which is left behind where it gets stuck.
-    fn sync_file(&self, volume: &VolumeRecord) -> io::Result<()> {
-        let volume_uid = volume.volume_uid;
-        let limit = {
-            let mut syncing = self.syncing();
-            let limit = sync_limit(syncing.values().map(Instant::elapsed));
-            let Some(limit) = limit.filter(|_| !syncing.contains_key(&volume_uid)) else {
-                return Err(io::ErrorKind::TimedOut.into());
-            };
-            syncing.insert(volume_uid, Instant::now());
-            limit
-        };
+    fn sync_file(&self, volume: &VolumeRecord) -> Result<(), SyncError> {
+        let (volume_uid, deadline) = (volume.volume_uid, Instant::now() + SYNC_LIMIT);
+        let no_answer = || SyncError::Unfinished("its storage does not answer".to_owned());
+        if !self.syncing.begin(volume_uid) {
+            return Err(no_answer());
+        }
         let (sender, synced) = mpsc::channel();
         let (server, syncing) = (Arc::clone(&self.server), Arc::clone(&self.syncing));
         let (volumes_dir, volume) = (self.volumes_dir.clone(), volume.clone());
         let spawned = std::thread::Builder::new().name("volume-sync".into()).spawn(move || {
             let result =
                 file::sync(&volumes_dir, volume_uid).map_err(|error| noticed(&server, &volume, error));
-            syncing.lock().unwrap_or_else(PoisonError::into_inner).remove(&volume_uid);
+            syncing.end(volume_uid, true);
             // Nobody may be waiting any more.
             let _ = sender.send(result);
         });
         if let Err(error) = spawned {
-            self.syncing().remove(&volume_uid);
-            return Err(error);
+            self.syncing.end(volume_uid, false);
+            let reason = format!("cannot start a thread: {error}; {}", daemon_log::THREAD_LIMITS);
+            return Err(SyncError::Unfinished(reason));
         }
-        synced.recv_timeout(limit).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        let left = deadline.saturating_duration_since(Instant::now());
+        Ok(synced.recv_timeout(left).map_err(|_| no_answer())??)
     }
 }
 
@@ -139,7 +198,7 @@ impl DataSide for ServedData {
         grown.map_err(|error| noticed(&self.server, volume, error))
     }
 
-    fn sync_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+    fn sync_storage(&self, volume: &VolumeRecord) -> Result<(), SyncError> {
         match volume.backend {
             BackendKind::File => self.sync_file(volume),
             BackendKind::Memory => Ok(()),
@@ -188,18 +247,57 @@ impl DataSide for ServedData {
 mod tests {
     use super::*;
 
-    fn limit_beside(syncs: usize, oldest_s: u64) -> Option<Duration> {
-        sync_limit((0..syncs).map(|index| Duration::from_secs(if index == 0 { oldest_s } else { 0 })))
+    const fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
     }
 
     #[test]
-    fn storage_that_is_stuck_does_not_take_every_call() {
-        assert_eq!(limit_beside(0, 0), Some(SYNC_LIMIT));
-        // Slow, or stuck for one volume.
-        assert_eq!(limit_beside(SYNCS_PATIENT_MAX - 1, 600), Some(SYNC_LIMIT));
-        // Many at once, on storage that answers.
-        assert_eq!(limit_beside(SYNCS_PATIENT_MAX, 4), Some(SYNC_LIMIT_MANY));
-        assert_eq!(limit_beside(SYNCS_PATIENT_MAX, 5), None);
-        assert_eq!(limit_beside(100, 600), None);
+    fn a_sync_waits_for_slow_storage_and_not_for_storage_that_is_stuck() {
+        let zero = Duration::ZERO;
+        // Slow, or stuck for some volumes: one more is begun.
+        assert_eq!(turn(0, false, zero, zero), Turn::Now);
+        assert_eq!(turn(SYNCS_MAX - 1, false, seconds(600), zero), Turn::Now);
+        // Many at once, of which some finish from time to time.
+        assert_eq!(turn(SYNCS_MAX, false, seconds(9), seconds(3)), Turn::Wait(seconds(1)));
+        assert_eq!(turn(SYNCS_MAX, false, zero, seconds(24)), Turn::Wait(seconds(1)));
+        assert_eq!(turn(SYNCS_MAX, false, zero, SYNC_LIMIT), Turn::Never);
+        // None does.
+        assert_eq!(turn(SYNCS_MAX, false, STUCK_AFTER, zero), Turn::Never);
+        // What an earlier call has begun, and did not wait for any longer.
+        assert_eq!(turn(1, true, seconds(4), zero), Turn::Wait(seconds(6)));
+        assert_eq!(turn(1, true, seconds(60), zero), Turn::Never);
+    }
+
+    #[test]
+    fn storage_is_as_long_stalled_as_none_has_finished_with_some_under_way() {
+        let start = Instant::now();
+        let at = |after| start + seconds(after);
+        let volume = Uuid::from_u128;
+        let mut syncs = Syncs::default();
+        assert_eq!(syncs.stalled(at(100)), Duration::ZERO);
+        syncs.under_way.insert(volume(1), at(100));
+        syncs.under_way.insert(volume(2), at(130));
+        assert_eq!(syncs.stalled(at(131)), seconds(31));
+        // However old the oldest is.
+        syncs.finished_at = Some(at(129));
+        assert_eq!(syncs.stalled(at(131)), seconds(2));
+        // What finished before that says nothing of it.
+        syncs.finished_at = Some(at(1));
+        assert_eq!(syncs.stalled(at(131)), seconds(31));
+    }
+
+    #[test]
+    fn whoever_waits_has_its_turn_when_another_finishes() {
+        let syncing = Arc::new(Syncing::default());
+        for number in 0..SYNCS_MAX as u128 {
+            assert!(syncing.begin(Uuid::from_u128(number)));
+        }
+        let waiting = Arc::clone(&syncing);
+        let waiting = std::thread::spawn(move || waiting.begin(Uuid::from_u128(99)));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished());
+        syncing.end(Uuid::from_u128(3), true);
+        assert!(waiting.join().unwrap());
+        assert_eq!(syncing.syncs().under_way.len(), SYNCS_MAX);
     }
 }

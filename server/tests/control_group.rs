@@ -17,7 +17,7 @@ use tonic::Code;
 use uuid::Uuid;
 
 use client::Client;
-use volserver::{Volserver, command, create_request, refused};
+use volserver::{Volserver, attach_request, command, create_request, refused};
 
 /// A control group below this process's own, with a limit; gone when the test is.
 struct ControlGroup(PathBuf);
@@ -186,7 +186,9 @@ async fn without_another_thread_the_api_answers_and_opens_are_refused_until_ther
     let mut command = group.command(&dir.path().join("data"), 16);
     command.args(["--memory-max", volserver::MEMORY_MAX, "--export-by-name"]);
     let server = Volserver::start_unfiltered(command, &dir.path().join("log"));
-    server.client().await.create_volume(create_request("vol")).await.unwrap();
+    for name in ["vol", "vol-2"] {
+        server.client().await.create_volume(create_request(name)).await.unwrap();
+    }
     let file = |name: &str| group.0.join(name);
     let current = std::fs::read_to_string(file("pids.current")).unwrap();
     std::fs::write(file("pids.max"), current.trim()).unwrap();
@@ -196,7 +198,13 @@ async fn without_another_thread_the_api_answers_and_opens_are_refused_until_ther
     }
     assert!(Client::open(server.data[0], "vol").is_err());
     assert!(server.log_with("a volume cannot be opened").contains("TasksMax="));
+    // Nothing is known of what was written, and another try may do.
+    let mut api = server.client().await;
+    let status = api.attach_volume(attach_request("vol-2", "node", false)).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert!(status.message().contains("TasksMax="), "{status:?}");
     std::fs::write(file("pids.max"), "max").unwrap();
+    api.attach_volume(attach_request("vol-2", "node", false)).await.unwrap();
     let mut client = Client::open(server.data[0], "vol").unwrap();
     client.write(0, &[7; 4096]).unwrap();
     client.flush().unwrap();

@@ -4,12 +4,10 @@
 //! up again by the next call on the volume: no second attachment, and no deletion, gets past it. Called by `management/`
 //! with the volume's name locked. Never hands out a secret but in [`Attached`].
 
-use std::io;
-
 use uuid::Uuid;
 
 use super::claims::{self, Claim};
-use super::{DataSide, Lifecycle, LifecycleError, NameLock};
+use super::{DataSide, Lifecycle, LifecycleError, NameLock, SyncError};
 use crate::catalog::{AttachmentRecord, AttachmentState, NewAttachment, VolumeRecord, VolumeState};
 
 /// An attachment as it is answered.
@@ -133,9 +131,9 @@ impl<D: DataSide> Lifecycle<D> {
         let unfenced = |reason| LifecycleError::Unfenced { name: volume.name.clone(), reason };
         self.data_side.fence_named_writers(volume.volume_uid).map_err(unfenced)?;
         let volume_uid = volume.volume_uid;
-        let unsynced = |source: io::Error| match source.kind() {
-            io::ErrorKind::TimedOut => unfenced("its storage does not answer".to_owned()),
-            _ => LifecycleError::Storage { action: "sync", volume_uid, source },
+        let unsynced = |error| match error {
+            SyncError::Unfinished(reason) => unfenced(reason),
+            SyncError::Failed(source) => LifecycleError::Storage { action: "sync", volume_uid, source },
         };
         self.data_side.sync_storage(volume).map_err(unsynced)
     }

@@ -42,6 +42,17 @@ pub struct StillOpen {
     pub connections: u32,
 }
 
+/// Why what was written to a volume is not durable.
+#[derive(Debug, thiserror::Error)]
+pub enum SyncError {
+    /// Nothing is known of it yet: another try may succeed.
+    #[error("{0}")]
+    Unfinished(String),
+    /// It failed: what was written may be lost.
+    #[error(transparent)]
+    Failed(#[from] io::Error),
+}
+
 /// What the lifecycle needs of the data side. All calls block, for a bounded time.
 pub trait DataSide: Send + Sync + 'static {
     /// Makes the volume's storage, durable when it returns; what a killed server left half-made is made anew.
@@ -74,8 +85,8 @@ pub trait DataSide: Send + Sync + 'static {
     /// Makes all that was written to the volume durable. After a failure, what is read of it is what its disk has.
     ///
     /// # Errors
-    /// The system's.
-    fn sync_storage(&self, volume: &VolumeRecord) -> io::Result<()>;
+    /// [`SyncError`], by what is known.
+    fn sync_storage(&self, volume: &VolumeRecord) -> Result<(), SyncError>;
 
     /// Closes the connections of the volume's attachments, which come again and are told what is new.
     fn reopen_attachments(&self, volume_uid: Uuid);

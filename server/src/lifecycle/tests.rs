@@ -22,7 +22,8 @@ struct DoubleState {
     delete_error: bool,
     fence_error: bool,
     named_writer_error: bool,
-    sync_error: bool,
+    /// Whether it has failed, or not been tried.
+    sync_error: Option<bool>,
     holder: Option<Holder>,
     open_connections: u32,
 }
@@ -83,10 +84,14 @@ impl DataSide for Double {
         state.create_error.map_or(Ok(()), |kind| Err(kind.into()))
     }
 
-    fn sync_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+    fn sync_storage(&self, volume: &VolumeRecord) -> Result<(), SyncError> {
         let row = self.attachment_state(volume.volume_uid);
         let state = self.record(format!("sync storage, row {row:?}"));
-        if state.sync_error { Err(io::Error::other("the disk is on fire")) } else { Ok(()) }
+        match state.sync_error {
+            Some(true) => Err(io::Error::other("the disk is on fire").into()),
+            Some(false) => Err(SyncError::Unfinished("cannot start a thread".to_owned())),
+            None => Ok(()),
+        }
     }
 
     fn reopen_attachments(&self, _volume_uid: Uuid) {
@@ -430,10 +435,13 @@ fn an_attachment_is_not_answered_while_writers_by_name_remain() {
 #[test]
 fn an_attachment_is_not_answered_before_what_was_written_is_durable() {
     let (bench, _) = Bench::with_volume();
-    bench.double().change(|state| state.sync_error = true);
+    bench.double().change(|state| state.sync_error = Some(true));
     let refused = bench.attach("vol-1", "node-a", false);
     assert!(matches!(refused, Err(LifecycleError::Storage { action: "sync", .. })), "{refused:?}");
-    bench.double().change(|state| state.sync_error = false);
+    bench.double().change(|state| state.sync_error = Some(false));
+    let refused = bench.attach("vol-1", "node-a", false);
+    assert!(matches!(refused, Err(LifecycleError::Unfenced { .. })), "nothing is lost: {refused:?}");
+    bench.double().change(|state| state.sync_error = None);
     assert!(!bench.attach("vol-1", "node-a", false).unwrap().existed);
 }
 
