@@ -371,10 +371,10 @@ async fn a_memory_volume_leaves_no_file_and_all_of_them_must_fit_the_machine() {
     let status = bench.create(memory("vol-2", 1 << 60)).await.unwrap_err();
     assert_eq!(reason_of(&status), (Code::ResourceExhausted, reason::NO_SPACE.to_owned()));
     // Each of them fits the machine by itself.
-    let machine_bytes = rustix::system::sysinfo().totalram & !4095;
+    let quarter_bytes = (rustix::system::sysinfo().totalram / 4) & !4095;
     let mut made = 0;
     let status = loop {
-        match bench.create(memory(&format!("part-{made}"), machine_bytes / 4)).await {
+        match bench.create(memory(&format!("part-{made}"), quarter_bytes)).await {
             Ok(_) => made += 1,
             Err(status) => break status,
         }
