@@ -8,7 +8,7 @@
 
 use std::cell::Cell;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -61,13 +61,13 @@ pub(super) fn holder(database: &Path) -> String {
     let files = ["", "-wal", "-shm"].into_iter().filter_map(|suffix| {
         let mut path = database.as_os_str().to_owned();
         path.push(suffix);
-        let metadata = std::fs::metadata(path).ok()?;
-        let (major, minor) = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-        Some(format!("{major:02x}:{minor:02x}:{}", metadata.ino()))
+        FileId::of(&path.into())
     });
-    let files: Vec<String> = files.collect();
+    let files: Vec<FileId> = files.collect();
     let own = std::process::id();
-    let Some(pid) = writers(&locks, &files).find(|pid| *pid != own) else { return String::new() };
+    let is_holder =
+        |writer: &Writer| writer.pid != own && (writer.is_certain || has_open(writer.pid, &files));
+    let Some(Writer { pid, .. }) = writers(&locks, &files).find(is_holder) else { return String::new() };
     let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     match name.trim() {
         "" => format!(" (pid {pid})"),
@@ -75,14 +75,50 @@ pub(super) fn holder(database: &Path) -> String {
     }
 }
 
-/// The processes that have POSIX locks for writing on one of the files, each named `major:minor:inode` as in /proc/locks.
-fn writers<'a>(locks: &'a str, files: &'a [String]) -> impl Iterator<Item = u32> + 'a {
+/// Which file it is, as stat(2) says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    fn of(path: &PathBuf) -> Option<Self> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(Self { device: metadata.dev(), inode: metadata.ino() })
+    }
+}
+
+/// A process with a lock for writing.
+#[derive(Debug, PartialEq, Eq)]
+struct Writer {
+    pid: u32,
+    /// It is on one of the files; else on one with such an inode number.
+    is_certain: bool,
+}
+
+/// The processes that have POSIX locks for writing on one of the files, by /proc/locks. Some file systems (btrfs, overlayfs) have
+/// another device there than stat(2) tells; then only the inode's number is the same.
+fn writers<'a>(locks: &'a str, files: &'a [FileId]) -> impl Iterator<Item = Writer> + 'a {
     locks.lines().filter_map(|line| {
         // "12: POSIX  ADVISORY  WRITE 4711 fe:00:123456 120 120"; who waits for one has "->" behind the number.
         let fields: Vec<&str> = line.split_whitespace().collect();
         let [_, "POSIX", _, "WRITE", pid, file, ..] = fields[..] else { return None };
-        files.iter().any(|name| name == file).then(|| pid.parse().ok())?
+        let (device, inode) = file.rsplit_once(':')?;
+        let inode: u64 = inode.parse().ok()?;
+        let mut same_inode = files.iter().filter(|id| id.inode == inode).peekable();
+        same_inode.peek()?;
+        let is_certain = same_inode.any(|id| {
+            device == format!("{:02x}:{:02x}", rustix::fs::major(id.device), rustix::fs::minor(id.device))
+        });
+        Some(Writer { pid: pid.parse().ok()?, is_certain })
     })
+}
+
+/// Whether the process has one of the files open, as far as this one may see that.
+fn has_open(pid: u32, files: &[FileId]) -> bool {
+    let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    descriptors.flatten().any(|entry| FileId::of(&entry.path()).is_some_and(|id| files.contains(&id)))
 }
 
 #[cfg(test)]
@@ -104,7 +140,26 @@ mod tests {
             4: POSIX  ADVISORY  WRITE 4 fe:00:7 120 120\n\
             4: -> POSIX  ADVISORY  WRITE 5 fe:00:7 120 120\n\
             5: POSIX  ADVISORY  WRITE -1 fe:00:7 120 120\n";
-        assert_eq!(writers(locks, &["fe:00:7".to_owned()]).collect::<Vec<_>>(), [4]);
+        let file = |major, minor| FileId { device: rustix::fs::makedev(major, minor), inode: 7 };
+        let named = |file| -> Vec<(u32, bool)> {
+            writers(locks, &[file]).map(|writer| (writer.pid, writer.is_certain)).collect()
+        };
+        assert_eq!(named(file(0xfe, 0)), [(4, true)]);
+        // As on btrfs: it has to be looked at.
+        assert_eq!(named(file(0, 0x2a)), [(4, false)]);
+        assert_eq!(named(FileId { inode: 8, ..file(0xfe, 0) }), []);
         assert_eq!(writers("nothing of the kind\n", &[]).count(), 0);
+    }
+
+    #[test]
+    fn a_process_has_a_file_open_until_it_closes_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let id = FileId::of(&file.path().to_owned()).unwrap();
+        assert!(has_open(std::process::id(), &[id]));
+        let (open, path) = file.into_parts();
+        drop(open);
+        assert!(!has_open(std::process::id(), &[id]));
+        assert!(!has_open(u32::MAX, &[id]));
+        drop(path);
     }
 }
