@@ -131,7 +131,8 @@ pub struct Config {
     #[arg(long, env = "VOLSERVER_ADVERTISE", value_name = "HOST:PORT", value_delimiter = ',', value_parser = host_and_port)]
     pub advertise: Vec<String>,
 
-    /// Connections at once; more are closed as they come
+    /// Connections at once; beyond that a few (16, of one address 4) are greeted and told of the limit when they open an export, and
+    /// more are closed as they come
     #[arg(long, env = "VOLSERVER_CONNECTIONS_MAX", value_name = "N", default_value_t = Limits::default().connections_max,
           value_parser = clap::value_parser!(u32).range(1..=65536), help_heading = LIMITS)]
     pub connections_max: u32,

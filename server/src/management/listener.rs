@@ -41,7 +41,7 @@ use crate::tls::rights::Rights;
 
 /// Connections at once, on all addresses together, where the limit of open files allows so many.
 pub const CONNECTIONS_MAX: u32 = 512;
-/// Connections at once of one address (with IPv6: one /64), or of one local user.
+/// Connections at once of one address (with IPv6: one /64), or of one local user; but never more than a quarter of all.
 const CONNECTIONS_OF_PEER_MAX: usize = 128;
 /// The TLS handshake and the beginning of HTTP/2: a caller that takes longer is not one.
 const BEGIN_LIMIT: Duration = Duration::from_secs(10);
@@ -263,13 +263,21 @@ struct Crowd {
     epoch: Instant,
     next: AtomicU64,
     connections_max: usize,
+    of_peer_max: usize,
     present: Mutex<HashMap<u64, Present>>,
 }
 
 impl Crowd {
     fn of_at_most(connections_max: u32) -> Self {
         let (epoch, next) = (Instant::now(), AtomicU64::new(0));
-        Self { epoch, next, connections_max: connections_max as usize, present: Mutex::default() }
+        let connections_max = connections_max as usize;
+        Self {
+            epoch,
+            next,
+            connections_max,
+            of_peer_max: of_peer_max(connections_max),
+            present: Mutex::default(),
+        }
     }
 
     /// Takes a connection in; another one leaves for it where there are too many.
@@ -290,7 +298,7 @@ impl Crowd {
         heard.now();
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let mut present = self.present.lock().unwrap_or_else(PoisonError::into_inner);
-        if present.values().filter(|other| other.caller == caller).count() >= CONNECTIONS_OF_PEER_MAX {
+        if present.values().filter(|other| other.caller == caller).count() >= self.of_peer_max {
             evict_most_silent(&mut present, |other| other.caller == caller);
         } else if present.len() >= self.connections_max {
             evict_most_silent(&mut present, |_| true);
@@ -301,6 +309,11 @@ impl Crowd {
         let silence = Box::pin(tokio::time::sleep(BEGIN_LIMIT));
         Ok(Guarded { transport, heard, silence, told_to_leave, _place: place })
     }
+}
+
+/// One caller never has all places, however few there are.
+fn of_peer_max(connections_max: usize) -> usize {
+    CONNECTIONS_OF_PEER_MAX.min(connections_max / 4).max(1)
 }
 
 fn evict_most_silent(present: &mut HashMap<u64, Present>, is_candidate: impl Fn(&Present) -> bool) {
@@ -498,5 +511,17 @@ mod peer_groups {
         }
         groups.truncate(length_bytes as usize / size_of::<u32>());
         Ok(groups)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_caller_leaves_places_to_others_where_there_are_few() {
+        assert_eq!(of_peer_max(CONNECTIONS_MAX as usize), CONNECTIONS_OF_PEER_MAX);
+        assert_eq!(of_peer_max(100), 25);
+        assert_eq!((of_peer_max(16), of_peer_max(1)), (4, 1));
     }
 }
