@@ -32,7 +32,7 @@ pub enum VolumeOp {
         /// On stable storage when done (`RWF_DSYNC`).
         durable: bool,
     },
-    /// Write zeroes, at most [`ZEROES_BYTES_MAX`] at a time.
+    /// Write zeroes, at most [`crate::limits::ZEROES_BYTES_MAX`] at a time.
     WriteZeroes {
         /// Where in the volume.
         offset_bytes: u64,
