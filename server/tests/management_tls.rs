@@ -198,12 +198,18 @@ async fn handshakes_that_do_not_go_on_keep_nobody_out() {
         manager.create_volume(create_request("vol-1")).await.unwrap();
         // Well before their time is up.
         assert!(began.elapsed() < Duration::from_secs(8), "{mode}: {:?}", began.elapsed());
-        let mut open = 0;
-        for socket in &mut silent {
-            let ended = tokio::time::timeout(Duration::from_millis(1), socket.read(&mut [0; 64])).await;
-            open += usize::from(ended.is_err());
+        // Those that make room are told at once, and take a moment to go.
+        loop {
+            let mut open = 0;
+            for socket in &mut silent {
+                let ended = tokio::time::timeout(Duration::from_millis(1), socket.read(&mut [0; 64])).await;
+                open += usize::from(ended.is_err());
+            }
+            if open <= 128 {
+                break;
+            }
+            assert!(began.elapsed() < Duration::from_secs(9), "{mode}: {open} of one address are let in");
         }
-        assert!(open <= 128, "{mode}: {open} of one address are let in");
     }
 }
 

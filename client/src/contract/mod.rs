@@ -360,6 +360,9 @@ pub struct DeviceStatus {
     /// How often the connections were lost and made again.
     #[serde(default)]
     pub reconnects: u64,
+    /// Somebody has asked for the device's end, and it is looked whether anybody uses it.
+    #[serde(default)]
+    pub is_stopping: bool,
 }
 
 impl DeviceStatus {

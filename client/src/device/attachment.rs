@@ -585,6 +585,7 @@ impl Attachment {
             return;
         }
         // Its state stays: if its server has moved, or this process dies, it is looked after until it is gone.
+        status.note(|status| status.is_stopping = true);
         self.stopping = Some(Stopping { request });
         let sender = self.links.sender.clone();
         let on_outcome = move |outcome| drop(sender.send(Event::StopTried(outcome)));
@@ -599,13 +600,11 @@ impl Attachment {
             return Next::Serve;
         };
         let refusal = match outcome {
-            Outcome::Stopped => {
-                status.enter(DeviceState::Stopping, "");
-                return Next::End(request);
-            }
+            Outcome::Stopped => return Next::End(request),
             Outcome::InUse { holders } => ControlResponse::Busy { holders },
             Outcome::Failed { message } => ControlResponse::Error { message },
         };
+        status.note(|status| status.is_stopping = false);
         match request {
             Some(request) => request.answer(&refusal),
             None => tracing::warn!(?refusal, "told to terminate, but the device stays"),
@@ -619,6 +618,8 @@ impl Attachment {
         status: &mut StatusFile,
         request: Option<PendingRequest>,
     ) -> Result<(), AttachmentError> {
+        // Whoever finds this folder later is not to take on a device that was stopped on purpose.
+        status.enter(DeviceState::Stopping, "");
         let deadline = Instant::now() + QUEUES_END_TIMEOUT;
         while self.links.queues_live > 0 {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

@@ -3,7 +3,7 @@
 //! Reading path: [`attachment`] (the life of the process) → [`queue_loop`] (the data path) → [`connection`] (NBD, without
 //! I/O), [`stream`] (how far its bytes got), [`queue_ring`] (the ring, without decisions) and [`payload`] (where the data
 //! lies), [`balance`] (which connection). Beside it: [`ladder`] (which data path), [`slots`], [`dial`], [`data_socket`], [`affinity`],
-//! [`block_request`], [`protections`], [`mount_namespace`], [`liveness`] (does a silent server live?), [`control_socket`], [`status_file`].
+//! [`block_request`], [`protections`], [`mount_namespace`], [`quiet`] and [`liveness`] (does a silent server live?), [`control_socket`], [`status_file`].
 //!
 //! No gRPC and no async runtime here: plain threads, so that nothing stands between a block request and the wire.
 
@@ -25,6 +25,7 @@ pub mod protections;
 pub mod queue_loop;
 pub mod queue_parts;
 pub mod queue_ring;
+pub mod quiet;
 pub mod reconnect;
 pub mod redial;
 pub mod slots;

@@ -46,8 +46,9 @@ use super::connection::{Completion, Connection, Follows, Operation, Piece, Resen
 use super::data_socket::DataSocket;
 use super::dial::NETWORK_TIMEOUT;
 use super::payload::Payloads;
-use super::queue_parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts, QueueSilence};
-use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing, TICK};
+use super::queue_parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts};
+use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing};
+use super::quiet::{self, Patience, Quiet};
 use super::stream::{Incoming, Outgoing, StreamError};
 use super::unflushed::Unflushed;
 
@@ -56,8 +57,6 @@ const BATCH_PIECES_MAX: usize = 32;
 /// Ended READs are given back together while the next payload is already there, up to this many bytes: some 100 µs of
 /// copying. Whoever waits for them is woken once, and answers with as many requests at once.
 const HELD_BYTES_MAX: u32 = 512 << 10;
-/// For so many ticks nothing has to come before a ping without an answer, or a network without acknowledgements, says anything.
-const QUIET_TICKS: u32 = 5;
 /// How long the last FLUSH may take when the device goes away.
 const FINAL_FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a socket that was shut down may take to give its operations back.
@@ -78,16 +77,7 @@ struct Lane {
     connection: Connection,
     incoming: Incoming,
     outgoing: Outgoing,
-    /// Receives that brought something; only differences matter.
-    progress: u32,
-    /// What it was at the last tick, and answered pings.
-    progress_at_tick: u32,
-    pongs_at_tick: u32,
-    /// For how many ticks nothing but answers to pings has come while replies were due, and for how many nothing.
-    silent_ticks: u32,
-    unheard_ticks: u32,
-    /// The same while the answer to a ping could be expected.
-    unanswered_ticks: u32,
+    quiet: Quiet,
     /// The server broke the protocol on it.
     is_distrusted: bool,
 }
@@ -99,27 +89,9 @@ impl Lane {
             connection: Connection::new(queue_depth + 1, small_bytes_max),
             incoming: Incoming::default(),
             outgoing: Outgoing::new(BATCH_PIECES_MAX),
-            progress: 0,
-            progress_at_tick: 0,
-            pongs_at_tick: 0,
-            silent_ticks: 0,
-            unheard_ticks: 0,
-            unanswered_ticks: 0,
+            quiet: Quiet::default(),
             is_distrusted: false,
         }
-    }
-
-    /// A tick has passed: counts what did not come in it.
-    fn count_silence(&mut self) {
-        self.connection.tick();
-        let came = self.progress.wrapping_sub(self.progress_at_tick);
-        let pongs = self.connection.pongs().wrapping_sub(self.pongs_at_tick);
-        let is_owed = self.connection.in_flight() > 0;
-        self.silent_ticks = if is_owed && came <= pongs { self.silent_ticks + 1 } else { 0 };
-        self.unheard_ticks = if is_owed && came == 0 { self.unheard_ticks + 1 } else { 0 };
-        self.unanswered_ticks =
-            if came == 0 && self.connection.expects_pong() { self.unanswered_ticks + 1 } else { 0 };
-        (self.progress_at_tick, self.pongs_at_tick) = (self.progress, self.connection.pongs());
     }
 
     /// Operations on the socket that are not reaped.
@@ -137,8 +109,8 @@ struct QueueLoop<'a> {
     requests: Box<[Operation]>,
     volatile_cache: bool,
     resend: Resend,
-    /// From so many on the main thread is told, and whether it was.
-    silent_ticks_told: u32,
+    patience: Patience,
+    /// The main thread was told that connections are silent.
     is_told_silent: bool,
     busy_poll: Duration,
     key_bytes_max: u64,
@@ -188,7 +160,7 @@ impl<'a> QueueLoop<'a> {
             requests: vec![flush; usize::from(depth) + 1].into_boxed_slice(),
             volatile_cache: parts.volatile_cache,
             resend: parts.resend,
-            silent_ticks_told: (parts.reply_timeout.as_millis() / TICK.as_millis() / 2).max(1) as u32,
+            patience: Patience::new(parts.reply_timeout, parts.resend == Resend::Everything),
             is_told_silent: false,
             busy_poll: parts.busy_poll,
             key_bytes_max: parts.key_bytes_max,
@@ -362,7 +334,7 @@ impl<'a> QueueLoop<'a> {
     fn inbox_completed(&mut self, connection: u16, result: i32) {
         let lane = &mut self.lanes[usize::from(connection)];
         match lane.incoming.inbox_completed(result) {
-            Ok(()) if lane.connection.is_up() => lane.progress = lane.progress.wrapping_add(1),
+            Ok(()) if lane.connection.is_up() => lane.quiet.something_came(),
             Ok(()) => return,
             Err(error) => return self.fail(connection, describe("reply", &error)),
         }
@@ -410,7 +382,7 @@ impl<'a> QueueLoop<'a> {
     fn payload_completed(&mut self, connection: u16, tag: u16, result: i32) {
         assert_ours(self.tags.operation_completed(tag));
         let lane = &mut self.lanes[usize::from(connection)];
-        lane.progress = lane.progress.wrapping_add(1);
+        lane.quiet.something_came();
         match lane.incoming.payload_completed(result) {
             Ok(true) => {
                 lane.connection.payload_received(tag);
@@ -503,9 +475,9 @@ impl<'a> QueueLoop<'a> {
                 QueueCommand::Connect(sockets) => self.connect(sockets)?,
                 QueueCommand::Disconnect(reason) => {
                     // Of silence the connection that was silent for longest is the cause.
-                    let silent = (0..)
-                        .zip(&self.lanes)
-                        .max_by_key(|(connection, lane)| (lane.silent_ticks, std::cmp::Reverse(*connection)));
+                    let silent = (0..).zip(&self.lanes).max_by_key(|(connection, lane)| {
+                        (lane.quiet.silent_ticks(), std::cmp::Reverse(*connection))
+                    });
                     self.fail(silent.map_or(0, |(connection, _)| connection), reason);
                 }
                 QueueCommand::GiveUp => self.lanes.iter_mut().for_each(|lane| lane.connection.give_up()),
@@ -527,7 +499,7 @@ impl<'a> QueueLoop<'a> {
             self.ring.replace_socket(connection, socket)?;
             let lane = &mut self.lanes[usize::from(connection)];
             lane.connection.connected();
-            (lane.silent_ticks, lane.unheard_ticks, lane.unanswered_ticks) = (0, 0, 0);
+            lane.quiet.connected();
         }
         self.connected_at = Instant::now();
         self.was_awaited = self.lanes.iter().any(|lane| lane.connection.in_flight() > 0);
@@ -536,37 +508,24 @@ impl<'a> QueueLoop<'a> {
 
     /// For how long the oldest request that waits has been known to a server.
     fn oldest(&self) -> Option<Duration> {
-        let ticks = self.lanes.iter().filter_map(|lane| lane.connection.oldest_ticks()).max();
-        ticks.map(|ticks| TICK * ticks)
+        quiet::oldest(self.lanes.iter().map(|lane| &lane.connection))
     }
 
     /// Looks for connections on which replies are due and nothing comes. What is to be done about them, the main thread says.
     fn tick_passed(&mut self) {
         self.is_tick_out = false;
-        // A server of ours answers pings, whatever its storage does.
-        let (pings, told_from) = (self.resend == Resend::Everything, self.silent_ticks_told);
-        for lane in &mut self.lanes {
-            lane.count_silence();
-            if pings && lane.unheard_ticks >= told_from {
-                lane.connection.ping();
-            }
-        }
-        let longest = |ticks: fn(&Lane) -> u32| self.lanes.iter().map(ticks).max().unwrap_or(0);
-        // What was not heard before the ping counts, if the ping could have been answered since.
-        let unheard = |lane: &Lane| if lane.unanswered_ticks >= QUIET_TICKS { lane.unheard_ticks } else { 0 };
-        let (silent, unheard) = (longest(|lane| lane.silent_ticks), longest(unheard));
-        let is_silent = silent >= told_from && self.is_up();
-        if is_silent || self.is_told_silent {
-            self.is_told_silent = is_silent;
-            let (silent, unheard) = (TICK * silent, pings.then_some(TICK * unheard));
-            let oldest = self.oldest().unwrap_or(silent);
-            let silence = is_silent.then_some(QueueSilence { silent, unheard, oldest });
+        let patience = self.patience;
+        self.lanes.iter_mut().for_each(|lane| lane.quiet.tick(&mut lane.connection, patience));
+        let lanes = self.lanes.iter().map(|lane| (&lane.quiet, &lane.connection));
+        let silence = quiet::of_queue(lanes, patience).filter(|_| self.is_up());
+        if silence.is_some() || self.is_told_silent {
+            self.is_told_silent = silence.is_some();
             (self.on_event)(QueueEvent::Silent { queue_id: self.ring.queue().q_id(), silence });
         }
         let cut = self.connections().find(|connection| {
-            let is_silent = self.lanes[usize::from(*connection)].unheard_ticks >= QUIET_TICKS;
+            let is_quiet = self.lanes[usize::from(*connection)].quiet.is_quiet();
             let unacknowledged = || self.ring.socket(*connection).unacknowledged_for();
-            is_silent && unacknowledged().is_some_and(|silent| silent >= NETWORK_TIMEOUT)
+            is_quiet && unacknowledged().is_some_and(|silent| silent >= NETWORK_TIMEOUT)
         });
         if let Some(connection) = cut {
             self.fail(connection, "the network acknowledges nothing".to_owned());

@@ -15,7 +15,6 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
-use std::time::Duration;
 
 use io_uring::{cqueue, opcode, squeue, types};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
@@ -26,6 +25,7 @@ use ublk_core::{Place, Queue, Transfer};
 use super::connection::PayloadSource;
 use super::data_socket::DataSocket;
 use super::payload::Payloads;
+use super::quiet::TICK;
 use super::staging::Staging;
 use super::stream::Stretch;
 
@@ -37,9 +37,6 @@ const IORING_RECVSEND_POLL_FIRST: u16 = 1;
 const IORING_NOTIF_USAGE_ZC_COPIED: u32 = 1 << 31;
 /// Bytes of a connection's inbox, and of its outbox: 31 headers with payloads of 4 KiB.
 const BOX_BYTES: usize = 128 << 10;
-
-/// How often it is looked whether replies still come, while any are due.
-pub const TICK: Duration = Duration::from_secs(1);
 
 /// What a completion belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

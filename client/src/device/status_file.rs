@@ -55,6 +55,7 @@ impl StatusFile {
             on_stall: spec.on_stall,
             on_stall_is_told: spec.on_stall_is_told,
             reconnects: 0,
+            is_stopping: false,
             session: None,
             program_version: env!("CARGO_PKG_VERSION").to_owned(),
         };

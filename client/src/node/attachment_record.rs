@@ -106,6 +106,9 @@ impl AttachmentRecord {
 
     /// The attachment's state: a process that is gone leaves a dead device, whatever its status says.
     pub fn state(&self) -> v1::DeviceState {
+        if self.pid.is_some() && self.status.as_ref().is_some_and(|status| status.is_stopping) {
+            return v1::DeviceState::Stopping;
+        }
         match (self.pid, self.status.as_ref().map(|status| status.state)) {
             (None, _) => v1::DeviceState::Dead,
             (Some(_), None | Some(DeviceState::Starting)) => v1::DeviceState::Starting,
@@ -265,6 +268,7 @@ pub(crate) mod tests {
             on_stall: StallPolicy::Wait,
             on_stall_is_told: false,
             reconnects: 0,
+            is_stopping: false,
             session: None,
             program_version: String::new(),
         }

@@ -17,7 +17,7 @@ use super::device_process;
 use super::error::NodeError;
 use super::supervisor::Supervisor;
 use crate::causes::with_sources;
-use crate::contract::{ControlCommand, ControlResponse, ExportSpec, write_file};
+use crate::contract::{ControlCommand, ControlResponse, DeviceState, ExportSpec, write_file};
 
 /// Between two looks at the state of the attachments.
 const LOOK_INTERVAL: Duration = Duration::from_secs(3);
@@ -95,7 +95,8 @@ impl Supervisor {
 }
 
 fn waits_for_its_server(record: &AttachmentRecord) -> bool {
-    record.pid.is_some() && record.state() == v1::DeviceState::Stalled
+    // Also while it is looked whether it can be taken away, which may wait for its server.
+    record.pid.is_some() && record.status.as_ref().is_some_and(|status| status.state == DeviceState::Stalled)
 }
 
 /// Whether the attachment's own server tells other addresses than the attachment knows.
@@ -110,7 +111,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::contract::{AttachmentDir, DeviceState};
+    use crate::contract::AttachmentDir;
     use crate::node::attachment_record::tests::{spec, status};
 
     #[test]

@@ -95,6 +95,7 @@ impl Folder {
             on_stall: StallPolicy::Wait,
             on_stall_is_told: false,
             reconnects: 0,
+            is_stopping: false,
             session: None,
             program_version: String::new(),
         };

@@ -131,19 +131,23 @@ pub fn bytes_carried(socket: impl AsFd) -> io::Result<u64> {
     Ok(counter(BYTES_ACKED_OFFSET_BYTES).max(counter(BYTES_ACKED_OFFSET_BYTES + 8)))
 }
 
-/// Since the last acknowledgement, while something sent is not acknowledged; `None`: everything is. What the peer has no room for was
-/// not sent.
+/// Since the last acknowledgement, while something sent, or a probe of the peer's window, is not acknowledged; `None`: everything is.
+/// What the peer has no room for was not sent.
 ///
 /// # Errors
 /// `EOPNOTSUPP`: not a TCP socket.
 pub fn unacknowledged_for(socket: impl AsFd) -> io::Result<Option<Duration>> {
     // tcpi_unacked, in segments, and tcpi_last_ack_recv, in milliseconds.
+    const PROBES_OFFSET_BYTES: usize = 3;
     const UNACKED_OFFSET_BYTES: usize = 24;
+    // Each acknowledgement sets tcpi_probes back: a peer that is full and lives does not come to so many.
+    const PROBES_MAX: u8 = 3;
     const LAST_ACK_RECV_OFFSET_BYTES: usize = 56;
     let info = tcp_info(socket)?;
     let field = |at: usize| info[at..].first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
     let since = Duration::from_millis(u64::from(field(LAST_ACK_RECV_OFFSET_BYTES)));
-    Ok((field(UNACKED_OFFSET_BYTES) > 0).then_some(since))
+    let is_waiting = field(UNACKED_OFFSET_BYTES) > 0 || info[PROBES_OFFSET_BYTES] >= PROBES_MAX;
+    Ok(is_waiting.then_some(since))
 }
 
 /// Takes the record because of which a receive on a kTLS socket has failed with EIO; does not wait. `None`: there is no

@@ -11,6 +11,8 @@ use client::contract::StallPolicy;
 use client::device::balance::Balance;
 use client::device::connection::{Completion, Connection, Follows, Operation, PayloadSource, Piece, Resend};
 use client::device::liveness::{Probes, Silence};
+use client::device::queue_parts::QueueSilence;
+use client::device::quiet::{self, Patience, Quiet, TICK};
 use client::device::reconnect::{Condition, Loss, Output, Reconnect};
 use client::device::stream::{Incoming, Outgoing, Stretch};
 use client::device::unflushed::Unflushed;
@@ -33,7 +35,6 @@ const PIECES_MAX: usize = 8;
 /// As in the product: how long replies may be due without a byte, and a dial without an answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-const TICK: Duration = Duration::from_secs(1);
 
 /// What the oracle is to be told when a request ends.
 #[derive(Debug)]
@@ -83,8 +84,7 @@ struct Lane {
     sends: VecDeque<(Piece, Stretch)>,
     waits_for_room: bool,
     is_distrusted: bool,
-    /// Since when replies have been due and nothing came.
-    silent_since: Instant,
+    quiet: Quiet,
 }
 
 enum QueueCommand {
@@ -129,7 +129,7 @@ struct Dial {
 
 enum MainEvent {
     Disconnected(u16, Option<Duration>),
-    Silent(u16, Option<(Duration, Duration)>),
+    Silent(u16, Option<QueueSilence>),
     Probed(bool),
     Opened(u16, Vec<LinkId>, String),
     Refused,
@@ -212,7 +212,7 @@ impl Client {
         }
         let lanes_of = |queue: u16| (queue..spec.nr_connections).step_by(usize::from(spec.nr_queues)).count();
         let queue = |queue: u16| Queue {
-            lanes: (0..lanes_of(queue)).map(|_| Lane::new(&spec, world.now)).collect(),
+            lanes: (0..lanes_of(queue)).map(|_| Lane::new(&spec)).collect(),
             balance: Balance::new(lanes_of(queue), spec.queue_depth),
             commands: VecDeque::new(),
             has_loss: false,
@@ -339,12 +339,13 @@ impl Client {
                 let loss = Loss { reason: "cut", served_nothing: false, oldest_sent };
                 self.reconnect.disconnected(queue_id, &loss, world.now, || unflushed.any(), &mut outputs);
             }
-            Some(MainEvent::Silent(queue_id, silent)) => {
+            Some(MainEvent::Silent(queue_id, silence)) => {
                 let forgets_age = self.mutant == Some(Mutant::ProbesForEver);
-                let silence = silent.map(|(silent, oldest)| Silence {
-                    since: world.now - silent,
-                    heard_at: None,
-                    oldest_sent: if forgets_age { world.now } else { world.now - oldest },
+                let is_deaf = self.mutant == Some(Mutant::PongsIgnored);
+                let silence = silence.map(|silence| Silence {
+                    since: world.now - silence.silent,
+                    heard_at: silence.unheard.map(|it| world.now - if is_deaf { silence.silent } else { it }),
+                    oldest_sent: if forgets_age { world.now } else { world.now - silence.oldest },
                 });
                 self.reconnect.silent(queue_id, silence, world.now, &mut outputs);
             }
@@ -570,7 +571,7 @@ impl Client {
                 for (lane, link) in queue.lanes.iter_mut().zip(links) {
                     lane.link = Some(link);
                     lane.connection.connected();
-                    lane.silent_since = world.now;
+                    lane.quiet.connected();
                 }
                 world.coverage.count("a queue is connected");
             }
@@ -593,28 +594,22 @@ impl Client {
 
     /// As at every tick of the queue.
     fn look_for_silence(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
+        let patience = Patience::new(REPLY_TIMEOUT, true);
         let queue = &mut self.queues[usize::from(queue_id)];
         if world.now.duration_since(queue.ticked_at) < TICK {
             return;
         }
         while world.now.duration_since(queue.ticked_at) >= TICK {
             queue.ticked_at += TICK;
-            queue.lanes.iter_mut().for_each(|lane| lane.connection.tick());
+            queue.lanes.iter_mut().for_each(|lane| lane.quiet.tick(&mut lane.connection, patience));
         }
-        let mut silent = Duration::ZERO;
-        for lane in &mut queue.lanes {
-            if lane.connection.in_flight() == 0 {
-                lane.silent_since = world.now;
-            }
-            silent = silent.max(world.now.duration_since(lane.silent_since));
-        }
-        let is_silent = queue.is_up() && silent >= REPLY_TIMEOUT / 2;
-        if is_silent || queue.is_told_silent {
+        let lanes = queue.lanes.iter().map(|lane| (&lane.quiet, &lane.connection));
+        let silence = quiet::of_queue(lanes, patience).filter(|_| queue.is_up());
+        if silence.is_some() || queue.is_told_silent {
             world.coverage.count("replies are due for long");
-            let silent = is_silent.then(|| (silent, queue.oldest().unwrap_or(silent)));
-            self.events.push_back(MainEvent::Silent(queue_id, silent));
+            queue.is_told_silent = silence.is_some();
+            self.events.push_back(MainEvent::Silent(queue_id, silence));
         }
-        queue.is_told_silent = is_silent;
     }
 
     /// What every pass ends with. True: something was sent or ended.
@@ -795,7 +790,7 @@ impl Client {
         };
         let bytes = if is_over { 0 } else { part(readable.len().min(wanted), world.rng) };
         if bytes > 0 {
-            lane.silent_since = world.now;
+            lane.quiet.something_came();
             if !lane.connection.is_up() {
                 world.coverage.count("bytes come after a loss");
             }
@@ -881,8 +876,7 @@ fn begin_dial(spec: &Spec, slot: u32, world: &mut Surroundings<'_>) -> (LinkId, 
 impl Queue {
     /// For how long the oldest request that waits has been known to a server.
     fn oldest(&self) -> Option<Duration> {
-        let ticks = self.lanes.iter().filter_map(|lane| lane.connection.oldest_ticks()).max();
-        ticks.map(|ticks| TICK * ticks)
+        quiet::oldest(self.lanes.iter().map(|lane| &lane.connection))
     }
 
     fn is_up(&self) -> bool {
@@ -903,7 +897,7 @@ impl Dial {
 }
 
 impl Lane {
-    fn new(spec: &Spec, now: Instant) -> Self {
+    fn new(spec: &Spec) -> Self {
         Self {
             connection: Connection::new(spec.queue_depth, spec.small_bytes_max),
             incoming: Incoming::default(),
@@ -915,7 +909,7 @@ impl Lane {
             sends: VecDeque::new(),
             waits_for_room: false,
             is_distrusted: false,
-            silent_since: now,
+            quiet: Quiet::default(),
         }
     }
 

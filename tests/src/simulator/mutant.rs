@@ -49,11 +49,13 @@ pub enum Mutant {
     ProbesIgnored,
     /// Probes vouch for a request however old it is.
     ProbesForEver,
+    /// The answers to pings say nothing of the connection.
+    PongsIgnored,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -77,5 +79,6 @@ impl Mutant {
         Self::CacheKept,
         Self::ProbesIgnored,
         Self::ProbesForEver,
+        Self::PongsIgnored,
     ];
 }

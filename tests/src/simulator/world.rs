@@ -532,6 +532,7 @@ impl<'a> World<'a> {
             3 | 4 => self.kill_client(),
             5 => {
                 let policy = match self.rng.u8(..3) {
+                    0 if self.rng.bool() => StallPolicy::FailAfterMs(self.rng.u64(..50)),
                     0 => StallPolicy::FailAfterMs(self.rng.u64(..3_000)),
                     _ => StallPolicy::Wait,
                 };
@@ -581,7 +582,7 @@ impl<'a> World<'a> {
         let Some(id) = self.rng.choice(links) else { return };
         let loses_arrived = self.rng.bool();
         let link = &mut self.links[id];
-        match self.rng.u8(..5) {
+        match self.rng.u8(..6) {
             0 => {
                 link.to_client.cut(loses_arrived);
                 link.to_server.cut(self.rng.bool());
@@ -599,6 +600,11 @@ impl<'a> World<'a> {
                 link.to_client.close(End::Fin);
                 link.to_server.close(End::Fin);
                 self.coverage.count("a connection is closed by a FIN");
+            }
+            4 => {
+                // Something in between acknowledges what it does not pass on.
+                link.stalled_at = Some(self.now);
+                self.coverage.count("a connection is swallowed");
             }
             _ => {
                 self.stall(id);
