@@ -247,6 +247,11 @@ impl Heard {
         self.epoch.elapsed().as_millis() as u64 - self.entered_ms < NEW_MS
     }
 
+    /// Whether it has made calls: however many come at once, it goes after all who have not.
+    fn is_known(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) >= KNOWN_BYTES
+    }
+
     /// Who has not begun goes first, then who has said next to nothing: a newcomer takes no old caller's place while there are such.
     fn standing(&self) -> u8 {
         match self.bytes.load(Ordering::Relaxed) {
@@ -320,7 +325,7 @@ fn evict_most_silent(present: &mut HashMap<u64, Present>, is_candidate: impl Fn(
     let candidates = present.iter().filter(|(_, other)| is_candidate(other));
     let silent = candidates.min_by_key(|(number, other)| {
         let heard = &other.heard;
-        (heard.is_new(), heard.standing(), heard.last_ms.load(Ordering::Relaxed), **number)
+        (heard.is_known(), heard.is_new(), heard.standing(), heard.last_ms.load(Ordering::Relaxed), **number)
     });
     if let Some(number) = silent.map(|(number, _)| *number)
         && let Some(left) = present.remove(&number)
@@ -517,6 +522,32 @@ mod peer_groups {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// All of the others have come in this moment.
+    #[test]
+    fn who_has_made_calls_does_not_go_for_a_burst_of_newcomers() {
+        let present = |number: u64, entered_ms: u64, bytes: u64| {
+            let epoch = Instant::now() - Duration::from_secs(3600);
+            let heard = Heard {
+                epoch,
+                entered_ms,
+                last_ms: AtomicU64::new(entered_ms),
+                bytes: AtomicU64::new(bytes),
+            };
+            let caller = Caller::User(number as u32);
+            (number, Present { caller, heard: Arc::new(heard), leave: oneshot::channel().0 })
+        };
+        let now_ms = 3_600_000;
+        let mut there = HashMap::from([
+            present(0, 0, KNOWN_BYTES),
+            present(1, now_ms, 0),
+            present(2, now_ms, PREFACE_BYTES),
+        ]);
+        for gone in [1, 2, 0] {
+            evict_most_silent(&mut there, |_| true);
+            assert!(!there.contains_key(&gone), "{gone}");
+        }
+    }
 
     #[test]
     fn one_caller_leaves_places_to_others_where_there_are_few() {

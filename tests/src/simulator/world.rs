@@ -73,6 +73,8 @@ pub(super) struct World<'a> {
     may_fail_syncs: bool,
     mutant: Option<Mutant>,
     coverage: &'a mut Coverage,
+    /// When a request ended last.
+    ended_at: Instant,
     /// Requests that have ended, and whether an error may be.
     ended: Vec<(EndedBio, bool)>,
     steps: u64,
@@ -123,6 +125,7 @@ impl<'a> World<'a> {
             stalled: Vec::new(),
             mutant,
             coverage,
+            ended_at: Instant::now(),
             ended: Vec::new(),
             steps: 0,
             rng,
@@ -187,6 +190,7 @@ impl<'a> World<'a> {
     /// much longer.
     fn look_at_slow_requests(&mut self) -> Result<(), Failure> {
         let (now, is_slow) = (self.now, self.is_slow);
+        let quiet = now.duration_since(self.ended_at);
         let device = self.device();
         let oldest = device.oldest_request(now);
         match device.given_up_after.take().filter(|_| is_slow) {
@@ -195,7 +199,8 @@ impl<'a> World<'a> {
                 let words = format!("a request is given up after {after:?} though the server lives");
                 Err(Failure::Error(words))
             }
-            _ if is_slow && oldest > VOUCHED_FOR + SLOW_PATIENCE => {
+            // While others are answered nobody is silent.
+            _ if is_slow && oldest > VOUCHED_FOR + SLOW_PATIENCE && quiet > SLOW_PATIENCE => {
                 Err(Failure::Stuck(format!("a request is {oldest:?} old, and nobody is told")))
             }
             _ => Ok(()),
@@ -288,6 +293,7 @@ impl<'a> World<'a> {
 
     fn take_ended(&mut self) -> Result<(), Failure> {
         for (EndedBio { bio, result }, may_fail) in std::mem::take(&mut self.ended) {
+            self.ended_at = self.now;
             self.coverage.say(|| format!("ended {:?} {:?} {result:?}", bio.operation, bio.note));
             match (bio.note, result) {
                 (Note::Gone, _) => {}
