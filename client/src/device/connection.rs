@@ -219,8 +219,8 @@ pub struct Connection {
     /// READs in flight whose payload is not small.
     large_reads: u16,
     latest_read_is_large: bool,
-    /// Pings that were answered; only differences matter.
-    pongs: u32,
+    /// Replies to requests that have begun to come; only differences matter.
+    replies: u32,
 }
 
 impl Connection {
@@ -249,7 +249,7 @@ impl Connection {
             small_bytes_max,
             large_reads: 0,
             latest_read_is_large: false,
-            pongs: 0,
+            replies: 0,
         }
     }
 
@@ -367,11 +367,11 @@ impl Connection {
             .ok_or(PeerError::UnknownCookie(reply.cookie))?;
         if tag == ping_tag {
             entry.answer = Answer::Whole(Ok(()));
-            self.pongs = self.pongs.wrapping_add(1);
             self.is_leaving |= reply.error == NbdError::Eshutdown as u32;
             self.complete_if_done(tag);
             return Ok(Follows::Header);
         }
+        self.replies = self.replies.wrapping_add(1);
         if reply.error == NbdError::Eshutdown as u32 {
             entry.answer = Answer::Refused;
             self.is_leaving = true;
@@ -441,9 +441,9 @@ impl Connection {
         ping.stage == Stage::Sent && self.in_flight <= PONG_REQUESTS_MAX && !in_flight.any(is_large)
     }
 
-    /// How many pings were answered; only differences matter.
-    pub fn pongs(&self) -> u32 {
-        self.pongs
+    /// How many replies have begun to come, those to pings aside; only differences matter.
+    pub fn replies(&self) -> u32 {
+        self.replies
     }
 
     fn ping_tag(&self) -> u16 {
@@ -773,7 +773,7 @@ mod tests {
         assert_eq!((connection.in_flight(), connection.oldest_ticks()), (1, Some(1)));
         let refused = reply(NbdError::Einval as u32, cookies[0]);
         assert_eq!(connection.header_received(&refused), Ok(Follows::Header));
-        assert_eq!((connection.pongs(), completions(&mut connection).len()), (1, 0));
+        assert_eq!((connection.replies(), completions(&mut connection).len()), (0, 0));
         assert!(!connection.expects_pong());
         assert!(!connection.has_served(), "it says nothing of the storage");
         connection.header_received(&refused).unwrap_err();

@@ -382,7 +382,7 @@ impl<'a> QueueLoop<'a> {
     fn payload_completed(&mut self, connection: u16, tag: u16, result: i32) {
         assert_ours(self.tags.operation_completed(tag));
         let lane = &mut self.lanes[usize::from(connection)];
-        lane.quiet.something_came();
+        lane.quiet.payload_came();
         match lane.incoming.payload_completed(result) {
             Ok(true) => {
                 lane.connection.payload_received(tag);

@@ -35,11 +35,13 @@ impl Patience {
 /// One connection.
 #[derive(Debug, Default)]
 pub struct Quiet {
-    /// Receives that brought something; only differences matter.
-    progress: u32,
-    /// What it was at the last tick, and answered pings.
-    progress_at_tick: u32,
-    pongs_at_tick: u32,
+    /// Receives that brought something, and those that brought a payload straight to its pages; only differences matter.
+    receives: u32,
+    payloads: u32,
+    /// What they were at the last tick, and the connection's replies.
+    receives_at_tick: u32,
+    payloads_at_tick: u32,
+    replies_at_tick: u32,
     /// For how many ticks nothing but answers to pings has come while replies were due, and for how many nothing.
     silent_ticks: u32,
     unheard_ticks: u32,
@@ -48,9 +50,15 @@ pub struct Quiet {
 }
 
 impl Quiet {
-    /// A receive brought something.
+    /// A receive brought something: headers, or parts of one.
     pub fn something_came(&mut self) {
-        self.progress = self.progress.wrapping_add(1);
+        self.receives = self.receives.wrapping_add(1);
+    }
+
+    /// A receive brought a part of a payload.
+    pub fn payload_came(&mut self) {
+        self.something_came();
+        self.payloads = self.payloads.wrapping_add(1);
     }
 
     /// There is a new connection.
@@ -61,14 +69,16 @@ impl Quiet {
     /// A tick has passed: counts what did not come in it, and pings.
     pub fn tick(&mut self, connection: &mut Connection, patience: Patience) {
         connection.tick();
-        let came = self.progress.wrapping_sub(self.progress_at_tick);
-        let pongs = connection.pongs().wrapping_sub(self.pongs_at_tick);
+        let is_heard = self.receives != self.receives_at_tick;
+        let is_answered =
+            (self.payloads, connection.replies()) != (self.payloads_at_tick, self.replies_at_tick);
         let is_owed = connection.in_flight() > 0;
         let more_if = |holds: bool, ticks: u32| if holds { ticks + 1 } else { 0 };
-        self.silent_ticks = more_if(is_owed && came <= pongs, self.silent_ticks);
-        self.unheard_ticks = more_if(is_owed && came == 0, self.unheard_ticks);
-        self.unanswered_ticks = more_if(came == 0 && connection.expects_pong(), self.unanswered_ticks);
-        (self.progress_at_tick, self.pongs_at_tick) = (self.progress, connection.pongs());
+        self.silent_ticks = more_if(is_owed && !is_answered, self.silent_ticks);
+        self.unheard_ticks = more_if(is_owed && !is_heard, self.unheard_ticks);
+        self.unanswered_ticks = more_if(!is_heard && connection.expects_pong(), self.unanswered_ticks);
+        (self.receives_at_tick, self.payloads_at_tick) = (self.receives, self.payloads);
+        self.replies_at_tick = connection.replies();
         if patience.pings && self.unheard_ticks >= patience.told_from_ticks {
             connection.ping();
         }
@@ -119,6 +129,9 @@ mod tests {
     use super::*;
     use crate::device::connection::Operation;
 
+    const FLUSH: Operation =
+        Operation { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };
+
     struct Lane {
         connection: Connection,
         quiet: Quiet,
@@ -129,8 +142,7 @@ mod tests {
         /// With one FLUSH on its way.
         fn new(pings: bool) -> Self {
             let mut connection = Connection::new(4, 0);
-            let (command, flags) = (Command::Flush, CommandFlags::NONE);
-            connection.submit(0, Operation { command, flags, offset_bytes: 0, length_bytes: 0 });
+            connection.submit(0, FLUSH);
             let patience = Patience::new(Duration::from_secs(20), pings);
             let mut lane = Self { connection, quiet: Quiet::default(), patience };
             assert_eq!(lane.sent().len(), 1);
@@ -201,9 +213,17 @@ mod tests {
     fn a_reply_ends_the_silence_and_a_new_connection_begins_without_one() {
         let mut lane = Lane::new(true);
         lane.ticks(15);
+        // Part of a header, of whatever it is.
         lane.quiet.something_came();
-        assert_eq!(lane.ticks(1), None);
+        assert_eq!(lane.ticks(1), silence(16, Some(0)));
         assert!(!lane.quiet.is_quiet());
+        lane.quiet.payload_came();
+        assert_eq!(lane.ticks(1), None);
+        lane.ticks(15);
+        lane.connection.submit(1, FLUSH);
+        let flush = lane.sent();
+        lane.receive(NbdError::Eio, *flush.last().unwrap());
+        assert_eq!(lane.ticks(1), None);
         lane.ticks(15);
         assert!(lane.quiet.is_quiet() && lane.quiet.silent_ticks() == 15);
         lane.quiet.connected();

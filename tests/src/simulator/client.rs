@@ -790,7 +790,10 @@ impl Client {
         };
         let bytes = if is_over { 0 } else { part(readable.len().min(wanted), world.rng) };
         if bytes > 0 {
-            lane.quiet.something_came();
+            match receive {
+                Receive::Payload(..) => lane.quiet.payload_came(),
+                Receive::Inbox(..) => lane.quiet.something_came(),
+            }
             if !lane.connection.is_up() {
                 world.coverage.count("bytes come after a loss");
             }
