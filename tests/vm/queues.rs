@@ -56,10 +56,10 @@ fn verify_on(env: &Env, queues: u64, connections: u64) -> Result<()> {
     verify(&device, 0, 32, 32)?;
     let sent_bytes = bytes_sent_to(&node.data_address)?;
     ensure!(sent_bytes.len() as u64 == connections, "{sent_bytes:?}");
-    // What fio wrote went over all of them, not over one.
+    // What fio wrote went over all of them, not over one; how much, its sizes and the moment decide.
     let all: u64 = sent_bytes.iter().sum();
     let fair = all / sent_bytes.len() as u64;
-    ensure!(sent_bytes.iter().all(|&bytes| bytes > fair / 8), "a connection was left out: {sent_bytes:?}");
+    ensure!(sent_bytes.iter().all(|&bytes| bytes > fair / 32), "a connection was left out: {sent_bytes:?}");
     node.detach("vol-1")
 }
 
