@@ -34,10 +34,10 @@ use proto::nbd::transmission::{
 /// Bits of a cookie that hold the tag; the sequence number is above them.
 const COOKIE_TAG_BITS: u32 = 16;
 
-/// With more than this in flight a server of ours may have stopped reading: it has room for 128 requests of a connection, and where
-/// others want its large buffers, too, for no large WRITE.
+/// With more than this in flight a server of ours may well have stopped reading: it has room for 128 requests of a connection, and for
+/// 16 MiB of its data, unless others want that, too. Being wrong costs a connection and no request: all are sent again.
 const PONG_REQUESTS_MAX: u16 = 64;
-const PONG_WRITE_BYTES_MAX: u32 = 64 << 10;
+const PONG_BYTES_MAX: u64 = 8 << 20;
 
 /// The peer broke the protocol: shut the connection down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -435,10 +435,9 @@ impl Connection {
     /// in no more than it has room for, must have come to it.
     pub fn expects_pong(&self) -> bool {
         let ping = &self.entries[usize::from(self.ping_tag())];
-        let mut in_flight =
-            self.requests().filter(|entry| entry.stage != Stage::Idle).map(|entry| entry.operation);
-        let is_large = |it: Operation| it.command == Command::Write && it.length_bytes > PONG_WRITE_BYTES_MAX;
-        ping.stage == Stage::Sent && self.in_flight <= PONG_REQUESTS_MAX && !in_flight.any(is_large)
+        let in_flight = self.requests().filter(|entry| entry.stage != Stage::Idle);
+        let bytes: u64 = in_flight.map(|entry| u64::from(entry.operation.length_bytes)).sum();
+        ping.stage == Stage::Sent && self.in_flight <= PONG_REQUESTS_MAX && bytes <= PONG_BYTES_MAX
     }
 
     /// How many replies have begun to come, those to pings aside; only differences matter.
@@ -815,8 +814,8 @@ mod tests {
         };
         assert_eq!(with_requests(64, 4096), (false, true), "once it was sent");
         assert_eq!(with_requests(65, 4096), (false, false));
-        assert_eq!(with_requests(1, 64 << 10), (false, true));
-        assert_eq!(with_requests(1, (64 << 10) + 512), (false, false));
+        assert_eq!(with_requests(8, 1 << 20), (false, true));
+        assert_eq!(with_requests(9, 1 << 20), (false, false));
     }
 
     #[test]
