@@ -252,13 +252,10 @@ impl Heard {
         self.bytes.load(Ordering::Relaxed) >= KNOWN_BYTES
     }
 
-    /// Who has not begun goes first, then who has said next to nothing: a newcomer takes no old caller's place while there are such.
-    fn standing(&self) -> u8 {
-        match self.bytes.load(Ordering::Relaxed) {
-            0..PREFACE_BYTES => 0,
-            PREFACE_BYTES..KNOWN_BYTES => 1,
-            _ => 2,
-        }
+    /// Whether it has begun a conversation. Who has not goes first, then who has said next to nothing: a newcomer takes no old caller's
+    /// place while there are such.
+    fn has_begun(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) >= PREFACE_BYTES
     }
 }
 
@@ -325,7 +322,7 @@ fn evict_most_silent(present: &mut HashMap<u64, Present>, is_candidate: impl Fn(
     let candidates = present.iter().filter(|(_, other)| is_candidate(other));
     let silent = candidates.min_by_key(|(number, other)| {
         let heard = &other.heard;
-        (heard.is_known(), heard.is_new(), heard.standing(), heard.last_ms.load(Ordering::Relaxed), **number)
+        (heard.is_known(), heard.is_new(), heard.has_begun(), heard.last_ms.load(Ordering::Relaxed), **number)
     });
     if let Some(number) = silent.map(|(number, _)| *number)
         && let Some(left) = present.remove(&number)
