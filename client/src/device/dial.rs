@@ -6,14 +6,17 @@
 //! of it but STARTTLS is done by rustls, which also takes the records that come behind a TLS handshake; only then the
 //! connection's records go to the kernel, or to a relay.
 
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proto::nbd::ExportInfo;
 use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
@@ -223,7 +226,6 @@ impl Handshake {
         let Some(tls) = tls else {
             let export = self.speak(&mut PlainStream(&socket), |_| false)?;
             let export = export.ok_or_else(|| self.protocol_error("it does not tell the export"))?;
-            socket.set_read_timeout(None).map_err(|source| self.io_error(source))?;
             let socket = DataSocket::from(socket);
             socket.bear_with_a_full_peer().map_err(|source| self.io_error(source))?;
             return Ok(Dialled { socket, export, address: self.target.address });
@@ -321,22 +323,32 @@ trait Conversation {
     fn send(&mut self, bytes: &[u8], deadline: Instant) -> Result<(), StreamError>;
 }
 
+/// Receives what comes, once something does; 0 bytes: the peer has closed. Errors: `TimedOut` at the deadline; those of read(2).
+pub(super) fn receive_until(socket: impl AsFd, into: &mut [u8], deadline: Instant) -> io::Result<usize> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        let received = match poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => continue,
+            Ok(_) => rustix::io::read(&socket, &mut *into),
+            Err(error) => Err(error),
+        };
+        match received {
+            // Task work of a ring that went away looks like a signal; the deadline above bounds the repetition.
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            received => return Ok(received?),
+        }
+    }
+}
+
 struct PlainStream<'a>(&'a Socket);
 
 impl Conversation for PlainStream<'_> {
     fn receive(&mut self, into: &mut [u8], deadline: Instant) -> Result<usize, StreamError> {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-            }
-            self.0.set_read_timeout(Some(left))?;
-            match self.0.read(into) {
-                // Task work of a ring that went away looks like a signal; the deadline above bounds the repetition.
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                received => return Ok(received?),
-            }
-        }
+        Ok(receive_until(self.0, into, deadline)?)
     }
 
     fn send(&mut self, bytes: &[u8], _deadline: Instant) -> Result<(), StreamError> {

@@ -15,6 +15,7 @@ use proto::nbd::transmission::{
 };
 
 use super::data_socket::DataSocket;
+use super::dial::receive_until;
 use super::slots::{self, SlotError};
 use crate::causes::with_sources;
 use crate::contract::DeviceSpec;
@@ -69,7 +70,7 @@ fn ask(socket: &DataSocket, block_bytes: u32, deadline: Instant) -> Result<(), P
         Request { flags: CommandFlags::NONE, command: Command::Read, cookie, offset_bytes: 0, length_bytes };
     socket.write_all(&request.encode())?;
     let mut header = [0; SIMPLE_REPLY_BYTES];
-    socket.read_exact_until(&mut header, deadline)?;
+    read_exact_until(socket, &mut header, deadline)?;
     let reply = SimpleReply::decode(&header)?;
     if reply.cookie != cookie {
         return Err(ProbeError::Cookie);
@@ -79,7 +80,7 @@ fn ask(socket: &DataSocket, block_bytes: u32, deadline: Instant) -> Result<(), P
     }
     if reply.error == 0 {
         let mut block = vec![0; block_bytes as usize];
-        socket.read_exact_until(&mut block, deadline)?;
+        read_exact_until(socket, &mut block, deadline)?;
     }
     // An error is an answer as well: the server has tried. Closing says goodbye as this does.
     request.command = Command::Disconnect;
@@ -87,31 +88,15 @@ fn ask(socket: &DataSocket, block_bytes: u32, deadline: Instant) -> Result<(), P
     Ok(())
 }
 
-impl DataSocket {
-    /// Receives all of `into`. Errors: those of recv(2); `TimedOut` at the deadline; `UnexpectedEof`.
-    fn read_exact_until(&self, mut into: &mut [u8], deadline: Instant) -> io::Result<()> {
-        while !into.is_empty() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            let timeout = rustix::event::Timespec::try_from(left).map_err(io::Error::other)?;
-            let mut waits = [rustix::event::PollFd::new(self, rustix::event::PollFlags::IN)];
-            match rustix::event::poll(&mut waits, Some(&timeout)) {
-                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
-                Ok(_) => {}
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            }
-            match rustix::io::read(self, &mut *into) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(bytes) => into = &mut into[bytes..],
-                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                Err(error) => return Err(error.into()),
-            }
+/// Receives all of `into`. Errors: those of [`receive_until`]; `UnexpectedEof`.
+fn read_exact_until(socket: &DataSocket, mut into: &mut [u8], deadline: Instant) -> io::Result<()> {
+    while !into.is_empty() {
+        match receive_until(socket, into, deadline)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            bytes => into = &mut into[bytes..],
         }
-        Ok(())
     }
+    Ok(())
 }
 
 #[cfg(test)]
