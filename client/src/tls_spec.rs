@@ -2,7 +2,7 @@
 //!
 //! Owns: what is written into a device's spec, and the rustls configuration made of it. The files are read at each use, so
 //! that renewed certificates are taken without a restart; nothing secret is in the spec itself.
-//! Used by the node daemon and volctl (`api_channel.rs`) and by the device processes (`device/dial.rs`).
+//! Used by the node daemon and volctl (`api_channel.rs`) and by the device processes (`device/connect/dial.rs`).
 
 use std::io;
 use std::path::PathBuf;

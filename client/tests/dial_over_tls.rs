@@ -11,8 +11,8 @@ use std::path::Path;
 use std::process::{Child, Command};
 
 use client::contract::Encryption;
-use client::device::data_socket::DataSocket;
-use client::device::dial::{DialError, Dialled, OPEN_TIMEOUT, attempts};
+use client::device::connect::data_socket::DataSocket;
+use client::device::connect::dial::{DialError, Dialled, OPEN_TIMEOUT, attempts};
 use client::tls_spec::{CertificateAndKey, ClientFiles, TlsSpec};
 use proto::nbd::transmission::{
     Command as NbdCommand, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply,

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use client::contract::DeviceSpec;
-use client::device::dial::OPEN_TIMEOUT;
-use client::device::slots::{SlotError, dial_others, dial_slot};
+use client::device::connect::dial::OPEN_TIMEOUT;
+use client::device::connect::slots::{SlotError, dial_others, dial_slot};
 use proto::export_name::{ExportDescription, ExportRefusal};
 use proto::nbd::handshake::server::{Event, Refusal, ServerHandshake};
 use proto::nbd::{ExportInfo, TransmissionFlags};

@@ -12,12 +12,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use client::device::block_request::device_params;
-use client::device::connection::Resend;
-use client::device::dial::{self, Dialled};
-use client::device::queue_loop;
-use client::device::queue_parts::{QueueCommander, QueueEvent, QueueParts};
-use client::device::unflushed::Unflushed;
+use client::device::connect::dial::{self, Dialled};
+use client::device::geometry::device_params;
+use client::device::queue::connection::Resend;
+use client::device::queue::parts::{QueueCommander, QueueEvent, QueueParts};
+use client::device::queue::run;
+use client::device::queue::unflushed::Unflushed;
 use testlab::harness::{Env, Test};
 use testlab::shell::run;
 use testlab::storage_node::StorageNode;
@@ -159,7 +159,7 @@ impl Disk {
         let queue = thread::spawn(move || {
             count_this_thread();
             // Nobody listens any more only if the test has failed.
-            queue_loop::run(parts, &|event| drop(sender.send(event)));
+            run::run(parts, &|event| drop(sender.send(event)));
         });
         let mut disk = Self { device, queue, events, allocations_before };
         match disk.events.recv_timeout(QUEUE_DEADLINE).context("the queue says nothing")? {

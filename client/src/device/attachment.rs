@@ -9,7 +9,7 @@
 //!    └ connection lost ─► stalled: I/O waits (`reconnect.rs`) ─► failed, where the server forgot: EIO until Stop
 //! ```
 //!
-//! Called by `volclient device`. The data path is in `queue_loop.rs`; nothing here touches a request. If this process
+//! Called by `volclient device`. The data path is in `run.rs`; nothing here touches a request. If this process
 //! dies, the kernel keeps its device and the requests in flight, and `volclient serve` starts another process that takes both
 //! on: it begins with connections that are lost already, so that all that follows is as after any loss.
 
@@ -31,22 +31,22 @@ use ublk_core::{
 };
 
 use super::affinity;
-use super::block_request::{self, GeometryError};
-use super::connection::Resend;
+use super::connect::data_socket::DataSocket;
+use super::connect::dial::OPEN_TIMEOUT;
+use super::connect::redial::{Attempt, Redial};
+use super::connect::slots::{self, Layout, SlotError};
 use super::control_socket::{self, PendingRequest};
-use super::data_socket::DataSocket;
-use super::dial::OPEN_TIMEOUT;
+use super::geometry::{self, GeometryError};
 use super::ladder::{Chosen, Ladder, LadderError};
 use super::liveness::{Probes, Silence};
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
-use super::queue_loop;
-use super::queue_parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts, QueueSilence};
+use super::queue::connection::Resend;
+use super::queue::parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts, QueueSilence};
+use super::queue::run;
+use super::queue::unflushed::Unflushed;
 use super::reconnect::{Condition, Loss, Output, Reconnect};
-use super::redial::{Attempt, Redial};
-use super::slots::{self, Layout, SlotError};
 use super::status_file::StatusFile;
-use super::unflushed::Unflushed;
 use crate::causes::with_sources;
 use crate::contract::{
     self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState, Encryption,
@@ -198,7 +198,7 @@ impl Made {
     fn anew(control: &ControlDevice, spec: &DeviceSpec) -> Result<Self, AttachmentError> {
         let ladder = Ladder::new(&ublk_core::probe_driver(control)?, &spec.data_path)?;
         let first = slots::dial_slot(spec, 0, None, OPEN_TIMEOUT)?;
-        let params = block_request::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
+        let params = geometry::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
         let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
         let session = SessionRecord {
             incarnation: slots::incarnation(spec, &first),
@@ -429,7 +429,7 @@ impl Attachment {
                     if let Err(error) = affinity::pin_this_thread(&cpus) {
                         tracing::warn!(queue_id, %error, "the queue's thread is not kept on the queue's processors");
                     }
-                    queue_loop::run(parts, &on_event);
+                    run::run(parts, &on_event);
                 })
                 .map_err(AttachmentError::Thread)?;
             self.queues.push(thread);

@@ -25,8 +25,8 @@ use super::supervisor::{Supervisor, blocking};
 use super::target::DetachSelector;
 use crate::causes::with_sources;
 use crate::contract::{AttachmentDir, DeviceSpec, ExportSpec, attachment_hash};
-use crate::device::dial::{Dialled, OPEN_TIMEOUT};
-use crate::device::slots;
+use crate::device::connect::dial::{Dialled, OPEN_TIMEOUT};
+use crate::device::connect::slots;
 
 /// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
 /// what is in the way (a full disk, memory, a program that is being replaced) may take its time to go.

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use client::device::connection::{Completion, Connection, Follows, Operation, Resend};
-use client::device::stream::Incoming;
+use client::device::queue::connection::{Completion, Connection, Follows, Operation, Resend};
+use client::device::queue::stream::Incoming;
 use proto::nbd::transmission::{
     Command, CommandFlags, NbdError, REQUEST_BYTES, SIMPLE_REPLY_BYTES, SimpleReply,
 };

@@ -98,7 +98,7 @@ const RECEIVED_IN_PLACE_KIB_MIN: u64 = 16;
 const SENT_BY_REFERENCE_KIB_MIN: u64 = 32;
 
 /// Payloads up to this many KiB travel through our client's inbox and outbox together with the headers around them, where
-/// the data path lets it copy them from there (`client/src/device/payload.rs`).
+/// the data path lets it copy them from there (`client/src/device/queue/payload.rs`).
 const SMALL_KIB_MAX: u64 = 8;
 
 impl Subject {

@@ -1,6 +1,6 @@
 //! The simulated device process: the real connections, streams, reconnects and counters, without ring, sockets and threads.
 //!
-//! Stands for `client/src/device/queue_loop.rs` (its passes), `client/src/device/redial.rs` (dialling) and `client/src/device/attachment.rs` (the main thread). Each
+//! Stands for `client/src/device/queue/run.rs` (its passes), `client/src/device/connect/redial.rs` (dialling) and `client/src/device/attachment.rs` (the main thread). Each
 //! queue has lanes; a lane's operations on its socket are out until the world lets them go on, byte by byte if it likes. Block
 //! requests belong to the kernel ([`Bio`]): they outlive the process, and the next one gets them again.
 
@@ -8,14 +8,16 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use client::contract::StallPolicy;
-use client::device::balance::Balance;
-use client::device::connection::{Completion, Connection, Follows, Operation, PayloadSource, Piece, Resend};
 use client::device::liveness::{Probes, Silence};
-use client::device::queue_parts::QueueSilence;
-use client::device::quiet::{self, Patience, Quiet, TICK};
+use client::device::queue::balance::Balance;
+use client::device::queue::connection::{
+    Completion, Connection, Follows, Operation, PayloadSource, Piece, Resend,
+};
+use client::device::queue::parts::QueueSilence;
+use client::device::queue::quiet::{self, Patience, Quiet, TICK};
+use client::device::queue::stream::{Incoming, Outgoing, Stretch};
+use client::device::queue::unflushed::Unflushed;
 use client::device::reconnect::{Condition, Loss, Output, Reconnect};
-use client::device::stream::{Incoming, Outgoing, Stretch};
-use client::device::unflushed::Unflushed;
 use fastrand::Rng;
 use proto::export_name::{AttachmentExportName, ExportDescription, PROBE_SLOT, Secret};
 use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
@@ -110,7 +112,7 @@ struct Queue {
     is_told_silent: bool,
 }
 
-/// As in `client/src/device/probe.rs`.
+/// As in `client/src/device/connect/probe.rs`.
 struct Probe {
     link: LinkId,
     handshake: Option<Box<ClientHandshake>>,

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::client::contract::StallPolicy;
-use ::client::device::connection::Operation;
 use ::client::device::liveness::VOUCHED_FOR;
+use ::client::device::queue::connection::Operation;
 use ::client::device::reconnect::Condition;
 use fastrand::Rng;
 use proto::export_name::{SECRET_BYTES, Secret};

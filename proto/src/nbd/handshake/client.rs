@@ -6,7 +6,7 @@
 //!      └─with TLS─► StartingTls ─ACK, tls_started───┘  └─ERR_UNSUP──► ExportName ──► done   (servers from before GO)
 //! ```
 //!
-//! Owned by `client/src/device/dial.rs`. Asks for nothing that would change the replies: neither structured replies nor
+//! Owned by `client/src/device/connect/dial.rs`. Asks for nothing that would change the replies: neither structured replies nor
 //! extended headers, because a simple reply is the whole payload or an error.
 
 use super::super::wire::{be_u16, be_u32, be_u64};

@@ -6,7 +6,7 @@
 //! Sent from the request's pages, a payload is copied as well: into pages of the socket, which the kernel makes and clears
 //! for every one of them. Here they are used again and again.
 //!
-//! Owns: the memory, and which pieces hold which tag's data. Called by: `payload.rs` (by `queue_ring.rs`). Invariant: pieces
+//! Owns: the memory, and which pieces hold which tag's data. Called by: `payload.rs` (by `ring.rs`). Invariant: pieces
 //! are free again only when the reply to their WRITE has come, because until then the socket may send them, for the first
 //! time or again. A server that has replied has taken all of the payload, so what is sent again later is thrown away by its
 //! TCP. After a connection was lost nobody knows what is still under way, and a server on this machine reads out of these
@@ -18,8 +18,8 @@ use std::io;
 use rustix::fs::sendfile;
 use ublk_core::{Queue, StagingMemory};
 
-use super::data_socket::DataSocket;
 use super::stream::Stretch;
+use crate::device::connect::data_socket::DataSocket;
 
 /// Bytes of a piece: the size of many a large WRITE.
 const PIECE_BYTES: usize = 128 << 10;

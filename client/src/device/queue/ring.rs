@@ -1,7 +1,7 @@
 //! The ring of one queue thread together with everything its operations point at: the sockets, their inboxes and
 //! outboxes (headers, and the small payloads between them), the tags' data (`payload.rs`).
 //!
-//! Owns: the memory, and the building of submissions. Never: decides what to submit; that is `queue_loop.rs`, its only
+//! Owns: the memory, and the building of submissions. Never: decides what to submit; that is `run.rs`, its only
 //! caller. It is the client's one place of `unsafe` on the data path, and holds what makes that sound:
 //! - the ring is dropped before the memory its operations name (field order), and only after they were reaped
 //!   (`operations_out` is 0), else it is leaked;
@@ -23,11 +23,11 @@ use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
 use super::connection::PayloadSource;
-use super::data_socket::DataSocket;
 use super::payload::Payloads;
 use super::quiet::TICK;
 use super::staging::Staging;
 use super::stream::Stretch;
+use crate::device::connect::data_socket::DataSocket;
 
 /// `IORING_ENTER_GETEVENTS`: run what completions wait for.
 const IORING_ENTER_GETEVENTS: u32 = 1;

@@ -1,4 +1,4 @@
-//! What a queue thread is given, and what it tells: the two sides of `queue_loop.rs` towards the main thread.
+//! What a queue thread is given, and what it tells: the two sides of `run.rs` towards the main thread.
 //!
 //! Made and read by `attachment.rs`, which starts one thread for each queue; a queue thread sends an event when it is
 //! ready, when it has lost its connections and when it ends, never while requests are served without an error.
@@ -13,8 +13,8 @@ use rustix::event::EventfdFlags;
 use ublk_core::{DataPath, Queue, Transfer};
 
 use super::connection::Resend;
-use super::data_socket::DataSocket;
 use super::unflushed::Unflushed;
+use crate::device::connect::data_socket::DataSocket;
 
 /// What a queue thread tells of itself.
 #[derive(Debug)]

@@ -8,7 +8,7 @@
 //! | `user-copy` | nothing | WRITE: pread | ours | READ: pwrite |
 //! | `mapped` | this address | – (the driver copies) | ours | – (the driver copies) |
 //!
-//! Owns the buffers. Never submits anything: `queue_ring.rs`, its caller, asks what to submit. A path that is meant to
+//! Owns the buffers. Never submits anything: `ring.rs`, its caller, asks what to submit. A path that is meant to
 //! put the pages in the table by itself may fail to, request by request; then that one request goes as `registered`.
 
 use std::io;

@@ -43,14 +43,14 @@ use ublk_core::{TagError, TagTable};
 use super::balance::Balance;
 use super::block_request;
 use super::connection::{Completion, Connection, Follows, Operation, Piece, Resend};
-use super::data_socket::DataSocket;
-use super::dial::NETWORK_TIMEOUT;
+use super::parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts};
 use super::payload::Payloads;
-use super::queue_parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts};
-use super::queue_ring::{Completed, Link, Operation as RingOperation, QueueRing};
 use super::quiet::{self, Patience, Quiet};
+use super::ring::{Completed, Link, Operation as RingOperation, QueueRing};
 use super::stream::{Incoming, Outgoing, StreamError};
 use super::unflushed::Unflushed;
+use crate::device::connect::data_socket::DataSocket;
+use crate::device::connect::dial::NETWORK_TIMEOUT;
 
 /// Most pieces of one batch: enough that a full queue leaves in a few, bounded so that replies are not kept waiting.
 const BATCH_PIECES_MAX: usize = 32;

@@ -1,9 +1,9 @@
 //! The socket of one connection as a queue sees it, whoever encrypts what goes through it.
 //!
 //! Owns: the socket, and the one thing that differs for the ring: on a kTLS socket, MSG_WAITALL and links of RECV and SEND
-//! do not work (`queue_ring.rs` then takes other operations). A relay's end is a Unix stream socket, like that of a server on this
+//! do not work (`ring.rs` then takes other operations). A relay's end is a Unix stream socket, like that of a server on this
 //! machine.
-//! Made by `dial.rs`; owned by `queue_ring.rs`.
+//! Made by `dial.rs`; owned by `ring.rs`.
 
 use std::io::{self, Write as _};
 use std::net::Shutdown;

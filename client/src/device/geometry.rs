@@ -1,14 +1,9 @@
-//! What a block request asks of the server, and what the device says of itself: the two translations between ublk's
-//! words and NBD's.
+//! What the device says of itself, for an export: its capacity, its blocks, and what it can do.
 //!
-//! Pure functions, called by `queue_loop.rs` (each request) and `attachment.rs` (once). Sources: `ublk_cmd.h`, Linux 7.3;
-//! NBD `doc/proto.md`.
+//! Pure functions, called by `attachment.rs` once. Sources: `ublk_cmd.h`, Linux 7.3; NBD `doc/proto.md`.
 
-use proto::nbd::transmission::{Command, CommandFlags};
 use proto::nbd::{ExportInfo, PAYLOAD_BYTES_MAX_DEFAULT, TransmissionFlags};
-use ublk_core::{DeviceParams, Discard, IoDesc, IoOp};
-
-use super::connection::Operation;
+use ublk_core::{DeviceParams, Discard};
 
 /// Largest READ or WRITE of a device, in bytes, where the server takes that much.
 pub const IO_BYTES_MAX: u32 = 1 << 20;
@@ -22,42 +17,6 @@ const WRITE_ZEROES_BYTES_MAX: u64 = 32 << 20;
 const SECTOR_BYTES: u32 = 512;
 /// Largest logical block that every kernel takes, in bytes.
 const LOGICAL_BLOCK_BYTES_MAX: u32 = 4096;
-
-/// The NBD operation for a block request; a positive errno where there is none.
-///
-/// # Errors
-/// `EOPNOTSUPP`: an operation that the device did not announce. `EINVAL`: a length that NBD cannot say.
-pub fn operation(descriptor: &IoDesc) -> Result<Operation, i32> {
-    let fua = if descriptor.fua() { CommandFlags::FUA } else { CommandFlags::NONE };
-    let (command, flags) = match descriptor.op() {
-        IoOp::Read => (Command::Read, CommandFlags::NONE),
-        IoOp::Write => (Command::Write, fua),
-        IoOp::Flush => {
-            let flush = Command::Flush;
-            return Ok(Operation {
-                command: flush,
-                flags: CommandFlags::NONE,
-                offset_bytes: 0,
-                length_bytes: 0,
-            });
-        }
-        IoOp::Discard => (Command::Trim, fua),
-        IoOp::WriteZeroes if descriptor.no_unmap() => (Command::WriteZeroes, fua.with(CommandFlags::NO_HOLE)),
-        IoOp::WriteZeroes => (Command::WriteZeroes, fua),
-        IoOp::Other(_) => return Err(libc::EOPNOTSUPP),
-    };
-    let length_bytes = u32::try_from(descriptor.len_bytes()).map_err(|_| libc::EINVAL)?;
-    Ok(Operation { command, flags, offset_bytes: descriptor.offset_bytes(), length_bytes })
-}
-
-/// What COMMIT says of a request that ended: the full length of one with data, 0 for one without, or a negative errno.
-pub fn commit_result(operation: &Operation, result: Result<(), i32>) -> i32 {
-    match (result, operation.command) {
-        (Err(errno), _) => -errno,
-        (Ok(()), Command::Read | Command::Write) => operation.length_bytes as i32,
-        (Ok(()), _) => 0,
-    }
-}
 
 /// Why an export cannot be a disk here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -132,51 +91,11 @@ pub fn device_params(
 #[cfg(test)]
 mod tests {
     use proto::nbd::BlockSizes;
-    use ublk_core::abi::{
-        UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_OP_DISCARD, UBLK_IO_OP_FLUSH, UBLK_IO_OP_READ,
-        UBLK_IO_OP_WRITE, UBLK_IO_OP_WRITE_ZEROES,
-    };
 
     use super::*;
 
-    fn descriptor(op: u8, flags: u32) -> IoDesc {
-        IoDesc { op_flags: u32::from(op) | flags, nr_sectors: 8, start_sector: 16, addr: 0 }
-    }
-
     fn export(flags: TransmissionFlags) -> ExportInfo {
         ExportInfo { size_bytes: (1 << 20) + 700, flags, block_sizes: None, description: None }
-    }
-
-    #[test]
-    fn block_requests_become_nbd_operations() {
-        let cases = [
-            (descriptor(UBLK_IO_OP_READ, 0), Command::Read, CommandFlags::NONE),
-            (descriptor(UBLK_IO_OP_WRITE, 0), Command::Write, CommandFlags::NONE),
-            (descriptor(UBLK_IO_OP_WRITE, UBLK_IO_F_FUA), Command::Write, CommandFlags::FUA),
-            (descriptor(UBLK_IO_OP_DISCARD, 0), Command::Trim, CommandFlags::NONE),
-            (descriptor(UBLK_IO_OP_WRITE_ZEROES, 0), Command::WriteZeroes, CommandFlags::NONE),
-            (
-                descriptor(UBLK_IO_OP_WRITE_ZEROES, UBLK_IO_F_NOUNMAP),
-                Command::WriteZeroes,
-                CommandFlags::NO_HOLE,
-            ),
-        ];
-        for (descriptor, command, flags) in cases {
-            let expected = Operation { command, flags, offset_bytes: 8192, length_bytes: 4096 };
-            assert_eq!(operation(&descriptor), Ok(expected));
-        }
-        let flush = operation(&descriptor(UBLK_IO_OP_FLUSH, 0)).unwrap();
-        assert_eq!((flush.command, flush.offset_bytes, flush.length_bytes), (Command::Flush, 0, 0));
-        assert_eq!(operation(&descriptor(200, 0)), Err(libc::EOPNOTSUPP));
-    }
-
-    #[test]
-    fn a_commit_says_the_full_length_or_an_error() {
-        let read = operation(&descriptor(UBLK_IO_OP_READ, 0)).unwrap();
-        assert_eq!(commit_result(&read, Ok(())), 4096);
-        assert_eq!(commit_result(&read, Err(28)), -28);
-        let trim = operation(&descriptor(UBLK_IO_OP_DISCARD, 0)).unwrap();
-        assert_eq!(commit_result(&trim, Ok(())), 0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Which connection of a queue takes the next request.
 //!
 //! The one with the fewest in flight, so that a slow one gets less; among equals the next in turn, so that all are used.
-//! Called by `queue_loop.rs`. Pure state; nothing here allocates after construction.
+//! Called by `run.rs`. Pure state; nothing here allocates after construction.
 
 /// The queue's connections and the requests on them.
 #[derive(Debug)]

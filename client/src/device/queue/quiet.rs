@@ -1,12 +1,12 @@
 //! How long a queue's connections have been quiet while replies are due, in ticks; and when they are pinged.
 //!
-//! Owns: what came in each tick, of replies and of answers to pings. Never: reads a clock or a socket. Called by `queue_loop.rs`, and by
+//! Owns: what came in each tick, of replies and of answers to pings. Never: reads a clock or a socket. Called by `run.rs`, and by
 //! the simulator; what a silence means, `liveness.rs` says.
 
 use std::time::Duration;
 
 use super::connection::Connection;
-use super::queue_parts::QueueSilence;
+use super::parts::QueueSilence;
 
 /// How long a tick is.
 pub const TICK: Duration = Duration::from_secs(1);
@@ -127,7 +127,7 @@ mod tests {
     use proto::nbd::transmission::{Command, CommandFlags, NbdError, Request, SimpleReply};
 
     use super::*;
-    use crate::device::connection::Operation;
+    use crate::device::queue::connection::Operation;
 
     const FLUSH: Operation =
         Operation { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };

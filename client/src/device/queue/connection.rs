@@ -12,7 +12,7 @@
 //!   Up ──fail──► Failing ──reaped──► Down ──connected──► Up
 //! ```
 //!
-//! It sees no socket, no ring and no pages: `queue_loop.rs` moves the bytes and tells what happened. What it owes its
+//! It sees no socket, no ring and no pages: `run.rs` moves the bytes and tells what happened. What it owes its
 //! caller, whatever the peer does:
 //! - a request completes once, and never while an operation that touches its pages (payload SEND or RECV) is out;
 //! - a READ completes without an error only when its whole payload was received;

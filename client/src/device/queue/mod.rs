@@ -1,0 +1,17 @@
+//! One hardware queue of the device: from the kernel's request to the socket and back.
+//!
+//! Reading path: [`run`] (the thread) → [`block_request`] → [`connection`] (NBD, without I/O) → [`stream`] (how far its bytes got) → [`ring`] (the
+//! operations, without decisions) → [`payload`] and `staging` (where the data lies). Beside it: [`balance`] (which connection),
+//! [`quiet`] (does anything come?), [`unflushed`] (what could be forgotten), [`parts`] (what the main thread gives and hears).
+
+pub mod balance;
+pub mod block_request;
+pub mod connection;
+pub mod parts;
+pub mod payload;
+pub mod quiet;
+pub mod ring;
+pub mod run;
+mod staging;
+pub mod stream;
+pub mod unflushed;
