@@ -33,19 +33,20 @@ use ublk_core::{
 use super::affinity;
 use super::connect::data_socket::DataSocket;
 use super::connect::dial::OPEN_TIMEOUT;
-use super::connect::redial::{Attempt, Redial};
+use super::connect::redial::Attempt;
+use super::connect::redial_thread::Redialler;
 use super::connect::slots::{self, Layout, SlotError};
 use super::control_socket::{self, PendingRequest};
 use super::geometry::{self, GeometryError};
 use super::ladder::{Chosen, Ladder, LadderError};
-use super::liveness::{Probes, Silence};
+use super::liveness::Probes;
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
 use super::queue::connection::Resend;
-use super::queue::parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts, QueueSilence};
+use super::queue::parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts};
 use super::queue::run;
 use super::queue::unflushed::Unflushed;
-use super::reconnect::{Condition, Loss, Output, Reconnect};
+use super::reconnect::{Condition, Output, Reconnect};
 use super::status_file::StatusFile;
 use crate::causes::with_sources;
 use crate::contract::{
@@ -127,7 +128,7 @@ pub enum AttachmentError {
 enum Event {
     Queue(QueueEvent),
     /// Of this queue's connections.
-    Attempt(u16, Attempt),
+    Attempt(u16, Attempt<DataSocket>),
     /// A probe was answered, or was not.
     Probed(bool),
     /// START_DEV has returned.
@@ -262,7 +263,7 @@ impl Made {
 
 /// The queues' threads and connections, as the main thread knows them.
 struct Links {
-    redial: Arc<Redial>,
+    redialler: Arc<Redialler>,
     reconnect: Reconnect<Vec<DataSocket>>,
     commanders: Vec<QueueCommander>,
     unflushed: Arc<Unflushed>,
@@ -338,9 +339,9 @@ impl Attachment {
         // A device that is taken on has users, who wait as they were told to.
         let starting = if is_recovered { spec.on_stall } else { StallPolicy::FailAfterMs(START_STALL_MS) };
         let (_, reply_timeout) = ways_of(&spec.export);
-        let probes = Probes::new(reply_timeout, Redial::can_probe(spec, nr_connections));
+        let probes = Probes::new(reply_timeout, Redialler::can_probe(spec, nr_connections));
         let links = Links {
-            redial: Redial::new(
+            redialler: Redialler::new(
                 spec,
                 &session,
                 nr_hw_queues,
@@ -517,7 +518,7 @@ impl Attachment {
             ControlCommand::SetStallPolicy(policy) => request.answer(&self.set_policy(policy, status)),
             ControlCommand::SetAddresses(ref addresses) => {
                 tracing::info!(?addresses, "the server is dialled at other addresses");
-                self.links.redial.set_addresses(addresses.clone());
+                self.links.redialler.set_addresses(addresses.clone());
                 request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
             }
             ControlCommand::Stop => self.begin_stop(Some(request), status),
@@ -547,7 +548,7 @@ impl Attachment {
             );
             return;
         }
-        self.links.redial.grown(export_bytes);
+        self.links.redialler.grown(export_bytes);
         tracing::info!(capacity_bytes, "the disk has grown");
         status.note(|status| {
             status.capacity_bytes = capacity_bytes;
@@ -710,27 +711,17 @@ impl Links {
                 note_send_zc(if was_copied { SendZc::Copied } else { SendZc::Used }, status);
             }
             Event::Queue(QueueEvent::Silent { queue_id, silence }) => {
-                let now = Instant::now();
-                let silence = silence.and_then(|it| silence_since(it, now));
-                self.reconnect.silent(queue_id, silence, now, &mut outputs);
+                self.reconnect.silent(queue_id, silence, Instant::now(), &mut outputs);
             }
             Event::Probed(is_answered) => self.reconnect.probed(is_answered, Instant::now()),
-            Event::Queue(QueueEvent::Disconnected {
-                queue_id,
-                connection,
-                reason,
-                served_nothing,
-                oldest,
-            }) => {
-                let slot = connection * status.status().nr_hw_queues + queue_id;
-                let reason =
-                    format!("connection {slot} to {} was lost ({reason})", status.status().server_address);
+            Event::Queue(QueueEvent::Disconnected { queue_id, lost }) => {
+                let slot = lost.connection * status.status().nr_hw_queues + queue_id;
+                let (address, loss) = (&status.status().server_address, &lost.loss);
+                let reason = format!("connection {slot} to {address} was lost ({loss})");
                 let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
                 let has_unflushed = || is_volatile || unflushed.any();
                 let now = Instant::now();
-                let oldest_sent = oldest.and_then(|oldest| now.checked_sub(oldest));
-                let loss = Loss { reason: &reason, served_nothing, oldest_sent };
-                self.reconnect.disconnected(queue_id, &loss, now, has_unflushed, &mut outputs);
+                self.reconnect.disconnected(queue_id, &lost, &reason, now, has_unflushed, &mut outputs);
             }
             Event::Queue(QueueEvent::Ended { queue_id, outcome }) => {
                 self.queues_live -= 1;
@@ -785,7 +776,8 @@ impl Links {
                 Output::Dial(queue_id) => {
                     let sender = self.sender.clone();
                     let on_attempt = move |attempt| drop(sender.send(Event::Attempt(queue_id, attempt)));
-                    if let Err(error) = self.redial.start(queue_id, self.reconnect.refusals(), on_attempt) {
+                    if let Err(error) = self.redialler.start(queue_id, self.reconnect.refusals(), on_attempt)
+                    {
                         tracing::error!(queue_id, %error, "the server cannot be dialled");
                         let why =
                             format!("cannot start a thread to dial the server: {error}; {THREAD_LIMITS}");
@@ -798,7 +790,7 @@ impl Links {
                 Output::Probe => {
                     let sender = self.sender.clone();
                     let on_return = move |is_answered| drop(sender.send(Event::Probed(is_answered)));
-                    if let Err(error) = self.redial.probe(on_return) {
+                    if let Err(error) = self.redialler.probe(on_return) {
                         tracing::warn!(%error, "no thread can be made to ask whether the server lives");
                         self.reconnect.probed(false, Instant::now());
                     }
@@ -835,16 +827,6 @@ impl Links {
             status.enter(state, &reason);
         }
     }
-}
-
-/// `None`: the clock has not run for so long.
-fn silence_since(silence: QueueSilence, now: Instant) -> Option<Silence> {
-    let heard_at = match silence.unheard {
-        Some(unheard) => Some(now.checked_sub(unheard)?),
-        None => None,
-    };
-    let (since, oldest_sent) = (now.checked_sub(silence.silent)?, now.checked_sub(silence.oldest)?);
-    Some(Silence { since, heard_at, oldest_sent })
 }
 
 /// What becomes of requests on lost connections, and how long a server may owe replies without a sign of life.

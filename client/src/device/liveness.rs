@@ -13,6 +13,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::queue::quiet::QueueSilence;
+
 /// How long after the oldest unanswered request was sent probes count.
 pub const VOUCHED_FOR: Duration = Duration::from_secs(600);
 /// Between the end of a probe and the next.
@@ -27,6 +29,18 @@ pub struct Silence {
     pub heard_at: Option<Instant>,
     /// When the oldest request that is not answered was sent for the first time, on whichever connection.
     pub oldest_sent: Instant,
+}
+
+impl Silence {
+    /// What is told of a queue at that moment; `None`: the clock has not run for so long.
+    pub fn until(now: Instant, told: QueueSilence) -> Option<Self> {
+        let heard_at = match told.unheard {
+            Some(unheard) => Some(now.checked_sub(unheard)?),
+            None => None,
+        };
+        let (since, oldest_sent) = (now.checked_sub(told.silent)?, now.checked_sub(told.oldest)?);
+        Some(Self { since, heard_at, oldest_sent })
+    }
 }
 
 /// Probes of one server.

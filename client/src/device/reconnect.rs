@@ -31,6 +31,8 @@
 use std::time::{Duration, Instant};
 
 use super::liveness::{OutageClock, Probes, Silence};
+use super::queue::core::Lost;
+use super::queue::quiet::QueueSilence;
 use crate::contract::StallPolicy;
 
 /// Whoever sets a policy later does not wait for longer than this for a silent server to be called lost, foreign or not.
@@ -62,17 +64,6 @@ enum QueueState<S> {
     Down,
     /// Connections of another incarnation wait until all queues are down.
     Dialled(S, String),
-}
-
-/// How a queue lost its connections.
-#[derive(Debug, Clone, Copy)]
-pub struct Loss<'a> {
-    /// Why, for people.
-    pub reason: &'a str,
-    /// The server refused from the start: it was not back, and the outage before is not over.
-    pub served_nothing: bool,
-    /// When the oldest request that waits was sent for the first time; `None`: none was sent.
-    pub oldest_sent: Option<Instant>,
 }
 
 /// What is told of it.
@@ -148,17 +139,18 @@ impl<S> Reconnect<S> {
         self.refusals
     }
 
-    /// A queue has lost its connections, and no byte of them can come any more. `has_unflushed` tells whether a server that
+    /// A queue has lost its connections, and no byte of them can come any more; `reason` is for people. `has_unflushed` tells whether a server that
     /// forgets would have anything to forget; it is asked only when no queue has a connection.
     pub fn disconnected(
         &mut self,
         queue_id: u16,
-        loss: &Loss<'_>,
+        lost: &Lost,
+        reason: &str,
         now: Instant,
         has_unflushed: impl FnOnce() -> bool,
         outputs: &mut Vec<Output<S>>,
     ) {
-        if loss.served_nothing {
+        if lost.served_nothing {
             self.refusals = self.refusals.saturating_add(1);
         } else {
             (self.former_outage, self.refusals) = (None, 0);
@@ -170,12 +162,12 @@ impl<S> Reconnect<S> {
             outputs.push(Output::GiveUp(queue_id));
             return;
         }
-        let oldest_sent = loss.oldest_sent.unwrap_or(now);
+        let oldest_sent = lost.oldest.and_then(|oldest| now.checked_sub(oldest)).unwrap_or(now);
         match &mut self.outage {
             Some((clock, _)) => clock.waits_for(oldest_sent),
             None => {
                 let clock = self.former_outage.take().unwrap_or(OutageClock::new(now, oldest_sent));
-                self.outage = Some((clock, loss.reason.to_owned()));
+                self.outage = Some((clock, reason.to_owned()));
                 self.attempt.clear();
             }
         }
@@ -188,13 +180,14 @@ impl<S> Reconnect<S> {
     pub fn silent(
         &mut self,
         queue_id: u16,
-        silence: Option<Silence>,
+        silence: Option<QueueSilence>,
         now: Instant,
         outputs: &mut Vec<Output<S>>,
     ) {
         let index = usize::from(queue_id);
         let is_up = matches!(self.queues[index], QueueState::Up);
-        self.silences[index] = silence.filter(|_| is_up);
+        let silence = silence.filter(|_| is_up);
+        self.silences[index] = silence.and_then(|silence| Silence::until(now, silence));
         if let Some(silence) = self.silences[index] {
             if self.probes.is_dead(silence, now) {
                 self.silences[index] = None;
@@ -452,6 +445,7 @@ fn no_reply(silence: Silence, now: Instant) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::queue::link::Loss;
 
     const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -489,8 +483,8 @@ mod tests {
         fn lost(&mut self, queue_id: u16, served_nothing: bool) -> Vec<Output<u32>> {
             let (now, unflushed) = (self.now(), self.has_unflushed);
             let outputs = &mut self.outputs;
-            let loss = Loss { reason: "cut", served_nothing, oldest_sent: None };
-            self.reconnect.disconnected(queue_id, &loss, now, || unflushed, outputs);
+            let lost = Lost { connection: 0, loss: Loss::Unacknowledged, served_nothing, oldest: None };
+            self.reconnect.disconnected(queue_id, &lost, "cut", now, || unflushed, outputs);
             std::mem::take(&mut self.outputs)
         }
 
@@ -498,7 +492,8 @@ mod tests {
         fn silent_at(&mut self, queue_id: u16, since_ms: u64, now_ms: u64) -> Vec<Output<u32>> {
             self.now_ms = now_ms;
             let since = self.start + Duration::from_millis(since_ms);
-            let silence = Some(Silence { since, heard_at: None, oldest_sent: since });
+            let silent = self.now() - since;
+            let silence = Some(QueueSilence { silent, unheard: None, oldest: silent });
             self.reconnect.silent(queue_id, silence, self.now(), &mut self.outputs);
             std::mem::take(&mut self.outputs)
         }

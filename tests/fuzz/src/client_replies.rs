@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use client::device::queue::connection::{Completion, Connection, Follows, Operation, Resend};
+use client::device::queue::block_request::BlockRequest;
+use client::device::queue::connection::{Connection, Follows, Resend, Says};
+use client::device::queue::requests::{Completion, Requests};
 use client::device::queue::stream::Incoming;
 use proto::nbd::transmission::{
     Command, CommandFlags, NbdError, REQUEST_BYTES, SIMPLE_REPLY_BYTES, SimpleReply,
@@ -34,7 +36,10 @@ struct InFlight {
 }
 
 struct World {
+    requests: Requests,
     connection: Connection,
+    /// The server has said that it is shutting down: nothing more is sent.
+    is_leaving: bool,
     incoming: Incoming,
     inbox: [u8; INBOX_BYTES],
     /// Sent by the server and not yet received.
@@ -53,7 +58,9 @@ pub fn client_replies(bytes: &[u8]) {
     let (control, steps) = split_first(bytes);
     let small_bytes_max = if control & 1 == 0 { 0 } else { LENGTH_BYTES };
     let mut world = World {
-        connection: Connection::new(TAGS, small_bytes_max),
+        requests: Requests::new(TAGS, 1, 1),
+        connection: Connection::new(0, TAGS, small_bytes_max),
+        is_leaving: false,
         incoming: Incoming::default(),
         inbox: [0; INBOX_BYTES],
         wire: VecDeque::new(),
@@ -103,22 +110,24 @@ impl World {
         let is_read = command == Command::Read;
         *place = Some(InFlight { is_read, ..InFlight::default() });
         let length_bytes = if command == Command::Flush { 0 } else { LENGTH_BYTES };
-        let operation = Operation { command, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes };
-        self.connection.submit(tag, operation);
-        let (mut outbox, mut pieces) = ([0; 1024], Vec::new());
-        let gathered = self.connection.take_batch(&mut outbox, &mut pieces, 16, |_, _: &mut [u8]| Ok(()));
-        gathered.unwrap_or_else(|(): ()| unreachable!("nothing can fail"));
-        if pieces.is_empty() {
-            // The server is shutting down: it waits for the next one.
+        let request = BlockRequest { command, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes };
+        self.connection.submit(&mut self.requests, tag, request);
+        if self.is_leaving {
+            // It waits for the next connection.
             return;
         }
+        let (mut outbox, mut pieces) = ([0; 1024], Vec::new());
+        let no_payload = |_, _: &mut [u8]| Ok(());
+        let gathered =
+            self.connection.take_batch(&mut self.requests, &mut outbox, &mut pieces, 16, no_payload);
+        gathered.unwrap_or_else(|(): ()| unreachable!("nothing can fail"));
         // A single request, whose header comes first.
         let header = &outbox[..REQUEST_BYTES];
         let cookie = u64::from_be_bytes(header[8..16].try_into().expect("eight bytes"));
         if let Some(request) = &mut self.by_tag[usize::from(tag)] {
             (request.cookie, request.is_sent) = (cookie, true);
         }
-        self.connection.batch_sent();
+        self.connection.batch_sent(&mut self.requests);
     }
 
     /// Lets the stream bring `bytes`, as the queue's loop does; false: the peer broke the protocol.
@@ -135,7 +144,6 @@ impl World {
             }
             self.incoming.inbox_completed(count as i32).expect("no more than was asked for");
             if !self.parse() {
-                self.connection.fail();
                 return false;
             }
         }
@@ -161,7 +169,9 @@ impl World {
     fn parse(&mut self) -> bool {
         while let Some(place) = self.incoming.take_header() {
             let header: [u8; SIMPLE_REPLY_BYTES] = self.inbox[place].try_into().expect("a whole header");
-            let Ok(follows) = self.connection.header_received(&header) else { return false };
+            let received = self.connection.header_received(&mut self.requests, &header);
+            let Ok((follows, says)) = received else { return false };
+            self.is_leaving |= says == Says::Leaving;
             let reply = SimpleReply::decode(&header).expect("the connection could decode it");
             let of = |request: &&mut InFlight| request.is_sent && request.cookie == reply.cookie;
             let asked = self.by_tag.iter_mut().flatten().find(of).expect("a reply to nothing is accepted");
@@ -183,7 +193,7 @@ impl World {
         }
         let left = self.incoming.compact();
         self.inbox.copy_within(left, 0);
-        let is_left = self.connection.is_leaving() && !self.connection.is_owed_replies();
+        let is_left = self.is_leaving && !self.requests.are_owed_replies();
         let is_owed = |request: &InFlight| request.is_sent && request.told.is_none() && !request.is_refused;
         assert!(!is_left || !self.by_tag.iter().flatten().any(is_owed), "a server that owes replies is left");
         !is_left
@@ -195,12 +205,12 @@ impl World {
         assert_eq!(is_all, request.received_bytes == LENGTH_BYTES);
         if is_all {
             request.told = Some(Ok(()));
-            self.connection.payload_received(tag);
+            self.connection.payload_received(&mut self.requests, tag);
         }
     }
 
     fn take_completions(&mut self) {
-        while let Some(Completion { tag, result }) = self.connection.take_completion() {
+        while let Some(Completion { tag, result }) = self.requests.take_completion() {
             let request = self.by_tag[usize::from(tag)].take().expect("a request ended twice");
             assert_eq!(request.told, Some(result), "tag {tag} ended in another way than the server told");
         }
@@ -209,16 +219,14 @@ impl World {
     /// The connection breaks: what is left fails, and nothing is lost.
     fn end(mut self) {
         self.take_completions();
-        self.connection.fail();
-        assert_eq!(self.connection.take_completion(), None, "late bytes may still come");
-        self.connection.reaped(Resend::Nothing);
-        while let Some(Completion { tag, result }) = self.connection.take_completion() {
+        self.connection.lost(&mut self.requests, Resend::Nothing);
+        while let Some(Completion { tag, result }) = self.requests.take_completion() {
             let request = self.by_tag[usize::from(tag)].take().expect("a request ended twice");
             assert!(request.is_sent && !request.is_refused, "what was not done waits");
             assert_eq!(result, request.told.unwrap_or(Err(NbdError::Eio as i32)));
         }
-        self.connection.give_up();
-        while let Some(Completion { tag, result }) = self.connection.take_completion() {
+        self.connection.give_up(&mut self.requests);
+        while let Some(Completion { tag, result }) = self.requests.take_completion() {
             self.by_tag[usize::from(tag)].take().expect("a request ended twice");
             assert_eq!(result, Err(NbdError::Eio as i32));
         }

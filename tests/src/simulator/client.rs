@@ -1,28 +1,33 @@
-//! The simulated device process: the real connections, streams, reconnects and counters, without ring, sockets and threads.
+//! The simulated device process: the product's queues, redials, reconnects and counters, with a ring, sockets and threads that exist
+//! only here.
 //!
-//! Stands for `client/src/device/queue/run.rs` (its passes), `client/src/device/connect/redial.rs` (dialling) and `client/src/device/attachment.rs` (the main thread). Each
-//! queue has lanes; a lane's operations on its socket are out until the world lets them go on, byte by byte if it likes. Block
-//! requests belong to the kernel ([`Bio`]): they outlive the process, and the next one gets them again.
+//! What is the product's: `QueueCore`, `Redial` and `Reconnect`, and all they use. What is here: the operations on sockets and pages
+//! that a queue asks for ([`QueueIo`]), which are out until the world lets them go on, byte by byte if it likes; mailboxes in the place of
+//! threads; and the mutants that alter what goes into the cores and comes out of them. Block requests belong to the kernel
+//! ([`Bio`]): they outlive the process, and the next one gets them again.
 
 use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use client::contract::StallPolicy;
-use client::device::liveness::{Probes, Silence};
-use client::device::queue::balance::Balance;
-use client::device::queue::connection::{
-    Completion, Connection, Follows, Operation, PayloadSource, Piece, Resend,
-};
-use client::device::queue::parts::QueueSilence;
-use client::device::queue::quiet::{self, Patience, Quiet, TICK};
-use client::device::queue::stream::{Incoming, Outgoing, Stretch};
+use client::contract::{DeviceSpec, Encryption, ExportSpec, SessionRecord, StallPolicy};
+use client::device::connect::dial::{DialError, Dialled};
+use client::device::connect::redial::{Attempt, DiskFit, Next, Redial};
+use client::device::connect::slots::{self, SlotError};
+use client::device::liveness::Probes;
+use client::device::queue::block_request::BlockRequest;
+use client::device::queue::connection::{PayloadSource, Resend};
+use client::device::queue::core::{LinkEvent, Lost, Pages, QueueCore, QueueIo, QueueSpec};
+use client::device::queue::quiet::{QueueSilence, TICK};
+use client::device::queue::stream::Stretch;
 use client::device::queue::unflushed::Unflushed;
-use client::device::reconnect::{Condition, Loss, Output, Reconnect};
+use client::device::reconnect::{Condition, Output, Reconnect};
 use fastrand::Rng;
-use proto::export_name::{AttachmentExportName, ExportDescription, PROBE_SLOT, Secret};
-use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
-use proto::nbd::reply::ERR_UNKNOWN;
-use proto::nbd::transmission::{Command, CommandFlags, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES};
+use proto::export_name::{PROBE_SLOT, Secret};
+use proto::nbd::handshake::client::ClientHandshake;
+use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES};
 use uuid::Uuid;
 
 use super::Mutant;
@@ -32,11 +37,15 @@ use super::server::{EIO, choose};
 use crate::block_history::{BLOCK_BYTES, SentFlush, SentRead, SentWrite};
 
 const INBOX_BYTES: usize = 1024;
-const OUTBOX_BYTES: usize = 8192;
-const PIECES_MAX: usize = 8;
+const OUTBOX_BYTES: usize = 16 << 10;
 /// As in the product: how long replies may be due without a byte, and a dial without an answer.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// What the kernel says of an operation behind one that stopped short.
+const CANCELED: i32 = -rustix::io::Errno::CANCELED.raw_os_error();
+const PIPE: i32 = -rustix::io::Errno::PIPE.raw_os_error();
+/// With [`Mutant::CountedLate`], how many steps the main thread's look at the counters is late.
+const LATE_STEPS: usize = 600;
 
 /// What the oracle is to be told when a request ends.
 #[derive(Debug)]
@@ -54,7 +63,7 @@ pub(super) enum Note {
 /// A request of the block layer.
 #[derive(Debug)]
 pub(super) struct Bio {
-    pub(super) operation: Operation,
+    pub(super) request: BlockRequest,
     /// Its pages.
     pub(super) data: Vec<u8>,
     pub(super) note: Note,
@@ -70,46 +79,73 @@ pub(super) struct EndedBio {
     pub(super) result: Result<(), i32>,
 }
 
+/// An operation on a socket that is out.
+#[derive(Debug, Clone, Copy)]
 enum Receive {
-    Payload(u16, Stretch),
+    Payload(Pages),
     Inbox(usize, usize),
 }
 
-struct Lane {
-    connection: Connection,
-    incoming: Incoming,
-    outgoing: Outgoing,
+#[derive(Debug, Clone, Copy)]
+enum Send {
+    Outbox { start: usize, rest: Stretch },
+    Payload(Pages),
+}
+
+impl Receive {
+    fn wanted(&self) -> usize {
+        match self {
+            Self::Payload(pages) => pages.rest.rest_bytes() as usize,
+            Self::Inbox(start, end) => end - start,
+        }
+    }
+}
+
+impl Send {
+    /// Whose pages it names, if any.
+    fn tag(&self) -> Option<u16> {
+        match self {
+            Self::Outbox { .. } => None,
+            Self::Payload(pages) => Some(pages.tag),
+        }
+    }
+
+    fn rest(&self) -> Stretch {
+        match self {
+            Self::Outbox { rest, .. } => *rest,
+            Self::Payload(pages) => pages.rest,
+        }
+    }
+}
+
+/// A connection's socket, its memory, and what is out on it.
+struct Wire {
     link: Option<LinkId>,
     inbox: Vec<u8>,
     outbox: Vec<u8>,
     receives: VecDeque<Receive>,
-    sends: VecDeque<(Piece, Stretch)>,
+    sends: VecDeque<Send>,
     waits_for_room: bool,
-    is_distrusted: bool,
-    quiet: Quiet,
 }
 
 enum QueueCommand {
     Connect(Vec<LinkId>),
-    Disconnect,
+    Disconnect(String),
     GiveUp,
     /// The queue does not look for so many steps.
     Idle(u32),
 }
 
 struct Queue {
-    lanes: Vec<Lane>,
-    balance: Balance,
+    core: QueueCore,
+    wires: Vec<Wire>,
+    /// Requests that the kernel has brought, until the next pass.
+    arrivals: VecDeque<(u16, BlockRequest)>,
     commands: VecDeque<QueueCommand>,
-    has_loss: bool,
-    /// For so many passes after a loss that the main thread heard of, what was acknowledged is not counted.
-    counts_later: u32,
-    covered: Vec<Vec<u64>>,
     /// Receives into pages that nobody waits for any more.
-    forgotten: Vec<(LinkId, u16, Stretch)>,
+    forgotten: Vec<(LinkId, Pages)>,
     dial: Option<Dial>,
     ticked_at: Instant,
-    is_told_silent: bool,
 }
 
 /// As in `client/src/device/connect/probe.rs`.
@@ -120,21 +156,21 @@ struct Probe {
     gives_up_at: Instant,
 }
 
+/// As in `client/src/device/connect/redial_thread.rs`.
 struct Dial {
+    redial: Redial<LinkId>,
     resumes_at: Instant,
-    pause: Duration,
     gives_up_at: Instant,
     handshake: Option<(LinkId, Box<ClientHandshake>)>,
+    /// Of the attempt.
     opened: Vec<LinkId>,
-    incarnation: Option<String>,
 }
 
 enum MainEvent {
-    Disconnected(u16, Option<Duration>),
+    Disconnected(u16, Lost),
     Silent(u16, Option<QueueSilence>),
     Probed(bool),
-    Opened(u16, Vec<LinkId>, String),
-    Refused,
+    Attempt(u16, Attempt<LinkId>),
 }
 
 /// How the connections are made, for all processes of a device.
@@ -145,6 +181,7 @@ pub(super) struct Spec {
     pub(super) session_epoch: u64,
     pub(super) server_id: Uuid,
     pub(super) volume_uid: Uuid,
+    pub(super) capacity_bytes: u64,
     pub(super) nr_queues: u16,
     pub(super) nr_connections: u16,
     pub(super) queue_depth: u16,
@@ -155,12 +192,68 @@ pub(super) struct Spec {
     pub(super) policy: StallPolicy,
 }
 
+impl Spec {
+    /// The slots that a queue has.
+    fn slots_of(&self, queue_id: u16) -> impl Iterator<Item = u32> {
+        (queue_id..self.nr_connections).step_by(usize::from(self.nr_queues)).map(u32::from)
+    }
+
+    /// As the product has it.
+    fn device_spec(&self) -> DeviceSpec {
+        DeviceSpec {
+            format_version: 1,
+            attachment_id: self.attachment_id,
+            target: "vol".to_owned(),
+            addresses: vec!["simulated:1".to_owned()],
+            export: ExportSpec::Attachment {
+                server_id: self.server_id,
+                volume_uid: self.volume_uid,
+                secret: self.secret.expose().to_owned(),
+                session_epoch: self.session_epoch,
+            },
+            read_only: false,
+            data_path: "auto".to_owned(),
+            nr_hw_queues: self.nr_queues,
+            nr_connections: self.nr_connections,
+            queue_depth: self.queue_depth,
+            block_size_bytes: 0,
+            device_link: "vol".into(),
+            is_volatile: false,
+            on_stall: self.policy,
+            on_stall_is_told: false,
+            busy_poll_us: 0,
+            send_zc: false,
+            recover: None,
+            tls: None,
+        }
+    }
+
+    fn session(&self) -> SessionRecord {
+        SessionRecord {
+            incarnation: String::new(),
+            encryption: Encryption::None,
+            export_bytes: self.capacity_bytes,
+            export_flags: 0,
+            export_block_bytes: None,
+            capacity_bytes: self.capacity_bytes,
+            block_size_bytes: BLOCK_BYTES as u32,
+            max_io_bytes: BLOCK_BYTES as u32,
+            volatile_cache: self.is_volatile_cache,
+            read_only: false,
+        }
+    }
+}
+
 /// A device process.
 pub(super) struct Client {
     pub(super) spec: Spec,
+    device_spec: DeviceSpec,
+    session: SessionRecord,
     queues: Vec<Queue>,
     reconnect: Reconnect<Vec<LinkId>>,
-    unflushed: Unflushed,
+    unflushed: Arc<Unflushed>,
+    /// What [`Unflushed::any`] said in the last steps, for [`Mutant::CountedLate`].
+    unflushed_then: VecDeque<bool>,
     events: VecDeque<MainEvent>,
     probe: Option<Probe>,
     mutant: Option<Mutant>,
@@ -179,12 +272,12 @@ pub(super) struct Surroundings<'a> {
     pub(super) is_server_up: bool,
 }
 
-struct Pages<'a> {
+struct BioSource<'a> {
     bios: &'a [Option<Bio>],
 }
 
-impl PayloadSource for Pages<'_> {
-    type Error = std::convert::Infallible;
+impl PayloadSource for BioSource<'_> {
+    type Error = io::Error;
 
     fn gather(&mut self, tag: u16, payload: &mut [u8]) -> Result<(), Self::Error> {
         let bio = self.bios[usize::from(tag)].as_ref().expect("it is in flight");
@@ -194,6 +287,193 @@ impl PayloadSource for Pages<'_> {
 
     fn stage(&mut self, _: u16, _: u32) -> Result<bool, Self::Error> {
         Ok(true)
+    }
+}
+
+/// What a queue's core is given for its ring.
+struct Io<'a> {
+    wires: &'a mut [Wire],
+    links: &'a mut Vec<Link>,
+    /// By tag.
+    bios: &'a mut [Option<Bio>],
+    ended: &'a mut Vec<EndedBio>,
+    rng: &'a mut Rng,
+    room_bytes: usize,
+    stages: bool,
+    /// By tag: what the header of a reply is made to carry, for [`Mutant::TagOnlyCookie`].
+    cookies: Option<Vec<u64>>,
+    /// The counters of the device, and of a FLUSH, for [`Mutant::FlushCoversTooMuch`].
+    covers_too_much: Option<(&'a Unflushed, Vec<u64>)>,
+    has_sent: bool,
+}
+
+impl QueueIo for Io<'_> {
+    type Socket = LinkId;
+    type Source<'a>
+        = BioSource<'a>
+    where
+        Self: 'a;
+
+    fn fetch(&mut self, _: u16) {}
+
+    fn commit_and_fetch(&mut self, tag: u16, result: i32) {
+        let bio = self.bios[usize::from(tag)].take().expect("it was in flight");
+        if let Some((unflushed, covered)) = &mut self.covers_too_much
+            && bio.request.command == Command::Flush
+            && result == 0
+        {
+            unflushed.flush_begins(covered);
+            unflushed.flush_succeeded(covered);
+        }
+        let result = if result < 0 { Err(-result) } else { Ok(()) };
+        self.ended.push(EndedBio { bio, result });
+        self.has_sent = true;
+    }
+
+    fn needs_registration(&self, _: u16) -> bool {
+        false
+    }
+
+    fn register(&mut self, _: u16) {}
+
+    fn unregister(&mut self, _: u16) {}
+
+    fn release(&mut self, _: u16, _: bool) {}
+
+    fn copy_to_request(&mut self, _: u16, _: u32) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn inbox_bytes(&self) -> usize {
+        INBOX_BYTES
+    }
+
+    fn header(&self, connection: u16, place: Range<usize>) -> [u8; SIMPLE_REPLY_BYTES] {
+        let mut header = [0; SIMPLE_REPLY_BYTES];
+        header.copy_from_slice(&self.wires[usize::from(connection)].inbox[place]);
+        if let Some(cookies) = &self.cookies {
+            let tag = usize::from(u16::from_be_bytes([header[14], header[15]]));
+            let cookie = cookies.get(tag).copied().unwrap_or_default();
+            header[8..].copy_from_slice(&cookie.to_be_bytes());
+        }
+        header
+    }
+
+    fn scatter(&mut self, connection: u16, place: Range<usize>, tag: u16) -> io::Result<()> {
+        let bio = self.bios[usize::from(tag)].as_mut().expect("it is in flight");
+        bio.data[..place.len()].copy_from_slice(&self.wires[usize::from(connection)].inbox[place]);
+        Ok(())
+    }
+
+    fn compact_inbox(&mut self, connection: u16, left: Range<usize>) {
+        self.wires[usize::from(connection)].inbox.copy_within(left, 0);
+    }
+
+    fn receive_inbox(&mut self, connection: u16, part: Range<usize>, _: bool) {
+        self.wires[usize::from(connection)].receives.push_back(Receive::Inbox(part.start, part.end));
+    }
+
+    fn receive_payload(&mut self, connection: u16, pages: Pages) {
+        self.wires[usize::from(connection)].receives.push_back(Receive::Payload(pages));
+    }
+
+    fn outbox(&mut self, connection: u16) -> (&mut [u8], Self::Source<'_>) {
+        (&mut self.wires[usize::from(connection)].outbox, BioSource { bios: self.bios })
+    }
+
+    fn stages(&self, _: u16) -> bool {
+        self.stages
+    }
+
+    fn send_outbox_now(&mut self, connection: u16, start: usize, rest: Stretch, _: bool) -> io::Result<u32> {
+        self.send_now(connection, Send::Outbox { start, rest })
+    }
+
+    fn send_staged_now(&mut self, connection: u16, tag: u16, rest: Stretch) -> io::Result<u32> {
+        self.send_now(connection, Send::Payload(Pages { tag, by_hand: false, rest }))
+    }
+
+    fn wait_for_room(&mut self, connection: u16) {
+        self.wires[usize::from(connection)].waits_for_room = true;
+    }
+
+    fn send_outbox(&mut self, connection: u16, start: usize, rest: Stretch, _: bool) {
+        self.wires[usize::from(connection)].sends.push_back(Send::Outbox { start, rest });
+        self.has_sent = true;
+    }
+
+    fn send_payload(&mut self, connection: u16, pages: Pages, _: bool) {
+        self.wires[usize::from(connection)].sends.push_back(Send::Payload(pages));
+        self.has_sent = true;
+    }
+
+    fn shut_down(&mut self, connection: u16) {
+        if let Some(link) = self.wires[usize::from(connection)].link {
+            abandon(&mut self.links[link], self.rng);
+        }
+    }
+
+    fn take_control_record(&mut self, _: u16) -> Option<String> {
+        None
+    }
+
+    fn unacknowledged_for(&self, _: u16) -> Option<Duration> {
+        None
+    }
+
+    fn are_keys_worn(&self, _: u16) -> bool {
+        false
+    }
+
+    fn drop_references(&mut self, connection: u16) {
+        self.wires[usize::from(connection)].link = None;
+    }
+
+    fn renew_staging(&mut self) {}
+
+    fn replace_socket(&mut self, connection: u16, link: LinkId) -> io::Result<()> {
+        let wire = &mut self.wires[usize::from(connection)];
+        assert!(wire.receives.is_empty() && wire.sends.is_empty() && !wire.waits_for_room, "it is in use");
+        wire.link = Some(link);
+        Ok(())
+    }
+}
+
+impl Io<'_> {
+    /// What the socket takes at once.
+    fn send_now(&mut self, connection: u16, send: Send) -> io::Result<u32> {
+        let room = self.room(connection).ok_or(io::ErrorKind::BrokenPipe)?;
+        if room == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        self.has_sent = true;
+        Ok(self.send_part(connection, send, room) as u32)
+    }
+
+    /// How much the socket takes; `None`: it is no use any more.
+    fn room(&self, connection: u16) -> Option<usize> {
+        let link = self.wires[usize::from(connection)].link?;
+        let pipe = &self.links[link].to_server;
+        pipe.is_open().then(|| pipe.room(self.room_bytes))
+    }
+
+    /// Moves some of it, at most `room` bytes: how many.
+    fn send_part(&mut self, connection: u16, send: Send, room: usize) -> usize {
+        let wire = &self.wires[usize::from(connection)];
+        let Some(link) = wire.link else { return 0 };
+        let rest = send.rest();
+        let bytes = part(room.min(rest.rest_bytes() as usize), self.rng);
+        let from = rest.done_bytes() as usize..rest.done_bytes() as usize + bytes;
+        let pipe = &mut self.links[link].to_server;
+        match send {
+            Send::Outbox { start, .. } => pipe.write(&wire.outbox[start..][from]),
+            // The pages as they are now.
+            Send::Payload(Pages { tag, .. }) => match &self.bios[usize::from(tag)] {
+                Some(bio) => pipe.write(&bio.data[from]),
+                None => panic!("pages of a request that has ended are being sent"),
+            },
+        }
+        bytes
     }
 }
 
@@ -208,46 +488,73 @@ impl Client {
     ) -> Self {
         let is_recovered = former.is_some();
         let incarnation = former.unwrap_or(incarnation_now);
-        let unflushed = Unflushed::new(spec.nr_queues);
+        let unflushed = Arc::new(Unflushed::new(spec.nr_queues));
         if is_recovered && spec.is_volatile_cache {
             unflushed.acknowledged(0);
         }
-        let lanes_of = |queue: u16| (queue..spec.nr_connections).step_by(usize::from(spec.nr_queues)).count();
-        let queue = |queue: u16| Queue {
-            lanes: (0..lanes_of(queue)).map(|_| Lane::new(&spec)).collect(),
-            balance: Balance::new(lanes_of(queue), spec.queue_depth),
-            commands: VecDeque::new(),
-            has_loss: false,
-            counts_later: 0,
-            covered: vec![vec![0; usize::from(spec.nr_queues)]; usize::from(spec.queue_depth)],
-            forgotten: Vec::new(),
-            dial: None,
-            ticked_at: world.now,
-            is_told_silent: false,
+        let queue = |queue_id: u16| {
+            let nr_connections = spec.slots_of(queue_id).count() as u16;
+            let queue_spec = QueueSpec {
+                queue_id,
+                queue_depth: spec.queue_depth,
+                nr_connections,
+                small_bytes_max: spec.small_bytes_max,
+                volatile_cache: spec.is_volatile_cache,
+                resend: Resend::Everything,
+                reply_timeout: REPLY_TIMEOUT,
+                unflushed: Arc::clone(&unflushed),
+            };
+            Queue {
+                core: QueueCore::new(queue_spec, world.now),
+                wires: (0..nr_connections).map(|_| Wire::default()).collect(),
+                arrivals: VecDeque::new(),
+                commands: VecDeque::new(),
+                forgotten: Vec::new(),
+                dial: None,
+                ticked_at: world.now,
+            }
         };
-        let probes = Probes::new(REPLY_TIMEOUT, true);
         let mut client = Self {
             queues: (0..spec.nr_queues).map(queue).collect(),
-            reconnect: Reconnect::new(spec.nr_queues, incarnation, spec.policy, probes),
+            reconnect: Reconnect::new(
+                spec.nr_queues,
+                incarnation,
+                spec.policy,
+                Probes::new(REPLY_TIMEOUT, true),
+            ),
+            unflushed_then: VecDeque::new(),
             unflushed,
             events: VecDeque::new(),
             probe: None,
             mutant,
+            device_spec: spec.device_spec(),
+            session: spec.session(),
             spec,
         };
-        // It has no connections to begin with, and what the kernel gives again waits for the first.
         for queue_id in 0..client.spec.nr_queues {
-            client.fail(queue_id, false, world);
-            client.reap(queue_id, world);
-            for tag in 0..client.spec.queue_depth {
-                if let Some(bio) = &world.bios[usize::from(queue_id)][usize::from(tag)] {
-                    world.coverage.count("a request that the next process gets again");
-                    let operation = bio.operation;
-                    client.submit(queue_id, tag, operation);
-                }
-            }
+            client.start_queue(queue_id, world);
         }
         client
+    }
+
+    /// Its sockets' peers are gone to begin with, and what the kernel gives again waits for others.
+    fn start_queue(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
+        let nr_connections = self.queues[usize::from(queue_id)].wires.len() as u16;
+        self.with_core(queue_id, world, |core, io| {
+            core.start(io);
+            for connection in 0..nr_connections {
+                io.wires[usize::from(connection)].receives.clear();
+                core.handle_inbox(io, connection, 0);
+            }
+        });
+        for tag in 0..self.spec.queue_depth {
+            if let Some(bio) = &world.bios[usize::from(queue_id)][usize::from(tag)] {
+                world.coverage.count("a request that the next process gets again");
+                let request = bio.request;
+                self.submit(queue_id, tag, request);
+            }
+        }
+        self.end_of_pass(queue_id, world);
     }
 
     fn is(&self, mutant: Mutant) -> bool {
@@ -260,7 +567,7 @@ impl Client {
 
     /// Whether every queue has its connections, and has heard of it.
     pub(super) fn is_connected(&self) -> bool {
-        self.queues.iter().all(|queue| queue.commands.is_empty() && queue.is_up())
+        self.queues.iter().all(|queue| queue.commands.is_empty() && queue.core.is_up())
     }
 
     pub(super) fn incarnation(&self) -> String {
@@ -273,24 +580,19 @@ impl Client {
     }
 
     /// A request arrives on a queue.
-    pub(super) fn submit(&mut self, queue_id: u16, tag: u16, operation: Operation) {
-        let queue = &mut self.queues[usize::from(queue_id)];
-        if operation.command == Command::Flush {
-            self.unflushed.flush_begins(&mut queue.covered[usize::from(tag)]);
-        }
-        let lane = queue.balance.choose(tag);
-        queue.lanes[usize::from(lane)].connection.submit(tag, operation);
+    pub(super) fn submit(&mut self, queue_id: u16, tag: u16, request: BlockRequest) {
+        self.queues[usize::from(queue_id)].arrivals.push_back((tag, request));
     }
 
     /// The process dies: what it has sent may arrive yet.
     pub(super) fn die(&mut self, links: &mut [Link], rng: &mut Rng) {
         for queue in &self.queues {
-            let lanes = queue.lanes.iter().filter_map(|lane| lane.link);
+            let wires = queue.wires.iter().filter_map(|wire| wire.link);
             let dial = queue.dial.iter().flat_map(|dial| {
                 dial.opened.iter().copied().chain(dial.handshake.iter().map(|(link, _)| *link))
             });
             let probe = self.probe.iter().map(|probe| probe.link);
-            for link in lanes.chain(dial).chain(probe) {
+            for link in wires.chain(dial).chain(probe) {
                 abandon(&mut links[link], rng);
             }
         }
@@ -298,11 +600,12 @@ impl Client {
 
     /// Links that it uses, for whoever cuts them.
     pub(super) fn links(&self) -> Vec<LinkId> {
-        self.queues.iter().flat_map(|queue| queue.lanes.iter().filter_map(|lane| lane.link)).collect()
+        self.queues.iter().flat_map(|queue| queue.wires.iter().filter_map(|wire| wire.link)).collect()
     }
 
     /// One of the things it could do now; false: there was nothing.
     pub(super) fn step(&mut self, world: &mut Surroundings<'_>) -> bool {
+        self.look_at_counters();
         let queue_id = world.rng.u16(..self.spec.nr_queues);
         match world.rng.u8(..8) {
             0 => self.main_step(world) | self.probe_step(world),
@@ -314,18 +617,28 @@ impl Client {
 
     /// Everything that it could do now; false: there was nothing.
     pub(super) fn step_all(&mut self, world: &mut Surroundings<'_>) -> bool {
+        self.look_at_counters();
         let mut has_done = self.main_step(world) | self.probe_step(world);
         for queue_id in 0..self.spec.nr_queues {
             has_done |= self.dial_step(queue_id, world);
             has_done |= self.command_step(queue_id, world);
-            self.look_for_silence(queue_id, world);
-            for lane in 0..self.queues[usize::from(queue_id)].lanes.len() {
-                has_done |= self.send_step(queue_id, lane, world);
-                has_done |= self.receive_step(queue_id, lane, world);
+            self.let_ticks_pass(queue_id, world);
+            for connection in 0..self.queues[usize::from(queue_id)].wires.len() as u16 {
+                has_done |= self.send_step(queue_id, connection, world);
+                has_done |= self.receive_step(queue_id, connection, world);
             }
             has_done |= self.end_of_pass(queue_id, world);
         }
         has_done
+    }
+
+    fn look_at_counters(&mut self) {
+        if self.is(Mutant::CountedLate) {
+            self.unflushed_then.push_back(self.unflushed.any());
+            if self.unflushed_then.len() > LATE_STEPS {
+                self.unflushed_then.pop_front();
+            }
+        }
     }
 
     // ------------------------------------------------------------------------------------------------ main thread
@@ -334,20 +647,17 @@ impl Client {
         let mut outputs = Vec::new();
         let event = self.events.pop_front();
         let has_event = event.is_some();
-        let unflushed = &self.unflushed;
+        let then = self.unflushed_then.front().copied();
+        let has_unflushed = || then.unwrap_or_else(|| self.unflushed.any());
         match event {
-            Some(MainEvent::Disconnected(queue_id, oldest)) => {
-                let oldest_sent = oldest.map(|oldest| world.now - oldest);
-                let loss = Loss { reason: "cut", served_nothing: false, oldest_sent };
-                self.reconnect.disconnected(queue_id, &loss, world.now, || unflushed.any(), &mut outputs);
+            Some(MainEvent::Disconnected(queue_id, lost)) => {
+                self.reconnect.disconnected(queue_id, &lost, "cut", world.now, has_unflushed, &mut outputs);
             }
             Some(MainEvent::Silent(queue_id, silence)) => {
-                let forgets_age = self.mutant == Some(Mutant::ProbesForEver);
-                let is_deaf = self.mutant == Some(Mutant::PongsIgnored);
-                let silence = silence.map(|silence| Silence {
-                    since: world.now - silence.silent,
-                    heard_at: silence.unheard.map(|it| world.now - if is_deaf { silence.silent } else { it }),
-                    oldest_sent: if forgets_age { world.now } else { world.now - silence.oldest },
+                let silence = silence.map(|silence| match self.mutant {
+                    Some(Mutant::ProbesForEver) => QueueSilence { oldest: Duration::ZERO, ..silence },
+                    Some(Mutant::PongsIgnored) => QueueSilence { unheard: Some(silence.silent), ..silence },
+                    _ => silence,
                 });
                 self.reconnect.silent(queue_id, silence, world.now, &mut outputs);
             }
@@ -360,19 +670,20 @@ impl Client {
                 let is_believed = self.mutant != Some(Mutant::ProbesIgnored);
                 self.reconnect.probed(is_answered && is_believed, world.now);
             }
-            Some(MainEvent::Opened(queue_id, links, told)) => {
+            Some(MainEvent::Attempt(queue_id, Attempt::Opened { sockets, incarnation: told, .. })) => {
                 let incarnation = match self.mutant {
                     Some(Mutant::IncarnationIgnored) => self.reconnect.incarnation().to_owned(),
                     _ => told,
                 };
                 let is_another = incarnation != self.reconnect.incarnation();
-                self.reconnect.dialled(queue_id, links, incarnation, || unflushed.any(), &mut outputs);
+                self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
                 if is_another {
                     world.coverage.count("a server of another incarnation");
                 }
             }
-            Some(MainEvent::Refused) => {
-                self.reconnect.refused_for_good("fenced".to_owned(), &mut outputs);
+            Some(MainEvent::Attempt(_, Attempt::Failed(reason))) => self.reconnect.dial_failed(reason),
+            Some(MainEvent::Attempt(_, Attempt::Refused(reason))) => {
+                self.reconnect.refused_for_good(reason, &mut outputs);
             }
             None => {}
         }
@@ -386,31 +697,21 @@ impl Client {
         }
         let has_outputs = !outputs.is_empty();
         let gives_up_alone = self.is(Mutant::GivesUpAlone) && has_given_up;
-        for queue in self.queues.iter_mut().filter(|queue| gives_up_alone && !queue.is_up()) {
+        for queue in self.queues.iter_mut().filter(|queue| gives_up_alone && !queue.core.is_up()) {
             queue.commands.push_back(QueueCommand::GiveUp);
         }
         for output in outputs {
             match output {
-                Output::Dial(queue_id) => {
-                    let dial = Dial {
-                        resumes_at: world.now,
-                        pause: Duration::from_millis(100),
-                        gives_up_at: world.now,
-                        handshake: None,
-                        opened: Vec::new(),
-                        incarnation: None,
-                    };
-                    self.queues[usize::from(queue_id)].dial = Some(dial);
-                }
+                Output::Dial(queue_id) => self.start_dial(queue_id, world.now),
                 Output::Connect(queue_id, links) => {
                     self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Connect(links));
                 }
-                Output::Disconnect(queue_id, _) if gives_up_alone => {
+                Output::Disconnect(queue_id, why) => {
                     let commands = &mut self.queues[usize::from(queue_id)].commands;
-                    commands.extend([QueueCommand::Idle(400), QueueCommand::Disconnect]);
-                }
-                Output::Disconnect(queue_id, _) => {
-                    self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Disconnect);
+                    if gives_up_alone {
+                        commands.push_back(QueueCommand::Idle(400));
+                    }
+                    commands.push_back(QueueCommand::Disconnect(why));
                 }
                 Output::GiveUp(queue_id) => {
                     self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::GiveUp);
@@ -428,7 +729,7 @@ impl Client {
             self.events.push_back(MainEvent::Probed(false));
             return;
         }
-        let (link, handshake) = begin_dial(&self.spec, PROBE_SLOT, world);
+        let (link, handshake) = begin_dial(&self.device_spec, PROBE_SLOT, world);
         let gives_up_at = world.now + DIAL_TIMEOUT;
         self.probe = Some(Probe { link, handshake: Some(handshake), received_bytes: 0, gives_up_at });
     }
@@ -482,99 +783,163 @@ impl Client {
 
     // ------------------------------------------------------------------------------------------------ dialling
 
+    fn start_dial(&mut self, queue_id: u16, now: Instant) {
+        let slots = self.spec.slots_of(queue_id).collect();
+        self.queues[usize::from(queue_id)].dial = Some(Dial {
+            redial: Redial::new(slots, self.reconnect.refusals()),
+            resumes_at: now,
+            gives_up_at: now,
+            handshake: None,
+            opened: Vec::new(),
+        });
+    }
+
     fn dial_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
-        let (spec, changes_slots) = (self.spec.clone(), self.is(Mutant::OtherSlot));
-        let queue = &mut self.queues[usize::from(queue_id)];
-        let Some(dial) = &mut queue.dial else { return false };
+        let Some(mut dial) = self.queues[usize::from(queue_id)].dial.take() else { return false };
+        let (has_done, attempt) = self.advance_dial(&mut dial, world);
+        let is_over = matches!(attempt, Some(Attempt::Opened { .. } | Attempt::Refused(_)));
+        if !is_over {
+            self.queues[usize::from(queue_id)].dial = Some(dial);
+        }
+        self.events.extend(attempt.map(|attempt| MainEvent::Attempt(queue_id, attempt)));
+        has_done
+    }
+
+    fn advance_dial(&self, dial: &mut Dial, world: &mut Surroundings<'_>) -> (bool, Option<Attempt<LinkId>>) {
         if world.now < dial.resumes_at {
-            return false;
+            return (false, None);
         }
         let Some((link, handshake)) = &mut dial.handshake else {
+            let mut slot = match dial.redial.next(world.rng.f64()) {
+                Next::Rest(pause) => {
+                    dial.resumes_at = world.now + pause;
+                    return (true, None);
+                }
+                Next::Dial(slot) => slot,
+            };
             if !world.is_server_up {
-                dial.fail(world);
-                return true;
+                return (true, self.dialled(dial, Err(broken()), world));
             }
-            let lane = dial.opened.len() as u32;
-            let mut slot = u32::from(queue_id) + lane * u32::from(spec.nr_queues);
-            if changes_slots {
-                slot += u32::from(spec.nr_connections) * world.rng.u32(..2);
+            if self.is(Mutant::OtherSlot) {
+                slot += u32::from(self.spec.nr_connections) * world.rng.u32(..2);
             }
-            dial.handshake = Some(begin_dial(&spec, slot, world));
+            dial.handshake = Some(begin_dial(&self.device_spec, slot, world));
             dial.gives_up_at = world.now + DIAL_TIMEOUT;
-            return true;
+            return (true, None);
         };
-        let pipe = &mut world.links[*link].to_client;
+        let (link, address) = (*link, "simulated".to_owned());
+        let pipe = &mut world.links[link].to_client;
         let mut out = Vec::new();
         let readable = pipe.readable();
         if readable.is_empty() {
             if pipe.end().is_some() || world.now >= dial.gives_up_at {
-                dial.fail(world);
-                return true;
+                return (true, self.dialled(dial, Err(broken()), world));
             }
-            return false;
+            return (false, None);
         }
         let answer = handshake.handle_bytes(readable, &mut out);
         let bytes = readable.len();
         pipe.consume(bytes);
-        world.links[*link].to_server.write(&out);
-        let export = match answer {
-            Ok(None) => return true,
-            Ok(Some(export)) => export,
-            Err(ClientHandshakeError::Refused { reply: ERR_UNKNOWN, .. }) => {
-                dial.fail(world);
-                queue.dial = None;
-                self.events.push_back(MainEvent::Refused);
-                return true;
-            }
-            Err(_) => {
-                world.coverage.count("a dial that is to be repeated");
-                dial.fail(world);
-                return true;
+        world.links[link].to_server.write(&out);
+        let outcome = match answer {
+            Ok(None) => return (true, None),
+            Ok(Some(export)) => Ok(Dialled { socket: link, export, address }),
+            Err(source) => {
+                world.coverage.count("a dial that is refused");
+                Err(DialError::Handshake { address, source })
             }
         };
-        let told: ExportDescription =
-            export.description.as_deref().unwrap_or_default().parse().expect("our server describes itself");
-        assert_eq!((told.server_id, told.volume_uid), (spec.server_id, spec.volume_uid));
-        if dial.incarnation.as_ref().is_some_and(|other| *other != told.incarnation) {
-            dial.fail(world);
-            return true;
+        (true, self.dialled(dial, outcome, world))
+    }
+
+    /// A handshake is over: what the rules make of it.
+    fn dialled(
+        &self,
+        dial: &mut Dial,
+        outcome: Result<Dialled<LinkId>, DialError>,
+        world: &mut Surroundings<'_>,
+    ) -> Option<Attempt<LinkId>> {
+        let tried = dial.handshake.take().map(|(link, _)| link);
+        let outcome = match slots::judge(&self.device_spec, outcome) {
+            Ok(judged) => judged.map_err(|passed_over| SlotError::PassedOver(vec![passed_over])),
+            Err(error) => Err(error),
+        };
+        let fit = DiskFit {
+            spec: &self.device_spec,
+            session: &self.session,
+            export_bytes: self.spec.capacity_bytes,
+            nr_connections: self.spec.nr_connections,
+        };
+        dial.opened.extend(tried);
+        let attempt = dial.redial.dialled(outcome, &fit, |_| Encryption::None)?;
+        let dropped = !matches!(attempt, Attempt::Opened { .. });
+        for link in dial.opened.drain(..).filter(|_| dropped) {
+            abandon(&mut world.links[link], world.rng);
         }
-        dial.incarnation = Some(told.incarnation);
-        dial.opened.push(*link);
-        dial.handshake = None;
-        if dial.opened.len() == queue.lanes.len()
-            && let Some(Dial { opened, incarnation: Some(incarnation), .. }) = queue.dial.take()
-        {
-            self.events.push_back(MainEvent::Opened(queue_id, opened, incarnation));
-        }
-        true
+        Some(attempt)
     }
 
     // ------------------------------------------------------------------------------------------------ queue thread
 
+    /// Has a queue's core do something, with what stands for its ring.
+    fn with_core<T>(
+        &mut self,
+        queue_id: u16,
+        world: &mut Surroundings<'_>,
+        act: impl FnOnce(&mut QueueCore, &mut Io<'_>) -> T,
+    ) -> (T, bool) {
+        let (forgets_sequence, covers_too_much) =
+            (self.is(Mutant::TagOnlyCookie), self.is(Mutant::FlushCoversTooMuch));
+        let nr_queues = usize::from(self.spec.nr_queues);
+        let queue = &mut self.queues[usize::from(queue_id)];
+        let tags = 0..self.spec.queue_depth;
+        let mut io = Io {
+            wires: &mut queue.wires,
+            links: world.links,
+            bios: &mut world.bios[usize::from(queue_id)],
+            ended: world.ended,
+            rng: world.rng,
+            room_bytes: world.room_bytes,
+            stages: self.spec.stages,
+            cookies: forgets_sequence.then(|| tags.map(|tag| queue.core.cookie(tag)).collect()),
+            covers_too_much: covers_too_much.then(|| (&*self.unflushed, vec![0; nr_queues])),
+            has_sent: false,
+        };
+        let was_up = queue.core.is_up();
+        let outcome = act(&mut queue.core, &mut io);
+        let has_done = io.has_sent;
+        if self.mutant == Some(Mutant::NoReaping) && was_up && !queue.core.is_up() {
+            forget_operations(&mut queue.core, &mut io, &mut queue.forgotten);
+        }
+        while let Some(event) = queue.core.take_event() {
+            self.events.push_back(match event {
+                LinkEvent::Disconnected(lost) => MainEvent::Disconnected(queue_id, lost),
+                LinkEvent::Silent(silence) => {
+                    world.coverage.count("replies are due for long");
+                    MainEvent::Silent(queue_id, silence)
+                }
+            });
+        }
+        (outcome, has_done)
+    }
+
     fn command_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
-        let Some(command) = self.queues[usize::from(queue_id)].commands.pop_front() else { return false };
+        let queue = &mut self.queues[usize::from(queue_id)];
+        let Some(command) = queue.commands.pop_front() else { return false };
         match command {
             QueueCommand::Idle(steps) => {
                 if steps > 0 {
-                    let commands = &mut self.queues[usize::from(queue_id)].commands;
-                    commands.push_front(QueueCommand::Idle(steps - 1));
+                    queue.commands.push_front(QueueCommand::Idle(steps - 1));
                 }
             }
-            QueueCommand::Disconnect => self.fail(queue_id, false, world),
-            QueueCommand::GiveUp => {
-                for lane in &mut self.queues[usize::from(queue_id)].lanes {
-                    lane.connection.give_up();
-                }
+            QueueCommand::Disconnect(why) => {
+                self.with_core(queue_id, world, |core, io| core.disconnect(io, why));
             }
+            QueueCommand::GiveUp => queue.core.give_up(),
             QueueCommand::Connect(links) => {
-                self.commit(queue_id, world);
-                let queue = &mut self.queues[usize::from(queue_id)];
-                for (lane, link) in queue.lanes.iter_mut().zip(links) {
-                    lane.link = Some(link);
-                    lane.connection.connected();
-                    lane.quiet.connected();
-                }
+                let now = world.now;
+                let (connected, _) = self.with_core(queue_id, world, |core, io| core.connect(io, links, now));
+                connected.expect("nothing fails here");
                 world.coverage.count("a queue is connected");
             }
         }
@@ -584,404 +949,158 @@ impl Client {
 
     fn queue_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
         let queue = &mut self.queues[usize::from(queue_id)];
-        let lane = choose(0..queue.lanes.len(), world.rng).expect("a queue has a lane");
+        let connection = choose(0..queue.wires.len() as u16, world.rng).expect("a queue has a connection");
         let has_done = match world.rng.u8(..3) {
-            0 => self.send_step(queue_id, lane, world),
+            0 => self.send_step(queue_id, connection, world),
             1 if !queue.forgotten.is_empty() => forgotten_step(queue, queue_id, world),
-            _ => self.receive_step(queue_id, lane, world),
+            _ => self.receive_step(queue_id, connection, world),
         };
-        self.look_for_silence(queue_id, world);
+        self.let_ticks_pass(queue_id, world);
         self.end_of_pass(queue_id, world) || has_done
     }
 
-    /// As at every tick of the queue.
-    fn look_for_silence(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
-        let patience = Patience::new(REPLY_TIMEOUT, true);
-        let queue = &mut self.queues[usize::from(queue_id)];
-        if world.now.duration_since(queue.ticked_at) < TICK {
-            return;
-        }
-        while world.now.duration_since(queue.ticked_at) >= TICK {
-            queue.ticked_at += TICK;
-            queue.lanes.iter_mut().for_each(|lane| lane.quiet.tick(&mut lane.connection, patience));
-        }
-        let lanes = queue.lanes.iter().map(|lane| (&lane.quiet, &lane.connection));
-        let silence = quiet::of_queue(lanes, patience).filter(|_| queue.is_up());
-        if silence.is_some() || queue.is_told_silent {
-            world.coverage.count("replies are due for long");
-            queue.is_told_silent = silence.is_some();
-            self.events.push_back(MainEvent::Silent(queue_id, silence));
+    fn let_ticks_pass(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
+        while world.now.duration_since(self.queues[usize::from(queue_id)].ticked_at) >= TICK {
+            self.queues[usize::from(queue_id)].ticked_at += TICK;
+            self.with_core(queue_id, world, |core, io| core.handle_tick(io));
         }
     }
 
-    /// What every pass ends with. True: something was sent or ended.
+    /// True: something was sent or ended.
     fn end_of_pass(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
-        let queue = &mut self.queues[usize::from(queue_id)];
-        let skips_reaping = self.mutant == Some(Mutant::NoReaping);
-        if queue.has_loss && (skips_reaping || queue.lanes.iter().all(|lane| lane.operations_out() == 0)) {
-            self.reap(queue_id, world);
-        }
-        let queue = &mut self.queues[usize::from(queue_id)];
-        let counts_later = queue.counts_later > 0;
-        queue.counts_later = queue.counts_later.saturating_sub(1);
-        let has_ended = !counts_later && self.commit(queue_id, world);
-        let queue = &mut self.queues[usize::from(queue_id)];
-        for lane in &mut queue.lanes {
-            lane.push_receive();
-        }
-        let bios = &world.bios[usize::from(queue_id)];
-        let mut has_sent = false;
-        let stages = self.spec.stages;
-        for lane in &mut queue.lanes {
-            has_sent |= lane.push_send(bios, stages, world.links, world.rng, world.room_bytes);
-        }
-        has_ended || has_sent
-    }
-
-    /// Nothing can come from the lost connections any more.
-    fn reap(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
-        let counts_late = self.is(Mutant::CountedLate);
-        let queue = &mut self.queues[usize::from(queue_id)];
-        queue.has_loss = false;
-        for lane in &mut queue.lanes {
-            for receive in lane.receives.drain(..) {
-                if let (Receive::Payload(tag, rest), Some(link)) = (receive, lane.link) {
-                    queue.forgotten.push((link, tag, rest));
-                }
+        let now = world.now;
+        let arrivals = std::mem::take(&mut self.queues[usize::from(queue_id)].arrivals);
+        let act = |core: &mut QueueCore, io: &mut Io<'_>| {
+            for (tag, request) in arrivals {
+                core.handle_request(io, tag, Ok(request));
             }
-            if lane.operations_out() > 0 {
-                lane.outgoing = Outgoing::new(PIECES_MAX);
-            }
-            let is_distrusted = std::mem::take(&mut lane.is_distrusted);
-            let in_flight = lane.connection.in_flight();
-            lane.connection.reaped(if is_distrusted { Resend::Nothing } else { Resend::Everything });
-            if in_flight > 0 && !is_distrusted {
-                world.coverage.count("requests are sent again");
-            }
-            lane.incoming = Incoming::default();
-            lane.outgoing.abandon();
-            lane.sends.clear();
-            lane.waits_for_room = false;
-            lane.link = None;
-        }
-        if counts_late {
-            queue.counts_later = 200;
-        } else {
-            self.commit(queue_id, world);
-        }
-        let queue = &mut self.queues[usize::from(queue_id)];
-        queue.is_told_silent = false;
-        let oldest = queue.oldest();
-        self.events.push_back(MainEvent::Disconnected(queue_id, oldest));
-    }
-
-    fn fail(&mut self, queue_id: u16, is_distrusted: bool, world: &mut Surroundings<'_>) {
-        let queue = &mut self.queues[usize::from(queue_id)];
-        if !queue.is_up() {
-            return;
-        }
-        for lane in &mut queue.lanes {
-            lane.is_distrusted |= is_distrusted;
-            lane.connection.fail();
-            if let Some(link) = lane.link {
-                abandon(&mut world.links[link], world.rng);
-            }
-        }
-        queue.has_loss = true;
-    }
-
-    fn commit(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
-        let mut has_ended = false;
-        let flush_covers_too_much = self.is(Mutant::FlushCoversTooMuch);
-        let queue = &mut self.queues[usize::from(queue_id)];
-        for lane in &mut queue.lanes {
-            while let Some(Completion { tag, result }) = lane.connection.take_completion() {
-                queue.balance.ended(tag);
-                has_ended = true;
-                let bio =
-                    world.bios[usize::from(queue_id)][usize::from(tag)].take().expect("it was in flight");
-                let is_fua = bio.operation.flags.contains(CommandFlags::FUA);
-                let covered = &mut queue.covered[usize::from(tag)];
-                match bio.operation.command {
-                    _ if result.is_err() => {}
-                    Command::Write | Command::Trim | Command::WriteZeroes
-                        if self.spec.is_volatile_cache && !is_fua =>
-                    {
-                        self.unflushed.acknowledged(queue_id);
-                    }
-                    Command::Flush => {
-                        if flush_covers_too_much {
-                            self.unflushed.flush_begins(covered);
-                        }
-                        self.unflushed.flush_succeeded(covered);
-                    }
-                    _ => {}
-                }
-                world.ended.push(EndedBio { bio, result });
-            }
-        }
-        has_ended
+            core.end_of_pass(io, || now);
+        };
+        self.with_core(queue_id, world, act).1
     }
 
     // ------------------------------------------------------------------------------------------------ the wire
 
-    fn send_step(&mut self, queue_id: u16, lane: usize, world: &mut Surroundings<'_>) -> bool {
-        let lane = &mut self.queues[usize::from(queue_id)].lanes[lane];
-        let Some(link) = lane.link else { return false };
-        let pipe = &mut world.links[link].to_server;
-        let is_open = pipe.is_open();
-        let room = pipe.room(world.room_bytes);
-        if lane.waits_for_room {
-            if room == 0 && is_open {
+    /// An operation that sends goes on.
+    fn send_step(&mut self, queue_id: u16, connection: u16, world: &mut Surroundings<'_>) -> bool {
+        self.with_core(queue_id, world, |core, io| {
+            let room = io.room(connection);
+            let wire = &mut io.wires[usize::from(connection)];
+            if room == Some(0) {
                 return false;
             }
-            lane.waits_for_room = false;
-            lane.outgoing.room_came();
-            return true;
-        }
-        let Some((piece, rest)) = lane.sends.front().copied() else { return false };
-        if room == 0 && is_open {
-            return false;
-        }
-        lane.sends.pop_front();
-        let result = if is_open {
-            let bytes = part(room.min(rest.rest_bytes() as usize), world.rng);
-            let from = rest.done_bytes() as usize..rest.done_bytes() as usize + bytes;
-            match piece {
-                Piece::Outbox { start, .. } => pipe.write(&lane.outbox[start..][from]),
-                // The pages as they are now.
-                Piece::Payload { tag, .. } => match &world.bios[usize::from(queue_id)][usize::from(tag)] {
-                    Some(bio) => pipe.write(&bio.data[from]),
-                    None => panic!("pages of a request that has ended are being sent"),
-                },
+            if std::mem::take(&mut wire.waits_for_room) {
+                core.handle_room(connection);
+                return true;
             }
-            bytes as i32
-        } else {
-            -rustix::io::Errno::PIPE.raw_os_error()
-        };
-        let is_short = result != rest.rest_bytes() as i32;
-        let mut outcome = lane.outgoing.completed(result).map(|is_done| is_done && lane.connection.is_up());
-        if is_short {
-            for _ in lane.sends.drain(..) {
-                let canceled = lane.outgoing.completed(-rustix::io::Errno::CANCELED.raw_os_error());
-                outcome = outcome.and_then(|_| canceled.map(|_| false));
+            let Some(send) = wire.sends.pop_front() else { return false };
+            let result = room.map_or(PIPE, |room| io.send_part(connection, send, room) as i32);
+            core.handle_sent(io, connection, send.tag(), result);
+            if result != send.rest().rest_bytes() as i32 {
+                let behind: Vec<Send> = io.wires[usize::from(connection)].sends.drain(..).collect();
+                for send in behind {
+                    core.handle_sent(io, connection, send.tag(), CANCELED);
+                }
             }
-        }
-        match outcome {
-            Ok(true) => lane.connection.batch_sent(),
-            Ok(false) => {}
-            Err(_) => self.fail(queue_id, false, world),
-        }
-        true
+            true
+        })
+        .0
     }
 
-    fn receive_step(&mut self, queue_id: u16, index: usize, world: &mut Surroundings<'_>) -> bool {
-        let lane = &mut self.queues[usize::from(queue_id)].lanes[index];
-        let Some(link) = lane.link else { return false };
-        let Some(receive) = lane.receives.front() else { return false };
-        let pipe = &mut world.links[link].to_client;
-        let readable = pipe.readable();
-        // Shut down by this side, it gives what has arrived, or nothing.
-        let is_over = pipe.end().is_some() || pipe.is_unread && (readable.is_empty() || world.rng.bool());
-        if readable.is_empty() && !is_over {
-            return false;
-        }
-        let wanted = match receive {
-            Receive::Payload(_, rest) => rest.rest_bytes() as usize,
-            Receive::Inbox(start, end) => end - start,
-        };
-        let bytes = if is_over { 0 } else { part(readable.len().min(wanted), world.rng) };
-        if bytes > 0 {
-            match receive {
-                Receive::Payload(..) => lane.quiet.payload_came(),
-                Receive::Inbox(..) => lane.quiet.something_came(),
-            }
-            if !lane.connection.is_up() {
-                world.coverage.count("bytes come after a loss");
-            }
-        }
-        let receive = lane.receives.pop_front().expect("it was looked at");
-        match receive {
-            Receive::Payload(tag, rest) => {
-                if let Some(bio) = &mut world.bios[usize::from(queue_id)][usize::from(tag)] {
-                    let start = rest.done_bytes() as usize;
-                    bio.data[start..start + bytes].copy_from_slice(&readable[..bytes]);
-                }
-                pipe.consume(bytes);
-                let outcome = lane.incoming.payload_completed(bytes as i32);
-                let mut is_broken = outcome.is_err();
-                if bytes < wanted
-                    && let Some(Receive::Inbox(..)) = lane.receives.pop_front()
-                {
-                    let canceled = -rustix::io::Errno::CANCELED.raw_os_error();
-                    is_broken |= lane.incoming.inbox_completed(canceled).is_err();
-                }
-                if let Ok(true) = outcome {
-                    lane.connection.payload_received(tag);
-                }
-                if is_broken {
-                    self.fail(queue_id, false, world);
-                }
-            }
-            Receive::Inbox(start, _) => {
-                lane.inbox[start..start + bytes].copy_from_slice(&readable[..bytes]);
-                pipe.consume(bytes);
-                match lane.incoming.inbox_completed(bytes as i32) {
-                    Ok(()) if lane.connection.is_up() => self.take_headers(queue_id, index, world),
-                    Ok(()) => {}
-                    Err(_) => self.fail(queue_id, false, world),
-                }
-            }
-        }
-        true
-    }
-
-    fn take_headers(&mut self, queue_id: u16, index: usize, world: &mut Surroundings<'_>) {
-        let forgets_sequence = self.is(Mutant::TagOnlyCookie);
-        let lane = &mut self.queues[usize::from(queue_id)].lanes[index];
-        while let Some(place) = lane.incoming.take_header() {
-            let mut header = [0; SIMPLE_REPLY_BYTES];
-            header.copy_from_slice(&lane.inbox[place]);
-            if forgets_sequence {
-                let tag = u16::from_be_bytes([header[14], header[15]]);
-                let cookie = lane.connection.cookie(tag).unwrap_or_default();
-                header[8..].copy_from_slice(&cookie.to_be_bytes());
-            }
-            let follows = match lane.connection.header_received(&header) {
-                Ok(follows) => follows,
-                Err(_) => {
-                    world.coverage.count("a reply to nothing");
-                    return self.fail(queue_id, true, world);
-                }
+    /// An operation that receives goes on.
+    fn receive_step(&mut self, queue_id: u16, connection: u16, world: &mut Surroundings<'_>) -> bool {
+        self.with_core(queue_id, world, |core, io| {
+            let wire = &mut io.wires[usize::from(connection)];
+            let (Some(link), Some(receive)) = (wire.link, wire.receives.front().copied()) else {
+                return false;
             };
-            let Follows::Payload { tag, len_bytes } = follows else { continue };
-            let (here, is_all) = lane.incoming.take_payload(tag, len_bytes);
-            let bio = world.bios[usize::from(queue_id)][usize::from(tag)].as_mut().expect("it is in flight");
-            bio.data[..here.len()].copy_from_slice(&lane.inbox[here]);
-            if is_all {
-                lane.connection.payload_received(tag);
+            let pipe = &mut io.links[link].to_client;
+            let readable = pipe.readable();
+            // Shut down by this side, it gives what has arrived, or nothing.
+            let is_over = pipe.end().is_some() || pipe.is_unread && (readable.is_empty() || io.rng.bool());
+            if readable.is_empty() && !is_over {
+                return false;
+            }
+            wire.receives.pop_front();
+            let wanted = receive.wanted();
+            let bytes = if is_over { 0 } else { part(readable.len().min(wanted), io.rng) };
+            let brought = &readable[..bytes];
+            match receive {
+                Receive::Payload(Pages { tag, rest, .. }) => {
+                    if let Some(bio) = &mut io.bios[usize::from(tag)] {
+                        let start = rest.done_bytes() as usize;
+                        bio.data[start..start + bytes].copy_from_slice(brought);
+                    }
+                    pipe.consume(bytes);
+                    core.handle_payload(io, connection, tag, bytes as i32);
+                    let wire = &mut io.wires[usize::from(connection)];
+                    if bytes < wanted
+                        && let Some(Receive::Inbox(..)) = wire.receives.pop_front()
+                    {
+                        core.handle_inbox(io, connection, CANCELED);
+                    }
+                }
+                Receive::Inbox(start, _) => {
+                    wire.inbox[start..start + bytes].copy_from_slice(brought);
+                    pipe.consume(bytes);
+                    core.handle_inbox(io, connection, bytes as i32);
+                }
+            }
+            true
+        })
+        .0
+    }
+}
+
+/// Every operation that is out is said to have ended, though its bytes may still come.
+fn forget_operations(core: &mut QueueCore, io: &mut Io<'_>, forgotten: &mut Vec<(LinkId, Pages)>) {
+    for connection in 0..io.wires.len() as u16 {
+        let wire = &mut io.wires[usize::from(connection)];
+        let (link, waited_for_room) = (wire.link, std::mem::take(&mut wire.waits_for_room));
+        let receives: Vec<Receive> = wire.receives.drain(..).collect();
+        let sends: Vec<Send> = wire.sends.drain(..).collect();
+        for receive in receives {
+            match receive {
+                Receive::Payload(pages) => {
+                    forgotten.extend(link.map(|link| (link, pages)));
+                    core.handle_payload(io, connection, pages.tag, CANCELED);
+                }
+                Receive::Inbox(..) => core.handle_inbox(io, connection, CANCELED),
             }
         }
-        let left = lane.incoming.compact();
-        lane.inbox.copy_within(left, 0);
+        for send in sends {
+            core.handle_sent(io, connection, send.tag(), CANCELED);
+        }
+        if waited_for_room {
+            core.handle_room(connection);
+        }
     }
 }
 
 /// A connection to the server is begun, in a slot.
-fn begin_dial(spec: &Spec, slot: u32, world: &mut Surroundings<'_>) -> (LinkId, Box<ClientHandshake>) {
-    let (attachment_id, secret) = (spec.attachment_id, spec.secret.clone());
-    let name = AttachmentExportName { attachment_id, secret, epoch: spec.session_epoch, slot };
-    let handshake = ClientHandshake::new(&name.expose()).expect("the name is short");
+fn begin_dial(spec: &DeviceSpec, slot: u32, world: &mut Surroundings<'_>) -> (LinkId, Box<ClientHandshake>) {
+    let name = slots::export_name(spec, slot).expect("the secret is one");
+    let handshake = ClientHandshake::new(&name).expect("the name is short");
     world.links.push(Link::default());
     let link = world.links.len() - 1;
     world.dialled.push(link);
     (link, Box::new(handshake))
 }
 
-impl Queue {
-    /// For how long the oldest request that waits has been known to a server.
-    fn oldest(&self) -> Option<Duration> {
-        quiet::oldest(self.lanes.iter().map(|lane| &lane.connection))
-    }
-
-    fn is_up(&self) -> bool {
-        self.lanes.iter().all(|lane| lane.connection.is_up())
-    }
+/// The connection broke, or never was.
+fn broken() -> DialError {
+    DialError::Io { address: "simulated".to_owned(), source: io::ErrorKind::ConnectionReset.into() }
 }
 
-impl Dial {
-    /// This attempt is over; the next follows after a pause.
-    fn fail(&mut self, world: &mut Surroundings<'_>) {
-        for link in self.opened.drain(..).chain(self.handshake.take().map(|(link, _)| link)) {
-            abandon(&mut world.links[link], world.rng);
-        }
-        self.incarnation = None;
-        self.resumes_at = world.now + self.pause.mul_f64(world.rng.f64().mul_add(0.5, 0.5));
-        self.pause = self.pause.mul_f64(1.5).min(Duration::from_secs(5));
-    }
-}
-
-impl Lane {
-    fn new(spec: &Spec) -> Self {
+impl Default for Wire {
+    fn default() -> Self {
         Self {
-            connection: Connection::new(spec.queue_depth, spec.small_bytes_max),
-            incoming: Incoming::default(),
-            outgoing: Outgoing::new(PIECES_MAX),
             link: None,
             inbox: vec![0; INBOX_BYTES],
-            outbox: vec![0; OUTBOX_BYTES.max(REQUEST_BYTES + spec.small_bytes_max as usize)],
+            outbox: vec![0; OUTBOX_BYTES],
             receives: VecDeque::new(),
             sends: VecDeque::new(),
             waits_for_room: false,
-            is_distrusted: false,
-            quiet: Quiet::default(),
-        }
-    }
-
-    fn operations_out(&self) -> usize {
-        self.incoming.operations_out() + self.outgoing.operations_out()
-    }
-
-    fn push_receive(&mut self) {
-        if self.incoming.operations_out() > 0 || !self.connection.is_up() || self.link.is_none() {
-            return;
-        }
-        let inbox_end =
-            if self.connection.expects_large_payload() { SIMPLE_REPLY_BYTES } else { INBOX_BYTES };
-        let (payload, inbox) = self.incoming.push(inbox_end);
-        self.receives.extend(payload.map(|(tag, rest)| Receive::Payload(tag, rest)));
-        self.receives.push_back(Receive::Inbox(inbox.start, inbox.end));
-    }
-
-    fn push_send(
-        &mut self,
-        bios: &[Option<Bio>],
-        stages: bool,
-        links: &mut [Link],
-        rng: &mut Rng,
-        room_bytes: usize,
-    ) -> bool {
-        let Some(link) = self.link else { return false };
-        let mut has_sent = false;
-        loop {
-            if self.outgoing.operations_out() > 0 || !self.connection.is_up() {
-                return has_sent;
-            }
-            if self.outgoing.is_done() {
-                let Self { connection, outgoing, outbox, .. } = self;
-                let filled = outgoing
-                    .next_batch(|pieces| connection.take_batch(outbox, pieces, PIECES_MAX, Pages { bios }));
-                let Ok(()) = filled;
-                if self.outgoing.is_done() {
-                    return has_sent;
-                }
-            }
-            has_sent = true;
-            if !stages {
-                self.sends.extend(self.outgoing.rest());
-                self.outgoing.pushed();
-                return true;
-            }
-            while let Some((piece, rest, _)) = self.outgoing.next() {
-                let pipe = &mut links[link].to_server;
-                let room = pipe.room(room_bytes).min(rest.rest_bytes() as usize);
-                if room == 0 || !pipe.is_open() {
-                    self.outgoing.waits_for_room();
-                    self.waits_for_room = true;
-                    return true;
-                }
-                let bytes = part(room, rng);
-                let from = rest.done_bytes() as usize..rest.done_bytes() as usize + bytes;
-                match piece {
-                    Piece::Outbox { start, .. } => pipe.write(&self.outbox[start..][from]),
-                    Piece::Payload { tag, .. } => {
-                        let bio = bios[usize::from(tag)].as_ref().expect("it is in flight");
-                        pipe.write(&bio.data[from]);
-                    }
-                }
-                self.outgoing.sent(bytes as u32).expect("it was not more than there is");
-            }
-            self.connection.batch_sent();
         }
     }
 }
@@ -1000,7 +1119,7 @@ fn abandon(link: &mut Link, rng: &mut Rng) {
 /// A receive that nobody waits for any more brings bytes into the pages it was for.
 fn forgotten_step(queue: &mut Queue, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
     let index = world.rng.usize(..queue.forgotten.len());
-    let (link, tag, rest) = queue.forgotten[index];
+    let (link, Pages { tag, rest, .. }) = queue.forgotten[index];
     let pipe = &mut world.links[link].to_client;
     if pipe.readable().is_empty() {
         return false;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ::client::contract::StallPolicy;
 use ::client::device::liveness::VOUCHED_FOR;
-use ::client::device::queue::connection::Operation;
+use ::client::device::queue::block_request::BlockRequest;
 use ::client::device::reconnect::Condition;
 use fastrand::Rng;
 use proto::export_name::{SECRET_BYTES, Secret};
@@ -273,7 +273,7 @@ impl<'a> World<'a> {
         };
         let flags = if is_fua && pattern.is_some() { CommandFlags::FUA } else { CommandFlags::NONE };
         let is_flush = command == Command::Flush;
-        let operation = Operation {
+        let request = BlockRequest {
             command,
             flags,
             offset_bytes: if is_flush { 0 } else { blocks.offset_bytes() },
@@ -281,12 +281,12 @@ impl<'a> World<'a> {
         };
         self.requests_left -= 1;
         let now = self.now;
-        self.coverage.say(|| format!("submitted to queue {queue_id} tag {tag}: {operation:?} {note:?}"));
+        self.coverage.say(|| format!("submitted to queue {queue_id} tag {tag}: {request:?} {note:?}"));
         let device = self.device();
-        let bio = Bio { operation, data, note, submitted_at: now };
+        let bio = Bio { request, data, note, submitted_at: now };
         device.bios[usize::from(queue_id)][usize::from(tag)] = Some(bio);
         if let Some(client) = &mut device.client {
-            client.submit(queue_id, tag, operation);
+            client.submit(queue_id, tag, request);
         }
         true
     }
@@ -294,7 +294,7 @@ impl<'a> World<'a> {
     fn take_ended(&mut self) -> Result<(), Failure> {
         for (EndedBio { bio, result }, may_fail) in std::mem::take(&mut self.ended) {
             self.ended_at = self.now;
-            self.coverage.say(|| format!("ended {:?} {:?} {result:?}", bio.operation, bio.note));
+            self.coverage.say(|| format!("ended {:?} {:?} {result:?}", bio.request, bio.note));
             match (bio.note, result) {
                 (Note::Gone, _) => {}
                 (Note::Read(read), Ok(())) => {
@@ -307,7 +307,7 @@ impl<'a> World<'a> {
                 (Note::Flush(flush), Ok(())) => self.history.flush_answered(flush),
                 (note, error) => {
                     if !may_fail && !self.may_fail_syncs && !self.lies {
-                        return Err(Failure::Error(format!("{:?} {error:?}", bio.operation)));
+                        return Err(Failure::Error(format!("{:?} {error:?}", bio.request)));
                     }
                     debug_assert!(is_eio(error), "{error:?}");
                     self.coverage.count("a request fails");
@@ -324,24 +324,24 @@ impl<'a> World<'a> {
         for first in 0..BLOCKS {
             let blocks = Blocks { first, count: 1 };
             let note = Note::Read(self.history.send_read(blocks));
-            let operation = Operation {
+            let request = BlockRequest {
                 command: Command::Read,
                 flags: CommandFlags::NONE,
                 offset_bytes: blocks.offset_bytes(),
                 length_bytes: blocks.length_bytes(),
             };
-            self.ask(Bio { operation, data: vec![0xee; BLOCK_BYTES], note, submitted_at: self.now })?;
+            self.ask(Bio { request, data: vec![0xee; BLOCK_BYTES], note, submitted_at: self.now })?;
         }
         Ok(())
     }
 
     /// Has a request served, with nothing else going on.
     fn ask(&mut self, bio: Bio) -> Result<(), Failure> {
-        let operation = bio.operation;
+        let request = bio.request;
         let device = self.device();
         device.bios[0][0] = Some(bio);
         if let Some(client) = &mut device.client {
-            client.submit(0, 0, operation);
+            client.submit(0, 0, request);
         }
         self.has_faults = false;
         while self.is_busy() {
@@ -353,14 +353,14 @@ impl<'a> World<'a> {
     /// Without faults a last FLUSH is answered, and then the power goes.
     fn flush_and_look_at_the_disk(&mut self) -> Result<(), Failure> {
         if self.catalog.write_cache_on && self.rng.bool() {
-            let operation = Operation {
+            let request = BlockRequest {
                 command: Command::Flush,
                 flags: CommandFlags::NONE,
                 offset_bytes: 0,
                 length_bytes: 0,
             };
             let note = Note::Flush(self.history.send_flush());
-            self.ask(Bio { operation, data: Vec::new(), note, submitted_at: self.now })?;
+            self.ask(Bio { request, data: Vec::new(), note, submitted_at: self.now })?;
         }
         self.disk.power_cut(&mut self.rng);
         let found = self.disk.contents();
@@ -699,6 +699,7 @@ impl<'a> World<'a> {
             session_epoch: 0,
             server_id: self.catalog.server_id,
             volume_uid: self.catalog.volume_uid,
+            capacity_bytes: self.catalog.capacity_bytes as u64,
             nr_queues,
             nr_connections: nr_queues,
             queue_depth: self.rng.u16(1..=5),

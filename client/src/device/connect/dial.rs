@@ -98,9 +98,9 @@ pub enum DialError {
 
 /// An open export.
 #[derive(Debug)]
-pub struct Dialled {
+pub struct Dialled<S = DataSocket> {
     /// In the transmission phase, blocking, with its options set.
-    pub socket: DataSocket,
+    pub socket: S,
     /// What the server told.
     pub export: ExportInfo,
     /// The address that answered.

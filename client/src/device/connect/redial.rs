@@ -1,43 +1,38 @@
-//! Opening a queue's connections again, for as long as it takes.
+//! Opening a queue's connections again, as a pure state machine: which slot is dialled next, after which pause, and whether what
+//! answered is the disk that was there.
 //!
-//! One thread for each queue that has none, which ends with its success: a dial waits for names, handshakes and the server's
-//! draining, and must hold up neither the queues nor the main thread. Started by `attachment.rs`, which hears of every attempt;
-//! whether the server is the same one is looked at here, whether it forgot anything by `reconnect.rs`.
+//! Sees no socket, no clock and no chance of its own: `redial_thread.rs` dials, rests and throws the dice, and so does the simulator.
+//! Whether the server forgot anything is looked at by `reconnect.rs`.
 
-use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-use super::data_socket::DataSocket;
-use super::dial::{Dialled, OPEN_TIMEOUT};
+use super::dial::Dialled;
 use super::export_fit::fits;
-use super::probe;
 use super::slots::{self, SlotError};
 use crate::causes::with_sources;
-use crate::contract::{DeviceSpec, ExportSpec, SessionRecord};
+use crate::contract::{DeviceSpec, Encryption, SessionRecord};
 
 /// Between the first attempts, and at most. The pause grows by half each time and is cut by chance, so that many clients
 /// of a server that comes back do not come at once.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-fn grown(pause: Duration) -> Duration {
-    PAUSE_MAX.min(pause.mul_f64(1.5))
-}
-
-fn rest(pause: Duration) {
-    thread::sleep(pause.mul_f64(fastrand::f64().mul_add(0.5, 0.5)));
+/// What is to be done next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Next {
+    /// Nothing, for so long.
+    Rest(Duration),
+    /// Dial this slot, at each address, and tell [`Redial::dialled`].
+    Dial(u32),
 }
 
 /// What an attempt came to.
 #[derive(Debug)]
-pub enum Attempt {
-    /// The queue's connections, in the order of its lanes.
+pub enum Attempt<S> {
+    /// The queue's connections, in the order of its slots.
     Opened {
         /// The sockets.
-        sockets: Vec<DataSocket>,
+        sockets: Vec<S>,
         /// The server's storage incarnation; empty for a foreign server.
         incarnation: String,
         /// The address that answered.
@@ -51,147 +46,219 @@ pub enum Attempt {
     Refused(String),
 }
 
-/// What all connections of the attachment have in common.
-#[derive(Debug)]
-pub struct Redial {
-    /// Its addresses may change.
-    spec: Mutex<Arc<DeviceSpec>>,
-    session: SessionRecord,
-    /// As the disk's users know it.
-    export_bytes: AtomicU64,
-    nr_hw_queues: u16,
-    nr_connections: u16,
-    /// The address that worked last, on any queue: a silent one before it would cost each of them ten seconds.
-    worked_last: Mutex<Option<String>>,
+/// The disk that an export has to be.
+#[derive(Debug, Clone, Copy)]
+pub struct DiskFit<'a> {
+    /// As it was asked for.
+    pub spec: &'a DeviceSpec,
+    /// As its session was first.
+    pub session: &'a SessionRecord,
+    /// How large the export was last, in bytes.
+    pub export_bytes: u64,
+    /// Connections of the whole attachment.
+    pub nr_connections: u16,
 }
 
-impl Redial {
-    /// As the session was first, at this address: what comes later has to be like it.
-    pub fn new(
-        spec: &DeviceSpec,
-        session: &SessionRecord,
-        nr_hw_queues: u16,
-        nr_connections: u16,
-        worked_last: String,
-    ) -> Arc<Self> {
-        let export_bytes = AtomicU64::new(session.export_bytes);
-        Arc::new(Self {
-            spec: Mutex::new(Arc::new(spec.clone())),
-            session: session.clone(),
-            export_bytes,
-            nr_hw_queues,
-            nr_connections,
-            worked_last: Mutex::new(Some(worked_last)),
-        })
-    }
-
-    /// The disk has grown to the export's size: it cannot shrink below that any more.
-    pub fn grown(&self, export_bytes: u64) {
-        self.export_bytes.fetch_max(export_bytes, Ordering::Relaxed);
-    }
-
-    /// Dials until it succeeds, on a thread of its own; after a pause, if the server has been reached so many times in vain.
-    /// Errors: there can be no thread.
-    pub fn start(
-        self: &Arc<Self>,
-        queue_id: u16,
-        times_in_vain: u32,
-        on_attempt: impl Fn(Attempt) + Send + 'static,
-    ) -> io::Result<()> {
-        let redial = Arc::clone(self);
-        let name = format!("dial-q{queue_id}");
-        thread::Builder::new()
-            .name(name)
-            .spawn(move || redial.run(queue_id, times_in_vain, &on_attempt))
-            .map(drop)
-    }
-
-    fn run(&self, queue_id: u16, times_in_vain: u32, on_attempt: &dyn Fn(Attempt)) {
-        let mut pause = PAUSE_MIN;
-        for _ in 0..times_in_vain {
-            pause = grown(pause);
-        }
-        if times_in_vain > 0 {
-            rest(pause);
-        }
-        loop {
-            let attempt = self.attempt(queue_id);
-            let goes_on = matches!(attempt, Attempt::Failed(_));
-            on_attempt(attempt);
-            if !goes_on {
-                return;
-            }
-            rest(pause);
-            pause = grown(pause);
-        }
-    }
-
-    fn attempt(&self, queue_id: u16) -> Attempt {
-        let spec = self.spec();
-        let mut sockets = Vec::new();
-        let mut last = None;
-        // The smallest that any of them tells: what all of them can do.
-        let mut export_bytes = u64::MAX;
-        for slot in (queue_id..self.nr_connections).step_by(usize::from(self.nr_hw_queues)) {
-            let worked_last = self.worked_last().clone();
-            let dialled = match slots::dial_slot(&spec, slot.into(), worked_last.as_deref(), OPEN_TIMEOUT) {
-                Ok(dialled) => dialled,
-                Err(error @ SlotError::Ended { .. }) => return Attempt::Refused(with_sources(&error)),
-                Err(error) => return Attempt::Failed(with_sources(&error)),
-            };
-            *self.worked_last() = Some(dialled.address.clone());
-            let incarnation = slots::incarnation(&spec, &dialled);
-            if let Err(reason) = self.check(&dialled) {
-                return Attempt::Failed(format!("the server at {}: {reason}", dialled.address));
-            }
-            if last.as_ref().is_some_and(|(other, _)| *other != incarnation) {
-                return Attempt::Failed("the server's storage is changing".to_owned());
-            }
-            export_bytes = export_bytes.min(dialled.export.size_bytes);
-            last = Some((incarnation, dialled.address));
-            sockets.push(dialled.socket);
-        }
-        let (incarnation, address) = last.unwrap_or_default();
-        Attempt::Opened { sockets, incarnation, address, export_bytes }
-    }
-
+impl DiskFit<'_> {
     /// A disk cannot change under its users, but grow.
-    fn check(&self, dialled: &Dialled) -> Result<(), String> {
-        let export_bytes = self.export_bytes.load(Ordering::Relaxed);
-        fits(&self.session, export_bytes, self.nr_connections, &dialled.export)?;
-        if dialled.socket.encryption() != self.session.encryption {
+    fn check<S>(&self, dialled: &Dialled<S>, encryption: Encryption) -> Result<(), String> {
+        fits(self.session, self.export_bytes, self.nr_connections, &dialled.export)?;
+        if encryption != self.session.encryption {
             return Err("the connection is not encrypted as the former one was".to_owned());
         }
         Ok(())
     }
+}
 
-    /// Asks the server for one block, beside all else. Whether it was answered is told once, unless there can be no thread.
-    ///
-    /// # Errors
-    /// There can be no thread.
-    pub fn probe(&self, on_return: impl FnOnce(bool) + Send + 'static) -> io::Result<()> {
-        let worked_last = self.worked_last().clone();
-        probe::start(self.spec(), self.session.block_size_bytes, worked_last, on_return)
+/// One queue's way back to its connections.
+#[derive(Debug)]
+pub struct Redial<S> {
+    slots: Vec<u32>,
+    /// What the slots before the next were opened as, in this attempt.
+    opened: Vec<Dialled<S>>,
+    pause: Duration,
+    /// The next attempt has to wait.
+    rests: bool,
+}
+
+impl<S> Redial<S> {
+    /// For these slots; after a pause, if the server has been reached so many times in vain.
+    pub fn new(slots: Vec<u32>, times_in_vain: u32) -> Self {
+        let pause = (0..times_in_vain).fold(PAUSE_MIN, |pause, _| grown(pause));
+        Self { slots, opened: Vec::new(), pause, rests: times_in_vain > 0 }
     }
 
-    /// Whether a probe says anything: a foreign server that granted one connection may have no other to give.
-    pub fn can_probe(spec: &DeviceSpec, nr_connections: u16) -> bool {
-        matches!(spec.export, ExportSpec::Attachment { .. }) || nr_connections > 1
+    /// What is to be done next; `chance` is in `0.0..1.0`.
+    pub fn next(&mut self, chance: f64) -> Next {
+        if std::mem::take(&mut self.rests) {
+            let pause = self.pause;
+            self.pause = grown(pause);
+            return Next::Rest(pause.mul_f64(chance.mul_add(0.5, 0.5)));
+        }
+        Next::Dial(self.slots[self.opened.len()])
     }
 
-    /// The server is dialled at these addresses from the next attempt on.
-    pub fn set_addresses(&self, addresses: Vec<String>) {
-        let mut spec = DeviceSpec::clone(&self.spec());
-        spec.addresses = addresses;
-        *self.spec.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(spec);
+    /// What dialling that slot came to. What the attempt came to, if it is over; the sockets of one that failed are dropped.
+    pub fn dialled(
+        &mut self,
+        outcome: Result<Dialled<S>, SlotError>,
+        fit: &DiskFit<'_>,
+        encryption_of: impl Fn(&S) -> Encryption,
+    ) -> Option<Attempt<S>> {
+        let dialled = match outcome {
+            Ok(dialled) => dialled,
+            Err(error @ SlotError::Ended { .. }) => return Some(Attempt::Refused(with_sources(&error))),
+            Err(error) => return Some(self.failed(with_sources(&error))),
+        };
+        if let Err(reason) = fit.check(&dialled, encryption_of(&dialled.socket)) {
+            return Some(self.failed(format!("the server at {}: {reason}", dialled.address)));
+        }
+        let incarnation = slots::incarnation(fit.spec, &dialled);
+        if self.opened.first().is_some_and(|first| slots::incarnation(fit.spec, first) != incarnation) {
+            return Some(self.failed("the server's storage is changing".to_owned()));
+        }
+        let address = dialled.address.clone();
+        self.opened.push(dialled);
+        if self.opened.len() < self.slots.len() {
+            return None;
+        }
+        // The smallest that any of them tells: what all of them can do.
+        let export_bytes =
+            self.opened.iter().map(|opened| opened.export.size_bytes).min().unwrap_or_default();
+        let sockets = self.opened.drain(..).map(|opened| opened.socket).collect();
+        Some(Attempt::Opened { sockets, incarnation, address, export_bytes })
     }
 
-    fn spec(&self) -> Arc<DeviceSpec> {
-        Arc::clone(&self.spec.lock().unwrap_or_else(PoisonError::into_inner))
+    fn failed(&mut self, reason: String) -> Attempt<S> {
+        self.opened.clear();
+        self.rests = true;
+        Attempt::Failed(reason)
+    }
+}
+
+fn grown(pause: Duration) -> Duration {
+    PAUSE_MAX.min(pause.mul_f64(1.5))
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::export_name::ExportDescription;
+    use proto::nbd::{ExportInfo, TransmissionFlags};
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::contract::ExportSpec;
+    use crate::node::attachment_record::tests::spec;
+
+    const FLAGS: TransmissionFlags = TransmissionFlags::CAN_MULTI_CONN;
+
+    fn session() -> SessionRecord {
+        SessionRecord {
+            incarnation: "boot.1".to_owned(),
+            encryption: Encryption::None,
+            export_bytes: 1 << 20,
+            export_flags: FLAGS.0,
+            export_block_bytes: None,
+            capacity_bytes: 1 << 20,
+            block_size_bytes: 512,
+            max_io_bytes: 1 << 20,
+            volatile_cache: false,
+            read_only: false,
+        }
     }
 
-    fn worked_last(&self) -> MutexGuard<'_, Option<String>> {
-        // Nothing can panic while it is held.
-        self.worked_last.lock().unwrap_or_else(PoisonError::into_inner)
+    struct World {
+        spec: DeviceSpec,
+        session: SessionRecord,
+        redial: Redial<u32>,
+    }
+
+    impl World {
+        fn new(times_in_vain: u32) -> Self {
+            let spec = spec(Uuid::from_u128(7), "vol-1");
+            Self { spec, session: session(), redial: Redial::new(vec![1, 3], times_in_vain) }
+        }
+
+        fn dialled(&mut self, outcome: Result<Dialled<u32>, SlotError>) -> Option<Attempt<u32>> {
+            let fit = DiskFit {
+                spec: &self.spec,
+                session: &self.session,
+                export_bytes: 1 << 20,
+                nr_connections: 4,
+            };
+            self.redial.dialled(outcome, &fit, |_| Encryption::None)
+        }
+
+        fn opened(&self, socket: u32, incarnation: &str, size_bytes: u64) -> Result<Dialled<u32>, SlotError> {
+            let ExportSpec::Attachment { server_id, volume_uid, .. } = self.spec.export else {
+                panic!("a volume's spec")
+            };
+            let told = ExportDescription { server_id, volume_uid, incarnation: incarnation.to_owned() };
+            let description = Some(told.to_string());
+            let export = ExportInfo { size_bytes, flags: FLAGS, block_sizes: None, description };
+            Ok(Dialled { socket, export, address: format!("server:{socket}") })
+        }
+    }
+
+    #[test]
+    fn slots_are_dialled_in_turn_and_opened_together() {
+        let mut world = World::new(0);
+        assert_eq!(world.redial.next(0.0), Next::Dial(1));
+        assert!(world.dialled(world.opened(10, "boot.1", 1 << 20)).is_none());
+        assert_eq!(world.redial.next(0.0), Next::Dial(3));
+        let attempt = world.dialled(world.opened(11, "boot.1", 2 << 20)).unwrap();
+        let Attempt::Opened { sockets, incarnation, address, export_bytes } = attempt else {
+            panic!("{attempt:?}")
+        };
+        assert_eq!((sockets, incarnation.as_str()), (vec![10, 11], "boot.1"));
+        assert_eq!(
+            (address.as_str(), export_bytes),
+            ("server:11", 1 << 20),
+            "the smallest size that is told"
+        );
+    }
+
+    #[test]
+    fn an_attempt_that_fails_begins_anew_after_pauses_that_grow() {
+        let mut world = World::new(0);
+        let mut pauses = Vec::new();
+        for _ in 0..12 {
+            world.dialled(world.opened(10, "boot.1", 1 << 20));
+            let failed = world.dialled(Err(SlotError::NoAddress));
+            assert!(matches!(failed, Some(Attempt::Failed(_))));
+            let Next::Rest(pause) = world.redial.next(1.0) else { panic!("it rests first") };
+            pauses.push(pause.as_millis());
+            assert_eq!(world.redial.next(0.0), Next::Dial(1), "all slots again");
+        }
+        assert_eq!((pauses[0], pauses[1], pauses[11]), (100, 150, 5000));
+        let mut in_vain = World::new(3);
+        assert_eq!(in_vain.redial.next(0.0), Next::Rest(PAUSE_MIN.mul_f64(1.5 * 1.5 * 1.5 * 0.5)));
+        assert_eq!(in_vain.redial.next(0.0), Next::Dial(1));
+    }
+
+    #[test]
+    fn what_is_not_the_same_disk_on_every_slot_is_not_taken() {
+        let mut world = World::new(0);
+        let other = world.opened(11, "boot.2", 1 << 20);
+        world.dialled(world.opened(10, "boot.1", 1 << 20));
+        let Some(Attempt::Failed(reason)) = world.dialled(other) else { panic!("it is taken") };
+        assert!(reason.contains("changing"), "{reason}");
+        let Some(Attempt::Failed(reason)) = world.dialled(world.opened(10, "boot.1", 512)) else {
+            panic!("a smaller one is taken")
+        };
+        assert!(reason.contains("shrunk") && reason.contains("server:10"), "{reason}");
+        world.session.encryption = Encryption::Kernel;
+        let Some(Attempt::Failed(reason)) = world.dialled(world.opened(10, "boot.1", 1 << 20)) else {
+            panic!("one in the clear is taken")
+        };
+        assert!(reason.contains("encrypted"), "{reason}");
+    }
+
+    #[test]
+    fn who_says_that_the_attachment_is_no_more_is_believed() {
+        let mut world = World::new(0);
+        let ended = SlotError::Ended { address: "server:1".to_owned(), reason: "fenced".to_owned() };
+        let Some(Attempt::Refused(reason)) = world.dialled(Err(ended)) else { panic!("it goes on") };
+        assert!(reason.contains("fenced"), "{reason}");
     }
 }

@@ -249,7 +249,7 @@ pub fn block_bytes(export: &ExportInfo) -> Option<[u32; 3]> {
 }
 
 /// The storage incarnation that a server of ours told; empty for a foreign one, which tells none.
-pub fn incarnation(spec: &DeviceSpec, dialled: &Dialled) -> String {
+pub fn incarnation<S>(spec: &DeviceSpec, dialled: &Dialled<S>) -> String {
     let is_ours = matches!(spec.export, ExportSpec::Attachment { .. });
     let text = dialled.export.description.as_deref().filter(|_| is_ours);
     text.and_then(|text| text.parse::<ExportDescription>().ok())
@@ -257,7 +257,11 @@ pub fn incarnation(spec: &DeviceSpec, dialled: &Dialled) -> String {
         .unwrap_or_default()
 }
 
-fn export_name(spec: &DeviceSpec, slot: u32) -> Result<String, SlotError> {
+/// Under what name the slot is asked for.
+///
+/// # Errors
+/// [`SlotError::Secret`].
+pub fn export_name(spec: &DeviceSpec, slot: u32) -> Result<String, SlotError> {
     match &spec.export {
         ExportSpec::Nbd { export_name } => Ok(export_name.clone()),
         ExportSpec::Attachment { session_epoch, .. } => {
@@ -270,10 +274,13 @@ fn export_name(spec: &DeviceSpec, slot: u32) -> Result<String, SlotError> {
 }
 
 /// What an attempt means: the connection, why to try the next address, or (the outer error) that there is nothing to try.
-fn judge(
+///
+/// # Errors
+/// [`SlotError::Ended`].
+pub fn judge<S>(
     spec: &DeviceSpec,
-    attempt: Result<Dialled, DialError>,
-) -> Result<Result<Dialled, PassedOver>, SlotError> {
+    attempt: Result<Dialled<S>, DialError>,
+) -> Result<Result<Dialled<S>, PassedOver>, SlotError> {
     let ExportSpec::Attachment { server_id, volume_uid, .. } = &spec.export else {
         return Ok(attempt.map_err(PassedOver::from));
     };

@@ -1,49 +1,33 @@
 //! Which connection of a queue takes the next request.
 //!
 //! The one with the fewest in flight, so that a slow one gets less; among equals the next in turn, so that all are used.
-//! Called by `run.rs`. Pure state; nothing here allocates after construction.
+//! Called by `core.rs`. Pure state; nothing here allocates.
 
-/// The queue's connections and the requests on them.
+/// Whose turn it is.
 #[derive(Debug)]
 pub struct Balance {
-    /// By connection.
-    in_flight: Box<[u16]>,
-    /// By tag: the connection that its request is on.
-    connections: Box<[u16]>,
+    nr_connections: u16,
     /// Took the last request.
-    last: usize,
+    last: u16,
 }
 
 impl Balance {
-    /// For so many connections, at least one, and tags.
-    pub fn new(nr_connections: usize, tags: u16) -> Self {
+    /// For so many connections, at least one.
+    pub fn new(nr_connections: u16) -> Self {
         assert!(nr_connections > 0, "a queue has a connection");
-        Self {
-            in_flight: vec![0; nr_connections].into_boxed_slice(),
-            connections: vec![0; usize::from(tags)].into_boxed_slice(),
-            last: nr_connections - 1,
-        }
+        Self { nr_connections, last: nr_connections - 1 }
     }
 
-    /// The connection for the tag's request, which is in flight from now on.
-    pub fn choose(&mut self, tag: u16) -> u16 {
-        let nr_connections = self.in_flight.len();
-        let mut chosen = (self.last + 1) % nr_connections;
-        for step in 2..=nr_connections {
-            let next = (self.last + step) % nr_connections;
-            if self.in_flight[next] < self.in_flight[chosen] {
-                chosen = next;
-            }
-        }
-        self.last = chosen;
-        self.in_flight[chosen] += 1;
-        self.connections[usize::from(tag)] = chosen as u16;
-        chosen as u16
-    }
-
-    /// The tag's request ended.
-    pub fn ended(&mut self, tag: u16) {
-        self.in_flight[usize::from(self.connections[usize::from(tag)])] -= 1;
+    /// The connection for the next request; `in_flight`: how many each has, in their order.
+    pub fn choose(&mut self, in_flight: impl Iterator<Item = u16>) -> u16 {
+        let turn = |connection: u16| {
+            let turn = connection + self.nr_connections - 1 - self.last;
+            if turn < self.nr_connections { turn } else { turn - self.nr_connections }
+        };
+        let fewest =
+            (0..self.nr_connections).zip(in_flight).min_by_key(|(connection, has)| (*has, turn(*connection)));
+        self.last = fewest.map_or(0, |(connection, _)| connection);
+        self.last
     }
 }
 
@@ -51,34 +35,49 @@ impl Balance {
 mod tests {
     use super::*;
 
+    /// Requests on connections.
+    struct InFlight(Balance, Vec<u16>);
+
+    impl InFlight {
+        fn new(nr_connections: u16) -> Self {
+            Self(Balance::new(nr_connections), vec![0; usize::from(nr_connections)])
+        }
+
+        fn choose(&mut self) -> u16 {
+            let chosen = self.0.choose(self.1.iter().copied());
+            self.1[usize::from(chosen)] += 1;
+            chosen
+        }
+    }
+
     #[test]
     fn equals_take_turns() {
-        let mut balance = Balance::new(3, 8);
-        let taken: Vec<u16> = (0..6).map(|tag| balance.choose(tag)).collect();
+        let mut three = InFlight::new(3);
+        let taken: Vec<u16> = (0..6).map(|_| three.choose()).collect();
         assert_eq!(taken, [0, 1, 2, 0, 1, 2]);
         // One request at a time goes around, too.
-        let mut balance = Balance::new(2, 8);
+        let mut two = InFlight::new(2);
         for turn in 0..6 {
-            assert_eq!(balance.choose(0), turn % 2);
-            balance.ended(0);
+            assert_eq!(two.choose(), turn % 2);
+            two.1[usize::from(turn % 2)] -= 1;
         }
     }
 
     #[test]
     fn a_connection_that_answers_late_gets_less() {
-        let mut balance = Balance::new(2, 8);
-        assert_eq!((balance.choose(0), balance.choose(1)), (0, 1));
-        for tag in [2, 3, 4] {
-            balance.ended(if tag == 2 { 1 } else { tag - 1 });
-            assert_eq!(balance.choose(tag), 1, "connection 0 has not answered yet");
+        let mut two = InFlight::new(2);
+        assert_eq!((two.choose(), two.choose()), (0, 1));
+        for _ in 0..3 {
+            two.1[1] -= 1;
+            assert_eq!(two.choose(), 1, "connection 0 has not answered yet");
         }
-        balance.ended(0);
-        assert_eq!(balance.choose(5), 0);
+        two.1[0] -= 1;
+        assert_eq!(two.choose(), 0);
     }
 
     #[test]
     fn a_single_connection_takes_all() {
-        let mut balance = Balance::new(1, 4);
-        assert_eq!((balance.choose(0), balance.choose(1), balance.choose(2)), (0, 0, 0));
+        let mut one = InFlight::new(1);
+        assert_eq!((one.choose(), one.choose(), one.choose()), (0, 0, 0));
     }
 }

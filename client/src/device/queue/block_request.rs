@@ -5,20 +5,31 @@
 use proto::nbd::transmission::{Command, CommandFlags};
 use ublk_core::{IoDesc, IoOp};
 
-use super::connection::Operation;
+/// What the server is asked for; the cookie is the connection's to choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockRequest {
+    /// What to do.
+    pub command: Command,
+    /// Flags of the command.
+    pub flags: CommandFlags,
+    /// First byte concerned.
+    pub offset_bytes: u64,
+    /// How many bytes are concerned; a READ's and a WRITE's is that of the tag's pages.
+    pub length_bytes: u32,
+}
 
-/// The NBD operation for a block request; a positive errno where there is none.
+/// What a block request asks of the server; a positive errno where there is none.
 ///
 /// # Errors
 /// `EOPNOTSUPP`: an operation that the device did not announce. `EINVAL`: a length that NBD cannot say.
-pub fn operation(descriptor: &IoDesc) -> Result<Operation, i32> {
+pub fn from_descriptor(descriptor: &IoDesc) -> Result<BlockRequest, i32> {
     let fua = if descriptor.fua() { CommandFlags::FUA } else { CommandFlags::NONE };
     let (command, flags) = match descriptor.op() {
         IoOp::Read => (Command::Read, CommandFlags::NONE),
         IoOp::Write => (Command::Write, fua),
         IoOp::Flush => {
             let flush = Command::Flush;
-            return Ok(Operation {
+            return Ok(BlockRequest {
                 command: flush,
                 flags: CommandFlags::NONE,
                 offset_bytes: 0,
@@ -31,14 +42,14 @@ pub fn operation(descriptor: &IoDesc) -> Result<Operation, i32> {
         IoOp::Other(_) => return Err(libc::EOPNOTSUPP),
     };
     let length_bytes = u32::try_from(descriptor.len_bytes()).map_err(|_| libc::EINVAL)?;
-    Ok(Operation { command, flags, offset_bytes: descriptor.offset_bytes(), length_bytes })
+    Ok(BlockRequest { command, flags, offset_bytes: descriptor.offset_bytes(), length_bytes })
 }
 
 /// What COMMIT says of a request that ended: the full length of one with data, 0 for one without, or a negative errno.
-pub fn commit_result(operation: &Operation, result: Result<(), i32>) -> i32 {
-    match (result, operation.command) {
+pub fn commit_result(request: &BlockRequest, result: Result<(), i32>) -> i32 {
+    match (result, request.command) {
         (Err(errno), _) => -errno,
-        (Ok(()), Command::Read | Command::Write) => operation.length_bytes as i32,
+        (Ok(()), Command::Read | Command::Write) => request.length_bytes as i32,
         (Ok(()), _) => 0,
     }
 }
@@ -71,20 +82,20 @@ mod tests {
             ),
         ];
         for (descriptor, command, flags) in cases {
-            let expected = Operation { command, flags, offset_bytes: 8192, length_bytes: 4096 };
-            assert_eq!(operation(&descriptor), Ok(expected));
+            let expected = BlockRequest { command, flags, offset_bytes: 8192, length_bytes: 4096 };
+            assert_eq!(from_descriptor(&descriptor), Ok(expected));
         }
-        let flush = operation(&descriptor(UBLK_IO_OP_FLUSH, 0)).unwrap();
+        let flush = from_descriptor(&descriptor(UBLK_IO_OP_FLUSH, 0)).unwrap();
         assert_eq!((flush.command, flush.offset_bytes, flush.length_bytes), (Command::Flush, 0, 0));
-        assert_eq!(operation(&descriptor(200, 0)), Err(libc::EOPNOTSUPP));
+        assert_eq!(from_descriptor(&descriptor(200, 0)), Err(libc::EOPNOTSUPP));
     }
 
     #[test]
     fn a_commit_says_the_full_length_or_an_error() {
-        let read = operation(&descriptor(UBLK_IO_OP_READ, 0)).unwrap();
+        let read = from_descriptor(&descriptor(UBLK_IO_OP_READ, 0)).unwrap();
         assert_eq!(commit_result(&read, Ok(())), 4096);
         assert_eq!(commit_result(&read, Err(28)), -28);
-        let trim = operation(&descriptor(UBLK_IO_OP_DISCARD, 0)).unwrap();
+        let trim = from_descriptor(&descriptor(UBLK_IO_OP_DISCARD, 0)).unwrap();
         assert_eq!(commit_result(&trim, Ok(())), 0);
     }
 }

@@ -1,38 +1,25 @@
 //! One connection's transmission phase as a state machine: requests by tag in, pieces to send out; reply headers in,
 //! completions out.
 //!
-//! ```text
-//!            submit            take_batch            batch_sent
-//!   Idle ───────────► Queued ───────────► Sending ───────────► Sent
-//!    ▲                  ▲                    │ reply              │ reply
-//!    │                  │ lost, re-sent      ▼                    ▼
-//!    │                  └─────────────────── ◄───────────────────┤
-//!    └───────── completion, once it is neither sending nor receiving ◄──┘
-//!
-//!   Up ──fail──► Failing ──reaped──► Down ──connected──► Up
-//! ```
-//!
-//! It sees no socket, no ring and no pages: `run.rs` moves the bytes and tells what happened. What it owes its
-//! caller, whatever the peer does:
+//! It sees no socket, no ring and no pages: `core.rs` has the bytes moved and tells what happened; what a request is and how far it is
+//! stands in `requests.rs`. What it owes its caller, whatever the peer does:
 //! - a request completes once, and never while an operation that touches its pages (payload SEND or RECV) is out;
 //! - a READ completes without an error only when its whole payload was received;
 //! - a reply belongs to a request only if its cookie, tag and sequence number, is that request's: a late reply never
 //!   matches a reused tag;
-//! - after [`Connection::fail`] nothing completes until the caller says that every operation was reaped;
 //! - what was lost in flight is sent again on the next connection of the same slot, under a new cookie, or ends with EIO:
-//!   [`Connection::reaped`] is told which.
+//!   [`Connection::lost`] is told which.
 //!
 //! Nothing here allocates after [`Connection::new`].
 
 use std::collections::VecDeque;
 
 use proto::nbd::transmission::{
-    Command, CommandFlags, NbdError, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply,
-    TransmissionError,
+    Command, CommandFlags, NbdError, REQUEST_BYTES, SIMPLE_REPLY_BYTES, SimpleReply, TransmissionError,
 };
 
-/// Bits of a cookie that hold the tag; the sequence number is above them.
-const COOKIE_TAG_BITS: u32 = 16;
+use super::block_request::BlockRequest;
+use super::requests::{Answer, Requests, Stage};
 
 /// With more than this in flight a server of ours may well have stopped reading: it has room for 128 requests of a connection, and for
 /// 16 MiB of its data, unless others want that, too. Being wrong costs a connection and no request: all are sent again.
@@ -48,19 +35,6 @@ pub enum PeerError {
     /// A reply to nothing that is in flight.
     #[error("a reply carries cookie {0:#x}, which no request in flight has")]
     UnknownCookie(u64),
-}
-
-/// What a request is; the cookie is the connection's to choose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Operation {
-    /// What to do.
-    pub command: Command,
-    /// Flags of the command.
-    pub flags: CommandFlags,
-    /// First byte concerned.
-    pub offset_bytes: u64,
-    /// How many bytes are concerned; a READ's and a WRITE's is that of the tag's pages.
-    pub length_bytes: u32,
 }
 
 /// Where the data of WRITEs comes from.
@@ -135,13 +109,15 @@ pub enum Follows {
     },
 }
 
-/// A request's end: `Ok`, or a positive errno.
+/// What a reply says beside what it answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Completion {
-    /// Which.
-    pub tag: u16,
-    /// How it went.
-    pub result: Result<(), i32>,
+pub enum Says {
+    /// The server lives: it answered a ping.
+    Pong,
+    /// The server has done, or tried to do, what it was asked for.
+    Served,
+    /// The server is shutting down.
+    Leaving,
 }
 
 /// What becomes of requests that were in flight on a connection that is lost.
@@ -156,63 +132,14 @@ pub enum Resend {
     Nothing,
 }
 
-/// Where a connection is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Link {
-    Up,
-    /// Lost; operations on it may be out.
-    Failing,
-    /// Lost, and no byte of it can come any more.
-    Down,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Idle,
-    Queued,
-    /// In the batch that is being sent.
-    Sending,
-    Sent,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    stage: Stage,
-    cookie: u64,
-    operation: Operation,
-    answer: Answer,
-    /// Ticks since it was sent for the first time, on whichever connection.
-    age_ticks: u32,
-}
-
-/// What has come of a request on this connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Answer {
-    None,
-    /// The header of a reply whose payload is being received.
-    Begun,
-    /// All of it.
-    Whole(Result<(), i32>),
-    /// The server is shutting down and has not done it.
-    Refused,
-}
-
 /// The transmission phase of one connection.
 #[derive(Debug)]
 pub struct Connection {
-    entries: Box<[Entry]>,
+    /// Which of the queue's.
+    index: u16,
     to_send: VecDeque<u16>,
     sending: Vec<u16>,
-    completions: VecDeque<Completion>,
-    sequence: u64,
-    link: Link,
-    /// The server is shutting down: nothing is sent any more, and what was sent is waited for.
-    is_leaving: bool,
-    /// A reply has come that did not say so.
-    has_served: bool,
-    /// Requests end with EIO rather than wait for the next connection.
-    gives_up: bool,
-    /// Requests that were submitted and have not completed.
+    /// Requests that were submitted and have not ended.
     in_flight: u16,
     /// Payloads up to this size travel together with the headers around them.
     small_bytes_max: u32,
@@ -224,27 +151,14 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A connection for tags `0..tags`; one more is its own, for pings. Payloads of up to `small_bytes_max` are sent together with the headers around
-    /// them; 0: none is.
-    pub fn new(tags: u16, small_bytes_max: u32) -> Self {
-        let operation = Operation {
-            command: Command::Flush,
-            flags: CommandFlags::NONE,
-            offset_bytes: 0,
-            length_bytes: 0,
-        };
-        let idle = Entry::new(operation);
+    /// A queue's connection `index`, for tags `0..tags`; one more is its own, for pings. Payloads of up to `small_bytes_max` are sent
+    /// together with the headers around them; 0: none is.
+    pub fn new(index: u16, tags: u16, small_bytes_max: u32) -> Self {
         let capacity = usize::from(tags) + 1;
         Self {
-            entries: vec![idle; capacity].into_boxed_slice(),
+            index,
             to_send: VecDeque::with_capacity(capacity),
             sending: Vec::with_capacity(capacity),
-            completions: VecDeque::with_capacity(capacity),
-            sequence: 0,
-            link: Link::Up,
-            is_leaving: false,
-            has_served: false,
-            gives_up: false,
             in_flight: 0,
             small_bytes_max,
             large_reads: 0,
@@ -253,52 +167,36 @@ impl Connection {
         }
     }
 
-    /// Takes a request. Without a connection it waits for the next one, or completes with EIO after
-    /// [`Connection::give_up`].
+    /// Takes a request. Without a connection it waits for the next one.
     ///
     /// # Panics
     /// When the tag already has a request in flight: the caller is wrong.
-    pub fn submit(&mut self, tag: u16, operation: Operation) {
-        let entry = &mut self.entries[usize::from(tag)];
-        assert_eq!(entry.stage, Stage::Idle, "tag {tag} has a request in flight");
-        if self.gives_up {
-            self.completions.push_back(Completion { tag, result: Err(NbdError::Eio as i32) });
-            return;
-        }
+    pub fn submit(&mut self, requests: &mut Requests, tag: u16, request: BlockRequest) {
+        requests.begin(tag, request, self.index);
+        self.to_send.push_back(tag);
         self.in_flight += 1;
-        if operation.command == Command::Read {
-            self.latest_read_is_large = operation.length_bytes > self.small_bytes_max;
+        if request.command == Command::Read {
+            self.latest_read_is_large = request.length_bytes > self.small_bytes_max;
             self.large_reads += u16::from(self.latest_read_is_large);
         }
-        *entry = Entry::new(operation);
-        self.queue(tag);
     }
 
-    /// Puts a request in line to be sent, under a cookie of its own.
-    fn queue(&mut self, tag: u16) {
-        self.sequence += 1;
-        let entry = &mut self.entries[usize::from(tag)];
-        entry.stage = Stage::Queued;
-        entry.answer = Answer::None;
-        entry.cookie = self.sequence << COOKIE_TAG_BITS | u64::from(tag);
-        self.to_send.push_back(tag);
-    }
-
-    /// Fills `outbox` and `pieces` with what is to be sent next; both stay empty when there is nothing, when a batch is
-    /// still out, when the connection failed, or when the server is shutting down. Small payloads are gathered from `source`
-    /// into the outbox. Headers and small payloads lie together in one piece, up to each large payload.
+    /// Fills `outbox` and `pieces` with what is to be sent next; both stay empty when there is nothing, or when a batch is
+    /// still out. Small payloads are gathered from `source` into the outbox. Headers and small payloads lie together in one piece,
+    /// up to each large payload.
     ///
     /// # Errors
     /// That of `source`; the batch is of no use then, and neither is the connection.
     pub fn take_batch<S: PayloadSource>(
         &mut self,
+        requests: &mut Requests,
         outbox: &mut [u8],
         pieces: &mut Vec<Piece>,
         pieces_max: usize,
         mut source: S,
     ) -> Result<(), S::Error> {
         pieces.clear();
-        if self.link != Link::Up || self.is_leaving || !self.sending.is_empty() {
+        if !self.sending.is_empty() {
             return Ok(());
         }
         let (mut start, mut end) = (0, 0);
@@ -306,10 +204,10 @@ impl Connection {
         while pieces.len() + 2 <= pieces_max
             && let Some(&tag) = self.to_send.front()
         {
-            let entry = &mut self.entries[usize::from(tag)];
-            let request = entry.request();
+            let record = requests.of_mut(tag);
+            let request = record.header();
             let is_write = request.command == Command::Write;
-            let payload_bytes = if is_write { entry.operation.length_bytes } else { 0 };
+            let payload_bytes = if is_write { record.request.length_bytes } else { 0 };
             let small_bytes = if payload_bytes <= self.small_bytes_max { payload_bytes as usize } else { 0 };
             let Some(place) = outbox[end..].get_mut(..REQUEST_BYTES + small_bytes) else { break };
             let (header, payload) = place.split_at_mut(REQUEST_BYTES);
@@ -321,7 +219,7 @@ impl Connection {
             }
             self.to_send.pop_front();
             end += REQUEST_BYTES + small_bytes;
-            entry.stage = Stage::Sending;
+            record.stage = Stage::Sending;
             self.sending.push(tag);
             if payload_bytes as usize > small_bytes {
                 pieces.push(Piece::Outbox { start, len: end - start });
@@ -336,12 +234,12 @@ impl Connection {
     }
 
     /// The whole batch was sent, and no operation of it is out any more.
-    pub fn batch_sent(&mut self) {
+    pub fn batch_sent(&mut self, requests: &mut Requests) {
         while let Some(tag) = self.sending.pop() {
-            let entry = &mut self.entries[usize::from(tag)];
-            debug_assert_eq!(entry.stage, Stage::Sending);
-            entry.stage = Stage::Sent;
-            self.complete_if_done(tag);
+            let record = requests.of_mut(tag);
+            debug_assert_eq!(record.stage, Stage::Sending);
+            record.stage = Stage::Sent;
+            self.end_if_done(requests, tag);
         }
     }
 
@@ -355,89 +253,70 @@ impl Connection {
     /// A reply's header was received.
     ///
     /// # Errors
-    /// [`PeerError`]: shut the connection down and call [`Connection::fail`].
-    pub fn header_received(&mut self, wire: &[u8; SIMPLE_REPLY_BYTES]) -> Result<Follows, PeerError> {
+    /// [`PeerError`]: shut the connection down; once every operation on it was reaped, call [`Connection::lost`].
+    pub fn header_received(
+        &mut self,
+        requests: &mut Requests,
+        wire: &[u8; SIMPLE_REPLY_BYTES],
+    ) -> Result<(Follows, Says), PeerError> {
         let reply = SimpleReply::decode(wire)?;
-        let tag = (reply.cookie & ((1 << COOKIE_TAG_BITS) - 1)) as u16;
-        let ping_tag = self.ping_tag();
-        let entry = self
-            .entries
-            .get_mut(usize::from(tag))
-            .filter(|entry| entry.awaits(reply.cookie))
-            .ok_or(PeerError::UnknownCookie(reply.cookie))?;
-        if tag == ping_tag {
-            entry.answer = Answer::Whole(Ok(()));
-            self.is_leaving |= reply.error == NbdError::Eshutdown as u32;
-            self.complete_if_done(tag);
-            return Ok(Follows::Header);
+        let is_leaving = reply.error == NbdError::Eshutdown as u32;
+        let (tag, record) =
+            requests.awaiting(reply.cookie, self.index).ok_or(PeerError::UnknownCookie(reply.cookie))?;
+        let request = record.request;
+        if requests.is_ping(tag) {
+            requests.of_mut(tag).answer = Answer::Whole(Ok(()));
+            self.end_if_done(requests, tag);
+            return Ok((Follows::Header, if is_leaving { Says::Leaving } else { Says::Pong }));
         }
         self.replies = self.replies.wrapping_add(1);
-        if reply.error == NbdError::Eshutdown as u32 {
-            entry.answer = Answer::Refused;
-            self.is_leaving = true;
-            return Ok(Follows::Header);
+        if is_leaving {
+            requests.of_mut(tag).answer = Answer::Refused;
+            return Ok((Follows::Header, Says::Leaving));
         }
-        self.has_served = true;
-        if reply.error == 0 && entry.operation.command == Command::Read {
-            entry.answer = Answer::Begun;
-            return Ok(Follows::Payload { tag, len_bytes: entry.operation.length_bytes });
+        if reply.error == 0 && request.command == Command::Read {
+            requests.of_mut(tag).answer = Answer::Begun;
+            return Ok((Follows::Payload { tag, len_bytes: request.length_bytes }, Says::Served));
         }
         let errno = NbdError::errno_from_wire(reply.error);
-        entry.answer = Answer::Whole(if reply.error == 0 { Ok(()) } else { Err(errno) });
-        self.complete_if_done(tag);
-        Ok(Follows::Header)
+        requests.of_mut(tag).answer = Answer::Whole(if reply.error == 0 { Ok(()) } else { Err(errno) });
+        self.end_if_done(requests, tag);
+        Ok((Follows::Header, Says::Served))
     }
 
     /// The tag's whole payload was received.
-    pub fn payload_received(&mut self, tag: u16) {
-        let entry = &mut self.entries[usize::from(tag)];
-        debug_assert_eq!(entry.answer, Answer::Begun);
-        entry.answer = Answer::Whole(Ok(()));
-        self.complete_if_done(tag);
-    }
-
-    /// Whether the server has said that it is shutting down, or was said to.
-    pub fn is_leaving(&self) -> bool {
-        self.is_leaving
-    }
-
-    /// The server is shutting down: nothing more is sent. What it has refused is done on the next connection.
-    pub fn leave(&mut self) {
-        self.is_leaving |= self.link == Link::Up;
-    }
-
-    /// Whether the server has yet to answer, in whole, something that it was sent.
-    pub fn is_owed_replies(&self) -> bool {
-        let is_owed = |entry: &Entry| {
-            matches!(entry.stage, Stage::Sending | Stage::Sent) && entry.answer != Answer::Refused
-        };
-        self.requests().any(is_owed)
+    pub fn payload_received(&mut self, requests: &mut Requests, tag: u16) {
+        let record = requests.of_mut(tag);
+        debug_assert_eq!(record.answer, Answer::Begun);
+        record.answer = Answer::Whole(Ok(()));
+        self.end_if_done(requests, tag);
     }
 
     /// Asks for a READ of nothing, which a server of ours refuses at once, whatever else it does: so it is known whether the
-    /// connection still carries bytes both ways. Nothing happens while one is out, or without a connection.
-    pub fn ping(&mut self) {
-        let tag = self.ping_tag();
-        let entry = &mut self.entries[usize::from(tag)];
-        if self.link == Link::Up && entry.stage == Stage::Idle {
-            let nothing = Operation {
+    /// connection still carries bytes both ways. Nothing happens while one is out. To be called on a connection that is there.
+    pub fn ping(&mut self, requests: &mut Requests) {
+        let tag = requests.ping_tag(self.index);
+        if requests.of(tag).stage == Stage::Idle {
+            let nothing = BlockRequest {
                 command: Command::Read,
                 flags: CommandFlags::NONE,
                 offset_bytes: 0,
                 length_bytes: 0,
             };
-            *entry = Entry::new(nothing);
-            self.queue(tag);
+            requests.begin(tag, nothing, self.index);
+            self.to_send.push_back(tag);
         }
     }
 
     /// Whether the answer to a ping can be expected: it was sent, and there is so little before it that a server of ours, which takes
     /// in no more than it has room for, must have come to it.
-    pub fn expects_pong(&self) -> bool {
-        let ping = &self.entries[usize::from(self.ping_tag())];
-        let in_flight = self.requests().filter(|entry| entry.stage != Stage::Idle);
-        let bytes: u64 = in_flight.map(|entry| u64::from(entry.operation.length_bytes)).sum();
-        ping.stage == Stage::Sent && self.in_flight <= PONG_REQUESTS_MAX && bytes <= PONG_BYTES_MAX
+    pub fn expects_pong(&self, requests: &Requests) -> bool {
+        let ping = requests.of(requests.ping_tag(self.index));
+        if ping.stage != Stage::Sent || self.in_flight > PONG_REQUESTS_MAX {
+            return false;
+        }
+        let here = requests.waiting().filter(|record| record.connection == self.index);
+        here.map(|record| u64::from(record.request.length_bytes)).sum::<u64>() <= PONG_BYTES_MAX
     }
 
     /// How many replies have begun to come, those to pings aside; only differences matter.
@@ -445,199 +324,138 @@ impl Connection {
         self.replies
     }
 
-    fn ping_tag(&self) -> u16 {
-        self.entries.len() as u16 - 1
-    }
-
-    /// Those of the caller's.
-    fn requests(&self) -> impl Iterator<Item = &Entry> {
-        self.entries[..self.entries.len() - 1].iter()
-    }
-
-    /// A tick has passed since the last: whatever the server was sent and has not answered is older by that.
-    pub fn tick(&mut self) {
-        for entry in &mut self.entries {
-            let is_sent = matches!(entry.stage, Stage::Sending | Stage::Sent);
-            let waits_again = entry.stage == Stage::Queued && entry.age_ticks > 0;
-            entry.age_ticks += u32::from(is_sent || waits_again);
-        }
-    }
-
-    /// Ticks since the oldest request that is not answered was sent for the first time, on whichever connection; `None`: none
-    /// was.
-    pub fn oldest_ticks(&self) -> Option<u32> {
-        let is_waiting = |entry: &&Entry| entry.stage != Stage::Idle && entry.age_ticks > 0;
-        self.requests().filter(is_waiting).map(|entry| entry.age_ticks).max()
-    }
-
-    /// Whether the server has done, or tried to do, anything that it was asked for on this connection.
-    pub fn has_served(&self) -> bool {
-        self.has_served
-    }
-
-    /// The connection is lost. Nothing completes until [`Connection::reaped`].
-    pub fn fail(&mut self) {
-        if self.link == Link::Up {
-            self.link = Link::Failing;
-        }
-    }
-
-    /// After [`Connection::fail`]: no operation on this connection is out any more, so that no late byte can reach a
-    /// page. Requests that were answered complete; the others wait to be sent again, as far as `resend` allows, and
-    /// complete with EIO where it does not or after [`Connection::give_up`].
-    ///
-    /// # Panics
-    /// When the connection did not fail: the caller is wrong.
-    pub fn reaped(&mut self, resend: Resend) {
-        assert_eq!(self.link, Link::Failing, "only a connection that failed is reaped");
-        self.link = Link::Down;
-        self.is_leaving = false;
+    /// The connection was lost, and no operation on it is out any more, so that no late byte can reach a page. Requests that were
+    /// answered end; the others wait to be sent again, as far as `resend` allows, and end with EIO where it does not.
+    pub fn lost(&mut self, requests: &mut Requests, resend: Resend) {
         self.to_send.clear();
         self.sending.clear();
-        let ping_tag = self.ping_tag();
-        self.entries[usize::from(ping_tag)].stage = Stage::Idle;
-        for tag in 0..ping_tag {
-            let entry = &mut self.entries[usize::from(tag)];
-            if entry.stage == Stage::Idle {
+        requests.of_mut(requests.ping_tag(self.index)).stage = Stage::Idle;
+        for tag in requests.tags() {
+            let record = requests.of(tag);
+            if record.stage == Stage::Idle || record.connection != self.index {
                 continue;
             }
-            match entry.answer {
-                Answer::Whole(result) => self.end(tag, result),
-                _ if self.gives_up || !entry.may_be_sent_again(resend) => {
-                    self.end(tag, Err(NbdError::Eio as i32));
+            match record.answer {
+                Answer::Whole(result) => self.end(requests, tag, result),
+                _ if !record.may_be_sent_again(resend) => {
+                    self.end(requests, tag, Err(NbdError::Eio as i32));
                 }
-                _ => self.queue(tag),
-            }
-        }
-    }
-
-    /// There is a connection again, on the slot of the one before: what waits is sent.
-    ///
-    /// # Panics
-    /// Unless the one before was reaped: the caller is wrong.
-    pub fn connected(&mut self) {
-        assert_eq!(self.link, Link::Down, "a connection replaces one that was reaped");
-        self.link = Link::Up;
-        self.gives_up = false;
-        self.has_served = false;
-    }
-
-    /// Nobody waits any longer: what is in flight, as soon as it was reaped, and all that comes until there is a connection
-    /// again completes with EIO. Where there is one, nothing happens.
-    pub fn give_up(&mut self) {
-        match self.link {
-            Link::Up => return,
-            Link::Failing => {}
-            Link::Down => {
-                self.to_send.clear();
-                for tag in 0..self.entries.len() as u16 {
-                    if self.entries[usize::from(tag)].stage != Stage::Idle {
-                        self.end(tag, Err(NbdError::Eio as i32));
-                    }
+                _ => {
+                    requests.queue(tag);
+                    self.to_send.push_back(tag);
                 }
             }
         }
-        self.gives_up = true;
     }
 
-    /// The next request that ended, if any.
-    pub fn take_completion(&mut self) -> Option<Completion> {
-        self.completions.pop_front()
+    /// Nobody waits any longer: what waits for the next connection ends with EIO.
+    pub fn give_up(&mut self, requests: &mut Requests) {
+        while let Some(tag) = self.to_send.pop_front() {
+            self.end(requests, tag, Err(NbdError::Eio as i32));
+        }
     }
 
-    /// Requests that were submitted and have not completed.
-    pub fn in_flight(&self) -> usize {
-        usize::from(self.in_flight)
+    /// Requests that were submitted and have not ended.
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight
     }
 
-    /// Whether requests end with EIO until there is a connection again.
-    pub fn has_given_up(&self) -> bool {
-        self.gives_up
-    }
-
-    /// Under which cookie the tag's request is, or was last, known to the server; `None`: there is no such tag. For those who
-    /// look on.
-    pub fn cookie(&self, tag: u16) -> Option<u64> {
-        self.entries.get(usize::from(tag)).map(|entry| entry.cookie)
-    }
-
-    /// Whether it is up.
-    pub fn is_up(&self) -> bool {
-        self.link == Link::Up
-    }
-
-    /// Whether it was lost and reaped.
-    pub fn is_down(&self) -> bool {
-        self.link == Link::Down
-    }
-
-    fn complete_if_done(&mut self, tag: u16) {
-        let entry = &mut self.entries[usize::from(tag)];
-        let Answer::Whole(result) = entry.answer else { return };
+    fn end_if_done(&mut self, requests: &mut Requests, tag: u16) {
+        let record = requests.of(tag);
+        let Answer::Whole(result) = record.answer else { return };
         // A peer may answer before its last byte was sent, or rather before we were told so: the pages are still in
         // use, so the request waits for `batch_sent`.
-        if self.link != Link::Up || entry.stage != Stage::Sent {
-            return;
-        }
-        self.end(tag, result);
-    }
-
-    fn end(&mut self, tag: u16, result: Result<(), i32>) {
-        let ping_tag = self.ping_tag();
-        let entry = &mut self.entries[usize::from(tag)];
-        entry.stage = Stage::Idle;
-        if tag == ping_tag {
-            return;
-        }
-        self.in_flight -= 1;
-        if entry.operation.command == Command::Read && entry.operation.length_bytes > self.small_bytes_max {
-            self.large_reads -= 1;
-        }
-        self.completions.push_back(Completion { tag, result });
-    }
-}
-
-impl Entry {
-    fn new(operation: Operation) -> Self {
-        Self { stage: Stage::Idle, cookie: 0, operation, answer: Answer::None, age_ticks: 0 }
-    }
-
-    fn request(&self) -> Request {
-        Request {
-            flags: self.operation.flags,
-            command: self.operation.command,
-            cookie: self.cookie,
-            offset_bytes: self.operation.offset_bytes,
-            length_bytes: u64::from(self.operation.length_bytes),
+        if record.stage == Stage::Sent {
+            self.end(requests, tag, result);
         }
     }
 
-    fn may_be_sent_again(&self, resend: Resend) -> bool {
-        let may_be_done = self.stage != Stage::Queued && self.answer != Answer::Refused;
-        match (resend, self.operation.command) {
-            (Resend::Everything, _) => true,
-            (Resend::ReadsOnly, Command::Flush) => false,
-            (Resend::ReadsOnly, Command::Read | Command::Cache | Command::BlockStatus) => true,
-            (Resend::ReadsOnly | Resend::Nothing, _) => !may_be_done,
+    fn end(&mut self, requests: &mut Requests, tag: u16, result: Result<(), i32>) {
+        if !requests.is_ping(tag) {
+            let request = requests.of(tag).request;
+            self.in_flight -= 1;
+            if request.command == Command::Read && request.length_bytes > self.small_bytes_max {
+                self.large_reads -= 1;
+            }
         }
-    }
-
-    /// Whether a reply with this cookie is this request's first.
-    fn awaits(&self, cookie: u64) -> bool {
-        let was_sent = matches!(self.stage, Stage::Sending | Stage::Sent);
-        was_sent && self.cookie == cookie && self.answer == Answer::None
+        requests.end(tag, result);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use proto::nbd::replies::chunk::OFFSET_DATA;
+    use proto::nbd::transmission::Request;
     use proto::nbd::{EXTENDED_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC};
 
     use super::*;
+    use crate::device::queue::requests::{COOKIE_TAG_BITS, Completion};
 
-    fn operation(command: Command, length_bytes: u32) -> Operation {
-        Operation { command, flags: CommandFlags::NONE, offset_bytes: 4096, length_bytes }
+    /// A queue's only connection, with its requests.
+    struct Alone {
+        requests: Requests,
+        connection: Connection,
+        /// What its replies said.
+        says: Vec<Says>,
+    }
+
+    impl Alone {
+        fn new(tags: u16, small_bytes_max: u32) -> Self {
+            let connection = Connection::new(0, tags, small_bytes_max);
+            Self { requests: Requests::new(tags, 1, 1), connection, says: Vec::new() }
+        }
+
+        fn submit(&mut self, tag: u16, request: BlockRequest) {
+            self.connection.submit(&mut self.requests, tag, request);
+        }
+
+        fn take_batch<S: PayloadSource>(
+            &mut self,
+            outbox: &mut [u8],
+            pieces: &mut Vec<Piece>,
+            pieces_max: usize,
+            source: S,
+        ) -> Result<(), S::Error> {
+            self.connection.take_batch(&mut self.requests, outbox, pieces, pieces_max, source)
+        }
+
+        fn batch_sent(&mut self) {
+            self.connection.batch_sent(&mut self.requests);
+        }
+
+        fn header_received(&mut self, wire: &[u8; SIMPLE_REPLY_BYTES]) -> Result<Follows, PeerError> {
+            let (follows, says) = self.connection.header_received(&mut self.requests, wire)?;
+            self.says.push(says);
+            Ok(follows)
+        }
+
+        fn payload_received(&mut self, tag: u16) {
+            self.connection.payload_received(&mut self.requests, tag);
+        }
+
+        fn ping(&mut self) {
+            self.connection.ping(&mut self.requests);
+        }
+
+        fn expects_pong(&self) -> bool {
+            self.connection.expects_pong(&self.requests)
+        }
+
+        fn lost(&mut self, resend: Resend) {
+            self.connection.lost(&mut self.requests, resend);
+        }
+
+        fn give_up(&mut self) {
+            self.connection.give_up(&mut self.requests);
+        }
+
+        fn take_completion(&mut self) -> Option<Completion> {
+            self.requests.take_completion()
+        }
+    }
+
+    fn operation(command: Command, length_bytes: u32) -> BlockRequest {
+        BlockRequest { command, flags: CommandFlags::NONE, offset_bytes: 4096, length_bytes }
     }
 
     fn reply(error: u32, cookie: u64) -> [u8; SIMPLE_REPLY_BYTES] {
@@ -650,7 +468,7 @@ mod tests {
     }
 
     /// Takes the next batch; gives its pieces and the cookies of its headers.
-    fn batch(connection: &mut Connection) -> (Vec<Piece>, Vec<u64>) {
+    fn batch(connection: &mut Alone) -> (Vec<Piece>, Vec<u64>) {
         let (mut headers, mut pieces) = ([0u8; 4096], Vec::new());
         connection.take_batch(&mut headers, &mut pieces, 16, no_payload).unwrap();
         let mut cookies = Vec::new();
@@ -664,13 +482,13 @@ mod tests {
         (pieces, cookies)
     }
 
-    fn completions(connection: &mut Connection) -> Vec<Completion> {
+    fn completions(connection: &mut Alone) -> Vec<Completion> {
         std::iter::from_fn(|| connection.take_completion()).collect()
     }
 
     #[test]
     fn small_payloads_lie_between_the_headers() {
-        let mut connection = Connection::new(8, 512);
+        let mut connection = Alone::new(8, 512);
         connection.submit(0, operation(Command::Write, 512));
         connection.submit(1, operation(Command::Read, 4096));
         connection.submit(2, operation(Command::Write, 513));
@@ -702,26 +520,26 @@ mod tests {
 
     #[test]
     fn a_large_payload_is_expected_while_one_is_in_flight_or_was_the_last() {
-        assert!(Connection::new(8, 0).expects_large_payload(), "where nothing is small, any may come");
-        let mut connection = Connection::new(8, 512);
-        assert!(!connection.expects_large_payload());
+        assert!(Alone::new(8, 0).connection.expects_large_payload(), "where nothing is small, any may come");
+        let mut connection = Alone::new(8, 512);
+        assert!(!connection.connection.expects_large_payload());
         connection.submit(0, operation(Command::Read, 4096));
         let (_, cookies) = batch(&mut connection);
         connection.batch_sent();
-        assert!(connection.expects_large_payload());
+        assert!(connection.connection.expects_large_payload());
         connection.header_received(&reply(0, cookies[0])).unwrap();
         connection.payload_received(0);
-        assert!(connection.expects_large_payload(), "the next is likely to be as large");
+        assert!(connection.connection.expects_large_payload(), "the next is likely to be as large");
         connection.submit(1, operation(Command::Read, 512));
-        assert!(!connection.expects_large_payload());
+        assert!(!connection.connection.expects_large_payload());
         connection.submit(0, operation(Command::Read, 4096));
-        assert!(connection.expects_large_payload());
+        assert!(connection.connection.expects_large_payload());
     }
 
     #[test]
-    fn a_server_that_shuts_down_is_left_when_it_owes_nothing_and_what_it_refused_is_sent_to_the_next() {
+    fn what_a_server_refused_because_it_shuts_down_is_sent_to_the_next() {
         let shutdown = NbdError::Eshutdown as u32;
-        let mut connection = Connection::new(8, 0);
+        let mut connection = Alone::new(8, 0);
         let commands = [Command::Read, Command::Write, Command::Write, Command::Flush];
         for (tag, command) in (0..).zip(commands) {
             connection.submit(tag, operation(command, if command == Command::Flush { 0 } else { 4096 }));
@@ -735,31 +553,28 @@ mod tests {
             "it was answered"
         );
         connection.submit(4, operation(Command::Write, 4096));
-        assert_eq!(batch(&mut connection).0, [], "nothing more is sent");
         connection.header_received(&reply(shutdown, cookies[3])).unwrap();
         connection.header_received(&reply(0, cookies[2])).unwrap();
         connection.header_received(&reply(0, cookies[0])).unwrap();
-        assert!(connection.is_leaving() && connection.is_owed_replies(), "the payload is still to come");
+        assert!(connection.requests.are_owed_replies(), "the payload is still to come");
         connection.payload_received(0);
-        assert!(!connection.is_owed_replies() && connection.has_served());
-        connection.fail();
-        connection.reaped(Resend::ReadsOnly);
+        assert!(!connection.requests.are_owed_replies());
+        assert_eq!(connection.says, [Says::Leaving, Says::Leaving, Says::Served, Says::Served]);
+        connection.lost(Resend::ReadsOnly);
         let ended = completions(&mut connection);
         let expected = [(2, Ok(())), (0, Ok(())), (3, Err(NbdError::Eio as i32))];
         assert_eq!(ended, expected.map(|(tag, result)| Completion { tag, result }), "a FLUSH has to fail");
-        connection.connected();
         let (pieces, _) = batch(&mut connection);
         let payloads = pieces.iter().filter_map(|piece| match piece {
             Piece::Payload { tag, .. } => Some(*tag),
             Piece::Outbox { .. } => None,
         });
         assert_eq!(payloads.collect::<Vec<_>>(), [1, 4]);
-        assert!(!connection.is_leaving() && !connection.has_served());
     }
 
     #[test]
     fn a_ping_is_answered_and_is_no_request() {
-        let mut connection = Connection::new(2, 512);
+        let mut connection = Alone::new(2, 512);
         connection.submit(0, operation(Command::Flush, 0));
         batch(&mut connection);
         connection.batch_sent();
@@ -768,21 +583,18 @@ mod tests {
         let (pieces, cookies) = batch(&mut connection);
         assert_eq!((pieces.len(), cookies.len()), (1, 1), "one at a time");
         connection.batch_sent();
-        connection.tick();
-        assert_eq!((connection.in_flight(), connection.oldest_ticks()), (1, Some(1)));
+        connection.requests.tick();
+        assert_eq!((connection.connection.in_flight(), connection.requests.oldest_ticks()), (1, Some(1)));
         let refused = reply(NbdError::Einval as u32, cookies[0]);
         assert_eq!(connection.header_received(&refused), Ok(Follows::Header));
-        assert_eq!((connection.replies(), completions(&mut connection).len()), (0, 0));
+        assert_eq!((connection.connection.replies(), completions(&mut connection).len()), (0, 0));
         assert!(!connection.expects_pong());
-        assert!(!connection.has_served(), "it says nothing of the storage");
+        assert_eq!(connection.says, [Says::Pong], "it says nothing of the storage");
         connection.header_received(&refused).unwrap_err();
         // The next one is lost with the connection.
         connection.ping();
         let (_, cookies) = batch(&mut connection);
-        connection.fail();
-        connection.reaped(Resend::Everything);
-        connection.ping();
-        connection.connected();
+        connection.lost(Resend::Everything);
         let (_, again) = batch(&mut connection);
         assert_eq!(again.len(), 1, "the FLUSH, and no ping");
         connection.batch_sent();
@@ -794,14 +606,15 @@ mod tests {
         let (_, cookies) = batch(&mut connection);
         connection.batch_sent();
         connection.header_received(&reply(NbdError::Eshutdown as u32, cookies[0])).unwrap();
-        assert!(connection.is_leaving() && !connection.is_owed_replies());
+        assert_eq!(connection.says.last(), Some(&Says::Leaving));
+        assert!(!connection.requests.are_owed_replies());
     }
 
     /// A server that is busy with as much as it takes in does not come to what stands behind it.
     #[test]
     fn no_pong_is_expected_behind_much_else() {
         let with_requests = |count: u16, length_bytes: u32| {
-            let mut connection = Connection::new(128, 0);
+            let mut connection = Alone::new(128, 0);
             for tag in 0..count {
                 connection.submit(tag, operation(Command::Write, length_bytes));
             }
@@ -820,40 +633,38 @@ mod tests {
 
     #[test]
     fn a_request_is_as_old_as_its_first_sending() {
-        let mut connection = Connection::new(8, 0);
+        let mut connection = Alone::new(8, 0);
         connection.submit(0, operation(Command::Flush, 0));
-        connection.tick();
-        assert_eq!(connection.oldest_ticks(), None, "it was not sent");
+        connection.requests.tick();
+        assert_eq!(connection.requests.oldest_ticks(), None, "it was not sent");
         batch(&mut connection);
         connection.batch_sent();
-        connection.tick();
-        connection.tick();
+        connection.requests.tick();
+        connection.requests.tick();
         connection.submit(1, operation(Command::Read, 512));
         let (_, cookies) = batch(&mut connection);
         connection.batch_sent();
-        connection.tick();
-        assert_eq!(connection.oldest_ticks(), Some(3));
-        connection.fail();
-        connection.reaped(Resend::Everything);
-        connection.tick();
-        connection.connected();
+        connection.requests.tick();
+        assert_eq!(connection.requests.oldest_ticks(), Some(3));
+        connection.lost(Resend::Everything);
+        connection.requests.tick();
         batch(&mut connection);
         connection.batch_sent();
-        connection.tick();
-        assert_eq!(connection.oldest_ticks(), Some(5), "sent again it is no younger");
+        connection.requests.tick();
+        assert_eq!(connection.requests.oldest_ticks(), Some(5), "sent again it is no younger");
         connection.header_received(&reply(0, cookies[0])).unwrap_err();
-        let flush = connection.cookie(0).unwrap();
+        let flush = connection.requests.of(0).cookie;
         connection.header_received(&reply(0, flush)).unwrap();
-        assert_eq!(connection.oldest_ticks(), Some(3), "the READ's");
+        assert_eq!(connection.requests.oldest_ticks(), Some(3), "the READ's");
         connection.submit(0, operation(Command::Flush, 0));
         batch(&mut connection);
-        connection.tick();
-        assert_eq!(connection.oldest_ticks(), Some(4), "a tag is as old as its request");
+        connection.requests.tick();
+        assert_eq!(connection.requests.oldest_ticks(), Some(4), "a tag is as old as its request");
     }
 
     #[test]
     fn headers_up_to_a_write_leave_together_with_its_payload() {
-        let mut connection = Connection::new(8, 0);
+        let mut connection = Alone::new(8, 0);
         connection.submit(0, operation(Command::Read, 4096));
         connection.submit(1, operation(Command::Flush, 0));
         connection.submit(2, operation(Command::Write, 8192));
@@ -874,7 +685,7 @@ mod tests {
 
     #[test]
     fn a_batch_is_bounded_and_nothing_is_lost() {
-        let mut connection = Connection::new(64, 0);
+        let mut connection = Alone::new(64, 0);
         for tag in 0..64 {
             connection.submit(tag, operation(Command::Write, 512));
         }
@@ -893,7 +704,7 @@ mod tests {
 
     #[test]
     fn a_read_completes_after_its_payload_only() {
-        let mut connection = Connection::new(1, 0);
+        let mut connection = Alone::new(1, 0);
         connection.submit(0, operation(Command::Read, 4096));
         let (_, cookies) = batch(&mut connection);
         connection.batch_sent();
@@ -902,12 +713,12 @@ mod tests {
         assert_eq!(completions(&mut connection), []);
         connection.payload_received(0);
         assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Ok(()) }]);
-        assert_eq!(connection.in_flight(), 0);
+        assert_eq!(connection.connection.in_flight(), 0);
     }
 
     #[test]
     fn a_reply_before_the_end_of_the_send_waits_for_it() {
-        let mut connection = Connection::new(1, 0);
+        let mut connection = Alone::new(1, 0);
         connection.submit(0, operation(Command::Write, 4096));
         let (_, cookies) = batch(&mut connection);
         assert_eq!(connection.header_received(&reply(28, cookies[0])), Ok(Follows::Header));
@@ -918,7 +729,7 @@ mod tests {
 
     #[test]
     fn a_late_reply_never_matches_a_reused_tag() {
-        let mut connection = Connection::new(1, 0);
+        let mut connection = Alone::new(1, 0);
         connection.submit(0, operation(Command::Write, 512));
         let (_, first) = batch(&mut connection);
         connection.batch_sent();
@@ -932,7 +743,7 @@ mod tests {
 
     #[test]
     fn replies_to_nothing_are_the_peers_fault() {
-        let mut connection = Connection::new(2, 0);
+        let mut connection = Alone::new(2, 0);
         connection.submit(0, operation(Command::Read, 512));
         let queued = connection.header_received(&reply(0, 1 << COOKIE_TAG_BITS));
         assert!(queued.is_err(), "it was not sent yet");
@@ -945,8 +756,8 @@ mod tests {
     }
 
     /// What the connection says to 16 bytes in place of the reply to a READ of 4096 bytes.
-    fn answer_to_a_read(bytes: impl FnOnce(u64) -> Vec<u8>) -> (Connection, Result<Follows, PeerError>) {
-        let mut connection = Connection::new(1, 0);
+    fn answer_to_a_read(bytes: impl FnOnce(u64) -> Vec<u8>) -> (Alone, Result<Follows, PeerError>) {
+        let mut connection = Alone::new(1, 0);
         connection.submit(0, operation(Command::Read, 4096));
         let (_, cookies) = batch(&mut connection);
         connection.batch_sent();
@@ -963,11 +774,10 @@ mod tests {
     }
 
     /// The READ ends with an error and nothing else, once the connection was reaped.
-    fn assert_is_out_of_step((mut connection, answer): (Connection, Result<Follows, PeerError>), magic: u32) {
+    fn assert_is_out_of_step((mut connection, answer): (Alone, Result<Follows, PeerError>), magic: u32) {
         assert_eq!(answer, Err(PeerError::Stream(TransmissionError::ReplyMagic(magic))));
         assert_eq!(completions(&mut connection), [], "late bytes may still come");
-        connection.fail();
-        connection.reaped(Resend::Nothing);
+        connection.lost(Resend::Nothing);
         assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Err(5) }]);
     }
 
@@ -1013,43 +823,34 @@ mod tests {
 
     #[test]
     fn a_connection_that_is_given_up_completes_with_eio_once_it_is_reaped() {
-        let mut connection = Connection::new(4, 0);
+        let mut connection = Alone::new(4, 0);
         connection.submit(0, operation(Command::Read, 512));
         connection.submit(1, operation(Command::Write, 512));
         let (_, cookies) = batch(&mut connection);
         connection.header_received(&reply(0, cookies[0])).unwrap();
         connection.submit(2, operation(Command::Flush, 0));
-        connection.fail();
-        connection.batch_sent();
-        connection.give_up();
         assert_eq!(completions(&mut connection), [], "late bytes may still come");
-        connection.reaped(Resend::Everything);
+        connection.lost(Resend::Everything);
+        assert_eq!(completions(&mut connection), []);
+        connection.give_up();
         let ended = completions(&mut connection);
         assert_eq!(ended.len(), 3);
         assert!(ended.iter().all(|completion| completion.result == Err(5)));
-        connection.submit(0, operation(Command::Read, 512));
-        assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Err(5) }]);
-        connection.connected();
-        connection.submit(0, operation(Command::Read, 512));
-        assert_eq!(batch(&mut connection).1.len(), 1, "it works again");
     }
 
     /// A READ and a WRITE that were sent, a FLUSH and a WRITE that were not; lost.
-    fn lost(resend: Resend) -> Connection {
-        let mut connection = Connection::new(4, 0);
+    fn lost(resend: Resend) -> Alone {
+        let mut connection = Alone::new(4, 0);
         connection.submit(0, operation(Command::Read, 512));
         connection.submit(1, operation(Command::Write, 512));
         batch(&mut connection);
         connection.submit(2, operation(Command::Flush, 0));
         connection.submit(3, operation(Command::Write, 512));
-        connection.fail();
-        connection.reaped(resend);
+        connection.lost(resend);
         connection
     }
 
-    fn sent_again(connection: &mut Connection) -> Vec<u16> {
-        assert!(batch(connection).1.is_empty(), "nothing is sent without a connection");
-        connection.connected();
+    fn sent_again(connection: &mut Alone) -> Vec<u16> {
         batch(connection).1.iter().map(|cookie| *cookie as u16).collect()
     }
 
@@ -1060,7 +861,7 @@ mod tests {
         assert_eq!(sent_again(&mut connection), [0, 1, 2, 3]);
         let first_cookie = 1 << COOKIE_TAG_BITS;
         assert!(connection.header_received(&reply(0, first_cookie)).is_err(), "a reply to what was lost");
-        assert_eq!(connection.in_flight(), 4);
+        assert_eq!(connection.connection.in_flight(), 4);
     }
 
     #[test]
@@ -1080,12 +881,11 @@ mod tests {
 
     #[test]
     fn what_was_answered_before_the_loss_is_not_sent_again() {
-        let mut connection = Connection::new(2, 0);
+        let mut connection = Alone::new(2, 0);
         connection.submit(0, operation(Command::Write, 512));
         let (_, cookies) = batch(&mut connection);
         connection.header_received(&reply(0, cookies[0])).unwrap();
-        connection.fail();
-        connection.reaped(Resend::Everything);
+        connection.lost(Resend::Everything);
         assert_eq!(completions(&mut connection), [Completion { tag: 0, result: Ok(()) }]);
         assert!(sent_again(&mut connection).is_empty());
     }
@@ -1096,14 +896,11 @@ mod tests {
         connection.give_up();
         assert_eq!(completions(&mut connection).len(), 4);
         assert!(sent_again(&mut connection).is_empty());
-        connection.give_up();
-        connection.submit(0, operation(Command::Read, 512));
-        assert_eq!(batch(&mut connection).1.len(), 1, "giving up means nothing while there is a connection");
     }
 
     /// What a random peer and a random ring do to a connection, with what must hold checked at every step.
     struct World {
-        connection: Connection,
+        connection: Alone,
         random: u64,
         /// By tag: the request's cookie once it was sent, and whether its pages are in use by a SEND or a RECV.
         in_flight: Vec<Option<(Command, Option<u64>)>>,
@@ -1120,7 +917,7 @@ mod tests {
         fn new(seed: u64) -> Self {
             let tags = usize::from(Self::TAGS);
             Self {
-                connection: Connection::new(Self::TAGS, 0),
+                connection: Alone::new(Self::TAGS, 0),
                 random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
                 in_flight: vec![None; tags],
                 sending: Vec::new(),
@@ -1191,7 +988,6 @@ mod tests {
             }
             if self.below(200) == 0 {
                 assert!(self.connection.header_received(&reply(0, cookie + (1 << 30))).is_err());
-                self.connection.fail();
                 self.failed = true;
                 return;
             }
@@ -1226,19 +1022,17 @@ mod tests {
 
         /// Ends the connection as the ring loop does, and counts what is left.
         fn end(mut self) -> usize {
-            self.connection.fail();
-            self.connection.give_up();
             self.sending.clear();
             self.receiving = None;
-            assert_eq!(self.connection.take_completion(), None, "nothing completes before it is reaped");
-            self.connection.reaped(Resend::Everything);
+            self.connection.lost(Resend::Everything);
+            self.connection.give_up();
             for completion in completions(&mut self.connection) {
                 let told = self.told[usize::from(completion.tag)].take();
                 assert_eq!(completion.result, told.unwrap_or(Err(NbdError::Eio as i32)));
                 assert!(self.in_flight[usize::from(completion.tag)].take().is_some());
             }
             assert!(self.in_flight.iter().all(Option::is_none), "a request was lost");
-            assert_eq!(self.connection.in_flight(), 0);
+            assert_eq!(self.connection.connection.in_flight(), 0);
             self.completed
         }
     }

@@ -1,15 +1,20 @@
 //! One hardware queue of the device: from the kernel's request to the socket and back.
 //!
-//! Reading path: [`run`] (the thread) → [`block_request`] → [`connection`] (NBD, without I/O) → [`stream`] (how far its bytes got) → [`ring`] (the
-//! operations, without decisions) → [`payload`] and `staging` (where the data lies). Beside it: [`balance`] (which connection),
-//! [`quiet`] (does anything come?), [`unflushed`] (what could be forgotten), [`parts`] (what the main thread gives and hears).
+//! Reading path: [`run`] (the thread) → [`core`] (the rules) → [`block_request`] (ublk's words become NBD's) → [`requests`] (how far each
+//! is) → [`connection`] (NBD, without I/O) → [`stream`] (how far its bytes got) → [`ring`] (the operations, without decisions) →
+//! [`payload`] and `staging` (where the data lies). Beside it: [`link`] (are the connections there, and why not), [`balance`] (which
+//! connection), [`quiet`] (does anything come?), [`unflushed`] (what could be forgotten), [`parts`] (what the main thread gives and
+//! hears).
 
 pub mod balance;
 pub mod block_request;
 pub mod connection;
+pub mod core;
+pub mod link;
 pub mod parts;
 pub mod payload;
 pub mod quiet;
+pub mod requests;
 pub mod ring;
 pub mod run;
 mod staging;

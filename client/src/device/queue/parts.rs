@@ -13,6 +13,8 @@ use rustix::event::EventfdFlags;
 use ublk_core::{DataPath, Queue, Transfer};
 
 use super::connection::Resend;
+use super::core::Lost;
+use super::quiet::QueueSilence;
 use super::unflushed::Unflushed;
 use crate::device::connect::data_socket::DataSocket;
 
@@ -25,14 +27,8 @@ pub enum QueueEvent {
     Disconnected {
         /// Which queue.
         queue_id: u16,
-        /// Which of the queue's connections was lost first.
-        connection: u16,
-        /// Why, for people.
-        reason: String,
-        /// The server has refused all that it was asked for on them, from the moment when they were opened.
-        served_nothing: bool,
-        /// For how long the oldest request that waits has been known to a server; `None`: none was sent.
-        oldest: Option<Duration>,
+        /// How it lost them.
+        lost: Lost,
     },
     /// On one of the queue's connections replies are due and nothing comes. Told at every tick, from half of the reply time-out on.
     Silent {
@@ -53,17 +49,6 @@ pub enum QueueEvent {
         /// `Err`: what was written may not be on stable storage, or the queue broke.
         outcome: Result<(), QueueError>,
     },
-}
-
-/// For how long replies have been due on a queue's connections, the longest of each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct QueueSilence {
-    /// No byte of a reply has come.
-    pub silent: Duration,
-    /// Nothing at all has come, the answers to pings included; `None` where nobody is pinged.
-    pub unheard: Option<Duration>,
-    /// The oldest request has been known to a server, on whichever connection.
-    pub oldest: Duration,
 }
 
 /// What a queue thread is told.

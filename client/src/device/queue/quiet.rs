@@ -1,12 +1,11 @@
 //! How long a queue's connections have been quiet while replies are due, in ticks; and when they are pinged.
 //!
-//! Owns: what came in each tick, of replies and of answers to pings. Never: reads a clock or a socket. Called by `run.rs`, and by
-//! the simulator; what a silence means, `liveness.rs` says.
+//! Owns: what came in each tick, of replies and of answers to pings. Never: reads a clock or a socket. Called by `core.rs`; what a silence means, `liveness.rs` says.
 
 use std::time::Duration;
 
 use super::connection::Connection;
-use super::parts::QueueSilence;
+use super::requests::Requests;
 
 /// How long a tick is.
 pub const TICK: Duration = Duration::from_secs(1);
@@ -30,6 +29,17 @@ impl Patience {
         let told_from_ticks = (reply_timeout.as_millis() / TICK.as_millis() / 2).max(1) as u32;
         Self { told_from_ticks, pings }
     }
+}
+
+/// For how long replies have been due on a queue's connections, the longest of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueSilence {
+    /// No byte of a reply has come.
+    pub silent: Duration,
+    /// Nothing at all has come, the answers to pings included; `None` where nobody is pinged.
+    pub unheard: Option<Duration>,
+    /// The oldest request has been known to a server, on whichever connection.
+    pub oldest: Duration,
 }
 
 /// One connection.
@@ -66,9 +76,8 @@ impl Quiet {
         (self.silent_ticks, self.unheard_ticks, self.unanswered_ticks) = (0, 0, 0);
     }
 
-    /// A tick has passed: counts what did not come in it, and pings.
-    pub fn tick(&mut self, connection: &mut Connection, patience: Patience) {
-        connection.tick();
+    /// A tick has passed while the connection was there: counts what did not come in it, and pings.
+    pub fn tick(&mut self, connection: &mut Connection, requests: &mut Requests, patience: Patience) {
         let is_heard = self.receives != self.receives_at_tick;
         let is_answered =
             (self.payloads, connection.replies()) != (self.payloads_at_tick, self.replies_at_tick);
@@ -76,11 +85,12 @@ impl Quiet {
         let more_if = |holds: bool, ticks: u32| if holds { ticks + 1 } else { 0 };
         self.silent_ticks = more_if(is_owed && !is_answered, self.silent_ticks);
         self.unheard_ticks = more_if(is_owed && !is_heard, self.unheard_ticks);
-        self.unanswered_ticks = more_if(!is_heard && connection.expects_pong(), self.unanswered_ticks);
+        self.unanswered_ticks =
+            more_if(!is_heard && connection.expects_pong(requests), self.unanswered_ticks);
         (self.receives_at_tick, self.payloads_at_tick) = (self.receives, self.payloads);
         self.replies_at_tick = connection.replies();
         if patience.pings && self.unheard_ticks >= patience.told_from_ticks {
-            connection.ping();
+            connection.ping(requests);
         }
     }
 
@@ -101,25 +111,22 @@ impl Quiet {
     }
 }
 
-/// For how long the oldest request of these connections has been known to a server; `None`: none was sent.
-pub fn oldest<'a>(connections: impl Iterator<Item = &'a Connection>) -> Option<Duration> {
-    connections.filter_map(Connection::oldest_ticks).max().map(|ticks| TICK * ticks)
-}
-
 /// What is told of a queue's connections; `None`: replies come.
 pub fn of_queue<'a>(
-    lanes: impl Iterator<Item = (&'a Quiet, &'a Connection)> + Clone,
+    quiets: impl Iterator<Item = &'a Quiet> + Clone,
+    requests: &Requests,
     patience: Patience,
 ) -> Option<QueueSilence> {
-    let silent_ticks = lanes.clone().map(|(quiet, _)| quiet.silent_ticks).max().unwrap_or(0);
-    let unheard_ticks = lanes.clone().map(|(quiet, _)| quiet.unheard_ticks()).max().unwrap_or(0);
-    let silent = TICK * silent_ticks;
-    let silence = QueueSilence {
-        silent,
+    let silent_ticks = quiets.clone().map(|quiet| quiet.silent_ticks).max().unwrap_or(0);
+    if silent_ticks < patience.told_from_ticks {
+        return None;
+    }
+    let unheard_ticks = quiets.map(Quiet::unheard_ticks).max().unwrap_or(0);
+    Some(QueueSilence {
+        silent: TICK * silent_ticks,
         unheard: patience.pings.then_some(TICK * unheard_ticks),
-        oldest: oldest(lanes.map(|(_, connection)| connection)).unwrap_or(silent),
-    };
-    (silent_ticks >= patience.told_from_ticks).then_some(silence)
+        oldest: TICK * requests.oldest_ticks().unwrap_or(silent_ticks),
+    })
 }
 
 #[cfg(test)]
@@ -127,12 +134,13 @@ mod tests {
     use proto::nbd::transmission::{Command, CommandFlags, NbdError, Request, SimpleReply};
 
     use super::*;
-    use crate::device::queue::connection::Operation;
+    use crate::device::queue::block_request::BlockRequest;
 
-    const FLUSH: Operation =
-        Operation { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };
+    const FLUSH: BlockRequest =
+        BlockRequest { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };
 
     struct Lane {
+        requests: Requests,
         connection: Connection,
         quiet: Quiet,
         patience: Patience,
@@ -141,10 +149,11 @@ mod tests {
     impl Lane {
         /// With one FLUSH on its way.
         fn new(pings: bool) -> Self {
-            let mut connection = Connection::new(4, 0);
-            connection.submit(0, FLUSH);
+            let mut requests = Requests::new(4, 1, 1);
+            let mut connection = Connection::new(0, 4, 0);
+            connection.submit(&mut requests, 0, FLUSH);
             let patience = Patience::new(Duration::from_secs(20), pings);
-            let mut lane = Self { connection, quiet: Quiet::default(), patience };
+            let mut lane = Self { requests, connection, quiet: Quiet::default(), patience };
             assert_eq!(lane.sent().len(), 1);
             lane
         }
@@ -153,21 +162,25 @@ mod tests {
         fn sent(&mut self) -> Vec<u64> {
             let (mut outbox, mut pieces) = ([0; 256], Vec::new());
             let no_payload = |_: u16, _: &mut [u8]| -> Result<(), ()> { Err(()) };
-            self.connection.take_batch(&mut outbox, &mut pieces, 8, no_payload).unwrap();
+            self.connection.take_batch(&mut self.requests, &mut outbox, &mut pieces, 8, no_payload).unwrap();
             let bytes = pieces.iter().map(|piece| piece.len_bytes() as usize).sum();
-            self.connection.batch_sent();
+            self.connection.batch_sent(&mut self.requests);
             let headers = outbox[..bytes].chunks_exact(28);
             headers.map(|header| Request::decode(header.try_into().unwrap()).unwrap().cookie).collect()
         }
 
         fn ticks(&mut self, ticks: u32) -> Option<QueueSilence> {
-            (0..ticks).for_each(|_| self.quiet.tick(&mut self.connection, self.patience));
-            of_queue(std::iter::once((&self.quiet, &self.connection)), self.patience)
+            for _ in 0..ticks {
+                self.requests.tick();
+                self.quiet.tick(&mut self.connection, &mut self.requests, self.patience);
+            }
+            of_queue(std::iter::once(&self.quiet), &self.requests, self.patience)
         }
 
         fn receive(&mut self, error: NbdError, cookie: u64) {
             self.quiet.something_came();
-            self.connection.header_received(&SimpleReply { error: error as u32, cookie }.encode()).unwrap();
+            let reply = SimpleReply { error: error as u32, cookie }.encode();
+            self.connection.header_received(&mut self.requests, &reply).unwrap();
         }
     }
 
@@ -220,7 +233,7 @@ mod tests {
         lane.quiet.payload_came();
         assert_eq!(lane.ticks(1), None);
         lane.ticks(15);
-        lane.connection.submit(1, FLUSH);
+        lane.connection.submit(&mut lane.requests, 1, FLUSH);
         let flush = lane.sent();
         lane.receive(NbdError::Eio, *flush.last().unwrap());
         assert_eq!(lane.ticks(1), None);

@@ -1,8 +1,8 @@
 //! The ring of one queue thread together with everything its operations point at: the sockets, their inboxes and
 //! outboxes (headers, and the small payloads between them), the tags' data (`payload.rs`).
 //!
-//! Owns: the memory, and the building of submissions. Never: decides what to submit; that is `run.rs`, its only
-//! caller. It is the client's one place of `unsafe` on the data path, and holds what makes that sound:
+//! Owns: the memory, and the building of submissions. Never: decides what to submit; `core.rs` does, by [`QueueIo`], and `run.rs`
+//! waits and reaps. It is the client's one place of `unsafe` on the data path, and holds what makes that sound:
 //! - the ring is dropped before the memory its operations name (field order), and only after they were reaped
 //!   (`operations_out` is 0), else it is leaked;
 //! - inbox and outbox are lent to the loop only while no operation that names them is out (`*_out` counts, asserted).
@@ -15,6 +15,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::time::Duration;
 
 use io_uring::{cqueue, opcode, squeue, types};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
@@ -23,6 +24,7 @@ use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
 use super::connection::PayloadSource;
+use super::core::{Pages, QueueIo};
 use super::payload::Payloads;
 use super::quiet::TICK;
 use super::staging::Staging;
@@ -118,15 +120,6 @@ pub enum Completed {
     },
 }
 
-/// How a submission stands to the one pushed after it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Link {
-    /// The next starts only when this one has succeeded.
-    ToNext,
-    /// Nothing depends on this one.
-    None,
-}
-
 /// A connection's socket and the memory of its headers.
 struct Wire {
     socket: DataSocket,
@@ -210,12 +203,12 @@ pub struct QueueRing {
     ring: std::mem::ManuallyDrop<ring::QueueRing>,
     queue: Queue,
     payloads: Payloads,
-    /// By tag: whether its pages are in the buffer table because we put them there.
-    by_hand: Box<[bool]>,
     wires: Box<[Wire]>,
     operations_out: usize,
     /// Whether payloads are to be sent by reference, where a socket can.
     send_zc: bool,
+    /// After so many bytes under one key a connection that the kernel encrypts needs another.
+    key_bytes_max: u64,
 }
 
 impl QueueRing {
@@ -228,6 +221,7 @@ impl QueueRing {
         payloads: Payloads,
         sockets: Vec<DataSocket>,
         send_zc: bool,
+        key_bytes_max: u64,
     ) -> io::Result<Self> {
         let depth = u32::from(queue.queue_depth());
         let nr_connections = sockets.len() as u32;
@@ -244,13 +238,18 @@ impl QueueRing {
         }
         Ok(Self {
             ring: std::mem::ManuallyDrop::new(ring),
-            by_hand: vec![false; depth as usize].into_boxed_slice(),
             queue,
             payloads,
             wires,
             operations_out: 0,
             send_zc,
+            key_bytes_max,
         })
+    }
+
+    /// The connections' sockets.
+    pub fn sockets(&self) -> impl Iterator<Item = &DataSocket> {
+        self.wires.iter().map(|wire| &wire.socket)
     }
 
     /// The queue.
@@ -258,190 +257,22 @@ impl QueueRing {
         &self.queue
     }
 
-    /// A connection's socket.
-    pub fn socket(&self, connection: u16) -> &DataSocket {
-        &self.wire(connection).socket
-    }
-
-    /// A connection's outbox, and where payloads come from. Panics while a SEND from it is out.
-    pub fn outbox(&mut self, connection: u16) -> (&mut [u8], Source<'_>) {
-        let wire = &mut self.wires[usize::from(connection)];
-        assert_eq!(wire.sends_out, 0, "the outbox is being sent");
-        let sends_zc = wire.sends_zc;
-        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads, sends_zc })
-    }
-
-    /// A header in a connection's inbox. Panics while a RECV into it is out, as in the next two.
-    pub fn header(&self, connection: u16, place: Range<usize>) -> [u8; SIMPLE_REPLY_BYTES] {
-        let mut header = [0; SIMPLE_REPLY_BYTES];
-        header.copy_from_slice(self.wire(connection).received(place));
-        header
-    }
-
-    /// Moves the first bytes of the tag's READ from a connection's inbox to where they belong. Errors: those of
-    /// [`Payloads::scatter`].
-    pub fn scatter(&mut self, connection: u16, place: Range<usize>, tag: u16) -> io::Result<()> {
-        let payload = self.wires[usize::from(connection)].received(place);
-        self.payloads.scatter(&self.queue, tag, payload)
-    }
-
-    /// Moves what is left in a connection's inbox to its begin.
-    pub fn compact_inbox(&mut self, connection: u16, left: Range<usize>) {
-        let wire = self.wire_mut(connection);
-        assert_eq!(wire.inbox_receives_out, 0, "the inbox is being received into");
-        wire.inbox.copy_within(left, 0);
-    }
-
-    /// How much an inbox holds.
-    pub const fn inbox_bytes() -> usize {
-        BOX_BYTES
-    }
-
     /// Payloads up to this size go through inbox and outbox.
     pub fn small_bytes_max(&self) -> u32 {
         self.payloads.small_bytes_max()
     }
 
-    /// Waits for the tag's first request.
-    pub fn fetch(&mut self, tag: u16) {
-        let sqe = self.queue.fetch_req(tag, self.payloads.tag_buffer(tag));
-        self.push(Operation::Tag(tag), sqe, Link::None);
-    }
-
-    /// Completes the tag's request and waits for the next.
-    pub fn commit_and_fetch(&mut self, tag: u16, result: i32) {
-        let sqe = self.queue.commit_and_fetch_req(tag, result, self.payloads.tag_buffer(tag));
-        self.push(Operation::Tag(tag), sqe, Link::None);
-    }
-
-    /// Whether the tag's pages, which hold a request with data, have to be put into the buffer table by
-    /// [`QueueRing::register`].
-    pub fn needs_registration(&self, tag: u16) -> bool {
-        self.payloads.registers_by_hand() || self.queue.io_desc(tag).needs_buffer_registration()
-    }
-
-    /// Puts the tag's pages into the buffer table.
-    pub fn register(&mut self, tag: u16) {
-        let sqe = self.queue.register_io_buf(tag, self.by_hand_index(tag));
-        self.by_hand[usize::from(tag)] = true;
-        self.push(Operation::Register(tag), sqe, Link::None);
-    }
-
-    /// Undoes [`QueueRing::register`]. The ring starts what is pushed in order, and the driver does this at once, so a
-    /// COMMIT may be pushed behind it.
-    pub fn unregister(&mut self, tag: u16) {
-        let sqe = self.queue.unregister_io_buf(tag, self.by_hand_index(tag));
-        self.by_hand[usize::from(tag)] = false;
-        self.push(Operation::Unregister(tag), sqe, Link::None);
-    }
-
-    /// Whether large payloads are staged for a connection, so that they need no operation to be sent.
-    pub fn stages(&self, connection: u16) -> bool {
-        self.payloads.staging().is_some() && !self.wire(connection).sends_zc
-    }
-
-    /// The tag's request has ended, by a reply or without one.
-    pub fn release(&mut self, tag: u16, has_reply: bool) {
-        if let Some(staging) = self.payloads.staging_mut() {
-            staging.release(tag, has_reply);
-        }
-    }
-
-    /// Before a READ that was received is committed. Errors: those of [`Payloads::copy_to_request`].
-    pub fn copy_to_request(&self, tag: u16, len_bytes: u32) -> io::Result<()> {
-        self.payloads.copy_to_request(&self.queue, tag, len_bytes)
-    }
-
-    /// Receives what comes, into a part of the connection's inbox. Where `is_idle` says that nothing can have come yet, the
-    /// kernel does not look before it waits.
-    pub fn receive_inbox(&mut self, connection: u16, part: Range<usize>, is_idle: bool) {
-        let socket = self.wire(connection).fd();
-        let wire = self.wire_mut(connection);
-        let place = &mut wire.inbox[part];
-        let receive = opcode::Recv::new(socket, place.as_mut_ptr(), place.len() as u32);
-        let sqe = receive.ioprio(if is_idle { IORING_RECVSEND_POLL_FIRST } else { 0 }).build();
-        wire.inbox_receives_out += 1;
-        self.push(Operation::ReceiveInbox(connection), sqe.into(), Link::None);
-    }
-
-    /// Receives the rest of the tag's payload; what is pushed next starts when all of it has come.
-    pub fn receive_payload(&mut self, connection: u16, tag: u16, rest: Stretch) {
-        let place = self.place(tag, rest);
-        let sqe = self.transfer(connection).receive(self.wire(connection).fd(), place);
-        self.push(Operation::ReceivePayload(connection, tag), sqe, Link::ToNext);
-    }
-
-    /// Sends the rest of the bytes of the connection's outbox that begin at `start`.
-    pub fn send_outbox(&mut self, connection: u16, start: usize, rest: Stretch, link: Link) {
-        let wire = self.wire_mut(connection);
-        wire.sends_out += 1;
-        let place = &wire.outbox[start + rest.done_bytes() as usize..][..rest.rest_bytes() as usize];
-        if wire.socket.is_ktls() {
-            let sqe = opcode::Write::new(wire.fd(), place.as_ptr(), rest.rest_bytes()).build();
-            return self.push(Operation::SendOutbox(connection), sqe.into(), link);
-        }
-        let send = opcode::Send::new(wire.fd(), place.as_ptr(), rest.rest_bytes());
-        let sqe = send.flags(libc::MSG_WAITALL | send_flags(link)).build();
-        self.push(Operation::SendOutbox(connection), sqe.into(), link);
-    }
-
-    /// The same at once, without the ring: how many bytes the socket took. Errors: send's, `EAGAIN` when it took none.
-    pub fn send_outbox_now(
-        &mut self,
-        connection: u16,
-        start: usize,
-        rest: Stretch,
-        has_more: bool,
-    ) -> io::Result<u32> {
-        let wire = self.wire(connection);
-        let place = &wire.outbox[start + rest.done_bytes() as usize..][..rest.rest_bytes() as usize];
-        let more = if has_more { SendFlags::MORE } else { SendFlags::empty() };
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | more;
-        Ok(rustix::net::send(&wire.socket, place, flags)? as u32)
-    }
-
-    /// Sends of the rest of the tag's staged payload what the socket takes at once: how many bytes. Errors: those of
-    /// `Staging::send`.
-    pub fn send_staged_now(&mut self, connection: u16, tag: u16, rest: Stretch) -> io::Result<u32> {
-        let Some(staging) = self.payloads.staging() else { panic!("payloads are not staged") };
-        staging.send(&self.wire(connection).socket, tag, rest)
-    }
-
     /// Waits until the eventfd is raised. It names no memory, so it may be left behind.
     pub fn wait_for_command(&mut self, eventfd: BorrowedFd<'_>) {
         let sqe = opcode::PollAdd::new(types::Fd(eventfd.as_raw_fd()), libc::POLLIN as u32).build();
-        self.push(Operation::Command, sqe.into(), Link::None);
+        self.push(Operation::Command, sqe.into(), false);
     }
 
     /// Completes after [`TICK`]. Its memory is read when it is submitted, so it may be left behind.
     pub fn start_tick(&mut self) {
         static TICK_TIMESPEC: types::Timespec =
             types::Timespec::new().sec(TICK.as_secs()).nsec(TICK.subsec_nanos());
-        self.push(Operation::Tick, opcode::Timeout::new(&TICK_TIMESPEC).build().into(), Link::None);
-    }
-
-    /// Replaces a connection whose operations were all reaped. Errors: fcntl's and setsockopt's.
-    ///
-    /// # Panics
-    /// When an operation on it is out.
-    pub fn replace_socket(&mut self, connection: u16, socket: DataSocket) -> io::Result<()> {
-        let send_zc = self.send_zc;
-        let wire = self.wire_mut(connection);
-        assert_eq!((wire.sends_out, wire.inbox_receives_out), (0, 0), "the connection is in use");
-        std::mem::replace(&mut wire.socket, socket).abort();
-        wire.prepare(send_zc)
-    }
-
-    /// A connection was lost, and its operations are reaped: its socket lets go of the pages that it may still refer to, or their
-    /// requests would not end before its peer is given up. Errors: those of socketpair(2).
-    ///
-    /// # Panics
-    /// As [`Self::replace_socket`].
-    pub fn drop_references(&mut self, connection: u16) -> io::Result<()> {
-        match self.wire(connection).may_refer {
-            true => self.replace_socket(connection, DataSocket::disconnected()?),
-            false => Ok(()),
-        }
+        self.push(Operation::Tick, opcode::Timeout::new(&TICK_TIMESPEC).build().into(), false);
     }
 
     /// What a notification says. After the first that was copied nothing more is sent by reference on the connection. True: it is
@@ -452,37 +283,10 @@ impl QueueRing {
         !std::mem::replace(&mut wire.has_been_told, true)
     }
 
-    /// Before new connections. Errors: those of `Staging::renew`.
-    pub fn renew_staging(&mut self) -> io::Result<()> {
-        self.payloads.staging_mut().map_or(Ok(()), Staging::renew)
-    }
-
-    /// Waits until the connection's socket takes more.
-    pub fn wait_for_room(&mut self, connection: u16) {
-        let sqe = opcode::PollAdd::new(self.wire(connection).fd(), libc::POLLOUT as u32).build();
-        self.push(Operation::RoomToSend(connection), sqe.into(), Link::None);
-    }
-
     /// How payloads move on a connection.
     fn transfer(&self, connection: u16) -> Transfer {
         let transfer = self.payloads.transfer();
         if self.wire(connection).socket.is_ktls() { transfer.over_ktls() } else { transfer }
-    }
-
-    /// Sends the rest of the tag's payload.
-    pub fn send_payload(&mut self, connection: u16, tag: u16, rest: Stretch, link: Link) {
-        let place = self.place(tag, rest);
-        let socket = self.wire(connection).fd();
-        let sqe = match self.wire(connection).sends_zc {
-            true => {
-                ring::send_zc_fixed(socket, place.buf_index, place.addr, place.len_bytes, send_flags(link))
-            }
-            false => self.transfer(connection).send(socket, place, send_flags(link)),
-        };
-        let wire = self.wire_mut(connection);
-        wire.may_refer |= wire.sends_zc;
-        wire.sends_out += 1;
-        self.push(Operation::SendPayload(connection, tag), sqe, link);
     }
 
     /// Submits everything pushed and waits for a completion, at most until `timeout` where one is given.
@@ -548,14 +352,15 @@ impl QueueRing {
         self.queue.queue_depth() + tag
     }
 
-    fn place(&self, tag: u16, rest: Stretch) -> Place {
-        let buf_index = if self.by_hand[usize::from(tag)] { self.by_hand_index(tag) } else { tag };
+    fn place(&self, pages: Pages) -> Place {
+        let Pages { tag, by_hand, rest } = pages;
+        let buf_index = if by_hand { self.by_hand_index(tag) } else { tag };
         self.payloads.place(tag, buf_index, rest.done_bytes()..rest.done_bytes() + rest.rest_bytes())
     }
 
-    fn push(&mut self, operation: Operation, sqe: Sqe, link: Link) {
+    fn push(&mut self, operation: Operation, sqe: Sqe, has_more: bool) {
         let mut sqe = sqe.user_data(operation.to_user_data());
-        if link == Link::ToNext {
+        if has_more {
             sqe = sqe.flags(squeue::Flags::IO_LINK);
         }
         // SAFETY: the entry names a socket, an inbox or outbox, or a tag's buffer. All are owned by `self` and live
@@ -565,6 +370,191 @@ impl QueueRing {
         let pushed = unsafe { self.ring.submission().push(&sqe) };
         assert!(pushed.is_ok(), "the submission queue was sized for everything a pass can push");
         self.operations_out += usize::from(operation.names_memory());
+    }
+}
+
+impl QueueIo for QueueRing {
+    type Socket = DataSocket;
+    type Source<'a> = Source<'a>;
+
+    fn fetch(&mut self, tag: u16) {
+        let sqe = self.queue.fetch_req(tag, self.payloads.tag_buffer(tag));
+        self.push(Operation::Tag(tag), sqe, false);
+    }
+
+    fn commit_and_fetch(&mut self, tag: u16, result: i32) {
+        let sqe = self.queue.commit_and_fetch_req(tag, result, self.payloads.tag_buffer(tag));
+        self.push(Operation::Tag(tag), sqe, false);
+    }
+
+    fn needs_registration(&self, tag: u16) -> bool {
+        self.payloads.registers_by_hand() || self.queue.io_desc(tag).needs_buffer_registration()
+    }
+
+    fn register(&mut self, tag: u16) {
+        let sqe = self.queue.register_io_buf(tag, self.by_hand_index(tag));
+        self.push(Operation::Register(tag), sqe, false);
+    }
+
+    fn unregister(&mut self, tag: u16) {
+        let sqe = self.queue.unregister_io_buf(tag, self.by_hand_index(tag));
+        self.push(Operation::Unregister(tag), sqe, false);
+    }
+
+    fn release(&mut self, tag: u16, has_reply: bool) {
+        if let Some(staging) = self.payloads.staging_mut() {
+            staging.release(tag, has_reply);
+        }
+    }
+
+    fn copy_to_request(&mut self, tag: u16, len_bytes: u32) -> io::Result<()> {
+        self.payloads.copy_to_request(&self.queue, tag, len_bytes)
+    }
+
+    fn inbox_bytes(&self) -> usize {
+        BOX_BYTES
+    }
+
+    fn header(&self, connection: u16, place: Range<usize>) -> [u8; SIMPLE_REPLY_BYTES] {
+        let mut header = [0; SIMPLE_REPLY_BYTES];
+        header.copy_from_slice(self.wire(connection).received(place));
+        header
+    }
+
+    fn scatter(&mut self, connection: u16, place: Range<usize>, tag: u16) -> io::Result<()> {
+        let payload = self.wires[usize::from(connection)].received(place);
+        self.payloads.scatter(&self.queue, tag, payload)
+    }
+
+    fn compact_inbox(&mut self, connection: u16, left: Range<usize>) {
+        let wire = self.wire_mut(connection);
+        assert_eq!(wire.inbox_receives_out, 0, "the inbox is being received into");
+        wire.inbox.copy_within(left, 0);
+    }
+
+    fn receive_inbox(&mut self, connection: u16, part: Range<usize>, is_idle: bool) {
+        let socket = self.wire(connection).fd();
+        let wire = self.wire_mut(connection);
+        let place = &mut wire.inbox[part];
+        let receive = opcode::Recv::new(socket, place.as_mut_ptr(), place.len() as u32);
+        let sqe = receive.ioprio(if is_idle { IORING_RECVSEND_POLL_FIRST } else { 0 }).build();
+        wire.inbox_receives_out += 1;
+        self.push(Operation::ReceiveInbox(connection), sqe.into(), false);
+    }
+
+    fn receive_payload(&mut self, connection: u16, pages: Pages) {
+        let place = self.place(pages);
+        let sqe = self.transfer(connection).receive(self.wire(connection).fd(), place);
+        self.push(Operation::ReceivePayload(connection, pages.tag), sqe, true);
+    }
+
+    fn outbox(&mut self, connection: u16) -> (&mut [u8], Source<'_>) {
+        let wire = &mut self.wires[usize::from(connection)];
+        assert_eq!(wire.sends_out, 0, "the outbox is being sent");
+        let sends_zc = wire.sends_zc;
+        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads, sends_zc })
+    }
+
+    fn stages(&self, connection: u16) -> bool {
+        self.payloads.staging().is_some() && !self.wire(connection).sends_zc
+    }
+
+    fn send_outbox_now(
+        &mut self,
+        connection: u16,
+        start: usize,
+        rest: Stretch,
+        has_more: bool,
+    ) -> io::Result<u32> {
+        let wire = self.wire(connection);
+        let place = &wire.outbox[start + rest.done_bytes() as usize..][..rest.rest_bytes() as usize];
+        let more = if has_more { SendFlags::MORE } else { SendFlags::empty() };
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | more;
+        Ok(rustix::net::send(&wire.socket, place, flags)? as u32)
+    }
+
+    fn send_staged_now(&mut self, connection: u16, tag: u16, rest: Stretch) -> io::Result<u32> {
+        let Some(staging) = self.payloads.staging() else { panic!("payloads are not staged") };
+        staging.send(&self.wire(connection).socket, tag, rest)
+    }
+
+    fn wait_for_room(&mut self, connection: u16) {
+        let sqe = opcode::PollAdd::new(self.wire(connection).fd(), libc::POLLOUT as u32).build();
+        self.push(Operation::RoomToSend(connection), sqe.into(), false);
+    }
+
+    fn send_outbox(&mut self, connection: u16, start: usize, rest: Stretch, has_more: bool) {
+        let wire = self.wire_mut(connection);
+        wire.sends_out += 1;
+        let place = &wire.outbox[start + rest.done_bytes() as usize..][..rest.rest_bytes() as usize];
+        if wire.socket.is_ktls() {
+            let sqe = opcode::Write::new(wire.fd(), place.as_ptr(), rest.rest_bytes()).build();
+            return self.push(Operation::SendOutbox(connection), sqe.into(), has_more);
+        }
+        let send = opcode::Send::new(wire.fd(), place.as_ptr(), rest.rest_bytes());
+        let sqe = send.flags(libc::MSG_WAITALL | send_flags(has_more)).build();
+        self.push(Operation::SendOutbox(connection), sqe.into(), has_more);
+    }
+
+    fn send_payload(&mut self, connection: u16, pages: Pages, has_more: bool) {
+        let place = self.place(pages);
+        let socket = self.wire(connection).fd();
+        let sqe = match self.wire(connection).sends_zc {
+            true => ring::send_zc_fixed(
+                socket,
+                place.buf_index,
+                place.addr,
+                place.len_bytes,
+                send_flags(has_more),
+            ),
+            false => self.transfer(connection).send(socket, place, send_flags(has_more)),
+        };
+        let wire = self.wire_mut(connection);
+        wire.may_refer |= wire.sends_zc;
+        wire.sends_out += 1;
+        self.push(Operation::SendPayload(connection, pages.tag), sqe, has_more);
+    }
+
+    fn shut_down(&mut self, connection: u16) {
+        // ENOTCONN: the peer was first.
+        let _ = self.wire(connection).socket.shut_down();
+    }
+
+    fn take_control_record(&mut self, connection: u16) -> Option<String> {
+        self.wire(connection).socket.take_control_record().map(|record| record.to_string())
+    }
+
+    fn unacknowledged_for(&self, connection: u16) -> Option<Duration> {
+        self.wire(connection).socket.unacknowledged_for()
+    }
+
+    fn are_keys_worn(&self, connection: u16) -> bool {
+        self.wire(connection).socket.key_bytes() > self.key_bytes_max
+    }
+
+    fn drop_references(&mut self, connection: u16) {
+        if !self.wire(connection).may_refer {
+            return;
+        }
+        let dropped = DataSocket::disconnected().and_then(|nowhere| self.replace_socket(connection, nowhere));
+        if let Err(error) = dropped {
+            tracing::warn!(connection, %error, "a lost connection's socket cannot be closed yet");
+        }
+    }
+
+    fn renew_staging(&mut self) {
+        let renewed = self.payloads.staging_mut().map_or(Ok(()), Staging::renew);
+        if let Err(error) = renewed {
+            tracing::warn!(%error, "memory of writes that were given up cannot be replaced yet");
+        }
+    }
+
+    fn replace_socket(&mut self, connection: u16, socket: DataSocket) -> io::Result<()> {
+        let send_zc = self.send_zc;
+        let wire = self.wire_mut(connection);
+        assert_eq!((wire.sends_out, wire.inbox_receives_out), (0, 0), "the connection is in use");
+        std::mem::replace(&mut wire.socket, socket).abort();
+        wire.prepare(send_zc)
     }
 }
 
@@ -590,11 +580,8 @@ fn unless_interrupted(outcome: io::Result<usize>) -> io::Result<()> {
 }
 
 /// `MSG_MORE` where more of the stream follows at once.
-const fn send_flags(link: Link) -> i32 {
-    match link {
-        Link::ToNext => libc::MSG_MORE | libc::MSG_NOSIGNAL,
-        Link::None => libc::MSG_NOSIGNAL,
-    }
+const fn send_flags(has_more: bool) -> i32 {
+    if has_more { libc::MSG_MORE | libc::MSG_NOSIGNAL } else { libc::MSG_NOSIGNAL }
 }
 
 #[cfg(test)]
