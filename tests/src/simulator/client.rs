@@ -20,6 +20,7 @@ use client::device::liveness::Probes;
 use client::device::queue::block_request::BlockRequest;
 use client::device::queue::connection::{PayloadSource, Resend};
 use client::device::queue::core::{LinkEvent, Lost, Pages, QueueCore, QueueIo, QueueSpec};
+use client::device::queue::link::Loss;
 use client::device::queue::quiet::{QueueSilence, TICK};
 use client::device::queue::stream::Stretch;
 use client::device::queue::unflushed::Unflushed;
@@ -298,6 +299,7 @@ struct Io<'a> {
     bios: &'a mut [Option<Bio>],
     ended: &'a mut Vec<EndedBio>,
     rng: &'a mut Rng,
+    coverage: &'a mut Coverage,
     room_bytes: usize,
     stages: bool,
     /// By tag: what the header of a reply is made to carry, for [`Mutant::TagOnlyCookie`].
@@ -899,6 +901,7 @@ impl Client {
             bios: &mut world.bios[usize::from(queue_id)],
             ended: world.ended,
             rng: world.rng,
+            coverage: world.coverage,
             room_bytes: world.room_bytes,
             stages: self.spec.stages,
             cookies: forgets_sequence.then(|| tags.map(|tag| queue.core.cookie(tag)).collect()),
@@ -913,7 +916,14 @@ impl Client {
         }
         while let Some(event) = queue.core.take_event() {
             self.events.push_back(match event {
-                LinkEvent::Disconnected(lost) => MainEvent::Disconnected(queue_id, lost),
+                LinkEvent::Disconnected(lost) => {
+                    if let Loss::Protocol(_) = lost.loss {
+                        world.coverage.count("a reply to nothing");
+                    } else if queue.core.awaits_replies() {
+                        world.coverage.count("requests are sent again");
+                    }
+                    MainEvent::Disconnected(queue_id, lost)
+                }
                 LinkEvent::Silent(silence) => {
                     world.coverage.count("replies are due for long");
                     MainEvent::Silent(queue_id, silence)
@@ -1025,6 +1035,9 @@ impl Client {
             let wanted = receive.wanted();
             let bytes = if is_over { 0 } else { part(readable.len().min(wanted), io.rng) };
             let brought = &readable[..bytes];
+            if bytes > 0 && !core.is_up() {
+                io.coverage.count("bytes come after a loss");
+            }
             match receive {
                 Receive::Payload(Pages { tag, rest, .. }) => {
                     if let Some(bio) = &mut io.bios[usize::from(tag)] {

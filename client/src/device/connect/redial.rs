@@ -150,6 +150,8 @@ mod tests {
     use crate::contract::ExportSpec;
     use crate::node::attachment_record::tests::spec;
 
+    const SERVER_ID: Uuid = Uuid::from_u128(1);
+    const VOLUME_UID: Uuid = Uuid::from_u128(2);
     const FLAGS: TransmissionFlags = TransmissionFlags::CAN_MULTI_CONN;
 
     fn session() -> SessionRecord {
@@ -175,7 +177,13 @@ mod tests {
 
     impl World {
         fn new(times_in_vain: u32) -> Self {
-            let spec = spec(Uuid::from_u128(7), "vol-1");
+            let mut spec = spec(Uuid::from_u128(7), "vol-1");
+            spec.export = ExportSpec::Attachment {
+                secret: String::new(),
+                session_epoch: 1,
+                server_id: SERVER_ID,
+                volume_uid: VOLUME_UID,
+            };
             Self { spec, session: session(), redial: Redial::new(vec![1, 3], times_in_vain) }
         }
 
@@ -190,10 +198,11 @@ mod tests {
         }
 
         fn opened(&self, socket: u32, incarnation: &str, size_bytes: u64) -> Result<Dialled<u32>, SlotError> {
-            let ExportSpec::Attachment { server_id, volume_uid, .. } = self.spec.export else {
-                panic!("a volume's spec")
+            let told = ExportDescription {
+                server_id: SERVER_ID,
+                volume_uid: VOLUME_UID,
+                incarnation: incarnation.to_owned(),
             };
-            let told = ExportDescription { server_id, volume_uid, incarnation: incarnation.to_owned() };
             let description = Some(told.to_string());
             let export = ExportInfo { size_bytes, flags: FLAGS, block_sizes: None, description };
             Ok(Dialled { socket, export, address: format!("server:{socket}") })

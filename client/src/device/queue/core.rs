@@ -808,3 +808,6 @@ impl QueueCore {
         self.tags.queue_depth()
     }
 }
+
+#[cfg(test)]
+mod tests;
