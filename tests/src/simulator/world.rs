@@ -14,11 +14,11 @@ use proto::export_name::{SECRET_BYTES, Secret};
 use proto::nbd::transmission::{Command, CommandFlags};
 use uuid::Uuid;
 
-use super::client::{Bio, Bios, Client, EndedBio, Note, Spec, is_eio};
+use super::client::{Bio, Bios, Client, EndedBio, Note, Spec};
 use super::coverage::Coverage;
 use super::disk::Disk;
 use super::network::{End, Link, LinkId, TCP_USER_TIMEOUT};
-use super::server::{Attachment, Catalog, Server};
+use super::server::{Attachment, Catalog, EIO, Server};
 use super::{Failure, Mutant, client, server};
 use crate::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern};
 
@@ -309,7 +309,7 @@ impl<'a> World<'a> {
                     if !may_fail && !self.may_fail_syncs && !self.lies {
                         return Err(Failure::Error(format!("{:?} {error:?}", bio.request)));
                     }
-                    debug_assert!(is_eio(error), "{error:?}");
+                    debug_assert_eq!(error, Err(EIO), "{error:?}");
                     self.coverage.count("a request fails");
                     if let Note::Write { write, .. } = note {
                         self.history.write_failed(write);

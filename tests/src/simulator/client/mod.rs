@@ -1,0 +1,473 @@
+//! The simulated device process: the product's queues, redials, reconnects and counters, with a ring, sockets and threads that exist
+//! only here.
+//!
+//! What is the product's: `QueueCore`, `Redial` and `Reconnect`, and all they use. What is here: the operations on sockets and pages
+//! that a queue asks for ([`QueueIo`]), which are out until the world lets them go on, byte by byte if it likes; mailboxes in the place of
+//! threads; and the mutants that alter what goes into the cores and comes out of them. Block requests belong to the kernel
+//! ([`Bio`]): they outlive the process, and the next one gets them again.
+
+mod bio;
+mod dial;
+mod ring;
+mod spec;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use client::contract::{DeviceSpec, SessionRecord, StallPolicy};
+use client::device::connect::redial::Attempt;
+use client::device::liveness::Probes;
+use client::device::queue::block_request::BlockRequest;
+use client::device::queue::connection::Resend;
+use client::device::queue::core::{LinkEvent, Lost, Pages, QueueCore, QueueSpec};
+use client::device::queue::link::Loss;
+use client::device::queue::quiet::{QueueSilence, TICK};
+use client::device::queue::unflushed::Unflushed;
+use client::device::reconnect::{Condition, Output, Reconnect};
+use fastrand::Rng;
+
+pub(super) use bio::{Bio, Bios, EndedBio, Note, Surroundings};
+pub(super) use spec::Spec;
+
+use super::Mutant;
+use super::network::{Link, LinkId};
+use super::server::choose;
+use dial::{Dial, Probe, Way};
+use ring::{Io, Wire, abandon};
+
+/// As in the product: how long replies may be due without a byte.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+/// With [`Mutant::CountedLate`], how many steps the main thread's look at the counters is late.
+const LATE_STEPS: usize = 600;
+
+enum QueueCommand {
+    Connect(Vec<LinkId>),
+    Disconnect(String),
+    GiveUp,
+    /// The queue does not look for so many steps.
+    Idle(u32),
+}
+
+struct Queue {
+    core: QueueCore,
+    wires: Vec<Wire>,
+    /// Requests that the kernel has brought, until the next pass.
+    arrivals: VecDeque<(u16, BlockRequest)>,
+    commands: VecDeque<QueueCommand>,
+    /// Receives into pages that nobody waits for any more.
+    forgotten: Vec<(LinkId, Pages)>,
+    dial: Option<Dial>,
+    ticked_at: Instant,
+}
+
+enum MainEvent {
+    Disconnected(u16, Lost),
+    Silent(u16, Option<QueueSilence>),
+    Probed(bool),
+    Attempt(u16, Attempt<LinkId>),
+}
+
+/// A device process.
+pub(super) struct Client {
+    pub(super) spec: Spec,
+    device_spec: DeviceSpec,
+    session: SessionRecord,
+    queues: Vec<Queue>,
+    reconnect: Reconnect<Vec<LinkId>>,
+    unflushed: Arc<Unflushed>,
+    /// What [`Unflushed::any`] said in the last steps, for [`Mutant::CountedLate`].
+    unflushed_then: VecDeque<bool>,
+    events: VecDeque<MainEvent>,
+    probe: Option<Probe>,
+    mutant: Option<Mutant>,
+}
+
+impl Client {
+    /// A process that is to serve `bios`. `former`: the incarnation that the process before it knew.
+    pub(super) fn new(
+        spec: Spec,
+        former: Option<String>,
+        incarnation_now: String,
+        mutant: Option<Mutant>,
+        world: &mut Surroundings<'_>,
+    ) -> Self {
+        let is_recovered = former.is_some();
+        let incarnation = former.unwrap_or(incarnation_now);
+        let unflushed = Arc::new(Unflushed::new(spec.nr_queues));
+        if is_recovered && spec.is_volatile_cache {
+            unflushed.acknowledged(0);
+        }
+        let queue = |queue_id: u16| {
+            let nr_connections = spec.slots_of(queue_id).count() as u16;
+            let queue_spec = QueueSpec {
+                queue_id,
+                queue_depth: spec.queue_depth,
+                nr_connections,
+                small_bytes_max: spec.small_bytes_max,
+                volatile_cache: spec.is_volatile_cache,
+                resend: Resend::Everything,
+                reply_timeout: REPLY_TIMEOUT,
+                unflushed: Arc::clone(&unflushed),
+            };
+            Queue {
+                core: QueueCore::new(queue_spec, world.now),
+                wires: (0..nr_connections).map(|_| Wire::default()).collect(),
+                arrivals: VecDeque::new(),
+                commands: VecDeque::new(),
+                forgotten: Vec::new(),
+                dial: None,
+                ticked_at: world.now,
+            }
+        };
+        let mut client = Self {
+            queues: (0..spec.nr_queues).map(queue).collect(),
+            reconnect: Reconnect::new(
+                spec.nr_queues,
+                incarnation,
+                spec.policy,
+                Probes::new(REPLY_TIMEOUT, true),
+            ),
+            unflushed_then: VecDeque::new(),
+            unflushed,
+            events: VecDeque::new(),
+            probe: None,
+            mutant,
+            device_spec: spec.device_spec(),
+            session: spec.session(),
+            spec,
+        };
+        for queue_id in 0..client.spec.nr_queues {
+            client.start_queue(queue_id, world);
+        }
+        client
+    }
+
+    /// Its sockets' peers are gone to begin with, and what the kernel gives again waits for others.
+    fn start_queue(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
+        let nr_connections = self.queues[usize::from(queue_id)].wires.len() as u16;
+        self.with_core(queue_id, world, |core, io| {
+            core.start(io);
+            for connection in 0..nr_connections {
+                io.wires[usize::from(connection)].receives.clear();
+                core.handle_inbox(io, connection, 0);
+            }
+        });
+        for tag in 0..self.spec.queue_depth {
+            if let Some(bio) = &world.bios[usize::from(queue_id)][usize::from(tag)] {
+                world.coverage.count("a request that the next process gets again");
+                let request = bio.request;
+                self.submit(queue_id, tag, request);
+            }
+        }
+        self.end_of_pass(queue_id, world);
+    }
+
+    fn is(&self, mutant: Mutant) -> bool {
+        self.mutant == Some(mutant)
+    }
+
+    pub(super) fn condition(&self) -> Condition {
+        self.reconnect.condition()
+    }
+
+    /// Whether every queue has its connections, and has heard of it.
+    pub(super) fn is_connected(&self) -> bool {
+        self.queues.iter().all(|queue| queue.commands.is_empty() && queue.core.is_up())
+    }
+
+    pub(super) fn incarnation(&self) -> String {
+        self.reconnect.incarnation().to_owned()
+    }
+
+    pub(super) fn told_policy(&mut self, policy: StallPolicy, now: Instant) {
+        self.spec.policy = policy;
+        self.reconnect.told_policy(policy, now);
+    }
+
+    /// A request arrives on a queue.
+    pub(super) fn submit(&mut self, queue_id: u16, tag: u16, request: BlockRequest) {
+        self.queues[usize::from(queue_id)].arrivals.push_back((tag, request));
+    }
+
+    /// The process dies: what it has sent may arrive yet.
+    pub(super) fn die(&mut self, links: &mut [Link], rng: &mut Rng) {
+        for queue in &self.queues {
+            let wires = queue.wires.iter().filter_map(|wire| wire.link);
+            let dial = queue.dial.iter().flat_map(Dial::links);
+            let probe = self.probe.iter().map(|probe| probe.link);
+            for link in wires.chain(dial).chain(probe) {
+                abandon(&mut links[link], rng);
+            }
+        }
+    }
+
+    /// Links that it uses, for whoever cuts them.
+    pub(super) fn links(&self) -> Vec<LinkId> {
+        self.queues.iter().flat_map(|queue| queue.wires.iter().filter_map(|wire| wire.link)).collect()
+    }
+
+    /// One of the things it could do now; false: there was nothing.
+    pub(super) fn step(&mut self, world: &mut Surroundings<'_>) -> bool {
+        self.look_at_counters();
+        let queue_id = world.rng.u16(..self.spec.nr_queues);
+        match world.rng.u8(..8) {
+            0 => self.main_step(world) | self.probe_step(world),
+            1 => self.dial_step(queue_id, world),
+            2 => self.command_step(queue_id, world),
+            _ => self.queue_step(queue_id, world),
+        }
+    }
+
+    /// Everything that it could do now; false: there was nothing.
+    pub(super) fn step_all(&mut self, world: &mut Surroundings<'_>) -> bool {
+        self.look_at_counters();
+        let mut has_done = self.main_step(world) | self.probe_step(world);
+        for queue_id in 0..self.spec.nr_queues {
+            has_done |= self.dial_step(queue_id, world);
+            has_done |= self.command_step(queue_id, world);
+            self.let_ticks_pass(queue_id, world);
+            for connection in 0..self.queues[usize::from(queue_id)].wires.len() as u16 {
+                let act = |core: &mut QueueCore, io: &mut Io<'_>| {
+                    ring::send_step(core, io, connection) | ring::receive_step(core, io, connection)
+                };
+                has_done |= self.with_core(queue_id, world, act).0;
+            }
+            has_done |= self.end_of_pass(queue_id, world);
+        }
+        has_done
+    }
+
+    fn look_at_counters(&mut self) {
+        if self.is(Mutant::CountedLate) {
+            self.unflushed_then.push_back(self.unflushed.any());
+            if self.unflushed_then.len() > LATE_STEPS {
+                self.unflushed_then.pop_front();
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------------ main thread
+
+    fn main_step(&mut self, world: &mut Surroundings<'_>) -> bool {
+        let mut outputs = Vec::new();
+        let event = self.events.pop_front();
+        let has_event = event.is_some();
+        let then = self.unflushed_then.front().copied();
+        let has_unflushed = || then.unwrap_or_else(|| self.unflushed.any());
+        match event {
+            Some(MainEvent::Disconnected(queue_id, lost)) => {
+                self.reconnect.disconnected(queue_id, &lost, "cut", world.now, has_unflushed, &mut outputs);
+            }
+            Some(MainEvent::Silent(queue_id, silence)) => {
+                let silence = silence.map(|silence| match self.mutant {
+                    Some(Mutant::ProbesForEver) => QueueSilence { oldest: Duration::ZERO, ..silence },
+                    Some(Mutant::PongsIgnored) => QueueSilence { unheard: Some(silence.silent), ..silence },
+                    _ => silence,
+                });
+                self.reconnect.silent(queue_id, silence, world.now, &mut outputs);
+            }
+            Some(MainEvent::Probed(is_answered)) => {
+                world.coverage.count(if is_answered {
+                    "a probe is answered"
+                } else {
+                    "a probe is not answered"
+                });
+                let is_believed = self.mutant != Some(Mutant::ProbesIgnored);
+                self.reconnect.probed(is_answered && is_believed, world.now);
+            }
+            Some(MainEvent::Attempt(queue_id, Attempt::Opened { sockets, incarnation: told, .. })) => {
+                let incarnation = match self.mutant {
+                    Some(Mutant::IncarnationIgnored) => self.reconnect.incarnation().to_owned(),
+                    _ => told,
+                };
+                let is_another = incarnation != self.reconnect.incarnation();
+                self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
+                if is_another {
+                    world.coverage.count("a server of another incarnation");
+                }
+            }
+            Some(MainEvent::Attempt(_, Attempt::Failed(reason))) => self.reconnect.dial_failed(reason),
+            Some(MainEvent::Attempt(_, Attempt::Refused(reason))) => {
+                self.reconnect.refused_for_good(reason, &mut outputs);
+            }
+            None => {}
+        }
+        let before = outputs.len();
+        self.reconnect.tick(world.now, &mut outputs);
+        let has_given_up = outputs[before..]
+            .iter()
+            .any(|output| matches!(output, Output::GiveUp(_) | Output::Disconnect(..)));
+        if has_given_up {
+            world.coverage.count("requests are given up");
+        }
+        let has_outputs = !outputs.is_empty();
+        let gives_up_alone = self.is(Mutant::GivesUpAlone) && has_given_up;
+        for queue in self.queues.iter_mut().filter(|queue| gives_up_alone && !queue.core.is_up()) {
+            queue.commands.push_back(QueueCommand::GiveUp);
+        }
+        for output in outputs {
+            match output {
+                Output::Dial(queue_id) => {
+                    let dial = Dial::new(self.spec.slots_of(queue_id), self.reconnect.refusals(), world.now);
+                    self.queues[usize::from(queue_id)].dial = Some(dial);
+                }
+                Output::Connect(queue_id, links) => {
+                    self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Connect(links));
+                }
+                Output::Disconnect(queue_id, why) => {
+                    let commands = &mut self.queues[usize::from(queue_id)].commands;
+                    if gives_up_alone {
+                        commands.push_back(QueueCommand::Idle(400));
+                    }
+                    commands.push_back(QueueCommand::Disconnect(why));
+                }
+                Output::GiveUp(queue_id) => {
+                    self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::GiveUp);
+                }
+                Output::Probe if world.is_server_up => {
+                    self.probe = Some(Probe::new(&self.device_spec, world));
+                }
+                Output::Probe => self.events.push_back(MainEvent::Probed(false)),
+            }
+        }
+        has_event || has_outputs
+    }
+
+    // ---------------------------------------------------------------------------------------- dialling and probing
+
+    fn probe_step(&mut self, world: &mut Surroundings<'_>) -> bool {
+        let Some(probe) = &mut self.probe else { return false };
+        let (has_done, outcome) = probe.step(world);
+        if let Some(is_answered) = outcome {
+            self.probe = None;
+            self.events.push_back(MainEvent::Probed(is_answered));
+        }
+        has_done
+    }
+
+    fn dial_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        let queue = &mut self.queues[usize::from(queue_id)];
+        let Some(dial) = &mut queue.dial else { return false };
+        let changes_slots = self.mutant == Some(Mutant::OtherSlot);
+        let way =
+            Way { spec: &self.spec, device_spec: &self.device_spec, session: &self.session, changes_slots };
+        let (has_done, attempt) = dial.step(&way, world);
+        if let Some(Attempt::Opened { .. } | Attempt::Refused(_)) = attempt {
+            queue.dial = None;
+        }
+        self.events.extend(attempt.map(|attempt| MainEvent::Attempt(queue_id, attempt)));
+        has_done
+    }
+
+    // ------------------------------------------------------------------------------------------------ queue thread
+
+    /// Has a queue's core do something, with what stands for its ring.
+    fn with_core<T>(
+        &mut self,
+        queue_id: u16,
+        world: &mut Surroundings<'_>,
+        act: impl FnOnce(&mut QueueCore, &mut Io<'_>) -> T,
+    ) -> (T, bool) {
+        let (forgets_sequence, covers_too_much) =
+            (self.is(Mutant::TagOnlyCookie), self.is(Mutant::FlushCoversTooMuch));
+        let nr_queues = usize::from(self.spec.nr_queues);
+        let queue = &mut self.queues[usize::from(queue_id)];
+        let tags = 0..self.spec.queue_depth;
+        let mut io = Io {
+            wires: &mut queue.wires,
+            forgotten: &mut queue.forgotten,
+            links: world.links,
+            bios: &mut world.bios[usize::from(queue_id)],
+            ended: world.ended,
+            rng: world.rng,
+            coverage: world.coverage,
+            room_bytes: world.room_bytes,
+            stages: self.spec.stages,
+            cookies: forgets_sequence.then(|| tags.map(|tag| queue.core.cookie(tag)).collect()),
+            covers_too_much: covers_too_much.then(|| (&*self.unflushed, vec![0; nr_queues])),
+            has_sent: false,
+        };
+        let was_up = queue.core.is_up();
+        let outcome = act(&mut queue.core, &mut io);
+        let has_done = io.has_sent;
+        if self.mutant == Some(Mutant::NoReaping) && was_up && !queue.core.is_up() {
+            ring::forget_operations(&mut queue.core, &mut io);
+        }
+        while let Some(event) = queue.core.take_event() {
+            self.events.push_back(match event {
+                LinkEvent::Disconnected(lost) => {
+                    if let Loss::Protocol(_) = lost.loss {
+                        world.coverage.count("a reply to nothing");
+                    } else if queue.core.awaits_replies() {
+                        world.coverage.count("requests are sent again");
+                    }
+                    MainEvent::Disconnected(queue_id, lost)
+                }
+                LinkEvent::Silent(silence) => {
+                    world.coverage.count("replies are due for long");
+                    MainEvent::Silent(queue_id, silence)
+                }
+            });
+        }
+        (outcome, has_done)
+    }
+
+    fn command_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        let queue = &mut self.queues[usize::from(queue_id)];
+        let Some(command) = queue.commands.pop_front() else { return false };
+        match command {
+            QueueCommand::Idle(steps) => {
+                if steps > 0 {
+                    queue.commands.push_front(QueueCommand::Idle(steps - 1));
+                }
+            }
+            QueueCommand::Disconnect(why) => {
+                self.with_core(queue_id, world, |core, io| core.disconnect(io, why));
+            }
+            QueueCommand::GiveUp => queue.core.give_up(),
+            QueueCommand::Connect(links) => {
+                let now = world.now;
+                let (connected, _) = self.with_core(queue_id, world, |core, io| core.connect(io, links, now));
+                connected.expect("nothing fails here");
+                world.coverage.count("a queue is connected");
+            }
+        }
+        self.end_of_pass(queue_id, world);
+        true
+    }
+
+    fn queue_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        let queue = &mut self.queues[usize::from(queue_id)];
+        let connection = choose(0..queue.wires.len() as u16, world.rng).expect("a queue has a connection");
+        let which = world.rng.u8(..3);
+        let act = |core: &mut QueueCore, io: &mut Io<'_>| match which {
+            0 => ring::send_step(core, io, connection),
+            1 if !io.forgotten.is_empty() => ring::forgotten_step(io),
+            _ => ring::receive_step(core, io, connection),
+        };
+        let (has_done, _) = self.with_core(queue_id, world, act);
+        self.let_ticks_pass(queue_id, world);
+        self.end_of_pass(queue_id, world) || has_done
+    }
+
+    fn let_ticks_pass(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
+        while world.now.duration_since(self.queues[usize::from(queue_id)].ticked_at) >= TICK {
+            self.queues[usize::from(queue_id)].ticked_at += TICK;
+            self.with_core(queue_id, world, |core, io| core.handle_tick(io));
+        }
+    }
+
+    /// True: something was sent or ended.
+    fn end_of_pass(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        let now = world.now;
+        let arrivals = std::mem::take(&mut self.queues[usize::from(queue_id)].arrivals);
+        let act = |core: &mut QueueCore, io: &mut Io<'_>| {
+            for (tag, request) in arrivals {
+                core.handle_request(io, tag, Ok(request));
+            }
+            core.end_of_pass(io, || now);
+        };
+        self.with_core(queue_id, world, act).1
+    }
+}

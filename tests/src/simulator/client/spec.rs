@@ -1,0 +1,78 @@
+//! How a device is made, for all of its processes, in the simulator's words and in the product's.
+
+use client::contract::{DeviceSpec, Encryption, ExportSpec, SessionRecord, StallPolicy};
+use proto::export_name::Secret;
+use uuid::Uuid;
+
+use crate::block_history::BLOCK_BYTES;
+
+/// How the connections are made, for all processes of a device.
+#[derive(Debug, Clone)]
+pub(in crate::simulator) struct Spec {
+    pub(in crate::simulator) attachment_id: Uuid,
+    pub(in crate::simulator) secret: Secret,
+    pub(in crate::simulator) session_epoch: u64,
+    pub(in crate::simulator) server_id: Uuid,
+    pub(in crate::simulator) volume_uid: Uuid,
+    pub(in crate::simulator) capacity_bytes: u64,
+    pub(in crate::simulator) nr_queues: u16,
+    pub(in crate::simulator) nr_connections: u16,
+    pub(in crate::simulator) queue_depth: u16,
+    pub(in crate::simulator) small_bytes_max: u32,
+    /// WRITEs' data is sent from its pages by operations that are linked, or from copies at once.
+    pub(in crate::simulator) stages: bool,
+    pub(in crate::simulator) is_volatile_cache: bool,
+    pub(in crate::simulator) policy: StallPolicy,
+}
+
+impl Spec {
+    /// The slots that a queue has.
+    pub(super) fn slots_of(&self, queue_id: u16) -> impl Iterator<Item = u32> {
+        (queue_id..self.nr_connections).step_by(usize::from(self.nr_queues)).map(u32::from)
+    }
+
+    /// As the product has it.
+    pub(super) fn device_spec(&self) -> DeviceSpec {
+        DeviceSpec {
+            format_version: 1,
+            attachment_id: self.attachment_id,
+            target: "vol".to_owned(),
+            addresses: vec!["simulated:1".to_owned()],
+            export: ExportSpec::Attachment {
+                server_id: self.server_id,
+                volume_uid: self.volume_uid,
+                secret: self.secret.expose().to_owned(),
+                session_epoch: self.session_epoch,
+            },
+            read_only: false,
+            data_path: "auto".to_owned(),
+            nr_hw_queues: self.nr_queues,
+            nr_connections: self.nr_connections,
+            queue_depth: self.queue_depth,
+            block_size_bytes: 0,
+            device_link: "vol".into(),
+            is_volatile: false,
+            on_stall: self.policy,
+            on_stall_is_told: false,
+            busy_poll_us: 0,
+            send_zc: false,
+            recover: None,
+            tls: None,
+        }
+    }
+
+    pub(super) fn session(&self) -> SessionRecord {
+        SessionRecord {
+            incarnation: String::new(),
+            encryption: Encryption::None,
+            export_bytes: self.capacity_bytes,
+            export_flags: 0,
+            export_block_bytes: None,
+            capacity_bytes: self.capacity_bytes,
+            block_size_bytes: BLOCK_BYTES as u32,
+            max_io_bytes: BLOCK_BYTES as u32,
+            volatile_cache: self.is_volatile_cache,
+            read_only: false,
+        }
+    }
+}
