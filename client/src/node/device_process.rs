@@ -35,11 +35,11 @@ const START_DEADLINE: Duration = Duration::from_secs(90);
 /// Stopping a device: what is in flight, dirty pages included; more than the driver's own deadline (120 s).
 const STOP_DEADLINE: Duration = Duration::from_secs(150);
 /// The same by force, where nothing is waited for but the driver.
-const FORCE_DEADLINE: Duration = Duration::from_secs(20);
+pub(super) const FORCE_DEADLINE: Duration = Duration::from_secs(20);
 /// Anything else: at most a stop that somebody else has asked for is in the way.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 /// The end of a process that has said it is done, or was killed.
-const EXIT_DEADLINE: Duration = Duration::from_secs(15);
+pub(super) const EXIT_DEADLINE: Duration = Duration::from_secs(15);
 /// Of a thread that calls poll(2) and nothing else.
 const WATCH_STACK_BYTES: usize = 64 << 10;
 /// How long a process takes to end that has said that it failed.

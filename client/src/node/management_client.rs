@@ -25,7 +25,7 @@ use crate::tls_spec::ClientFiles;
 use crate::{api_channel, contract};
 
 /// A call: a detach waits there for the I/O of fenced connections.
-const CALL_DEADLINE: Duration = Duration::from_secs(60);
+pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A volume that this node may open.
 #[derive(Debug)]

@@ -24,7 +24,6 @@ pub mod management_client;
 mod moved_servers;
 pub mod node_service;
 mod recover_spec;
-mod recovery;
 pub mod serve;
 pub mod supervisor;
 pub mod take_away;

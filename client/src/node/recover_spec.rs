@@ -1,6 +1,6 @@
 //! What another process has to know to take the device of a dead one on.
 //!
-//! Pure, but for the boot id. Called by `recovery.rs`, and by `supervisor.rs` for an attach that finds such a device.
+//! Pure, but for the boot id. Called by `recover.rs`, and by `attach.rs` for an attach that finds such a device.
 
 use super::attachment_record::AttachmentRecord;
 use crate::contract::{DeviceSpec, DeviceState, ExportSpec, RecoverSpec, boot_id};

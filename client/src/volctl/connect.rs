@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use client::api_channel::{self, ChannelError};
 use client::causes::with_sources;
+use client::node::supervisor::FORCE_DETACH_MAX;
 use client::tls_spec::ClientFiles;
 use proto::v1::management_client::ManagementClient;
 use proto::v1::node_client::NodeClient;
@@ -22,6 +23,7 @@ use crate::failure::Failure;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// Longer than the longest call of the node daemon (a detach: stopping the device, then the server).
 const CALL_DEADLINE: Duration = Duration::from_secs(300);
+const _: () = assert!(FORCE_DETACH_MAX.as_secs() < CALL_DEADLINE.as_secs());
 
 /// Where the storage server's management API is, and with which files TLS is spoken to it.
 #[derive(Debug)]

@@ -51,11 +51,17 @@ pub enum Mutant {
     ProbesForEver,
     /// The answers to pings say nothing of the connection.
     PongsIgnored,
+    /// Nobody hears that a queue's connections are silent.
+    SilenceUntold,
+    /// Requests that are to be given up wait on.
+    GiveUpForgotten,
+    /// How old the oldest request is, is forgotten with its connection.
+    AgeForgotten,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 27] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -80,5 +86,8 @@ impl Mutant {
         Self::ProbesIgnored,
         Self::ProbesForEver,
         Self::PongsIgnored,
+        Self::SilenceUntold,
+        Self::GiveUpForgotten,
+        Self::AgeForgotten,
     ];
 }

@@ -322,6 +322,7 @@ impl Client {
                     }
                     commands.push_back(QueueCommand::Disconnect(why));
                 }
+                Output::GiveUp(_) if self.mutant == Some(Mutant::GiveUpForgotten) => {}
                 Output::GiveUp(queue_id) => {
                     self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::GiveUp);
                 }
@@ -396,7 +397,11 @@ impl Client {
         }
         while let Some(event) = queue.core.take_event() {
             self.events.push_back(match event {
-                LinkEvent::Disconnected(lost) => {
+                LinkEvent::Silent(_) if self.mutant == Some(Mutant::SilenceUntold) => continue,
+                LinkEvent::Disconnected(mut lost) => {
+                    if self.mutant == Some(Mutant::AgeForgotten) {
+                        lost.oldest = None;
+                    }
                     if let Loss::Protocol(_) = lost.loss {
                         world.coverage.count("a reply to nothing");
                     } else if queue.core.awaits_replies() {

@@ -17,21 +17,21 @@ use proto::v1;
 use ublk_core::ControlDevice;
 use ublk_core::control::DeviceState as UblkState;
 
-use super::attachment_record::AttachmentRecord;
-use super::device_process;
-use super::error::NodeError;
-use super::recover_spec::recover_spec;
-use super::supervisor::{Supervisor, blocking};
-use super::target::DetachSelector;
+use super::{Supervisor, blocking};
 use crate::causes::with_sources;
 use crate::contract::{AttachmentDir, DeviceSpec, ExportSpec, attachment_hash};
 use crate::device::connect::dial::{Dialled, OPEN_TIMEOUT};
 use crate::device::connect::slots;
+use crate::node::attachment_record::AttachmentRecord;
+use crate::node::device_process;
+use crate::node::error::NodeError;
+use crate::node::recover_spec::recover_spec;
+use crate::node::target::DetachSelector;
 
-/// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
-/// what is in the way (a full disk, memory, a program that is being replaced) may take its time to go.
 /// Until a process that cannot be watched is looked at again.
 const WATCH_PAUSE: Duration = Duration::from_secs(5);
+/// Before the second try, and before the first if the process did not live; each pause after it is twice as long, up to the longest:
+/// what is in the way (a full disk, memory, a program that is being replaced) may take its time to go.
 const PAUSE: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
@@ -43,7 +43,7 @@ const LIVED: Duration = Duration::from_secs(3);
 
 impl Supervisor {
     /// Waits for the end of an attachment's process, on a task of its own, and recovers the device if nobody asked for it.
-    pub(super) fn watch(self: &Arc<Self>, dir: &AttachmentDir) {
+    pub(in crate::node) fn watch(self: &Arc<Self>, dir: &AttachmentDir) {
         let (supervisor, dir) = (Arc::clone(self), dir.clone());
         tokio::spawn(async move {
             let started = Instant::now();
@@ -107,7 +107,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// [`NodeError`]: the device is gone, or the process cannot take it on; it stays as it was.
-    pub(super) async fn recover(
+    pub(in crate::node) async fn recover(
         self: &Arc<Self>,
         record: &AttachmentRecord,
         spec: DeviceSpec,

@@ -1,0 +1,184 @@
+//! What a caller of attach wants of the disk, and in what one that is there is otherwise.
+
+use std::fmt::Display;
+
+use proto::v1;
+use ublk_core::DataPath;
+use ublk_core::abi::UBLK_MAX_QUEUE_DEPTH;
+
+use crate::contract::{DeviceSpec, DeviceStatus, StallPolicy};
+use crate::node::attachment_record::stall_policy;
+use crate::node::error::NodeError;
+
+/// Most connections of one attachment, and so most queues: a server that is asked for more by mistake should not have
+/// to refuse them one by one.
+const NR_CONNECTIONS_MAX: u16 = 256;
+/// Longer is not waiting for an answer any more.
+const BUSY_POLL_US_MAX: u16 = 10_000;
+/// Lets the device process choose the data path.
+pub(super) const DATA_PATH_AUTO: &str = "auto";
+
+/// How a target is to be attached; `None` where any will do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Wishes {
+    pub(super) read_only: bool,
+    pub(super) data_path: Option<DataPath>,
+    pub(super) nr_hw_queues: Option<u16>,
+    pub(super) nr_connections: Option<u16>,
+    pub(super) queue_depth: Option<u16>,
+    pub(super) on_stall: StallPolicy,
+    pub(super) busy_poll_us: Option<u16>,
+    pub(super) send_zc: bool,
+}
+
+impl Wishes {
+    pub(super) fn of(request: &v1::AttachRequest) -> Result<Self, NodeError> {
+        let data_path = match request.data_path.as_str() {
+            "" | DATA_PATH_AUTO => None,
+            name => Some(name.parse().map_err(|error| NodeError::InvalidField {
+                field: "data_path",
+                message: format!("{error}; auto chooses"),
+            })?),
+        };
+        let nr_hw_queues = limited("nr_hw_queues", request.nr_hw_queues, NR_CONNECTIONS_MAX)?;
+        let nr_connections = limited("nr_connections", request.nr_connections, NR_CONNECTIONS_MAX)?;
+        if let (Some(queues), Some(connections)) = (nr_hw_queues, nr_connections)
+            && connections < queues
+        {
+            return Err(NodeError::InvalidField {
+                field: "nr_connections",
+                message: format!(
+                    "{connections} are too few for {queues} queues: ask for at least {queues} connections, or fewer queues"
+                ),
+            });
+        }
+        Ok(Self {
+            read_only: request.read_only,
+            data_path,
+            nr_hw_queues,
+            nr_connections,
+            queue_depth: limited("queue_depth", request.queue_depth, UBLK_MAX_QUEUE_DEPTH)?,
+            on_stall: stall_policy(request.on_stall(), request.stall_fail_after_ms),
+            busy_poll_us: limited("busy_poll_us", request.busy_poll_us, BUSY_POLL_US_MAX)?,
+            send_zc: request.send_zc,
+        })
+    }
+
+    /// In what an attachment is otherwise than wished, for people. What was asked for and could not be had in full, such
+    /// as more queues than there are processors, may be asked for again.
+    pub(super) fn differences(&self, spec: &DeviceSpec, in_use: &DeviceStatus) -> Vec<String> {
+        let mut differences = Vec::new();
+        let mut differ = |name: &str, is: &dyn Display, wished: &dyn Display| {
+            differences.push(format!("{name} {is} instead of {wished}"));
+        };
+        if spec.read_only != self.read_only {
+            differ("read_only", &spec.read_only, &self.read_only);
+        }
+        // Not to ask for it leaves the choice.
+        if self.send_zc && !spec.send_zc {
+            differ("send_zc", &spec.send_zc, &self.send_zc);
+        }
+        if let Some(wished) = self.data_path.filter(|path| path.as_str() != in_use.data_path) {
+            differ("data_path", &in_use.data_path, &wished);
+        }
+        let numbers = [
+            ("nr_hw_queues", in_use.nr_hw_queues, spec.nr_hw_queues, self.nr_hw_queues),
+            ("nr_connections", in_use.connections(), spec.nr_connections, self.nr_connections),
+            ("queue_depth", in_use.queue_depth, spec.queue_depth, self.queue_depth),
+            ("busy_poll_us", spec.busy_poll_us, spec.busy_poll_us, self.busy_poll_us),
+        ];
+        for (name, is, asked, wished) in numbers {
+            if let Some(wished) = wished.filter(|wished| ![is, asked].contains(wished)) {
+                differ(name, &is, &wished);
+            }
+        }
+        differences
+    }
+}
+
+/// 0 leaves the choice; anything else must be within what the driver takes.
+fn limited(field: &'static str, value: u32, max: u16) -> Result<Option<u16>, NodeError> {
+    match u16::try_from(value) {
+        Ok(0) => Ok(None),
+        Ok(value) if value <= max => Ok(Some(value)),
+        _ => Err(NodeError::InvalidField { field, message: format!("{value} is more than {max}") }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::contract::DeviceState;
+    use crate::node::attachment_record::tests::{spec, status};
+
+    fn request() -> v1::AttachRequest {
+        v1::AttachRequest { target: "vol-1".to_owned(), ..Default::default() }
+    }
+
+    /// An attachment that was asked for 4 queues and got 2, with a connection each, over `mapped`.
+    fn attached() -> (DeviceSpec, DeviceStatus) {
+        let mut spec = spec(Uuid::from_u128(7), "vol-1");
+        (spec.nr_hw_queues, spec.nr_connections) = (4, 0);
+        let mut status = status(&spec, DeviceState::Live, "boot");
+        (status.nr_hw_queues, status.nr_connections) = (2, 2);
+        (spec, status)
+    }
+
+    #[test]
+    fn what_is_not_asked_for_differs_from_nothing() {
+        let (spec, status) = attached();
+        let wishes = Wishes::of(&v1::AttachRequest { data_path: "auto".into(), ..request() }).unwrap();
+        assert!(wishes.differences(&spec, &status).is_empty());
+    }
+
+    #[test]
+    fn what_was_asked_for_and_what_was_had_may_be_asked_for_again() {
+        let (spec, status) = attached();
+        for nr_hw_queues in [2, 4] {
+            let wishes = Wishes::of(&v1::AttachRequest { nr_hw_queues, ..request() }).unwrap();
+            assert!(wishes.differences(&spec, &status).is_empty(), "{nr_hw_queues}");
+        }
+    }
+
+    #[test]
+    fn every_difference_is_told() {
+        let (spec, status) = attached();
+        let asked = v1::AttachRequest {
+            data_path: "fused".into(),
+            read_only: true,
+            nr_hw_queues: 3,
+            nr_connections: 6,
+            queue_depth: 64,
+            busy_poll_us: 50,
+            send_zc: true,
+            ..request()
+        };
+        let differences = Wishes::of(&asked).unwrap().differences(&spec, &status);
+        let expected = [
+            "read_only false instead of true",
+            "send_zc false instead of true",
+            "data_path mapped instead of fused",
+            "nr_hw_queues 2 instead of 3",
+            "nr_connections 2 instead of 6",
+            "queue_depth 128 instead of 64",
+            "busy_poll_us 0 instead of 50",
+        ];
+        assert_eq!(differences, expected);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        for bad in [
+            v1::AttachRequest { data_path: "fast".into(), ..request() },
+            v1::AttachRequest { nr_hw_queues: 257, ..request() },
+            v1::AttachRequest { nr_connections: 257, ..request() },
+            v1::AttachRequest { nr_hw_queues: 4, nr_connections: 3, ..request() },
+            v1::AttachRequest { queue_depth: 70_000, ..request() },
+            v1::AttachRequest { busy_poll_us: 10_001, ..request() },
+        ] {
+            assert!(matches!(Wishes::of(&bad), Err(NodeError::InvalidField { .. })), "{bad:?}");
+        }
+    }
+}
