@@ -31,7 +31,7 @@
 use std::time::{Duration, Instant};
 
 use super::liveness::{OutageClock, Probes, Silence};
-use super::queue::core::Lost;
+use super::queue::link::Lost;
 use super::queue::quiet::QueueSilence;
 use crate::contract::StallPolicy;
 

@@ -22,22 +22,25 @@
 //! or wait to be sent again, and the main thread is told: no late byte can reach a page any more. Requests wait until
 //! [`QueueCore::connect`], each on the slot where it was, or end with EIO after [`QueueCore::give_up`].
 
+mod transfer;
+
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use proto::nbd::transmission::{Command, CommandFlags, SIMPLE_REPLY_BYTES};
+use proto::nbd::transmission::{Command, CommandFlags};
 use ublk_core::{TagError, TagTable};
 
 use super::balance::Balance;
 use super::block_request::{self, BlockRequest};
-use super::connection::{Connection, Follows, PayloadSource, Piece, Resend, Says};
-use super::link::{Loss, QueueLink};
-use super::quiet::{self, Patience, QueueSilence, Quiet, TICK};
+use super::connection::{Connection, Follows, Resend, Says};
+use super::io::QueueIo;
+use super::link::{LinkEvent, Loss, Lost, QueueLink};
+use super::quiet::{self, Patience, Quiet, TICK};
 use super::requests::{Completion, Requests};
-use super::stream::{Incoming, Outgoing, StreamError, Stretch};
+use super::stream::{Incoming, Outgoing};
 use super::unflushed::Unflushed;
 use crate::device::connect::dial::NETWORK_TIMEOUT;
 
@@ -46,117 +49,6 @@ const BATCH_PIECES_MAX: usize = 32;
 /// Ended READs are given back together while the next payload is already there, up to this many bytes: some 100 µs of
 /// copying. Whoever waits for them is woken once, and answers with as many requests at once.
 const HELD_READ_BYTES_MAX: u32 = 512 << 10;
-
-/// What a queue wants done: by the driver for a tag, by a socket for a connection, by memory for a payload. Whatever is begun here
-/// completes later, by a call of the queue's `handle_*`; what is done at once says how it went.
-pub trait QueueIo {
-    /// A connection in the transmission phase.
-    type Socket;
-    /// Where the data of a connection's WRITEs comes from.
-    type Source<'a>: PayloadSource<Error = io::Error>
-    where
-        Self: 'a;
-
-    /// Waits for the tag's first request.
-    fn fetch(&mut self, tag: u16);
-    /// Gives the tag's request back with this result, bytes or a negative errno, and waits for the next.
-    fn commit_and_fetch(&mut self, tag: u16, result: i32);
-    /// Whether the tag's pages, which hold a request with data, have to be put into the buffer table by
-    /// [`QueueIo::register`].
-    fn needs_registration(&self, tag: u16) -> bool;
-    /// Puts the tag's pages into the buffer table.
-    fn register(&mut self, tag: u16);
-    /// Undoes that, before a commit that is asked for next.
-    fn unregister(&mut self, tag: u16);
-    /// The tag's request has ended, by a reply or without one.
-    fn release(&mut self, tag: u16, has_reply: bool);
-    /// Before a READ that was received is given back. Errors: the data did not get to its pages.
-    fn copy_to_request(&mut self, tag: u16, len_bytes: u32) -> io::Result<()>;
-
-    /// How much an inbox holds.
-    fn inbox_bytes(&self) -> usize;
-    /// A header in a connection's inbox, into which no receive is out; as in the next two.
-    fn header(&self, connection: u16, place: Range<usize>) -> [u8; SIMPLE_REPLY_BYTES];
-    /// Moves the first bytes of the tag's READ from there to where they belong. Errors: they cannot be.
-    fn scatter(&mut self, connection: u16, place: Range<usize>, tag: u16) -> io::Result<()>;
-    /// Moves what is left in the inbox to its begin.
-    fn compact_inbox(&mut self, connection: u16, left: Range<usize>);
-    /// Receives what comes, into a part of the connection's inbox. `is_idle`: nothing can have come yet.
-    fn receive_inbox(&mut self, connection: u16, part: Range<usize>, is_idle: bool);
-    /// Receives the rest of the tag's payload; what is asked for next starts when all of it has come.
-    fn receive_payload(&mut self, connection: u16, pages: Pages);
-
-    /// A connection's outbox, from which no send is out, and where payloads come from.
-    fn outbox(&mut self, connection: u16) -> (&mut [u8], Self::Source<'_>);
-    /// Whether large payloads are staged for a connection, so that they need no operation to be sent.
-    fn stages(&self, connection: u16) -> bool;
-    /// Sends at once of the outbox's bytes from `start` on what the socket takes: how many bytes. Errors: send's, `EAGAIN` when it
-    /// took none.
-    fn send_outbox_now(
-        &mut self,
-        connection: u16,
-        start: usize,
-        rest: Stretch,
-        has_more: bool,
-    ) -> io::Result<u32>;
-    /// The same of the tag's staged payload.
-    fn send_staged_now(&mut self, connection: u16, tag: u16, rest: Stretch) -> io::Result<u32>;
-    /// Waits until the connection's socket takes more.
-    fn wait_for_room(&mut self, connection: u16);
-    /// Sends the rest of the outbox's bytes from `start` on. `has_more`: what is asked for next starts when all of it has left.
-    fn send_outbox(&mut self, connection: u16, start: usize, rest: Stretch, has_more: bool);
-    /// The same of the tag's payload, from its pages.
-    fn send_payload(&mut self, connection: u16, pages: Pages, has_more: bool);
-
-    /// Every operation on the connection's socket ends soon.
-    fn shut_down(&mut self, connection: u16);
-    /// What TLS said on it instead of data, for people.
-    fn take_control_record(&mut self, connection: u16) -> Option<String>;
-    /// For how long the peer has acknowledged nothing of what it was sent.
-    fn unacknowledged_for(&self, connection: u16) -> Option<Duration>;
-    /// Whether so much was encrypted under its keys that it needs others.
-    fn are_keys_worn(&self, connection: u16) -> bool;
-    /// It was lost, and its operations are reaped: its socket lets go of the pages that it may still refer to, or their requests would
-    /// not end before its peer is given up.
-    fn drop_references(&mut self, connection: u16);
-    /// Memory of WRITEs that were given up is replaced, if it can be.
-    fn renew_staging(&mut self);
-    /// Puts a socket in the place of one whose operations were all reaped. Errors: the queue cannot go on.
-    fn replace_socket(&mut self, connection: u16, socket: Self::Socket) -> io::Result<()>;
-}
-
-/// A part of a request's pages, between which and the socket bytes move.
-#[derive(Debug, Clone, Copy)]
-pub struct Pages {
-    /// Whose.
-    pub tag: u16,
-    /// Whether they are in the buffer table because [`QueueIo::register`] put them there.
-    pub by_hand: bool,
-    /// What has to be moved yet.
-    pub rest: Stretch,
-}
-
-/// What a queue tells of its connections.
-#[derive(Debug)]
-pub enum LinkEvent {
-    /// They are lost, no byte of them can come any more, and the queue waits for others.
-    Disconnected(Lost),
-    /// On one of them replies are due and nothing comes. Told at every tick, from half of the reply time-out on.
-    Silent(Option<QueueSilence>),
-}
-
-/// How a queue lost its connections.
-#[derive(Debug)]
-pub struct Lost {
-    /// Which of them was lost first.
-    pub connection: u16,
-    /// Why.
-    pub loss: Loss,
-    /// The server has refused all that it was asked for on them, from the moment when they were opened.
-    pub served_nothing: bool,
-    /// For how long the oldest request that waits has been known to a server; `None`: none was sent.
-    pub oldest: Option<Duration>,
-}
 
 /// One connection: what is said on it, and how far its bytes got.
 #[derive(Debug)]
@@ -655,107 +547,6 @@ impl QueueCore {
         }
         assert_ours(self.tags.commit_submitted(tag));
         io.commit_and_fetch(tag, result);
-    }
-
-    /// Receives what the stream holds next, or the rest of what stopped short.
-    fn receive<Io: QueueIo>(&mut self, io: &mut Io, connection: u16) {
-        let is_up = self.is_up();
-        let lane = &mut self.lanes[usize::from(connection)];
-        if lane.incoming.operations_out() > 0 || !is_up {
-            return;
-        }
-        let inbox_end = match lane.connection.expects_large_payload() {
-            true => SIMPLE_REPLY_BYTES,
-            false => io.inbox_bytes(),
-        };
-        let (payload, part) = lane.incoming.push(inbox_end);
-        let is_idle = lane.connection.in_flight() == u16::from(payload.is_some());
-        if let Some((tag, rest)) = payload {
-            let pages = self.pages(tag, rest);
-            assert_ours(self.tags.operation_submitted(tag));
-            io.receive_payload(connection, pages);
-        }
-        io.receive_inbox(connection, part, is_idle);
-    }
-
-    fn pages(&self, tag: u16, rest: Stretch) -> Pages {
-        Pages { tag, by_hand: assert_ours(self.tags.is_registered_by_hand(tag)), rest }
-    }
-
-    /// Sends what waits, or the rest of what stopped short: one batch at a time for each socket.
-    fn send<Io: QueueIo>(&mut self, io: &mut Io, connection: u16) {
-        loop {
-            let (is_up, takes_requests) = (self.is_up(), self.link.takes_requests());
-            let lane = &mut self.lanes[usize::from(connection)];
-            if lane.outgoing.operations_out() > 0 || !is_up {
-                return;
-            }
-            if lane.outgoing.is_done() {
-                if !takes_requests {
-                    return;
-                }
-                let (outbox, source) = io.outbox(connection);
-                let requests = &mut self.requests;
-                let filled = lane.outgoing.next_batch(|pieces| {
-                    lane.connection.take_batch(requests, outbox, pieces, BATCH_PIECES_MAX, source)
-                });
-                if let Err(error) = filled {
-                    return self.fail(io, connection, Loss::Gather(error));
-                }
-                if lane.outgoing.is_done() {
-                    return;
-                }
-            }
-            if lane.outgoing.has_payloads() && !io.stages(connection) {
-                return self.push_batch(io, connection);
-            }
-            if let Err(error) = self.send_now(io, connection) {
-                return self.fail(io, connection, Loss::Socket { what: "send", error });
-            }
-        }
-    }
-
-    /// Sends as much of the batch as the socket takes; where that is not all, an operation waits for room.
-    fn send_now<Io: QueueIo>(&mut self, io: &mut Io, connection: u16) -> Result<(), StreamError> {
-        let lane = &mut self.lanes[usize::from(connection)];
-        while let Some((piece, rest, has_more)) = lane.outgoing.next() {
-            let sent = match piece {
-                Piece::Outbox { start, .. } => io.send_outbox_now(connection, start, rest, has_more),
-                Piece::Payload { tag, .. } => io.send_staged_now(connection, tag, rest),
-            };
-            match sent {
-                Ok(bytes) => lane.outgoing.sent(bytes)?,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    lane.outgoing.waits_for_room();
-                    io.wait_for_room(connection);
-                    return Ok(());
-                }
-                Err(error) => return Err(StreamError::Socket(error)),
-            }
-        }
-        lane.connection.batch_sent(&mut self.requests);
-        self.leave_a_server_that_ends(io, connection);
-        Ok(())
-    }
-
-    /// Sends the rest of a batch by operations that name the requests' pages, in one chain.
-    fn push_batch<Io: QueueIo>(&mut self, io: &mut Io, connection: u16) {
-        let lane = &self.lanes[usize::from(connection)];
-        let mut rest = lane.outgoing.rest().peekable();
-        while let Some((piece, rest_of_piece)) = rest.next() {
-            let has_more = rest.peek().is_some();
-            match piece {
-                Piece::Outbox { start, .. } => io.send_outbox(connection, start, rest_of_piece, has_more),
-                Piece::Payload { tag, .. } => {
-                    let by_hand = assert_ours(self.tags.is_registered_by_hand(tag));
-                    assert_ours(self.tags.operation_submitted(tag));
-                    io.send_payload(connection, Pages { tag, by_hand, rest: rest_of_piece }, has_more);
-                }
-            }
-        }
-        drop(rest);
-        self.lane(connection).outgoing.pushed();
     }
 
     // -------------------------------------------------------------------------------------------------- the end

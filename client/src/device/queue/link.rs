@@ -9,6 +9,7 @@
 use std::time::{Duration, Instant};
 
 use super::connection::{PeerError, Resend};
+use super::quiet::QueueSilence;
 use super::stream::StreamError;
 
 /// A server that refuses all it is asked for so soon after it was reached was not back.
@@ -95,6 +96,28 @@ pub enum QueueLink {
         /// As above.
         gives_up: bool,
     },
+}
+
+/// What a queue tells of its connections.
+#[derive(Debug)]
+pub enum LinkEvent {
+    /// They are lost, no byte of them can come any more, and the queue waits for others.
+    Disconnected(Lost),
+    /// On one of them replies are due and nothing comes. Told at every tick, from half of the reply time-out on.
+    Silent(Option<QueueSilence>),
+}
+
+/// How a queue lost its connections.
+#[derive(Debug)]
+pub struct Lost {
+    /// Which of them was lost first.
+    pub connection: u16,
+    /// Why.
+    pub loss: Loss,
+    /// The server has refused all that it was asked for on them, from the moment when they were opened.
+    pub served_nothing: bool,
+    /// For how long the oldest request that waits has been known to a server; `None`: none was sent.
+    pub oldest: Option<Duration>,
 }
 
 /// What is to be known of connections that were reaped.

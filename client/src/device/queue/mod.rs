@@ -4,12 +4,13 @@
 //! is) → [`connection`] (NBD, without I/O) → [`stream`] (how far its bytes got) → [`ring`] (the operations, without decisions) →
 //! [`payload`] and `staging` (where the data lies). Beside it: [`link`] (are the connections there, and why not), [`balance`] (which
 //! connection), [`quiet`] (does anything come?), [`unflushed`] (what could be forgotten), [`parts`] (what the main thread gives and
-//! hears).
+//! hears). [`io`] is what the rules have done for them.
 
 pub mod balance;
 pub mod block_request;
 pub mod connection;
 pub mod core;
+pub mod io;
 pub mod link;
 pub mod parts;
 pub mod payload;

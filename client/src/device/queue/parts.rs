@@ -13,7 +13,7 @@ use rustix::event::EventfdFlags;
 use ublk_core::{DataPath, Queue, Transfer};
 
 use super::connection::Resend;
-use super::core::Lost;
+use super::link::Lost;
 use super::quiet::QueueSilence;
 use super::unflushed::Unflushed;
 use crate::device::connect::data_socket::DataSocket;

@@ -24,7 +24,7 @@ use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
 use super::connection::PayloadSource;
-use super::core::{Pages, QueueIo};
+use super::io::{Pages, QueueIo};
 use super::payload::Payloads;
 use super::quiet::TICK;
 use super::staging::Staging;

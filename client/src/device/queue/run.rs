@@ -21,7 +21,8 @@ use proto::nbd::transmission::{Command, CommandFlags, Request};
 use ublk_core::abi::{UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
 
 use super::block_request;
-use super::core::{LinkEvent, QueueCore, QueueSpec};
+use super::core::{QueueCore, QueueSpec};
+use super::link::LinkEvent;
 use super::parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts};
 use super::payload::Payloads;
 use super::ring::{Completed, Operation, QueueRing};

@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::time::Duration;
 
 use client::device::queue::connection::PayloadSource;
-use client::device::queue::core::{Pages, QueueCore, QueueIo};
+use client::device::queue::core::QueueCore;
+use client::device::queue::io::{Pages, QueueIo};
 use client::device::queue::stream::Stretch;
 use client::device::queue::unflushed::Unflushed;
 use fastrand::Rng;

@@ -3,9 +3,12 @@
 
 use std::collections::HashSet;
 
-use proto::nbd::transmission::{NbdError, REQUEST_BYTES, Request, SimpleReply};
+use proto::nbd::transmission::{NbdError, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply};
 
 use super::*;
+use crate::device::queue::connection::PayloadSource;
+use crate::device::queue::io::Pages;
+use crate::device::queue::stream::Stretch;
 
 const BOX_BYTES: usize = 64 << 10;
 const LARGE_BYTES: u32 = 4096;
