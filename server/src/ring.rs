@@ -33,6 +33,7 @@ use crate::limits::{BULK_BYTES, PAGES_BYTES_MIN};
 use crate::limits::{IN_FLIGHT_REQUESTS_MAX, MemoryPlan, ZEROES_BYTES_MAX};
 use crate::mailbox::Mailbox;
 use crate::page_pipes::{PagePipes, PipeId};
+use crate::restricted_ring;
 use crate::sync_groups::{Begin, Member, SyncGroups};
 use crate::volume::{Backend, Volume};
 use proto::nbd::replies::REPLY_HEAD_BYTES_MAX;
@@ -41,11 +42,6 @@ use tls::stream::Carrier;
 
 /// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before looking at it.
 const IORING_RECVSEND_POLL_FIRST: u16 = 1;
-
-/// Submissions that fit between two system calls. A pass with more submits twice.
-const SQ_ENTRIES: u32 = 512;
-/// Completions that fit; the kernel keeps more aside, at a cost.
-const CQ_ENTRIES: u32 = 4096;
 
 /// What an operation was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,10 +170,6 @@ pub struct Ring {
     ops_in_flight: u32,
 }
 
-/// What a ring takes of the memory that a user may lock, in bytes, on kernels that count its queues as such: those before 5.12, and
-/// newer ones again. Each queue begins at a page; sizes: `include/uapi/linux/io_uring.h`.
-pub const LOCKED_BYTES: u64 = SQ_ENTRIES as u64 * (64 + 4) + CQ_ENTRIES as u64 * 16 + 2 * 4096;
-
 impl Ring {
     /// Makes ring number `number` of the server, whose mailbox this is; on the thread that will use it.
     ///
@@ -185,12 +177,7 @@ impl Ring {
     /// `EPERM` or `ENOSYS`: io_uring is switched off (sysctl, container profile) or missing; `EINVAL`: a kernel before
     /// 6.1; `ENOMEM`.
     pub fn new(number: usize, mailbox: &Arc<Mailbox>, plan: MemoryPlan) -> io::Result<Self> {
-        let io = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_submit_all()
-            .setup_cqsize(CQ_ENTRIES)
-            .build(SQ_ENTRIES)?;
+        let io = restricted_ring::build()?;
         let memory = Memory {
             pool: BufferPool::new(plan.pool, plan.connections_per_ring)?,
             zeroes: Region::new(ZEROES_BYTES_MAX as usize)?,

@@ -120,6 +120,17 @@ fn a_server_that_may_not_ask_what_is_cached_reads_it_all_the_same() {
     }
 }
 
+/// As in a container whose profile knows io_uring only as far as it was once needed.
+#[test]
+fn a_server_that_may_not_restrict_its_rings_serves_all_the_same() {
+    let Some((_server, mut client, _, _, bytes)) =
+        unit_filter::under_without("io_uring_register", || cached_volume(1 << 20))
+    else {
+        return;
+    };
+    assert!(client.read(4096, 64 << 10).unwrap() == bytes[4096..][..64 << 10]);
+}
+
 #[test]
 fn a_disk_that_turns_is_announced_as_such() {
     let Some(fs) = LoopFs::new("ext4", 24 << 20) else { return };
