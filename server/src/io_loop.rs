@@ -47,6 +47,8 @@ pub struct IoLoop {
     connections: Vec<Option<Box<Connection>>>,
     by_id: HashMap<ConnectionId, u32>,
     completions: Vec<Completion>,
+    /// Those that the mailbox brought.
+    ended: Vec<Completion>,
     /// Connections with news in this pass.
     news: Vec<u32>,
     /// Connections that have had their turn in this pass and go on in the next.
@@ -83,6 +85,7 @@ impl IoLoop {
             connections: Vec::new(),
             by_id: HashMap::new(),
             completions: Vec::with_capacity(COMPLETIONS_PER_PASS),
+            ended: Vec::new(),
             news: Vec::with_capacity(1024),
             waiting_for_turn: Vec::with_capacity(1024),
             shutdown_deadline: None,
@@ -129,12 +132,16 @@ impl IoLoop {
                 self.ring.push_wakeup(self.mailbox.wakeup());
                 continue;
             }
-            let index = completion.connection;
-            let Some(connection) = self.connections[index as usize].as_mut() else { continue };
-            connection.completed(&mut self.ring, completion, now);
-            self.note(index);
+            self.completed(completion, now);
         }
         self.completions = completions;
+    }
+
+    fn completed(&mut self, completion: Completion, now: Instant) {
+        let index = completion.connection;
+        let Some(connection) = self.connections[index as usize].as_mut() else { return };
+        connection.completed(&mut self.ring, completion, now);
+        self.note(index);
     }
 
     fn advance(&mut self) {
@@ -183,6 +190,12 @@ impl IoLoop {
                 }
                 RingMessage::Listed { connection, exports } => {
                     self.with(connection, |connection, ring| connection.listed(ring, &exports));
+                }
+                RingMessage::Ended(ended) => {
+                    let mut completions = std::mem::take(&mut self.ended);
+                    self.ring.reap_ended(&ended, &mut completions);
+                    completions.drain(..).for_each(|completion| self.completed(completion, now));
+                    self.ended = completions;
                 }
                 RingMessage::ExtentsFound { connection: index, slot, payload } => {
                     self.ring.extents_found(index);

@@ -18,14 +18,16 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::fs::sendfile;
 
-use crate::backend::VolumeOp;
+use crate::backend::callback::{CompletionSink, Ended, Operation};
 use crate::backend::memory::MemoryVolume;
+use crate::backend::{Allocation, VolumeOp};
 use crate::block_status::{ExtentFinder, StatusQuery};
 use crate::buffers::{Buffer, BufferPool, Region};
 use crate::ids::SlotId;
@@ -167,6 +169,8 @@ pub struct Ring {
     syncs: SyncGroups,
     synced: Vec<Member>,
     extents: ExtentFinder,
+    /// Where backends that complete by call-back report to.
+    sink: Arc<dyn CompletionSink>,
     ops_in_flight: u32,
 }
 
@@ -193,6 +197,7 @@ impl Ring {
             syncs: SyncGroups::default(),
             synced: Vec::with_capacity(IN_FLIGHT_REQUESTS_MAX),
             extents: ExtentFinder::start(number, Arc::clone(mailbox))?,
+            sink: Arc::clone(mailbox) as Arc<dyn CompletionSink>,
             ops_in_flight: 0,
         })
     }
@@ -212,7 +217,7 @@ impl Ring {
         let volume = self.memory.connection(connection).volume.as_deref()?;
         match &volume.backend {
             Backend::File(file) => self.pipes.hold(file, offset_bytes, length_bytes),
-            Backend::Memory(_) => None,
+            Backend::Memory(_) | Backend::Callback(_) => None,
         }
     }
 
@@ -489,9 +494,44 @@ impl Ring {
         let file = match &volume.backend {
             Backend::File(file) => file.file(),
             Backend::Memory(memory) => memory.file(),
+            Backend::Callback(_) => {
+                self.connection_mut(connection).ops_in_flight += 1;
+                return self.submit_to_backend(OpKind::Volume, connection, slot, op, buffer);
+            }
         };
         let entry = self.file_op(types::Fd(file.as_raw_fd()), op, buffer);
         self.push(entry, OpKind::Volume, connection, slot);
+    }
+
+    /// Has a backend do it that completes by call-back; comes back to [`Self::reap_ended`]. Counted for a connection already.
+    fn submit_to_backend(
+        &mut self,
+        kind: OpKind,
+        connection: u32,
+        slot: SlotId,
+        op: VolumeOp,
+        buffer: Option<&Buffer>,
+    ) {
+        let memory = match (op, buffer) {
+            (VolumeOp::Read { buffer_offset_bytes, length_bytes, .. }, Some(buffer))
+            | (VolumeOp::Write { buffer_offset_bytes, length_bytes, .. }, Some(buffer)) => {
+                let (at, length) = (buffer_offset_bytes as usize, length_bytes as usize);
+                std::ptr::slice_from_raw_parts_mut(self.memory.pool.address(buffer, at, length), length)
+            }
+            (VolumeOp::Read { .. } | VolumeOp::Write { .. }, None) => panic!("the request has no buffer"),
+            _ => std::ptr::from_mut::<[u8]>(&mut []),
+        };
+        let Some(memory) = NonNull::new(memory) else { panic!("a buffer at address zero") };
+        let token = Completion::user_data(kind, connection, slot);
+        // SAFETY: a part of the pool, which is mapped and was zeroed by the kernel, and stays so while the connection has operations in
+        // flight; it is of a buffer that belongs to this request, which nobody touches before it was reaped.
+        let operation = unsafe { Operation::new(op, memory, token, Arc::clone(&self.sink)) };
+        self.ops_in_flight += 1;
+        let volume = self.memory.connection(connection).volume.as_deref();
+        let Some(Volume { backend: Backend::Callback(backend), .. }) = volume else {
+            panic!("the connection's volume completes on the ring")
+        };
+        backend.submit(operation);
     }
 
     /// Ends the connection's socket operations, now or soon: shuts the socket down and cancels what waits for it.
@@ -551,6 +591,18 @@ impl Ring {
         completions.retain(|completion| completion.kind != OpKind::Sync);
     }
 
+    /// The same for an operation that a backend has ended, which the mailbox brought: it, or one for each request that waited for a
+    /// sync.
+    pub fn reap_ended(&mut self, ended: &Ended, completions: &mut Vec<Completion>) {
+        self.ops_in_flight -= 1;
+        let completion = Completion::from_cqe(ended.token(), ended.result());
+        if completion.kind == OpKind::Sync {
+            return self.reap_sync(completion, completions);
+        }
+        self.account(completion);
+        completions.push(completion);
+    }
+
     /// A sync has ended: each request it was for gets its result, and the next one begins.
     fn reap_sync(&mut self, sync: Completion, completions: &mut Vec<Completion>) {
         let Some(volume) = &self.connection(sync.connection).volume else {
@@ -583,8 +635,13 @@ impl Ring {
     fn push_sync(&mut self, begin: Begin) {
         let (connection, slot) = begin.leader;
         let volume = self.connection(connection).volume.as_deref();
-        let Some(Volume { backend: Backend::File(file), .. }) = volume else {
-            panic!("only files are synced")
+        let file = match volume.map(|volume| &volume.backend) {
+            Some(Backend::File(file)) => file,
+            Some(Backend::Callback(_)) => {
+                let op = VolumeOp::Sync { metadata: begin.metadata };
+                return self.submit_to_backend(OpKind::Sync, connection, slot, op, None);
+            }
+            Some(Backend::Memory(_)) | None => panic!("memory is not synced"),
         };
         let file = types::Fd(file.sync_file(self.number).as_raw_fd());
         let flags = if begin.metadata { types::FsyncFlags::empty() } else { types::FsyncFlags::DATASYNC };
@@ -612,6 +669,11 @@ impl Ring {
                 opcode::Write::new(file, source, length_bytes).offset(offset_bytes).build()
             }
             VolumeOp::Allocate { mode, offset_bytes, length_bytes } => {
+                let mode = match mode {
+                    Allocation::Punch => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                    Allocation::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+                    Allocation::Fill => 0,
+                };
                 opcode::Fallocate::new(file, length_bytes).offset(offset_bytes).mode(mode).build()
             }
             VolumeOp::Prefetch { offset_bytes, length_bytes } => {
