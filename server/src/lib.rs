@@ -36,7 +36,6 @@ pub mod machine_memory;
 pub mod mailbox;
 pub mod management;
 pub mod page_pipes;
-pub mod restricted_ring;
 pub mod ring;
 pub mod serve;
 pub mod session;

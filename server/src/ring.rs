@@ -12,8 +12,9 @@
 //! Source: `include/uapi/linux/io_uring.h`; needs Linux 6.1 for `DEFER_TASKRUN`.
 #![allow(unsafe_code)] // Submissions carry addresses; see the invariants above.
 
-use std::collections::VecDeque;
-use std::fs::File;
+pub mod restricted;
+mod send_area;
+
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
@@ -23,7 +24,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
-use rustix::fs::sendfile;
 
 use crate::backend::callback::{CompletionSink, Ended, Operation};
 use crate::backend::memory::MemoryVolume;
@@ -35,10 +35,9 @@ use crate::limits::{BULK_BYTES, PAGES_BYTES_MIN};
 use crate::limits::{IN_FLIGHT_REQUESTS_MAX, MemoryPlan, ZEROES_BYTES_MAX};
 use crate::mailbox::Mailbox;
 use crate::page_pipes::{PagePipes, PipeId};
-use crate::restricted_ring;
 use crate::sync_groups::{Begin, Member, SyncGroups};
 use crate::volume::{Backend, Volume};
-use proto::nbd::replies::REPLY_HEAD_BYTES_MAX;
+use send_area::{PagesPlace, SendArea};
 use tls::kernel::{self, ControlRecord};
 use tls::stream::Carrier;
 
@@ -112,34 +111,6 @@ pub enum PayloadPlace<'a> {
     Pages(&'a PipeId),
 }
 
-/// Pages that are sent as they are.
-#[derive(Debug, Clone, Copy)]
-struct Pages {
-    /// How many of the message's vectors come before them.
-    after_vectors: usize,
-    place: PagesPlace,
-    length_bytes: usize,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum PagesPlace {
-    /// In the memory volume's file, from this byte.
-    Volume(u64),
-    /// In the pipe of this index.
-    Pipe(u16),
-}
-
-/// What is being sent, in this order: vectors, and pages between them.
-struct SendArea {
-    headers: Region,
-    headers_used_bytes: usize,
-    text: Vec<u8>,
-    vectors: Vec<libc::iovec>,
-    first_vector: usize,
-    pages: VecDeque<Pages>,
-    waits_for_room: bool,
-}
-
 struct ConnectionMemory {
     socket: OwnedFd,
     /// The kernel encrypts what goes through the socket.
@@ -181,7 +152,7 @@ impl Ring {
     /// `EPERM` or `ENOSYS`: io_uring is switched off (sysctl, container profile) or missing; `EINVAL`: a kernel before
     /// 6.1; `ENOMEM`.
     pub fn new(number: usize, mailbox: &Arc<Mailbox>, plan: MemoryPlan) -> io::Result<Self> {
-        let io = restricted_ring::build()?;
+        let io = restricted::build()?;
         let memory = Memory {
             pool: BufferPool::new(plan.pool, plan.connections_per_ring)?,
             zeroes: Region::new(ZEROES_BYTES_MAX as usize)?,
@@ -778,119 +749,5 @@ impl Drop for Ring {
         // SAFETY: taken once, here; `memory` is not used again.
         let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
         Box::leak(memory.wakeup_value);
-    }
-}
-
-impl SendArea {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            headers: Region::new(IN_FLIGHT_REQUESTS_MAX * REPLY_HEAD_BYTES_MAX)?,
-            headers_used_bytes: 0,
-            text: Vec::new(),
-            // A header and a payload for each request, and the text; below IOV_MAX (1024).
-            vectors: Vec::with_capacity(2 * IN_FLIGHT_REQUESTS_MAX + 1),
-            first_vector: 0,
-            pages: VecDeque::with_capacity(IN_FLIGHT_REQUESTS_MAX),
-            waits_for_room: false,
-        })
-    }
-
-    /// Adds a range; one that follows the last directly only makes that longer.
-    fn add(&mut self, start: *mut u8, length_bytes: usize) {
-        let follows_pages = self.pages.back().is_some_and(|pages| pages.after_vectors == self.vectors.len());
-        if let Some(last) = self.vectors.last_mut()
-            && !follows_pages
-            && last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == start
-        {
-            last.iov_len += length_bytes;
-            return;
-        }
-        self.vectors.push(libc::iovec { iov_base: start.cast(), iov_len: length_bytes });
-    }
-
-    /// Adds pages.
-    fn add_pages(&mut self, place: PagesPlace, length_bytes: usize) {
-        self.pages.push_back(Pages { after_vectors: self.vectors.len(), place, length_bytes });
-    }
-
-    /// Sends as much as the socket takes. True: all.
-    fn send(&mut self, socket: &OwnedFd, file: Option<&File>, pipes: &mut PagePipes) -> io::Result<bool> {
-        loop {
-            let vectors_end = self.pages.front().map_or(self.vectors.len(), |pages| pages.after_vectors);
-            let has_more = self.pages.len() > 1 || self.first_vector < self.vectors.len();
-            let sent = if self.first_vector < vectors_end {
-                self.send_vectors(socket, vectors_end)
-            } else if let Some(pages) = self.pages.front_mut() {
-                pages.send(socket, file, pipes, has_more)
-            } else {
-                break;
-            };
-            match sent {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) => return Err(error),
-            }
-            self.pages.pop_front_if(|pages| pages.length_bytes == 0);
-        }
-        self.vectors.clear();
-        self.first_vector = 0;
-        self.headers_used_bytes = 0;
-        self.text.clear();
-        Ok(true)
-    }
-
-    fn send_vectors(&mut self, socket: &OwnedFd, end: usize) -> io::Result<()> {
-        let vectors = &mut self.vectors[self.first_vector..end];
-        // SAFETY: all zeroes is a valid `msghdr`: null pointers with zero lengths.
-        let mut message = unsafe { std::mem::zeroed::<libc::msghdr>() };
-        message.msg_iov = vectors.as_mut_ptr();
-        message.msg_iovlen = vectors.len() as _;
-        let more = if self.pages.is_empty() { 0 } else { libc::MSG_MORE };
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | more;
-        // SAFETY: the vectors name memory of the ring, of this connection or of its volume, which is mapped as long as they
-        // are there; the kernel only reads it.
-        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
-        let sent_bytes = usize::try_from(sent).map_err(|_| io::Error::last_os_error())?;
-        self.advance(sent_bytes, end);
-        Ok(())
-    }
-
-    fn advance(&mut self, mut sent_bytes: usize, end: usize) {
-        for vector in &mut self.vectors[self.first_vector..end] {
-            let taken_bytes = sent_bytes.min(vector.iov_len);
-            vector.iov_base = vector.iov_base.cast::<u8>().wrapping_add(taken_bytes).cast();
-            vector.iov_len -= taken_bytes;
-            sent_bytes -= taken_bytes;
-            if vector.iov_len > 0 {
-                return;
-            }
-            self.first_vector += 1;
-        }
-    }
-}
-
-impl Pages {
-    /// Hands the socket references to the pages. What is written to them before the peer has taken them arrives there: the
-    /// READ is not over for the peer until then, and so may see it.
-    fn send(
-        &mut self,
-        socket: &OwnedFd,
-        file: Option<&File>,
-        pipes: &mut PagePipes,
-        has_more: bool,
-    ) -> io::Result<()> {
-        let sent_bytes = match (&mut self.place, file) {
-            (PagesPlace::Volume(offset_bytes), Some(file)) => {
-                sendfile(socket, file, Some(offset_bytes), self.length_bytes)?
-            }
-            (PagesPlace::Volume(_), None) => panic!("the connection's volume is not in memory"),
-            (PagesPlace::Pipe(index), _) => pipes.send(*index, socket, has_more)?,
-        };
-        if sent_bytes == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        self.length_bytes -= sent_bytes;
-        Ok(())
     }
 }
