@@ -26,7 +26,9 @@ use crate::gate::GateMessage;
 use crate::ids::ConnectionId;
 use crate::limits::{Limits, MemoryPlan};
 use crate::mailbox::{Mailbox, RingMessage};
-use crate::ring::{Completion, OpKind, Ring};
+use crate::ring::Ring;
+use crate::ring::completion::{Completion, OpKind};
+use crate::ring::wire::Wire;
 use crate::tls::ServerTls;
 
 /// Results taken in one pass; what is left waits for the next.
@@ -44,7 +46,9 @@ pub struct IoLoop {
     gate: Sender<GateMessage>,
     limits: Limits,
     tls: Arc<ServerTls>,
+    /// The one record of each connection, by its index in the ring.
     connections: Vec<Option<Box<Connection>>>,
+    free_indices: Vec<u32>,
     by_id: HashMap<ConnectionId, u32>,
     completions: Vec<Completion>,
     /// Those that the mailbox brought.
@@ -83,6 +87,7 @@ impl IoLoop {
             limits,
             tls,
             connections: Vec::new(),
+            free_indices: Vec::new(),
             by_id: HashMap::new(),
             completions: Vec::with_capacity(COMPLETIONS_PER_PASS),
             ended: Vec::new(),
@@ -127,7 +132,7 @@ impl IoLoop {
         let mut completions = std::mem::take(&mut self.completions);
         self.ring.reap(&mut completions);
         for completion in completions.drain(..) {
-            if completion.kind == OpKind::Wakeup {
+            if completion.kind() == OpKind::Wakeup {
                 self.take_mail(now);
                 self.ring.push_wakeup(self.mailbox.wakeup());
                 continue;
@@ -138,9 +143,10 @@ impl IoLoop {
     }
 
     fn completed(&mut self, completion: Completion, now: Instant) {
-        let index = completion.connection;
+        let index = completion.index();
         let Some(connection) = self.connections[index as usize].as_mut() else { return };
-        connection.completed(&mut self.ring, completion, now);
+        let outcome = connection.wire().ended(completion);
+        connection.completed(&mut self.ring, outcome, now);
         self.note(index);
     }
 
@@ -173,7 +179,7 @@ impl IoLoop {
             if connection.waits_for_turn() {
                 self.waiting_for_turn.push(index);
             }
-            if connection.is_drained(&self.ring) {
+            if connection.is_drained() {
                 self.remove(index);
             }
         }
@@ -198,8 +204,8 @@ impl IoLoop {
                     self.ended = completions;
                 }
                 RingMessage::ExtentsFound { connection: index, slot, payload } => {
-                    self.ring.extents_found(index);
                     if let Some(connection) = self.connections[index as usize].as_mut() {
+                        self.ring.extents_found(connection.wire());
                         connection.extents_found(&mut self.ring, slot, &payload);
                     }
                     self.note(index);
@@ -228,8 +234,9 @@ impl IoLoop {
             self.mailbox.connection_removed();
             return;
         }
-        let index = match self.ring.add_connection(socket) {
-            Ok(index) => index,
+        let index = self.free_indices.last().copied().unwrap_or(self.connections.len() as u32);
+        let wire = match Wire::new(index, socket) {
+            Ok(wire) => wire,
             Err(error) => {
                 warn!(%peer, %error, "no memory for a connection");
                 self.mailbox.connection_removed();
@@ -237,10 +244,10 @@ impl IoLoop {
             }
         };
         debug!(%peer, connection = id.0, ring = self.ring_number, "connection begins");
-        if index as usize == self.connections.len() {
+        if self.free_indices.pop().is_none() {
             self.connections.push(None);
         }
-        let connection = Connection::new(id, index, peer, place, now, &self.limits, self.tls.state());
+        let connection = Connection::new(id, wire, peer, place, now, &self.limits, self.tls.state());
         self.connections[index as usize] = Some(Box::new(connection));
         self.by_id.insert(id, index);
         self.has_handshakes = true;
@@ -248,7 +255,11 @@ impl IoLoop {
     }
 
     fn start_tls(&mut self, index: u32, connection: ConnectionId, deadline: Instant) {
-        match self.ring.clone_socket(index) {
+        let Some(socket) = self.connections[index as usize].as_mut().map(|found| found.wire().clone_socket())
+        else {
+            return;
+        };
+        match socket {
             Ok(socket) => {
                 let mailbox = Arc::clone(&self.mailbox);
                 let on_end = move |secured| mailbox.post(RingMessage::TlsStarted { connection, secured });
@@ -304,12 +315,16 @@ impl IoLoop {
 
     fn remove(&mut self, index: u32) {
         let Some(mut connection) = self.connections[index as usize].take() else { return };
+        assert!(connection.is_drained(), "operations are in flight");
+        let id = connection.id();
         connection.release_all(&mut self.ring);
-        self.ring.remove_connection(index);
-        self.by_id.remove(&connection.id());
+        // Its socket is closed, and its hold on the volume let go of, before anybody hears of it.
+        drop(connection);
+        self.free_indices.push(index);
+        self.by_id.remove(&id);
         self.mailbox.connection_removed();
-        debug!(connection = connection.id().0, "connection is gone");
-        self.tell_gate(GateMessage::Closed { connection: connection.id() });
+        debug!(connection = id.0, "connection is gone");
+        self.tell_gate(GateMessage::Closed { connection: id });
     }
 
     fn tell_gate(&self, message: GateMessage) {

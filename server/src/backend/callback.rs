@@ -149,8 +149,8 @@ impl Operation {
         unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.memory_bytes) }
     }
 
-    /// It has ended: bytes that were read or written, which may be fewer than asked for and are then continued, 0 for the others, or
-    /// a negative errno.
+    /// It has ended: bytes that were read or written, 0 for the others, or a negative errno. Fewer bytes than were asked for are
+    /// continued, and may then be mixed with a write that overlaps them: no less than a block that has to be whole.
     pub fn finish(mut self, result: i32) {
         self.end(result);
     }

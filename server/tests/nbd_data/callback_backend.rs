@@ -251,13 +251,14 @@ impl Shared {
         }
     }
 
-    /// All of it, or at times less.
+    /// All of it, or at times less: so many whole blocks, because what is ended in part may be mixed with what overlaps it.
     fn part(&self, length_bytes: u32, random: &mut Random) -> u32 {
-        if length_bytes <= 512 || random.below(16) != 0 {
+        let blocks = u64::from(length_bytes) / BLOCK_BYTES;
+        if blocks < 2 || random.below(16) != 0 {
             return length_bytes;
         }
         self.cluster.wishes().continued += 1;
-        512 * (1 + random.below(u64::from(length_bytes) / 512) as u32)
+        (BLOCK_BYTES * (1 + random.below(blocks - 1))) as u32
     }
 
     /// The parts of a range that are in one block each: its number, where in it, and where in the range.
