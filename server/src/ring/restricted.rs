@@ -47,7 +47,7 @@ pub fn build() -> io::Result<IoUring> {
     let io = builder.clone().setup_r_disabled().build(SQ_ENTRIES)?;
     let Err(error) = restrict(&io) else { return Ok(io) };
     // A container's profile may allow io_uring without io_uring_register(2).
-    warn!(%error, "the ring cannot be restricted to the operations it needs, and is used without that");
+    warn!(%error, "io_uring is not restricted to the operations in use; allow io_uring_register(2), for example in the container's profile");
     drop(io);
     builder.build(SQ_ENTRIES)
 }

@@ -81,7 +81,7 @@ fn a_client_that_dies_leaves_its_writes_in_flight_and_their_bytes_as_they_were()
     // As many buffers of that size as the server has beside.
     let (_, mut other) = server.open_new("other", 64 << 20);
     for number in 0..64u64 {
-        assert_eq!(other.read(number % 32 << 20, 1 << 20), Ok(vec![0; 1 << 20]));
+        assert_eq!(other.read((number % 32) << 20, 1 << 20), Ok(vec![0; 1 << 20]));
     }
     let (sender, opened) = mpsc::channel();
     let (address, name) = (server.address(), export_name(&attachment, 2, 0));

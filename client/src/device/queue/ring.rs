@@ -594,7 +594,7 @@ fn build_ring(entries: u32, buffers: Option<u32>) -> io::Result<ring::QueueRing>
         add_buffers(&restricted).and_then(|()| ring::restrict(&restricted, &OPCODES, squeue::Flags::IO_LINK));
     let Err(error) = is_restricted else { return Ok(restricted) };
     // A container's profile may allow io_uring without io_uring_register(2), and not every path needs a buffer table.
-    warn!(%error, "the ring cannot be restricted to the operations it needs, and is used without that");
+    warn!(%error, "io_uring is not restricted to the operations in use; allow io_uring_register(2), for example in the container's profile");
     drop(restricted);
     let ring = ring::build_queue_ring(entries, entries * 2)?;
     add_buffers(&ring)?;
