@@ -70,7 +70,9 @@ pub struct Ring {
     io: IoUring,
     memory: ManuallyDrop<Memory>,
     pipes: PagePipes,
-    syncs: SyncGroups<Volume>,
+    syncs: SyncGroups,
+    /// Volumes of which a sync runs, each held until none does; a sync's completion has the index.
+    synced_volumes: Vec<Option<Arc<Volume>>>,
     synced: Vec<Member>,
     extents: ExtentFinder,
     /// Where backends that complete by call-back report to.
@@ -98,6 +100,7 @@ impl Ring {
             memory: ManuallyDrop::new(memory),
             pipes: PagePipes::new(plan.page_pipes),
             syncs: SyncGroups::default(),
+            synced_volumes: Vec::new(),
             synced: Vec::with_capacity(IN_FLIGHT_REQUESTS_MAX),
             extents: ExtentFinder::start(number, Arc::clone(mailbox))?,
             sink: Arc::clone(mailbox) as Arc<dyn CompletionSink>,
@@ -249,13 +252,12 @@ impl Ring {
     pub fn push_volume_op(&mut self, wire: &mut Wire, slot: SlotId, op: VolumeOp, buffer: Option<&Buffer>) {
         let Some(volume) = wire.volume() else { panic!("the connection has no volume") };
         if let VolumeOp::Sync { metadata } = op {
-            let begin = self.syncs.join(volume, (wire.index(), slot), metadata);
-            // Counted for the request from now on, whether its sync begins now or after the one that runs.
-            wire.begin_op();
-            if let Some(begin) = begin {
-                self.push_sync(begin);
+            if let Some(begin) = self.syncs.join(sync_key(volume), (wire.index(), slot), metadata) {
+                let index = self.hold_synced(Arc::clone(volume));
+                self.push_sync(index, &begin);
             }
-            return;
+            // Counted for the request from now on, whether its sync begins now or after the one that runs.
+            return wire.begin_op();
         }
         let file = match &volume.backend {
             Backend::File(file) => file.file(),
@@ -332,11 +334,11 @@ impl Ring {
             self.io.completion().take(room).map(|cqe| Completion::from_cqe(cqe.user_data(), cqe.result()));
         completions.extend(finished);
         for at in 0..completions.len() {
-            let (kind, group) = (completions[at].kind(), completions[at].index());
+            let (kind, index) = (completions[at].kind(), completions[at].index());
             // The wakeup's was never counted.
             self.ops_in_flight -= u32::from(kind != OpKind::Wakeup);
             if kind == OpKind::Sync {
-                self.reap_sync(group, completions[at].result(), completions);
+                self.reap_sync(index, completions[at].result(), completions);
             }
         }
         completions.retain(|completion| completion.kind() != OpKind::Sync);
@@ -355,21 +357,39 @@ impl Ring {
     }
 
     /// A sync has ended: each request it was for gets its result, and the next one begins.
-    fn reap_sync(&mut self, group: u32, result: i32, completions: &mut Vec<Completion>) {
+    fn reap_sync(&mut self, index: u32, result: i32, completions: &mut Vec<Completion>) {
         let mut synced = std::mem::take(&mut self.synced);
-        if let Some(begin) = self.syncs.ended(group, &mut synced) {
-            self.push_sync(begin);
+        match self.syncs.ended(sync_key(self.synced_volume(index)), &mut synced) {
+            Some(begin) => self.push_sync(index, &begin),
+            None => self.synced_volumes[index as usize] = None,
         }
         let of_request = |(index, slot)| Completion::new(OpKind::Volume, index, slot, result);
         completions.extend(synced.drain(..).map(of_request));
         self.synced = synced;
     }
 
-    /// Begins a sync of a group's volume, which the group holds until it has ended.
-    fn push_sync(&mut self, begin: Begin) {
-        let Begin { group, metadata } = begin;
-        let user_data = Completion::user_data(OpKind::Sync, group, SlotId(0));
-        let volume = Arc::clone(self.syncs.volume(group));
+    fn hold_synced(&mut self, volume: Arc<Volume>) -> u32 {
+        let free = self.synced_volumes.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.synced_volumes.len());
+        if free.is_none() {
+            self.synced_volumes.push(None);
+        }
+        self.synced_volumes[index] = Some(volume);
+        index as u32
+    }
+
+    fn synced_volume(&self, index: u32) -> &Arc<Volume> {
+        match self.synced_volumes.get(index as usize).and_then(Option::as_ref) {
+            Some(volume) => volume,
+            None => panic!("no sync {index} is running"),
+        }
+    }
+
+    /// Begins a sync of the volume that is held under this index.
+    fn push_sync(&mut self, index: u32, begin: &Begin) {
+        let metadata = begin.metadata;
+        let user_data = Completion::user_data(OpKind::Sync, index, SlotId(0));
+        let volume = Arc::clone(self.synced_volume(index));
         let file = match &volume.backend {
             Backend::File(file) => file,
             Backend::Callback(backend) => {
@@ -460,6 +480,11 @@ impl Ring {
             }
         }
     }
+}
+
+/// What syncs of a volume are joined by, while it is held.
+fn sync_key(volume: &Arc<Volume>) -> usize {
+    Arc::as_ptr(volume) as usize
 }
 
 impl Drop for Ring {

@@ -53,7 +53,7 @@ pub struct Outcome {
 /// A finished operation.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// Whose: an index of this ring; of a sync, its group's.
+    /// Whose: an index of this ring; of a sync, that of the volume it is of.
     index: u32,
     outcome: Outcome,
 }
