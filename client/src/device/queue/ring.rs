@@ -20,10 +20,10 @@ use std::time::Duration;
 use io_uring::{cqueue, opcode, squeue, types};
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
 use rustix::net::SendFlags;
-use tracing::warn;
 use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
+use super::restricted_ring;
 use super::connection::PayloadSource;
 use super::core::{Pages, QueueIo};
 use super::payload::Payloads;
@@ -233,7 +233,7 @@ impl QueueRing {
         // where it is sent by reference. The 8 hold the command's poll and the tick.
         let entries = (depth * 3 + nr_connections * 3 + 8).next_power_of_two();
         // The upper half is for buffers registered by hand: the automatic ones own the index of their tag.
-        let ring = build_ring(entries, payloads.uses_buffer_table().then_some(depth * 2))?;
+        let ring = restricted_ring::build(entries, payloads.uses_buffer_table().then_some(depth * 2))?;
         Ok(Self {
             ring: std::mem::ManuallyDrop::new(ring),
             queue,
@@ -569,38 +569,6 @@ impl Drop for QueueRing {
     }
 }
 
-/// All that is submitted here, by [`Transfer`] and by [`Queue`].
-const OPCODES: [u8; 10] = [
-    opcode::UringCmd16::CODE,
-    opcode::Recv::CODE,
-    opcode::Send::CODE,
-    opcode::SendZc::CODE,
-    opcode::Read::CODE,
-    opcode::Write::CODE,
-    opcode::ReadFixed::CODE,
-    opcode::WriteFixed::CODE,
-    opcode::PollAdd::CODE,
-    opcode::Timeout::CODE,
-];
-
-/// Makes a ring that can do what is submitted here and nothing else, with a buffer table of so many entries.
-fn build_ring(entries: u32, buffers: Option<u32>) -> io::Result<ring::QueueRing> {
-    let add_buffers = |ring: &ring::QueueRing| match buffers {
-        Some(buffers) => ring.submitter().register_buffers_sparse(buffers),
-        None => Ok(()),
-    };
-    let restricted = ring::build_disabled_queue_ring(entries, entries * 2)?;
-    let is_restricted =
-        add_buffers(&restricted).and_then(|()| ring::restrict(&restricted, &OPCODES, squeue::Flags::IO_LINK));
-    let Err(error) = is_restricted else { return Ok(restricted) };
-    // A container's profile may allow io_uring without io_uring_register(2), and not every path needs a buffer table.
-    warn!(%error, "io_uring is not restricted to the operations in use; allow io_uring_register(2), for example in the container's profile");
-    drop(restricted);
-    let ring = ring::build_queue_ring(entries, entries * 2)?;
-    add_buffers(&ring)?;
-    Ok(ring)
-}
-
 /// A signal, or task work of another ring: the caller comes again.
 fn unless_interrupted(outcome: io::Result<usize>) -> io::Result<()> {
     match outcome {
@@ -618,33 +586,6 @@ const fn send_flags(has_more: bool) -> i32 {
 mod tests {
     use super::*;
 
-    fn result_of(ring: &mut ring::QueueRing, entry: &Sqe) -> i32 {
-        // SAFETY: the entries below name a socket that outlives them, or no memory at all.
-        unsafe { ring.submission().push(entry) }.unwrap();
-        ring.submit_and_wait(1).unwrap();
-        ring.completion().next().unwrap().result()
-    }
-
-    #[test]
-    fn an_operation_that_is_not_in_the_list_is_refused() {
-        for buffers in [None, Some(8)] {
-            let mut ring = build_ring(8, buffers).unwrap();
-            let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
-            let socket = types::Fd(near.as_raw_fd());
-            let poll = Sqe::from(opcode::PollAdd::new(socket, libc::POLLOUT as u32).build());
-            let linked = poll.clone().flags(squeue::Flags::IO_LINK);
-            assert_eq!(result_of(&mut ring, &linked), i32::from(libc::POLLOUT));
-            let refused = [
-                opcode::Nop::new().build().into(),
-                opcode::Close::new(socket).build().into(),
-                poll.flags(squeue::Flags::ASYNC),
-            ];
-            for entry in refused {
-                assert_eq!(result_of(&mut ring, &entry), -libc::EACCES);
-            }
-            let registered = ring.submitter().register_buffers_sparse(1).unwrap_err();
-            assert_eq!(registered.raw_os_error(), Some(libc::EACCES));
-        }
     }
 
     #[test]
