@@ -1,7 +1,7 @@
-//! BLOCK_STATUS: which parts of a volume are allocated, asked of the file that holds it, off the ring.
+//! BLOCK_STATUS: which parts of a volume are allocated, asked of its backend, off the ring.
 //!
 //! Owns: one thread for each ring, because `lseek(SEEK_HOLE)` may read a file system's metadata, or wait for its locks, and
-//! io_uring has no such operation. Never: touches a ring or a connection; its answer goes through the mailbox.
+//! io_uring has no such operation; other backends may wait in the same way. Never: touches a ring or a connection; its answer goes through the mailbox.
 //! Called by: `ring.rs` (asks; counts the question as an operation in flight, so that the connection and the volume outlive
 //! it), `io_loop.rs` (gets the answer).
 //!
@@ -22,11 +22,12 @@ use proto::nbd::block_status::{AllocationExtents, ExtentState};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
+use crate::backend::callback::CallbackBackend;
 use crate::backend::preallocated::{Space, first_run};
 use crate::ids::SlotId;
 use crate::limits::ANSWERS_MAX;
 use crate::mailbox::{Mailbox, RingMessage};
-use crate::volume::Volume;
+use crate::volume::{Backend, Volume};
 
 /// How long one question may look for extents. Others of the ring wait behind it; what is not found by then, the client
 /// asks for again.
@@ -92,12 +93,45 @@ impl ExtentFinder {
 
 fn answer(asked: &Receiver<Question>, permitted: &Receiver<()>, mailbox: &Mailbox) {
     while let (Ok(Question { connection, slot, volume, query }), Ok(())) = (asked.recv(), permitted.recv()) {
-        let extents = find(volume.backing_file(), &query, Instant::now() + LOOK_LIMIT);
+        let deadline = Instant::now() + LOOK_LIMIT;
+        let extents = match &volume.backend {
+            Backend::File(file) => find(file.file(), &query, deadline),
+            Backend::Memory(memory) => find(memory.file(), &query, deadline),
+            Backend::Callback(backend) => find_told(backend.as_ref(), &query, deadline),
+        };
         let payload = extents.encode(query.headers);
         // Let go of before the ring is told: it may be the last to hold the volume.
         drop(volume);
         mailbox.post(RingMessage::ExtentsFound { connection, slot, payload });
     }
+}
+
+/// The same as [`find`] of a backend that tells its extents, whose edges may be anywhere.
+fn find_told(backend: &dyn CallbackBackend, query: &StatusQuery, deadline: Instant) -> AllocationExtents {
+    let (begin, end) = (query.offset_bytes, query.offset_bytes + query.length_bytes);
+    let mut extents = AllocationExtents::new(query.length_bytes, query.extents_max);
+    // What is added, and what was told: between them is data.
+    let (mut added_end, mut told_end) = (begin, begin);
+    let (mut is_full, mut is_late) = (false, false);
+    let asked = backend.extents(begin..end, &mut |length_bytes, state| {
+        let start = told_end;
+        told_end = start.saturating_add(length_bytes).min(end);
+        let first = if start == begin { begin } else { start.next_multiple_of(query.alignment_bytes) };
+        let last = if told_end == end { end } else { told_end - told_end % query.alignment_bytes };
+        if state != ExtentState::DATA && first < last {
+            is_full =
+                !(extents.push(first - added_end, ExtentState::DATA) && extents.push(last - first, state));
+            added_end = last;
+        }
+        is_late = Instant::now() >= deadline;
+        !is_full && !is_late
+    });
+    if !is_full {
+        let known_end = if asked.is_ok() && is_late { told_end } else { end };
+        let known_end = known_end.next_multiple_of(query.alignment_bytes).min(end);
+        extents.push(known_end - added_end, ExtentState::DATA);
+    }
+    extents
 }
 
 /// Finds extents until there are enough, or until the deadline and one.
@@ -157,12 +191,14 @@ fn next_data(file: &File, at: u64, end: u64, alignment_bytes: u64) -> std::ops::
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
     use std::os::unix::fs::FileExt as _;
     use std::path::PathBuf;
 
     use proto::nbd::block_status::Extent;
 
     use super::*;
+    use crate::backend::callback::Operation;
 
     const MIB: u64 = 1 << 20;
 
@@ -212,6 +248,57 @@ mod tests {
 
     const DATA: ExtentState = ExtentState::DATA;
     const HOLE: ExtentState = ExtentState::HOLE;
+
+    /// Tells these extents, and then fails or not.
+    #[derive(Debug)]
+    struct Told(Vec<(u64, ExtentState)>, bool);
+
+    impl CallbackBackend for Told {
+        fn submit(&self, _: Operation) {}
+
+        fn extents(&self, _: Range<u64>, tell: &mut dyn FnMut(u64, ExtentState) -> bool) -> io::Result<()> {
+            let goes_on = self.0.iter().all(|(length_bytes, state)| tell(*length_bytes, *state));
+            if goes_on && self.1 { Err(io::ErrorKind::Other.into()) } else { Ok(()) }
+        }
+
+        fn describe(&self) -> &'static str {
+            "told"
+        }
+    }
+
+    fn found_told(told: &Told, query: &StatusQuery, limit: Duration) -> Vec<(u64, ExtentState)> {
+        let extents = find_told(told, query, Instant::now() + limit);
+        extents.as_slice().iter().map(|Extent { length_bytes, state }| (*length_bytes, *state)).collect()
+    }
+
+    #[test]
+    fn what_a_backend_tells_is_rounded_to_blocks_and_what_it_does_not_tell_is_data() {
+        let long = Duration::from_secs(600);
+        let told = Told(vec![(1000, HOLE), (1000, DATA), (3000, HOLE), (3192, DATA)], false);
+        let all = [(512, HOLE), (1536, DATA), (2560, HOLE), (3584, DATA)];
+        assert_eq!(found_told(&told, &query(0, 8192), long), all);
+        let fails = Told(told.0.clone(), true);
+        assert_eq!(found_told(&fails, &query(0, 8192), long), all);
+        let short = Told(told.0[..3].to_vec(), false);
+        assert_eq!(found_told(&short, &query(0, 8192), long), all, "what was not told");
+        let too_long = Told(vec![(512, DATA), (u64::MAX, HOLE)], false);
+        assert_eq!(found_told(&too_long, &query(4096, 1024), long), [(512, DATA), (512, HOLE)]);
+        assert_eq!(found_told(&Told(Vec::new(), true), &query(0, 8192), long), [(8192, DATA)]);
+    }
+
+    #[test]
+    fn what_a_backend_tells_stops_where_the_reply_is_full_or_time_is_up() {
+        let told = Told(vec![(1024, DATA), (1024, HOLE), (1024, DATA), (1024, HOLE), (4096, DATA)], false);
+        let long = Duration::from_secs(600);
+        for (extents_max, expected) in [
+            (1, &[(1024, DATA)][..]),
+            (2, &[(1024, DATA), (1024, HOLE)]),
+            (3, &[(1024, DATA), (1024, HOLE), (1024, DATA)]),
+        ] {
+            assert_eq!(found_told(&told, &StatusQuery { extents_max, ..query(0, 8192) }, long), expected);
+        }
+        assert_eq!(found_told(&told, &query(0, 8192), Duration::ZERO), [(1024, DATA)], "at least in part");
+    }
 
     #[test]
     fn extents_follow_the_files_holes() {

@@ -1,6 +1,6 @@
 //! One connection on its ring: moves bytes between the socket, the session and the volume.
 //!
-//! Owns: which operation of the socket is in flight, which buffer or pages each request holds, and when the connection is over.
+//! Owns: its wire (`ring/wire.rs`), its requests (`in_flight.rs`), which operation of the socket is in flight, and when it is over.
 //! Never: parses (`session.rs` does), decides what a request needs (`volume.rs` does), or waits.
 //! Called by: `io_loop.rs`, with the results of operations and, once in a pass, [`Connection::advance`].
 //!
@@ -26,14 +26,16 @@ use crate::admission::{NotAdmitted, Place};
 use crate::buffers::{Buffer, HeldBuffers};
 use crate::data_address::Peer;
 use crate::ids::{ConnectionId, SlotId};
+use crate::in_flight::InFlight;
 use crate::limits::{BULK_BYTES, IN_FLIGHT_REQUESTS_MAX, Limits};
 use crate::mailbox::Opened;
-use crate::page_pipes::PipeId;
-use crate::ring::{Completion, OpKind, PayloadPlace, Ring};
+use crate::ring::Ring;
+use crate::ring::completion::{OpKind, Outcome};
+use crate::ring::wire::Wire;
 use crate::session::{Action, Session};
 use crate::tls::Secured;
 use crate::tls::rights::Rights;
-use crate::volume::{Next, RequestProgress, Volume};
+use crate::volume::{Next, RequestProgress};
 
 /// From this many missing bytes on, a payload is received straight into its place; below, one bulk receive that may bring
 /// the next requests along is cheaper.
@@ -103,25 +105,15 @@ enum Held {
     ByOwnShare(SlotId),
 }
 
-#[derive(Debug, Default)]
-struct InFlight {
-    buffer: Option<Buffer>,
-    /// Of a READ whose data is not in a buffer.
-    pages: Option<PipeId>,
-    buffer_bytes: usize,
-    progress: Option<RequestProgress>,
-}
-
 /// One connection.
 pub struct Connection {
     id: ConnectionId,
-    index: u32,
+    wire: Wire,
     peer: Peer,
     phase: Phase,
     session: Session,
     /// Given back with the connection.
     place: Place,
-    volume: Option<Arc<Volume>>,
     bulk_start: usize,
     bulk_end: usize,
     receive_bytes: usize,
@@ -151,10 +143,10 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// A connection that was just accepted, in the place `index` of its ring.
+    /// A connection that was just accepted.
     pub fn new(
         id: ConnectionId,
-        index: u32,
+        wire: Wire,
         peer: Peer,
         place: Place,
         now: Instant,
@@ -163,12 +155,11 @@ impl Connection {
     ) -> Self {
         Self {
             id,
-            index,
+            wire,
             peer,
             phase: Phase::Open,
             session: Session::new().with_tls(tls).with_options_max(limits.handshake_options_max),
             place,
-            volume: None,
             bulk_start: 0,
             bulk_end: 0,
             // Options are short; what one that is long needs at most is bounded by this and by its own limit.
@@ -200,8 +191,13 @@ impl Connection {
     }
 
     /// Whether it is over: nothing of it is in flight any more.
-    pub fn is_drained(&self, ring: &Ring) -> bool {
-        self.phase == Phase::Closing && ring.ops_in_flight(self.index) == 0
+    pub fn is_drained(&self) -> bool {
+        self.phase == Phase::Closing && self.wire.is_drained()
+    }
+
+    /// Its socket and memory.
+    pub fn wire(&mut self) -> &mut Wire {
+        &mut self.wire
     }
 
     /// Whether it has taken too long to get to the transmission phase, or as a guest.
@@ -229,21 +225,21 @@ impl Connection {
     }
 
     /// Takes the result of one of its operations.
-    pub fn completed(&mut self, ring: &mut Ring, completion: Completion, now: Instant) {
-        match completion.kind {
+    pub fn completed(&mut self, ring: &mut Ring, outcome: Outcome, now: Instant) {
+        match outcome.kind {
             OpKind::ReceiveBulk => {
                 self.receiving = Receiving::Nothing;
-                if self.received(ring, completion.result, now) {
-                    self.bulk_end += completion.result as usize;
-                    self.has_emptied_socket = (completion.result as usize) < self.asked_bytes;
+                if self.received(ring, outcome.result, now) {
+                    self.bulk_end += outcome.result as usize;
+                    self.has_emptied_socket = (outcome.result as usize) < self.asked_bytes;
                 }
             }
             OpKind::ReceivePayload => {
                 self.receiving = Receiving::Nothing;
-                if self.received(ring, completion.result, now)
-                    && self.session.payload_received(completion.result as u32)
+                if self.received(ring, outcome.result, now)
+                    && self.session.payload_received(outcome.result as u32)
                 {
-                    self.begin(ring, completion.slot);
+                    self.begin(ring, outcome.slot);
                 }
             }
             OpKind::RoomToSend => {
@@ -252,7 +248,7 @@ impl Connection {
                     self.send_on(ring);
                 }
             }
-            OpKind::Volume => self.volume_completed(ring, completion.slot, completion.result),
+            OpKind::Volume => self.volume_completed(ring, outcome.slot, outcome.result),
             OpKind::Cancel | OpKind::Wakeup | OpKind::Sync => {}
         }
     }
@@ -282,13 +278,12 @@ impl Connection {
             (Ok(true), Ok(Opened { volume: Some(volume), is_attachment, is_probe, .. })) => {
                 if !is_probe {
                     self.place.settle();
-                    self.place.widen(ring.socket(self.index));
+                    self.place.widen(self.wire.socket());
                 }
                 if is_attachment {
-                    self.peer.notice_when_gone(ring.socket(self.index));
+                    self.peer.notice_when_gone(self.wire.socket());
                 }
-                ring.set_volume(self.index, Arc::clone(&volume));
-                self.volume = Some(volume);
+                self.wire.set_volume(volume);
                 self.put_back_leftover(ring);
             }
             (Err(error), _) => {
@@ -330,10 +325,10 @@ impl Connection {
         let Some(Secured { carrier, rights }) = secured else { return self.close(ring) };
         if matches!(carrier, Carrier::Relay(_)) {
             // Later it is not the connection's any more.
-            self.place.widen(ring.socket(self.index));
-            self.peer.notice_when_gone(ring.socket(self.index));
+            self.place.widen(self.wire.socket());
+            self.peer.notice_when_gone(self.wire.socket());
         }
-        if let Err(error) = ring.set_carrier(self.index, carrier) {
+        if let Err(error) = self.wire.set_carrier(carrier) {
             debug!(peer = %self.peer, %error, "TLS cannot be used");
             return self.close(ring);
         }
@@ -354,7 +349,7 @@ impl Connection {
         let dropped = self.session.end_input();
         if dropped.is_some_and(|slot| self.held == Held::ByPool(slot) || self.held == Held::ByOwnShare(slot))
         {
-            ring.pool().forget_waiter(self.index);
+            ring.pool().forget_waiter(self.wire.index());
             self.held = Held::No;
         }
         // While a receive is in flight the payload's place is lent to the kernel: `release_all` gives it back.
@@ -370,8 +365,8 @@ impl Connection {
         }
         debug!(peer = %self.peer, connection = self.id.0, "connection closes");
         self.phase = Phase::Closing;
-        ring.push_cancel(self.index);
-        ring.pool().forget_waiter(self.index);
+        ring.push_cancel(&mut self.wire);
+        ring.pool().forget_waiter(self.wire.index());
     }
 
     /// Gives back every buffer and all held pages; the connection is drained and about to be dropped.
@@ -430,7 +425,7 @@ impl Connection {
                 }
                 continue;
             }
-            let parsed = self.session.advance(ring.bulk(self.index, self.bulk_start..self.bulk_end));
+            let parsed = self.session.advance(self.wire.bulk(self.bulk_start..self.bulk_end));
             let (used_bytes, action) = match parsed {
                 Ok(parsed) => parsed,
                 Err(error) => {
@@ -475,14 +470,15 @@ impl Connection {
         }
         let text = self.session.take_output();
         if !text.is_empty() {
-            ring.add_text(self.index, text);
+            self.wire.add_text(text);
         }
         while !self.has_had_its_turn()
             && let Some(reply) = self.session.next_reply(&mut self.head)
         {
-            ring.add_header(self.index, self.head.bytes());
+            self.wire.add_header(self.head.bytes());
             if reply.payload_bytes > 0 {
-                ring.add_payload(self.index, self.payload_place(reply.slot), reply.payload_bytes);
+                let place = self.requests[usize::from(reply.slot.0)].place(self.session.request(reply.slot));
+                ring.add_payload(&mut self.wire, place, reply.payload_bytes);
             }
             self.sending.push(reply.slot);
             self.turn_replies += 1;
@@ -493,7 +489,7 @@ impl Connection {
 
     /// Sends what is left of a message. True: nothing is, and slots are free.
     fn send_on(&mut self, ring: &mut Ring) -> bool {
-        match ring.send(self.index) {
+        match ring.send(&mut self.wire) {
             Ok(is_sent) => self.is_sending = !is_sent,
             Err(error) => {
                 debug!(peer = %self.peer, %error, "cannot send");
@@ -524,7 +520,8 @@ impl Connection {
         {
             let done_bytes = self.session.payload_bytes(slot) - missing_bytes;
             let length_bytes = missing_bytes.min(DIRECT_RECEIVE_BYTES_MAX);
-            ring.push_receive_payload(self.index, slot, self.payload_place(slot), done_bytes, length_bytes);
+            let place = self.requests[usize::from(slot.0)].place(self.session.request(slot));
+            ring.push_receive_payload(&mut self.wire, slot, place, done_bytes, length_bytes);
             self.has_emptied_socket = false;
             self.receiving = Receiving::Payload;
             return;
@@ -532,12 +529,12 @@ impl Connection {
         // What is left is less than a header, so moving it to the front costs nothing.
         let left_bytes = self.bulk_end - self.bulk_start;
         if self.bulk_start > 0 {
-            ring.bulk_mut(self.index).copy_within(self.bulk_start..self.bulk_end, 0);
+            self.wire.bulk_mut().copy_within(self.bulk_start..self.bulk_end, 0);
             (self.bulk_start, self.bulk_end) = (0, left_bytes);
         }
         let end = (left_bytes + self.receive_bytes).min(BULK_BYTES);
         self.asked_bytes = end - left_bytes;
-        ring.push_receive_bulk(self.index, left_bytes..end, self.has_emptied_socket);
+        ring.push_receive_bulk(&mut self.wire, left_bytes..end, self.has_emptied_socket);
         self.receiving = Receiving::Bulk;
     }
 
@@ -555,7 +552,7 @@ impl Connection {
             }
             errno if errno == -libc::EINTR => false,
             errno => {
-                match ring.take_control_record(self.index).filter(|_| errno == -libc::EIO) {
+                match self.wire.take_control_record().filter(|_| errno == -libc::EIO) {
                     // As the end of the stream: what is in flight is answered.
                     Some(ControlRecord::CloseNotify) => self.finish(ring),
                     record => {
@@ -577,7 +574,7 @@ impl Connection {
             self.close(ring);
             return;
         }
-        ring.bulk_mut(self.index)[..leftover.len()].copy_from_slice(&leftover);
+        self.wire.bulk_mut()[..leftover.len()].copy_from_slice(&leftover);
         (self.bulk_start, self.bulk_end) = (0, leftover.len());
     }
 
@@ -590,7 +587,8 @@ impl Connection {
         let range = self.bulk_start..self.bulk_start + taken_bytes;
         self.bulk_start = range.end;
         let done_bytes = self.session.payload_bytes(slot) - missing_bytes;
-        ring.store_payload(self.index, range, self.payload_place(slot), done_bytes);
+        let place = self.requests[usize::from(slot.0)].place(self.session.request(slot));
+        ring.store_payload(&self.wire, range, place, done_bytes);
         let is_complete = self.session.payload_received(taken_bytes as u32);
         if is_complete {
             self.begin(ring, slot);
@@ -604,7 +602,7 @@ impl Connection {
         let length_bytes = self.session.payload_bytes(slot);
         let has_payload = length_bytes > 0;
         if request.command == Command::Write
-            && let Some(memory) = self.volume.as_deref().and_then(Volume::memory)
+            && let Some(memory) = self.wire.volume().and_then(|volume| volume.memory())
         {
             memory.expect_write(request.offset_bytes, length_bytes);
         }
@@ -613,13 +611,14 @@ impl Connection {
             self.receive_bytes = if is_large { SHORT_RECEIVE_BYTES } else { BULK_BYTES };
         }
         let is_in_place = request.command != Command::BlockStatus
-            && self.volume.as_deref().is_some_and(|volume| volume.memory().is_some());
+            && self.wire.volume().is_some_and(|volume| volume.memory().is_some());
         if !has_payload || is_in_place {
             self.begin_unless_payload_is_missing(ring, slot);
             return;
         }
         if request.command == Command::Read
-            && let Some(pages) = ring.hold_pages(self.index, request.offset_bytes, length_bytes)
+            && let Some(volume) = self.wire.volume()
+            && let Some(pages) = ring.hold_pages(volume, request.offset_bytes, length_bytes)
         {
             self.requests[usize::from(slot.0)].pages = Some(pages);
             self.session.complete(slot);
@@ -632,7 +631,7 @@ impl Connection {
             self.held = Held::ByOwnShare(slot);
             return;
         }
-        match ring.pool().take(length_bytes, self.index) {
+        match ring.pool().take(length_bytes, self.wire.index()) {
             Some(buffer) => self.give_buffer(ring, slot, buffer),
             None => self.held = Held::ByPool(slot),
         }
@@ -658,11 +657,11 @@ impl Connection {
             return;
         }
         if self.session.request(slot).command == Command::BlockStatus {
-            ring.find_extents(self.index, slot, self.session.status_query(slot));
+            ring.find_extents(&mut self.wire, slot, self.session.status_query(slot));
             return;
         }
-        let Some(volume) = self.volume.clone() else { panic!("a request without a volume") };
-        let (progress, next) = RequestProgress::begin(&volume, self.session.request(slot));
+        let Some(volume) = self.wire.volume() else { panic!("a request without a volume") };
+        let (progress, next) = RequestProgress::begin(volume, self.session.request(slot));
         self.requests[usize::from(slot.0)].progress = Some(progress);
         self.follow(ring, slot, next);
     }
@@ -681,7 +680,7 @@ impl Connection {
 
     fn volume_completed(&mut self, ring: &mut Ring, slot: SlotId, result: i32) {
         let (Some(volume), Some(progress)) =
-            (self.volume.as_deref(), self.requests[usize::from(slot.0)].progress.as_mut())
+            (self.wire.volume(), self.requests[usize::from(slot.0)].progress.as_mut())
         else {
             panic!("a result for a request that was not begun");
         };
@@ -695,7 +694,8 @@ impl Connection {
     fn follow(&mut self, ring: &mut Ring, slot: SlotId, next: Next) {
         match next {
             Next::Submit(op) => {
-                ring.push_volume_op(self.index, slot, op, self.requests[usize::from(slot.0)].buffer.as_ref());
+                let buffer = self.requests[usize::from(slot.0)].buffer.as_ref();
+                ring.push_volume_op(&mut self.wire, slot, op, buffer);
             }
             Next::Done(result) => self.done(ring, slot, result),
             Next::Disconnect => {
@@ -733,14 +733,6 @@ impl Connection {
         }
         if let Some(pages) = request.pages.take() {
             ring.pipes().release(pages);
-        }
-    }
-
-    fn payload_place(&self, slot: SlotId) -> PayloadPlace<'_> {
-        match &self.requests[usize::from(slot.0)] {
-            InFlight { buffer: Some(buffer), .. } => PayloadPlace::Buffer(buffer),
-            InFlight { pages: Some(pages), .. } => PayloadPlace::Pages(pages),
-            _ => PayloadPlace::Volume(self.session.request(slot).offset_bytes),
         }
     }
 }

@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::backend::callback::CallbackOpener;
 use crate::backend::file::CacheMode;
 use crate::data_address::DataAddress;
 use crate::limits::Limits;
@@ -30,6 +31,8 @@ pub struct DataServerConfig {
     pub tls: Arc<ServerTls>,
     /// For tests only.
     pub faults: Faults,
+    /// For tests only: has the bytes of every volume that is opened, instead of its file or memory.
+    pub opener: Option<CallbackOpener>,
     /// Bounds.
     pub limits: Limits,
 }
@@ -45,6 +48,7 @@ impl Default for DataServerConfig {
             export_by_name: false,
             tls: Arc::default(),
             faults: Faults::default(),
+            opener: None,
             limits: Limits::default(),
         }
     }

@@ -32,7 +32,7 @@ use crate::limits::{Limits, MemoryPlan, TooLittleMemory};
 use crate::machine_memory::Allowed;
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::management::listener;
-use crate::ring::LOCKED_BYTES;
+use crate::ring::restricted::LOCKED_BYTES;
 use crate::socket_memory::{WIDTHS, WideSockets};
 use crate::tls::ServerTls;
 use crate::volume::Faults;

@@ -26,7 +26,9 @@ use crate::gate::GateMessage;
 use crate::ids::ConnectionId;
 use crate::limits::{Limits, MemoryPlan};
 use crate::mailbox::{Mailbox, RingMessage};
-use crate::ring::{Completion, OpKind, Ring};
+use crate::ring::Ring;
+use crate::ring::completion::{Completion, OpKind};
+use crate::ring::wire::Wire;
 use crate::tls::ServerTls;
 
 /// Results taken in one pass; what is left waits for the next.
@@ -44,9 +46,13 @@ pub struct IoLoop {
     gate: Sender<GateMessage>,
     limits: Limits,
     tls: Arc<ServerTls>,
+    /// The one record of each connection, by its index in the ring.
     connections: Vec<Option<Box<Connection>>>,
+    free_indices: Vec<u32>,
     by_id: HashMap<ConnectionId, u32>,
     completions: Vec<Completion>,
+    /// Those that the mailbox brought.
+    ended: Vec<Completion>,
     /// Connections with news in this pass.
     news: Vec<u32>,
     /// Connections that have had their turn in this pass and go on in the next.
@@ -81,8 +87,10 @@ impl IoLoop {
             limits,
             tls,
             connections: Vec::new(),
+            free_indices: Vec::new(),
             by_id: HashMap::new(),
             completions: Vec::with_capacity(COMPLETIONS_PER_PASS),
+            ended: Vec::new(),
             news: Vec::with_capacity(1024),
             waiting_for_turn: Vec::with_capacity(1024),
             shutdown_deadline: None,
@@ -124,17 +132,22 @@ impl IoLoop {
         let mut completions = std::mem::take(&mut self.completions);
         self.ring.reap(&mut completions);
         for completion in completions.drain(..) {
-            if completion.kind == OpKind::Wakeup {
+            if completion.kind() == OpKind::Wakeup {
                 self.take_mail(now);
                 self.ring.push_wakeup(self.mailbox.wakeup());
                 continue;
             }
-            let index = completion.connection;
-            let Some(connection) = self.connections[index as usize].as_mut() else { continue };
-            connection.completed(&mut self.ring, completion, now);
-            self.note(index);
+            self.completed(completion, now);
         }
         self.completions = completions;
+    }
+
+    fn completed(&mut self, completion: Completion, now: Instant) {
+        let index = completion.index();
+        let Some(connection) = self.connections[index as usize].as_mut() else { return };
+        let outcome = connection.wire().ended(completion);
+        connection.completed(&mut self.ring, outcome, now);
+        self.note(index);
     }
 
     fn advance(&mut self) {
@@ -166,7 +179,7 @@ impl IoLoop {
             if connection.waits_for_turn() {
                 self.waiting_for_turn.push(index);
             }
-            if connection.is_drained(&self.ring) {
+            if connection.is_drained() {
                 self.remove(index);
             }
         }
@@ -184,9 +197,15 @@ impl IoLoop {
                 RingMessage::Listed { connection, exports } => {
                     self.with(connection, |connection, ring| connection.listed(ring, &exports));
                 }
+                RingMessage::Ended(ended) => {
+                    let mut completions = std::mem::take(&mut self.ended);
+                    self.ring.reap_ended(&ended, &mut completions);
+                    completions.drain(..).for_each(|completion| self.completed(completion, now));
+                    self.ended = completions;
+                }
                 RingMessage::ExtentsFound { connection: index, slot, payload } => {
-                    self.ring.extents_found(index);
                     if let Some(connection) = self.connections[index as usize].as_mut() {
+                        self.ring.extents_found(connection.wire());
                         connection.extents_found(&mut self.ring, slot, &payload);
                     }
                     self.note(index);
@@ -215,8 +234,9 @@ impl IoLoop {
             self.mailbox.connection_removed();
             return;
         }
-        let index = match self.ring.add_connection(socket) {
-            Ok(index) => index,
+        let index = self.free_indices.last().copied().unwrap_or(self.connections.len() as u32);
+        let wire = match Wire::new(index, socket) {
+            Ok(wire) => wire,
             Err(error) => {
                 warn!(%peer, %error, "no memory for a connection");
                 self.mailbox.connection_removed();
@@ -224,10 +244,10 @@ impl IoLoop {
             }
         };
         debug!(%peer, connection = id.0, ring = self.ring_number, "connection begins");
-        if index as usize == self.connections.len() {
+        if self.free_indices.pop().is_none() {
             self.connections.push(None);
         }
-        let connection = Connection::new(id, index, peer, place, now, &self.limits, self.tls.state());
+        let connection = Connection::new(id, wire, peer, place, now, &self.limits, self.tls.state());
         self.connections[index as usize] = Some(Box::new(connection));
         self.by_id.insert(id, index);
         self.has_handshakes = true;
@@ -235,7 +255,11 @@ impl IoLoop {
     }
 
     fn start_tls(&mut self, index: u32, connection: ConnectionId, deadline: Instant) {
-        match self.ring.clone_socket(index) {
+        let Some(socket) = self.connections[index as usize].as_mut().map(|found| found.wire().clone_socket())
+        else {
+            return;
+        };
+        match socket {
             Ok(socket) => {
                 let mailbox = Arc::clone(&self.mailbox);
                 let on_end = move |secured| mailbox.post(RingMessage::TlsStarted { connection, secured });
@@ -291,12 +315,16 @@ impl IoLoop {
 
     fn remove(&mut self, index: u32) {
         let Some(mut connection) = self.connections[index as usize].take() else { return };
+        assert!(connection.is_drained(), "operations are in flight");
+        let id = connection.id();
         connection.release_all(&mut self.ring);
-        self.ring.remove_connection(index);
-        self.by_id.remove(&connection.id());
+        // Its socket is closed, and its hold on the volume let go of, before anybody hears of it.
+        drop(connection);
+        self.free_indices.push(index);
+        self.by_id.remove(&id);
         self.mailbox.connection_removed();
-        debug!(connection = connection.id().0, "connection is gone");
-        self.tell_gate(GateMessage::Closed { connection: connection.id() });
+        debug!(connection = id.0, "connection is gone");
+        self.tell_gate(GateMessage::Closed { connection: id });
     }
 
     fn tell_gate(&self, message: GateMessage) {

@@ -28,6 +28,7 @@ pub mod descriptors;
 pub mod fence;
 pub mod gate;
 pub mod ids;
+pub mod in_flight;
 pub mod incarnation;
 pub mod io_loop;
 pub mod lifecycle;

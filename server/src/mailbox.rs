@@ -1,8 +1,8 @@
 //! How other threads reach a ring thread: a list of messages and an eventfd that the ring waits for.
 //!
-//! Owns: the messages on their way and the number of connections that the ring was given. Never: used on the hot path; a
-//! ring that is not posted to never takes the lock.
-//! Called by: the acceptor and the gate (post), `io_loop.rs` (take).
+//! Owns: the messages on their way and the number of connections that the ring was given. Never: used on the hot path, but for
+//! volumes of a backend that completes by call-back; a ring that is not posted to never takes the lock.
+//! Called by: the acceptor, the gate and such backends (post), `io_loop.rs` (take).
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,6 +15,7 @@ use proto::nbd::validate::RequestLimits;
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::admission::Place;
+use crate::backend::callback::{CompletionSink, Ended};
 use crate::data_address::Peer;
 use crate::ids::{ConnectionId, SlotId};
 use crate::tls::Secured;
@@ -63,6 +64,8 @@ pub enum RingMessage {
         /// The public exports.
         exports: Vec<ListedExport>,
     },
+    /// An operation of a backend that completes by call-back has ended.
+    Ended(Ended),
     /// The answer to a BLOCK_STATUS.
     ExtentsFound {
         /// Whose: its index in the ring, which it keeps until this has come.
@@ -136,5 +139,11 @@ impl Mailbox {
     /// One less.
     pub fn connection_removed(&self) {
         self.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl CompletionSink for Mailbox {
+    fn ended(&self, ended: Ended) {
+        self.post(RingMessage::Ended(ended));
     }
 }

@@ -1,107 +1,50 @@
-//! One io_uring, with all the memory its operations use.
+//! One io_uring, with the memory that its connections share.
 //!
-//! Owns: the ring, the payload buffers, and for each connection its socket, its receive memory, its send vectors and a
-//! hold on its volume. Never: decides what to do; `connection.rs` and `io_loop.rs` do, in safe code.
+//! Owns: the ring and the payload buffers; `ring/wire.rs` has what is a connection's own. Never: decides what to do;
+//! `connection.rs` and `io_loop.rs` do, in safe code.
 //! Called by: `io_loop.rs` and `connection.rs`, on the ring's own thread only (`SINGLE_ISSUER`).
 //! Invariants, which make the safe methods sound:
-//! - every address in a submission lies in memory that this value owns, or in a volume that the connection holds;
-//! - operations in flight are counted for each connection, and nothing of a connection is freed before its count is 0;
-//! - receive memory is lent out as a slice only while no receive into it is in flight;
+//! - every address in a submission lies in memory that this value or the connection's wire owns, or in a volume that the wire or
+//!   a running sync holds;
+//! - an operation of a connection is counted by its wire until it has ended, and by the ring;
 //! - if the ring is dropped with operations in flight, its memory is leaked rather than freed under the kernel.
 //!
 //! Source: `include/uapi/linux/io_uring.h`; needs Linux 6.1 for `DEFER_TASKRUN`.
 #![allow(unsafe_code)] // Submissions carry addresses; see the invariants above.
 
-use std::collections::VecDeque;
-use std::fs::File;
+pub mod completion;
+pub mod restricted;
+mod send_area;
+pub mod wire;
+
 use std::io;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
-use rustix::fs::sendfile;
 
-use crate::backend::VolumeOp;
+use crate::backend::callback::{CompletionSink, Ended, Operation};
 use crate::backend::memory::MemoryVolume;
+use crate::backend::{Allocation, VolumeOp};
 use crate::block_status::{ExtentFinder, StatusQuery};
 use crate::buffers::{Buffer, BufferPool, Region};
 use crate::ids::SlotId;
-use crate::limits::{BULK_BYTES, PAGES_BYTES_MIN};
+use crate::limits::PAGES_BYTES_MIN;
 use crate::limits::{IN_FLIGHT_REQUESTS_MAX, MemoryPlan, ZEROES_BYTES_MAX};
 use crate::mailbox::Mailbox;
 use crate::page_pipes::{PagePipes, PipeId};
 use crate::sync_groups::{Begin, Member, SyncGroups};
 use crate::volume::{Backend, Volume};
-use proto::nbd::replies::REPLY_HEAD_BYTES_MAX;
-use tls::kernel::{self, ControlRecord};
-use tls::stream::Carrier;
+use completion::{Completion, OpKind};
+use send_area::PagesPlace;
+use wire::Wire;
 
 /// `IORING_RECVSEND_POLL_FIRST`: wait for the socket before looking at it.
 const IORING_RECVSEND_POLL_FIRST: u16 = 1;
-
-/// Submissions that fit between two system calls. A pass with more submits twice.
-const SQ_ENTRIES: u32 = 512;
-/// Completions that fit; the kernel keeps more aside, at a cost.
-const CQ_ENTRIES: u32 = 4096;
-
-/// What an operation was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OpKind {
-    /// Somebody posted to the mailbox.
-    Wakeup,
-    /// Bytes into the connection's receive memory.
-    ReceiveBulk,
-    /// Bytes of a WRITE's payload into its place.
-    ReceivePayload,
-    /// The socket can take more of the replies.
-    RoomToSend,
-    /// An operation of a volume.
-    Volume,
-    /// A sync that is done for several requests; comes out as one `Volume` for each.
-    Sync,
-    /// The cancellation of a connection's socket operations.
-    Cancel,
-}
-
-impl OpKind {
-    const ALL: [Self; 7] = [
-        Self::Wakeup,
-        Self::ReceiveBulk,
-        Self::ReceivePayload,
-        Self::RoomToSend,
-        Self::Volume,
-        Self::Sync,
-        Self::Cancel,
-    ];
-}
-
-/// A finished operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Completion {
-    /// What it was.
-    pub kind: OpKind,
-    /// Whose: an index of this ring. Not meaningful for a wakeup.
-    pub connection: u32,
-    /// For which request, where there is one.
-    pub slot: SlotId,
-    /// Bytes or 0, or a negative errno.
-    pub result: i32,
-}
-
-impl Completion {
-    fn user_data(kind: OpKind, connection: u32, slot: SlotId) -> u64 {
-        let number = OpKind::ALL.iter().position(|other| *other == kind).unwrap_or(0) as u64;
-        number << 40 | u64::from(slot.0) << 32 | u64::from(connection)
-    }
-
-    fn from_cqe(user_data: u64, result: i32) -> Self {
-        let kind = OpKind::ALL[(user_data >> 40) as usize];
-        Self { kind, connection: user_data as u32, slot: SlotId((user_data >> 32) as u8), result }
-    }
-}
 
 /// Where a payload is, or belongs.
 #[derive(Debug, Clone, Copy)]
@@ -114,50 +57,10 @@ pub enum PayloadPlace<'a> {
     Pages(&'a PipeId),
 }
 
-/// Pages that are sent as they are.
-#[derive(Debug, Clone, Copy)]
-struct Pages {
-    /// How many of the message's vectors come before them.
-    after_vectors: usize,
-    place: PagesPlace,
-    length_bytes: usize,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum PagesPlace {
-    /// In the memory volume's file, from this byte.
-    Volume(u64),
-    /// In the pipe of this index.
-    Pipe(u16),
-}
-
-/// What is being sent, in this order: vectors, and pages between them.
-struct SendArea {
-    headers: Region,
-    headers_used_bytes: usize,
-    text: Vec<u8>,
-    vectors: Vec<libc::iovec>,
-    first_vector: usize,
-    pages: VecDeque<Pages>,
-    waits_for_room: bool,
-}
-
-struct ConnectionMemory {
-    socket: OwnedFd,
-    /// The kernel encrypts what goes through the socket.
-    is_ktls: bool,
-    bulk: Region,
-    bulk_is_lent_to_kernel: bool,
-    send: SendArea,
-    volume: Option<Arc<Volume>>,
-    ops_in_flight: u32,
-}
-
 /// Everything that submissions point into.
 struct Memory {
     pool: BufferPool,
     zeroes: Region,
-    connections: Vec<Option<Box<ConnectionMemory>>>,
     wakeup_value: Box<u64>,
 }
 
@@ -166,17 +69,17 @@ pub struct Ring {
     number: usize,
     io: IoUring,
     memory: ManuallyDrop<Memory>,
-    free_indices: Vec<u32>,
     pipes: PagePipes,
     syncs: SyncGroups,
+    /// Volumes of which a sync runs, each held until none does; a sync's completion has the index.
+    synced_volumes: Vec<Option<Arc<Volume>>>,
     synced: Vec<Member>,
     extents: ExtentFinder,
+    /// Where backends that complete by call-back report to.
+    sink: Arc<dyn CompletionSink>,
+    /// Those that name its memory: all but the wakeup's.
     ops_in_flight: u32,
 }
-
-/// What a ring takes of the memory that a user may lock, in bytes, on kernels that count its queues as such: those before 5.12, and
-/// newer ones again. Each queue begins at a page; sizes: `include/uapi/linux/io_uring.h`.
-pub const LOCKED_BYTES: u64 = SQ_ENTRIES as u64 * (64 + 4) + CQ_ENTRIES as u64 * 16 + 2 * 4096;
 
 impl Ring {
     /// Makes ring number `number` of the server, whose mailbox this is; on the thread that will use it.
@@ -185,27 +88,22 @@ impl Ring {
     /// `EPERM` or `ENOSYS`: io_uring is switched off (sysctl, container profile) or missing; `EINVAL`: a kernel before
     /// 6.1; `ENOMEM`.
     pub fn new(number: usize, mailbox: &Arc<Mailbox>, plan: MemoryPlan) -> io::Result<Self> {
-        let io = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_submit_all()
-            .setup_cqsize(CQ_ENTRIES)
-            .build(SQ_ENTRIES)?;
+        let io = restricted::build()?;
         let memory = Memory {
             pool: BufferPool::new(plan.pool, plan.connections_per_ring)?,
             zeroes: Region::new(ZEROES_BYTES_MAX as usize)?,
-            connections: Vec::new(),
             wakeup_value: Box::new(0),
         };
         Ok(Self {
             number,
             io,
             memory: ManuallyDrop::new(memory),
-            free_indices: Vec::new(),
             pipes: PagePipes::new(plan.page_pipes),
             syncs: SyncGroups::default(),
+            synced_volumes: Vec::new(),
             synced: Vec::with_capacity(IN_FLIGHT_REQUESTS_MAX),
             extents: ExtentFinder::start(number, Arc::clone(mailbox))?,
+            sink: Arc::clone(mailbox) as Arc<dyn CompletionSink>,
             ops_in_flight: 0,
         })
     }
@@ -220,12 +118,11 @@ impl Ring {
         &mut self.pipes
     }
 
-    /// Takes hold of what a READ wants of the connection's volume, if that goes without reading; it has to be given back.
-    pub fn hold_pages(&mut self, connection: u32, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
-        let volume = self.memory.connection(connection).volume.as_deref()?;
+    /// Takes hold of what a READ wants of the volume, if that goes without reading; it has to be given back.
+    pub fn hold_pages(&mut self, volume: &Volume, offset_bytes: u64, length_bytes: u32) -> Option<PipeId> {
         match &volume.backend {
             Backend::File(file) => self.pipes.hold(file, offset_bytes, length_bytes),
-            Backend::Memory(_) => None,
+            Backend::Memory(_) | Backend::Callback(_) => None,
         }
     }
 
@@ -234,122 +131,15 @@ impl Ring {
         self.memory.pool.has_waiters()
     }
 
-    /// Takes a connection in; gives its index here. Allocates.
-    ///
-    /// # Errors
-    /// `ENOMEM`
-    pub fn add_connection(&mut self, socket: OwnedFd) -> io::Result<u32> {
-        // For sendfile, which has no flag for it; operations of the ring wait all the same.
-        rustix::io::ioctl_fionbio(&socket, true)?;
-        let memory = Box::new(ConnectionMemory {
-            socket,
-            is_ktls: false,
-            bulk: Region::new(BULK_BYTES)?,
-            bulk_is_lent_to_kernel: false,
-            send: SendArea::new()?,
-            volume: None,
-            ops_in_flight: 0,
-        });
-        let index = self.free_indices.pop().unwrap_or(self.memory.connections.len() as u32);
-        if index as usize == self.memory.connections.len() {
-            self.memory.connections.push(None);
-        }
-        self.memory.connections[index as usize] = Some(memory);
-        Ok(index)
-    }
-
-    /// Lets a connection go: closes its socket and its hold on the volume.
-    ///
-    /// # Panics
-    /// While operations of it are in flight.
-    pub fn remove_connection(&mut self, connection: u32) {
-        assert_eq!(self.connection(connection).ops_in_flight, 0, "operations are in flight");
-        self.memory.connections[connection as usize] = None;
-        self.free_indices.push(connection);
-    }
-
-    /// The connection's socket once more, for a TLS handshake.
-    ///
-    /// # Errors
-    /// `EMFILE` and the like.
-    pub fn clone_socket(&self, connection: u32) -> io::Result<OwnedFd> {
-        self.connection(connection).socket.try_clone()
-    }
-
-    /// The connection's socket, for its options.
-    pub fn socket(&self, connection: u32) -> BorrowedFd<'_> {
-        self.connection(connection).socket.as_fd()
-    }
-
-    /// The connection's bytes are carried by TLS from now on.
-    ///
-    /// # Errors
-    /// The socket is not one any more.
-    ///
-    /// # Panics
-    /// While operations of it are in flight: they would bring bytes from before.
-    pub fn set_carrier(&mut self, connection: u32, carrier: Carrier) -> io::Result<()> {
-        let memory = self.connection_mut(connection);
-        assert_eq!(memory.ops_in_flight, 0, "operations are in flight");
-        match carrier {
-            Carrier::Kernel(_same_socket) => memory.is_ktls = true,
-            Carrier::Relay(near_end) => memory.socket = near_end,
-        }
-        // As in `add_connection`; the handshake has waited on it.
-        rustix::io::ioctl_fionbio(&memory.socket, true)?;
-        Ok(())
-    }
-
-    /// After EIO: the TLS record that is not data, if that was the cause.
-    pub fn take_control_record(&self, connection: u32) -> Option<ControlRecord> {
-        let memory = self.connection(connection);
-        memory.is_ktls.then(|| kernel::take_control_record(&memory.socket)).flatten()
-    }
-
-    /// The connection's requests are for this volume from now on.
-    pub fn set_volume(&mut self, connection: u32, volume: Arc<Volume>) {
-        self.connection_mut(connection).volume = Some(volume);
-    }
-
-    /// Operations of the connection that have not finished.
-    pub fn ops_in_flight(&self, connection: u32) -> u32 {
-        self.connection(connection).ops_in_flight
-    }
-
-    /// What was received in bulk.
-    ///
-    /// # Panics
-    /// While a bulk receive is in flight.
-    pub fn bulk(&self, connection: u32, range: Range<usize>) -> &[u8] {
-        let memory = self.connection(connection);
-        assert!(!memory.bulk_is_lent_to_kernel, "a receive is in flight");
-        let start = memory.bulk.address(range.start, range.len());
-        // SAFETY: `address` checked the range; the region outlives the borrow of `self`; no receive into it is in flight
-        // and every Rust access goes through this method or `bulk_mut`, under the borrow of `self`.
-        unsafe { std::slice::from_raw_parts(start, range.len()) }
-    }
-
-    /// The receive memory, to be written.
-    ///
-    /// # Panics
-    /// While a bulk receive is in flight.
-    pub fn bulk_mut(&mut self, connection: u32) -> &mut [u8] {
-        let memory = self.connection_mut(connection);
-        assert!(!memory.bulk_is_lent_to_kernel, "a receive is in flight");
-        let start = memory.bulk.address(0, BULK_BYTES);
-        // SAFETY: as in `bulk`, and the borrow of `self` is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(start, BULK_BYTES) }
-    }
-
     /// Copies received bytes to where a payload belongs, `done_bytes` into it.
     pub fn store_payload(
         &mut self,
-        connection: u32,
+        wire: &Wire,
         range: Range<usize>,
         place: PayloadPlace<'_>,
         done_bytes: u32,
     ) {
-        let source = self.bulk(connection, range);
+        let source = wire.bulk(range);
         match place {
             PayloadPlace::Buffer(buffer) => {
                 let target = self.memory.pool.address(buffer, done_bytes as usize, source.len());
@@ -358,7 +148,7 @@ impl Ring {
                 unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), target, source.len()) };
             }
             PayloadPlace::Volume(offset_bytes) => {
-                self.volume_memory(connection).write(offset_bytes + u64::from(done_bytes), source);
+                wire.volume_memory().write(offset_bytes + u64::from(done_bytes), source);
             }
             PayloadPlace::Pages(_) => panic!("held pages are not written"),
         }
@@ -369,18 +159,16 @@ impl Ring {
     ///
     /// # Panics
     /// When the connection has no volume.
-    pub fn find_extents(&mut self, connection: u32, slot: SlotId, query: StatusQuery) {
-        let Some(volume) = self.connection(connection).volume.clone() else {
-            panic!("the connection has no volume")
-        };
-        self.connection_mut(connection).ops_in_flight += 1;
-        self.extents.ask(connection, slot, volume, query);
+    pub fn find_extents(&mut self, wire: &mut Wire, slot: SlotId, query: StatusQuery) {
+        let Some(volume) = wire.volume().cloned() else { panic!("the connection has no volume") };
+        wire.begin_op();
+        self.extents.ask(wire.index(), slot, volume, query);
     }
 
     /// A question has been answered: it is not in flight any more.
-    pub fn extents_found(&mut self, connection: u32) {
+    pub fn extents_found(&mut self, wire: &mut Wire) {
         self.extents.answer_taken();
-        self.connection_mut(connection).ops_in_flight -= 1;
+        wire.end_op();
     }
 
     /// Fills the beginning of a buffer.
@@ -393,72 +181,48 @@ impl Ring {
 
     /// Receives up to the end of `range` into the receive memory. Where `was_empty` says that the last receive emptied the
     /// socket, the kernel does not look again before it waits.
-    pub fn push_receive_bulk(&mut self, connection: u32, range: Range<usize>, was_empty: bool) {
-        let memory = self.connection_mut(connection);
-        let target = memory.bulk.address(range.start, range.len());
-        memory.bulk_is_lent_to_kernel = true;
-        let receive = opcode::Recv::new(types::Fd(memory.socket.as_raw_fd()), target, range.len() as u32);
+    pub fn push_receive_bulk(&mut self, wire: &mut Wire, range: Range<usize>, was_empty: bool) {
+        let target = wire.lend_bulk(&range);
+        let receive = opcode::Recv::new(wire.fd(), target, range.len() as u32);
         let op = receive.ioprio(if was_empty { IORING_RECVSEND_POLL_FIRST } else { 0 }).build();
-        self.push(op, OpKind::ReceiveBulk, connection, SlotId(0));
+        self.push(op, OpKind::ReceiveBulk, wire, SlotId(0));
     }
 
     /// Receives exactly `length_bytes` of a payload (fewer only at the stream's end), `done_bytes` into its place.
     pub fn push_receive_payload(
         &mut self,
-        connection: u32,
+        wire: &mut Wire,
         slot: SlotId,
         place: PayloadPlace<'_>,
         done_bytes: u32,
         length_bytes: u32,
     ) {
-        let target = self.payload_address(connection, place, done_bytes, length_bytes);
-        let socket = types::Fd(self.connection(connection).socket.as_raw_fd());
-        let op = opcode::Recv::new(socket, target, length_bytes).flags(libc::MSG_WAITALL).build();
-        self.push(op, OpKind::ReceivePayload, connection, slot);
-    }
-
-    /// Adds bytes to what the next [`Self::send`] sends, before any reply.
-    ///
-    /// # Panics
-    /// While what was added before is not sent, as in the next two.
-    pub fn add_text(&mut self, connection: u32, text: Vec<u8>) {
-        let send = self.idle_send(connection);
-        send.text = text;
-        let (start, length) = (send.text.as_mut_ptr(), send.text.len());
-        send.add(start, length);
-    }
-
-    /// Adds a reply's header.
-    pub fn add_header(&mut self, connection: u32, header: &[u8]) {
-        let send = self.idle_send(connection);
-        let target = send.headers.address(send.headers_used_bytes, header.len());
-        send.headers_used_bytes += header.len();
-        // SAFETY: `address` checked the target's range; what was sent from the headers has left, so nobody else uses them.
-        unsafe { std::ptr::copy_nonoverlapping(header.as_ptr(), target, header.len()) };
-        send.add(target, header.len());
+        let target = self.payload_address(wire, place, done_bytes, length_bytes);
+        let op = opcode::Recv::new(wire.fd(), target, length_bytes).flags(libc::MSG_WAITALL).build();
+        self.push(op, OpKind::ReceivePayload, wire, slot);
     }
 
     /// Adds a READ's payload.
-    pub fn add_payload(&mut self, connection: u32, place: PayloadPlace<'_>, length_bytes: u32) {
+    pub fn add_payload(&mut self, wire: &mut Wire, place: PayloadPlace<'_>, length_bytes: u32) {
         let source = match place {
             PayloadPlace::Volume(offset_bytes) if length_bytes >= PAGES_BYTES_MIN => {
                 let place = PagesPlace::Volume(offset_bytes);
-                self.idle_send(connection).add_pages(place, length_bytes as usize);
+                wire.idle_send().add_pages(place, length_bytes as usize);
                 return;
             }
             PayloadPlace::Pages(pipe) => {
                 let place = PagesPlace::Pipe(pipe.index());
-                self.idle_send(connection).add_pages(place, length_bytes as usize);
+                wire.idle_send().add_pages(place, length_bytes as usize);
                 return;
             }
             PayloadPlace::Volume(offset_bytes)
-                if !self.volume_memory(connection).may_hold_data(offset_bytes, length_bytes) =>
+                if !wire.volume_memory().may_hold_data(offset_bytes, length_bytes) =>
             {
                 self.memory.zeroes.address(0, length_bytes as usize)
             }
-            _ => self.payload_address(connection, place, 0, length_bytes),
+            _ => self.payload_address(wire, place, 0, length_bytes),
         };
-        self.idle_send(connection).add(source, length_bytes as usize);
+        wire.idle_send().add(source, length_bytes as usize);
     }
 
     /// Sends what was added, as far as the socket takes it at once. True: all of it. False: there comes a completion when
@@ -469,16 +233,15 @@ impl Ring {
     ///
     /// # Errors
     /// Those of sendmsg(2), sendfile(2) and splice(2); the connection is of no use any more.
-    pub fn send(&mut self, connection: u32) -> io::Result<bool> {
-        let memory = self.memory.connection_mut(connection);
-        let file = memory.volume.as_deref().and_then(Volume::memory).map(MemoryVolume::file);
-        let sent = memory.send.send(&memory.socket, file, &mut self.pipes);
+    pub fn send(&mut self, wire: &mut Wire) -> io::Result<bool> {
+        let (send, socket, memory) = wire.sending();
+        let sent = send.send(socket, memory.map(MemoryVolume::file), &mut self.pipes);
         if !matches!(sent, Ok(false)) {
             return sent;
         }
-        memory.send.waits_for_room = true;
-        let op = opcode::PollAdd::new(types::Fd(memory.socket.as_raw_fd()), libc::POLLOUT as u32).build();
-        self.push(op, OpKind::RoomToSend, connection, SlotId(0));
+        send.waits_for_room = true;
+        let op = opcode::PollAdd::new(wire.fd(), libc::POLLOUT as u32).build();
+        self.push(op, OpKind::RoomToSend, wire, SlotId(0));
         Ok(false)
     }
 
@@ -486,34 +249,52 @@ impl Ring {
     ///
     /// # Panics
     /// When the connection has no volume, or a READ or WRITE of a file no buffer.
-    pub fn push_volume_op(&mut self, connection: u32, slot: SlotId, op: VolumeOp, buffer: Option<&Buffer>) {
-        let Some(volume) = &self.connection(connection).volume else {
-            panic!("the connection has no volume")
-        };
+    pub fn push_volume_op(&mut self, wire: &mut Wire, slot: SlotId, op: VolumeOp, buffer: Option<&Buffer>) {
+        let Some(volume) = wire.volume() else { panic!("the connection has no volume") };
         if let VolumeOp::Sync { metadata } = op {
-            let key = Arc::as_ptr(volume) as usize;
-            // Counted for the request from now on, whether its sync begins now or after the one that runs.
-            self.connection_mut(connection).ops_in_flight += 1;
-            if let Some(begin) = self.syncs.join(key, (connection, slot), metadata) {
-                self.push_sync(begin);
+            if let Some(begin) = self.syncs.join(sync_key(volume), (wire.index(), slot), metadata) {
+                let index = self.hold_synced(Arc::clone(volume));
+                self.push_sync(index, &begin);
             }
-            return;
+            // Counted for the request from now on, whether its sync begins now or after the one that runs.
+            return wire.begin_op();
         }
         let file = match &volume.backend {
             Backend::File(file) => file.file(),
             Backend::Memory(memory) => memory.file(),
+            Backend::Callback(backend) => {
+                let token = Completion::user_data(OpKind::Volume, wire.index(), slot);
+                backend.submit(self.operation(op, buffer, token));
+                return wire.begin_op();
+            }
         };
         let entry = self.file_op(types::Fd(file.as_raw_fd()), op, buffer);
-        self.push(entry, OpKind::Volume, connection, slot);
+        self.push(entry, OpKind::Volume, wire, slot);
+    }
+
+    /// An operation for a backend that completes by call-back; comes back to [`Self::reap_ended`].
+    fn operation(&mut self, op: VolumeOp, buffer: Option<&Buffer>, token: u64) -> Operation {
+        let memory = match (op, buffer) {
+            (VolumeOp::Read { buffer_offset_bytes, length_bytes, .. }, Some(buffer))
+            | (VolumeOp::Write { buffer_offset_bytes, length_bytes, .. }, Some(buffer)) => {
+                let (at, length) = (buffer_offset_bytes as usize, length_bytes as usize);
+                std::ptr::slice_from_raw_parts_mut(self.memory.pool.address(buffer, at, length), length)
+            }
+            (VolumeOp::Read { .. } | VolumeOp::Write { .. }, None) => panic!("the request has no buffer"),
+            _ => std::ptr::from_mut::<[u8]>(&mut []),
+        };
+        let Some(memory) = NonNull::new(memory) else { panic!("a buffer at address zero") };
+        self.ops_in_flight += 1;
+        // SAFETY: a part of the pool, which is mapped and was zeroed by the kernel, and stays so while the ring has operations in
+        // flight; it is of a buffer that belongs to this request, which nobody touches before it was reaped.
+        unsafe { Operation::new(op, memory, token, Arc::clone(&self.sink)) }
     }
 
     /// Ends the connection's socket operations, now or soon: shuts the socket down and cancels what waits for it.
-    pub fn push_cancel(&mut self, connection: u32) {
-        let memory = self.connection(connection);
-        // An error means that it is not connected any more, which is what is wanted.
-        let _ = rustix::net::shutdown(&memory.socket, rustix::net::Shutdown::Both);
-        let target = types::CancelBuilder::fd(types::Fd(memory.socket.as_raw_fd())).all();
-        self.push(opcode::AsyncCancel2::new(target).build(), OpKind::Cancel, connection, SlotId(0));
+    pub fn push_cancel(&mut self, wire: &mut Wire) {
+        wire.shut_down();
+        let target = types::CancelBuilder::fd(wire.fd()).all();
+        self.push(opcode::AsyncCancel2::new(target).build(), OpKind::Cancel, wire, SlotId(0));
     }
 
     /// Waits for the mailbox's eventfd.
@@ -552,56 +333,73 @@ impl Ring {
         let finished =
             self.io.completion().take(room).map(|cqe| Completion::from_cqe(cqe.user_data(), cqe.result()));
         completions.extend(finished);
-        for index in 0..completions.len() {
-            self.ops_in_flight -= 1;
-            let completion = completions[index];
-            match completion.kind {
-                OpKind::Wakeup => {}
-                OpKind::Sync => self.reap_sync(completion, completions),
-                _ => self.account(completion),
+        for at in 0..completions.len() {
+            let (kind, index) = (completions[at].kind(), completions[at].index());
+            // The wakeup's was never counted.
+            self.ops_in_flight -= u32::from(kind != OpKind::Wakeup);
+            if kind == OpKind::Sync {
+                self.reap_sync(index, completions[at].result(), completions);
             }
         }
-        completions.retain(|completion| completion.kind != OpKind::Sync);
+        completions.retain(|completion| completion.kind() != OpKind::Sync);
+    }
+
+    /// The same for an operation that a backend has ended, which the mailbox brought: it, or one for each request that waited for a
+    /// sync.
+    pub fn reap_ended(&mut self, ended: &Ended, completions: &mut Vec<Completion>) {
+        self.ops_in_flight -= 1;
+        let completion = Completion::from_cqe(ended.token(), ended.result());
+        if completion.kind() == OpKind::Sync {
+            self.reap_sync(completion.index(), completion.result(), completions);
+        } else {
+            completions.push(completion);
+        }
     }
 
     /// A sync has ended: each request it was for gets its result, and the next one begins.
-    fn reap_sync(&mut self, sync: Completion, completions: &mut Vec<Completion>) {
-        let Some(volume) = &self.connection(sync.connection).volume else {
-            panic!("a sync without a volume")
-        };
-        let key = Arc::as_ptr(volume) as usize;
+    fn reap_sync(&mut self, index: u32, result: i32, completions: &mut Vec<Completion>) {
         let mut synced = std::mem::take(&mut self.synced);
-        if let Some(begin) = self.syncs.ended(key, &mut synced) {
-            self.push_sync(begin);
+        match self.syncs.ended(sync_key(self.synced_volume(index)), &mut synced) {
+            Some(begin) => self.push_sync(index, &begin),
+            None => self.synced_volumes[index as usize] = None,
         }
-        for (connection, slot) in synced.drain(..) {
-            let completion = Completion { kind: OpKind::Volume, connection, slot, result: sync.result };
-            self.account(completion);
-            completions.push(completion);
-        }
+        let of_request = |(index, slot)| Completion::new(OpKind::Volume, index, slot, result);
+        completions.extend(synced.drain(..).map(of_request));
         self.synced = synced;
     }
 
-    fn account(&mut self, completion: Completion) {
-        let memory = self.connection_mut(completion.connection);
-        memory.ops_in_flight -= 1;
-        match completion.kind {
-            OpKind::ReceiveBulk => memory.bulk_is_lent_to_kernel = false,
-            OpKind::RoomToSend => memory.send.waits_for_room = false,
-            _ => {}
+    fn hold_synced(&mut self, volume: Arc<Volume>) -> u32 {
+        let free = self.synced_volumes.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.synced_volumes.len());
+        if free.is_none() {
+            self.synced_volumes.push(None);
+        }
+        self.synced_volumes[index] = Some(volume);
+        index as u32
+    }
+
+    fn synced_volume(&self, index: u32) -> &Arc<Volume> {
+        match self.synced_volumes.get(index as usize).and_then(Option::as_ref) {
+            Some(volume) => volume,
+            None => panic!("no sync {index} is running"),
         }
     }
 
-    /// Begins a sync, in the name of a request that waits for it and so keeps the volume.
-    fn push_sync(&mut self, begin: Begin) {
-        let (connection, slot) = begin.leader;
-        let volume = self.connection(connection).volume.as_deref();
-        let Some(Volume { backend: Backend::File(file), .. }) = volume else {
-            panic!("only files are synced")
+    /// Begins a sync of the volume that is held under this index.
+    fn push_sync(&mut self, index: u32, begin: &Begin) {
+        let metadata = begin.metadata;
+        let user_data = Completion::user_data(OpKind::Sync, index, SlotId(0));
+        let volume = Arc::clone(self.synced_volume(index));
+        let file = match &volume.backend {
+            Backend::File(file) => file,
+            Backend::Callback(backend) => {
+                return backend.submit(self.operation(VolumeOp::Sync { metadata }, None, user_data));
+            }
+            Backend::Memory(_) => panic!("memory is not synced"),
         };
         let file = types::Fd(file.sync_file(self.number).as_raw_fd());
-        let flags = if begin.metadata { types::FsyncFlags::empty() } else { types::FsyncFlags::DATASYNC };
-        let user_data = Completion::user_data(OpKind::Sync, connection, slot);
+        let flags = if metadata { types::FsyncFlags::empty() } else { types::FsyncFlags::DATASYNC };
+        self.ops_in_flight += 1;
         self.push_entry(opcode::Fsync::new(file).flags(flags).build().user_data(user_data));
     }
 
@@ -625,6 +423,11 @@ impl Ring {
                 opcode::Write::new(file, source, length_bytes).offset(offset_bytes).build()
             }
             VolumeOp::Allocate { mode, offset_bytes, length_bytes } => {
+                let mode = match mode {
+                    Allocation::Punch => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                    Allocation::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+                    Allocation::Fill => 0,
+                };
                 opcode::Fallocate::new(file, length_bytes).offset(offset_bytes).mode(mode).build()
             }
             VolumeOp::Prefetch { offset_bytes, length_bytes } => {
@@ -639,7 +442,7 @@ impl Ring {
 
     fn payload_address(
         &self,
-        connection: u32,
+        wire: &Wire,
         place: PayloadPlace<'_>,
         done_bytes: u32,
         length_bytes: u32,
@@ -649,22 +452,21 @@ impl Ring {
                 self.memory.pool.address(buffer, done_bytes as usize, length_bytes as usize)
             }
             PayloadPlace::Volume(offset_bytes) => {
-                let memory = self.volume_memory(connection);
-                memory.address(offset_bytes + u64::from(done_bytes), length_bytes)
+                wire.volume_memory().address(offset_bytes + u64::from(done_bytes), length_bytes)
             }
             PayloadPlace::Pages(_) => panic!("held pages have no address"),
         }
     }
 
-    fn push(&mut self, entry: squeue::Entry, kind: OpKind, connection: u32, slot: SlotId) {
-        self.connection_mut(connection).ops_in_flight += 1;
-        self.push_entry(entry.user_data(Completion::user_data(kind, connection, slot)));
+    fn push(&mut self, entry: squeue::Entry, kind: OpKind, wire: &mut Wire, slot: SlotId) {
+        wire.begin_op();
+        self.ops_in_flight += 1;
+        self.push_entry(entry.user_data(Completion::user_data(kind, wire.index(), slot)));
     }
 
     fn push_entry(&mut self, entry: squeue::Entry) {
-        self.ops_in_flight += 1;
         loop {
-            // SAFETY: every entry is built in this file from memory that stays valid until its completion was reaped:
+            // SAFETY: every entry is built in this file, of memory that stays valid until its completion was reaped:
             // see the invariants at the top.
             let pushed = unsafe { self.io.submission().push(&entry) };
             if pushed.is_ok() {
@@ -678,170 +480,22 @@ impl Ring {
             }
         }
     }
-
-    fn connection(&self, connection: u32) -> &ConnectionMemory {
-        self.memory.connection(connection)
-    }
-
-    fn connection_mut(&mut self, connection: u32) -> &mut ConnectionMemory {
-        self.memory.connection_mut(connection)
-    }
-
-    fn idle_send(&mut self, connection: u32) -> &mut SendArea {
-        let send = &mut self.connection_mut(connection).send;
-        assert!(!send.waits_for_room, "the replies before are not sent");
-        send
-    }
-
-    fn volume_memory(&self, connection: u32) -> &MemoryVolume {
-        match self.connection(connection).volume.as_deref().and_then(Volume::memory) {
-            Some(memory) => memory,
-            None => panic!("the connection's volume is not in memory"),
-        }
-    }
 }
 
-impl Memory {
-    fn connection(&self, connection: u32) -> &ConnectionMemory {
-        match self.connections.get(connection as usize).and_then(Option::as_deref) {
-            Some(memory) => memory,
-            None => panic!("connection {connection} is gone"),
-        }
-    }
-
-    fn connection_mut(&mut self, connection: u32) -> &mut ConnectionMemory {
-        match self.connections.get_mut(connection as usize).and_then(Option::as_deref_mut) {
-            Some(memory) => memory,
-            None => panic!("connection {connection} is gone"),
-        }
-    }
+/// What syncs of a volume are joined by, while it is held.
+fn sync_key(volume: &Arc<Volume>) -> usize {
+    Arc::as_ptr(volume) as usize
 }
 
 impl Drop for Ring {
     fn drop(&mut self) {
         // The wakeup alone is let go: an eventfd's read completes only when somebody writes, and its 8 bytes are leaked.
-        let others_in_flight =
-            self.memory.connections.iter().flatten().any(|memory| memory.ops_in_flight > 0);
-        if others_in_flight {
+        if self.ops_in_flight > 0 {
             tracing::warn!(self.ops_in_flight, "a ring ends with operations in flight; its memory stays");
             return;
         }
         // SAFETY: taken once, here; `memory` is not used again.
         let memory = unsafe { ManuallyDrop::take(&mut self.memory) };
         Box::leak(memory.wakeup_value);
-    }
-}
-
-impl SendArea {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            headers: Region::new(IN_FLIGHT_REQUESTS_MAX * REPLY_HEAD_BYTES_MAX)?,
-            headers_used_bytes: 0,
-            text: Vec::new(),
-            // A header and a payload for each request, and the text; below IOV_MAX (1024).
-            vectors: Vec::with_capacity(2 * IN_FLIGHT_REQUESTS_MAX + 1),
-            first_vector: 0,
-            pages: VecDeque::with_capacity(IN_FLIGHT_REQUESTS_MAX),
-            waits_for_room: false,
-        })
-    }
-
-    /// Adds a range; one that follows the last directly only makes that longer.
-    fn add(&mut self, start: *mut u8, length_bytes: usize) {
-        let follows_pages = self.pages.back().is_some_and(|pages| pages.after_vectors == self.vectors.len());
-        if let Some(last) = self.vectors.last_mut()
-            && !follows_pages
-            && last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == start
-        {
-            last.iov_len += length_bytes;
-            return;
-        }
-        self.vectors.push(libc::iovec { iov_base: start.cast(), iov_len: length_bytes });
-    }
-
-    /// Adds pages.
-    fn add_pages(&mut self, place: PagesPlace, length_bytes: usize) {
-        self.pages.push_back(Pages { after_vectors: self.vectors.len(), place, length_bytes });
-    }
-
-    /// Sends as much as the socket takes. True: all.
-    fn send(&mut self, socket: &OwnedFd, file: Option<&File>, pipes: &mut PagePipes) -> io::Result<bool> {
-        loop {
-            let vectors_end = self.pages.front().map_or(self.vectors.len(), |pages| pages.after_vectors);
-            let has_more = self.pages.len() > 1 || self.first_vector < self.vectors.len();
-            let sent = if self.first_vector < vectors_end {
-                self.send_vectors(socket, vectors_end)
-            } else if let Some(pages) = self.pages.front_mut() {
-                pages.send(socket, file, pipes, has_more)
-            } else {
-                break;
-            };
-            match sent {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) => return Err(error),
-            }
-            self.pages.pop_front_if(|pages| pages.length_bytes == 0);
-        }
-        self.vectors.clear();
-        self.first_vector = 0;
-        self.headers_used_bytes = 0;
-        self.text.clear();
-        Ok(true)
-    }
-
-    fn send_vectors(&mut self, socket: &OwnedFd, end: usize) -> io::Result<()> {
-        let vectors = &mut self.vectors[self.first_vector..end];
-        // SAFETY: all zeroes is a valid `msghdr`: null pointers with zero lengths.
-        let mut message = unsafe { std::mem::zeroed::<libc::msghdr>() };
-        message.msg_iov = vectors.as_mut_ptr();
-        message.msg_iovlen = vectors.len() as _;
-        let more = if self.pages.is_empty() { 0 } else { libc::MSG_MORE };
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | more;
-        // SAFETY: the vectors name memory of the ring, of this connection or of its volume, which is mapped as long as they
-        // are there; the kernel only reads it.
-        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
-        let sent_bytes = usize::try_from(sent).map_err(|_| io::Error::last_os_error())?;
-        self.advance(sent_bytes, end);
-        Ok(())
-    }
-
-    fn advance(&mut self, mut sent_bytes: usize, end: usize) {
-        for vector in &mut self.vectors[self.first_vector..end] {
-            let taken_bytes = sent_bytes.min(vector.iov_len);
-            vector.iov_base = vector.iov_base.cast::<u8>().wrapping_add(taken_bytes).cast();
-            vector.iov_len -= taken_bytes;
-            sent_bytes -= taken_bytes;
-            if vector.iov_len > 0 {
-                return;
-            }
-            self.first_vector += 1;
-        }
-    }
-}
-
-impl Pages {
-    /// Hands the socket references to the pages. What is written to them before the peer has taken them arrives there: the
-    /// READ is not over for the peer until then, and so may see it.
-    fn send(
-        &mut self,
-        socket: &OwnedFd,
-        file: Option<&File>,
-        pipes: &mut PagePipes,
-        has_more: bool,
-    ) -> io::Result<()> {
-        let sent_bytes = match (&mut self.place, file) {
-            (PagesPlace::Volume(offset_bytes), Some(file)) => {
-                sendfile(socket, file, Some(offset_bytes), self.length_bytes)?
-            }
-            (PagesPlace::Volume(_), None) => panic!("the connection's volume is not in memory"),
-            (PagesPlace::Pipe(index), _) => pipes.send(*index, socket, has_more)?,
-        };
-        if sent_bytes == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        self.length_bytes -= sent_bytes;
-        Ok(())
     }
 }

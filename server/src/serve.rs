@@ -293,6 +293,7 @@ fn data_server_config(
         export_by_name: config.export_by_name,
         tls: Arc::clone(tls),
         faults: config.fault.unwrap_or_default(),
+        opener: None,
         limits: config.limits(),
     }
 }

@@ -16,7 +16,7 @@ pub type Member = (u32, SlotId);
 /// A sync that has to be begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Begin {
-    /// In whose name it is submitted.
+    /// The first of those that wait for it.
     pub leader: Member,
     /// fsync rather than fdatasync.
     pub metadata: bool,

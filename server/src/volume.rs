@@ -17,7 +17,6 @@
 //! request is treated as FUA; after a failed sync nothing is acknowledged as durable until the volume was opened anew; and
 //! nobody is told of a failed sync before it is recorded where a killed server does not forget it.
 
-use std::fs::File;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -27,9 +26,10 @@ use proto::nbd::{BlockSizes, Negotiated, PAYLOAD_BYTES_MAX_DEFAULT, Transmission
 use tracing::{error, warn};
 use uuid::Uuid;
 
-use crate::backend::VolumeOp;
+use crate::backend::callback::CallbackBackend;
 use crate::backend::file::FileVolume;
 use crate::backend::memory::MemoryVolume;
+use crate::backend::{Allocation, VolumeOp};
 use crate::descriptors::Taken;
 use crate::limits::ZEROES_BYTES_MAX;
 
@@ -71,6 +71,8 @@ pub enum Backend {
     File(FileVolume),
     /// This process's memory.
     Memory(MemoryVolume),
+    /// What completes on threads of its own.
+    Callback(Box<dyn CallbackBackend>),
 }
 
 /// Records that a volume lost writes, at the first failed sync; false: it could not, and nobody may be told. Must not wait.
@@ -153,6 +155,7 @@ impl Volume {
         let alignment_bytes = match &self.backend {
             Backend::File(file) => file.alignment_bytes(),
             Backend::Memory(_) => 1,
+            Backend::Callback(backend) => backend.alignment_bytes(),
         };
         let minimum_bytes = alignment_bytes.max(block_size_bytes);
         let mut flags = TransmissionFlags::HAS_FLAGS
@@ -181,28 +184,21 @@ impl Volume {
         RequestLimits { size_bytes: self.capacity_bytes, flags, block_sizes, negotiated }
     }
 
-    /// The file that holds the bytes, each at its offset in the volume: on disk or in memory.
-    pub fn backing_file(&self) -> &File {
-        match &self.backend {
-            Backend::File(file) => file.file(),
-            Backend::Memory(memory) => memory.file(),
-        }
-    }
-
     /// What the volume's bytes are in, for the log.
     pub fn describe_backend(&self) -> &'static str {
         match &self.backend {
             Backend::File(file) if file.is_direct() => "file, past the page cache",
             Backend::File(_) => "file, through the page cache",
             Backend::Memory(_) => "memory",
+            Backend::Callback(backend) => backend.describe(),
         }
     }
 
     /// The volume's memory, when payloads go straight into and out of it.
     pub fn memory(&self) -> Option<&MemoryVolume> {
         match &self.backend {
-            Backend::File(_) => None,
             Backend::Memory(memory) => Some(memory),
+            Backend::File(_) | Backend::Callback(_) => None,
         }
     }
 
@@ -268,7 +264,7 @@ impl RequestProgress {
         let durable = writes && wants_durable && !volume.faults.skip_flush;
         let mut progress = Self { request: *request, stage: Stage::Syncing, durable, done_bytes: 0 };
         let next = match &volume.backend {
-            Backend::File(_) => progress.begin_file(volume),
+            Backend::File(_) | Backend::Callback(_) => progress.begin_stored(volume),
             Backend::Memory(_) => progress.begin_memory(volume),
         };
         (progress, next)
@@ -297,7 +293,7 @@ impl RequestProgress {
         has_place.then(|| self.request.offset_bytes + self.done_bytes)
     }
 
-    fn begin_file(&mut self, volume: &Volume) -> Next {
+    fn begin_stored(&mut self, volume: &Volume) -> Next {
         if self.durable && volume.has_lost_writes() {
             return volume.lost();
         }
@@ -345,7 +341,9 @@ impl RequestProgress {
                 let mode = self.allocate_mode(volume);
                 VolumeOp::Allocate { mode, offset_bytes, length_bytes: remaining_bytes }
             }
-            Stage::Populating => VolumeOp::Allocate { mode: 0, offset_bytes, length_bytes: remaining_bytes },
+            Stage::Populating => {
+                VolumeOp::Allocate { mode: Allocation::Fill, offset_bytes, length_bytes: remaining_bytes }
+            }
             Stage::Prefetching => {
                 let length_bytes = remaining_bytes.min(PREFETCH_BYTES_MAX) as u32;
                 VolumeOp::Prefetch { offset_bytes, length_bytes }
@@ -359,12 +357,8 @@ impl RequestProgress {
     }
 
     /// Memory files know no `ZERO_RANGE`; there the hole is filled in a second step.
-    fn allocate_mode(&self, volume: &Volume) -> i32 {
-        if self.wants_no_hole() && volume.memory().is_none() {
-            libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE
-        } else {
-            libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE
-        }
+    fn allocate_mode(&self, volume: &Volume) -> Allocation {
+        if self.wants_no_hole() && volume.memory().is_none() { Allocation::Zero } else { Allocation::Punch }
     }
 
     fn wants_no_hole(&self) -> bool {
@@ -373,7 +367,7 @@ impl RequestProgress {
 
     fn allocated(&mut self, volume: &Volume) -> Next {
         match &volume.backend {
-            Backend::File(_) => self.data_done(volume),
+            Backend::File(_) | Backend::Callback(_) => self.data_done(volume),
             Backend::Memory(_) if self.wants_no_hole() => {
                 self.stage = Stage::Populating;
                 self.repeat(volume)
@@ -634,9 +628,9 @@ mod tests {
         let (mut zeroes, next) = RequestProgress::begin(&volume, &request);
         let allocate =
             |mode| Next::Submit(VolumeOp::Allocate { mode, offset_bytes: 512, length_bytes: 8192 });
-        assert_eq!(next, allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE));
+        assert_eq!(next, allocate(Allocation::Punch));
         let next = zeroes.completed(&volume, 0);
-        assert_eq!(next, allocate(0));
+        assert_eq!(next, allocate(Allocation::Fill));
         assert_eq!(zeroes.completed(&volume, 0), OK);
     }
 
@@ -680,7 +674,7 @@ mod tests {
         let (command, flags) = (Command::WriteZeroes, CommandFlags::NONE);
         let request = Request { flags, command, cookie: 1, offset_bytes: 4096, length_bytes: 1 << 40 };
         let (mut zeroes, next) = RequestProgress::begin(&fixture.volume, &request);
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let mode = Allocation::Punch;
         let whole = VolumeOp::Allocate { mode, offset_bytes: 4096, length_bytes: 1 << 40 };
         assert_eq!(next, Next::Submit(whole));
         let written =

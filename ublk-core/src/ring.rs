@@ -1,7 +1,7 @@
 //! The ring of a queue thread, and the opcodes that name a registered buffer on a socket, two of which the `io-uring` crate
 //! cannot build.
 //!
-//! Owns: the set-up flags of a queue's ring; SEND and RECV whose data is a registered buffer
+//! Owns: the set-up flags of a queue's ring, and how it is restricted; SEND and RECV whose data is a registered buffer
 //! (`IORING_RECVSEND_FIXED_BUF`, Linux 7.2). Never: submits or waits; that is the queue loop's.
 //! Called by: the client's queue loop and `transfer`.
 //! Invariants: in a fixed SEND or RECV `addr` is a byte offset when the buffer came from ublk (its table entry
@@ -13,6 +13,7 @@
 use std::io;
 use std::ptr;
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 /// The SQE of every ring in this crate: 128 bytes, because control commands need them.
@@ -31,18 +32,39 @@ const IORING_SEND_ZC_REPORT_USAGE: u16 = 1 << 3;
 /// Byte offset of `opcode` in `struct io_uring_sqe`.
 const SQE_OPCODE_OFFSET_BYTES: usize = 0;
 
+/// `IORING_REGISTER_ENABLE_RINGS`, which does nothing to a ring that is enabled.
+const IORING_REGISTER_ENABLE_RINGS: u8 = 12;
+
 /// Makes the ring of a queue thread: one issuer, task work run only while that thread waits, and no submission
 /// cut short by a bad entry before it. `cq_entries` is at least `sq_entries`; both are rounded up to powers of two.
 ///
 /// Must be called on the thread that will use it. Errors: `EPERM` or `ENOSYS` where io_uring is forbidden or
 /// absent (`kernel.io_uring_disabled`, a container's seccomp profile), `EINVAL` before Linux 6.1, `ENOMEM`.
 pub fn build_queue_ring(sq_entries: u32, cq_entries: u32) -> io::Result<QueueRing> {
-    QueueRing::builder()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_submit_all()
-        .setup_cqsize(cq_entries)
-        .build(sq_entries)
+    queue_ring_builder(cq_entries).build(sq_entries)
+}
+
+/// The same, not enabled yet (`IORING_SETUP_R_DISABLED`): takes registrations and [`restrict`], and no submission before that.
+pub fn build_disabled_queue_ring(sq_entries: u32, cq_entries: u32) -> io::Result<QueueRing> {
+    queue_ring_builder(cq_entries).setup_r_disabled().build(sq_entries)
+}
+
+/// Enables a ring of [`build_disabled_queue_ring`] for these opcodes, with these flags; from now on the kernel refuses others, and
+/// registrations, with `EACCES`. Must be called on the thread that will use it. Errors: those of io_uring_register(2), `EPERM` or
+/// `ENOSYS` where a container's profile does not list it; the ring is of no use then.
+pub fn restrict(ring: &QueueRing, opcodes: &[u8], flags: squeue::Flags) -> io::Result<()> {
+    let mut restrictions: Vec<Restriction> = opcodes.iter().copied().map(Restriction::sqe_op).collect();
+    restrictions.push(Restriction::sqe_flags_allowed(flags.bits()));
+    // Named so that all others are refused, also by kernels that look at registrations only where one is named.
+    restrictions.push(Restriction::register_op(IORING_REGISTER_ENABLE_RINGS));
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()
+}
+
+fn queue_ring_builder(cq_entries: u32) -> io_uring::Builder<Sqe, Cqe> {
+    let mut builder = QueueRing::builder();
+    builder.setup_single_issuer().setup_defer_taskrun().setup_submit_all().setup_cqsize(cq_entries);
+    builder
 }
 
 /// RECV of exactly `len_bytes` from `socket` into the registered buffer `buf_index` at `addr` (see the invariants

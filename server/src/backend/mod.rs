@@ -1,15 +1,33 @@
-//! Where a volume's bytes are: a sparse file, or memory.
+//! Where a volume's bytes are: a sparse file, memory, or a library that completes by call-back.
 //!
-//! A backend says what has to be done for a request ([`VolumeOp`]); `volume.rs` decides the order and what an answer means,
-//! `ring.rs` does it. Backends never touch a socket and never wait.
+//! ```text
+//!   volume.rs ─ VolumeOp ─► ring.rs ─┬─ an operation of the ring ─► file.rs, memory.rs: a descriptor
+//!                                    └─ Operation ───────────────► callback.rs: threads of its own
+//! ```
+//! `volume.rs` decides which operations ([`VolumeOp`]) a request takes, in which order and what a result means; `ring.rs` has them
+//! done. What a backend with a descriptor is asked for goes to the kernel as it is; what the others are asked for comes back
+//! through the mailbox. Which parts are allocated is asked by `block_status.rs`, of all of them on a thread that may wait.
+//! Backends never touch a socket, and never wait on a ring's thread.
 //! Called by: `gate/mod.rs` (open) and `volume.rs`.
 
+pub mod callback;
 pub mod file;
 pub mod memory;
 pub mod page_cache;
 pub(crate) mod preallocated;
 
-/// One operation of a volume, as the ring can do it. Ranges are in bytes of the volume.
+/// What becomes of a range's space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Allocation {
+    /// It is given back, and the range reads as zeroes: a hole.
+    Punch,
+    /// The range reads as zeroes, and keeps or gets its space.
+    Zero,
+    /// The range gets the space that it lacks, and keeps its bytes.
+    Fill,
+}
+
+/// One operation of a volume. Ranges are in bytes of the volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VolumeOp {
     /// Fill the request's buffer, from `buffer_offset_bytes` on.
@@ -44,10 +62,10 @@ pub enum VolumeOp {
         /// fsync rather than fdatasync.
         metadata: bool,
     },
-    /// `fallocate(2)`.
+    /// Have a range read as zeroes, or have space, without writing it (`fallocate(2)`).
     Allocate {
-        /// `FALLOC_FL_*`
-        mode: i32,
+        /// Which of these.
+        mode: Allocation,
         /// Where in the volume.
         offset_bytes: u64,
         /// How much.

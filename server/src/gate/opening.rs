@@ -330,6 +330,10 @@ fn open_volume(
         }
         BackendKind::Memory => Backend::Memory(MemoryVolume::new(record.capacity_bytes)?),
     };
+    let backend = match &config.opener {
+        Some(opener) => Backend::Callback(opener.open(record.volume_uid, record.capacity_bytes)?),
+        None => backend,
+    };
     let (volume_uid, incarnations, gate) = (record.volume_uid, incarnations.clone(), gate.clone());
     let recorder = LossRecorder::new(move || {
         let is_recorded = incarnations.raise(volume_uid);

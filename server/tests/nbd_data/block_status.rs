@@ -8,11 +8,11 @@ use server::catalog::BackendKind;
 
 use super::chunks::{ChunkClient, Offer};
 use super::foreign::have;
-use super::support::{LoopFs, Server, run};
+use super::support::{Server, run};
 
-const MIB: u64 = 1 << 20;
-const HOLE: u64 = ExtentState::HOLE.0 as u64;
-const DATA: u64 = ExtentState::DATA.0 as u64;
+pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const HOLE: u64 = ExtentState::HOLE.0 as u64;
+pub(crate) const DATA: u64 = ExtentState::DATA.0 as u64;
 
 /// Starts a server with a volume of 16 MiB on the backend: data at 1 MiB (64 KiB) and at 8 MiB (1 MiB), the rest a hole.
 fn with_holes(backend: BackendKind, cache: CacheMode) -> (Server, String) {
@@ -104,7 +104,7 @@ fn qemu_img_maps_the_holes() {
     }
 }
 
-fn offers() -> [Offer; 2] {
+pub(crate) fn offers() -> [Offer; 2] {
     let structured = Offer { headers: HeaderStyle::Structured, allocation_context: true };
     [structured, Offer { headers: HeaderStyle::Extended, ..structured }]
 }
@@ -214,56 +214,4 @@ fn status_payloads_select_the_context_and_others_are_consumed() {
     assert_eq!(client.read(0, 4096), Ok(vec![0; 4096]), "the stream is still in step");
     let without = ChunkClient::open(server.address(), "vol", structured);
     assert!(!without.flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD));
-}
-
-#[test]
-fn what_is_reported_as_data_can_be_written_when_the_disk_is_full() {
-    let Some(fs) = LoopFs::new("ext4", 24 << 20) else { return };
-    let server = Server::start_with(|config| {
-        config.export_by_name = true;
-        config.volumes_dir = fs.mount.clone();
-    });
-    server.create("vol", 64 * MIB);
-    let [structured, _] = offers();
-    let mut client = ChunkClient::open(server.address(), "vol", structured);
-    let enospc = NbdError::Enospc as u32;
-    let full = (0..1024u64)
-        .map(|number| number * 65536)
-        .find(|offset| client.write(*offset, &[1; 65536]) == Err(enospc));
-    assert!(full.is_some(), "64 MiB do not fit into 24");
-    let mut at = 0;
-    for (length, state) in client.extents(CommandFlags::NONE, 0, 64 * MIB).unwrap() {
-        if state == DATA {
-            for offset in (at..at + length).step_by(4096) {
-                client.write(offset, &[2; 4096]).unwrap();
-            }
-        }
-        at += length;
-    }
-    client.call(Command::Flush, CommandFlags::NONE, 0, 0, &[]).unwrap();
-    let hole = client.extents(CommandFlags::REQ_ONE, 63 * MIB, MIB).unwrap();
-    assert_eq!(hole, [(MIB, HOLE)]);
-    assert!((0..16u64).any(|number| client.write(63 * MIB + number * 65536, &[3; 65536]) == Err(enospc)));
-}
-
-#[test]
-fn zeroes_that_keep_their_space_are_no_hole() {
-    let Some(fs) = LoopFs::new("ext4", 64 << 20) else { return };
-    let server = Server::start_with(|config| {
-        config.export_by_name = true;
-        config.volumes_dir = fs.mount.clone();
-    });
-    server.create("vol", 16 * MIB);
-    let zeroes = u64::from(ExtentState::ALLOCATED_ZEROES.0);
-    for offer in offers() {
-        let mut client = ChunkClient::open(server.address(), "vol", offer);
-        client.write(0, &[7; MIB as usize]).unwrap();
-        client.call(Command::WriteZeroes, CommandFlags::NO_HOLE, 0, MIB, &[]).unwrap();
-        let told = client.extents(CommandFlags::NONE, 0, 2 * MIB).unwrap();
-        assert_eq!(told, [(MIB, zeroes), (MIB, HOLE)], "{offer:?}");
-        assert_eq!(client.read(0, MIB).unwrap(), vec![0; MIB as usize]);
-        client.call(Command::WriteZeroes, CommandFlags::NONE, 0, MIB, &[]).unwrap();
-        let told = client.extents(CommandFlags::NONE, 0, 2 * MIB).unwrap();
-        assert_eq!(told, [(2 * MIB, HOLE)], "{offer:?}");
-    }
 }

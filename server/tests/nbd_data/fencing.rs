@@ -10,10 +10,11 @@ use proto::nbd::{info, option, reply};
 use rustix::fs::{FlockOperation, flock};
 use server::backend::file;
 use server::catalog::VolumeRecord;
+use server::data_config::DataServerConfig;
 
 use super::chunks::{greet, receive_option_reply, send_option};
 use super::client::{Client, OpenFailed};
-use super::support::{DEADLINE, LoopFs, Server, export_name, wait_until};
+use super::support::{DEADLINE, FragileServer, Server, export_name, wait_until};
 
 fn is_refused(result: Result<Client, OpenFailed>) -> bool {
     matches!(result, Err(OpenFailed::Handshake(_)))
@@ -77,14 +78,14 @@ fn fencing_what_is_not_connected_returns_at_once() {
 /// A write of the old session hangs in the file system; whoever comes next has to wait for it.
 #[test]
 fn a_new_session_waits_for_the_last_write_of_the_old_one() {
-    let Some(fs) = LoopFs::new("xfs", 320 << 20) else { return };
-    let server = Server::start_with(|config| config.volumes_dir = fs.mount.clone());
+    let Some(fragile) = FragileServer::start_with(|_| {}) else { return };
+    let server = &fragile.server;
     for (old_epoch, new_epoch) in [(1, 2), (2, 2)] {
         let volume = server.create(&format!("vol-{old_epoch}"), 16 << 20);
         let attachment = server.attach(&volume, false);
         let mut old = server.open(&attachment, old_epoch, 0);
         old.write(0, &[1; 4096]).unwrap();
-        let frozen = fs.freeze();
+        let frozen = fragile.freeze();
         old.send(Command::Write, CommandFlags::NONE, 0, 4096, &[2; 4096]);
         // The write is in the kernel when a read that was sent after it is answered.
         old.send(Command::Read, CommandFlags::NONE, 1 << 20, 4096, &[]);
@@ -107,16 +108,14 @@ fn a_new_session_waits_for_the_last_write_of_the_old_one() {
 
 #[test]
 fn a_fence_that_cannot_drain_says_so_and_can_be_repeated() {
-    let Some(fs) = LoopFs::new("xfs", 320 << 20) else { return };
-    let server = Server::start_with(|config| {
-        config.volumes_dir = fs.mount.clone();
-        config.limits.fence_timeout = Duration::from_millis(300);
-    });
+    let change = |config: &mut DataServerConfig| config.limits.fence_timeout = Duration::from_millis(300);
+    let Some(fragile) = FragileServer::start_with(change) else { return };
+    let server = &fragile.server;
     let volume = server.create("vol", 16 << 20);
     let attachment = server.attach(&volume, false);
     let mut client = server.open(&attachment, 1, 0);
     client.write(0, &[1; 4096]).unwrap();
-    let frozen = fs.freeze();
+    let frozen = fragile.freeze();
     client.send(Command::Write, CommandFlags::NONE, 0, 4096, &[2; 4096]);
     client.send(Command::Read, CommandFlags::NONE, 1 << 20, 4096, &[]);
     client.receive().unwrap();

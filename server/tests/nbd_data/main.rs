@@ -9,6 +9,7 @@ mod block_status;
 mod chunks;
 mod client;
 mod conformance;
+mod failed_sync;
 mod fencing;
 mod foreign;
 mod handshake;

@@ -67,7 +67,7 @@ fn what_was_written_is_read_at_every_size() {
             assert!(client.read(4096, bytes as u32).unwrap() == data, "{backend:?} {bytes}");
         }
         client.flush().unwrap();
-        assert!(server.data.allocated_bytes(&volume) >= 32 << 20);
+        assert!(server.allocated_bytes(&volume) >= 32 << 20);
     }
 }
 
@@ -79,7 +79,7 @@ fn trim_and_zeroes_give_zeroes_and_space_back() {
         let mut client = server.open(&server.attach(&volume, false), 1, 0);
         client.write(0, &pattern(1, 16 * MIB)).unwrap();
         client.flush().unwrap();
-        let full = server.data.allocated_bytes(&volume);
+        let full = server.allocated_bytes(&volume);
         let mut punch = |command, flags, offset: u64| {
             client.call(command, flags, offset, 4 << 20, &[]).unwrap();
             let read = client.read(offset, 4 << 20).unwrap();
@@ -87,10 +87,10 @@ fn trim_and_zeroes_give_zeroes_and_space_back() {
         };
         punch(Command::Trim, CommandFlags::NONE, 0);
         punch(Command::WriteZeroes, CommandFlags::FUA, 4 << 20);
-        let thinner = server.data.allocated_bytes(&volume);
+        let thinner = server.allocated_bytes(&volume);
         assert!(thinner <= full - (8 << 20), "{backend:?}: {full} before, {thinner} after");
         punch(Command::WriteZeroes, CommandFlags::NO_HOLE, 8 << 20);
-        let kept = server.data.allocated_bytes(&volume);
+        let kept = server.allocated_bytes(&volume);
         assert!(kept >= thinner, "{backend:?}: NO_HOLE keeps the space: {thinner} before, {kept} after");
     }
 }

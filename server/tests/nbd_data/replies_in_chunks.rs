@@ -2,7 +2,6 @@
 
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use proto::nbd::{HeaderStyle, TransmissionFlags};
-use server::backend::file::{self, CacheMode};
 use server::catalog::BackendKind;
 
 use super::chunks::{ChunkClient, Offer};
@@ -16,7 +15,7 @@ fn start() -> Server {
     Server::start_with(|config| config.export_by_name = true)
 }
 
-fn data(bytes: u64) -> Vec<u8> {
+pub(crate) fn data(bytes: u64) -> Vec<u8> {
     let mut data = vec![0; bytes as usize];
     Random::new(bytes).fill(&mut data);
     data
@@ -103,30 +102,6 @@ fn refusals_carry_words_and_the_connection_lives() {
         assert_eq!(client.write(MIB, &[1; 4096]), Err(NbdError::Enospc as u32));
         assert_eq!(client.read(0, 4096), Ok(vec![0; 4096]));
     });
-}
-
-#[test]
-fn an_error_of_the_storage_tells_its_place() {
-    let server = Server::start_with(|config| {
-        config.export_by_name = true;
-        config.cache = CacheMode::Buffered;
-    });
-    let volume = server.create("vol", 4 * MIB);
-    for offer in [STRUCTURED, EXTENDED] {
-        let mut client = ChunkClient::open(server.address(), "vol", offer);
-        client.write(0, &data(4 * MIB)).unwrap();
-        // Somebody cuts the backing file: what lies behind can only be an error.
-        let path = file::path(&server.volumes_dir, volume.volume_uid);
-        let backing = std::fs::OpenOptions::new().write(true).open(path).unwrap();
-        backing.set_len(2 * MIB).unwrap();
-        let cookie = client.send(Command::Read, CommandFlags::NONE, MIB, 2 * MIB, &[]);
-        let (answered, answer) = client.receive();
-        let (error, _, at) = answer.error.expect("an error");
-        assert_eq!((answered, error, at), (cookie, NbdError::Eio as u32, Some(2 * MIB)));
-        assert!(answer.data.is_empty(), "no byte that was not read");
-        assert_eq!(client.read(0, 4096).unwrap(), data(4 * MIB)[..4096]);
-        backing.set_len(4 * MIB).unwrap();
-    }
 }
 
 #[test]

@@ -3,13 +3,16 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use proto::export_name::ExportDescription;
 use proto::nbd::TransmissionFlags;
+use proto::nbd::block_status::ExtentState;
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use server::backend::file::{self, CacheMode};
 
+use super::block_status::{DATA, HOLE, MIB, offers};
+use super::chunks::ChunkClient;
 use super::client::Client;
-use super::support::{LoopFs, Server, TempDir, is_installed, run, skip, tool, wait_until};
+use super::replies_in_chunks::data;
+use super::support::{LoopFs, Server, TempDir, run, skip, tool};
 use super::unit_filter;
 
 #[test]
@@ -120,6 +123,17 @@ fn a_server_that_may_not_ask_what_is_cached_reads_it_all_the_same() {
     }
 }
 
+/// As in a container whose profile knows io_uring only as far as it was once needed.
+#[test]
+fn a_server_that_may_not_restrict_its_rings_serves_all_the_same() {
+    let Some((_server, mut client, _, _, bytes)) =
+        unit_filter::under_without("io_uring_register", || cached_volume(1 << 20))
+    else {
+        return;
+    };
+    assert!(client.read(4096, 64 << 10).unwrap() == bytes[4096..][..64 << 10]);
+}
+
 #[test]
 fn a_disk_that_turns_is_announced_as_such() {
     let Some(fs) = LoopFs::new("ext4", 24 << 20) else { return };
@@ -228,45 +242,77 @@ fn data_survives_the_server() {
 }
 
 #[test]
-fn after_a_failed_sync_nothing_is_flushed_until_the_volume_was_opened_anew() {
-    let Some(fs) = LoopFs::new("xfs", 320 << 20) else { return };
-    if !is_installed("xfs_io") {
-        return skip("no xfs_io to make syncs fail with");
-    }
+fn what_is_reported_as_data_can_be_written_when_the_disk_is_full() {
+    let Some(fs) = LoopFs::new("ext4", 24 << 20) else { return };
     let server = Server::start_with(|config| {
+        config.export_by_name = true;
         config.volumes_dir = fs.mount.clone();
+    });
+    server.create("vol", 64 * MIB);
+    let [structured, _] = offers();
+    let mut client = ChunkClient::open(server.address(), "vol", structured);
+    let enospc = NbdError::Enospc as u32;
+    let full = (0..1024u64)
+        .map(|number| number * 65536)
+        .find(|offset| client.write(*offset, &[1; 65536]) == Err(enospc));
+    assert!(full.is_some(), "64 MiB do not fit into 24");
+    let mut at = 0;
+    for (length, state) in client.extents(CommandFlags::NONE, 0, 64 * MIB).unwrap() {
+        if state == DATA {
+            for offset in (at..at + length).step_by(4096) {
+                client.write(offset, &[2; 4096]).unwrap();
+            }
+        }
+        at += length;
+    }
+    client.call(Command::Flush, CommandFlags::NONE, 0, 0, &[]).unwrap();
+    let hole = client.extents(CommandFlags::REQ_ONE, 63 * MIB, MIB).unwrap();
+    assert_eq!(hole, [(MIB, HOLE)]);
+    assert!((0..16u64).any(|number| client.write(63 * MIB + number * 65536, &[3; 65536]) == Err(enospc)));
+}
+
+#[test]
+fn zeroes_that_keep_their_space_are_no_hole() {
+    let Some(fs) = LoopFs::new("ext4", 64 << 20) else { return };
+    let server = Server::start_with(|config| {
+        config.export_by_name = true;
+        config.volumes_dir = fs.mount.clone();
+    });
+    server.create("vol", 16 * MIB);
+    let zeroes = u64::from(ExtentState::ALLOCATED_ZEROES.0);
+    for offer in offers() {
+        let mut client = ChunkClient::open(server.address(), "vol", offer);
+        client.write(0, &[7; MIB as usize]).unwrap();
+        client.call(Command::WriteZeroes, CommandFlags::NO_HOLE, 0, MIB, &[]).unwrap();
+        let told = client.extents(CommandFlags::NONE, 0, 2 * MIB).unwrap();
+        assert_eq!(told, [(MIB, zeroes), (MIB, HOLE)], "{offer:?}");
+        assert_eq!(client.read(0, MIB).unwrap(), vec![0; MIB as usize]);
+        client.call(Command::WriteZeroes, CommandFlags::NONE, 0, MIB, &[]).unwrap();
+        let told = client.extents(CommandFlags::NONE, 0, 2 * MIB).unwrap();
+        assert_eq!(told, [(2 * MIB, HOLE)], "{offer:?}");
+    }
+}
+
+#[test]
+fn an_error_of_the_storage_tells_its_place() {
+    let server = Server::start_with(|config| {
+        config.export_by_name = true;
         config.cache = CacheMode::Buffered;
     });
-    let volume = server.create("vol", 16 << 20);
-    let attachment = server.attach(&volume, false);
-    let before = server.data.storage_incarnation(&volume);
-    let mut clients: Vec<Client> = (0..3).map(|slot| server.open(&attachment, 1, slot)).collect();
-    clients[0].write(0, &[1; 4096]).unwrap();
-    run("xfs_io", &["-x", "-c", "shutdown", fs.mount.to_str().unwrap()]);
-    let eio = Err(NbdError::Eio as u32);
-    // All at once: none of them may have its success from the other's error.
-    for client in &mut clients {
-        client.send(Command::Flush, CommandFlags::NONE, 0, 0, &[]);
-        client.send(Command::Flush, CommandFlags::NONE, 0, 0, &[]);
+    let volume = server.create("vol", 4 * MIB);
+    for offer in offers() {
+        let mut client = ChunkClient::open(server.address(), "vol", offer);
+        client.write(0, &data(4 * MIB)).unwrap();
+        // Somebody cuts the backing file: what lies behind can only be an error.
+        let path = file::path(&server.volumes_dir, volume.volume_uid);
+        let backing = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        backing.set_len(2 * MIB).unwrap();
+        let cookie = client.send(Command::Read, CommandFlags::NONE, MIB, 2 * MIB, &[]);
+        let (answered, answer) = client.receive();
+        let (error, _, at) = answer.error.expect("an error");
+        assert_eq!((answered, error, at), (cookie, NbdError::Eio as u32, Some(2 * MIB)));
+        assert!(answer.data.is_empty(), "no byte that was not read");
+        assert_eq!(client.read(0, 4096).unwrap(), data(4 * MIB)[..4096]);
+        backing.set_len(4 * MIB).unwrap();
     }
-    for client in &mut clients {
-        for _ in 0..2 {
-            assert_eq!(client.receive().unwrap().error, NbdError::Eio as u32);
-        }
-        assert_eq!(client.flush(), eio);
-    }
-    // A reconnection while others have the volume is served by the same, failed one.
-    let mut again = server.open(&attachment, 1, 0);
-    assert_eq!(again.flush(), eio);
-    drop((clients, again));
-    wait_until("the incarnation is raised", || {
-        let volume = server.catalog.volume_by_uid(volume.volume_uid).unwrap().unwrap();
-        server.data.storage_incarnation(&volume) != before
-    });
-    fs.remount();
-    let mut anew = server.open(&attachment, 1, 0);
-    let description: ExportDescription = anew.info.description.as_deref().unwrap().parse().unwrap();
-    assert_ne!(description.incarnation, before, "the client is told");
-    anew.write(0, &[2; 4096]).unwrap();
-    anew.flush().unwrap();
 }

@@ -18,6 +18,14 @@ use uuid::Uuid;
 use super::client::Client;
 use super::unit_filter;
 
+#[path = "callback_backend.rs"]
+pub(crate) mod callback_backend;
+
+use callback_backend::Cluster;
+
+/// Whether the bytes of every volume are in a backend that completes by call-back: in `nbd_by_callback/main.rs`.
+pub(crate) const BY_CALLBACK: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"nbd_by_callback");
+
 /// Of servers whose clients dawdle. An honest one that a busy machine makes slower than this is closed, too, and tries again.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -81,6 +89,8 @@ pub(crate) struct Server {
     pub(crate) data: Arc<DataServer>,
     pub(crate) catalog: Catalog,
     pub(crate) volumes_dir: PathBuf,
+    /// Where the bytes are that are in no file or memory.
+    cluster: Option<Arc<Cluster>>,
     _dir: TempDir,
 }
 
@@ -98,18 +108,33 @@ impl Server {
             .try_init();
         let dir = TempDir::new();
         let catalog = Catalog::open(&dir.0).unwrap();
+        let cluster = BY_CALLBACK.then(Arc::<Cluster>::default);
         let mut config = DataServerConfig {
             listen: vec!["127.0.0.1:0".parse().unwrap()],
             threads: 2,
             volumes_dir: catalog.volumes_dir(),
             runtime_dir: Some(dir.0.join("run")),
+            opener: cluster.as_ref().map(Cluster::opener),
             ..DataServerConfig::default()
         };
         config.limits.memory_bytes_max = Some(MEMORY_BYTES_MAX);
         change(&mut config);
         let volumes_dir = config.volumes_dir.clone();
         let data = start_in_turn(&config, &catalog);
-        Self { data, catalog, volumes_dir, _dir: dir }
+        Self { data, catalog, volumes_dir, cluster, _dir: dir }
+    }
+
+    /// Of a server whose volumes complete by call-back.
+    pub(crate) fn cluster(&self) -> &Cluster {
+        self.cluster.as_ref().unwrap()
+    }
+
+    /// Bytes of storage that the volume takes up now.
+    pub(crate) fn allocated_bytes(&self, volume: &VolumeRecord) -> u64 {
+        match &self.cluster {
+            Some(cluster) => cluster.allocated_bytes(volume.volume_uid),
+            None => self.data.allocated_bytes(volume),
+        }
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -187,6 +212,64 @@ impl Drop for Server {
         let in_time = self.data.shutdown();
         RUNNING.fetch_sub(1, Ordering::SeqCst);
         assert!(in_time || std::thread::panicking(), "the data side did not end in time");
+    }
+}
+
+/// A server whose storage a test can stop and break.
+pub(crate) struct FragileServer {
+    // First, so that it ends before its storage.
+    pub(crate) server: Server,
+    fs: Option<LoopFs>,
+}
+
+impl FragileServer {
+    /// `None`, with the reason said, where the storage cannot be made.
+    pub(crate) fn start_with(change: impl FnOnce(&mut DataServerConfig)) -> Option<Self> {
+        let fs = if BY_CALLBACK { None } else { Some(LoopFs::new("xfs", 320 << 20)?) };
+        let server = Server::start_with(|config| {
+            if let Some(fs) = &fs {
+                config.volumes_dir = fs.mount.clone();
+            }
+            change(config);
+        });
+        Some(Self { server, fs })
+    }
+
+    /// Holds every write until the guard is dropped.
+    pub(crate) fn freeze(&self) -> Frozen<'_> {
+        match &self.fs {
+            Some(fs) => fs.freeze(),
+            None => {
+                self.server.cluster().wish(|wishes| wishes.holds_writes = true);
+                Frozen::Cluster(self.server.cluster())
+            }
+        }
+    }
+
+    /// Has every sync fail until it is mended. False, with the reason said: that cannot be done here.
+    pub(crate) fn fail_syncs(&self) -> bool {
+        match &self.fs {
+            Some(_) if !is_installed("xfs_io") => {
+                skip("no xfs_io to make syncs fail with");
+                return false;
+            }
+            Some(fs) => {
+                run("xfs_io", &["-x", "-c", "shutdown", fs.mount.to_str().unwrap()]);
+            }
+            None => self
+                .server
+                .cluster()
+                .wish(|wishes| wishes.sync_errno = Some(rustix::io::Errno::IO.raw_os_error())),
+        }
+        true
+    }
+
+    /// Undoes that, with no volume open.
+    pub(crate) fn mend(&self) {
+        match &self.fs {
+            Some(fs) => fs.remount(),
+            None => self.server.cluster().wish(|wishes| wishes.sync_errno = None),
+        }
     }
 }
 
@@ -340,7 +423,7 @@ impl LoopFs {
     /// Stops every write to the file system until the guard is dropped.
     pub(crate) fn freeze(&self) -> Frozen<'_> {
         run("fsfreeze", &["--freeze", self.mount.to_str().unwrap()]);
-        Frozen(self)
+        Frozen::Fs(self)
     }
 }
 
@@ -353,11 +436,19 @@ impl Drop for LoopFs {
     }
 }
 
-pub(crate) struct Frozen<'a>(&'a LoopFs);
+pub(crate) enum Frozen<'a> {
+    Fs(&'a LoopFs),
+    Cluster(&'a Cluster),
+}
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.0.mount).status();
+        match self {
+            Self::Fs(fs) => {
+                let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&fs.mount).status();
+            }
+            Self::Cluster(cluster) => cluster.wish(|wishes| wishes.holds_writes = false),
+        }
     }
 }
 

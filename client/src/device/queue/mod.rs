@@ -16,6 +16,7 @@ pub mod parts;
 pub mod payload;
 pub mod quiet;
 pub mod requests;
+mod restricted_ring;
 pub mod ring;
 pub mod run;
 mod staging;

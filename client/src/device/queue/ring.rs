@@ -23,6 +23,7 @@ use rustix::net::SendFlags;
 use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
+use super::restricted_ring;
 use super::connection::PayloadSource;
 use super::io::{Pages, QueueIo};
 use super::payload::Payloads;
@@ -231,11 +232,8 @@ impl QueueRing {
         // receives and a poll; and each is one completion, or two
         // where it is sent by reference. The 8 hold the command's poll and the tick.
         let entries = (depth * 3 + nr_connections * 3 + 8).next_power_of_two();
-        let ring = ring::build_queue_ring(entries, entries * 2)?;
-        if payloads.uses_buffer_table() {
-            // The upper half is for buffers registered by hand: the automatic ones own the index of their tag.
-            ring.submitter().register_buffers_sparse(depth * 2)?;
-        }
+        // The upper half is for buffers registered by hand: the automatic ones own the index of their tag.
+        let ring = restricted_ring::build(entries, payloads.uses_buffer_table().then_some(depth * 2))?;
         Ok(Self {
             ring: std::mem::ManuallyDrop::new(ring),
             queue,
@@ -587,6 +585,8 @@ const fn send_flags(has_more: bool) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    }
 
     #[test]
     fn user_data_survives_a_round_trip() {
