@@ -8,7 +8,7 @@
 //!
 //! `contract` is the ground: `device` knows it and nothing of `node`, which stands above both.
 //!
-//! One block request is followed by file name: `device/queue/run.rs` → `ublk-core/src/tag.rs` →
+//! One block request is followed by file name: `device/queue/run.rs` → `device/queue/core.rs` → `ublk-core/src/tag.rs` →
 //! `device/queue/connection.rs` → `proto/src/nbd/` → TCP → the server.
 
 pub mod api_channel;
