@@ -10,7 +10,8 @@ use std::time::Instant;
 use tracing::{error, info};
 use uuid::Uuid;
 
-use super::{FenceError, FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
+use super::answers::FenceError;
+use super::run::{FenceWaiter, Fenced, Gate, Known, Right, VolumeState};
 use crate::catalog::VolumeRecord;
 use crate::fence::{Fence, Output};
 use crate::ids::ConnectionId;

@@ -5,8 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use proto::export_name::{AttachmentExportName, ExportDescription, ExportRefusal, PROBE_SLOT};
 use proto::nbd::ExportInfo;
@@ -14,19 +13,17 @@ use proto::nbd::handshake::server::{Open, OpenKind, Refusal};
 use tracing::{error, info};
 use uuid::Uuid;
 
-use super::{Gate, GateMessage, Known, OpenError, Right, VolumeState};
+use super::messages::{GateMessage, OpenError};
+use super::opener::open_volume;
+use super::run::{Gate, Known, Right, VolumeState};
 use crate::admission::NotAdmitted;
-use crate::backend::file;
-use crate::backend::memory::MemoryVolume;
-use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
-use crate::data_config::DataServerConfig;
-use crate::descriptors::{self, Taken};
+use crate::catalog::{CatalogError, VolumeRecord};
+use crate::descriptors;
 use crate::fence::Go;
 use crate::ids::ConnectionId;
-use crate::incarnation::Incarnations;
 use crate::mailbox::{Opened, RingMessage};
 use crate::tls::rights::Rights;
-use crate::volume::{Backend, LossRecorder, Volume};
+use crate::volume::Volume;
 
 impl Gate {
     pub(super) fn open(
@@ -304,39 +301,4 @@ fn unknown_export() -> Refusal {
 fn catalog_refusal(error: CatalogError) -> Refusal {
     error!(%error, "the catalog failed");
     Refusal::shutdown("the server's catalog failed; try again")
-}
-
-/// Opens a volume's storage and waits for its lock.
-fn open_volume(
-    record: &VolumeRecord,
-    config: &DataServerConfig,
-    ring_count: usize,
-    descriptors: Taken,
-    incarnations: &Incarnations,
-    gate: &Sender<GateMessage>,
-) -> Result<Arc<Volume>, OpenError> {
-    let backend = match record.backend {
-        BackendKind::File => {
-            let (uid, capacity_bytes) = (record.volume_uid, record.capacity_bytes);
-            let file = file::open(&config.volumes_dir, uid, capacity_bytes, config.cache, ring_count)?;
-            let began = Instant::now();
-            file.lock()?;
-            let waited = began.elapsed();
-            if waited > Duration::from_millis(100) {
-                info!(volume_uid = %uid, ?waited, "waited for a predecessor's I/O");
-            }
-            incarnations.admit(record, &file, &config.volumes_dir)?;
-            Backend::File(file)
-        }
-        BackendKind::Memory => Backend::Memory(MemoryVolume::new(record.capacity_bytes)?),
-    };
-    let (volume_uid, incarnations, gate) = (record.volume_uid, incarnations.clone(), gate.clone());
-    let recorder = LossRecorder::new(move || {
-        let is_recorded = incarnations.raise(volume_uid);
-        let _ = gate.send(GateMessage::LostWrites { volume_uid });
-        is_recorded
-    });
-    let (capacity_bytes, write_cache_on) = (record.capacity_bytes, record.write_cache_on);
-    let volume = Volume::new(volume_uid, capacity_bytes, backend, write_cache_on, config.faults, recorder);
-    Ok(Arc::new(volume.with_descriptors(descriptors)))
 }

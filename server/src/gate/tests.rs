@@ -1,12 +1,24 @@
 //! What rings are told, in orders that only slow storage brings about: the openers' reports are taken when the test says so.
 
 use std::collections::HashMap;
-use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
-use super::*;
+use proto::nbd::handshake::server::{Open, OpenKind};
+use uuid::Uuid;
+
+use super::messages::{GateMessage, OpenError};
+use super::run::Gate;
 use crate::backend::file;
-use crate::catalog::{BackendKind, NewVolume};
+use crate::catalog::{BackendKind, Catalog, NewVolume};
+use crate::data_config::DataServerConfig;
+use crate::descriptors::Descriptors;
+use crate::ids::ConnectionId;
+use crate::incarnation::Incarnations;
+use crate::mailbox::{Mailbox, RingMessage};
+use crate::tls::rights::Rights;
 
 const SIZES_BYTES: [(&str, u64); 2] = [("a", 1 << 20), ("b", 2 << 20)];
 const CLIENT: ConnectionId = ConnectionId(7);
