@@ -1,113 +1,62 @@
-//! The gate: who gets which volume. One thread that everything slow about opening an export happens on or behind.
+//! The gate's thread: turns messages into inputs of the core, and what the core wants done into I/O.
 //!
-//! Owns: the fences of all attachments, the open volumes, and which connection belongs to what. Never: does I/O of a
-//! request; never waits for anything but its next message or deadline: what takes time (drained connections, a backing
-//! file's lock) comes back as a message.
+//! Owns: the catalog, the openers' threads, the rings' mailboxes, the log, and the volumes that are open. Never: decides who gets
+//! what (`core.rs` does), or does I/O of a request; never waits for anything but its next message or deadline, and the catalog:
+//! what takes time (drained connections, a backing file's lock) comes back as a message.
 //! Called by: the ring threads (opens, lists, closed connections) and, through `data_server.rs`, the control side.
-//! `opening.rs` and `fencing.rs` are the two halves of its work; here are its messages, its state and its deadlines.
-//!
-//! The way of a GO: name parsed → attachment and secret checked → [`Fence::go`] → (connections closed, drained) → epoch
-//! persisted → granted → volume opened, its file locked → answered to the ring.
-//! Invariants: every connection that was ever heard of is reported closed by its ring exactly once; an answer is only
-//! given for a connection that is still granted; an open is answered once, and only with the volume that it asked for: who
-//! waits for what is kept nowhere but in `Known`; an unknown attachment and a wrong secret get the same answer. Nothing here
-//! can panic: it would take every connection of the server along.
+//! Nothing here can panic: it would take every connection of the server along.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::Instant;
 
+use proto::export_name::{ExportDescription, ExportRefusal};
 use proto::nbd::handshake::server::{ListedExport, OpenKind, Refusal};
-use tracing::error;
+use tracing::{error, info};
 use uuid::Uuid;
 
 use super::answers::{FenceError, VolumeBusy};
-use super::messages::GateMessage;
+use super::core::{Bounds, Core};
+use super::events::{Asked, CallId, CatalogFailed, Found, Granted, Input, NamedVolume, NotServed, Output};
+use super::messages::{GateMessage, OpenError};
+use super::opener::open_volume;
 use crate::backend::memory::MemoryVolume;
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, CatalogError, VolumeRecord};
 use crate::data_config::DataServerConfig;
-use crate::descriptors::Descriptors;
-use crate::fence::Fence;
+use crate::descriptors::{self, Descriptors};
 use crate::ids::ConnectionId;
 use crate::incarnation::Incarnations;
-use crate::mailbox::{Mailbox, RingMessage};
+use crate::mailbox::{Mailbox, Opened, RingMessage};
 use crate::tls::rights::Rights;
 use crate::volume::{Backend, Volume};
 
 /// Public names that LIST gives at most; it is for people, and an answer has to end.
 const LISTED_NAMES_MAX: u32 = 1000;
 
-/// What a connection is here for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Right {
-    Attachment { attachment_id: Uuid },
-    NamedWriter,
-    NamedReader,
+/// Who waits for an answer of the core.
+enum Call {
+    Fence(Sender<Result<(), FenceError>>),
+    Release(Sender<Result<(), VolumeBusy>>),
+    SyncFailed(Box<VolumeRecord>, Sender<Result<(), String>>),
 }
 
-#[derive(Debug)]
-pub(super) struct Known {
-    pub(super) ring: usize,
-    pub(super) kind: OpenKind,
-    pub(super) right: Right,
-    pub(super) volume_uid: Uuid,
-    pub(super) read_only: bool,
-    /// Until when the open has to be answered; `None` once it was.
-    pub(super) deadline: Option<Instant>,
-    /// It only asks whether the server lives.
-    pub(super) is_probe: bool,
-    /// Whether it was answered with the volume, or will be.
-    pub(super) has_volume: bool,
-    pub(super) is_closing: bool,
-}
-
-impl Known {
-    /// Whether it has the volume and was told so.
-    pub(super) fn is_served(&self) -> bool {
-        self.has_volume && self.deadline.is_none()
-    }
-
-    /// Whether its open is to be answered with this volume as soon as that is open.
-    pub(super) fn waits_for(&self, volume_uid: Uuid) -> bool {
-        self.volume_uid == volume_uid && self.has_volume && self.deadline.is_some() && !self.is_closing
-    }
-}
-
-pub(super) enum VolumeState {
-    Opening,
-    Open(Arc<Volume>),
-}
-
-pub(super) struct FenceWaiter {
-    pub(super) deadline: Instant,
-    pub(super) reply: Sender<Result<(), FenceError>>,
-    pub(super) what: Fenced,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fenced {
-    Attachment(Uuid),
-    NamedWriters(Uuid),
-}
-
-/// The gate's state.
+/// The gate with all that its thread has.
 pub struct Gate {
-    pub(super) catalog: Catalog,
-    pub(super) config: DataServerConfig,
-    pub(super) incarnations: Incarnations,
-    pub(super) rings: Vec<Arc<Mailbox>>,
+    core: Core,
+    catalog: Catalog,
+    config: DataServerConfig,
+    incarnations: Incarnations,
+    rings: Vec<Arc<Mailbox>>,
     /// For openers to report to.
-    pub(super) own_sender: Sender<GateMessage>,
+    own_sender: Sender<GateMessage>,
     /// For volumes to be opened with.
-    pub(super) descriptors: Arc<Descriptors>,
-    pub(super) fences: HashMap<Uuid, Fence>,
-    pub(super) volumes: HashMap<Uuid, VolumeState>,
-    pub(super) connections: HashMap<ConnectionId, Known>,
-    pub(super) fence_waiters: Vec<FenceWaiter>,
-    pub(super) started_at: Instant,
-    /// When the last connection of an attachment ended, of those that had one since the start.
-    pub(super) left_at: HashMap<Uuid, Instant>,
+    descriptors: Arc<Descriptors>,
+    /// Those that the core takes for open.
+    volumes: HashMap<Uuid, Arc<Volume>>,
+    calls: HashMap<CallId, Call>,
+    next_call: CallId,
 }
 
 impl Gate {
@@ -120,26 +69,29 @@ impl Gate {
         own_sender: Sender<GateMessage>,
         descriptors: Arc<Descriptors>,
     ) -> Self {
+        let bounds = Bounds {
+            open_timeout: config.limits.open_timeout,
+            fence_timeout: config.limits.fence_timeout,
+            export_by_name: config.export_by_name,
+        };
         Self {
+            core: Core::new(bounds, Instant::now()),
             catalog,
             config,
             incarnations,
             rings,
             own_sender,
             descriptors,
-            fences: HashMap::new(),
             volumes: HashMap::new(),
-            connections: HashMap::new(),
-            fence_waiters: Vec::new(),
-            started_at: Instant::now(),
-            left_at: HashMap::new(),
+            calls: HashMap::new(),
+            next_call: CallId(0),
         }
     }
 
     /// Serves messages until told to end.
     pub fn run(mut self, messages: &Receiver<GateMessage>) {
         loop {
-            let message = match self.next_deadline() {
+            let message = match self.core.next_deadline() {
                 None => messages.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(deadline) => messages.recv_timeout(deadline.saturating_duration_since(Instant::now())),
             };
@@ -158,58 +110,158 @@ impl Gate {
         }
     }
 
+    pub(super) fn check_deadlines(&mut self, now: Instant) {
+        let mut outputs = VecDeque::new();
+        self.core.check_deadlines(now, &mut outputs);
+        self.carry_out(outputs);
+    }
+
     pub(super) fn handle(&mut self, message: GateMessage) {
         match message {
             GateMessage::Open { connection, ring, open, rights, beyond } => {
-                self.open(connection, ring, &open, &rights, beyond);
+                let asked = Asked { connection, ring, kind: open.kind, rights, beyond };
+                self.tell(Input::Open { asked, name: open.name });
             }
             GateMessage::List { connection, ring, rights } => {
                 let exports = self.listed_exports(&rights);
                 self.post(ring, RingMessage::Listed { connection, exports });
             }
-            GateMessage::Closed { connection } => self.closed(connection),
+            GateMessage::Closed { connection } => self.tell(Input::Closed { connection }),
             GateMessage::VolumeOpened { volume_uid, result } => self.volume_opened(volume_uid, result),
-            GateMessage::LostWrites { volume_uid } => {
-                self.record_loss(volume_uid);
-            }
+            GateMessage::LostWrites { volume_uid } => self.tell(Input::LostWrites { volume_uid }),
             GateMessage::SyncFailed { volume, errno, reply } => {
-                let _ = reply.send(self.sync_failed(&volume, errno));
+                let volume_uid = volume.volume_uid;
+                let call = self.keep(Call::SyncFailed(volume, reply));
+                self.tell(Input::SyncFailed { volume_uid, errno, call });
             }
             GateMessage::FenceAttachment { attachment_id, reply } => {
-                self.fence_attachment(attachment_id, reply)
+                self.fence_attachment(attachment_id, reply);
             }
             GateMessage::FenceNamedWriters { volume_uid, reply } => {
-                self.fence_named_writers(volume_uid, reply)
+                let call = self.keep(Call::Fence(reply));
+                self.tell(Input::FenceNamedWriters { volume_uid, call });
             }
             GateMessage::ReopenAttachments { volume_uid, reply } => {
-                self.reopen_attachments(volume_uid);
+                self.tell(Input::ReopenAttachments { volume_uid });
                 let _ = reply.send(());
             }
             GateMessage::ReleaseVolume { volume_uid, reply } => {
-                let _ = reply.send(self.release_volume(volume_uid));
+                let call = self.keep(Call::Release(reply));
+                self.tell(Input::ReleaseVolume { volume_uid, call });
             }
             GateMessage::ConnectionsOf { attachment_id, reply } => {
-                let _ = reply.send(self.fences.get(&attachment_id).map_or(0, Fence::connections));
+                let _ = reply.send(self.core.connections_of(attachment_id));
             }
-            GateMessage::HolderSeen { attachment_id } => {
-                self.left_at.insert(attachment_id, Instant::now());
-            }
+            GateMessage::HolderSeen { attachment_id } => self.tell(Input::HolderSeen { attachment_id }),
             GateMessage::HolderOf { attachment_id, reply } => {
-                let connections = self.fences.get(&attachment_id).map_or(0, Fence::connections);
-                let gone_since = self.left_at.get(&attachment_id).copied().unwrap_or(self.started_at);
-                let _ = reply.send((connections, gone_since.elapsed()));
+                let _ = reply.send(self.core.holder_of(attachment_id, Instant::now()));
             }
             GateMessage::ConnectionsOfVolume { volume_uid, reply } => {
-                let _ = reply.send(self.connections_of_volume(volume_uid));
+                let _ = reply.send(self.core.connections_of_volume(volume_uid));
             }
             GateMessage::MemoryAllocated { volume_uid, reply } => {
-                let _ = reply.send(self.memory_allocated(volume_uid));
+                let memory = self.volumes.get(&volume_uid).and_then(|volume| volume.memory());
+                let _ = reply.send(memory.map_or(0, MemoryVolume::allocated_bytes));
             }
             GateMessage::Shutdown { .. } => {}
         }
     }
 
-    pub(super) fn post(&self, ring: usize, message: RingMessage) {
+    fn tell(&mut self, input: Input) {
+        let mut outputs = VecDeque::new();
+        self.core.handle(Instant::now(), input, &mut outputs);
+        self.carry_out(outputs);
+    }
+
+    /// Does what the core wants, and what it wants in consequence.
+    fn carry_out(&mut self, mut outputs: VecDeque<Output>) {
+        while let Some(output) = outputs.pop_front() {
+            if let Some(answer) = self.perform(output) {
+                self.core.handle(Instant::now(), answer, &mut outputs);
+            }
+        }
+    }
+
+    /// Does what the core wants; what there is to answer.
+    fn perform(&mut self, output: Output) -> Option<Input> {
+        match output {
+            Output::FindAttachment { asked, name } => {
+                let found = found(self.catalog.attachment(name.attachment_id));
+                return Some(Input::AttachmentFound { asked, name, found });
+            }
+            Output::FindExport(claim) => {
+                let found = found(self.catalog.volume_by_uid(claim.attachment.volume_uid));
+                return Some(Input::ExportFound { claim, found });
+            }
+            Output::FindName { asked, name } => {
+                return Some(Input::NameFound { asked, found: found(self.named_volume(&name)) });
+            }
+            Output::OpenedUnder { volume_uid, generation } => {
+                self.incarnations.opened_under(volume_uid, generation);
+            }
+            Output::Persist { attachment_id, epoch } => {
+                let is_persisted = self.persist(attachment_id, epoch);
+                return Some(Input::Persisted { attachment_id, epoch, is_persisted });
+            }
+            Output::Open { volume_uid } => {
+                let result = self.start_opening(volume_uid).err().map(Err);
+                return result.map(|result| Input::VolumeOpened { volume_uid, result });
+            }
+            Output::Answer(granted) => {
+                let connection = granted.connection;
+                return Some(Input::Answered { connection, result: self.answer(granted) });
+            }
+            Output::Refuse { connection, ring, refusal } => self.refuse(connection, ring, refusal),
+            Output::Close { connection, ring } => {
+                info!(connection = connection.0, "fencing a connection");
+                self.post(ring, RingMessage::Close { connection });
+            }
+            Output::RecordLoss { volume_uid, then } => {
+                let is_settled = self.incarnations.settle(volume_uid).is_ok();
+                let is_recorded = is_settled || self.incarnations.is_recorded(volume_uid);
+                return Some(Input::LossRecorded { volume_uid, is_recorded, then });
+            }
+            Output::FailSyncs { volume_uid, errno } => {
+                if let Some(volume) = self.volumes.get(&volume_uid) {
+                    volume.report_failed_sync(errno);
+                }
+            }
+            Output::RaiseIncarnation { call } => self.raise_incarnation(call),
+            Output::Retire { volume_uid } => {
+                self.volumes.remove(&volume_uid);
+            }
+            Output::Fenced { call, result } => {
+                if let Some(Call::Fence(reply)) = self.calls.remove(&call) {
+                    let _ = reply.send(result);
+                }
+            }
+            Output::LookWhetherGone { attachment_id } => {
+                let is_gone = matches!(self.catalog.attachment(attachment_id), Ok(None));
+                return is_gone.then_some(Input::AttachmentGone { attachment_id });
+            }
+            Output::Released { call, result } => {
+                if let Some(Call::Release(reply)) = self.calls.remove(&call) {
+                    let _ = reply.send(result);
+                }
+            }
+            Output::LossAnswered { call, is_recorded } => {
+                if let Some(Call::SyncFailed(_, reply)) = self.calls.remove(&call) {
+                    let nowhere = || "it is recorded nowhere".to_owned();
+                    let _ = reply.send(is_recorded.then_some(()).ok_or_else(nowhere));
+                }
+            }
+        }
+        None
+    }
+
+    fn keep(&mut self, call: Call) -> CallId {
+        let id = self.next_call;
+        self.next_call = CallId(id.0.wrapping_add(1));
+        self.calls.insert(id, call);
+        id
+    }
+
+    fn post(&self, ring: usize, message: RingMessage) {
         // It was the ring that named its number.
         if let Some(mailbox) = self.rings.get(ring) {
             mailbox.post(message);
@@ -233,59 +285,136 @@ impl Gate {
         }
     }
 
-    pub(super) fn release_volume(&mut self, volume_uid: Uuid) -> Result<(), VolumeBusy> {
-        let connections = self.connections_of_volume(volume_uid);
-        let is_opening = matches!(self.volumes.get(&volume_uid), Some(VolumeState::Opening));
-        if connections > 0 || is_opening {
-            return Err(VolumeBusy { volume_uid, connections });
+    fn named_volume(&self, name: &str) -> Result<Option<NamedVolume>, CatalogError> {
+        let Some(volume) = self.catalog.volume_by_name(name)? else { return Ok(None) };
+        let is_attached = self.catalog.volume_has_attachment(volume.volume_uid)?;
+        Ok(Some(NamedVolume { volume, is_attached }))
+    }
+
+    fn persist(&self, attachment_id: Uuid, epoch: u64) -> bool {
+        let persisted = self.catalog.raise_session_epoch(attachment_id, epoch);
+        persisted
+            .inspect_err(|error| error!(%attachment_id, epoch, %error, "a session epoch cannot be recorded"))
+            .is_ok()
+    }
+
+    /// Starts the opener of a volume, which reports when it has ended.
+    fn start_opening(&self, volume_uid: Uuid) -> Result<(), NotServed> {
+        let record = self.record(volume_uid)?;
+        let ring_count = self.rings.len();
+        let taken = self.descriptors.take(descriptors::of_volume(record.backend, ring_count));
+        let descriptors = taken.map_err(|error| {
+            error!(name = %record.name, %volume_uid, %error, "a volume cannot be opened");
+            NotServed::Descriptors(error.to_string())
+        })?;
+        let (config, gate) = (self.config.clone(), self.own_sender.clone());
+        let incarnations = self.incarnations.clone();
+        // A thread of its own, because the lock of a file is waited for as long as a predecessor's I/O takes.
+        let opener = std::thread::Builder::new().name("volume-opener".into()).spawn(move || {
+            let result = open_volume(&record, &config, ring_count, descriptors, &incarnations, &gate);
+            let _ = gate.send(GateMessage::VolumeOpened { volume_uid, result });
+        });
+        let explain = |error: io::Error| {
+            let words = format!("cannot start a thread: {error}; {}", daemon_log::THREAD_LIMITS);
+            cannot_be_opened(volume_uid, &io::Error::new(error.kind(), words).into())
+        };
+        opener.map(|_| ()).map_err(explain)
+    }
+
+    fn volume_opened(&mut self, volume_uid: Uuid, result: Result<Arc<Volume>, OpenError>) {
+        if !self.core.is_opening(volume_uid) {
+            return;
         }
-        self.volumes.remove(&volume_uid);
+        let result = match result {
+            Ok(volume) => {
+                info!(%volume_uid, backend = volume.describe_backend(), "volume open");
+                self.volumes.insert(volume_uid, volume);
+                Ok(())
+            }
+            Err(error) => Err(cannot_be_opened(volume_uid, &error)),
+        };
+        self.tell(Input::VolumeOpened { volume_uid, result });
+    }
+
+    /// Answers an open with its volume, as the catalog has it now.
+    fn answer(&self, granted: Granted) -> Result<(), NotServed> {
+        let Granted { connection, ring, is_attachment, is_probe, .. } = granted;
+        let record = self.record(granted.volume_uid)?;
+        let volume = self.volumes.get(&granted.volume_uid).ok_or(NotServed::Storage)?;
+        let request_bytes_max = self.config.limits.request_bytes_max;
+        let description = self.description(&record);
+        let (export, limits) = granted.export(volume, &record, request_bytes_max, description);
+        let volume = (granted.kind != OpenKind::Info).then(|| Arc::clone(volume));
+        let opened = Opened { export, limits, volume, is_attachment, is_probe };
+        self.post(ring, RingMessage::Opened { connection, answer: Ok(opened) });
         Ok(())
     }
 
-    /// The rings have ended: nobody writes any more.
-    fn close_volumes(&self) {
-        for (volume_uid, state) in &self.volumes {
-            if let VolumeState::Open(volume) = state
-                && let Backend::File(file) = &volume.backend
-            {
-                self.incarnations.closed(*volume_uid, file.file());
+    fn record(&self, volume_uid: Uuid) -> Result<VolumeRecord, NotServed> {
+        match found(self.catalog.volume_by_uid(volume_uid)) {
+            Ok(Some(record)) => Ok(record),
+            Ok(None) => Err(NotServed::Unknown),
+            Err(CatalogFailed) => Err(NotServed::Catalog),
+        }
+    }
+
+    /// What INFO and LIST tell of a volume in words.
+    fn description(&self, record: &VolumeRecord) -> String {
+        let description = ExportDescription {
+            server_id: self.catalog.server_id(),
+            volume_uid: record.volume_uid,
+            incarnation: self.incarnations.word(record),
+        };
+        description.to_string()
+    }
+
+    /// Tells the client that it does not get the export, why, and who says so.
+    fn refuse(&self, connection: ConnectionId, ring: usize, refusal: Refusal) {
+        info!(connection = connection.0, reason = refusal.text(), "an open is refused");
+        let server_id = self.catalog.server_id();
+        let refusal = refusal.map_text(|reason| ExportRefusal { reason, server_id }.to_string());
+        self.post(ring, RingMessage::Opened { connection, answer: Err(refusal) });
+    }
+
+    fn fence_attachment(&mut self, attachment_id: Uuid, reply: Sender<Result<(), FenceError>>) {
+        match self.catalog.attachment(attachment_id) {
+            Ok(attachment) => {
+                let generation = attachment.map(|attachment| attachment.generation);
+                let call = self.keep(Call::Fence(reply));
+                self.tell(Input::FenceAttachment { attachment_id, generation, call });
+            }
+            Err(error) => {
+                let _ = reply.send(Err(FenceError::Catalog(error.to_string())));
             }
         }
     }
 
-    pub(super) fn connections_of_volume(&self, volume_uid: Uuid) -> u32 {
-        self.connections.values().filter(|known| known.volume_uid == volume_uid).count() as u32
-    }
-
-    fn memory_allocated(&self, volume_uid: Uuid) -> u64 {
-        match self.volumes.get(&volume_uid) {
-            Some(VolumeState::Open(volume)) => volume.memory().map_or(0, MemoryVolume::allocated_bytes),
-            _ => 0,
+    fn raise_incarnation(&mut self, call: CallId) {
+        if let Some(Call::SyncFailed(volume, reply)) = self.calls.remove(&call) {
+            let raised = self.incarnations.raise_and_settle(&volume);
+            let _ = reply.send(raised.map_err(|error| error.to_string()));
         }
     }
 
-    fn next_deadline(&self) -> Option<Instant> {
-        let opens =
-            self.connections.values().filter(|known| !known.is_closing).filter_map(|known| known.deadline);
-        opens.chain(self.fence_waiters.iter().map(|waiter| waiter.deadline)).min()
+    /// The rings have ended: nobody writes any more.
+    fn close_volumes(&self) {
+        for (volume_uid, volume) in &self.volumes {
+            if let Backend::File(file) = &volume.backend {
+                self.incarnations.closed(*volume_uid, file.file());
+            }
+        }
     }
+}
 
-    pub(super) fn check_deadlines(&mut self, now: Instant) {
-        let is_late =
-            |known: &Known| !known.is_closing && known.deadline.is_some_and(|deadline| now >= deadline);
-        let late = self.connections.iter().filter(|(_, known)| is_late(known));
-        let late: Vec<ConnectionId> = late.map(|(connection, _)| *connection).collect();
-        for connection in late {
-            let refusal = Refusal::shutdown("I/O of a former session has not finished yet; try again");
-            self.give_up(connection, refusal);
-        }
-        let waiters = std::mem::take(&mut self.fence_waiters);
-        let (late, waiting): (Vec<_>, Vec<_>) =
-            waiters.into_iter().partition(|waiter| now >= waiter.deadline);
-        self.fence_waiters = waiting;
-        for waiter in late {
-            let _ = waiter.reply.send(Err(FenceError::NotDrained(self.config.limits.fence_timeout)));
-        }
-    }
+/// What was looked up, for the core; what failed, for the log.
+fn found<T>(looked_up: Result<Option<T>, CatalogError>) -> Found<T> {
+    looked_up.map_err(|error| {
+        error!(%error, "the catalog failed");
+        CatalogFailed
+    })
+}
+
+fn cannot_be_opened(volume_uid: Uuid, error: &OpenError) -> NotServed {
+    error!(%volume_uid, %error, "a volume cannot be opened");
+    NotServed::Storage
 }
