@@ -19,7 +19,6 @@ const LONG_FILES: &[(&str, usize)] = &[
     ("server/src/connection.rs", 749),
     ("server/src/ring.rs", 853),
     ("tests/src/simulator/client.rs", 1031),
-    ("tests/src/simulator/server.rs", 730),
     ("tests/src/simulator/world.rs", 821),
     ("tests/src/storage_node.rs", 706),
     ("ublk-core/src/abi.rs", 680),

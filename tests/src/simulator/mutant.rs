@@ -51,11 +51,29 @@ pub enum Mutant {
     ProbesForEver,
     /// The answers to pings say nothing of the connection.
     PongsIgnored,
+    /// A volume that opens late is given to all who ever waited for it, whatever they wait for now.
+    LateOpenAnswered,
+    /// An open may take as long as it likes.
+    OpensForEver,
+    /// An epoch is recorded after its connection was answered.
+    AnsweredBeforePersisted,
+    /// A connection is served although its epoch could not be recorded.
+    UnpersistedServed,
+    /// A volume that lost writes is not closed when nobody has it any more, but given to the next one.
+    RetiredKept,
+    /// The gate is not told of a loss of writes.
+    LossUnheard,
+    /// The gate does not look at secrets.
+    SecretIgnored,
+    /// A volume may be opened for writing by its name although it is attached.
+    HolderIgnored,
+    /// Who has connections fenced is told at once that they are gone.
+    FenceNotAwaited,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 33] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -80,5 +98,14 @@ impl Mutant {
         Self::ProbesIgnored,
         Self::ProbesForEver,
         Self::PongsIgnored,
+        Self::LateOpenAnswered,
+        Self::OpensForEver,
+        Self::AnsweredBeforePersisted,
+        Self::UnpersistedServed,
+        Self::RetiredKept,
+        Self::LossUnheard,
+        Self::SecretIgnored,
+        Self::HolderIgnored,
+        Self::FenceNotAwaited,
     ];
 }
