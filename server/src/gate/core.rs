@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use super::answers::{FenceError, VolumeBusy};
 use super::events::{CallId, Input, NotServed, Output};
-use crate::fence::Fence;
+use super::fence::Fence;
 use crate::ids::ConnectionId;
 
 /// What is bounded, and allowed, by configuration.

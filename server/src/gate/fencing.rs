@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::core::{Core, FenceWaiter, Fenced, Known, Right};
 use super::events::{CallId, Output};
-use crate::fence::{self, Fence};
+use super::fence::{self, Fence};
 use crate::ids::ConnectionId;
 
 impl Core {

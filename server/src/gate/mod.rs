@@ -7,6 +7,7 @@
 mod answers;
 mod core;
 mod events;
+pub mod fence;
 mod fencing;
 mod messages;
 mod opener;

@@ -14,9 +14,9 @@ use uuid::Uuid;
 
 use super::core::{Core, Known, Right, VolumeState};
 use super::events::{AfterLoss, Asked, CatalogFailed, Claim, Found, Granted, NamedVolume, NotServed, Output};
+use super::fence::Go;
 use crate::admission::NotAdmitted;
 use crate::catalog::{AttachmentRecord, VolumeRecord};
-use crate::fence::Go;
 use crate::ids::ConnectionId;
 use crate::volume::Volume;
 

@@ -16,7 +16,7 @@ use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
 use proto::nbd::handshake::server::{OpenKind, Refusal};
 use proto::nbd::validate::RequestLimits;
 use server::backend::file::{self, CacheMode};
-use server::fence::Reason;
+use server::gate::fence::Reason;
 use server::gate::{
     Asked, Bounds, CallId, CatalogFailed, Core, Found, Granted, Input, NamedVolume, NotServed, Output,
 };
