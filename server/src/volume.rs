@@ -3,7 +3,7 @@
 //! Owns: what is announced of a volume, and for each request the order of operations ([`VolumeOp`]) with the meaning of
 //! each result. Never: does an operation itself (`ring.rs` does), touches a socket, or checks a request's range
 //! (`session.rs` did).
-//! Called by: `gate/mod.rs` (opens volumes, shares them with the rings) and `connection.rs` (requests).
+//! Called by: `gate/opener.rs` (opens volumes), `gate/run.rs` (shares them with the rings) and `connection.rs` (requests).
 //!
 //! ```text
 //!   READ            Read…                                          WRITE   Write… ─(FUA, buffered)─► Sync

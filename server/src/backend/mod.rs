@@ -2,7 +2,7 @@
 //!
 //! A backend says what has to be done for a request ([`VolumeOp`]); `volume.rs` decides the order and what an answer means,
 //! `ring.rs` does it. Backends never touch a socket and never wait.
-//! Called by: `gate/mod.rs` (open) and `volume.rs`.
+//! Called by: `gate/opener.rs` (open) and `volume.rs`.
 
 pub mod file;
 pub mod memory;

@@ -280,3 +280,6 @@ impl Core {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

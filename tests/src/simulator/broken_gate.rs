@@ -10,6 +10,14 @@ use uuid::Uuid;
 use super::Mutant;
 use super::storage::Catalog;
 
+/// What becomes of something that the core wants done.
+pub(super) enum Altered {
+    /// This is done.
+    Do(Output),
+    /// Nothing is done, and this is answered.
+    Done(Option<Input>),
+}
+
 #[derive(Default)]
 pub(super) struct BrokenGate {
     mutant: Option<Mutant>,
@@ -97,22 +105,22 @@ impl BrokenGate {
         outputs.extend(late.map(Output::Answer));
     }
 
-    /// What is to be done instead; `Err`: what it is answered, if anything, without being done.
-    pub(super) fn output(&mut self, output: Output) -> Result<Output, Option<Input>> {
+    /// What is to be done instead.
+    pub(super) fn output(&mut self, output: Output) -> Altered {
         match (self.mutant, output) {
             (Some(Mutant::AnsweredBeforePersisted), Output::Persist { attachment_id, epoch }) => {
                 self.unrecorded.push((attachment_id, epoch));
-                Err(Some(Input::Persisted { attachment_id, epoch, is_persisted: true }))
+                Altered::Done(Some(Input::Persisted { attachment_id, epoch, is_persisted: true }))
             }
             (Some(Mutant::RetiredKept), Output::Retire { volume_uid }) => {
                 self.kept.push(volume_uid);
-                Err(None)
+                Altered::Done(None)
             }
             (Some(Mutant::RetiredKept), Output::Open { volume_uid }) if self.kept.contains(&volume_uid) => {
                 self.kept.retain(|kept| *kept != volume_uid);
-                Err(Some(Input::VolumeOpened { volume_uid, result: Ok(()) }))
+                Altered::Done(Some(Input::VolumeOpened { volume_uid, result: Ok(()) }))
             }
-            (_, output) => Ok(output),
+            (_, output) => Altered::Do(output),
         }
     }
 

@@ -27,7 +27,7 @@ use server::volume::{Backend, Faults, LossRecorder, Volume};
 use uuid::Uuid;
 
 use super::answers::Answers;
-use super::broken_gate::BrokenGate;
+use super::broken_gate::{Altered, BrokenGate};
 use super::storage::{Catalog, Surroundings, lock};
 use super::{Failure, Mutant};
 
@@ -42,11 +42,6 @@ pub(super) enum ToRing {
     Close { connection: ConnectionId },
 }
 
-enum Message {
-    Told(Input),
-    FenceAttachment(Uuid),
-}
-
 /// What the control side waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Call {
@@ -58,7 +53,7 @@ enum Call {
 pub(super) struct Gate {
     process: u64,
     core: Core,
-    inbox: VecDeque<Message>,
+    inbox: VecDeque<Input>,
     outputs: VecDeque<Output>,
     /// Nothing was told since the deadlines were checked.
     is_idle: bool,
@@ -168,9 +163,9 @@ impl Gate {
         }
         if !self.calls.values().any(|call| *call == Call::End(attachment_id)) {
             world.coverage.count("an attachment is fenced");
-            self.call(Call::End(attachment_id));
-            self.hear();
-            self.inbox.push_back(Message::FenceAttachment(attachment_id));
+            let call = self.call(Call::End(attachment_id));
+            // The generation is looked up when it is told.
+            self.post(Input::FenceAttachment { attachment_id, generation: None, call });
         }
         false
     }
@@ -184,7 +179,7 @@ impl Gate {
 
     fn post(&mut self, input: Input) {
         self.hear();
-        self.inbox.push_back(Message::Told(input));
+        self.inbox.push_back(input);
     }
 
     /// A loss comes before whatever is told after it.
@@ -192,8 +187,7 @@ impl Gate {
         if self.is_unheard.swap(false, Ordering::Relaxed)
             && let Some(volume) = &self.volume
         {
-            let input = Input::LostWrites { volume_uid: volume.volume_uid };
-            self.inbox.push_back(Message::Told(input));
+            self.inbox.push_back(Input::LostWrites { volume_uid: volume.volume_uid });
         }
     }
 
@@ -208,11 +202,11 @@ impl Gate {
             if let Some(output) = self.outputs.pop_front() {
                 world.coverage.say(|| format!("gate: {output:?}"));
                 self.carry_out(output, world);
-            } else if let Some(message) = self.inbox.pop_front() {
-                let input = match message {
-                    Message::Told(input) => input,
-                    Message::FenceAttachment(attachment_id) => self.fence_input(attachment_id, world.catalog),
-                };
+            } else if let Some(mut input) = self.inbox.pop_front() {
+                if let Input::FenceAttachment { attachment_id, generation, .. } = &mut input {
+                    let attachment = world.catalog.attachment(*attachment_id);
+                    *generation = attachment.map(|attachment| attachment.generation);
+                }
                 self.tell(input, world);
                 self.is_idle = false;
             } else if self.is_idle && self.next_deadline.is_none_or(|deadline| world.now < deadline) {
@@ -239,13 +233,6 @@ impl Gate {
         }
     }
 
-    fn fence_input(&self, attachment_id: Uuid, catalog: &Catalog) -> Input {
-        let call = self.calls.iter().find(|(_, call)| **call == Call::End(attachment_id));
-        let call = call.map_or(CallId(u64::MAX), |(call, _)| *call);
-        let generation = catalog.attachment(attachment_id).map(|attachment| attachment.generation);
-        Input::FenceAttachment { attachment_id, generation, call }
-    }
-
     fn tell(&mut self, input: Input, world: &mut Surroundings<'_>) {
         let Some(input) = self.broken.input(input, &mut self.outputs) else { return };
         world.coverage.say(|| format!("gate is told: {input:?}"));
@@ -270,8 +257,8 @@ impl Gate {
 
     fn carry_out(&mut self, output: Output, world: &mut Surroundings<'_>) {
         let answer = match self.broken.output(output) {
-            Ok(output) => self.perform(output, world),
-            Err(answer) => answer,
+            Altered::Do(output) => self.perform(output, world),
+            Altered::Done(answer) => answer,
         };
         if let Some(answer) = answer {
             self.tell(answer, world);
