@@ -65,9 +65,14 @@ impl Known {
         self.has_volume && self.deadline.is_none()
     }
 
+    /// Whether its open is still to be answered.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.deadline.is_some() && !self.is_closing
+    }
+
     /// Whether its open is to be answered with this volume as soon as that is open.
     pub(super) fn waits_for(&self, volume_uid: Uuid) -> bool {
-        self.volume_uid == volume_uid && self.has_volume && self.deadline.is_some() && !self.is_closing
+        self.volume_uid == volume_uid && self.has_volume && self.is_waiting()
     }
 
     /// The attachment that it is served on, if it is on one.

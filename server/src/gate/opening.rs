@@ -144,17 +144,17 @@ impl Core {
     /// Gives a granted connection its volume, now or when it is open.
     pub(super) fn find_volume(&mut self, connection: ConnectionId, outputs: &mut VecDeque<Output>) {
         let Some(known) = self.connections.get_mut(&connection) else { return };
-        known.has_volume = true;
         let volume_uid = known.volume_uid;
-        match self.volumes.get(&volume_uid) {
+        let state = self.volumes.get(&volume_uid);
+        if let Some(VolumeState::Open { has_lost_writes: true }) = state {
+            // Until then it has nothing: who is granted together with it is to find the volume anew as well.
+            return outputs.push_back(Output::RecordLoss { volume_uid, then: AfterLoss::Find(connection) });
+        }
+        known.has_volume = true;
+        match state {
             // It is answered when the opener reports.
             Some(VolumeState::Opening) => {}
-            Some(VolumeState::Open { has_lost_writes: true }) => {
-                outputs.push_back(Output::RecordLoss { volume_uid, then: AfterLoss::Find(connection) });
-            }
-            Some(VolumeState::Open { has_lost_writes: false }) => {
-                self.answer(connection, volume_uid, outputs);
-            }
+            Some(VolumeState::Open { .. }) => self.answer(connection, volume_uid, outputs),
             None => self.start_opening(volume_uid, outputs),
         }
     }

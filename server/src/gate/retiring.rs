@@ -100,9 +100,9 @@ impl Core {
 
     /// Gives a connection its volume, whose loss of writes is recorded.
     fn find_anew(&mut self, connection: ConnectionId, volume_uid: Uuid, outputs: &mut VecDeque<Output>) {
-        if !self.connections.get(&connection).is_some_and(|known| known.waits_for(volume_uid)) {
-            return;
-        }
+        let known = self.connections.get_mut(&connection).filter(|known| known.is_waiting());
+        let Some(known) = known else { return };
+        known.has_volume = true;
         if self.is_to_be_retired(volume_uid, connection) {
             self.retire(volume_uid, outputs);
         }

@@ -24,7 +24,9 @@ struct Driver {
     now: Instant,
     is_attached: bool,
     has_volume: bool,
-    can_record: bool,
+    can_persist: bool,
+    /// So many losses, the next ones, are recorded nowhere.
+    unrecorded: u32,
     is_readable: bool,
     asked: u64,
 }
@@ -72,7 +74,8 @@ impl Driver {
             now,
             is_attached: true,
             has_volume: true,
-            can_record: true,
+            can_persist: true,
+            unrecorded: 0,
             is_readable: true,
             asked: 0,
         }
@@ -95,7 +98,7 @@ impl Driver {
         done
     }
 
-    fn perform(&self, output: Output) -> (String, Option<Input>) {
+    fn perform(&mut self, output: Output) -> (String, Option<Input>) {
         match output {
             Output::FindAttachment { asked, name } => {
                 let is_it = self.is_attached && name.attachment_id == ATTACHMENT;
@@ -113,7 +116,7 @@ impl Driver {
             }
             Output::OpenedUnder { generation, .. } => (format!("opened under {generation}"), None),
             Output::Persist { attachment_id, epoch } => {
-                let is_persisted = self.can_record;
+                let is_persisted = self.can_persist;
                 let answer = Input::Persisted { attachment_id, epoch, is_persisted };
                 (format!("persist {epoch}"), Some(answer))
             }
@@ -128,7 +131,8 @@ impl Driver {
             }
             Output::Close { connection, .. } => (format!("close {}", connection.0), None),
             Output::RecordLoss { volume_uid, then } => {
-                let is_recorded = self.can_record;
+                let is_recorded = self.unrecorded == 0;
+                self.unrecorded = self.unrecorded.saturating_sub(1);
                 let answer = Input::LossRecorded { volume_uid, is_recorded, then };
                 ("record loss".to_owned(), Some(answer))
             }
@@ -223,10 +227,10 @@ fn a_wrong_secret_is_not_told_from_an_unknown_attachment() {
 #[test]
 fn nobody_is_served_while_the_catalog_cannot_be_read_or_written() {
     let mut driver = Driver::new();
-    driver.can_record = false;
+    driver.can_persist = false;
     let refused = driver.go(1, 0).pop().unwrap();
     assert_eq!(refused, "refuse 1: the server cannot record the session now");
-    (driver.can_record, driver.is_readable) = (true, false);
+    (driver.can_persist, driver.is_readable) = (true, false);
     let failed = "the server's catalog failed; try again";
     assert_eq!(driver.go(1, 0), ["find attachment".to_owned(), format!("refuse 2: {failed}")]);
     let named = driver.ask(OpenKind::Go, "a".to_owned(), None);
@@ -286,14 +290,25 @@ fn a_volume_that_lost_writes_is_let_go_before_the_next_one_finds_it() {
 #[test]
 fn a_loss_that_is_recorded_nowhere_is_served_to_nobody() {
     let mut driver = Driver::serving();
-    driver.can_record = false;
+    driver.unrecorded = 3;
     assert_eq!(driver.lost_writes(), ["record loss", "close 1"]);
     let refused = "refuse 2: the server cannot record that the volume lost writes";
     assert_eq!(driver.go(1, 1).split_off(3), ["record loss", refused]);
     assert_eq!(driver.closed(1), ["record loss"], "and it stays");
-    driver.can_record = true;
     assert_eq!(driver.go(1, 1).split_off(3), ["persist 1", "record loss", "retire", "open"]);
     assert_eq!(driver.opened(), ["answer 3"]);
+}
+
+#[test]
+fn who_is_let_in_together_after_a_loss_finds_the_volume_opened_anew() {
+    let mut driver = Driver::serving();
+    driver.unrecorded = 2;
+    driver.lost_writes();
+    driver.go(2, 0);
+    driver.go(2, 1);
+    let done = driver.closed(1);
+    assert_eq!(done, ["record loss", "persist 2", "record loss", "record loss", "retire", "open"]);
+    assert_eq!(driver.opened(), ["answer 2", "answer 3"]);
 }
 
 #[test]
@@ -305,7 +320,7 @@ fn a_failed_sync_of_the_control_side_is_recorded_before_it_is_answered() {
     driver.opened();
     let recorded = ["fail syncs: 5", "record loss", "loss answered, call 2: true"];
     assert_eq!(driver.tell(failed(2)), recorded);
-    driver.can_record = false;
+    driver.unrecorded = 1;
     let nowhere = ["fail syncs: 5", "record loss", "close 1", "loss answered, call 3: false"];
     assert_eq!(driver.tell(failed(3)), nowhere);
 }
