@@ -31,12 +31,15 @@ pub(super) struct Answers {
     open_timeout: Duration,
     asked: BTreeMap<ConnectionId, Asked>,
     holders: BTreeMap<ConnectionId, Holder>,
+    /// The last loss of writes is recorded somewhere.
+    pub(super) is_recorded: bool,
     pub(super) fault: Option<String>,
 }
 
 impl Answers {
     pub(super) fn new(open_timeout: Duration) -> Self {
-        Self { open_timeout, asked: BTreeMap::new(), holders: BTreeMap::new(), fault: None }
+        let (asked, holders) = (BTreeMap::new(), BTreeMap::new());
+        Self { open_timeout, asked, holders, is_recorded: true, fault: None }
     }
 
     /// The gate is told something.
@@ -94,6 +97,9 @@ impl Answers {
         if granted.volume_uid == catalog.volume_uid && has_lost_volume && others.next().is_none() {
             self.broken("a volume that lost writes is not opened anew although nobody had it");
         }
+        if granted.volume_uid == catalog.volume_uid && has_lost_volume && !self.is_recorded {
+            self.broken("a volume is served whose loss of writes is recorded nowhere");
+        }
         if granted.kind != OpenKind::Info {
             let holder = Holder {
                 volume_uid: granted.volume_uid,
@@ -119,10 +125,14 @@ impl Answers {
     }
 
     /// The gate has nothing to do at this time.
-    pub(super) fn check_time(&mut self, now: Instant) {
+    pub(super) fn check_rest(&mut self, now: Instant) {
         let open_timeout = self.open_timeout;
         if self.asked.values().any(|asked| now.duration_since(asked.at) > open_timeout) {
             self.broken("an open is not answered in time");
+        }
+        let goes_on = |holder: &Holder| holder.volume_uid != OTHER_UID && !holder.is_closing;
+        if !self.is_recorded && self.holders.values().any(goes_on) {
+            self.broken("a connection goes on although a loss of writes is recorded nowhere");
         }
     }
 

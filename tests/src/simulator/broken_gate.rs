@@ -57,6 +57,7 @@ impl BrokenGate {
             }
             (Mutant::LossUnheard, Input::LostWrites { .. }) => return None,
             (Mutant::UnpersistedServed, Input::Persisted { is_persisted, .. }) => *is_persisted = true,
+            (Mutant::UnrecordedServed, Input::LossRecorded { is_recorded, .. }) => *is_recorded = true,
             (
                 Mutant::FenceNotAwaited,
                 Input::FenceAttachment { call, .. } | Input::FenceNamedWriters { call, .. },

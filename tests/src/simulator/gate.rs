@@ -6,8 +6,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proto::export_name::ExportDescription;
@@ -68,6 +68,11 @@ pub(super) struct Gate {
     calls_made: u64,
     /// The attachment whose connections are all gone.
     ended: Option<Uuid>,
+    /// What is remembered of the volume, in memory and perhaps in its file.
+    record: Arc<Mutex<Option<Record>>>,
+    is_in_file: Arc<AtomicBool>,
+    /// The highest incarnation that was raised, of all that are told.
+    known: Arc<AtomicU64>,
     /// A loss that the core has not been told of.
     is_unheard: Arc<AtomicBool>,
     /// A loss that the catalog has not been told of.
@@ -100,6 +105,9 @@ impl Gate {
             calls: BTreeMap::new(),
             calls_made: 0,
             ended: None,
+            record: Arc::default(),
+            is_in_file: Arc::default(),
+            known: Arc::default(),
             is_unheard: Arc::default(),
             is_unsettled: Arc::default(),
             is_admitted: false,
@@ -216,7 +224,7 @@ impl Gate {
                     self.core.check_deadlines(world.now, &mut self.outputs);
                 }
                 if self.outputs.is_empty() {
-                    self.answers.check_time(world.now);
+                    self.answers.check_rest(world.now);
                     self.broken.settle(world.catalog);
                     (self.is_idle, self.next_deadline) = (true, self.core.next_deadline());
                     return has_done;
@@ -310,11 +318,12 @@ impl Gate {
                 }
             }
             Output::RecordLoss { volume_uid, then } => {
-                // The record has it in any case.
-                if look_up(world, |_| Some(())).is_ok() {
-                    self.settle(world.catalog);
+                let is_recorded = self.settle(world) || self.is_in_file.load(Ordering::Relaxed);
+                if !is_recorded {
+                    world.coverage.count("a loss is recorded nowhere");
                 }
-                return Some(Input::LossRecorded { volume_uid, is_recorded: true, then });
+                self.answers.is_recorded = is_recorded || !self.is_unsettled.load(Ordering::Relaxed);
+                return Some(Input::LossRecorded { volume_uid, is_recorded, then });
             }
             Output::Retire { volume_uid } => {
                 world.coverage.count("a volume is let go");
@@ -432,8 +441,9 @@ impl Gate {
         let skip_flush = self.is(Mutant::FlushDropped);
         let faults = Faults { skip_flush, ..Faults::default() };
         self.admit(world);
+        let is_full = world.may_fail && world.rng.u8(..4) == 0;
         let catalog = &mut *world.catalog;
-        let recorder = self.recorder(catalog);
+        let recorder = self.recorder(catalog, is_full);
         let volume = Volume::new(
             catalog.volume_uid,
             capacity_bytes,
@@ -463,40 +473,65 @@ impl Gate {
             session: SessionMark { attachment_id: String::new(), epoch: 0 },
             write_back_failed,
         };
-        let verdict = judge(lock(&world.catalog.record).as_ref(), &seen);
+        let remembered = lock(&self.record).clone().or_else(|| lock(&world.catalog.record).clone());
+        let verdict = judge(remembered.as_ref(), &seen);
         if verdict.loss.is_some() {
             world.coverage.count("what the storage lost while nobody had it open is noticed");
         }
         if verdict.drops_cache && !self.is(Mutant::CacheKept) {
             world.disk.drop_cache();
         }
-        *lock(&world.catalog.record) = Some(Record::of(seen, &verdict, false));
+        let record = Some(Record::of(seen, &verdict, false));
+        lock(&self.record).clone_from(&record);
+        *lock(&world.catalog.record) = record;
+        self.is_in_file.store(true, Ordering::Relaxed);
+        self.answers.is_recorded = true;
+        self.known = Arc::clone(&world.catalog.known);
+        self.known.store(verdict.incarnation, Ordering::Relaxed);
         world.catalog.incarnation = world.catalog.incarnation.max(verdict.incarnation);
     }
 
-    fn recorder(&self, catalog: &Catalog) -> LossRecorder {
-        let record = Arc::clone(&catalog.record);
+    /// As `Incarnations::raise`; where the runtime directory is full, what is remembered stays in memory.
+    fn recorder(&self, catalog: &Catalog, is_full: bool) -> LossRecorder {
+        let (record, file) = (Arc::clone(&self.record), Arc::clone(&catalog.record));
+        let (is_in_file, known) = (Arc::clone(&self.is_in_file), Arc::clone(&self.known));
         let (is_unheard, is_unsettled) = (Arc::clone(&self.is_unheard), Arc::clone(&self.is_unsettled));
         let records = !self.is(Mutant::LossNotRecorded);
         LossRecorder::new(move || {
             if let Some(record) = lock(&record).as_mut().filter(|_| records) {
                 record.incarnation += 1;
                 record.lost_writes = true;
+                known.store(record.incarnation, Ordering::Relaxed);
+                is_in_file.store(!is_full, Ordering::Relaxed);
+                if !is_full {
+                    *lock(&file) = Some(record.clone());
+                }
             }
             is_unheard.store(true, Ordering::Relaxed);
             is_unsettled.store(true, Ordering::Relaxed);
-            true
+            is_in_file.load(Ordering::Relaxed)
         })
     }
 
-    /// The catalog is told of a loss, if there is one to tell.
-    fn settle(&self, catalog: &mut Catalog) {
-        if !self.is_unsettled.swap(false, Ordering::Relaxed) {
-            return;
+    /// The catalog is told of a loss, if there is one to tell; false: it fails, mostly where the runtime directory is full.
+    fn settle(&self, world: &mut Surroundings<'_>) -> bool {
+        let is_full = !self.is_in_file.load(Ordering::Relaxed);
+        if look_up(world, |_| Some(())).is_err() || (is_full && world.may_fail && world.rng.u8(..4) > 0) {
+            return false;
         }
-        let recorded = lock(&catalog.record).as_ref().map_or(0, |record| record.incarnation);
-        let raised = if self.is(Mutant::LossNotRecorded) { catalog.incarnation + 1 } else { recorded };
-        catalog.incarnation = catalog.incarnation.max(raised);
+        if self.is_unsettled.swap(false, Ordering::Relaxed) {
+            let recorded = lock(&self.record).as_ref().map_or(0, |record| record.incarnation);
+            let incarnation = &mut world.catalog.incarnation;
+            let raised = if self.is(Mutant::LossNotRecorded) { *incarnation + 1 } else { recorded };
+            *incarnation = raised.max(*incarnation);
+        }
+        true
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.known.store(0, Ordering::Relaxed);
     }
 }
 

@@ -63,6 +63,8 @@ pub enum Mutant {
     RetiredKept,
     /// The gate is not told of a loss of writes.
     LossUnheard,
+    /// A volume goes on being served although its loss of writes is recorded nowhere.
+    UnrecordedServed,
     /// The gate does not look at secrets.
     SecretIgnored,
     /// A volume may be opened for writing by its name although it is attached.
@@ -73,7 +75,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 34] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -104,6 +106,7 @@ impl Mutant {
         Self::UnpersistedServed,
         Self::RetiredKept,
         Self::LossUnheard,
+        Self::UnrecordedServed,
         Self::SecretIgnored,
         Self::HolderIgnored,
         Self::FenceNotAwaited,

@@ -1,6 +1,7 @@
 //! What a process of the simulated storage node stands on: the catalog, which outlives it, and whatever else a step may touch.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -43,6 +44,8 @@ pub(super) struct Catalog {
     pub(super) incarnation: u64,
     /// What is remembered outside of it, for this boot.
     pub(super) record: Arc<Mutex<Option<Record>>>,
+    /// The incarnation that the process knows, and tells; 0 without one.
+    pub(super) known: Arc<AtomicU64>,
     pub(super) attachment: Option<Attachment>,
     /// Where an empty file stands for the volume; no operation reaches it.
     pub(super) volumes_dir: PathBuf,
@@ -73,7 +76,7 @@ impl Catalog {
     /// The boot, and how often it was raised.
     pub(super) fn told(&self) -> (u64, u64) {
         let recorded = lock(&self.record).as_ref().map_or(0, |record| record.incarnation);
-        (self.boot, self.incarnation.max(recorded))
+        (self.boot, self.incarnation.max(recorded).max(self.known.load(Ordering::Relaxed)))
     }
 
     /// The active attachment of that identity.

@@ -99,6 +99,7 @@ impl<'a> World<'a> {
             boot: 1,
             incarnation: 0,
             record: Arc::default(),
+            known: Arc::default(),
             attachment: None,
             volumes_dir: volumes_dir.to_owned(),
         };
