@@ -294,6 +294,11 @@ pub enum Output {
         /// To be said with the answer.
         then: AfterLoss,
     },
+    /// Let a volume that is open say that its syncs fail: the loss is recorded.
+    LossKnown {
+        /// Which.
+        volume_uid: Uuid,
+    },
     /// Have a volume that is open acknowledge nothing as durable any more.
     FailSyncs {
         /// Which.

@@ -80,7 +80,7 @@ impl Core {
             self.close_all(|known| known.volume_uid == volume_uid && known.is_served(), outputs);
         }
         match then {
-            AfterLoss::Nothing => {}
+            AfterLoss::Nothing => self.loss_known(volume_uid, is_recorded, outputs),
             AfterLoss::Find(connection) if is_recorded => {
                 self.find_anew(connection, volume_uid, outputs);
             }
@@ -94,7 +94,19 @@ impl Core {
                 }
                 self.drained(now, connection, attachment_id, outputs);
             }
-            AfterLoss::Answer(call) => outputs.push_back(Output::LossAnswered { call, is_recorded }),
+            AfterLoss::Answer(call) => {
+                self.loss_known(volume_uid, is_recorded, outputs);
+                outputs.push_back(Output::LossAnswered { call, is_recorded });
+            }
+        }
+    }
+
+    /// A volume whose loss could not be recorded at first ends connections instead of failing their syncs. One that stays in use has
+    /// to hear that it is recorded now: its clients would come again for ever.
+    fn loss_known(&self, volume_uid: Uuid, is_recorded: bool, outputs: &mut VecDeque<Output>) {
+        let state = self.volumes.get(&volume_uid);
+        if is_recorded && state == Some(&VolumeState::Open { has_lost_writes: true }) {
+            outputs.push_back(Output::LossKnown { volume_uid });
         }
     }
 
@@ -108,7 +120,10 @@ impl Core {
         }
         match self.volumes.get(&volume_uid) {
             Some(VolumeState::Opening) => {}
-            Some(VolumeState::Open { .. }) => self.answer(connection, volume_uid, outputs),
+            Some(VolumeState::Open { .. }) => {
+                self.loss_known(volume_uid, true, outputs);
+                self.answer(connection, volume_uid, outputs);
+            }
             None => self.start_opening(volume_uid, outputs),
         }
     }

@@ -221,6 +221,11 @@ impl Gate {
                 let is_recorded = is_settled || self.incarnations.is_recorded(volume_uid);
                 return Some(Input::LossRecorded { volume_uid, is_recorded, then });
             }
+            Output::LossKnown { volume_uid } => {
+                if let Some(volume) = self.volumes.get(&volume_uid) {
+                    volume.loss_recorded();
+                }
+            }
             Output::FailSyncs { volume_uid, errno } => {
                 if let Some(volume) = self.volumes.get(&volume_uid) {
                     volume.report_failed_sync(errno);

@@ -136,6 +136,7 @@ impl Driver {
                 let answer = Input::LossRecorded { volume_uid, is_recorded, then };
                 ("record loss".to_owned(), Some(answer))
             }
+            Output::LossKnown { .. } => ("loss known".to_owned(), None),
             Output::FailSyncs { errno, .. } => (format!("fail syncs: {errno}"), None),
             Output::RaiseIncarnation { call } => (format!("raise incarnation, call {}", call.0), None),
             Output::Retire { .. } => ("retire".to_owned(), None),
@@ -278,8 +279,8 @@ fn an_open_that_waits_too_long_is_refused_once_and_its_slot_is_free() {
 #[test]
 fn a_volume_that_lost_writes_is_let_go_before_the_next_one_finds_it() {
     let mut driver = Driver::serving();
-    assert_eq!(driver.lost_writes(), ["record loss"]);
-    assert_eq!(driver.go(1, 1).split_off(3), ["record loss", "answer 2"], "another one has it");
+    assert_eq!(driver.lost_writes(), ["record loss", "loss known"]);
+    assert_eq!(driver.go(1, 1).split_off(3), ["record loss", "loss known", "answer 2"], "another one has it");
     assert_eq!(driver.closed(2), [""; 0]);
     assert_eq!(driver.go(1, 0).pop().unwrap(), "close 1");
     assert_eq!(driver.closed(1), ["record loss", "retire", "open"]);
@@ -318,7 +319,7 @@ fn a_failed_sync_of_the_control_side_is_recorded_before_it_is_answered() {
     assert_eq!(driver.tell(failed(1)), ["raise incarnation, call 1"], "nobody has it open");
     driver.go(1, 0);
     driver.opened();
-    let recorded = ["fail syncs: 5", "record loss", "loss answered, call 2: true"];
+    let recorded = ["fail syncs: 5", "record loss", "loss known", "loss answered, call 2: true"];
     assert_eq!(driver.tell(failed(2)), recorded);
     driver.unrecorded = 1;
     let nowhere = ["fail syncs: 5", "record loss", "close 1", "loss answered, call 3: false"];
