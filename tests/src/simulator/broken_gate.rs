@@ -121,6 +121,7 @@ impl BrokenGate {
                 self.kept.retain(|kept| *kept != volume_uid);
                 Altered::Done(Some(Input::VolumeOpened { volume_uid, result: Ok(()) }))
             }
+            (Some(Mutant::RecordingUnheard), Output::LossKnown { .. }) => Altered::Done(None),
             (_, output) => Altered::Do(output),
         }
     }

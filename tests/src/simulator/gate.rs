@@ -325,6 +325,10 @@ impl Gate {
                 self.answers.is_recorded = is_recorded || !self.is_unsettled.load(Ordering::Relaxed);
                 return Some(Input::LossRecorded { volume_uid, is_recorded, then });
             }
+            Output::LossKnown { volume_uid } => {
+                let volume = self.volume.as_ref().filter(|volume| volume.volume_uid == volume_uid);
+                volume.inspect(|volume| volume.loss_recorded());
+            }
             Output::Retire { volume_uid } => {
                 world.coverage.count("a volume is let go");
                 if volume_uid == world.catalog.volume_uid {
@@ -441,7 +445,7 @@ impl Gate {
         let skip_flush = self.is(Mutant::FlushDropped);
         let faults = Faults { skip_flush, ..Faults::default() };
         self.admit(world);
-        let is_full = world.may_fail && world.rng.u8(..4) == 0;
+        let is_full = world.may_fail && world.rng.bool();
         let catalog = &mut *world.catalog;
         let recorder = self.recorder(catalog, is_full);
         let volume = Volume::new(

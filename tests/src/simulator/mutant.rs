@@ -65,6 +65,8 @@ pub enum Mutant {
     LossUnheard,
     /// A volume goes on being served although its loss of writes is recorded nowhere.
     UnrecordedServed,
+    /// A volume that is in use is not told that its loss of writes is recorded after all.
+    RecordingUnheard,
     /// The gate does not look at secrets.
     SecretIgnored,
     /// A volume may be opened for writing by its name although it is attached.
@@ -75,7 +77,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 35] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -107,6 +109,7 @@ impl Mutant {
         Self::RetiredKept,
         Self::LossUnheard,
         Self::UnrecordedServed,
+        Self::RecordingUnheard,
         Self::SecretIgnored,
         Self::HolderIgnored,
         Self::FenceNotAwaited,
