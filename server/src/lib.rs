@@ -4,7 +4,7 @@
 //! - [`lifecycle`]: the order of steps in which they are made and ended.
 //! - [`management`]: the gRPC API over it.
 //! - [`data_server`]: the data side: [`io_loop`] and [`connection`] move bytes, [`session`] speaks NBD, [`volume`] and
-//!   [`backend`] know what a request needs, [`gate`] and [`fence`] decide who is served; [`admission`] and
+//!   [`backend`] know what a request needs, [`gate`] decides who is served; [`admission`] and
 //!   [`limits`] say how much, [`socket_memory`] of the kernel's, [`machine_memory`] of how much there is, [`descriptors`] of open files; [`ring`], [`buffers`],
 //!   [`page_pipes`], [`sync_groups`] and [`mailbox`] carry it; [`tls`] has its handshakes.
 //!
@@ -25,7 +25,6 @@ pub mod data_config;
 pub mod data_server;
 mod data_side;
 pub mod descriptors;
-pub mod fence;
 pub mod gate;
 pub mod ids;
 pub mod in_flight;

@@ -3,7 +3,7 @@
 //! Owns: what is announced of a volume, and for each request the order of operations ([`VolumeOp`]) with the meaning of
 //! each result. Never: does an operation itself (`ring.rs` does), touches a socket, or checks a request's range
 //! (`session.rs` did).
-//! Called by: `gate/mod.rs` (opens volumes, shares them with the rings) and `connection.rs` (requests).
+//! Called by: `gate/opener.rs` (opens volumes), `gate/run.rs` (shares them with the rings) and `connection.rs` (requests).
 //!
 //! ```text
 //!   READ            Read…                                          WRITE   Write… ─(FUA, buffered)─► Sync
@@ -108,6 +108,8 @@ pub struct Volume {
     recorder: LossRecorder,
     /// Whether the loss is recorded; set by the first failed sync.
     is_recorded: OnceLock<bool>,
+    /// Whether it was recorded later, where it could not be then.
+    is_recorded_since: AtomicBool,
     /// What it has of the process's open files; behind the backend, which closes them.
     _descriptors: Option<Taken>,
 }
@@ -134,6 +136,7 @@ impl Volume {
             sync_failed,
             recorder,
             is_recorded,
+            is_recorded_since: AtomicBool::new(false),
             _descriptors: None,
         }
     }
@@ -210,8 +213,14 @@ impl Volume {
         self.is_loss_recorded();
     }
 
+    /// The loss of writes is recorded, perhaps only now: that syncs fail may be told.
+    pub fn loss_recorded(&self) {
+        self.is_recorded_since.store(true, Ordering::Release);
+    }
+
     fn is_loss_recorded(&self) -> bool {
         *self.is_recorded.get_or_init(|| (self.recorder.0)())
+            || self.is_recorded_since.load(Ordering::Acquire)
     }
 
     /// What is said instead of that something is durable.
@@ -579,6 +588,9 @@ mod tests {
         assert_eq!(fixture.begin(Command::Write, CommandFlags::FUA).1, Next::Disconnect);
         let (mut read, _) = fixture.begin(Command::Read, CommandFlags::NONE);
         assert_eq!(read.completed(&fixture.volume, 8192), OK);
+        fixture.volume.loss_recorded();
+        let told = fixture.begin(Command::Flush, CommandFlags::NONE).1;
+        assert_eq!(told, EIO, "those who come again are told at last");
     }
 
     #[test]

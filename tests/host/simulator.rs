@@ -12,8 +12,9 @@ const FIRST_SEED: u64 = 1;
 const SEEDS_OF_A_MUTANT: u64 = 3_000;
 
 /// What has to come up, or a rule was not tried.
-const SITUATIONS: [&str; 32] = [
+const SITUATIONS: [&str; 43] = [
     "a connection is closed with I/O under way",
+    "a loss is recorded nowhere",
     "a connection is swallowed",
     "a connection stands still",
     "a device process is killed",
@@ -24,9 +25,12 @@ const SITUATIONS: [&str; 32] = [
     "a reply to nothing",
     "a request fails",
     "a request that the next process gets again",
+    "a server is killed between two outputs of the gate",
     "a server is killed with I/O under way",
     "a server of another incarnation",
     "a server that forgot is noticed",
+    "a stranger is let in",
+    "a stranger is refused",
     "a sync fails",
     "a sync that was waited for",
     "an incarnation is raised",
@@ -34,15 +38,22 @@ const SITUATIONS: [&str; 32] = [
     "what could not be written back is evicted",
     "the file system is mounted anew",
     "what the storage lost while nobody had it open is noticed",
+    "a volume is let go",
     "a volume's lock is waited for",
     "an attachment is fenced",
+    "an epoch cannot be recorded",
+    "an epoch that is over is refused",
     "an open of an attachment that is no more",
+    "an open takes too long",
     "bytes come after a loss",
     "draining lets a connection in",
     "a probe is answered",
     "a probe is not answered",
     "replies are due for long",
+    "the catalog fails",
     "the disk takes long for a sync",
+    "the gate is interrupted",
+    "the holder of a volume is to come again",
     "requests are given up",
     "requests are sent again",
 ];

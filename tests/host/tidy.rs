@@ -12,13 +12,8 @@ const LINES_MAX: usize = 600;
 /// Longer ones, and how long they are.
 const LONG_FILES: &[(&str, usize)] = &[
     ("client/src/device/attachment.rs", 913),
-    ("client/src/device/queue/connection.rs", 631),
-    ("client/src/device/queue/run.rs", 765),
-    ("client/src/node/supervisor.rs", 702),
     ("proto/src/nbd/handshake/server.rs", 643),
     ("server/src/connection.rs", 738),
-    ("tests/src/simulator/client.rs", 1031),
-    ("tests/src/simulator/server.rs", 730),
     ("tests/src/simulator/world.rs", 821),
     ("tests/src/storage_node.rs", 706),
     ("ublk-core/src/abi.rs", 680),

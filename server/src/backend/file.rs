@@ -2,7 +2,7 @@
 //!
 //! Owns: making, opening, measuring and deleting the file. The I/O itself is the ring's, on the descriptor opened here.
 //! Never: reads, modifies and writes part of a sector; that is the client's or the file system's.
-//! Called by: the control side ([`create`], [`delete`], [`list_uids`], [`allocated_bytes`]) and `gate/mod.rs` ([`open`]).
+//! Called by: the control side ([`create`], [`delete`], [`list_uids`], [`allocated_bytes`]) and `gate/opener.rs` ([`open`]).
 //! Invariants: `create` and `delete` are durable when they return; a file is served only under `flock(LOCK_EX)` on the
 //! very description that its I/O uses. The kernel keeps that description, and so the lock, until the last operation
 //! submitted on it has finished, even if the process was killed: a successor that gets the lock sees no late write.

@@ -8,7 +8,7 @@
 //! done. What a backend with a descriptor is asked for goes to the kernel as it is; what the others are asked for comes back
 //! through the mailbox. Which parts are allocated is asked by `block_status.rs`, of all of them on a thread that may wait.
 //! Backends never touch a socket, and never wait on a ring's thread.
-//! Called by: `gate/mod.rs` (open) and `volume.rs`.
+//! Called by: `gate/opener.rs` (open) and `volume.rs`.
 
 pub mod callback;
 pub mod file;

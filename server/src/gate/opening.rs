@@ -1,295 +1,249 @@
-//! How an open comes to its answer: names, secrets, volumes.
+//! How an open comes to its answer: names, secrets, limits, volumes.
 //!
-//! Owns: the steps from an export's name to the answer that the ring gets. What an attachment's GO waits for is in
-//! `fencing.rs`. Never: blocks on storage; a thread of its own opens each volume and reports back.
+//! Owns: the steps from an export's name to the answer. What an attachment's GO waits for is in `fencing.rs`, and what becomes of a
+//! volume that lost writes in `retiring.rs`.
 
-use std::io;
-use std::sync::Arc;
-use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::collections::VecDeque;
+use std::time::Instant;
 
-use proto::export_name::{AttachmentExportName, ExportDescription, ExportRefusal, PROBE_SLOT};
+use proto::export_name::{AttachmentExportName, PROBE_SLOT};
 use proto::nbd::ExportInfo;
-use proto::nbd::handshake::server::{Open, OpenKind, Refusal};
-use tracing::{error, info};
+use proto::nbd::handshake::server::{OpenKind, Refusal};
+use proto::nbd::validate::RequestLimits;
 use uuid::Uuid;
 
-use super::{Gate, GateMessage, Known, OpenError, Right, VolumeState};
+use super::core::{Core, Known, Right, VolumeState};
+use super::events::{AfterLoss, Asked, CatalogFailed, Claim, Found, Granted, NamedVolume, NotServed, Output};
+use super::fence::Go;
 use crate::admission::NotAdmitted;
-use crate::backend::file;
-use crate::backend::memory::MemoryVolume;
-use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
-use crate::data_config::DataServerConfig;
-use crate::descriptors::{self, Taken};
-use crate::fence::Go;
+use crate::catalog::{AttachmentRecord, VolumeRecord};
 use crate::ids::ConnectionId;
-use crate::incarnation::Incarnations;
-use crate::mailbox::{Opened, RingMessage};
-use crate::tls::rights::Rights;
-use crate::volume::{Backend, LossRecorder, Volume};
+use crate::volume::Volume;
 
-impl Gate {
-    pub(super) fn open(
-        &mut self,
-        connection: ConnectionId,
-        ring: usize,
-        open: &Open,
-        rights: &Rights,
-        beyond: Option<NotAdmitted>,
-    ) {
-        let opened = match (AttachmentExportName::parse(&open.name), beyond) {
-            (Some(name), _) => self.open_attachment(connection, ring, open.kind, &name, rights, beyond),
-            (None, Some(limit)) if open.kind == OpenKind::Go => Err(limit_refusal(limit)),
-            (None, _) => self.open_by_name(connection, ring, open, rights),
-        };
-        if let Err(refusal) = opened {
-            self.connections.remove(&connection);
-            self.refuse(connection, ring, refusal);
+impl Core {
+    pub(super) fn open(&mut self, asked: Asked, name: String, outputs: &mut VecDeque<Output>) {
+        match (AttachmentExportName::parse(&name), asked.beyond) {
+            (Some(name), _) => outputs.push_back(Output::FindAttachment { asked, name }),
+            (None, Some(limit)) if asked.kind == OpenKind::Go => {
+                self.refuse_open(&asked, limit_refusal(limit), outputs);
+            }
+            // What the certificate does not name is not there for its holder.
+            (None, _) if !self.bounds.export_by_name || !asked.rights.may_open(&name, None) => {
+                self.refuse_open(&asked, unknown_export(), outputs);
+            }
+            (None, _) => outputs.push_back(Output::FindName { asked, name }),
         }
     }
 
-    pub(super) fn open_attachment(
+    pub(super) fn attachment_found(
         &mut self,
-        connection: ConnectionId,
-        ring: usize,
-        kind: OpenKind,
-        name: &AttachmentExportName,
-        rights: &Rights,
-        beyond: Option<NotAdmitted>,
-    ) -> Result<(), Refusal> {
-        let attachment = self.catalog.attachment(name.attachment_id).map_err(catalog_refusal)?;
+        asked: Asked,
+        name: AttachmentExportName,
+        found: Found<AttachmentRecord>,
+        outputs: &mut VecDeque<Output>,
+    ) {
         // Whether the id or the secret is wrong is not for the peer to know.
-        let attachment = attachment.filter(|found| found.secret == name.secret).ok_or_else(unknown_export)?;
-        let volume = self.catalog.volume_by_uid(attachment.volume_uid).map_err(catalog_refusal)?;
-        let volume = volume.ok_or_else(unknown_export)?;
-        if !rights.may_open(&volume.name, Some(&attachment.node_id)) {
-            return Err(Refusal::policy("the client's certificate names neither this volume nor its node"));
+        match there(found.map(|found| found.filter(|found| found.secret == name.secret))) {
+            Ok(attachment) => outputs.push_back(Output::FindExport(Claim { asked, name, attachment }.into())),
+            Err(refusal) => self.refuse_open(&asked, refusal, outputs),
         }
-        let (is_probe, fence) = (name.slot == PROBE_SLOT, self.fences.get(&attachment.attachment_id));
-        let is_replacement = fence.is_some_and(|fence| fence.would_replace(name.epoch, name.slot));
-        if let Some(limit) = beyond.filter(|_| kind == OpenKind::Go && !is_probe && !is_replacement) {
-            return Err(limit_refusal(limit));
+    }
+
+    pub(super) fn export_found(
+        &mut self,
+        now: Instant,
+        claim: Claim,
+        found: Found<VolumeRecord>,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        if let Err(refusal) = there(found).and_then(|volume| self.check_claim(&claim, &volume)) {
+            return self.refuse_open(&claim.asked, refusal, outputs);
         }
-        let right = Right::Attachment { attachment_id: attachment.attachment_id };
-        let known = self.remember(connection, ring, kind, right, attachment.volume_uid, attachment.read_only);
-        known.is_probe = is_probe;
-        if kind == OpenKind::Info {
-            self.find_volume(connection);
-            return Ok(());
+        let Claim { asked, name, attachment } = claim;
+        let (attachment_id, volume_uid) = (attachment.attachment_id, attachment.volume_uid);
+        let right = Right::Attachment { attachment_id };
+        let known = self.remember(now, &asked, right, volume_uid, attachment.read_only);
+        known.is_probe = name.slot == PROBE_SLOT;
+        if asked.kind == OpenKind::Info {
+            return self.find_volume(asked.connection, outputs);
         }
         let go = Go {
-            connection,
+            connection: asked.connection,
             epoch: name.epoch,
             slot: name.slot,
             generation: attachment.generation,
             epoch_in_catalog: attachment.session_epoch,
         };
-        self.incarnations.opened_under(attachment.volume_uid, attachment.generation);
-        let fence = self.fences.entry(attachment.attachment_id).or_default();
-        let mut outputs = Vec::new();
-        fence.go(go, &mut outputs);
-        self.carry_out(attachment.attachment_id, outputs);
-        Ok(())
+        outputs.push_back(Output::OpenedUnder { volume_uid, generation: attachment.generation });
+        let mut fence_outputs = Vec::new();
+        self.fences.entry(attachment_id).or_default().go(go, &mut fence_outputs);
+        self.carry_out(attachment_id, fence_outputs, outputs);
     }
 
-    pub(super) fn open_by_name(
-        &mut self,
-        connection: ConnectionId,
-        ring: usize,
-        open: &Open,
-        rights: &Rights,
-    ) -> Result<(), Refusal> {
-        // What the certificate does not name is not there for its holder.
-        if !self.config.export_by_name || !rights.may_open(&open.name, None) {
-            return Err(unknown_export());
+    /// Whether who has the secret may have the volume as well.
+    fn check_claim(&self, claim: &Claim, volume: &VolumeRecord) -> Result<(), Refusal> {
+        let Claim { asked, name, attachment } = claim;
+        if !asked.rights.may_open(&volume.name, Some(&attachment.node_id)) {
+            return Err(Refusal::policy("the client's certificate names neither this volume nor its node"));
         }
-        let volume = self.catalog.volume_by_name(&open.name).map_err(catalog_refusal)?;
-        let volume = volume.ok_or_else(unknown_export)?;
-        let read_only = self.catalog.volume_has_attachment(volume.volume_uid).map_err(catalog_refusal)?;
-        let right = if read_only { Right::NamedReader } else { Right::NamedWriter };
-        self.remember(connection, ring, open.kind, right, volume.volume_uid, read_only);
-        self.find_volume(connection);
-        Ok(())
+        let (is_probe, fence) = (name.slot == PROBE_SLOT, self.fences.get(&attachment.attachment_id));
+        let is_replacement = fence.is_some_and(|fence| fence.would_replace(name.epoch, name.slot));
+        match asked.beyond {
+            Some(limit) if asked.kind == OpenKind::Go && !is_probe && !is_replacement => {
+                Err(limit_refusal(limit))
+            }
+            _ => Ok(()),
+        }
     }
 
-    pub(super) fn remember(
+    pub(super) fn name_found(
         &mut self,
-        connection: ConnectionId,
-        ring: usize,
-        kind: OpenKind,
+        now: Instant,
+        asked: &Asked,
+        found: Found<NamedVolume>,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        let NamedVolume { volume, is_attached } = match there(found) {
+            Ok(found) => found,
+            Err(refusal) => return self.refuse_open(asked, refusal, outputs),
+        };
+        let right = if is_attached { Right::NamedReader } else { Right::NamedWriter };
+        self.remember(now, asked, right, volume.volume_uid, is_attached);
+        self.find_volume(asked.connection, outputs);
+    }
+
+    /// Refuses an open that has come to nothing.
+    fn refuse_open(&mut self, asked: &Asked, refusal: Refusal, outputs: &mut VecDeque<Output>) {
+        let (connection, ring) = (asked.connection, asked.ring);
+        self.connections.remove(&connection);
+        outputs.push_back(Output::Refuse { connection, ring, refusal });
+    }
+
+    fn remember(
+        &mut self,
+        now: Instant,
+        asked: &Asked,
         right: Right,
         volume_uid: Uuid,
         read_only: bool,
     ) -> &mut Known {
-        let deadline = Some(Instant::now() + self.config.limits.open_timeout);
         let known = Known {
-            ring,
-            kind,
+            ring: asked.ring,
+            kind: asked.kind,
             right,
             volume_uid,
             read_only,
-            deadline,
+            deadline: Some(now + self.bounds.open_timeout),
             is_probe: false,
             has_volume: false,
             is_closing: false,
         };
-        self.connections.entry(connection).insert_entry(known).into_mut()
+        self.connections.entry(asked.connection).insert_entry(known).into_mut()
     }
 
     /// Gives a granted connection its volume, now or when it is open.
-    pub(super) fn find_volume(&mut self, connection: ConnectionId) {
+    pub(super) fn find_volume(&mut self, connection: ConnectionId, outputs: &mut VecDeque<Output>) {
         let Some(known) = self.connections.get_mut(&connection) else { return };
-        known.has_volume = true;
         let volume_uid = known.volume_uid;
-        let is_in_use = self.is_in_use(volume_uid, connection);
-        match self.volumes.get_mut(&volume_uid) {
+        let state = self.volumes.get(&volume_uid);
+        if let Some(VolumeState::Open { has_lost_writes: true }) = state {
+            // Until then it has nothing: who is granted together with it is to find the volume anew as well.
+            return outputs.push_back(Output::RecordLoss { volume_uid, then: AfterLoss::Find(connection) });
+        }
+        known.has_volume = true;
+        match state {
             // It is answered when the opener reports.
             Some(VolumeState::Opening) => {}
-            Some(VolumeState::Open(volume)) if volume.has_lost_writes() => {
-                let volume = Arc::clone(volume);
-                if !self.record_loss(volume_uid) {
-                    let words = "the server cannot record that the volume lost writes";
-                    self.give_up(connection, Refusal::shutdown(words));
-                } else if is_in_use {
-                    self.answer(connection, &volume);
-                } else {
-                    self.volumes.remove(&volume_uid);
-                    self.start_opening(volume_uid, connection);
-                }
-            }
-            Some(VolumeState::Open(volume)) => {
-                let volume = Arc::clone(volume);
-                self.answer(connection, &volume);
-            }
-            None => self.start_opening(volume_uid, connection),
+            Some(VolumeState::Open { .. }) => self.answer(connection, volume_uid, outputs),
+            None => self.start_opening(volume_uid, outputs),
         }
     }
 
-    /// Whether another connection than `but` has the volume.
-    pub(super) fn is_in_use(&self, volume_uid: Uuid, but: ConnectionId) -> bool {
-        self.connections
-            .iter()
-            .any(|(id, known)| *id != but && known.volume_uid == volume_uid && known.has_volume)
-    }
-
-    pub(super) fn start_opening(&mut self, volume_uid: Uuid, connection: ConnectionId) {
-        let record = match self.catalog.volume_by_uid(volume_uid) {
-            Ok(Some(record)) => record,
-            Ok(None) => return self.give_up(connection, unknown_export()),
-            Err(error) => return self.give_up(connection, catalog_refusal(error)),
-        };
-        let ring_count = self.rings.len();
-        let descriptors = match self.descriptors.take(descriptors::of_volume(record.backend, ring_count)) {
-            Ok(taken) => taken,
-            Err(error) => {
-                error!(name = %record.name, %volume_uid, %error, "a volume cannot be opened");
-                return self.give_up(connection, Refusal::shutdown(error.to_string()));
-            }
-        };
+    pub(super) fn start_opening(&mut self, volume_uid: Uuid, outputs: &mut VecDeque<Output>) {
         self.volumes.insert(volume_uid, VolumeState::Opening);
-        let (config, gate) = (self.config.clone(), self.own_sender.clone());
-        let incarnations = self.incarnations.clone();
-        // A thread of its own, because the lock of a file is waited for as long as a predecessor's I/O takes.
-        let opener = std::thread::Builder::new().name("volume-opener".into()).spawn(move || {
-            let result = open_volume(&record, &config, ring_count, descriptors, &incarnations, &gate);
-            let _ = gate.send(GateMessage::VolumeOpened { volume_uid, result });
-        });
-        if let Err(error) = opener {
-            let words = format!("cannot start a thread: {error}; {}", daemon_log::THREAD_LIMITS);
-            self.volume_opened(volume_uid, Err(io::Error::new(error.kind(), words).into()));
-        }
+        outputs.push_back(Output::Open { volume_uid });
     }
 
-    pub(super) fn volume_opened(&mut self, volume_uid: Uuid, result: Result<Arc<Volume>, OpenError>) {
-        if !matches!(self.volumes.get(&volume_uid), Some(VolumeState::Opening)) {
+    pub(super) fn volume_opened(
+        &mut self,
+        now: Instant,
+        volume_uid: Uuid,
+        result: Result<(), NotServed>,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        if !self.is_opening(volume_uid) {
             return;
         }
         // Who was refused meanwhile may wait for another volume by now, or be served with one.
-        let waiting = self.waiting_for(volume_uid);
+        let waiting = self.connections.iter().filter(|(_, known)| known.waits_for(volume_uid));
+        let waiting: Vec<ConnectionId> = waiting.map(|(connection, _)| *connection).collect();
         match result {
-            Ok(volume) => {
-                info!(%volume_uid, backend = volume.describe_backend(), "volume open");
-                self.volumes.insert(volume_uid, VolumeState::Open(Arc::clone(&volume)));
+            Ok(()) => {
+                self.volumes.insert(volume_uid, VolumeState::Open { has_lost_writes: false });
                 for connection in waiting {
-                    self.answer(connection, &volume);
+                    self.answer(connection, volume_uid, outputs);
                 }
             }
-            Err(error) => {
-                error!(%volume_uid, %error, "a volume cannot be opened");
+            Err(why) => {
                 self.volumes.remove(&volume_uid);
                 for connection in waiting {
-                    self.give_up(connection, Refusal::shutdown("the volume's storage cannot be opened"));
+                    self.give_up(now, connection, why.refusal(), outputs);
                 }
             }
         }
     }
 
-    fn waiting_for(&self, volume_uid: Uuid) -> Vec<ConnectionId> {
-        let waiting = self.connections.iter().filter(|(_, known)| known.waits_for(volume_uid));
-        waiting.map(|(connection, _)| *connection).collect()
-    }
-
     /// Answers an open whose volume is there; a connection that has gone, was fenced, or waits for another volume gets none.
-    pub(super) fn answer(&mut self, connection: ConnectionId, volume: &Arc<Volume>) {
-        let known = self.connections.get_mut(&connection).filter(|known| known.waits_for(volume.volume_uid));
+    pub(super) fn answer(
+        &mut self,
+        connection: ConnectionId,
+        volume_uid: Uuid,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        let known = self.connections.get_mut(&connection).filter(|known| known.waits_for(volume_uid));
         let Some(known) = known else { return };
-        let record = match self.catalog.volume_by_uid(volume.volume_uid) {
-            Ok(Some(record)) => record,
-            Ok(None) => return self.give_up(connection, unknown_export()),
-            Err(error) => return self.give_up(connection, catalog_refusal(error)),
-        };
         known.deadline = None;
-        let (ring, is_info) = (known.ring, known.kind == OpenKind::Info);
-        let (is_attachment, is_probe) = (matches!(known.right, Right::Attachment { .. }), known.is_probe);
-        let block_size_bytes = if is_attachment { record.block_size_bytes } else { 1 };
-        let mut limits = volume.limits(known.read_only, block_size_bytes);
+        outputs.push_back(Output::Answer(Granted {
+            connection,
+            ring: known.ring,
+            volume_uid,
+            kind: known.kind,
+            read_only: known.read_only,
+            is_attachment: known.attachment_id().is_some(),
+            is_probe: known.is_probe,
+        }));
+    }
+}
+
+impl Granted {
+    /// What the client is told of the volume, and what its requests are checked against.
+    pub fn export(
+        &self,
+        volume: &Volume,
+        record: &VolumeRecord,
+        request_bytes_max: u32,
+        description: String,
+    ) -> (ExportInfo, RequestLimits) {
+        let block_size_bytes = if self.is_attachment { record.block_size_bytes } else { 1 };
+        let mut limits = volume.limits(self.read_only, block_size_bytes);
         // It may have grown since it was opened.
         limits.size_bytes = record.capacity_bytes;
-        let request_bytes_max = self.config.limits.request_bytes_max;
         limits.block_sizes.maximum_bytes = limits.block_sizes.maximum_bytes.min(request_bytes_max);
         let export = ExportInfo {
             size_bytes: limits.size_bytes,
             flags: limits.flags,
             block_sizes: Some(limits.block_sizes),
-            description: Some(self.description(&record)),
+            description: Some(description),
         };
-        let volume = (!is_info).then(|| Arc::clone(volume));
-        let opened = Opened { export, limits, volume, is_attachment, is_probe };
-        self.post(ring, RingMessage::Opened { connection, answer: Ok(opened) });
-        if is_info {
-            self.connections.remove(&connection);
-        }
+        (export, limits)
     }
+}
 
-    /// What INFO and LIST tell of a volume in words.
-    pub(super) fn description(&self, record: &VolumeRecord) -> String {
-        let description = ExportDescription {
-            server_id: self.catalog.server_id(),
-            volume_uid: record.volume_uid,
-            incarnation: self.incarnations.word(record),
-        };
-        description.to_string()
-    }
-
-    /// Refuses a connection that had been granted or was about to be. One that was answered may have I/O in flight, and is
-    /// known until its ring reports it closed.
-    pub(super) fn give_up(&mut self, connection: ConnectionId, refusal: Refusal) {
-        if self.connections.get(&connection).is_none_or(|known| known.deadline.is_none()) {
-            return;
-        }
-        let Some(known) = self.connections.remove(&connection) else { return };
-        if !known.is_closing {
-            self.refuse(connection, known.ring, refusal);
-        }
-        self.left(connection, &known);
-    }
-
-    /// Tells the client that it does not get the export, why, and who says so.
-    pub(super) fn refuse(&self, connection: ConnectionId, ring: usize, refusal: Refusal) {
-        info!(connection = connection.0, reason = refusal.text(), "an open is refused");
-        let server_id = self.catalog.server_id();
-        let refusal = refusal.map_text(|reason| ExportRefusal { reason, server_id }.to_string());
-        self.post(ring, RingMessage::Opened { connection, answer: Err(refusal) });
+fn there<T>(found: Found<T>) -> Result<T, Refusal> {
+    match found {
+        Ok(Some(found)) => Ok(found),
+        Ok(None) => Err(unknown_export()),
+        Err(CatalogFailed) => Err(NotServed::Catalog.refusal()),
     }
 }
 
@@ -298,49 +252,5 @@ fn limit_refusal(limit: NotAdmitted) -> Refusal {
 }
 
 fn unknown_export() -> Refusal {
-    Refusal::unknown("no such export")
-}
-
-fn catalog_refusal(error: CatalogError) -> Refusal {
-    error!(%error, "the catalog failed");
-    Refusal::shutdown("the server's catalog failed; try again")
-}
-
-/// Opens a volume's storage and waits for its lock.
-fn open_volume(
-    record: &VolumeRecord,
-    config: &DataServerConfig,
-    ring_count: usize,
-    descriptors: Taken,
-    incarnations: &Incarnations,
-    gate: &Sender<GateMessage>,
-) -> Result<Arc<Volume>, OpenError> {
-    let backend = match record.backend {
-        BackendKind::File => {
-            let (uid, capacity_bytes) = (record.volume_uid, record.capacity_bytes);
-            let file = file::open(&config.volumes_dir, uid, capacity_bytes, config.cache, ring_count)?;
-            let began = Instant::now();
-            file.lock()?;
-            let waited = began.elapsed();
-            if waited > Duration::from_millis(100) {
-                info!(volume_uid = %uid, ?waited, "waited for a predecessor's I/O");
-            }
-            incarnations.admit(record, &file, &config.volumes_dir)?;
-            Backend::File(file)
-        }
-        BackendKind::Memory => Backend::Memory(MemoryVolume::new(record.capacity_bytes)?),
-    };
-    let backend = match &config.opener {
-        Some(opener) => Backend::Callback(opener.open(record.volume_uid, record.capacity_bytes)?),
-        None => backend,
-    };
-    let (volume_uid, incarnations, gate) = (record.volume_uid, incarnations.clone(), gate.clone());
-    let recorder = LossRecorder::new(move || {
-        let is_recorded = incarnations.raise(volume_uid);
-        let _ = gate.send(GateMessage::LostWrites { volume_uid });
-        is_recorded
-    });
-    let (capacity_bytes, write_cache_on) = (record.capacity_bytes, record.write_cache_on);
-    let volume = Volume::new(volume_uid, capacity_bytes, backend, write_cache_on, config.faults, recorder);
-    Ok(Arc::new(volume.with_descriptors(descriptors)))
+    NotServed::Unknown.refusal()
 }

@@ -1,12 +1,24 @@
 //! What rings are told, in orders that only slow storage brings about: the openers' reports are taken when the test says so.
 
 use std::collections::HashMap;
-use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
-use super::*;
+use proto::nbd::handshake::server::{Open, OpenKind};
+use uuid::Uuid;
+
+use super::messages::{GateMessage, OpenError};
+use super::run::Gate;
 use crate::backend::file;
-use crate::catalog::{BackendKind, NewVolume};
+use crate::catalog::{BackendKind, Catalog, NewVolume};
+use crate::data_config::DataServerConfig;
+use crate::descriptors::Descriptors;
+use crate::ids::ConnectionId;
+use crate::incarnation::Incarnations;
+use crate::mailbox::{Mailbox, RingMessage};
+use crate::tls::rights::Rights;
 
 const SIZES_BYTES: [(&str, u64); 2] = [("a", 1 << 20), ("b", 2 << 20)];
 const CLIENT: ConnectionId = ConnectionId(7);
@@ -63,6 +75,17 @@ impl Fixture {
 
     fn time_out(&mut self) {
         self.gate.check_deadlines(Instant::now() + Duration::from_secs(3600));
+    }
+
+    fn ask<T>(&mut self, question: impl FnOnce(Sender<T>) -> GateMessage) -> T {
+        let (reply, answer) = channel();
+        self.gate.handle(question(reply));
+        answer.try_recv().unwrap()
+    }
+
+    fn connections_of_volume(&mut self, name: &str) -> u32 {
+        let volume_uid = self.volumes[name];
+        self.ask(|reply| GateMessage::ConnectionsOfVolume { volume_uid, reply })
     }
 
     /// The sizes of the exports that the client was told since the last call; `None` for a refusal.
@@ -122,8 +145,9 @@ fn a_volume_that_cannot_be_opened_is_nothing_to_who_is_served_with_another() {
     let failed = Err(OpenError::System(io::ErrorKind::Other.into()));
     fixture.gate.handle(GateMessage::VolumeOpened { volume_uid, result: failed });
     assert_eq!(fixture.answers(), [], "an answer that nobody waits for");
-    assert_eq!(fixture.gate.connections_of_volume(fixture.volumes["b"]), 1, "it has I/O in flight");
-    assert!(fixture.gate.release_volume(volume_uid).is_ok(), "the other one may be opened anew");
+    assert_eq!(fixture.connections_of_volume("b"), 1, "it has I/O in flight");
+    let released = fixture.ask(|reply| GateMessage::ReleaseVolume { volume_uid, reply });
+    assert!(released.is_ok(), "the other one may be opened anew");
 }
 
 #[test]

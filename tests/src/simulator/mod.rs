@@ -2,18 +2,23 @@
 //! exist only here. One seed is one simulation, always the same.
 //!
 //! What is the product's: on the client `Connection`, `Incoming` and `Outgoing`, `Reconnect`, `Unflushed`, `Balance` and the
-//! handshake; on the server `Session`, `Fence`, `RequestProgress`, `SyncGroups` and the handshake. What stands for the code between
-//! them (rings, threads, the gate) is in `client.rs` and `server.rs`; `network.rs` and `disk.rs` are what they stand on, `world.rs`
+//! handshake; on the server `Session`, the gate's `Core`, `RequestProgress`, `SyncGroups` and the handshake. What stands for the code between
+//! them (rings, threads, the catalog) is in `client.rs`, `server.rs` and `gate.rs`; `network.rs` and `disk.rs` are what they stand on, `world.rs`
 //! chooses what happens. Users' reads, and the disk after a last power cut, are checked by `block_history.rs`.
 //!
 //! [`Coverage`] counts which situations came up, [`Mutant`] breaks the rules one by one: see `tests/host/simulator.rs`.
 
+mod answers;
+mod broken_gate;
 mod client;
 mod coverage;
 mod disk;
+mod gate;
 mod mutant;
 mod network;
 mod server;
+mod storage;
+mod strangers;
 mod world;
 
 use std::io;

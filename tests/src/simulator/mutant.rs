@@ -57,11 +57,33 @@ pub enum Mutant {
     GiveUpForgotten,
     /// How old the oldest request is, is forgotten with its connection.
     AgeForgotten,
+    /// A volume that opens late is given to all who ever waited for it, whatever they wait for now.
+    LateOpenAnswered,
+    /// An open may take as long as it likes.
+    OpensForEver,
+    /// An epoch is recorded after its connection was answered.
+    AnsweredBeforePersisted,
+    /// A connection is served although its epoch could not be recorded.
+    UnpersistedServed,
+    /// A volume that lost writes is not closed when nobody has it any more, but given to the next one.
+    RetiredKept,
+    /// The gate is not told of a loss of writes.
+    LossUnheard,
+    /// A volume goes on being served although its loss of writes is recorded nowhere.
+    UnrecordedServed,
+    /// A volume that is in use is not told that its loss of writes is recorded after all.
+    RecordingUnheard,
+    /// The gate does not look at secrets.
+    SecretIgnored,
+    /// A volume may be opened for writing by its name although it is attached.
+    HolderIgnored,
+    /// Who has connections fenced is told at once that they are gone.
+    FenceNotAwaited,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 38] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -89,5 +111,16 @@ impl Mutant {
         Self::SilenceUntold,
         Self::GiveUpForgotten,
         Self::AgeForgotten,
+        Self::LateOpenAnswered,
+        Self::OpensForEver,
+        Self::AnsweredBeforePersisted,
+        Self::UnpersistedServed,
+        Self::RetiredKept,
+        Self::LossUnheard,
+        Self::UnrecordedServed,
+        Self::RecordingUnheard,
+        Self::SecretIgnored,
+        Self::HolderIgnored,
+        Self::FenceNotAwaited,
     ];
 }

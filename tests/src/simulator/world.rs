@@ -18,12 +18,14 @@ use super::client::{Bio, Bios, Client, EndedBio, Note, Spec};
 use super::coverage::Coverage;
 use super::disk::Disk;
 use super::network::{End, Link, LinkId, TCP_USER_TIMEOUT};
-use super::server::{Attachment, Catalog, EIO, Server};
-use super::{Failure, Mutant, client, server};
+use super::server::{EIO, Server};
+use super::storage::{self, Attachment, Catalog};
+use super::{Failure, Mutant, client};
 use crate::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern};
 
 /// Blocks of the volume.
 const BLOCKS: usize = 12;
+const CAPACITY_BYTES: usize = BLOCKS * BLOCK_BYTES;
 const BLOCKS_OF_A_REQUEST_MAX: usize = 3;
 /// Requests of one simulation.
 pub(super) const REQUESTS: usize = 220;
@@ -92,11 +94,12 @@ impl<'a> World<'a> {
         let catalog = Catalog {
             server_id: Uuid::from_u128(1),
             volume_uid,
-            capacity_bytes: capacity_bytes(),
+            capacity_bytes: CAPACITY_BYTES,
             write_cache_on: rng.u8(..4) > 0,
             boot: 1,
             incarnation: 0,
             record: Arc::default(),
+            known: Arc::default(),
             attachment: None,
             volumes_dir: volumes_dir.to_owned(),
         };
@@ -107,8 +110,8 @@ impl<'a> World<'a> {
         let mut world = Self {
             now: Instant::now(),
             links: Vec::new(),
-            disk: Disk::new(capacity_bytes()),
-            server: Some(Server::new(1, mutant)),
+            disk: Disk::new(CAPACITY_BYTES),
+            server: Some(Server::new(1, mutant, Instant::now())),
             catalog,
             processes: 1,
             devices: Vec::new(),
@@ -178,6 +181,7 @@ impl<'a> World<'a> {
         };
         self.take_ended()?;
         self.look_at_slow_requests()?;
+        self.server.as_mut().map_or(Ok(()), Server::take_fault)?;
         self.now += Duration::from_micros(self.rng.u64(..2_000));
         if !has_done && self.rng.u8(..8) == 0 && !self.do_anything() {
             // Nothing can happen but that time passes.
@@ -216,10 +220,8 @@ impl<'a> World<'a> {
                 None => "no process".to_owned(),
             })
             .collect();
-        Failure::Stuck(format!(
-            "{conditions:?}, server {}",
-            if self.server.is_some() { "up" } else { "down" }
-        ))
+        let server = if self.server.is_some() { "up" } else { "down" };
+        Failure::Stuck(format!("{conditions:?}, server {server}"))
     }
 
     /// Tries everything; false: there was nothing.
@@ -416,30 +418,32 @@ impl<'a> World<'a> {
     /// Has the server do something; `None` while there is none.
     fn with_server<T>(
         &mut self,
-        act: impl FnOnce(&mut Server, &mut server::Surroundings<'_>) -> T,
+        act: impl FnOnce(&mut Server, &mut storage::Surroundings<'_>) -> T,
     ) -> Option<T> {
         let server = self.server.as_mut()?;
-        let mut world = server::Surroundings {
+        let mut world = storage::Surroundings {
             catalog: &mut self.catalog,
             disk: &mut self.disk,
             links: &mut self.links,
             rng: &mut self.rng,
             coverage: self.coverage,
+            now: self.now,
             room_bytes: self.room_bytes,
             lies: self.lies,
+            may_fail: self.has_faults && !self.is_slow,
         };
         Some(act(server, &mut world))
     }
 
     fn server_step(&mut self) -> bool {
-        let (before, is_taking, drops) = (self.catalog.incarnation(), self.is_taking, self.disk.drops);
+        let (before, is_taking, drops) = (self.catalog.told(), self.is_taking, self.disk.drops);
         let step = self.with_server(|server, world| {
             let has_done = server.step(world);
             let is_ended = is_taking && world.rng.u8(..4) == 0 && server.end_attachment(world);
             (has_done | is_ended, is_ended)
         });
         let Some((has_done, is_ended)) = step else { return false };
-        self.look_at_incarnation(&before);
+        self.look_at_incarnation(before);
         if self.disk.drops != drops {
             self.storage_lost();
             self.coverage.count("what could not be written back is dropped before it is read");
@@ -487,19 +491,19 @@ impl<'a> World<'a> {
         if ended.is_sync && ended.result < 0 {
             self.coverage.count("a sync fails");
         }
-        let before = self.catalog.incarnation();
+        let before = self.catalog.told();
         self.with_server(|server, world| {
             if ended.owner.process == server.process {
                 server.ended(ended, world);
             }
         });
-        self.look_at_incarnation(&before);
+        self.look_at_incarnation(before);
         true
     }
 
     /// From when on it is raised, whoever has unflushed writes may be told that they are lost.
-    fn look_at_incarnation(&mut self, before: &str) {
-        if self.catalog.incarnation() != before {
+    fn look_at_incarnation(&mut self, before: (u64, u64)) {
+        if self.catalog.told() != before {
             self.storage_lost();
             self.coverage.count("an incarnation is raised");
         }
@@ -511,7 +515,7 @@ impl<'a> World<'a> {
     fn chance(&mut self) -> Result<(), Failure> {
         if self.server.is_none() && (self.rng.u8(..8) == 0 || !self.has_faults) {
             self.processes += 1;
-            self.server = Some(Server::new(self.processes, self.mutant));
+            self.server = Some(Server::new(self.processes, self.mutant, self.now));
         }
         if self.device().client.is_none() && (self.rng.u8(..8) == 0 || !self.has_faults) {
             self.start_process();
@@ -576,7 +580,7 @@ impl<'a> World<'a> {
     /// The cache lets go of what it takes for clean. Not between a failure and the sync that tells of it: what is read then through a
     /// page cache, no server can know. Nor of a volume that is known to have lost writes, until it is opened anew.
     fn evict(&mut self) {
-        let is_known = self.server.as_ref().is_some_and(Server::has_lost_volume);
+        let is_known = self.server.as_ref().is_some_and(|server| server.gate.has_lost_volume());
         if !is_known && self.disk.is_told() && self.disk.evict() {
             self.coverage.count("what could not be written back is evicted");
         }
@@ -644,14 +648,14 @@ impl<'a> World<'a> {
         if self.disk.operations() > 0 {
             self.coverage.count("a server is killed with I/O under way");
         }
-        server.die(&mut self.links, &mut self.rng);
+        server.die(&mut self.links, &mut self.rng, self.coverage);
         self.disk.process_died(server.process, &mut self.rng);
     }
 
     fn cut_power(&mut self) {
         if let Some(mut server) = self.server.take() {
             if self.rng.bool() {
-                server.die(&mut self.links, &mut self.rng);
+                server.die(&mut self.links, &mut self.rng, self.coverage);
             } else {
                 (0..self.links.len()).for_each(|link| self.stall(link));
             }
@@ -815,8 +819,4 @@ impl Device {
             }
         }
     }
-}
-
-fn capacity_bytes() -> usize {
-    BLOCKS * BLOCK_BYTES
 }

@@ -27,7 +27,7 @@ const OPCODES: [u8; 10] = [
 
 /// Makes a ring that can do what is in the list and nothing else, with a buffer table of so many entries. Must be called on the thread
 /// that will use it. Errors: those of io_uring_setup and of registering the buffer table.
-pub fn build(entries: u32, buffers: Option<u32>) -> io::Result<ring::QueueRing> {
+pub(super) fn build(entries: u32, buffers: Option<u32>) -> io::Result<ring::QueueRing> {
     let add_buffers = |ring: &ring::QueueRing| match buffers {
         Some(buffers) => ring.submitter().register_buffers_sparse(buffers),
         None => Ok(()),
@@ -81,4 +81,5 @@ mod tests {
             let registered = ring.submitter().register_buffers_sparse(1).unwrap_err();
             assert_eq!(registered.raw_os_error(), Some(libc::EACCES));
         }
+    }
 }

@@ -23,11 +23,11 @@ use rustix::net::SendFlags;
 use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
-use super::restricted_ring;
 use super::connection::PayloadSource;
 use super::io::{Pages, QueueIo};
 use super::payload::Payloads;
 use super::quiet::TICK;
+use super::restricted_ring;
 use super::staging::Staging;
 use super::stream::Stretch;
 use crate::device::connect::data_socket::DataSocket;
@@ -585,8 +585,6 @@ const fn send_flags(has_more: bool) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    }
 
     #[test]
     fn user_data_survives_a_round_trip() {

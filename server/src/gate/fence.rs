@@ -1,7 +1,7 @@
 //! Who may be served on an attachment: epochs, slots and generations, as a pure state machine.
 //!
 //! Owns: for one attachment, which connections are served, which wait, and what they wait for. Never: does I/O, reads a
-//! clock, or knows a socket; `gate/mod.rs` feeds it events and carries out its [`Output`]s.
+//! clock, or knows a socket; `fencing.rs` feeds it events and carries out its [`Output`]s.
 //!
 //! ```text
 //!              go                   blockers drained,

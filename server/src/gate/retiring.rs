@@ -1,0 +1,143 @@
+//! What becomes of a volume that lost writes: it acknowledges nothing as durable any more, until the last one who has it is gone
+//! and it is opened anew.
+//!
+//! Owns: when a loss has to be recorded, and when a volume is let go. Never: records it; that is `incarnation/`'s.
+//! Invariants: a volume that lost writes is given to nobody who could find it opened anew, and to nobody at all as long as the
+//! loss is recorded nowhere; it is let go before a fence lets the next one in.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use proto::nbd::handshake::server::Refusal;
+use uuid::Uuid;
+
+use super::core::{Core, Known, VolumeState};
+use super::events::{AfterLoss, CallId, Output};
+use crate::ids::ConnectionId;
+
+impl Core {
+    pub(super) fn lost_writes(&mut self, volume_uid: Uuid, outputs: &mut VecDeque<Output>) {
+        self.has_lost(volume_uid);
+        outputs.push_back(Output::RecordLoss { volume_uid, then: AfterLoss::Nothing });
+    }
+
+    /// A sync of a volume failed that was no client's. Recorded before it is answered.
+    pub(super) fn sync_failed(
+        &mut self,
+        volume_uid: Uuid,
+        errno: i32,
+        call: CallId,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        if self.has_lost(volume_uid) {
+            outputs.push_back(Output::FailSyncs { volume_uid, errno });
+            outputs.push_back(Output::RecordLoss { volume_uid, then: AfterLoss::Answer(call) });
+        } else {
+            outputs.push_back(Output::RaiseIncarnation { call });
+        }
+    }
+
+    /// Notes that a volume lost writes; false: it is not open.
+    fn has_lost(&mut self, volume_uid: Uuid) -> bool {
+        match self.volumes.get_mut(&volume_uid) {
+            Some(VolumeState::Open { has_lost_writes }) => {
+                *has_lost_writes = true;
+                true
+            }
+            Some(VolumeState::Opening) | None => false,
+        }
+    }
+
+    /// A connection, which is known no more, has left.
+    pub(super) fn left(
+        &mut self,
+        now: Instant,
+        connection: ConnectionId,
+        known: &Known,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        let (volume_uid, attachment_id) = (known.volume_uid, known.attachment_id());
+        if self.is_to_be_retired(volume_uid, connection) {
+            // Before the fence lets the next one in, which is to find the volume anew.
+            let then = AfterLoss::Left(connection, attachment_id);
+            outputs.push_back(Output::RecordLoss { volume_uid, then });
+        } else {
+            self.drained(now, connection, attachment_id, outputs);
+        }
+    }
+
+    /// It is known whether a loss is recorded. If it is nowhere, the connections that have the volume are closed, and it is not
+    /// served until it can be.
+    pub(super) fn loss_recorded(
+        &mut self,
+        now: Instant,
+        volume_uid: Uuid,
+        is_recorded: bool,
+        then: AfterLoss,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        if !is_recorded {
+            self.close_all(|known| known.volume_uid == volume_uid && known.is_served(), outputs);
+        }
+        match then {
+            AfterLoss::Nothing => self.loss_known(volume_uid, is_recorded, outputs),
+            AfterLoss::Find(connection) if is_recorded => {
+                self.find_anew(connection, volume_uid, outputs);
+            }
+            AfterLoss::Find(connection) => {
+                let refusal = Refusal::shutdown("the server cannot record that the volume lost writes");
+                self.give_up(now, connection, refusal, outputs);
+            }
+            AfterLoss::Left(connection, attachment_id) => {
+                if is_recorded && self.is_to_be_retired(volume_uid, connection) {
+                    self.retire(volume_uid, outputs);
+                }
+                self.drained(now, connection, attachment_id, outputs);
+            }
+            AfterLoss::Answer(call) => {
+                self.loss_known(volume_uid, is_recorded, outputs);
+                outputs.push_back(Output::LossAnswered { call, is_recorded });
+            }
+        }
+    }
+
+    /// A volume whose loss could not be recorded at first ends connections instead of failing their syncs. One that stays in use has
+    /// to hear that it is recorded now: its clients would come again for ever.
+    fn loss_known(&self, volume_uid: Uuid, is_recorded: bool, outputs: &mut VecDeque<Output>) {
+        let state = self.volumes.get(&volume_uid);
+        if is_recorded && state == Some(&VolumeState::Open { has_lost_writes: true }) {
+            outputs.push_back(Output::LossKnown { volume_uid });
+        }
+    }
+
+    /// Gives a connection its volume, whose loss of writes is recorded.
+    fn find_anew(&mut self, connection: ConnectionId, volume_uid: Uuid, outputs: &mut VecDeque<Output>) {
+        let known = self.connections.get_mut(&connection).filter(|known| known.is_waiting());
+        let Some(known) = known else { return };
+        known.has_volume = true;
+        if self.is_to_be_retired(volume_uid, connection) {
+            self.retire(volume_uid, outputs);
+        }
+        match self.volumes.get(&volume_uid) {
+            Some(VolumeState::Opening) => {}
+            Some(VolumeState::Open { .. }) => {
+                self.loss_known(volume_uid, true, outputs);
+                self.answer(connection, volume_uid, outputs);
+            }
+            None => self.start_opening(volume_uid, outputs),
+        }
+    }
+
+    /// Whether the volume lost writes and nobody but this connection has it.
+    fn is_to_be_retired(&self, volume_uid: Uuid, but: ConnectionId) -> bool {
+        self.volumes.get(&volume_uid) == Some(&VolumeState::Open { has_lost_writes: true })
+            && !self.is_in_use(volume_uid, but)
+    }
+
+    /// Lets a volume go, if it is open.
+    pub(super) fn retire(&mut self, volume_uid: Uuid, outputs: &mut VecDeque<Output>) {
+        if self.volumes.remove(&volume_uid).is_some() {
+            outputs.push_back(Output::Retire { volume_uid });
+        }
+    }
+}

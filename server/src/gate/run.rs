@@ -1,0 +1,425 @@
+//! The gate's thread: turns messages into inputs of the core, and what the core wants done into I/O.
+//!
+//! Owns: the catalog, the openers' threads, the rings' mailboxes, the log, and the volumes that are open. Never: decides who gets
+//! what (`core.rs` does), or does I/O of a request; never waits for anything but its next message or deadline, and the catalog:
+//! what takes time (drained connections, a backing file's lock) comes back as a message.
+//! Called by: the ring threads (opens, lists, closed connections) and, through `data_server.rs`, the control side.
+//! Nothing here can panic: it would take every connection of the server along.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::Instant;
+
+use proto::export_name::{ExportDescription, ExportRefusal};
+use proto::nbd::handshake::server::{ListedExport, OpenKind, Refusal};
+use tracing::{error, info};
+use uuid::Uuid;
+
+use super::answers::{FenceError, VolumeBusy};
+use super::core::{Bounds, Core};
+use super::events::{Asked, CallId, CatalogFailed, Found, Granted, Input, NamedVolume, NotServed, Output};
+use super::messages::{GateMessage, OpenError};
+use super::opener::open_volume;
+use crate::backend::memory::MemoryVolume;
+use crate::catalog::{Catalog, CatalogError, VolumeRecord};
+use crate::data_config::DataServerConfig;
+use crate::descriptors::{self, Descriptors};
+use crate::ids::ConnectionId;
+use crate::incarnation::Incarnations;
+use crate::mailbox::{Mailbox, Opened, RingMessage};
+use crate::tls::rights::Rights;
+use crate::volume::{Backend, Volume};
+
+/// Public names that LIST gives at most; it is for people, and an answer has to end.
+const LISTED_NAMES_MAX: u32 = 1000;
+
+/// Who waits for an answer of the core.
+enum Call {
+    Fence(Sender<Result<(), FenceError>>),
+    Release(Sender<Result<(), VolumeBusy>>),
+    SyncFailed(Box<VolumeRecord>, Sender<Result<(), String>>),
+}
+
+/// The gate with all that its thread has.
+pub struct Gate {
+    core: Core,
+    catalog: Catalog,
+    config: DataServerConfig,
+    incarnations: Incarnations,
+    rings: Vec<Arc<Mailbox>>,
+    /// For openers to report to.
+    own_sender: Sender<GateMessage>,
+    /// For volumes to be opened with.
+    descriptors: Arc<Descriptors>,
+    /// Those that the core takes for open.
+    volumes: HashMap<Uuid, Arc<Volume>>,
+    calls: HashMap<CallId, Call>,
+    next_call: CallId,
+}
+
+impl Gate {
+    /// A gate that knows nobody yet.
+    pub fn new(
+        catalog: Catalog,
+        config: DataServerConfig,
+        incarnations: Incarnations,
+        rings: Vec<Arc<Mailbox>>,
+        own_sender: Sender<GateMessage>,
+        descriptors: Arc<Descriptors>,
+    ) -> Self {
+        let bounds = Bounds {
+            open_timeout: config.limits.open_timeout,
+            fence_timeout: config.limits.fence_timeout,
+            export_by_name: config.export_by_name,
+        };
+        Self {
+            core: Core::new(bounds, Instant::now()),
+            catalog,
+            config,
+            incarnations,
+            rings,
+            own_sender,
+            descriptors,
+            volumes: HashMap::new(),
+            calls: HashMap::new(),
+            next_call: CallId(0),
+        }
+    }
+
+    /// Serves messages until told to end.
+    pub fn run(mut self, messages: &Receiver<GateMessage>) {
+        loop {
+            let message = match self.core.next_deadline() {
+                None => messages.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(deadline) => messages.recv_timeout(deadline.saturating_duration_since(Instant::now())),
+            };
+            match message {
+                Ok(GateMessage::Shutdown { is_drained }) => {
+                    if is_drained {
+                        self.close_volumes();
+                    }
+                    return;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+                Ok(message) => self.handle(message),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            self.check_deadlines(Instant::now());
+        }
+    }
+
+    pub(super) fn check_deadlines(&mut self, now: Instant) {
+        let mut outputs = VecDeque::new();
+        self.core.check_deadlines(now, &mut outputs);
+        self.carry_out(outputs);
+    }
+
+    pub(super) fn handle(&mut self, message: GateMessage) {
+        match message {
+            GateMessage::Open { connection, ring, open, rights, beyond } => {
+                let asked = Asked { connection, ring, kind: open.kind, rights, beyond };
+                self.tell(Input::Open { asked, name: open.name });
+            }
+            GateMessage::List { connection, ring, rights } => {
+                let exports = self.listed_exports(&rights);
+                self.post(ring, RingMessage::Listed { connection, exports });
+            }
+            GateMessage::Closed { connection } => self.tell(Input::Closed { connection }),
+            GateMessage::VolumeOpened { volume_uid, result } => self.volume_opened(volume_uid, result),
+            GateMessage::LostWrites { volume_uid } => self.tell(Input::LostWrites { volume_uid }),
+            GateMessage::SyncFailed { volume, errno, reply } => {
+                let volume_uid = volume.volume_uid;
+                let call = self.keep(Call::SyncFailed(volume, reply));
+                self.tell(Input::SyncFailed { volume_uid, errno, call });
+            }
+            GateMessage::FenceAttachment { attachment_id, reply } => {
+                self.fence_attachment(attachment_id, reply);
+            }
+            GateMessage::FenceNamedWriters { volume_uid, reply } => {
+                let call = self.keep(Call::Fence(reply));
+                self.tell(Input::FenceNamedWriters { volume_uid, call });
+            }
+            GateMessage::ReopenAttachments { volume_uid, reply } => {
+                self.tell(Input::ReopenAttachments { volume_uid });
+                let _ = reply.send(());
+            }
+            GateMessage::ReleaseVolume { volume_uid, reply } => {
+                let call = self.keep(Call::Release(reply));
+                self.tell(Input::ReleaseVolume { volume_uid, call });
+            }
+            GateMessage::ConnectionsOf { attachment_id, reply } => {
+                let _ = reply.send(self.core.connections_of(attachment_id));
+            }
+            GateMessage::HolderSeen { attachment_id } => self.tell(Input::HolderSeen { attachment_id }),
+            GateMessage::HolderOf { attachment_id, reply } => {
+                let _ = reply.send(self.core.holder_of(attachment_id, Instant::now()));
+            }
+            GateMessage::ConnectionsOfVolume { volume_uid, reply } => {
+                let _ = reply.send(self.core.connections_of_volume(volume_uid));
+            }
+            GateMessage::MemoryAllocated { volume_uid, reply } => {
+                let memory = self.volumes.get(&volume_uid).and_then(|volume| volume.memory());
+                let _ = reply.send(memory.map_or(0, MemoryVolume::allocated_bytes));
+            }
+            GateMessage::Shutdown { .. } => {}
+        }
+    }
+
+    fn tell(&mut self, input: Input) {
+        let mut outputs = VecDeque::new();
+        self.core.handle(Instant::now(), input, &mut outputs);
+        self.carry_out(outputs);
+    }
+
+    /// Does what the core wants, and what it wants in consequence.
+    fn carry_out(&mut self, mut outputs: VecDeque<Output>) {
+        while let Some(output) = outputs.pop_front() {
+            if let Some(answer) = self.perform(output) {
+                self.core.handle(Instant::now(), answer, &mut outputs);
+            }
+        }
+    }
+
+    /// Does what the core wants; what there is to answer.
+    fn perform(&mut self, output: Output) -> Option<Input> {
+        match output {
+            Output::FindAttachment { asked, name } => {
+                let found = found(self.catalog.attachment(name.attachment_id));
+                return Some(Input::AttachmentFound { asked, name, found });
+            }
+            Output::FindExport(claim) => {
+                let found = found(self.catalog.volume_by_uid(claim.attachment.volume_uid));
+                return Some(Input::ExportFound { claim, found });
+            }
+            Output::FindName { asked, name } => {
+                return Some(Input::NameFound { asked, found: found(self.named_volume(&name)) });
+            }
+            Output::OpenedUnder { volume_uid, generation } => {
+                self.incarnations.opened_under(volume_uid, generation);
+            }
+            Output::Persist { attachment_id, epoch } => {
+                let is_persisted = self.persist(attachment_id, epoch);
+                return Some(Input::Persisted { attachment_id, epoch, is_persisted });
+            }
+            Output::Open { volume_uid } => {
+                let result = self.start_opening(volume_uid).err().map(Err);
+                return result.map(|result| Input::VolumeOpened { volume_uid, result });
+            }
+            Output::Answer(granted) => {
+                let connection = granted.connection;
+                return Some(Input::Answered { connection, result: self.answer(granted) });
+            }
+            Output::Refuse { connection, ring, refusal } => self.refuse(connection, ring, refusal),
+            Output::Close { connection, ring } => {
+                info!(connection = connection.0, "fencing a connection");
+                self.post(ring, RingMessage::Close { connection });
+            }
+            Output::RecordLoss { volume_uid, then } => {
+                let is_settled = self.incarnations.settle(volume_uid).is_ok();
+                let is_recorded = is_settled || self.incarnations.is_recorded(volume_uid);
+                return Some(Input::LossRecorded { volume_uid, is_recorded, then });
+            }
+            Output::LossKnown { volume_uid } => {
+                if let Some(volume) = self.volumes.get(&volume_uid) {
+                    volume.loss_recorded();
+                }
+            }
+            Output::FailSyncs { volume_uid, errno } => {
+                if let Some(volume) = self.volumes.get(&volume_uid) {
+                    volume.report_failed_sync(errno);
+                }
+            }
+            Output::RaiseIncarnation { call } => self.raise_incarnation(call),
+            Output::Retire { volume_uid } => {
+                self.volumes.remove(&volume_uid);
+            }
+            Output::Fenced { call, result } => {
+                if let Some(Call::Fence(reply)) = self.calls.remove(&call) {
+                    let _ = reply.send(result);
+                }
+            }
+            Output::LookWhetherGone { attachment_id } => {
+                let is_gone = matches!(self.catalog.attachment(attachment_id), Ok(None));
+                return is_gone.then_some(Input::AttachmentGone { attachment_id });
+            }
+            Output::Released { call, result } => {
+                if let Some(Call::Release(reply)) = self.calls.remove(&call) {
+                    let _ = reply.send(result);
+                }
+            }
+            Output::LossAnswered { call, is_recorded } => {
+                if let Some(Call::SyncFailed(_, reply)) = self.calls.remove(&call) {
+                    let nowhere = || "it is recorded nowhere".to_owned();
+                    let _ = reply.send(is_recorded.then_some(()).ok_or_else(nowhere));
+                }
+            }
+        }
+        None
+    }
+
+    fn keep(&mut self, call: Call) -> CallId {
+        let id = self.next_call;
+        self.next_call = CallId(id.0.wrapping_add(1));
+        self.calls.insert(id, call);
+        id
+    }
+
+    fn post(&self, ring: usize, message: RingMessage) {
+        // It was the ring that named its number.
+        if let Some(mailbox) = self.rings.get(ring) {
+            mailbox.post(message);
+        }
+    }
+
+    fn listed_exports(&self, rights: &Rights) -> Vec<ListedExport> {
+        if !self.config.export_by_name {
+            return Vec::new();
+        }
+        match self.catalog.list_volumes("", LISTED_NAMES_MAX) {
+            Ok(volumes) => volumes
+                .into_iter()
+                .filter(|volume| rights.may_open(&volume.name, None))
+                .map(|volume| ListedExport { description: self.description(&volume), name: volume.name })
+                .collect(),
+            Err(error) => {
+                error!(%error, "the catalog cannot list volumes");
+                Vec::new()
+            }
+        }
+    }
+
+    fn named_volume(&self, name: &str) -> Result<Option<NamedVolume>, CatalogError> {
+        let Some(volume) = self.catalog.volume_by_name(name)? else { return Ok(None) };
+        let is_attached = self.catalog.volume_has_attachment(volume.volume_uid)?;
+        Ok(Some(NamedVolume { volume, is_attached }))
+    }
+
+    fn persist(&self, attachment_id: Uuid, epoch: u64) -> bool {
+        let persisted = self.catalog.raise_session_epoch(attachment_id, epoch);
+        persisted
+            .inspect_err(|error| error!(%attachment_id, epoch, %error, "a session epoch cannot be recorded"))
+            .is_ok()
+    }
+
+    /// Starts the opener of a volume, which reports when it has ended.
+    fn start_opening(&self, volume_uid: Uuid) -> Result<(), NotServed> {
+        let record = self.record(volume_uid)?;
+        let ring_count = self.rings.len();
+        let taken = self.descriptors.take(descriptors::of_volume(record.backend, ring_count));
+        let descriptors = taken.map_err(|error| {
+            error!(name = %record.name, %volume_uid, %error, "a volume cannot be opened");
+            NotServed::Descriptors(error.to_string())
+        })?;
+        let (config, gate) = (self.config.clone(), self.own_sender.clone());
+        let incarnations = self.incarnations.clone();
+        // A thread of its own, because the lock of a file is waited for as long as a predecessor's I/O takes.
+        let opener = std::thread::Builder::new().name("volume-opener".into()).spawn(move || {
+            let result = open_volume(&record, &config, ring_count, descriptors, &incarnations, &gate);
+            let _ = gate.send(GateMessage::VolumeOpened { volume_uid, result });
+        });
+        let explain = |error: io::Error| {
+            let words = format!("cannot start a thread: {error}; {}", daemon_log::THREAD_LIMITS);
+            cannot_be_opened(volume_uid, &io::Error::new(error.kind(), words).into())
+        };
+        opener.map(|_| ()).map_err(explain)
+    }
+
+    fn volume_opened(&mut self, volume_uid: Uuid, result: Result<Arc<Volume>, OpenError>) {
+        if !self.core.is_opening(volume_uid) {
+            return;
+        }
+        let result = match result {
+            Ok(volume) => {
+                info!(%volume_uid, backend = volume.describe_backend(), "volume open");
+                self.volumes.insert(volume_uid, volume);
+                Ok(())
+            }
+            Err(error) => Err(cannot_be_opened(volume_uid, &error)),
+        };
+        self.tell(Input::VolumeOpened { volume_uid, result });
+    }
+
+    /// Answers an open with its volume, as the catalog has it now.
+    fn answer(&self, granted: Granted) -> Result<(), NotServed> {
+        let Granted { connection, ring, is_attachment, is_probe, .. } = granted;
+        let record = self.record(granted.volume_uid)?;
+        let volume = self.volumes.get(&granted.volume_uid).ok_or(NotServed::Storage)?;
+        let request_bytes_max = self.config.limits.request_bytes_max;
+        let description = self.description(&record);
+        let (export, limits) = granted.export(volume, &record, request_bytes_max, description);
+        let volume = (granted.kind != OpenKind::Info).then(|| Arc::clone(volume));
+        let opened = Opened { export, limits, volume, is_attachment, is_probe };
+        self.post(ring, RingMessage::Opened { connection, answer: Ok(opened) });
+        Ok(())
+    }
+
+    fn record(&self, volume_uid: Uuid) -> Result<VolumeRecord, NotServed> {
+        match found(self.catalog.volume_by_uid(volume_uid)) {
+            Ok(Some(record)) => Ok(record),
+            Ok(None) => Err(NotServed::Unknown),
+            Err(CatalogFailed) => Err(NotServed::Catalog),
+        }
+    }
+
+    /// What INFO and LIST tell of a volume in words.
+    fn description(&self, record: &VolumeRecord) -> String {
+        let description = ExportDescription {
+            server_id: self.catalog.server_id(),
+            volume_uid: record.volume_uid,
+            incarnation: self.incarnations.word(record),
+        };
+        description.to_string()
+    }
+
+    /// Tells the client that it does not get the export, why, and who says so.
+    fn refuse(&self, connection: ConnectionId, ring: usize, refusal: Refusal) {
+        info!(connection = connection.0, reason = refusal.text(), "an open is refused");
+        let server_id = self.catalog.server_id();
+        let refusal = refusal.map_text(|reason| ExportRefusal { reason, server_id }.to_string());
+        self.post(ring, RingMessage::Opened { connection, answer: Err(refusal) });
+    }
+
+    fn fence_attachment(&mut self, attachment_id: Uuid, reply: Sender<Result<(), FenceError>>) {
+        match self.catalog.attachment(attachment_id) {
+            Ok(attachment) => {
+                let generation = attachment.map(|attachment| attachment.generation);
+                let call = self.keep(Call::Fence(reply));
+                self.tell(Input::FenceAttachment { attachment_id, generation, call });
+            }
+            Err(error) => {
+                let _ = reply.send(Err(FenceError::Catalog(error.to_string())));
+            }
+        }
+    }
+
+    fn raise_incarnation(&mut self, call: CallId) {
+        if let Some(Call::SyncFailed(volume, reply)) = self.calls.remove(&call) {
+            let raised = self.incarnations.raise_and_settle(&volume);
+            let _ = reply.send(raised.map_err(|error| error.to_string()));
+        }
+    }
+
+    /// The rings have ended: nobody writes any more.
+    fn close_volumes(&self) {
+        for (volume_uid, volume) in &self.volumes {
+            if let Backend::File(file) = &volume.backend {
+                self.incarnations.closed(*volume_uid, file.file());
+            }
+        }
+    }
+}
+
+/// What was looked up, for the core; what failed, for the log.
+fn found<T>(looked_up: Result<Option<T>, CatalogError>) -> Found<T> {
+    looked_up.map_err(|error| {
+        error!(%error, "the catalog failed");
+        CatalogFailed
+    })
+}
+
+fn cannot_be_opened(volume_uid: Uuid, error: &OpenError) -> NotServed {
+    error!(%volume_uid, %error, "a volume cannot be opened");
+    NotServed::Storage
+}

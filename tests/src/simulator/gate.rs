@@ -1,0 +1,549 @@
+//! The simulated thread of the gate: the product's own core, over a catalog, openers and mailboxes that exist only here.
+//!
+//! Stands for `server/src/gate/run.rs` and `server/src/incarnation/mod.rs`. One output of the core is carried out at a time: before the
+//! next one, connections go on, and the server may be killed. What holds of every answer is checked where it is given, in
+//! `answers.rs`, and not by the core.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use proto::export_name::ExportDescription;
+use proto::nbd::ExportInfo;
+use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
+use proto::nbd::handshake::server::{OpenKind, Refusal};
+use proto::nbd::validate::RequestLimits;
+use server::backend::file::{self, CacheMode};
+use server::gate::fence::Reason;
+use server::gate::{
+    Asked, Bounds, CallId, CatalogFailed, Core, Found, Granted, Input, NamedVolume, NotServed, Output,
+};
+use server::ids::ConnectionId;
+use server::incarnation::{Record, Seen, SessionMark, judge};
+use server::tls::rights::Rights;
+use server::volume::{Backend, Faults, LossRecorder, Volume};
+use uuid::Uuid;
+
+use super::answers::Answers;
+use super::broken_gate::{Altered, BrokenGate};
+use super::storage::{Catalog, Surroundings, lock};
+use super::{Failure, Mutant};
+
+/// How long an open may take, in seconds: as in the product, or so short that many take too long.
+const OPEN_TIMEOUTS_S: [u64; 3] = [40, 8, 2];
+const FENCE_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// What a connection is told.
+pub(super) enum ToRing {
+    Opened { connection: ConnectionId, volume: Rc<Volume>, export: ExportInfo, limits: RequestLimits },
+    Refused { connection: ConnectionId, refusal: Refusal },
+    Close { connection: ConnectionId },
+}
+
+/// What the control side waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Call {
+    End(Uuid),
+    NamedWriters,
+    Release,
+}
+
+pub(super) struct Gate {
+    process: u64,
+    core: Core,
+    inbox: VecDeque<Input>,
+    outputs: VecDeque<Output>,
+    /// Nothing was told since the deadlines were checked.
+    is_idle: bool,
+    next_deadline: Option<Instant>,
+    /// For connections, and for strangers.
+    pub(super) to_rings: Vec<ToRing>,
+    pub(super) to_strangers: Vec<(ConnectionId, Option<Granted>)>,
+    answers: Answers,
+    opening: Vec<Uuid>,
+    volume: Option<Rc<Volume>>,
+    calls: BTreeMap<CallId, Call>,
+    calls_made: u64,
+    /// The attachment whose connections are all gone.
+    ended: Option<Uuid>,
+    /// What is remembered of the volume, in memory and perhaps in its file.
+    record: Arc<Mutex<Option<Record>>>,
+    is_in_file: Arc<AtomicBool>,
+    /// The highest incarnation that was raised, of all that are told.
+    known: Arc<AtomicU64>,
+    /// A loss that the core has not been told of.
+    is_unheard: Arc<AtomicBool>,
+    /// A loss that the catalog has not been told of.
+    is_unsettled: Arc<AtomicBool>,
+    /// This process has looked for what failed to be written back before.
+    is_admitted: bool,
+    mutant: Option<Mutant>,
+    broken: BrokenGate,
+}
+
+/// Which of a process's mailboxes the strangers have.
+pub(super) const STRANGERS_RING: usize = 1;
+
+impl Gate {
+    pub(super) fn new(process: u64, mutant: Option<Mutant>, now: Instant) -> Self {
+        let open_timeout = Duration::from_secs(OPEN_TIMEOUTS_S[process as usize % OPEN_TIMEOUTS_S.len()]);
+        let bounds = Bounds { open_timeout, fence_timeout: FENCE_TIMEOUT, export_by_name: true };
+        Self {
+            process,
+            core: Core::new(bounds, now),
+            inbox: VecDeque::new(),
+            outputs: VecDeque::new(),
+            is_idle: true,
+            next_deadline: None,
+            to_rings: Vec::new(),
+            to_strangers: Vec::new(),
+            answers: Answers::new(open_timeout),
+            opening: Vec::new(),
+            volume: None,
+            calls: BTreeMap::new(),
+            calls_made: 0,
+            ended: None,
+            record: Arc::default(),
+            is_in_file: Arc::default(),
+            known: Arc::default(),
+            is_unheard: Arc::default(),
+            is_unsettled: Arc::default(),
+            is_admitted: false,
+            mutant,
+            broken: BrokenGate::new(mutant),
+        }
+    }
+
+    fn is(&self, mutant: Mutant) -> bool {
+        self.mutant == Some(mutant)
+    }
+
+    /// It has the volume open, and the volume lost writes.
+    pub(super) fn has_lost_volume(&self) -> bool {
+        self.volume.as_ref().is_some_and(|volume| volume.has_lost_writes())
+    }
+
+    /// What was answered that must not be.
+    ///
+    /// # Errors
+    /// Says it.
+    pub(super) fn take_fault(&mut self) -> Result<(), Failure> {
+        self.answers.fault.take().map_or(Ok(()), |fault| Err(Failure::Error(fault)))
+    }
+
+    /// Whether it has not done yet all that the core wants.
+    pub(super) fn has_outputs(&self) -> bool {
+        !self.outputs.is_empty()
+    }
+
+    // ------------------------------------------------------------------------------------------------ messages
+
+    pub(super) fn open(&mut self, connection: ConnectionId, ring: usize, kind: OpenKind, name: String) {
+        let rights = Arc::new(Rights::everything());
+        let asked = Asked { connection, ring, kind, rights, beyond: None };
+        self.post(Input::Open { asked, name });
+    }
+
+    pub(super) fn closed(&mut self, connection: ConnectionId) {
+        self.post(Input::Closed { connection });
+    }
+
+    pub(super) fn reopen_attachments(&mut self, volume_uid: Uuid) {
+        self.post(Input::ReopenAttachments { volume_uid });
+    }
+
+    pub(super) fn fence_named_writers(&mut self, volume_uid: Uuid) {
+        let call = self.call(Call::NamedWriters);
+        self.post(Input::FenceNamedWriters { volume_uid, call });
+    }
+
+    pub(super) fn release(&mut self, volume_uid: Uuid) {
+        let call = self.call(Call::Release);
+        self.post(Input::ReleaseVolume { volume_uid, call });
+    }
+
+    /// Has an attachment fenced; true: that is done. Repeated until it is, as by the control side.
+    pub(super) fn fence(&mut self, attachment_id: Uuid, world: &mut Surroundings<'_>) -> bool {
+        if self.ended == Some(attachment_id) {
+            return true;
+        }
+        if !self.calls.values().any(|call| *call == Call::End(attachment_id)) {
+            world.coverage.count("an attachment is fenced");
+            let call = self.call(Call::End(attachment_id));
+            // The generation is looked up when it is told.
+            self.post(Input::FenceAttachment { attachment_id, generation: None, call });
+        }
+        false
+    }
+
+    fn call(&mut self, call: Call) -> CallId {
+        let id = CallId(self.calls_made);
+        self.calls_made += 1;
+        self.calls.insert(id, call);
+        id
+    }
+
+    fn post(&mut self, input: Input) {
+        self.hear();
+        self.inbox.push_back(input);
+    }
+
+    /// A loss comes before whatever is told after it.
+    fn hear(&mut self) {
+        if self.is_unheard.swap(false, Ordering::Relaxed)
+            && let Some(volume) = &self.volume
+        {
+            self.inbox.push_back(Input::LostWrites { volume_uid: volume.volume_uid });
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------------ the thread
+
+    /// Goes on; false: there was nothing to do.
+    pub(super) fn step(&mut self, world: &mut Surroundings<'_>) -> bool {
+        let index = (!self.opening.is_empty()).then(|| world.rng.usize(..self.opening.len() * 4));
+        let mut has_done = index.is_some_and(|index| index < self.opening.len() && self.opener(index, world));
+        self.hear();
+        loop {
+            if let Some(output) = self.outputs.pop_front() {
+                world.coverage.say(|| format!("gate: {output:?}"));
+                self.carry_out(output, world);
+            } else if let Some(mut input) = self.inbox.pop_front() {
+                if let Input::FenceAttachment { attachment_id, generation, .. } = &mut input {
+                    let attachment = world.catalog.attachment(*attachment_id);
+                    *generation = attachment.map(|attachment| attachment.generation);
+                }
+                self.tell(input, world);
+                self.is_idle = false;
+            } else if self.is_idle && self.next_deadline.is_none_or(|deadline| world.now < deadline) {
+                return has_done;
+            } else {
+                if !self.is(Mutant::OpensForEver) {
+                    self.core.check_deadlines(world.now, &mut self.outputs);
+                }
+                if self.outputs.is_empty() {
+                    self.answers.check_rest(world.now);
+                    self.broken.settle(world.catalog);
+                    (self.is_idle, self.next_deadline) = (true, self.core.next_deadline());
+                    return has_done;
+                }
+            }
+            has_done = true;
+            // Mostly it is not interrupted.
+            if world.rng.u8(..4) == 0 {
+                if self.has_outputs() {
+                    world.coverage.count("the gate is interrupted");
+                }
+                return true;
+            }
+        }
+    }
+
+    fn tell(&mut self, input: Input, world: &mut Surroundings<'_>) {
+        let Some(input) = self.broken.input(input, &mut self.outputs) else { return };
+        world.coverage.say(|| format!("gate is told: {input:?}"));
+        self.answers.note(&input, world.now, world.catalog);
+        let lets_in = matches!(input, Input::Closed { .. } | Input::LossRecorded { .. });
+        let is_open = matches!(input, Input::ExportFound { .. });
+        let before = self.outputs.len();
+        self.core.handle(world.now, input, &mut self.outputs);
+        self.broken.add(before, &mut self.outputs);
+        for output in self.outputs.iter().skip(before) {
+            match output {
+                Output::Close { .. } if is_open => {
+                    world.coverage.count("a new connection closes an older one")
+                }
+                Output::Persist { .. } | Output::Open { .. } | Output::Answer(_) if lets_in => {
+                    world.coverage.count("draining lets a connection in");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn carry_out(&mut self, output: Output, world: &mut Surroundings<'_>) {
+        let answer = match self.broken.output(output) {
+            Altered::Do(output) => self.perform(output, world),
+            Altered::Done(answer) => answer,
+        };
+        if let Some(answer) = answer {
+            self.tell(answer, world);
+        }
+    }
+
+    fn perform(&mut self, output: Output, world: &mut Surroundings<'_>) -> Option<Input> {
+        match output {
+            Output::FindAttachment { asked, name } => {
+                let found = look_up(world, |catalog| catalog.attachment(name.attachment_id));
+                if found == Ok(None) {
+                    world.coverage.count("an open of an attachment that is no more");
+                }
+                return Some(Input::AttachmentFound { asked, name, found });
+            }
+            Output::FindExport(claim) => {
+                let found = look_up(world, |catalog| catalog.volume(claim.attachment.volume_uid));
+                return Some(Input::ExportFound { claim, found });
+            }
+            Output::FindName { asked, name } => {
+                let found = look_up(world, |catalog| {
+                    let volume = catalog.volume_named(&name)?;
+                    let is_attached = volume.volume_uid == catalog.volume_uid && catalog.attachment.is_some();
+                    Some(NamedVolume { volume, is_attached })
+                });
+                return Some(Input::NameFound { asked, found });
+            }
+            Output::OpenedUnder { .. } => {}
+            Output::Persist { attachment_id, epoch } => {
+                let is_persisted = look_up(world, |_| Some(())).is_ok();
+                match world.catalog.session_epoch(attachment_id) {
+                    Some(recorded) if is_persisted => *recorded = epoch.max(*recorded),
+                    _ => world.coverage.count("an epoch cannot be recorded"),
+                }
+                return Some(Input::Persisted { attachment_id, epoch, is_persisted });
+            }
+            Output::Open { volume_uid } => self.opening.push(volume_uid),
+            Output::Answer(granted) => {
+                let (connection, result) = (granted.connection, self.answer(granted, world));
+                return Some(Input::Answered { connection, result });
+            }
+            Output::Refuse { connection, ring, refusal } => self.refuse(connection, ring, refusal, world),
+            Output::Close { connection, ring } => {
+                self.answers.told_to_close(connection);
+                if ring == STRANGERS_RING {
+                    self.to_strangers.push((connection, None));
+                } else {
+                    self.to_rings.push(ToRing::Close { connection });
+                }
+            }
+            Output::RecordLoss { volume_uid, then } => {
+                let is_recorded = self.settle(world) || self.is_in_file.load(Ordering::Relaxed);
+                if !is_recorded {
+                    world.coverage.count("a loss is recorded nowhere");
+                }
+                self.answers.is_recorded = is_recorded || !self.is_unsettled.load(Ordering::Relaxed);
+                return Some(Input::LossRecorded { volume_uid, is_recorded, then });
+            }
+            Output::LossKnown { volume_uid } => {
+                let volume = self.volume.as_ref().filter(|volume| volume.volume_uid == volume_uid);
+                volume.inspect(|volume| volume.loss_recorded());
+            }
+            Output::Retire { volume_uid } => {
+                world.coverage.count("a volume is let go");
+                if volume_uid == world.catalog.volume_uid {
+                    self.volume = None;
+                }
+            }
+            Output::Fenced { call, result } => self.fenced(call, result.is_ok(), world),
+            Output::LookWhetherGone { attachment_id } => {
+                let is_gone = world.catalog.attachment(attachment_id).is_none();
+                return is_gone.then_some(Input::AttachmentGone { attachment_id });
+            }
+            Output::Released { call, result } => {
+                self.calls.remove(&call);
+                if result.is_ok() {
+                    self.answers.released();
+                }
+            }
+            Output::FailSyncs { .. } | Output::RaiseIncarnation { .. } | Output::LossAnswered { .. } => {
+                panic!("nobody here syncs but clients")
+            }
+        }
+        None
+    }
+
+    fn fenced(&mut self, call: CallId, is_drained: bool, world: &mut Surroundings<'_>) {
+        match self.calls.remove(&call) {
+            Some(Call::End(attachment_id)) if is_drained => self.ended = Some(attachment_id),
+            Some(Call::NamedWriters) if is_drained => self.answers.writers_fenced(),
+            Some(_) if !is_drained => world.coverage.count("a fence takes too long"),
+            _ => {}
+        }
+    }
+
+    fn answer(&mut self, granted: Granted, world: &mut Surroundings<'_>) -> Result<(), NotServed> {
+        let connection = granted.connection;
+        let record = match look_up(world, |catalog| catalog.volume(granted.volume_uid)) {
+            Ok(record) => record.ok_or(NotServed::Unknown)?,
+            Err(CatalogFailed) => return Err(NotServed::Catalog),
+        };
+        self.answers.given(&granted, self.has_lost_volume(), world.catalog);
+        if granted.ring == STRANGERS_RING {
+            world.coverage.count("a stranger is let in");
+            self.to_strangers.push((connection, Some(granted)));
+            return Ok(());
+        }
+        let volume = Rc::clone(self.volume.as_ref().ok_or(NotServed::Storage)?);
+        let description = ExportDescription {
+            server_id: world.catalog.server_id,
+            volume_uid: world.catalog.volume_uid,
+            incarnation: world.catalog.incarnation(),
+        };
+        let description = description.to_string();
+        let (export, limits) = granted.export(&volume, &record, PAYLOAD_BYTES_MAX_DEFAULT, description);
+        self.to_rings.push(ToRing::Opened { connection, volume, export, limits });
+        Ok(())
+    }
+
+    fn refuse(
+        &mut self,
+        connection: ConnectionId,
+        ring: usize,
+        refusal: Refusal,
+        world: &mut Surroundings<'_>,
+    ) {
+        self.answers.refused(connection);
+        if refusal.text() == Reason::StaleEpoch.to_string() {
+            world.coverage.count("an epoch that is over is refused");
+        } else if refusal.text().starts_with("I/O of a former session") {
+            world.coverage.count("an open takes too long");
+        }
+        if ring == STRANGERS_RING {
+            world.coverage.count("a stranger is refused");
+            self.to_strangers.push((connection, None));
+        } else {
+            world.coverage.count("the gate refuses");
+            self.to_rings.push(ToRing::Refused { connection, refusal });
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------------ storage
+
+    /// Goes on with opening a volume; true: that has ended.
+    fn opener(&mut self, index: usize, world: &mut Surroundings<'_>) -> bool {
+        let volume_uid = self.opening[index];
+        let result = if volume_uid == world.catalog.volume_uid {
+            if !self.open_volume(world) {
+                return false;
+            }
+            Ok(())
+        } else if world.rng.u8(..8) > 0 {
+            // Its storage is slow.
+            return false;
+        } else {
+            world.rng.u8(..4).checked_sub(1).map(|_| ()).ok_or(NotServed::Storage)
+        };
+        self.opening.swap_remove(index);
+        self.post(Input::VolumeOpened { volume_uid, result });
+        true
+    }
+
+    /// True: it is open now. Its lock is there when no other process's I/O is.
+    fn open_volume(&mut self, world: &mut Surroundings<'_>) -> bool {
+        if world.disk.has_predecessors(self.process) {
+            world.coverage.count("a volume's lock is waited for");
+            if !self.is(Mutant::NoRestartLock) {
+                return false;
+            }
+        }
+        let catalog = &mut *world.catalog;
+        let capacity_bytes = catalog.capacity_bytes as u64;
+        let file =
+            file::open(&catalog.volumes_dir, catalog.volume_uid, capacity_bytes, CacheMode::Buffered, 1);
+        let backend = Backend::File(file.expect("the simulation's file can be opened"));
+        let skip_flush = self.is(Mutant::FlushDropped);
+        let faults = Faults { skip_flush, ..Faults::default() };
+        self.admit(world);
+        let is_full = world.may_fail && world.rng.bool();
+        let catalog = &mut *world.catalog;
+        let recorder = self.recorder(catalog, is_full);
+        let volume = Volume::new(
+            catalog.volume_uid,
+            capacity_bytes,
+            backend,
+            catalog.write_cache_on,
+            faults,
+            recorder,
+        );
+        self.volume = Some(Rc::new(volume));
+        true
+    }
+
+    /// As `Incarnations::admit` and `look`.
+    fn admit(&mut self, world: &mut Surroundings<'_>) {
+        let is_first = !std::mem::replace(&mut self.is_admitted, true);
+        // Descriptors are opened before the file system is asked.
+        world.disk.opened(self.process);
+        let write_back_failed =
+            is_first && !world.disk.sync_file_system() && !self.is(Mutant::WriteBackIgnored);
+        let superblock = (!self.is(Mutant::MountIgnored)).then(|| world.disk.superblock.to_string());
+        let seen = Seen {
+            incarnation: world.catalog.incarnation,
+            attach_generation: 0,
+            superblock,
+            file: String::new(),
+            modified: String::new(),
+            session: SessionMark { attachment_id: String::new(), epoch: 0 },
+            write_back_failed,
+        };
+        let remembered = lock(&self.record).clone().or_else(|| lock(&world.catalog.record).clone());
+        let verdict = judge(remembered.as_ref(), &seen);
+        if verdict.loss.is_some() {
+            world.coverage.count("what the storage lost while nobody had it open is noticed");
+        }
+        if verdict.drops_cache && !self.is(Mutant::CacheKept) {
+            world.disk.drop_cache();
+        }
+        let record = Some(Record::of(seen, &verdict, false));
+        lock(&self.record).clone_from(&record);
+        *lock(&world.catalog.record) = record;
+        self.is_in_file.store(true, Ordering::Relaxed);
+        self.answers.is_recorded = true;
+        self.known = Arc::clone(&world.catalog.known);
+        self.known.store(verdict.incarnation, Ordering::Relaxed);
+        world.catalog.incarnation = world.catalog.incarnation.max(verdict.incarnation);
+    }
+
+    /// As `Incarnations::raise`; where the runtime directory is full, what is remembered stays in memory.
+    fn recorder(&self, catalog: &Catalog, is_full: bool) -> LossRecorder {
+        let (record, file) = (Arc::clone(&self.record), Arc::clone(&catalog.record));
+        let (is_in_file, known) = (Arc::clone(&self.is_in_file), Arc::clone(&self.known));
+        let (is_unheard, is_unsettled) = (Arc::clone(&self.is_unheard), Arc::clone(&self.is_unsettled));
+        let records = !self.is(Mutant::LossNotRecorded);
+        LossRecorder::new(move || {
+            if let Some(record) = lock(&record).as_mut().filter(|_| records) {
+                record.incarnation += 1;
+                record.lost_writes = true;
+                known.store(record.incarnation, Ordering::Relaxed);
+                is_in_file.store(!is_full, Ordering::Relaxed);
+                if !is_full {
+                    *lock(&file) = Some(record.clone());
+                }
+            }
+            is_unheard.store(true, Ordering::Relaxed);
+            is_unsettled.store(true, Ordering::Relaxed);
+            is_in_file.load(Ordering::Relaxed)
+        })
+    }
+
+    /// The catalog is told of a loss, if there is one to tell; false: it fails, mostly where the runtime directory is full.
+    fn settle(&self, world: &mut Surroundings<'_>) -> bool {
+        let is_full = !self.is_in_file.load(Ordering::Relaxed);
+        if look_up(world, |_| Some(())).is_err() || (is_full && world.may_fail && world.rng.u8(..4) > 0) {
+            return false;
+        }
+        if self.is_unsettled.swap(false, Ordering::Relaxed) {
+            let recorded = lock(&self.record).as_ref().map_or(0, |record| record.incarnation);
+            let incarnation = &mut world.catalog.incarnation;
+            let raised = if self.is(Mutant::LossNotRecorded) { *incarnation + 1 } else { recorded };
+            *incarnation = raised.max(*incarnation);
+        }
+        true
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.known.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Looks something up in the catalog, which may fail.
+fn look_up<T>(world: &mut Surroundings<'_>, find: impl FnOnce(&Catalog) -> Option<T>) -> Found<T> {
+    if world.may_fail && world.rng.u8(..) == 0 {
+        world.coverage.count("the catalog fails");
+        return Err(CatalogFailed);
+    }
+    Ok(find(world.catalog))
+}
