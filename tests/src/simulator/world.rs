@@ -392,14 +392,17 @@ impl<'a> World<'a> {
                 is_server_up: self.server.is_some(),
             };
             has_done |= if all { client.step_all(&mut world) } else { client.step(&mut world) };
-            device.incarnation = Some(client.incarnation());
+            if device.incarnation.as_deref() != Some(client.incarnation()) {
+                device.incarnation = Some(client.incarnation().to_owned());
+            }
             match client.condition() {
                 Condition::Failing(_) if !device.may_fail => {
                     device.may_fail = true;
                     device.given_up_after = Some(oldest);
                 }
                 Condition::Live if client.is_connected() => {
-                    device.may_be_lost &= client.incarnation() != self.catalog.incarnation();
+                    device.may_be_lost =
+                        device.may_be_lost && client.incarnation() != self.catalog.incarnation();
                     device.may_fail &= device.has_bios();
                 }
                 _ => {}

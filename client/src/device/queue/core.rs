@@ -116,6 +116,8 @@ pub struct QueueCore {
     held_read_bytes: u32,
     held_before_bytes: u32,
     final_flush: Option<Result<(), i32>>,
+    /// The device is gone, and nobody is told of anything any more.
+    is_closed: bool,
 }
 
 /// The tag table only fails when this queue is wrong; a wrong byte may be next, so the process ends.
@@ -148,6 +150,7 @@ impl QueueCore {
             held_read_bytes: 0,
             held_before_bytes: 0,
             final_flush: None,
+            is_closed: false,
         }
     }
 
@@ -432,6 +435,9 @@ impl QueueCore {
         // Counted before the main thread hears of the loss: it may look at once whether anything was unflushed.
         self.commit_completed(io);
         self.is_told_silent = false;
+        if self.is_closed {
+            return;
+        }
         let oldest = self.requests.oldest_ticks().map(|ticks| TICK * ticks);
         let (connection, loss, served_nothing) = (reaped.connection, reaped.loss, reaped.served_nothing);
         self.events.push_back(LinkEvent::Disconnected(Lost { connection, loss, served_nothing, oldest }));
@@ -587,6 +593,7 @@ impl QueueCore {
 
     /// The device is gone: shuts down what is there, so that every operation ends, and tells nobody.
     pub fn close<Io: QueueIo>(&mut self, io: &mut Io) {
+        self.is_closed = true;
         if self.link.fail(0, Loss::Told("the device is gone".to_owned())) {
             for connection in self.connections() {
                 io.shut_down(connection);

@@ -177,8 +177,8 @@ impl Client {
         self.queues.iter().all(|queue| queue.commands.is_empty() && queue.core.is_up())
     }
 
-    pub(super) fn incarnation(&self) -> String {
-        self.reconnect.incarnation().to_owned()
+    pub(super) fn incarnation(&self) -> &str {
+        self.reconnect.incarnation()
     }
 
     pub(super) fn told_policy(&mut self, policy: StallPolicy, now: Instant) {

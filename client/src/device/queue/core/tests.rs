@@ -356,7 +356,9 @@ fn the_last_flush_is_sent_where_something_was_not_flushed() {
     assert_eq!(world.core.take_final_flush(), Some(Ok(())));
     assert_eq!(world.core.begin_final_flush(), Ok(false), "it covered all");
     world.core.close(&mut world.io);
-    assert!(world.io.wires[0].is_shut_down);
+    world.reap();
+    assert!(!world.core.has_operations_out());
+    assert!(world.core.take_event().is_none(), "nobody is to dial for a device that is gone");
 }
 
 #[test]
