@@ -149,7 +149,7 @@ impl Disk {
             resend: Resend::Everything,
             reply_timeout: QUEUE_DEADLINE,
             busy_poll: Duration::ZERO,
-            send_zc: false,
+            send_zc_bytes_min: None,
             key_bytes_max: u64::MAX,
             unflushed: Arc::new(Unflushed::new(1)),
             commands,

@@ -14,6 +14,7 @@
 
 mod encryption;
 mod policy;
+mod send_zc;
 
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -28,11 +29,15 @@ use crate::tls_spec::TlsSpec;
 
 pub use encryption::Encryption;
 pub use policy::StallPolicy;
+pub use send_zc::SendZcMode;
 
 /// Version of [`DeviceSpec`], [`DeviceStatus`] and the control socket's lines.
 pub const CONTRACT_VERSION: u32 = 1;
 /// Version of a [`DeviceSpec`] with TLS: a program that does not know it must not take it, or it would leave TLS out.
 pub const CONTRACT_VERSION_TLS: u32 = 2;
+
+/// With [`SendZcMode::Auto`], the least bytes of a WRITE that leaves from the request's own pages; `None`: none does.
+pub const SEND_ZC_BYTES_MIN: Option<u32> = None;
 
 /// Why a spec, a status or a control line cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -179,9 +184,13 @@ pub struct DeviceSpec {
     /// For how long after its last event a queue's thread looks for the next without sleeping, in microseconds.
     #[serde(default)]
     pub busy_poll_us: u16,
-    /// Whether large WRITEs are to leave from the requests' own pages.
+    /// Whether large WRITEs are to leave from the requests' own pages, for programs that do not know [`Self::send_zc_mode`]:
+    /// `true` is [`SendZcMode::On`].
     #[serde(default)]
     pub send_zc: bool,
+    /// The same, for those that do; `None` in a spec of one that did not. To be read by [`DeviceSpec::send_zc_mode`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub send_zc_mode: Option<SendZcMode>,
     /// The device of a process that died, to go on with; `None`: make one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recover: Option<RecoverSpec>,
@@ -197,6 +206,12 @@ impl DeviceSpec {
             ExportSpec::Attachment { secret, .. } => Secret::parse(secret),
             ExportSpec::Nbd { .. } => None,
         }
+    }
+
+    /// Whether large WRITEs are to leave from the requests' own pages, whoever wrote the spec. Who knew no modes sent nothing so unless
+    /// that was asked for.
+    pub fn send_zc_mode(&self) -> SendZcMode {
+        self.send_zc_mode.unwrap_or(if self.send_zc { SendZcMode::On } else { SendZcMode::Off })
     }
 }
 
@@ -265,11 +280,11 @@ pub enum DeviceState {
     Stopping,
 }
 
-/// What became of [`DeviceSpec::send_zc`], on the connection that was tried last.
+/// What became of [`DeviceSpec::send_zc_mode`], on the connection that was tried last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SendZc {
-    /// Nobody asked for it.
+    /// It is not to be.
     #[default]
     Off,
     /// The data path has nothing to do with SEND_ZC, or the socket is none of the kernel's TCP in the clear.
@@ -511,6 +526,24 @@ mod tests {
         assert!(tls.files.pair.is_some());
         let again: DeviceSpec = parse(&serde_json::to_vec(&spec).unwrap(), Path::new("spec.json")).unwrap();
         assert_eq!(again, spec);
+    }
+
+    #[test]
+    fn a_spec_without_a_mode_of_send_zc_means_what_it_meant() {
+        let read = |text: &str| parse::<DeviceSpec>(text.as_bytes(), Path::new("spec.json")).unwrap();
+        let with = |fields: &str| SPEC_V1.replacen('{', &format!("{{{fields},"), 1);
+        assert_eq!(read(SPEC_V1).send_zc_mode(), SendZcMode::Off, "a program before SEND_ZC");
+        assert_eq!(read(&with(r#""send_zc": false"#)).send_zc_mode(), SendZcMode::Off, "0.1.0");
+        assert_eq!(read(&with(r#""send_zc": true"#)).send_zc_mode(), SendZcMode::On, "0.1.0");
+        // And what is written now is a spec to 0.1.0, to which `auto` is what it did by itself.
+        for (send_zc_mode, send_zc) in [("auto", false), ("on", true), ("off", false)] {
+            let text = with(&format!(r#""send_zc": {send_zc}, "send_zc_mode": "{send_zc_mode}""#));
+            let spec = read(&text);
+            assert_eq!((spec.send_zc_mode().as_str(), spec.send_zc), (send_zc_mode, send_zc));
+            let again = String::from_utf8(serde_json::to_vec(&spec).unwrap()).unwrap();
+            assert_eq!(read(&again), spec);
+            assert!(again.contains(&format!(r#""send_zc":{send_zc}"#)), "{again}");
+        }
     }
 
     #[test]

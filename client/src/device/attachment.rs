@@ -317,10 +317,10 @@ impl Attachment {
             status.data_path_reason.clone_from(&chosen.reason);
             status.server_address = address;
             status.encryption = session.encryption.as_str().to_owned();
-            status.send_zc = match spec.send_zc {
-                false => SendZc::Off,
-                true if may_send_zc(&chosen, session.encryption) => SendZc::Untried,
-                true => SendZc::Unsupported,
+            status.send_zc = match send_zc_bytes_min(spec, &chosen, session.encryption) {
+                Some(_) => SendZc::Untried,
+                None if spec.send_zc_mode().bytes_min().is_some() => SendZc::Unsupported,
+                None => SendZc::Off,
             };
             status.nr_hw_queues = nr_hw_queues;
             status.nr_connections = nr_connections;
@@ -416,7 +416,7 @@ impl Attachment {
                 resend,
                 reply_timeout,
                 busy_poll: Duration::from_micros(spec.busy_poll_us.into()),
-                send_zc: spec.send_zc && may_send_zc(chosen, session.encryption),
+                send_zc_bytes_min: send_zc_bytes_min(spec, chosen, session.encryption),
                 key_bytes_max: spec.tls.as_ref().map_or(u64::MAX, |tls| tls.key_bytes_max),
                 unflushed: Arc::clone(&self.links.unflushed),
                 commands,
@@ -837,17 +837,23 @@ fn ways_of(export: &ExportSpec) -> (Resend, Duration) {
     }
 }
 
-/// Whether pages may leave by reference at all: with a SEND that names registered buffers, and nothing on the way that has to see
-/// the bytes.
-fn may_send_zc(chosen: &Chosen, encryption: Encryption) -> bool {
-    chosen.transfer == Transfer::RecvSendFixed && encryption == Encryption::None
+/// From how many bytes on a WRITE's pages leave by reference; `None`: none do. It takes a SEND that names registered buffers, and nothing on
+/// the way that has to see the bytes.
+fn send_zc_bytes_min(spec: &DeviceSpec, chosen: &Chosen, encryption: Encryption) -> Option<u32> {
+    let can = chosen.transfer == Transfer::RecvSendFixed && encryption == Encryption::None;
+    spec.send_zc_mode().bytes_min().filter(|_| can)
 }
 
 fn note_send_zc(send_zc: SendZc, status: &mut StatusFile) {
     if status.status().send_zc == send_zc {
         return;
     }
-    tracing::info!(send_zc = send_zc.as_str(), "large writes were sent from their own pages");
+    match send_zc {
+        SendZc::Copied => {
+            tracing::info!("the kernel copies what is sent by reference: large writes go the usual way")
+        }
+        _ => tracing::info!(send_zc = send_zc.as_str(), "large writes leave from their own pages"),
+    }
     status.note(|status| status.send_zc = send_zc);
 }
 

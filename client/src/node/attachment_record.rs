@@ -17,7 +17,8 @@ use super::device_process;
 use super::error::NodeError;
 use super::target::{DetachSelector, Target};
 use crate::contract::{
-    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, SessionRecord, StallPolicy,
+    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, SendZcMode, SessionRecord,
+    StallPolicy,
 };
 
 /// One attachment of this node.
@@ -157,6 +158,7 @@ impl AttachmentRecord {
             queue_depth: spec.queue_depth.into(),
             server_address: spec.addresses.first().cloned().unwrap_or_default(),
             busy_poll_us: spec.busy_poll_us.into(),
+            send_zc_mode: told_send_zc_mode(spec.send_zc_mode()).into(),
             on_stall: stall_action(spec.on_stall).0.into(),
             stall_fail_after_ms: stall_action(spec.on_stall).1,
             pid: self.pid.map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
@@ -208,6 +210,25 @@ pub(crate) fn stall_policy(action: v1::StallAction, fail_after_ms: u64) -> Stall
     }
 }
 
+/// A mode of SEND_ZC as the node API tells it.
+fn told_send_zc_mode(mode: SendZcMode) -> v1::SendZcMode {
+    match mode {
+        SendZcMode::Auto => v1::SendZcMode::Auto,
+        SendZcMode::On => v1::SendZcMode::On,
+        SendZcMode::Off => v1::SendZcMode::Off,
+    }
+}
+
+/// A mode of SEND_ZC as the node API asks for it. Who does not know modes says with `send_zc` whether it is to be on.
+pub(crate) fn send_zc_mode(request: &v1::AttachRequest) -> SendZcMode {
+    match request.send_zc_mode() {
+        v1::SendZcMode::Unspecified if request.send_zc => SendZcMode::On,
+        v1::SendZcMode::Unspecified | v1::SendZcMode::Auto => SendZcMode::Auto,
+        v1::SendZcMode::On => SendZcMode::On,
+        v1::SendZcMode::Off => SendZcMode::Off,
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use uuid::Uuid;
@@ -235,6 +256,7 @@ pub(crate) mod tests {
             on_stall_is_told: false,
             busy_poll_us: 0,
             send_zc: false,
+            send_zc_mode: None,
             recover: None,
             tls: None,
         }

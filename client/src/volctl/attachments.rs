@@ -11,7 +11,7 @@ use proto::v1::node_client::NodeClient;
 use serde_json::json;
 use tonic::transport::Channel;
 
-use crate::cli::{AttachArgs, OnStall, StallArgs};
+use crate::cli::{AttachArgs, OnStall, SendZcArg, StallArgs};
 use crate::connect::{self, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
@@ -37,7 +37,9 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
         nr_connections: args.connections.unwrap_or_default(),
         queue_depth: args.queue_depth.unwrap_or_default(),
         busy_poll_us: args.busy_poll,
-        send_zc: args.send_zc,
+        // For a node daemon that knows no modes.
+        send_zc: args.send_zc == SendZcArg::On,
+        send_zc_mode: send_zc_mode(args.send_zc).into(),
         force: args.force,
         on_stall: stall_action(args.stall).into(),
         stall_fail_after_ms: stall_fail_after_ms(args.stall),
@@ -179,6 +181,14 @@ pub(crate) async fn upgrade(socket: &Path, target: Option<String>) -> Result<Rep
         );
     }
     Ok(Report::new(text, json.into()))
+}
+
+fn send_zc_mode(send_zc: SendZcArg) -> v1::SendZcMode {
+    match send_zc {
+        SendZcArg::Auto => v1::SendZcMode::Auto,
+        SendZcArg::On => v1::SendZcMode::On,
+        SendZcArg::Off => v1::SendZcMode::Off,
+    }
 }
 
 fn stall_action(stall: StallArgs) -> v1::StallAction {

@@ -198,12 +198,21 @@ pub(crate) struct AttachArgs {
     /// while requests come, and nothing while none do.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, hide_default_value = true)]
     pub(crate) busy_poll: u32,
-    /// Let large writes leave from the requests' own pages (SEND_ZC)
+    /// Whether large writes leave from the requests' own pages (SEND_ZC) [default: auto; on if the option stands alone]
     ///
     /// Spares the client's one copy of their data where the network card can fetch it by itself. A connection on which the
     /// kernel copies it all the same, as on loopback, goes back to the usual way after the first one.
-    #[arg(long)]
-    pub(crate) send_zc: bool,
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHEN",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value_t = SendZcArg::Auto,
+        default_missing_value = "on",
+        hide_default_value = true
+    )]
+    pub(crate) send_zc: SendZcArg,
     /// Take the volume from the node that holds it; that node's I/O fails from then on
     #[arg(long)]
     pub(crate) force: bool,
@@ -213,6 +222,16 @@ pub(crate) struct AttachArgs {
     /// 30s or 2m
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub(crate) retry_for: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SendZcArg {
+    /// Of a size at which that was measured to cost less
+    Auto,
+    /// From more than 8 KiB on
+    On,
+    /// Never
+    Off,
 }
 
 #[derive(Debug, Clone, Copy, Args)]
@@ -288,6 +307,26 @@ mod tests {
         assert!(Cli::try_parse_from(["volctl", "attach", "vol-1"]).is_ok());
         let after_alone = ["volctl", "attach", "vol-1", "--after", "3s"];
         assert!(Cli::try_parse_from(after_alone).is_err(), "after what?");
+    }
+
+    #[test]
+    fn the_value_of_send_zc_comes_after_an_equals_sign_only() {
+        let send_zc = |words: &[&str]| {
+            let words = [&["volctl", "attach"], words].concat();
+            match Cli::try_parse_from(words).unwrap().command {
+                Command::Attach(args) => (args.target, args.send_zc),
+                other => panic!("{other:?}"),
+            }
+        };
+        let target = || "auto".to_owned();
+        assert_eq!(send_zc(&["auto"]), (target(), SendZcArg::Auto));
+        // As before there were values, what follows is the target, whatever its name.
+        assert_eq!(send_zc(&["--send-zc", "auto"]), (target(), SendZcArg::On));
+        assert_eq!(send_zc(&["auto", "--send-zc"]), (target(), SendZcArg::On));
+        assert_eq!(send_zc(&["--send-zc=off", "auto"]), (target(), SendZcArg::Off));
+        assert_eq!(send_zc(&["--send-zc=auto", "auto"]), (target(), SendZcArg::Auto));
+        assert!(Cli::try_parse_from(["volctl", "attach", "auto", "--send-zc", "off"]).is_err());
+        assert!(Cli::try_parse_from(["volctl", "attach", "auto", "--send-zc=yes"]).is_err());
     }
 
     #[test]

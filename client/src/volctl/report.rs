@@ -118,6 +118,7 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "queue_depth": attachment.queue_depth,
         "busy_poll_us": attachment.busy_poll_us,
         "send_zc": attachment.send_zc,
+        "send_zc_mode": send_zc_word(attachment.send_zc_mode()),
         "server_address": attachment.server_address,
         "encryption": attachment.encryption,
         "pid": attachment.pid,
@@ -128,6 +129,16 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "program_version": attachment.program_version,
         "tail_bytes": attachment.tail_bytes,
     })
+}
+
+/// `auto`, `on` or `off`.
+fn send_zc_word(mode: v1::SendZcMode) -> &'static str {
+    match mode {
+        v1::SendZcMode::Unspecified => "unknown",
+        v1::SendZcMode::Auto => "auto",
+        v1::SendZcMode::On => "on",
+        v1::SendZcMode::Off => "off",
+    }
 }
 
 /// `wait` or `fail`.

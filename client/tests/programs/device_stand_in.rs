@@ -65,6 +65,7 @@ impl Folder {
             on_stall_is_told: false,
             busy_poll_us: 0,
             send_zc: false,
+            send_zc_mode: None,
             recover: None,
             tls: None,
         };

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 use ::client::contract::StallPolicy;
 use ::client::device::liveness::VOUCHED_FOR;
 use ::client::device::queue::block_request::BlockRequest;
+use ::client::device::queue::connection::Origin;
 use ::client::device::reconnect::Condition;
 use fastrand::Rng;
 use proto::export_name::{SECRET_BYTES, Secret};
 use proto::nbd::transmission::{Command, CommandFlags};
 use uuid::Uuid;
 
-use super::client::{Bio, Bios, Client, EndedBio, Note, Spec};
+use super::client::{Bio, Bios, Client, EndedBio, Note, Origins, Spec};
 use super::coverage::Coverage;
 use super::disk::Disk;
 use super::network::{End, Link, LinkId, TCP_USER_TIMEOUT};
@@ -711,7 +712,8 @@ impl<'a> World<'a> {
             nr_connections: nr_queues,
             queue_depth: self.rng.u16(1..=5),
             small_bytes_max: [0, 4096, 8192][self.rng.usize(..3)],
-            stages: self.rng.bool(),
+            origins: [Origins::One(Origin::Pages), Origins::One(Origin::Staging), Origins::Both]
+                [self.rng.usize(..3)],
             is_volatile_cache: self.catalog.write_cache_on,
             policy: if self.is_slow {
                 StallPolicy::FailAfterMs(self.rng.u64(2_000..6_000))

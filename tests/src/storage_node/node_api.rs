@@ -53,6 +53,7 @@ fn shown(attachment: &v1::NodeAttachment) -> Value {
         "queue_depth": attachment.queue_depth,
         "busy_poll_us": attachment.busy_poll_us,
         "send_zc": attachment.send_zc,
+        "send_zc_mode": word(attachment.send_zc_mode().as_str_name(), "SEND_ZC_MODE_"),
         "server_address": attachment.server_address,
         "encryption": attachment.encryption,
         "pid": attachment.pid,

@@ -45,9 +45,18 @@ pub trait PayloadSource {
     /// Fills `payload` with the data of the tag's WRITE, which is small. Errors: the batch is of no use.
     fn gather(&mut self, tag: u16, payload: &mut [u8]) -> Result<(), Self::Error>;
 
-    /// Brings the data of the tag's WRITE to where it is sent from; false: there is no room for it until others complete.
-    /// Errors: as above.
-    fn stage(&mut self, tag: u16, len_bytes: u32) -> Result<bool, Self::Error>;
+    /// Brings the data of the tag's WRITE to where it is sent from, and says where that is; `None`: there is no room for it until others
+    /// complete. Errors: as above.
+    fn stage(&mut self, tag: u16, len_bytes: u32) -> Result<Option<Origin>, Self::Error>;
+}
+
+/// Where a payload is sent from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The request's own pages: by an operation that names them.
+    Pages,
+    /// Memory of ours, to which it was copied: at once.
+    Staging,
 }
 
 /// A function that gathers, where large payloads are sent from their pages.
@@ -61,8 +70,8 @@ where
         self(tag, payload)
     }
 
-    fn stage(&mut self, _: u16, _: u32) -> Result<bool, E> {
-        Ok(true)
+    fn stage(&mut self, _: u16, _: u32) -> Result<Option<Origin>, E> {
+        Ok(Some(Origin::Pages))
     }
 }
 
@@ -82,6 +91,8 @@ pub enum Piece {
         tag: u16,
         /// How many bytes.
         len_bytes: u32,
+        /// From where; the same for all of a batch.
+        origin: Origin,
     },
 }
 
@@ -183,7 +194,7 @@ impl Connection {
 
     /// Fills `outbox` and `pieces` with what is to be sent next; both stay empty when there is nothing, or when a batch is
     /// still out. Small payloads are gathered from `source` into the outbox. Headers and small payloads lie together in one piece,
-    /// up to each large payload.
+    /// up to each large payload. Large payloads of a batch are sent from one place: it ends before one that is not.
     ///
     /// # Errors
     /// That of `source`; the batch is of no use then, and neither is the connection.
@@ -200,6 +211,7 @@ impl Connection {
             return Ok(());
         }
         let (mut start, mut end) = (0, 0);
+        let mut origin_of_all = None;
         // A request adds at most two pieces: the outbox up to its header, and its payload.
         while pieces.len() + 2 <= pieces_max
             && let Some(&tag) = self.to_send.front()
@@ -212,18 +224,22 @@ impl Connection {
             let Some(place) = outbox[end..].get_mut(..REQUEST_BYTES + small_bytes) else { break };
             let (header, payload) = place.split_at_mut(REQUEST_BYTES);
             header.copy_from_slice(&request.encode());
+            let mut origin = None;
             if small_bytes > 0 {
                 source.gather(tag, payload)?;
-            } else if payload_bytes > 0 && !source.stage(tag, payload_bytes)? {
-                break;
+            } else if payload_bytes > 0 {
+                origin = source.stage(tag, payload_bytes)?;
+                if origin.is_none() || *origin_of_all.get_or_insert(origin) != origin {
+                    break;
+                }
             }
             self.to_send.pop_front();
             end += REQUEST_BYTES + small_bytes;
             record.stage = Stage::Sending;
             self.sending.push(tag);
-            if payload_bytes as usize > small_bytes {
+            if let Some(origin) = origin {
                 pieces.push(Piece::Outbox { start, len: end - start });
-                pieces.push(Piece::Payload { tag, len_bytes: payload_bytes });
+                pieces.push(Piece::Payload { tag, len_bytes: payload_bytes, origin });
                 start = end;
             }
         }
@@ -500,7 +516,7 @@ mod tests {
         };
         connection.take_batch(&mut outbox, &mut pieces, 16, gather).unwrap();
         let to_the_pages = 3 * REQUEST_BYTES + 512;
-        let pages = Piece::Payload { tag: 2, len_bytes: 513 };
+        let pages = Piece::Payload { tag: 2, len_bytes: 513, origin: Origin::Pages };
         let rest = Piece::Outbox { start: to_the_pages, len: REQUEST_BYTES + 100 };
         assert_eq!(pieces, [Piece::Outbox { start: 0, len: to_the_pages }, pages, rest]);
         assert_eq!(outbox[REQUEST_BYTES..][..512], [1; 512]);
@@ -516,6 +532,45 @@ mod tests {
         assert_eq!(pieces, [Piece::Outbox { start: 0, len: REQUEST_BYTES + 512 }]);
         connection.batch_sent();
         connection.take_batch(&mut outbox, &mut pieces, 16, |_: u16, _: &mut [u8]| Err("gone")).unwrap_err();
+    }
+
+    /// Payloads from 8 KiB on are sent from their pages, and others are staged.
+    struct BySize;
+
+    impl PayloadSource for BySize {
+        type Error = ();
+
+        fn gather(&mut self, _: u16, _: &mut [u8]) -> Result<(), ()> {
+            Ok(())
+        }
+
+        fn stage(&mut self, _: u16, len_bytes: u32) -> Result<Option<Origin>, ()> {
+            Ok(Some(if len_bytes >= 8192 { Origin::Pages } else { Origin::Staging }))
+        }
+    }
+
+    #[test]
+    fn payloads_of_a_batch_come_from_one_place_and_all_leave_in_their_order() {
+        let mut connection = Alone::new(8, 512);
+        for (tag, len_bytes) in [(0, 4096), (1, 512), (2, 4096), (3, 8192), (4, 100), (5, 8192), (6, 4096)] {
+            connection.submit(tag, operation(Command::Write, len_bytes));
+        }
+        let batches = std::iter::from_fn(|| {
+            let (mut outbox, mut pieces) = ([0u8; 4096], Vec::new());
+            connection.take_batch(&mut outbox, &mut pieces, 16, BySize).unwrap();
+            connection.batch_sent();
+            let payloads = pieces.iter().filter_map(|piece| match *piece {
+                Piece::Payload { tag, origin, .. } => Some((tag, origin)),
+                Piece::Outbox { .. } => None,
+            });
+            (!pieces.is_empty()).then(|| payloads.collect::<Vec<_>>())
+        });
+        let expected = [
+            vec![(0, Origin::Staging), (2, Origin::Staging)],
+            vec![(3, Origin::Pages), (5, Origin::Pages)],
+            vec![(6, Origin::Staging)],
+        ];
+        assert_eq!(batches.collect::<Vec<_>>(), expected);
     }
 
     #[test]
@@ -672,7 +727,7 @@ mod tests {
         let (pieces, cookies) = batch(&mut connection);
         let expected = [
             Piece::Outbox { start: 0, len: 3 * REQUEST_BYTES },
-            Piece::Payload { tag: 2, len_bytes: 8192 },
+            Piece::Payload { tag: 2, len_bytes: 8192, origin: Origin::Pages },
             Piece::Outbox { start: 3 * REQUEST_BYTES, len: REQUEST_BYTES },
         ];
         assert_eq!(pieces, expected);

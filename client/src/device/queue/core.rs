@@ -1,7 +1,7 @@
 //! The rules of a queue: which connection takes a request, when a connection is left, what is sent again, what a FLUSH covers.
 //!
 //! ```text
-//!   kernel's request ─► Connection::submit ─► take_batch ─► send outbox, and payloads as they were staged, at once
+//!   kernel's request ─► Connection::submit ─► take_batch ─► send outbox, and payloads that were staged, at once
 //!                                                      └──► send outbox ─link─► send payload (the request's pages)
 //!   inbox received    ─► header_received ─┬─► COMMIT
 //!                                         └─► receive payload (the request's pages) ─link─► inbox ─► COMMIT

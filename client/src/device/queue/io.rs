@@ -53,8 +53,6 @@ pub trait QueueIo {
 
     /// A connection's outbox, from which no send is out, and where payloads come from.
     fn outbox(&mut self, connection: u16) -> (&mut [u8], Self::Source<'_>);
-    /// Whether large payloads are staged for a connection, so that they need no operation to be sent.
-    fn stages(&self, connection: u16) -> bool;
     /// Sends at once of the outbox's bytes from `start` on what the socket takes: how many bytes. Errors: send's, `EAGAIN` when it
     /// took none.
     fn send_outbox_now(

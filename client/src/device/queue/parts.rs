@@ -137,8 +137,9 @@ pub struct QueueParts {
     pub reply_timeout: Duration,
     /// For so long after its last event the thread looks for the next without sleeping.
     pub busy_poll: Duration,
-    /// Whether large WRITEs are sent from the requests' own pages, by `Transfer::RecvSendFixed` only.
-    pub send_zc: bool,
+    /// WRITEs of at least so many bytes that are sent by themselves are sent from the requests' own pages, by
+    /// `Transfer::RecvSendFixed` only; `None`: none is.
+    pub send_zc_bytes_min: Option<u32>,
     /// After so many bytes under one key a connection that the kernel encrypts is made anew.
     pub key_bytes_max: u64,
     /// What has been acknowledged and not flushed, by all queues.

@@ -23,7 +23,7 @@ use rustix::net::SendFlags;
 use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
-use super::connection::PayloadSource;
+use super::connection::{Origin, PayloadSource};
 use super::io::{Pages, QueueIo};
 use super::payload::Payloads;
 use super::quiet::TICK;
@@ -128,8 +128,8 @@ struct Wire {
     inbox: Box<[u8]>,
     sends_out: usize,
     inbox_receives_out: usize,
-    /// Whether payloads are sent by reference.
-    sends_zc: bool,
+    /// From how many bytes on payloads are sent by reference; `None`: none is.
+    zc_bytes_min: Option<u32>,
     /// Whether any was, so that the socket may refer to pages of requests.
     may_refer: bool,
     /// Whether a notification has come.
@@ -137,7 +137,7 @@ struct Wire {
 }
 
 impl Wire {
-    fn new(socket: DataSocket, send_zc: bool) -> io::Result<Self> {
+    fn new(socket: DataSocket, zc_bytes_min: Option<u32>) -> io::Result<Self> {
         let mut wire = Self {
             socket,
             // Zeroed by the kernel when first touched: an idle connection has no memory here.
@@ -145,25 +145,38 @@ impl Wire {
             inbox: vec![0; BOX_BYTES].into_boxed_slice(),
             sends_out: 0,
             inbox_receives_out: 0,
-            sends_zc: false,
+            zc_bytes_min: None,
             may_refer: false,
             has_been_told: false,
         };
-        wire.prepare(send_zc)?;
+        wire.prepare(zc_bytes_min)?;
         Ok(wire)
     }
 
     /// The socket is a new one: sends by reference if that is wanted and it can.
-    fn prepare(&mut self, send_zc: bool) -> io::Result<()> {
+    fn prepare(&mut self, zc_bytes_min: Option<u32>) -> io::Result<()> {
         // For what is sent without the ring; the ring's own operations wait all the same.
         self.socket.set_nonblocking()?;
         (self.may_refer, self.has_been_told) = (false, false);
-        self.sends_zc = send_zc && self.socket.takes_references();
-        if self.sends_zc {
-            // If this process is killed, the next gets the requests only when no socket refers to their pages.
-            self.socket.drop_unsent_when_closed()?;
-        }
+        self.zc_bytes_min = zc_bytes_min.filter(|_| self.socket.takes_references());
         Ok(())
+    }
+
+    /// Before a payload of so many bytes is sent from the request's pages: whether by reference. The first that is changes how the socket
+    /// is closed: if this process is killed, the next gets the requests only when no socket refers to their pages.
+    fn begin_payload(&mut self, payload_bytes: u32) -> bool {
+        if !is_by_reference(payload_bytes, self.zc_bytes_min) {
+            return false;
+        }
+        if !self.may_refer
+            && let Err(error) = self.socket.drop_unsent_when_closed()
+        {
+            tracing::warn!(%error, "large writes are copied, because the socket would keep their pages after its end");
+            self.zc_bytes_min = None;
+            return false;
+        }
+        self.may_refer = true;
+        true
     }
 
     fn fd(&self) -> types::Fd {
@@ -176,11 +189,16 @@ impl Wire {
     }
 }
 
+/// Whether a payload is sent by reference where those from `bytes_min` on are; `None`: none is.
+fn is_by_reference(payload_bytes: u32, bytes_min: Option<u32>) -> bool {
+    bytes_min.is_some_and(|bytes_min| payload_bytes >= bytes_min)
+}
+
 /// Where the data of a connection's WRITEs comes from.
 pub struct Source<'a> {
     queue: &'a Queue,
     payloads: &'a mut Payloads,
-    sends_zc: bool,
+    zc_bytes_min: Option<u32>,
 }
 
 impl PayloadSource for Source<'_> {
@@ -190,10 +208,14 @@ impl PayloadSource for Source<'_> {
         self.payloads.gather(self.queue, tag, payload)
     }
 
-    fn stage(&mut self, tag: u16, len_bytes: u32) -> io::Result<bool> {
+    fn stage(&mut self, tag: u16, len_bytes: u32) -> io::Result<Option<Origin>> {
+        let is_by_reference = is_by_reference(len_bytes, self.zc_bytes_min);
         match self.payloads.staging_mut() {
-            Some(staging) if !self.sends_zc => staging.stage(self.queue, tag, len_bytes),
-            _ => Ok(true),
+            Some(staging) if !is_by_reference => {
+                let has_room = staging.stage(self.queue, tag, len_bytes)?;
+                Ok(has_room.then_some(Origin::Staging))
+            }
+            _ => Ok(Some(Origin::Pages)),
         }
     }
 }
@@ -206,14 +228,14 @@ pub struct QueueRing {
     payloads: Payloads,
     wires: Box<[Wire]>,
     operations_out: usize,
-    /// Whether payloads are to be sent by reference, where a socket can.
-    send_zc: bool,
+    /// From how many bytes on payloads are to be sent by reference, where a socket can; `None`: none is.
+    zc_bytes_min: Option<u32>,
     /// After so many bytes under one key a connection that the kernel encrypts needs another.
     key_bytes_max: u64,
 }
 
 impl QueueRing {
-    /// Makes the ring. Must be called on the thread that will use it (single issuer). With `send_zc` the transfer has to be
+    /// Makes the ring. Must be called on the thread that will use it (single issuer). With `zc_bytes_min` the transfer has to be
     /// [`Transfer::RecvSendFixed`].
     ///
     /// Errors: those of io_uring_setup and of registering the buffer table.
@@ -221,13 +243,13 @@ impl QueueRing {
         queue: Queue,
         payloads: Payloads,
         sockets: Vec<DataSocket>,
-        send_zc: bool,
+        zc_bytes_min: Option<u32>,
         key_bytes_max: u64,
     ) -> io::Result<Self> {
         let depth = u32::from(queue.queue_depth());
         let nr_connections = sockets.len() as u32;
         let wires =
-            sockets.into_iter().map(|socket| Wire::new(socket, send_zc)).collect::<io::Result<_>>()?;
+            sockets.into_iter().map(|socket| Wire::new(socket, zc_bytes_min)).collect::<io::Result<_>>()?;
         // In one pass a tag can bring a commit with the unregistration before it, or two sends, and a connection two
         // receives and a poll; and each is one completion, or two
         // where it is sent by reference. The 8 hold the command's poll and the tick.
@@ -240,7 +262,7 @@ impl QueueRing {
             payloads,
             wires,
             operations_out: 0,
-            send_zc,
+            zc_bytes_min,
             key_bytes_max,
         })
     }
@@ -277,7 +299,7 @@ impl QueueRing {
     /// the connection's first.
     pub fn notified(&mut self, connection: u16, was_copied: bool) -> bool {
         let wire = self.wire_mut(connection);
-        wire.sends_zc &= !was_copied;
+        wire.zc_bytes_min = wire.zc_bytes_min.filter(|_| !was_copied);
         !std::mem::replace(&mut wire.has_been_told, true)
     }
 
@@ -449,12 +471,8 @@ impl QueueIo for QueueRing {
     fn outbox(&mut self, connection: u16) -> (&mut [u8], Source<'_>) {
         let wire = &mut self.wires[usize::from(connection)];
         assert_eq!(wire.sends_out, 0, "the outbox is being sent");
-        let sends_zc = wire.sends_zc;
-        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads, sends_zc })
-    }
-
-    fn stages(&self, connection: u16) -> bool {
-        self.payloads.staging().is_some() && !self.wire(connection).sends_zc
+        let zc_bytes_min = wire.zc_bytes_min;
+        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads, zc_bytes_min })
     }
 
     fn send_outbox_now(
@@ -497,7 +515,8 @@ impl QueueIo for QueueRing {
     fn send_payload(&mut self, connection: u16, pages: Pages, has_more: bool) {
         let place = self.place(pages);
         let socket = self.wire(connection).fd();
-        let sqe = match self.wire(connection).sends_zc {
+        let payload_bytes = pages.rest.done_bytes() + pages.rest.rest_bytes();
+        let sqe = match self.wire_mut(connection).begin_payload(payload_bytes) {
             true => ring::send_zc_fixed(
                 socket,
                 place.buf_index,
@@ -508,7 +527,6 @@ impl QueueIo for QueueRing {
             false => self.transfer(connection).send(socket, place, send_flags(has_more)),
         };
         let wire = self.wire_mut(connection);
-        wire.may_refer |= wire.sends_zc;
         wire.sends_out += 1;
         self.push(Operation::SendPayload(connection, pages.tag), sqe, has_more);
     }
@@ -548,11 +566,11 @@ impl QueueIo for QueueRing {
     }
 
     fn replace_socket(&mut self, connection: u16, socket: DataSocket) -> io::Result<()> {
-        let send_zc = self.send_zc;
+        let zc_bytes_min = self.zc_bytes_min;
         let wire = self.wire_mut(connection);
         assert_eq!((wire.sends_out, wire.inbox_receives_out), (0, 0), "the connection is in use");
         std::mem::replace(&mut wire.socket, socket).abort();
-        wire.prepare(send_zc)
+        wire.prepare(zc_bytes_min)
     }
 }
 

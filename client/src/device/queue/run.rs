@@ -4,7 +4,7 @@
 //! also waits. No lock, no allocation, no log above `trace` while nothing goes wrong. What needs no page of a request is sent without
 //! the ring: it has left when the call returns, and the ring is entered only to wait.
 //!
-//! With SEND_ZC, large WRITEs are sent from their own pages by a path that would stage them; the pages are the kernel's to keep until
+//! With SEND_ZC, WRITEs from a size on are sent from their own pages by a path that would stage them; the pages are the kernel's to keep until
 //! the socket does not refer to them any more, whatever the queue does with the tag meanwhile.
 //!
 //! What moves a payload, and what has to be done before and after it, differs by data path (`payload.rs`); the thread is
@@ -56,7 +56,13 @@ impl<'a> QueueThread<'a> {
         let QueueParts { data_path, transfer, has_user_copy, max_io_bytes, unflushed, .. } = parts;
         let payloads = Payloads::new(data_path, transfer, has_user_copy, queue_depth, max_io_bytes)?;
         let nr_connections = parts.sockets.len() as u16;
-        let ring = QueueRing::new(parts.queue, payloads, parts.sockets, parts.send_zc, parts.key_bytes_max)?;
+        let ring = QueueRing::new(
+            parts.queue,
+            payloads,
+            parts.sockets,
+            parts.send_zc_bytes_min,
+            parts.key_bytes_max,
+        )?;
         let spec = QueueSpec {
             queue_id,
             queue_depth,

@@ -20,7 +20,7 @@ use std::ops::Range;
 
 use proto::nbd::transmission::SIMPLE_REPLY_BYTES;
 
-use super::connection::Piece;
+use super::connection::{Origin, Piece};
 
 /// The connection is of no use any more.
 #[derive(Debug, thiserror::Error)]
@@ -233,9 +233,9 @@ impl Outgoing {
         outcome
     }
 
-    /// Whether the batch has data of WRITEs in pieces of their own.
-    pub fn has_payloads(&self) -> bool {
-        self.pieces.iter().any(|piece| matches!(piece, Piece::Payload { .. }))
+    /// Whether data of WRITEs in it is sent from the requests' own pages.
+    pub fn has_pages(&self) -> bool {
+        self.pieces.iter().any(|piece| matches!(piece, Piece::Payload { origin: Origin::Pages, .. }))
     }
 
     /// The piece to go on with, what is left of it, and whether more follows; `None` when the batch is done.
@@ -325,7 +325,7 @@ mod tests {
     }
 
     fn write(tag: u16) -> [Piece; 2] {
-        [Piece::Outbox { start: 0, len: 28 }, Piece::Payload { tag, len_bytes: 4096 }]
+        [Piece::Outbox { start: 0, len: 28 }, Piece::Payload { tag, len_bytes: 4096, origin: Origin::Pages }]
     }
 
     /// Piece, bytes done and bytes left of everything that is to be sent yet.
@@ -382,7 +382,7 @@ mod tests {
     fn what_the_socket_takes_at_once_needs_no_operation() {
         let pieces = write(3);
         let mut outgoing = unpushed_batch(&pieces);
-        assert!(outgoing.has_payloads());
+        assert!(outgoing.has_pages());
         outgoing.sent(28).unwrap();
         let (piece, rest, has_more) = outgoing.next().unwrap();
         assert_eq!((piece, rest.done_bytes(), rest.rest_bytes(), has_more), (pieces[1], 0, 4096, false));

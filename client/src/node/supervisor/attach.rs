@@ -17,7 +17,7 @@ use super::wishes::{DATA_PATH_AUTO, Wishes};
 use super::{Supervisor, probe_data_paths, remove_device_and_link, remove_folder};
 use crate::api_channel;
 use crate::contract::{
-    AttachmentDir, CONTRACT_VERSION, CONTRACT_VERSION_TLS, DeviceSpec, ExportSpec, write_file,
+    AttachmentDir, CONTRACT_VERSION, CONTRACT_VERSION_TLS, DeviceSpec, ExportSpec, SendZcMode, write_file,
 };
 use crate::data_address::{self, Place};
 use crate::node::attachment_record::AttachmentRecord;
@@ -200,7 +200,8 @@ impl Supervisor {
             on_stall: wishes.on_stall,
             on_stall_is_told: false,
             busy_poll_us: wishes.busy_poll_us.unwrap_or(0),
-            send_zc: wishes.send_zc,
+            send_zc: wishes.send_zc_mode == SendZcMode::On,
+            send_zc_mode: Some(wishes.send_zc_mode),
             recover: None,
             tls: None,
         }

@@ -6,8 +6,8 @@ use proto::v1;
 use ublk_core::DataPath;
 use ublk_core::abi::UBLK_MAX_QUEUE_DEPTH;
 
-use crate::contract::{DeviceSpec, DeviceStatus, StallPolicy};
-use crate::node::attachment_record::stall_policy;
+use crate::contract::{DeviceSpec, DeviceStatus, SendZcMode, StallPolicy};
+use crate::node::attachment_record::{send_zc_mode, stall_policy};
 use crate::node::error::NodeError;
 
 /// Most connections of one attachment, and so most queues: a server that is asked for more by mistake should not have
@@ -28,7 +28,7 @@ pub(super) struct Wishes {
     pub(super) queue_depth: Option<u16>,
     pub(super) on_stall: StallPolicy,
     pub(super) busy_poll_us: Option<u16>,
-    pub(super) send_zc: bool,
+    pub(super) send_zc_mode: SendZcMode,
 }
 
 impl Wishes {
@@ -60,7 +60,7 @@ impl Wishes {
             queue_depth: limited("queue_depth", request.queue_depth, UBLK_MAX_QUEUE_DEPTH)?,
             on_stall: stall_policy(request.on_stall(), request.stall_fail_after_ms),
             busy_poll_us: limited("busy_poll_us", request.busy_poll_us, BUSY_POLL_US_MAX)?,
-            send_zc: request.send_zc,
+            send_zc_mode: send_zc_mode(request),
         })
     }
 
@@ -74,9 +74,10 @@ impl Wishes {
         if spec.read_only != self.read_only {
             differ("read_only", &spec.read_only, &self.read_only);
         }
-        // Not to ask for it leaves the choice.
-        if self.send_zc && !spec.send_zc {
-            differ("send_zc", &spec.send_zc, &self.send_zc);
+        // `auto` leaves the choice.
+        let is_sent_zc = spec.send_zc_mode();
+        if self.send_zc_mode != SendZcMode::Auto && self.send_zc_mode != is_sent_zc {
+            differ("send_zc", &is_sent_zc, &self.send_zc_mode);
         }
         if let Some(wished) = self.data_path.filter(|path| path.as_str() != in_use.data_path) {
             differ("data_path", &in_use.data_path, &wished);
@@ -158,7 +159,7 @@ mod tests {
         let differences = Wishes::of(&asked).unwrap().differences(&spec, &status);
         let expected = [
             "read_only false instead of true",
-            "send_zc false instead of true",
+            "send_zc off instead of on",
             "data_path mapped instead of fused",
             "nr_hw_queues 2 instead of 3",
             "nr_connections 2 instead of 6",
@@ -166,6 +167,34 @@ mod tests {
             "busy_poll_us 0 instead of 50",
         ];
         assert_eq!(differences, expected);
+    }
+
+    #[test]
+    fn whether_pages_are_sent_is_auto_unless_it_is_told_by_the_mode_or_the_flag() {
+        use v1::SendZcMode::{Auto, Off, On, Unspecified};
+        for (mode, send_zc, expected) in [
+            (Unspecified, false, SendZcMode::Auto),
+            (Unspecified, true, SendZcMode::On),
+            (Auto, true, SendZcMode::Auto),
+            (On, false, SendZcMode::On),
+            (Off, true, SendZcMode::Off),
+        ] {
+            let asked = v1::AttachRequest { send_zc, send_zc_mode: mode.into(), ..request() };
+            assert_eq!(Wishes::of(&asked).unwrap().send_zc_mode, expected, "{mode:?}, {send_zc}");
+        }
+    }
+
+    #[test]
+    fn what_is_attached_as_it_is_sent_is_attached_again_with_auto() {
+        let (spec, status) = attached();
+        for is in [SendZcMode::Auto, SendZcMode::On, SendZcMode::Off] {
+            let spec = DeviceSpec { send_zc_mode: Some(is), ..spec.clone() };
+            for wished in [SendZcMode::Auto, SendZcMode::On, SendZcMode::Off] {
+                let wishes = Wishes { send_zc_mode: wished, ..Wishes::of(&request()).unwrap() };
+                let is_fine = wished == SendZcMode::Auto || wished == is;
+                assert_eq!(wishes.differences(&spec, &status).is_empty(), is_fine, "{is} as {wished}");
+            }
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ use client::device::reconnect::{Condition, Output, Reconnect};
 use fastrand::Rng;
 
 pub(super) use bio::{Bio, Bios, EndedBio, Note, Surroundings};
-pub(super) use spec::Spec;
+pub(super) use spec::{Origins, Spec};
 
 use super::Mutant;
 use super::network::{Link, LinkId};
@@ -385,7 +385,7 @@ impl Client {
             rng: world.rng,
             coverage: world.coverage,
             room_bytes: world.room_bytes,
-            stages: self.spec.stages,
+            origins: self.spec.origins,
             cookies: forgets_sequence.then(|| tags.map(|tag| queue.core.cookie(tag)).collect()),
             covers_too_much: covers_too_much.then(|| (&*self.unflushed, vec![0; nr_queues])),
             has_sent: false,

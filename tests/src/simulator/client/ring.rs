@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::time::Duration;
 
-use client::device::queue::connection::PayloadSource;
+use client::device::queue::connection::{Origin, PayloadSource};
 use client::device::queue::core::QueueCore;
 use client::device::queue::io::{Pages, QueueIo};
 use client::device::queue::stream::Stretch;
@@ -15,6 +15,7 @@ use fastrand::Rng;
 use proto::nbd::transmission::{Command, SIMPLE_REPLY_BYTES};
 
 use super::bio::{Bio, EndedBio};
+use super::spec::Origins;
 use crate::simulator::coverage::Coverage;
 use crate::simulator::network::{End, Link, LinkId};
 
@@ -75,6 +76,7 @@ pub(super) struct Wire {
 
 pub(super) struct BioSource<'a> {
     bios: &'a [Option<Bio>],
+    origins: Origins,
 }
 
 impl PayloadSource for BioSource<'_> {
@@ -86,8 +88,8 @@ impl PayloadSource for BioSource<'_> {
         Ok(())
     }
 
-    fn stage(&mut self, _: u16, _: u32) -> Result<bool, Self::Error> {
-        Ok(true)
+    fn stage(&mut self, tag: u16, _: u32) -> Result<Option<Origin>, Self::Error> {
+        Ok(Some(self.origins.of(tag)))
     }
 }
 
@@ -103,7 +105,7 @@ pub(super) struct Io<'a> {
     pub(super) rng: &'a mut Rng,
     pub(super) coverage: &'a mut Coverage,
     pub(super) room_bytes: usize,
-    pub(super) stages: bool,
+    pub(super) origins: Origins,
     /// By tag: what the header of a reply is made to carry, for [`Mutant::TagOnlyCookie`].
     pub(super) cookies: Option<Vec<u64>>,
     /// The counters of the device, and of a FLUSH, for [`Mutant::FlushCoversTooMuch`].
@@ -182,11 +184,8 @@ impl QueueIo for Io<'_> {
     }
 
     fn outbox(&mut self, connection: u16) -> (&mut [u8], Self::Source<'_>) {
-        (&mut self.wires[usize::from(connection)].outbox, BioSource { bios: self.bios })
-    }
-
-    fn stages(&self, _: u16) -> bool {
-        self.stages
+        let source = BioSource { bios: self.bios, origins: self.origins };
+        (&mut self.wires[usize::from(connection)].outbox, source)
     }
 
     fn send_outbox_now(&mut self, connection: u16, start: usize, rest: Stretch, _: bool) -> io::Result<u32> {

@@ -1,10 +1,30 @@
 //! How a device is made, for all of its processes, in the simulator's words and in the product's.
 
 use client::contract::{DeviceSpec, Encryption, ExportSpec, SessionRecord, StallPolicy};
+use client::device::queue::connection::Origin;
 use proto::export_name::Secret;
 use uuid::Uuid;
 
 use crate::block_history::BLOCK_BYTES;
+
+/// Where WRITEs' data is sent from: its pages, by operations that are linked, or copies, at once.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::simulator) enum Origins {
+    /// All from there.
+    One(Origin),
+    /// Some from here and some from there, as where the size decides.
+    Both,
+}
+
+impl Origins {
+    pub(super) fn of(self, tag: u16) -> Origin {
+        match self {
+            Self::One(origin) => origin,
+            Self::Both if tag.is_multiple_of(2) => Origin::Pages,
+            Self::Both => Origin::Staging,
+        }
+    }
+}
 
 /// How the connections are made, for all processes of a device.
 #[derive(Debug, Clone)]
@@ -19,8 +39,8 @@ pub(in crate::simulator) struct Spec {
     pub(in crate::simulator) nr_connections: u16,
     pub(in crate::simulator) queue_depth: u16,
     pub(in crate::simulator) small_bytes_max: u32,
-    /// WRITEs' data is sent from its pages by operations that are linked, or from copies at once.
-    pub(in crate::simulator) stages: bool,
+    /// Where WRITEs' data is sent from.
+    pub(in crate::simulator) origins: Origins,
     pub(in crate::simulator) is_volatile_cache: bool,
     pub(in crate::simulator) policy: StallPolicy,
 }
@@ -56,6 +76,7 @@ impl Spec {
             on_stall_is_told: false,
             busy_poll_us: 0,
             send_zc: false,
+            send_zc_mode: None,
             recover: None,
             tls: None,
         }

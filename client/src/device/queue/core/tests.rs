@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use proto::nbd::transmission::{NbdError, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply};
 
 use super::*;
-use crate::device::queue::connection::PayloadSource;
+use crate::device::queue::connection::{Origin, PayloadSource};
 use crate::device::queue::io::Pages;
 use crate::device::queue::stream::Stretch;
 
@@ -46,8 +46,8 @@ impl PayloadSource for NoPayload {
         Ok(())
     }
 
-    fn stage(&mut self, _: u16, _: u32) -> io::Result<bool> {
-        Ok(true)
+    fn stage(&mut self, _: u16, _: u32) -> io::Result<Option<Origin>> {
+        Ok(Some(Origin::Staging))
     }
 }
 
@@ -107,10 +107,6 @@ impl QueueIo for FakeIo {
 
     fn outbox(&mut self, connection: u16) -> (&mut [u8], NoPayload) {
         (&mut self.wires[usize::from(connection)].outbox, NoPayload)
-    }
-
-    fn stages(&self, _: u16) -> bool {
-        true
     }
 
     fn send_outbox_now(&mut self, connection: u16, start: usize, rest: Stretch, _: bool) -> io::Result<u32> {

@@ -60,7 +60,7 @@ impl QueueCore {
                     return;
                 }
             }
-            if lane.outgoing.has_payloads() && !io.stages(connection) {
+            if lane.outgoing.has_pages() {
                 return self.push_batch(io, connection);
             }
             if let Err(error) = self.send_now(io, connection) {
