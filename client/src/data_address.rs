@@ -2,7 +2,7 @@
 //!
 //! Owns: the three forms (`host:port`, `[ADDRESS%ZONE]:port` and `unix:/path`), and what each stands for on this machine. A zone
 //! is looked up each time: the number of an interface is another after a reboot, and one that is plugged in comes late.
-//! Never: connects. Called by `device/connect/dial.rs` (each dial), `node/supervisor.rs` and `api_channel.rs`.
+//! Never: connects. Called by `device/connect/dial.rs` (each dial), `node/supervisor/attach.rs` and `api_channel.rs`.
 //! Source: RFC 4007, section 11 (zones), RFC 6874 (zones in URIs).
 
 use std::io;

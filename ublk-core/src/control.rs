@@ -35,9 +35,7 @@ const RECOVERY_RETRY_INTERVAL: Duration = Duration::from_millis(5);
 /// `ENOTSUPP`: inside the kernel only, but older ublk drivers let it out for commands they do not know.
 const ENOTSUPP: i32 = 524;
 
-/// How long the driver may take for a command that only reads or writes its own state.
-pub const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
-/// How long it may take to stop a device.
+/// How long the driver may take to stop a device, and to delete one.
 pub const STOP_DEADLINE: Duration = Duration::from_secs(120);
 
 /// How long commands may take before they are given up.
@@ -53,7 +51,7 @@ pub struct Deadlines {
 
 impl Default for Deadlines {
     fn default() -> Self {
-        Self { command: COMMAND_DEADLINE, start: Duration::from_secs(60), stop: STOP_DEADLINE }
+        Self { command: Duration::from_secs(10), start: Duration::from_secs(60), stop: STOP_DEADLINE }
     }
 }
 

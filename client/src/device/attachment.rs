@@ -42,8 +42,8 @@ use super::ladder::{Chosen, Ladder, LadderError};
 use super::liveness::Probes;
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
-use super::queue::connection::Resend;
 use super::queue::parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts};
+use super::queue::requests::Resend;
 use super::queue::run;
 use super::queue::unflushed::Unflushed;
 use super::reconnect::{Condition, Output, Reconnect};
@@ -57,7 +57,7 @@ use crate::safe_stop::{self, Outcome};
 
 /// How long the queue threads may take to be ready for START_DEV.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the queues may take to flush and end after the device stopped; above `queue_loop`'s own bounds.
+/// How long the queues may take to flush and end after the device stopped; above the bounds of `queue/run.rs`.
 const QUEUES_END_TIMEOUT: Duration = Duration::from_secs(60);
 /// A server that is lost while the device is being made may come back for so long; then there is no device.
 const START_STALL_MS: u64 = 10_000;

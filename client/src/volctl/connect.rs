@@ -22,7 +22,7 @@ use crate::failure::Failure;
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// Longer than the longest call of the node daemon (a detach: stopping the device, then the server).
-const CALL_DEADLINE: Duration = Duration::from_secs(300);
+const CALL_DEADLINE: Duration = Duration::from_secs(420);
 const _: () = assert!(FORCE_DETACH_MAX.as_secs() < CALL_DEADLINE.as_secs());
 
 /// Where the storage server's management API is, and with which files TLS is spoken to it.

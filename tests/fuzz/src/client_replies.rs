@@ -4,8 +4,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use client::device::queue::block_request::BlockRequest;
-use client::device::queue::connection::{Connection, Follows, Resend, Says};
-use client::device::queue::requests::{Completion, Requests};
+use client::device::queue::connection::{Connection, Follows, Says};
+use client::device::queue::requests::{Completion, Requests, Resend};
 use client::device::queue::stream::Incoming;
 use proto::nbd::transmission::{
     Command, CommandFlags, NbdError, REQUEST_BYTES, SIMPLE_REPLY_BYTES, SimpleReply,

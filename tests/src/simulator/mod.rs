@@ -1,10 +1,10 @@
 //! The simulator: the product's own state machines, on both sides of a connection, with a network, a disk and a clock that
 //! exist only here. One seed is one simulation, always the same.
 //!
-//! What is the product's: on the client `Connection`, `Incoming` and `Outgoing`, `Reconnect`, `Unflushed`, `Balance` and the
-//! handshake; on the server `Session`, the gate's `Core`, `RequestProgress`, `SyncGroups` and the handshake. What stands for the code between
-//! them (rings, threads, the catalog) is in `client.rs`, `server.rs` and `gate.rs`; `network.rs` and `disk.rs` are what they stand on, `world.rs`
-//! chooses what happens. Users' reads, and the disk after a last power cut, are checked by `block_history.rs`.
+//! What is the product's: on the client the rules of a queue (`QueueCore`), `Redial`, `Reconnect`, `Unflushed` and the handshake; on the
+//! server `Session`, the gate's `Core` with its fences, `RequestProgress`, `SyncGroups` and the handshake. What stands for the code between
+//! them (rings, threads) is in `client/` and in `server.rs`, `gate.rs` and `storage.rs`; `network.rs` and `disk.rs` are what they stand
+//! on, `world.rs` chooses what happens. Users' reads, and the disk after a last power cut, are checked by `block_history.rs`.
 //!
 //! [`Coverage`] counts which situations came up, [`Mutant`] breaks the rules one by one: see `tests/host/simulator.rs`.
 

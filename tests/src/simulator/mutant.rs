@@ -21,7 +21,7 @@ pub enum Mutant {
     IncarnationIgnored,
     /// Requests are sent again before every operation on the lost connection is reaped.
     NoReaping,
-    /// The main thread hears of a loss before acknowledged requests were counted.
+    /// The main thread's look at what was acknowledged and not flushed is late.
     CountedLate,
     /// A FLUSH is taken to cover all that was acknowledged when it ended.
     FlushCoversTooMuch,

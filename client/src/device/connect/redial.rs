@@ -79,20 +79,24 @@ pub struct Redial<S> {
     pause: Duration,
     /// The next attempt has to wait.
     rests: bool,
+    /// An attempt has failed: each pause after it is longer.
+    has_failed: bool,
 }
 
 impl<S> Redial<S> {
     /// For these slots; after a pause, if the server has been reached so many times in vain.
     pub fn new(slots: Vec<u32>, times_in_vain: u32) -> Self {
         let pause = (0..times_in_vain).fold(PAUSE_MIN, |pause, _| grown(pause));
-        Self { slots, opened: Vec::new(), pause, rests: times_in_vain > 0 }
+        Self { slots, opened: Vec::new(), pause, rests: times_in_vain > 0, has_failed: false }
     }
 
     /// What is to be done next; `chance` is in `0.0..1.0`.
     pub fn next(&mut self, chance: f64) -> Next {
         if std::mem::take(&mut self.rests) {
             let pause = self.pause;
-            self.pause = grown(pause);
+            if self.has_failed {
+                self.pause = grown(pause);
+            }
             return Next::Rest(pause.mul_f64(chance.mul_add(0.5, 0.5)));
         }
         Next::Dial(self.slots[self.opened.len()])
@@ -131,7 +135,7 @@ impl<S> Redial<S> {
 
     fn failed(&mut self, reason: String) -> Attempt<S> {
         self.opened.clear();
-        self.rests = true;
+        (self.rests, self.has_failed) = (true, true);
         Attempt::Failed(reason)
     }
 }

@@ -1,6 +1,6 @@
 //! What a block request asks of the server: the translation from ublk's words to NBD's, and of how it went.
 //!
-//! Pure functions, called by `run.rs` for each request. Sources: `ublk_cmd.h`, Linux 7.3; NBD `doc/proto.md`.
+//! Pure functions, called by `run.rs` and `core.rs` for each request. Sources: `ublk_cmd.h`, Linux 7.3; NBD `doc/proto.md`.
 
 use proto::nbd::transmission::{Command, CommandFlags};
 use ublk_core::{IoDesc, IoOp};

@@ -19,7 +19,7 @@ use proto::nbd::transmission::{
 };
 
 use super::block_request::BlockRequest;
-use super::requests::{Answer, Requests, Stage};
+use super::requests::{Answer, Requests, Resend, Stage};
 
 /// With more than this in flight a server of ours may well have stopped reading: it has room for 128 requests of a connection, and for
 /// 16 MiB of its data, unless others want that, too. Being wrong costs a connection and no request: all are sent again.
@@ -129,18 +129,6 @@ pub enum Says {
     Served,
     /// The server is shutting down.
     Leaving,
-}
-
-/// What becomes of requests that were in flight on a connection that is lost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Resend {
-    /// All are sent again: the server promises that none of the lost connection lands after the next one is open.
-    Everything,
-    /// What changes nothing is; a server that promises nothing may carry out the rest later, or twice. A FLUSH is not, sent
-    /// or not: what it is to cover may be gone.
-    ReadsOnly,
-    /// Nothing: the server broke the protocol, and would again.
-    Nothing,
 }
 
 /// The transmission phase of one connection.

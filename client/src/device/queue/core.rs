@@ -35,11 +35,11 @@ use ublk_core::{TagError, TagTable};
 
 use super::balance::Balance;
 use super::block_request::{self, BlockRequest};
-use super::connection::{Connection, Follows, Resend, Says};
+use super::connection::{Connection, Follows, Says};
 use super::io::QueueIo;
 use super::link::{LinkEvent, Loss, Lost, QueueLink};
 use super::quiet::{self, Patience, Quiet, TICK};
-use super::requests::{Completion, Requests};
+use super::requests::{Completion, Requests, Resend};
 use super::stream::{Incoming, Outgoing};
 use super::unflushed::Unflushed;
 use crate::device::connect::dial::NETWORK_TIMEOUT;
@@ -277,7 +277,7 @@ impl QueueCore {
         }
         let left = self.lane(connection).incoming.compact();
         io.compact_inbox(connection, left);
-        self.leave_a_server_that_ends(io, connection);
+        self.leave_a_server_that_ends(io);
     }
 
     /// A reply's header is in the inbox; its payload may be, too, or a part of it.
@@ -293,7 +293,7 @@ impl QueueCore {
         match says {
             Says::Pong => {}
             Says::Served => self.link.served(),
-            Says::Leaving => self.link.leave(),
+            Says::Leaving => self.link.leave(connection),
         }
         let Follows::Payload { tag, len_bytes } = follows else { return Ok(()) };
         let (here, is_all) = lane.incoming.take_payload(tag, len_bytes);
@@ -315,7 +315,7 @@ impl QueueCore {
             Ok(true) => {
                 lane.connection.payload_received(&mut self.requests, tag);
                 self.held_read_bytes += self.requests.of(tag).request.length_bytes;
-                self.leave_a_server_that_ends(io, connection);
+                self.leave_a_server_that_ends(io);
             }
             Ok(false) => {}
             Err(error) => self.fail(io, connection, Loss::Socket { what: "payload", error }),
@@ -333,7 +333,7 @@ impl QueueCore {
             Ok(true) if is_up => {
                 lane.connection.batch_sent(&mut self.requests);
                 // Its replies may have come before.
-                self.leave_a_server_that_ends(io, connection);
+                self.leave_a_server_that_ends(io);
             }
             Ok(_) => {}
             Err(error) => self.fail(io, connection, Loss::Socket { what: "send", error }),
@@ -380,8 +380,10 @@ impl QueueCore {
 
     /// The server may have said that it is shutting down. The replies that it still owes are waited for, on all connections: they are lost
     /// together.
-    fn leave_a_server_that_ends<Io: QueueIo>(&mut self, io: &mut Io, connection: u16) {
-        if self.link.is_leaving() && !self.requests.are_owed_replies() {
+    fn leave_a_server_that_ends<Io: QueueIo>(&mut self, io: &mut Io) {
+        if let Some(connection) = self.link.leaving()
+            && !self.requests.are_owed_replies()
+        {
             self.fail(io, connection, Loss::Leaving);
         }
     }
@@ -416,9 +418,6 @@ impl QueueCore {
     fn reaped<Io: QueueIo>(&mut self, io: &mut Io, now: Instant) {
         let is_owed = self.requests.are_owed_replies();
         let Some(reaped) = self.link.reaped(now, is_owed) else { return };
-        if self.resend == Resend::ReadsOnly {
-            self.unflushed.connection_lost();
-        }
         for (connection, lane) in (0..).zip(&mut self.lanes) {
             let resend = match connection == reaped.connection {
                 true => reaped.loss.resend(self.resend),
@@ -432,12 +431,15 @@ impl QueueCore {
             lane.outgoing.abandon();
             io.drop_references(connection);
         }
-        // Counted before the main thread hears of the loss: it may look at once whether anything was unflushed.
+        // Counted before anybody asks whether something was unflushed: here, and the main thread, which hears of the loss.
         self.commit_completed(io);
-        self.is_told_silent = false;
         if self.is_closed {
             return;
         }
+        if self.resend == Resend::ReadsOnly {
+            self.unflushed.connection_lost();
+        }
+        self.is_told_silent = false;
         let oldest = self.requests.oldest_ticks().map(|ticks| TICK * ticks);
         let (connection, loss, served_nothing) = (reaped.connection, reaped.loss, reaped.served_nothing);
         self.events.push_back(LinkEvent::Disconnected(Lost { connection, loss, served_nothing, oldest }));
@@ -471,7 +473,8 @@ impl QueueCore {
         io.renew_staging();
         for (connection, socket) in (0..).zip(sockets) {
             io.replace_socket(connection, socket)?;
-            self.lane(connection).quiet.connected();
+            let lane = self.lane(connection);
+            lane.quiet.connected(&lane.connection);
         }
         self.link = QueueLink::up(now, self.awaits_replies());
         Ok(())
@@ -505,11 +508,8 @@ impl QueueCore {
         has_payload && self.held_read_bytes < HELD_READ_BYTES_MAX && self.is_up()
     }
 
-    /// Gives ended requests back to the block layer; none while a late byte may still reach a page.
+    /// Gives ended requests back to the block layer: no operation on their pages is out.
     fn commit_completed<Io: QueueIo>(&mut self, io: &mut Io) {
-        if self.link.is_failing() {
-            return;
-        }
         while let Some(Completion { tag, result }) = self.requests.take_completion() {
             if tag == self.flush_tag() {
                 self.final_flush = Some(result);

@@ -31,7 +31,7 @@ pub trait QueueIo {
     fn needs_registration(&self, tag: u16) -> bool;
     /// Puts the tag's pages into the buffer table.
     fn register(&mut self, tag: u16);
-    /// Undoes that, before a commit that is asked for next.
+    /// Undoes that, before a commit that is asked for next: the ring starts what is pushed in order, and the driver does this at once.
     fn unregister(&mut self, tag: u16);
     /// The tag's request has ended, by a reply or without one.
     fn release(&mut self, tag: u16, has_reply: bool);

@@ -8,8 +8,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::connection::{PeerError, Resend};
+use super::connection::PeerError;
 use super::quiet::QueueSilence;
+use super::requests::Resend;
 use super::stream::StreamError;
 
 /// A server that refuses all it is asked for so soon after it was reached was not back.
@@ -69,8 +70,8 @@ pub struct Up {
     since: Instant,
     /// Requests stood waiting when they came.
     was_awaited: bool,
-    /// The server is shutting down: nothing is sent any more, and what was sent is waited for.
-    is_leaving: bool,
+    /// On this connection the server said that it is shutting down: nothing is sent any more, and what was sent is waited for.
+    leaving: Option<u16>,
     /// A reply has come that did not say so.
     has_served: bool,
 }
@@ -136,7 +137,7 @@ pub struct Reaped {
 impl QueueLink {
     /// They are there from `since` on; `was_awaited`: requests stood waiting for them.
     pub fn up(since: Instant, was_awaited: bool) -> Self {
-        Self::Up(Up { since, was_awaited, is_leaving: false, has_served: false })
+        Self::Up(Up { since, was_awaited, leaving: None, has_served: false })
     }
 
     /// Whether they are there.
@@ -151,12 +152,15 @@ impl QueueLink {
 
     /// Whether requests may be sent: they are there, and the server is not shutting down.
     pub fn takes_requests(&self) -> bool {
-        matches!(self, Self::Up(up) if !up.is_leaving)
+        matches!(self, Self::Up(up) if up.leaving.is_none())
     }
 
-    /// Whether the server is shutting down and is still there.
-    pub fn is_leaving(&self) -> bool {
-        matches!(self, Self::Up(up) if up.is_leaving)
+    /// The connection on which a server that is still there has said that it is shutting down.
+    pub fn leaving(&self) -> Option<u16> {
+        match self {
+            Self::Up(up) => up.leaving,
+            Self::Failing { .. } | Self::Down { .. } => None,
+        }
     }
 
     /// Whether requests end with EIO until there are connections again.
@@ -171,10 +175,10 @@ impl QueueLink {
         }
     }
 
-    /// The server has said that it is shutting down.
-    pub fn leave(&mut self) {
+    /// The server has said on this connection that it is shutting down.
+    pub fn leave(&mut self, connection: u16) {
         if let Self::Up(up) = self {
-            up.is_leaving = true;
+            up.leaving.get_or_insert(connection);
         }
     }
 
@@ -201,7 +205,7 @@ impl QueueLink {
         else {
             return None;
         };
-        let is_refusal = was.is_leaving && now.saturating_duration_since(was.since) < JUST_OPENED;
+        let is_refusal = was.leaving.is_some() && now.saturating_duration_since(was.since) < JUST_OPENED;
         let served_nothing = !was.has_served && (is_refusal || (is_owed && was.was_awaited));
         Some(Reaped { connection, loss, served_nothing, gives_up })
     }
@@ -224,13 +228,17 @@ mod tests {
         reaped
     }
 
+    fn leave(link: &mut QueueLink) {
+        link.leave(0);
+    }
+
     #[test]
     fn a_server_that_refuses_from_the_start_was_not_back() {
-        assert!(lost(QueueLink::leave, 9, false, false).served_nothing);
-        assert!(!lost(QueueLink::leave, 10, false, false).served_nothing, "it may shut down later");
+        assert!(lost(leave, 9, false, false).served_nothing);
+        assert!(!lost(leave, 10, false, false).served_nothing, "it may shut down later");
         let served = |link: &mut QueueLink| {
             link.served();
-            link.leave();
+            leave(link);
         };
         assert!(!lost(served, 1, true, true).served_nothing);
     }
@@ -255,8 +263,10 @@ mod tests {
         assert!(link.gives_up());
         link = QueueLink::up(Instant::now(), true);
         assert!(!link.gives_up() && link.takes_requests());
-        link.leave();
-        assert!(!link.takes_requests() && link.is_leaving() && link.is_up());
+        link.leave(1);
+        link.leave(0);
+        assert!(!link.takes_requests() && link.is_up());
+        assert_eq!(link.leaving(), Some(1), "where it was said first");
     }
 
     #[test]

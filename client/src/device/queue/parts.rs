@@ -12,9 +12,9 @@ use std::time::Duration;
 use rustix::event::EventfdFlags;
 use ublk_core::{DataPath, Queue, Transfer};
 
-use super::connection::Resend;
 use super::link::Lost;
 use super::quiet::QueueSilence;
+use super::requests::Resend;
 use super::unflushed::Unflushed;
 use crate::device::connect::data_socket::DataSocket;
 

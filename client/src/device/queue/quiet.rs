@@ -71,9 +71,11 @@ impl Quiet {
         self.payloads = self.payloads.wrapping_add(1);
     }
 
-    /// There is a new connection.
-    pub fn connected(&mut self) {
+    /// There is a new connection: what came on the one before says nothing of it.
+    pub fn connected(&mut self, connection: &Connection) {
         (self.silent_ticks, self.unheard_ticks, self.unanswered_ticks) = (0, 0, 0);
+        (self.receives_at_tick, self.payloads_at_tick) = (self.receives, self.payloads);
+        self.replies_at_tick = connection.replies();
     }
 
     /// A tick has passed while the connection was there: counts what did not come in it, and pings.
@@ -239,7 +241,7 @@ mod tests {
         assert_eq!(lane.ticks(1), None);
         lane.ticks(15);
         assert!(lane.quiet.is_quiet() && lane.quiet.silent_ticks() == 15);
-        lane.quiet.connected();
+        lane.quiet.connected(&lane.connection);
         assert!(!lane.quiet.is_quiet() && lane.quiet.silent_ticks() == 0);
     }
 }

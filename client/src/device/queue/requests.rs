@@ -17,7 +17,6 @@ use std::collections::VecDeque;
 use proto::nbd::transmission::{Command, CommandFlags, Request};
 
 use super::block_request::BlockRequest;
-use super::connection::Resend;
 
 /// Bits of a cookie that hold the tag; the sequence number is above them.
 pub const COOKIE_TAG_BITS: u32 = 16;
@@ -55,6 +54,18 @@ pub struct Completion {
     pub tag: u16,
     /// How it went.
     pub result: Result<(), i32>,
+}
+
+/// What becomes of requests that were in flight on a connection that is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resend {
+    /// All are sent again: the server promises that none of the lost connection lands after the next one is open.
+    Everything,
+    /// What changes nothing is; a server that promises nothing may carry out the rest later, or twice. A FLUSH is not, sent
+    /// or not: what it is to cover may be gone.
+    ReadsOnly,
+    /// Nothing: the server broke the protocol, and would again.
+    Nothing,
 }
 
 /// One request.

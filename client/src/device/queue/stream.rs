@@ -12,7 +12,7 @@
 //! stopped. So there is one rule for every way of moving bytes: count what was moved, and when nothing is out any more,
 //! ask for the rest.
 //!
-//! Pure state, without I/O; called by `run.rs`, which tells completions in the order of the stream. Nothing here
+//! Pure state, without I/O; called by `core.rs`, which tells completions in the order of the stream. Nothing here
 //! allocates after construction.
 
 use std::io;

@@ -2,7 +2,7 @@
 //!
 //! The writes that a server which lost power has forgotten are among these. Each queue counts the writes acknowledged to it;
 //! a FLUSH covers what every queue had counted when it was begun, because the block layer begins it after those writes
-//! completed. Called by `run.rs` before a completion is committed, and by `reconnect.rs`, which has to know whether anything
+//! completed. Called by `core.rs` before a completion is committed, and by `reconnect.rs`, which has to know whether anything
 //! was there to forget. Nothing here allocates after construction; a queue writes its own counter only.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | the device process takes its device away | [`device_process::FORCE_DEADLINE`] |
 //! | it ends, or is killed | [`device_process::EXIT_DEADLINE`] |
-//! | what it left is removed: the driver stops the device, and deletes it | [`STOP_DEADLINE`], [`COMMAND_DEADLINE`] |
+//! | what it left is removed: the driver stops the device, and deletes it | twice [`STOP_DEADLINE`] |
 //! | the server says who it is, and is told | twice [`management_client::CALL_DEADLINE`] |
 //!
 //! In sum [`FORCE_DETACH_MAX`].
@@ -12,9 +12,8 @@
 use std::time::Duration;
 
 use proto::v1;
-use tokio::time::timeout;
 use tonic::Code;
-use ublk_core::control::{COMMAND_DEADLINE, STOP_DEADLINE};
+use ublk_core::control::STOP_DEADLINE;
 
 use super::{Supervisor, remove_device_and_link, remove_folder};
 use crate::contract::{ControlCommand, ControlResponse, DeviceState, ExportSpec, now_ms, write_file};
@@ -24,12 +23,10 @@ use crate::node::error::NodeError;
 use crate::node::management_client;
 use crate::node::target::{DetachSelector, Target};
 
-/// A detach by force takes no longer, whatever the server, the network and the disk's users do; what it could not do then is an error,
-/// and the next one goes on with it.
+/// What the steps of a detach by force may take in all, whatever the server, the network and the disk's users do.
 pub const FORCE_DETACH_MAX: Duration = device_process::FORCE_DEADLINE
     .saturating_add(device_process::EXIT_DEADLINE)
-    .saturating_add(STOP_DEADLINE)
-    .saturating_add(COMMAND_DEADLINE)
+    .saturating_add(STOP_DEADLINE.saturating_mul(2))
     .saturating_add(management_client::CALL_DEADLINE.saturating_mul(2));
 
 impl Supervisor {
@@ -49,16 +46,7 @@ impl Supervisor {
         // Another call may have ended it meanwhile.
         match (self.find(&selector)?, named_target) {
             (Some(record), _) => {
-                let taken_away = self.take_away(&record, request.force);
-                if request.force {
-                    let too_long = |_| NodeError::StopFailed {
-                        target: record.spec.target.clone(),
-                        why: format!("it took more than {} s; detach again", FORCE_DETACH_MAX.as_secs()),
-                    };
-                    timeout(FORCE_DETACH_MAX, taken_away).await.map_err(too_long)??;
-                } else {
-                    taken_away.await?;
-                }
+                self.take_away(&record, request.force).await?;
                 tracing::info!(target = record.spec.target, "detached");
                 Ok(true)
             }

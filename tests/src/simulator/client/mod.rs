@@ -19,11 +19,11 @@ use client::contract::{DeviceSpec, SessionRecord, StallPolicy};
 use client::device::connect::redial::Attempt;
 use client::device::liveness::Probes;
 use client::device::queue::block_request::BlockRequest;
-use client::device::queue::connection::Resend;
 use client::device::queue::core::{QueueCore, QueueSpec};
 use client::device::queue::io::Pages;
 use client::device::queue::link::{LinkEvent, Loss, Lost};
 use client::device::queue::quiet::{QueueSilence, TICK};
+use client::device::queue::requests::Resend;
 use client::device::queue::unflushed::Unflushed;
 use client::device::reconnect::{Condition, Output, Reconnect};
 use fastrand::Rng;
@@ -375,7 +375,8 @@ impl Client {
             (self.is(Mutant::TagOnlyCookie), self.is(Mutant::FlushCoversTooMuch));
         let nr_queues = usize::from(self.spec.nr_queues);
         let queue = &mut self.queues[usize::from(queue_id)];
-        let tags = 0..self.spec.queue_depth;
+        // The queue's own FLUSH and the connections' pings included.
+        let tags = 0..self.spec.queue_depth + 1 + queue.wires.len() as u16;
         let mut io = Io {
             wires: &mut queue.wires,
             forgotten: &mut queue.forgotten,

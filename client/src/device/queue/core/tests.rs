@@ -35,6 +35,8 @@ struct FakeIo {
     by_hand: bool,
     registered: HashSet<u16>,
     unacknowledged: Option<Duration>,
+    /// Requests whose memory is free, or, without a reply, may still be read by a socket.
+    released: Vec<(u16, bool)>,
 }
 
 struct NoPayload;
@@ -74,7 +76,9 @@ impl QueueIo for FakeIo {
         assert!(self.registered.remove(&tag));
     }
 
-    fn release(&mut self, _: u16, _: bool) {}
+    fn release(&mut self, tag: u16, has_reply: bool) {
+        self.released.push((tag, has_reply));
+    }
 
     fn copy_to_request(&mut self, _: u16, _: u32) -> io::Result<()> {
         Ok(())
@@ -416,4 +420,35 @@ fn who_breaks_the_protocol_gets_nothing_of_that_connection_twice() {
     assert!(matches!(world.lost().loss, Loss::Protocol(_)));
     world.connect();
     assert_eq!(world.io.wires[0].sent.len(), 2, "the other connection's is sent again");
+}
+
+#[test]
+fn memory_is_free_again_only_where_the_server_has_replied() {
+    let mut world = World::new(1, Resend::ReadsOnly, false);
+    world.request(0, Command::Write);
+    world.reply(0, world.cookie(0), NbdError::Eio as u32);
+    world.request(1, Command::Write);
+    world.core.disconnect(&mut world.io, "cut".to_owned());
+    world.reap();
+    assert_eq!(world.commits(), [(0, EIO), (1, EIO)]);
+    assert_eq!(world.io.released, [(0, true), (1, false)]);
+}
+
+#[test]
+fn what_was_answered_just_before_a_loss_counts_when_it_is_asked_what_a_server_may_have_forgotten() {
+    let mut world = World::new(2, Resend::ReadsOnly, false);
+    world.request(0, Command::Write);
+    let write = world.cookie(0);
+    let wire = &mut world.io.wires[0];
+    let place = wire.receiving.take().expect("a receive is out");
+    wire.inbox[place.start..][..SIMPLE_REPLY_BYTES]
+        .copy_from_slice(&SimpleReply { error: 0, cookie: write }.encode());
+    // Both in one pass.
+    world.core.handle_inbox(&mut world.io, 0, SIMPLE_REPLY_BYTES as i32);
+    world.core.disconnect(&mut world.io, "cut".to_owned());
+    world.reap();
+    assert_eq!(world.commits(), [(0, LARGE_BYTES as i32)]);
+    world.connect();
+    world.request(1, Command::Flush);
+    assert_eq!(world.commits(), [(1, EIO)], "the server may have forgotten the WRITE");
 }

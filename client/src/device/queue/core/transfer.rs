@@ -89,7 +89,7 @@ impl QueueCore {
             }
         }
         lane.connection.batch_sent(&mut self.requests);
-        self.leave_a_server_that_ends(io, connection);
+        self.leave_a_server_that_ends(io);
         Ok(())
     }
 
