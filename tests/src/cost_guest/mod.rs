@@ -17,7 +17,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use calls::{Calls, Counts};
-use plan::{Cell, Measured, Plan, Row, Subject};
+use plan::{CallsPerIo, Cell, Measured, Plan, Row, Subject};
 use subjects::Program;
 
 /// What a line of ours begins with; the rest of it is a [`Row`].
@@ -70,8 +70,11 @@ fn measure(subject: Subject, plan: &Plan, cells: &[Cell], programs: &Path, direc
     }
     let attached = subjects::attach(subject, programs, directory)?;
     let target = fio::Target::new(attached.device(), directory)?;
+    if subject.stores() && !plan.again {
+        target.verify().context("it must store what it is given")?;
+    }
     if subject.stores() {
-        target.verify_and_fill().context("it must store what it is given")?;
+        target.fill()?;
     }
     measure_cells(subject, plan, cells, &Driver::Fio(target))
 }
@@ -79,13 +82,13 @@ fn measure(subject: Subject, plan: &Plan, cells: &[Cell], programs: &Path, direc
 fn measure_cells(subject: Subject, plan: &Plan, cells: &[Cell], driver: &Driver<'_>) -> Result<Row> {
     let mut row = Row { key: subject.key().to_owned(), cells: Vec::new() };
     for &cell in cells {
-        let ios = cell.ios * subject.ios_factor();
+        let ios = plan.ios(subject, cell);
         let mut samples = Vec::new();
-        for _ in 0..subject.repetitions(plan.repetitions) {
+        for _ in 0..plan.repetitions(subject) {
             samples.push(measure_once(driver, cell, ios)?);
         }
         eprintln!("{}, {}: {samples:.1?} thousand instructions per I/O", subject.title(), cell.heading());
-        let mut measured = Measured { heading: cell.heading(), samples, system_calls: None, sqes: None };
+        let mut measured = Measured { heading: cell.heading(), samples, calls: None };
         if plan.counts_calls {
             count_calls(driver, cell, &mut measured)?;
         }
@@ -115,8 +118,11 @@ fn count_calls(driver: &Driver<'_>, cell: Cell, measured: &mut Measured) -> Resu
         }
     };
     let per_io = |counts: &Counts| counts.values().sum::<u64>() as f64 / ios as f64;
-    measured.system_calls = Some(per_io(&calls.system_calls));
-    measured.sqes = Some(per_io(&calls.sqes));
+    measured.calls = Some(CallsPerIo {
+        system_calls: per_io(&calls.system_calls),
+        sqes: per_io(&calls.sqes),
+        wake_ups: per_io(&calls.wake_ups),
+    });
     eprintln!("    {}", by_thread(&calls, ios));
     Ok(())
 }
@@ -124,10 +130,12 @@ fn count_calls(driver: &Driver<'_>, cell: Cell, measured: &mut Measured) -> Resu
 /// What is worth seeing of the calls: threads with at least one in a hundred I/Os.
 fn by_thread(calls: &Calls, ios: u64) -> String {
     let mut words = Vec::new();
-    for (what, counts) in [("system calls", &calls.system_calls), ("SQEs", &calls.sqes)] {
+    for (what, counts) in
+        [("system calls", &calls.system_calls), ("SQEs", &calls.sqes), ("wake-ups", &calls.wake_ups)]
+    {
         let shown = counts.iter().map(|(name, &count)| (name, count as f64 / ios as f64));
         let shown = shown.filter(|(_, per_io)| *per_io >= 0.01);
         words.extend(shown.map(|(name, per_io)| format!("{name} {per_io:.2} {what}")));
     }
-    if words.is_empty() { "neither system calls nor SQEs".to_owned() } else { words.join(", ") }
+    if words.is_empty() { "no system call, SQE or wake-up".to_owned() } else { words.join(", ") }
 }

@@ -128,15 +128,10 @@ impl Subject {
         !matches!(self, Self::UblkNull | Self::UblkNullBatch | Self::Tcp | Self::NullBlk)
     }
 
-    /// How often it is measured where `asked` is what was asked for: what involves no more than one daemon and one queue
-    /// repeats to the digit.
-    pub(crate) fn repetitions(self, asked: usize) -> usize {
-        if self.stores() { asked } else { asked.min(2) }
-    }
-
     /// How many times the cell's I/Os it is given: where an I/O does less, a measurement of the same length has more.
-    pub(crate) fn ios_factor(self) -> u64 {
+    fn ios_factor(self, cell: Cell) -> u64 {
         match self {
+            Self::UblkNull | Self::UblkNullBatch if cell.block_kib == 4 => 3,
             Self::UblkNull | Self::UblkNullBatch => 6,
             Self::Tcp => 2,
             Self::NullBlk => 8,
@@ -276,9 +271,12 @@ pub(crate) struct Plan {
     /// Headings of the cells.
     cells: Vec<String>,
     /// Measurements of each cell.
-    pub(crate) repetitions: usize,
-    /// Whether system calls and SQEs are counted, too.
+    repetitions: usize,
+    /// Whether calls are counted, too.
     pub(crate) counts_calls: bool,
+    /// Whether another machine has carried it out before: no device proves again that it stores what it is given, and TCP alone
+    /// exchanges less, because the emulator takes each byte of a copy by itself.
+    pub(crate) again: bool,
 }
 
 impl Plan {
@@ -286,7 +284,24 @@ impl Plan {
     pub(crate) fn new(subjects: &[Subject], cells: &[Cell], repetitions: usize, counts_calls: bool) -> Self {
         let rows = subjects.iter().map(|subject| subject.key().to_owned()).collect();
         let cells = cells.iter().map(|cell| cell.heading()).collect();
-        Self { rows, cells, repetitions, counts_calls }
+        Self { rows, cells, repetitions, counts_calls, again: false }
+    }
+
+    /// The same in a further machine, once: it takes its time, and less than half of a difference goes into a figure.
+    pub(crate) fn again(subjects: &[Subject], cells: &[Cell]) -> Self {
+        Self { again: true, ..Self::new(subjects, cells, 1, false) }
+    }
+
+    /// How many I/Os one measurement of a cell has.
+    pub(crate) fn ios(&self, subject: Subject, cell: Cell) -> u64 {
+        let ios = cell.ios * subject.ios_factor(cell);
+        // fio gathers requests by chance, so it does the same in each machine. The exchange has batches of one size.
+        if self.again && subject == Subject::Tcp { ios / 32 } else { ios }
+    }
+
+    /// How often a cell is measured: what involves no more than one daemon and one queue repeats to the digit.
+    pub(crate) fn repetitions(&self, subject: Subject) -> usize {
+        if subject.stores() { self.repetitions } else { self.repetitions.min(2) }
     }
 
     /// The subjects.
@@ -322,10 +337,19 @@ pub(crate) struct Measured {
     pub(crate) heading: String,
     /// Thousand instructions per I/O, one for each repetition.
     pub(crate) samples: Vec<f64>,
-    /// System calls per I/O of everything but fio, if they were counted.
-    pub(crate) system_calls: Option<f64>,
-    /// SQEs per I/O of everything but fio, if they were counted.
-    pub(crate) sqes: Option<f64>,
+    /// If they were counted.
+    pub(crate) calls: Option<CallsPerIo>,
+}
+
+/// What everything but fio does for an I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CallsPerIo {
+    /// System calls.
+    pub(crate) system_calls: f64,
+    /// SQEs.
+    pub(crate) sqes: f64,
+    /// How often a thread, the kernel's own included, gave up the processor to wait, which is how often it was woken.
+    pub(crate) wake_ups: f64,
 }
 
 impl Measured {
