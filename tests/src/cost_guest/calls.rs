@@ -26,6 +26,9 @@ const WAITS: &str = " if prev_state & 255";
 /// Programs that drive the device: fio, and timeout(1) which runs it. This program runs that.
 const DRIVERS: [&str; 2] = ["fio", "timeout"];
 
+/// The kernel's thread that wakes up by the clock, whatever is done: several times in the milliseconds of a large I/O.
+const BY_THE_CLOCK: &str = "rcu_preempt";
+
 /// Events by thread name.
 pub(crate) type Counts = BTreeMap<String, u64>;
 
@@ -63,7 +66,9 @@ pub(crate) fn counted(work: impl FnOnce() -> Result<()>) -> Result<Calls> {
     let sqes = Histogram::start(SQES, "")?;
     let waits = Histogram::start(SWITCHES, WAITS)?;
     work()?;
-    Ok(Calls { system_calls: system_calls.read()?, sqes: sqes.read()?, wake_ups: waits.read()? })
+    let mut wake_ups = waits.read()?;
+    wake_ups.remove(BY_THE_CLOCK);
+    Ok(Calls { system_calls: system_calls.read()?, sqes: sqes.read()?, wake_ups })
 }
 
 /// A histogram that counts, until dropped.

@@ -35,6 +35,7 @@ const COUNTED_DIVISOR: u64 = 5;
 /// A device cannot be made, does not store what it is given, or fio failed.
 pub(crate) fn run(programs: &Path, plan: &str) -> Result<()> {
     let plan: Plan = serde_json::from_str(plan).context("the plan")?;
+    plan.ensure_processor(&fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?)?;
     let cells = plan.cells()?;
     let directory = std::env::temp_dir().join(format!("volnode-cost-{}", std::process::id()));
     for subject in plan.subjects()? {

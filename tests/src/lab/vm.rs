@@ -114,6 +114,12 @@ impl ByteCopies {
     fn kernel_parameters(self) -> &'static str {
         if self == Self::All { " setcpuid=fsrm" } else { "" }
     }
+
+    /// The features that tell these machines apart, as the kernel lists them (`flags` in `/proc/cpuinfo`), and whether this one
+    /// has them.
+    pub(crate) fn flags(self) -> [(&'static str, bool); 2] {
+        [("erms", self != Self::None), ("fsrm", self == Self::All)]
+    }
 }
 
 /// Bytes from which a program's own `memcpy` takes `rep movsb` where the processor has `erms`: what glibc takes with `fsrm`.
@@ -588,6 +594,7 @@ mod tests {
         let told = |copies| kernel_command_line(Processors::Counted(copies));
         assert_eq!(told(ByteCopies::None), told(ByteCopies::Users));
         assert_eq!(told(ByteCopies::All), format!("{} setcpuid=fsrm", told(ByteCopies::Users)));
+        assert_eq!(ByteCopies::Users.flags(), [("erms", true), ("fsrm", false)]);
         // QEMU 7.2 would not start with a word that it does not know.
         assert_eq!(ByteCopies::None.processor("erms fsrm"), "max,-erms,-fsrm");
     }

@@ -177,14 +177,13 @@ fn measure(
 ) -> Result<Measurement> {
     packages::ensure_installed(workspace)?;
     let kernel = kernels::ensure_cached(workspace, KernelSeries::V7)?;
-    let in_machine = |copies: ByteCopies, plan: &Plan| {
-        let stdout = guest_output(workspace, &kernel, copies, plan)?;
+    let in_machine = |copies: ByteCopies, plan: Plan| {
+        let stdout = guest_output(workspace, &kernel, copies, &plan.on_a_processor_with(copies.flags()))?;
         rows(&stdout, subjects.len(), cells.len())
     };
-    let plain = in_machine(ByteCopies::None, &Plan::new(subjects, cells, repetitions, counts_calls))?;
-    let again = Plan::again(subjects, cells);
-    let users = in_machine(ByteCopies::Users, &again)?;
-    let all = in_machine(ByteCopies::All, &again)?;
+    let plain = in_machine(ByteCopies::None, Plan::new(subjects, cells, repetitions, counts_calls))?;
+    let users = in_machine(ByteCopies::Users, Plan::again(subjects, cells))?;
+    let all = in_machine(ByteCopies::All, Plan::again(subjects, cells))?;
     Ok(Measurement { release: kernel.release, plain, users, all, cells: cells.to_vec() })
 }
 

@@ -225,10 +225,10 @@ fn below_the_floor(measurement: &Measurement, peer: Subject) -> Vec<String> {
 /// KiB that are copied for an I/O, as the three machines tell.
 fn bytes_copied(measurement: &Measurement) -> String {
     let mut text = heading("KiB copied or cleared per I/O: user memory + kernel", measurement, &[]);
-    // Less is noise, of either sign.
+    // Less is noise, and so is less than nothing.
     let kib = |kilobytes: f64| {
         let kib = kilobytes * 1000.0 / 1024.0;
-        if kib.abs() < 0.95 { "0".to_owned() } else { shown(kib) }
+        if kib < 0.95 { "0".to_owned() } else { shown(kib) }
     };
     for subject in Subject::all() {
         let cells = by_cell(measurement, |cell| {
