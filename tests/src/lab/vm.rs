@@ -87,7 +87,7 @@ pub(crate) enum Processors {
 ///
 /// Linux 7.3: `copy_from_user` and `copy_to_user` take `rep movsq` without `erms` (`arch/x86/lib/copy_user_64.S`), `memcpy`
 /// takes moves of registers without `fsrm` (`memcpy_64.S`). A page is cleared by `rep stosb` with `erms`, by `rep stosq` without
-/// (`clear_page_64.S`). glibc 2.36: `memcpy` of [`PROGRAMS_BYTE_COPY_MIN`] and more takes `rep movsb` with `erms`, moves of
+/// if the kernel takes that for good (`clear_page_64.S`), which it is told to: it would not on each emulator's processor. glibc 2.36: `memcpy` of [`PROGRAMS_BYTE_COPY_MIN`] and more takes `rep movsb` with `erms`, moves of
 /// vectors without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ByteCopies {
@@ -112,13 +112,13 @@ impl ByteCopies {
 
     /// What the kernel is told. It takes `fsrm` for given: QEMU before 8 has no such processor, and programs see no difference.
     fn kernel_parameters(self) -> &'static str {
-        if self == Self::All { " setcpuid=fsrm" } else { "" }
+        if self == Self::All { " setcpuid=rep_good,fsrm" } else { " setcpuid=rep_good" }
     }
 
     /// The features that tell these machines apart, as the kernel lists them (`flags` in `/proc/cpuinfo`), and whether this one
     /// has them.
-    pub(crate) fn flags(self) -> [(&'static str, bool); 2] {
-        [("erms", self != Self::None), ("fsrm", self == Self::All)]
+    pub(crate) fn flags(self) -> [(&'static str, bool); 3] {
+        [("rep_good", true), ("erms", self != Self::None), ("fsrm", self == Self::All)]
     }
 }
 
@@ -593,8 +593,8 @@ mod tests {
         assert_eq!(ByteCopies::All.processor(new), users);
         let told = |copies| kernel_command_line(Processors::Counted(copies));
         assert_eq!(told(ByteCopies::None), told(ByteCopies::Users));
-        assert_eq!(told(ByteCopies::All), format!("{} setcpuid=fsrm", told(ByteCopies::Users)));
-        assert_eq!(ByteCopies::Users.flags(), [("erms", true), ("fsrm", false)]);
+        assert_eq!(told(ByteCopies::All), format!("{},fsrm", told(ByteCopies::Users)));
+        assert_eq!(ByteCopies::Users.flags(), [("rep_good", true), ("erms", true), ("fsrm", false)]);
         // QEMU 7.2 would not start with a word that it does not know.
         assert_eq!(ByteCopies::None.processor("erms fsrm"), "max,-erms,-fsrm");
     }

@@ -23,15 +23,12 @@ use super::measurement::BuildBeside;
 use super::vm::{ByteCopies, PROGRAMS_BYTE_COPY_MIN, Processors};
 use super::workspace::Workspace;
 use super::{kernels, measurement, packages};
-use crate::cost_guest::ROW_PREFIX;
 use crate::cost_guest::plan::{Cell, Measured, Plan, REPETITIONS, Row, Subject};
+use crate::cost_guest::{PROGRAMS, ROW_PREFIX};
 use price::Counted;
 
 /// The profile whose programs are measured: optimised, no assertions.
 const PROFILE: &str = "release";
-
-/// The programs that are measured, and the floor.
-const PROGRAMS: [&str; 4] = ["volserver", "volclient", "volctl", "floor"];
 
 /// From QEMU's start to its end: some two minutes for each row, more where others use the machine.
 const RUN_DEADLINE: Duration = Duration::from_secs(90 * 60);
