@@ -317,12 +317,12 @@ impl Plan {
     pub(crate) fn ios(&self, subject: Subject, cell: Cell) -> u64 {
         let ios = cell.ios * subject.ios_factor(cell);
         // fio gathers requests by chance, so it does the same in each machine. The exchange has batches of one size.
-        if self.again && subject == Subject::Tcp { ios / 32 } else { ios }
+        if self.again && subject == Subject::Tcp { ios / 8 } else { ios }
     }
 
     /// How often a cell is measured: what involves no more than one daemon and one queue repeats to the digit.
     pub(crate) fn repetitions(&self, subject: Subject) -> usize {
-        if subject.stores() { self.repetitions } else { self.repetitions.min(2) }
+        if subject.stores() { self.repetitions } else { 1 }
     }
 
     /// The subjects.
