@@ -22,7 +22,7 @@ use lab::fresh::FreshOptions;
 use lab::fuzz::FuzzOptions;
 use lab::soak::SoakOptions;
 use lab::test_run::TestOptions;
-use lab::vm::Processors;
+use lab::vm::{ByteCopies, Processors};
 use testlab::kernel_series::KernelSeries;
 
 /// Exit code of `run` and `shell` when the machine failed rather than the command (as `timeout(1)` and docker do).
@@ -169,7 +169,7 @@ fn main() -> ExitCode {
         LabCommand::Systemd { kernel } => commands::systemd(kernel),
         LabCommand::Shell { kernel } => commands::shell(kernel),
         LabCommand::Run { machine, deadline_seconds, counted, command } => {
-            let processors = if counted { Processors::Counted } else { Processors::Two };
+            let processors = if counted { Processors::Counted(ByteCopies::None) } else { Processors::Two };
             commands::run(machine.series(), processors, deadline_seconds, command)
         }
         LabCommand::Cost(options) => commands::cost(&options),

@@ -1,7 +1,7 @@
-//! Counts system calls and SQEs by thread while something runs.
+//! Counts system calls, SQEs and wake-ups by thread while something runs.
 //!
-//! Owns two triggers of the kernel's tracing: histograms of `raw_syscalls:sys_enter` and `io_uring:io_uring_submit_req` by
-//! thread (`Documentation/trace/histogram.rst`). They cost instructions, so nothing is measured while they are on. Called
+//! Owns three triggers of the kernel's tracing: histograms of `raw_syscalls:sys_enter`, `io_uring:io_uring_submit_req` and
+//! `sched:sched_switch` by thread (`Documentation/trace/histogram.rst`). They cost instructions, so nothing is measured while they are on. Called
 //! by `cost_guest`. What drives the device is left out by its name, so that what remains is the device's; a kernel client
 //! with a kernel server makes no system call at all.
 
@@ -14,12 +14,20 @@ use anyhow::{Context, Result};
 const EVENTS: &str = "/sys/kernel/tracing/events";
 const SYSTEM_CALLS: &str = "raw_syscalls/sys_enter";
 const SQES: &str = "io_uring/io_uring_submit_req";
+const SWITCHES: &str = "sched/sched_switch";
 
 /// By thread, with its name: a thread's name is the one it had at its first event.
 const HISTOGRAM: &str = "hist:keys=common_pid.execname";
 
+/// A switch counts for the thread that is left, and only where that waits for something: 0 is a thread that could go on, and 256
+/// one that had to make room (`TASK_REPORT_MAX`, `include/trace/events/sched.h`, Linux 7.3). Who waits goes on only if woken.
+const WAITS: &str = " if prev_state & 255";
+
 /// Programs that drive the device: fio, and timeout(1) which runs it. This program runs that.
 const DRIVERS: [&str; 2] = ["fio", "timeout"];
+
+/// The kernel's thread that wakes up by the clock, whatever is done: several times in the milliseconds of a large I/O.
+const BY_THE_CLOCK: &str = "rcu_preempt";
 
 /// Events by thread name.
 pub(crate) type Counts = BTreeMap<String, u64>;
@@ -30,6 +38,8 @@ pub(crate) struct Calls {
     pub(crate) system_calls: Counts,
     /// SQEs that were submitted, linked ones included.
     pub(crate) sqes: Counts,
+    /// Waits, each of which ended with a wake-up.
+    pub(crate) wake_ups: Counts,
 }
 
 impl Calls {
@@ -42,6 +52,7 @@ impl Calls {
         };
         subtract(&mut self.system_calls, &others.system_calls);
         subtract(&mut self.sqes, &others.sqes);
+        subtract(&mut self.wake_ups, &others.wake_ups);
         self
     }
 }
@@ -51,22 +62,28 @@ impl Calls {
 /// # Errors
 /// The kernel has no such tracing, or `work` failed.
 pub(crate) fn counted(work: impl FnOnce() -> Result<()>) -> Result<Calls> {
-    let system_calls = Histogram::start(SYSTEM_CALLS)?;
-    let sqes = Histogram::start(SQES)?;
+    let system_calls = Histogram::start(SYSTEM_CALLS, "")?;
+    let sqes = Histogram::start(SQES, "")?;
+    let waits = Histogram::start(SWITCHES, WAITS)?;
     work()?;
-    Ok(Calls { system_calls: system_calls.read()?, sqes: sqes.read()? })
+    let mut wake_ups = waits.read()?;
+    wake_ups.remove(BY_THE_CLOCK);
+    Ok(Calls { system_calls: system_calls.read()?, sqes: sqes.read()?, wake_ups })
 }
 
 /// A histogram that counts, until dropped.
 struct Histogram {
     event: PathBuf,
+    /// Which of the events count.
+    filter: &'static str,
 }
 
 impl Histogram {
-    fn start(event: &str) -> Result<Self> {
+    fn start(event: &str, filter: &'static str) -> Result<Self> {
         let event = Path::new(EVENTS).join(event);
-        fs::write(event.join("trigger"), HISTOGRAM).with_context(|| event.display().to_string())?;
-        Ok(Self { event })
+        fs::write(event.join("trigger"), format!("{HISTOGRAM}{filter}"))
+            .with_context(|| event.display().to_string())?;
+        Ok(Self { event, filter })
     }
 
     fn read(&self) -> Result<Counts> {
@@ -80,7 +97,7 @@ impl Histogram {
 
 impl Drop for Histogram {
     fn drop(&mut self) {
-        if let Err(error) = fs::write(self.event.join("trigger"), format!("!{HISTOGRAM}")) {
+        if let Err(error) = fs::write(self.event.join("trigger"), format!("!{HISTOGRAM}{}", self.filter)) {
             eprintln!("removing the trigger of {}: {error}", self.event.display());
         }
     }

@@ -13,9 +13,12 @@ use testlab::shell::run;
 
 use super::plan::Cell;
 
-/// Bytes of every device that are used. All of it is written before anything is measured, so that no cell pays for the
-/// server's first touch of its memory.
+/// Bytes of every device.
 pub(crate) const SIZE_MIB: u64 = 256;
+
+/// How much of that is used. All of it is written before anything is measured, so that no cell pays for the server's first
+/// touch of its memory.
+const USED_MIB: u64 = 64;
 
 /// Seconds of the guest for one run of fio; the longest, the filling, takes three.
 const DEADLINE_SECONDS: &str = "120";
@@ -43,18 +46,26 @@ impl<'a> Target<'a> {
         Ok(Self { device, report: directory.join("fio.json") })
     }
 
-    /// Random writes of mixed sizes, read back and compared; then every byte is written once.
+    /// Random writes of mixed sizes, read back and compared.
     ///
     /// # Errors
     /// The device does not give back what it was given.
-    pub(crate) fn verify_and_fill(&self) -> Result<()> {
+    pub(crate) fn verify(&self) -> Result<()> {
         let size = format!("--size={VERIFIED_MIB}M");
         let verify = ["--rw=randwrite", "--bsrange=4k-512k", "--blockalign=4k", "--iodepth=16", &size];
         let compare = ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"];
         let job = self.run(&[&verify[..], &compare[..]].concat())?;
         let read = job["read"]["io_bytes"].as_u64().unwrap_or(0);
         ensure!(read >= VERIFIED_MIB << 20, "only {read} bytes were compared: {job}");
-        let size = format!("--size={SIZE_MIB}M");
+        Ok(())
+    }
+
+    /// Writes every byte that is used once.
+    ///
+    /// # Errors
+    /// fio failed.
+    pub(crate) fn fill(&self) -> Result<()> {
+        let size = format!("--size={USED_MIB}M");
         self.run(&["--rw=write", "--bs=512k", "--iodepth=4", &size]).map(drop)
     }
 
@@ -67,7 +78,7 @@ impl<'a> Target<'a> {
             format!("--rw={}", if cell.reads { "randread" } else { "randwrite" }),
             format!("--bs={}k", cell.block_kib),
             format!("--iodepth={}", cell.depth),
-            format!("--size={SIZE_MIB}M"),
+            format!("--size={USED_MIB}M"),
             format!("--io_size={}k", ios * cell.block_kib),
             "--norandommap".to_owned(),
         ];

@@ -17,11 +17,14 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use calls::{Calls, Counts};
-use plan::{Cell, Measured, Plan, Row, Subject};
+use plan::{CallsPerIo, Cell, Measured, Plan, Row, Subject};
 use subjects::Program;
 
 /// What a line of ours begins with; the rest of it is a [`Row`].
 pub(crate) const ROW_PREFIX: &str = "cost-row ";
+
+/// The programs that are measured, and the floor.
+pub(crate) const PROGRAMS: [&str; 4] = ["volserver", "volclient", "volctl", "floor"];
 
 /// fio's clock counts milliseconds: a measurement has enough of them that one is half a per cent at most.
 const RUNTIME_MIN_US: f64 = 200_000.0;
@@ -35,7 +38,9 @@ const COUNTED_DIVISOR: u64 = 5;
 /// A device cannot be made, does not store what it is given, or fio failed.
 pub(crate) fn run(programs: &Path, plan: &str) -> Result<()> {
     let plan: Plan = serde_json::from_str(plan).context("the plan")?;
+    plan.ensure_processor(&fs::read_to_string("/proc/cpuinfo").context("/proc/cpuinfo")?)?;
     let cells = plan.cells()?;
+    read_programs(programs)?;
     let directory = std::env::temp_dir().join(format!("volnode-cost-{}", std::process::id()));
     for subject in plan.subjects()? {
         fs::create_dir(&directory).context("a directory for the measurement")?;
@@ -43,6 +48,15 @@ pub(crate) fn run(programs: &Path, plan: &str) -> Result<()> {
         let row = measured.with_context(|| subject.title())?;
         println!("{ROW_PREFIX}{}", serde_json::to_string(&row)?);
         fs::remove_dir_all(&directory).context("removing the measurement's directory")?;
+    }
+    Ok(())
+}
+
+/// Reads the programs once, from the host into memory. While the guest waits for that its clock jumps from one timer to the next,
+/// and a time-out of a minute is over in no time.
+fn read_programs(programs: &Path) -> Result<()> {
+    for program in PROGRAMS {
+        fs::read(programs.join(program)).with_context(|| program.to_owned())?;
     }
     Ok(())
 }
@@ -70,8 +84,11 @@ fn measure(subject: Subject, plan: &Plan, cells: &[Cell], programs: &Path, direc
     }
     let attached = subjects::attach(subject, programs, directory)?;
     let target = fio::Target::new(attached.device(), directory)?;
+    if subject.stores() && !plan.again {
+        target.verify().context("it must store what it is given")?;
+    }
     if subject.stores() {
-        target.verify_and_fill().context("it must store what it is given")?;
+        target.fill()?;
     }
     measure_cells(subject, plan, cells, &Driver::Fio(target))
 }
@@ -79,13 +96,13 @@ fn measure(subject: Subject, plan: &Plan, cells: &[Cell], programs: &Path, direc
 fn measure_cells(subject: Subject, plan: &Plan, cells: &[Cell], driver: &Driver<'_>) -> Result<Row> {
     let mut row = Row { key: subject.key().to_owned(), cells: Vec::new() };
     for &cell in cells {
-        let ios = cell.ios * subject.ios_factor();
+        let ios = plan.ios(subject, cell);
         let mut samples = Vec::new();
-        for _ in 0..subject.repetitions(plan.repetitions) {
+        for _ in 0..plan.repetitions(subject) {
             samples.push(measure_once(driver, cell, ios)?);
         }
         eprintln!("{}, {}: {samples:.1?} thousand instructions per I/O", subject.title(), cell.heading());
-        let mut measured = Measured { heading: cell.heading(), samples, system_calls: None, sqes: None };
+        let mut measured = Measured { heading: cell.heading(), samples, calls: None };
         if plan.counts_calls {
             count_calls(driver, cell, &mut measured)?;
         }
@@ -115,8 +132,11 @@ fn count_calls(driver: &Driver<'_>, cell: Cell, measured: &mut Measured) -> Resu
         }
     };
     let per_io = |counts: &Counts| counts.values().sum::<u64>() as f64 / ios as f64;
-    measured.system_calls = Some(per_io(&calls.system_calls));
-    measured.sqes = Some(per_io(&calls.sqes));
+    measured.calls = Some(CallsPerIo {
+        system_calls: per_io(&calls.system_calls),
+        sqes: per_io(&calls.sqes),
+        wake_ups: per_io(&calls.wake_ups),
+    });
     eprintln!("    {}", by_thread(&calls, ios));
     Ok(())
 }
@@ -124,10 +144,12 @@ fn count_calls(driver: &Driver<'_>, cell: Cell, measured: &mut Measured) -> Resu
 /// What is worth seeing of the calls: threads with at least one in a hundred I/Os.
 fn by_thread(calls: &Calls, ios: u64) -> String {
     let mut words = Vec::new();
-    for (what, counts) in [("system calls", &calls.system_calls), ("SQEs", &calls.sqes)] {
+    for (what, counts) in
+        [("system calls", &calls.system_calls), ("SQEs", &calls.sqes), ("wake-ups", &calls.wake_ups)]
+    {
         let shown = counts.iter().map(|(name, &count)| (name, count as f64 / ios as f64));
         let shown = shown.filter(|(_, per_io)| *per_io >= 0.01);
         words.extend(shown.map(|(name, per_io)| format!("{name} {per_io:.2} {what}")));
     }
-    if words.is_empty() { "neither system calls nor SQEs".to_owned() } else { words.join(", ") }
+    if words.is_empty() { "no system call, SQE or wake-up".to_owned() } else { words.join(", ") }
 }

@@ -4,7 +4,7 @@
 //! out inside the machine and answers with one [`Row`] for each subject. Owns no measurement. The data paths come from
 //! `ublk_core`, so a new one has a row without a change here.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use ublk_core::DataPath;
 use ublk_core::abi::UBLK_F_SUPPORT_ZERO_COPY;
@@ -27,7 +27,7 @@ pub(crate) struct Cell {
 
 /// The columns, first for reads, then for writes: KiB, depth, I/Os.
 const SHAPES: [(u64, u32, u64); 5] =
-    [(4, 1, 4000), (4, 16, 9600), (128, 1, 1500), (128, 16, 1600), (512, 4, 500)];
+    [(4, 1, 4000), (4, 16, 12000), (128, 1, 1500), (128, 16, 1600), (512, 4, 500)];
 
 /// The same for the comparison of data paths by size.
 const SIZES: [(u64, u32, u64); 5] =
@@ -128,15 +128,10 @@ impl Subject {
         !matches!(self, Self::UblkNull | Self::UblkNullBatch | Self::Tcp | Self::NullBlk)
     }
 
-    /// How often it is measured where `asked` is what was asked for: what involves no more than one daemon and one queue
-    /// repeats to the digit.
-    pub(crate) fn repetitions(self, asked: usize) -> usize {
-        if self.stores() { asked } else { asked.min(2) }
-    }
-
     /// How many times the cell's I/Os it is given: where an I/O does less, a measurement of the same length has more.
-    pub(crate) fn ios_factor(self) -> u64 {
+    fn ios_factor(self, cell: Cell) -> u64 {
         match self {
+            Self::UblkNull | Self::UblkNullBatch if cell.block_kib == 4 => 3,
             Self::UblkNull | Self::UblkNullBatch => 6,
             Self::Tcp => 2,
             Self::NullBlk => 8,
@@ -276,9 +271,14 @@ pub(crate) struct Plan {
     /// Headings of the cells.
     cells: Vec<String>,
     /// Measurements of each cell.
-    pub(crate) repetitions: usize,
-    /// Whether system calls and SQEs are counted, too.
+    repetitions: usize,
+    /// Whether calls are counted, too.
     pub(crate) counts_calls: bool,
+    /// Whether another machine has carried it out before: no device proves again that it stores what it is given, and TCP alone
+    /// exchanges less, because the emulator takes each byte of a copy by itself.
+    pub(crate) again: bool,
+    /// Features that the processor has to have, or not to have.
+    flags: Vec<(String, bool)>,
 }
 
 impl Plan {
@@ -286,7 +286,43 @@ impl Plan {
     pub(crate) fn new(subjects: &[Subject], cells: &[Cell], repetitions: usize, counts_calls: bool) -> Self {
         let rows = subjects.iter().map(|subject| subject.key().to_owned()).collect();
         let cells = cells.iter().map(|cell| cell.heading()).collect();
-        Self { rows, cells, repetitions, counts_calls }
+        Self { rows, cells, repetitions, counts_calls, again: false, flags: Vec::new() }
+    }
+
+    /// The same in a further machine, once: it takes its time, and less than half of a difference goes into a figure.
+    pub(crate) fn again(subjects: &[Subject], cells: &[Cell]) -> Self {
+        Self { again: true, ..Self::new(subjects, cells, 1, false) }
+    }
+
+    /// The same on a processor that has, or does not have, these features.
+    pub(crate) fn on_a_processor_with<const N: usize>(self, flags: [(&str, bool); N]) -> Self {
+        Self { flags: flags.map(|(name, has)| (name.to_owned(), has)).into(), ..self }
+    }
+
+    /// Makes sure of the processor: `cpuinfo` is the text of `/proc/cpuinfo`.
+    ///
+    /// # Errors
+    /// It has a feature that it should not have, or lacks one: its figures would not be what they are taken for.
+    pub(crate) fn ensure_processor(&self, cpuinfo: &str) -> Result<()> {
+        let line =
+            cpuinfo.lines().find_map(|line| line.strip_prefix("flags")).context("no flags in cpuinfo")?;
+        for (name, wanted) in &self.flags {
+            let has = line.split_whitespace().any(|flag| flag == name);
+            ensure!(has == *wanted, "the kernel lists {name}: {has}, wanted: {wanted}");
+        }
+        Ok(())
+    }
+
+    /// How many I/Os one measurement of a cell has.
+    pub(crate) fn ios(&self, subject: Subject, cell: Cell) -> u64 {
+        let ios = cell.ios * subject.ios_factor(cell);
+        // fio gathers requests by chance, so it does the same in each machine. The exchange has batches of one size.
+        if self.again && subject == Subject::Tcp { ios / 8 } else { ios }
+    }
+
+    /// How often a cell is measured: what involves no more than one daemon and one queue repeats to the digit.
+    pub(crate) fn repetitions(&self, subject: Subject) -> usize {
+        if subject.stores() { self.repetitions } else { 1 }
     }
 
     /// The subjects.
@@ -322,10 +358,19 @@ pub(crate) struct Measured {
     pub(crate) heading: String,
     /// Thousand instructions per I/O, one for each repetition.
     pub(crate) samples: Vec<f64>,
-    /// System calls per I/O of everything but fio, if they were counted.
-    pub(crate) system_calls: Option<f64>,
-    /// SQEs per I/O of everything but fio, if they were counted.
-    pub(crate) sqes: Option<f64>,
+    /// If they were counted.
+    pub(crate) calls: Option<CallsPerIo>,
+}
+
+/// What everything but fio does for an I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CallsPerIo {
+    /// System calls.
+    pub(crate) system_calls: f64,
+    /// SQEs.
+    pub(crate) sqes: f64,
+    /// How often a thread, the kernel's own included, gave up the processor to wait, which is how often it was woken.
+    pub(crate) wake_ups: f64,
 }
 
 impl Measured {
@@ -368,6 +413,16 @@ mod tests {
         }
         assert!(Cell::from_heading("R 8k/2").is_err());
         assert!(Subject::from_words(&["iscsi".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn a_processor_with_other_features_is_an_error() {
+        let plan = Plan::again(&[], &[]).on_a_processor_with([("erms", true), ("fsrm", false)]);
+        let with =
+            |flags: &str| plan.ensure_processor(&format!("processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n"));
+        assert!(with("fpu erms avx2").is_ok());
+        assert!(with("fpu avx2").is_err() && with("erms fsrm").is_err() && with("ermsx").is_err());
+        assert!(plan.ensure_processor("processor\t: 0\n").is_err());
     }
 
     #[test]

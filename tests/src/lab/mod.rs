@@ -22,6 +22,7 @@ pub(crate) mod owned_directory;
 pub(crate) mod packages;
 pub(crate) mod progress;
 pub(crate) mod report;
+mod rounds;
 pub(crate) mod scale;
 pub(crate) mod soak;
 mod storage_machine;

@@ -37,8 +37,8 @@ impl Package {
     }
 }
 
-/// The QEMU that the ruler means (`cargo lab cost`): a processor model is another one in another series, and with it what
-/// an I/O costs. The tests of extended headers need 9.1. Debian: trixie, or bookworm-backports.
+/// The QEMU that `cargo lab cost` was made with: what it sets of the processor makes 7.2 count the same, but that one may hang
+/// with a clock that counts instructions. The tests of extended headers need 9.1. Debian: trixie, or bookworm-backports.
 pub(crate) const QEMU_SERIES: Version = (10, 0);
 
 /// The emulator's program.

@@ -16,7 +16,7 @@ use testlab::kernel_series::KernelSeries;
 
 use super::guest_command::GuestCommand;
 use super::kernels::Kernel;
-use super::vm::Processors;
+use super::vm::{ByteCopies, Processors};
 use super::workspace::Workspace;
 use super::{kernels, measurement, packages};
 use crate::scale_guest::{
@@ -47,7 +47,8 @@ pub(crate) fn run(workspace: &Workspace, write: bool) -> Result<()> {
     measurement::build_product(workspace, PROFILE)?;
     let guest = Guest { workspace, kernel: &kernel, this_program: &this_program };
     let idle: IdleReport = guest.measure(Part::Idle, Processors::Two, IDLE_PREFIX)?;
-    let growth: GrowthReport = guest.measure(Part::Growth, Processors::Counted, GROWTH_PREFIX)?;
+    let growth: GrowthReport =
+        guest.measure(Part::Growth, Processors::Counted(ByteCopies::None), GROWTH_PREFIX)?;
     let machine = measurement::machine_line(&kernel.release)?;
     let text = format!("{machine}\n{}\n{}", idle_table(&idle), growth_table(&growth)?);
     print!("{text}");

@@ -40,6 +40,9 @@ const COUNTED_BOOT_DEADLINE: Duration = Duration::from_secs(600);
 /// Silence after which a dead machine has nothing more to say.
 const DRAIN_SILENCE: Duration = Duration::from_millis(500);
 
+/// QEMU says what it knows and ends.
+const HELP_DEADLINE: Duration = Duration::from_secs(20);
+
 /// The scratch disk, `/dev/vda`. It is sparse: only what the guest writes takes space.
 const SCRATCH_DISK_BYTES: u64 = 4 << 30;
 
@@ -75,9 +78,52 @@ pub(crate) enum Processors {
     /// Two processors on two threads; real time.
     Two,
     /// One processor whose clock counts its instructions: a microsecond is a thousand of them, and while it idles the
-    /// clock jumps to the next timer. The string instructions that would copy any length as one are hidden.
-    Counted,
+    /// clock jumps to the next timer.
+    Counted(ByteCopies),
 }
+
+/// Who copies by `rep movsb` on a processor that counts: that instruction counts once for each byte, so machines that differ
+/// in nothing else tell how many bytes are copied, and by whom.
+///
+/// Linux 7.3: `copy_from_user` and `copy_to_user` take `rep movsq` without `erms` (`arch/x86/lib/copy_user_64.S`), `memcpy`
+/// takes moves of registers without `fsrm` (`memcpy_64.S`). A page is cleared by `rep stosb` with `erms`, by `rep stosq` without
+/// if the kernel takes that for good (`clear_page_64.S`), which it is told to: it would not on each emulator's processor. glibc 2.36: `memcpy` of [`PROGRAMS_BYTE_COPY_MIN`] and more takes `rep movsb` with `erms`, moves of
+/// vectors without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ByteCopies {
+    /// Nobody.
+    None,
+    /// Copies between the kernel and user memory, programs' own large ones; pages are cleared in the same way.
+    Users,
+    /// Those, and copies within the kernel.
+    All,
+}
+
+impl ByteCopies {
+    /// The processor, on an emulator that knows the processor features in `known`. What else clears or compares memory byte by
+    /// byte is hidden: nothing tells how much that is.
+    fn processor(self, known: &str) -> String {
+        let known: Vec<&str> = known.split_whitespace().collect();
+        let erms = if self == Self::None { '-' } else { '+' };
+        let hidden = ["fsrm", "fsrs", "fsrc", "fzrm"].into_iter().filter(|feature| known.contains(feature));
+        let hidden: String = hidden.map(|feature| format!(",-{feature}")).collect();
+        format!("max,{erms}erms{hidden}")
+    }
+
+    /// What the kernel is told. It takes `fsrm` for given: QEMU before 8 has no such processor, and programs see no difference.
+    fn kernel_parameters(self) -> &'static str {
+        if self == Self::All { " setcpuid=rep_good,fsrm" } else { " setcpuid=rep_good" }
+    }
+
+    /// The features that tell these machines apart, as the kernel lists them (`flags` in `/proc/cpuinfo`), and whether this one
+    /// has them.
+    pub(crate) fn flags(self) -> [(&'static str, bool); 3] {
+        [("rep_good", true), ("erms", self != Self::None), ("fsrm", self == Self::All)]
+    }
+}
+
+/// Bytes from which a program's own `memcpy` takes `rep movsb` where the processor has `erms`: what glibc takes with `fsrm`.
+pub(crate) const PROGRAMS_BYTE_COPY_MIN: u32 = 2112;
 
 /// Watches a command from outside the machine.
 pub(crate) trait Follower {
@@ -210,11 +256,11 @@ impl Vm {
         }
         let booting = Some(Step::begin(&format!("booting Linux {} in an emulated machine", kernel.release)));
         let started = Instant::now();
-        let mut qemu = qemu_command(kernel, &initramfs, directory.path(), terminal, processors);
+        let mut qemu = qemu_command(kernel, &initramfs, directory.path(), terminal, processors)?;
         let qemu = qemu.spawn().context("cannot run QEMU")?;
         let boot_deadline = match processors {
             Processors::Two => BOOT_DEADLINE,
-            Processors::Counted => COUNTED_BOOT_DEADLINE,
+            Processors::Counted(_) => COUNTED_BOOT_DEADLINE,
         };
         let power_off_max = command.power_off_max();
         Ok(Self { qemu, output, started, boot_deadline, power_off_max, boot_time: None, booting, directory })
@@ -432,9 +478,11 @@ fn forward(listener: &UnixListener, stream: Stream, sender: &Sender<(Stream, Vec
 /// the same addresses each time (`norandmaps`): code that the emulator has translated serves the next process, too.
 /// Source: `Documentation/admin-guide/kernel-parameters.txt`.
 fn kernel_command_line(processors: Processors) -> String {
-    let second_processor =
-        if processors == Processors::Two { " maxcpus=1 tsc=reliable norandmaps" } else { "" };
-    format!("console=ttyS0 panic=-1 oops=panic quiet mitigations=off{second_processor}")
+    let more = match processors {
+        Processors::Two => " maxcpus=1 tsc=reliable norandmaps",
+        Processors::Counted(copies) => copies.kernel_parameters(),
+    };
+    format!("console=ttyS0 panic=-1 oops=panic quiet mitigations=off{more}")
 }
 
 /// The machine: emulated processors, nothing that is not needed.
@@ -444,18 +492,18 @@ fn qemu_command(
     directory: &Path,
     terminal: Terminal,
     processors: Processors,
-) -> Command {
+) -> Result<Command> {
     let file = |name: &str| directory.join(name).display().to_string();
     let mut command = tool::command("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]);
-    command.arg(tool::find("qemu-system-x86_64").unwrap_or_else(|| PathBuf::from("qemu-system-x86_64")));
+    command.arg(qemu().get_program());
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot"]);
     command.args(["-M", "q35", "-m", "4G"]);
     match processors {
         Processors::Two => command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]),
-        Processors::Counted => command
-            .args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"])
-            .args(["-cpu", "max,-erms,-fsrm", "-smp", "1"]),
+        Processors::Counted(copies) => command
+            .args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"])
+            .args(["-cpu", &copies.processor(&known_features()?)]),
     };
     // Its card's interrupts would be counted, too. This model fetches data from wherever it lies; virtio's does only where the
     // host's side knows checksums, which the user-mode network does not.
@@ -487,7 +535,17 @@ fn qemu_command(
     } else {
         command.stdin(Stdio::null());
     }
-    command
+    Ok(command)
+}
+
+/// The processor features that the emulator knows, as words among others.
+fn known_features() -> Result<String> {
+    let help = tool::output(qemu().args(["-cpu", "help"]), HELP_DEADLINE)?;
+    Ok(String::from_utf8_lossy(&help).into_owned())
+}
+
+fn qemu() -> Command {
+    tool::command("qemu-system-x86_64")
 }
 
 #[cfg(test)]
@@ -524,6 +582,21 @@ mod tests {
         assert!(!console(&up).death("it died").is::<NotUp>(), "something of ours may have run");
         let missing = "[    1.5] lab-guest: failed: loading 03.ko\n";
         assert!(!console(missing).death("it died").is::<NotUp>(), "it would fail again");
+    }
+
+    #[test]
+    fn machines_that_count_differ_in_who_copies_byte_by_byte_and_in_nothing_else() {
+        let new = "acpi erms fsrm fsrs fsrc fzrm fxsr";
+        assert_eq!(ByteCopies::None.processor(new), "max,-erms,-fsrm,-fsrs,-fsrc,-fzrm");
+        let users = ByteCopies::Users.processor(new);
+        assert_eq!(users, "max,+erms,-fsrm,-fsrs,-fsrc,-fzrm");
+        assert_eq!(ByteCopies::All.processor(new), users);
+        let told = |copies| kernel_command_line(Processors::Counted(copies));
+        assert_eq!(told(ByteCopies::None), told(ByteCopies::Users));
+        assert_eq!(told(ByteCopies::All), format!("{},fsrm", told(ByteCopies::Users)));
+        assert_eq!(ByteCopies::Users.flags(), [("rep_good", true), ("erms", true), ("fsrm", false)]);
+        // QEMU 7.2 would not start with a word that it does not know.
+        assert_eq!(ByteCopies::None.processor("erms fsrm"), "max,-erms,-fsrm");
     }
 
     #[test]

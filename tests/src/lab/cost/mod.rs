@@ -1,11 +1,13 @@
 //! `cargo lab cost`: instructions per I/O of the whole system, as a table.
 //!
-//! Builds the product as it is shipped (the release profile) and the floor with the same profile, boots the machine that
-//! counts instructions, lets `cost_guest` measure there, prints the tables (`table`) and, if told to, puts them between the
-//! markers in `docs/performance.md` and keeps the ratios that `cargo lab test` watches (`gate`). Called by `commands`. With
-//! neither `--rows` nor `--cells` a row that is missing is an error, never a gap: no number is kept from an earlier run.
+//! Builds the product as it is shipped (the release profile) and the floor with the same profile, boots three machines that
+//! count instructions and differ in how memory is copied (`price`), lets `cost_guest` measure in each, prints the tables
+//! (`table`) and, if told to, puts them between the markers in `docs/performance.md` and keeps the ratios that `cargo lab test`
+//! watches (`gate`). Called by `commands`. With neither `--rows` nor `--cells` a row that is missing is an error, never a gap:
+//! no number is kept from an earlier run.
 
 pub(crate) mod gate;
+mod price;
 mod table;
 
 use std::path::Path;
@@ -16,18 +18,17 @@ use clap::Args;
 use testlab::kernel_series::KernelSeries;
 
 use super::guest_command::GuestCommand;
+use super::kernels::Kernel;
 use super::measurement::BuildBeside;
-use super::vm::Processors;
+use super::vm::{ByteCopies, PROGRAMS_BYTE_COPY_MIN, Processors};
 use super::workspace::Workspace;
 use super::{kernels, measurement, packages};
-use crate::cost_guest::ROW_PREFIX;
-use crate::cost_guest::plan::{Cell, Plan, REPETITIONS, Row, Subject};
+use crate::cost_guest::plan::{Cell, Measured, Plan, REPETITIONS, Row, Subject};
+use crate::cost_guest::{PROGRAMS, ROW_PREFIX};
+use price::Counted;
 
 /// The profile whose programs are measured: optimised, no assertions.
 const PROFILE: &str = "release";
-
-/// The programs that are measured, and the floor.
-const PROGRAMS: [&str; 4] = ["volserver", "volclient", "volctl", "floor"];
 
 /// From QEMU's start to its end: some two minutes for each row, more where others use the machine.
 const RUN_DEADLINE: Duration = Duration::from_secs(90 * 60);
@@ -64,27 +65,49 @@ pub(crate) struct CostOptions {
     no_calls: bool,
 }
 
-/// What a run of the machine measured.
+/// What a run of the machines measured.
 pub(crate) struct Measurement {
     /// The kernel's.
     release: String,
-    rows: Vec<Row>,
+    /// By the machine in which nobody copies byte by byte; calls are counted in it.
+    plain: Vec<Row>,
+    /// By the machine of [`ByteCopies::Users`].
+    users: Vec<Row>,
+    /// By the machine of [`ByteCopies::All`].
+    all: Vec<Row>,
     cells: Vec<Cell>,
 }
 
 impl Measurement {
+    /// A subject's row of one machine.
+    fn row_of(&self, copies: ByteCopies, subject: Subject) -> Option<&Row> {
+        let rows = match copies {
+            ByteCopies::None => &self.plain,
+            ByteCopies::Users => &self.users,
+            ByteCopies::All => &self.all,
+        };
+        rows.iter().find(|row| row.key == subject.key())
+    }
+
+    /// A subject's row with its calls.
     fn row(&self, subject: Subject) -> Option<&Row> {
-        self.rows.iter().find(|row| row.key == subject.key())
+        self.row_of(ByteCopies::None, subject)
+    }
+
+    /// One number of a cell's repetitions, by machine.
+    fn counted_as(&self, subject: Subject, cell: Cell, number: fn(&Measured) -> f64) -> Option<Counted> {
+        Counted::by_machine(|copies| self.row_of(copies, subject)?.measured(cell).map(number))
     }
 
     /// Thousand instructions per I/O.
-    fn thousands(&self, subject: Subject, cell: Cell) -> Option<f64> {
-        Some(self.row(subject)?.measured(cell)?.mean())
+    fn counted(&self, subject: Subject, cell: Cell) -> Option<Counted> {
+        self.counted_as(subject, cell, Measured::mean)
     }
 
     /// Thousand instructions that an I/O cannot do without: the sum of the floor's parts.
-    fn floor(&self, cell: Cell) -> Option<f64> {
-        Subject::FLOOR.into_iter().map(|part| self.thousands(part, cell)).sum()
+    fn floor(&self, cell: Cell) -> Option<Counted> {
+        let [device, exchange] = Subject::FLOOR.map(|part| self.counted(part, cell));
+        Some(device? + exchange?)
     }
 }
 
@@ -138,29 +161,40 @@ pub(crate) fn build_beside(workspace: &Workspace) -> Result<BuildBeside> {
     BuildBeside::start(workspace, PROFILE, &PROGRAMS)
 }
 
-/// Boots the machine and measures in it what was built.
+/// Boots the machines one after the other and measures in each what was built.
 ///
 /// # Errors
-/// The machine fails, or a row or a cell is missing: with all that was measured until then.
-pub(crate) fn measure(
+/// A machine fails, or a row or a cell is missing: with all that it measured until then.
+fn measure(
     workspace: &Workspace,
     subjects: &[Subject],
     cells: &[Cell],
     repetitions: usize,
     counts_calls: bool,
 ) -> Result<Measurement> {
-    let this_program = workspace.own_program();
     packages::ensure_installed(workspace)?;
     let kernel = kernels::ensure_cached(workspace, KernelSeries::V7)?;
-    let programs = workspace.target.join(PROFILE);
-    let plan = serde_json::to_string(&Plan::new(subjects, cells, repetitions, counts_calls))?;
+    let in_machine = |copies: ByteCopies, plan: Plan| {
+        let stdout = guest_output(workspace, &kernel, copies, &plan.on_a_processor_with(copies.flags()))?;
+        rows(&stdout, subjects.len(), cells.len())
+    };
+    let plain = in_machine(ByteCopies::None, Plan::new(subjects, cells, repetitions, counts_calls))?;
+    let users = in_machine(ByteCopies::Users, Plan::again(subjects, cells))?;
+    let all = in_machine(ByteCopies::All, Plan::again(subjects, cells))?;
+    Ok(Measurement { release: kernel.release, plain, users, all, cells: cells.to_vec() })
+}
+
+/// Boots one machine, in which a plan is carried out; gives what it printed.
+fn guest_output(workspace: &Workspace, kernel: &Kernel, copies: ByteCopies, plan: &Plan) -> Result<String> {
+    let (this_program, programs) = (workspace.own_program(), workspace.target.join(PROFILE));
     let mut words =
         [&this_program, Path::new("guest-cost"), &programs].map(|word| word.display().to_string()).to_vec();
-    words.push(plan);
-    let command = GuestCommand::new(workspace, words)?.in_directory(&workspace.root);
-    let stdout = measurement::guest_output(workspace, &kernel, &command, Processors::Counted, RUN_DEADLINE)?;
-    let rows = rows(&stdout, subjects.len(), cells.len())?;
-    Ok(Measurement { release: kernel.release, rows, cells: cells.to_vec() })
+    words.push(serde_json::to_string(plan)?);
+    let tunables = format!("glibc.cpu.x86_rep_movsb_threshold={PROGRAMS_BYTE_COPY_MIN}");
+    let command = GuestCommand::new(workspace, words)?
+        .in_directory(&workspace.root)
+        .with_variable("GLIBC_TUNABLES", &tunables);
+    measurement::guest_output(workspace, kernel, &command, Processors::Counted(copies), RUN_DEADLINE)
 }
 
 fn rows(stdout: &str, want_rows: usize, want_cells: usize) -> Result<Vec<Row>> {
@@ -174,29 +208,41 @@ fn rows(stdout: &str, want_rows: usize, want_cells: usize) -> Result<Vec<Row>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cost_guest::plan::Measured;
+    use crate::cost_guest::plan::CallsPerIo;
 
-    /// What a run would have measured: rows of one value in every cell.
+    /// What a run would have measured: rows of one value in every cell and machine, in which nothing is copied.
     pub(super) fn measurement(rows: &[(Subject, f64)]) -> Measurement {
+        let still = |&(subject, value): &(Subject, f64)| {
+            (subject, Counted { plain: value, users: value, all: value })
+        };
+        measurement_of(&rows.iter().map(still).collect::<Vec<_>>())
+    }
+
+    /// Rows of the same values in every cell.
+    pub(super) fn measurement_of(rows: &[(Subject, Counted)]) -> Measurement {
         let cells: Vec<Cell> = Cell::all().collect();
+        let calls = CallsPerIo { system_calls: 3.0, sqes: 4.0, wake_ups: 2.5 };
         let measured = |cell: &Cell, value| Measured {
             heading: cell.heading(),
             samples: vec![value],
-            system_calls: Some(3.0),
-            sqes: Some(4.0),
+            calls: Some(calls),
         };
-        let row = |&(subject, value): &(Subject, f64)| Row {
+        let row = |subject: Subject, value: f64| Row {
             key: subject.key().to_owned(),
             cells: cells.iter().map(|cell| measured(cell, value)).collect(),
         };
-        Measurement { release: "7.3".to_owned(), rows: rows.iter().map(row).collect(), cells }
+        let of = |number: fn(&Counted) -> f64| -> Vec<Row> {
+            rows.iter().map(|(subject, counted)| row(*subject, number(counted))).collect()
+        };
+        let (plain, users, all) = (of(|c| c.plain), of(|c| c.users), of(|c| c.all));
+        Measurement { release: "7.3".to_owned(), plain, users, all, cells }
     }
 
     #[test]
     fn a_missing_row_is_an_error() {
         let measured = measurement(&[(Subject::UblkNull, 1.0), (Subject::Tcp, 2.0)]);
         let line = |row: &Row| format!("{ROW_PREFIX}{}\n", serde_json::to_string(row).unwrap());
-        let printed: String = measured.rows.iter().map(line).collect();
+        let printed: String = measured.plain.iter().map(line).collect();
         let columns = measured.cells.len();
         assert_eq!(rows(&format!("--- log of a daemon\n{printed}"), 2, columns).unwrap().len(), 2);
         assert!(rows(&printed, 3, columns).is_err());
@@ -207,7 +253,7 @@ mod tests {
     fn the_floor_is_the_sum_of_its_parts_or_unknown() {
         let cell = Cell::from_heading("R 4k/16").unwrap();
         let both = measurement(&[(Subject::UblkNull, 17.0), (Subject::Tcp, 5.0)]);
-        assert_eq!(both.floor(cell), Some(22.0));
+        assert_eq!(both.floor(cell).map(|floor| floor.plain), Some(22.0));
         assert_eq!(measurement(&[(Subject::Tcp, 5.0)]).floor(cell), None);
     }
 }

@@ -1,16 +1,18 @@
-//! The tables that `cargo lab cost` prints and keeps: instructions, `fused` beside its targets and the floor, and calls.
+//! The tables that `cargo lab cost` prints and keeps: instructions as counted and with copies at a fair price, `fused` beside its
+//! targets and the floor, bytes copied, and calls.
 //!
 //! Called by `lab::cost`. Makes text of a measurement, and says every cell that is lost: a comparison names the cells it
-//! does not win, however small the difference. Owns the targets.
+//! does not win, however small the difference, at whichever price of a copied byte. Owns the targets.
 
 use std::fmt::Write as _;
 
 use ublk_core::DataPath;
 
 use super::Measurement;
-use crate::cost_guest::plan::{Cell, Subject};
+use super::price::{Counted, FAIR, PRICES};
+use crate::cost_guest::plan::{CallsPerIo, Cell, Subject};
 
-/// What `fused` is meant to cost, thousand instructions per I/O, by cell. They were set from the best that a prototype and
+/// What `fused` is meant to cost, thousand instructions per I/O as counted, by cell. They were set from the best that a prototype and
 /// the peers reached, and from the floor under both.
 const TARGETS: [(&str, f64); 10] = [
     ("R 4k/1", 74.0),
@@ -34,7 +36,8 @@ pub(super) fn text(machine: &str, measurement: &Measurement) -> String {
         parts.push(targets(measurement));
         parts.push(comparisons(measurement));
     }
-    if measurement.rows.iter().flat_map(|row| &row.cells).any(|cell| cell.system_calls.is_some()) {
+    parts.push(bytes_copied(measurement));
+    if measurement.plain.iter().flat_map(|row| &row.cells).any(|cell| cell.calls.is_some()) {
         parts.push(calls(measurement));
     }
     parts.retain(|part| !part.is_empty());
@@ -50,23 +53,28 @@ fn heading(first: &str, measurement: &Measurement, further: &[&str]) -> String {
 /// Thousand instructions per I/O of every row, and the floor.
 fn instructions(measurement: &Measurement) -> String {
     let mut text = heading("thousand instructions per I/O", measurement, &["spread"]);
+    let both = |counted: Counted| format!("{} / {}", shown(counted.plain), shown(counted.cost(FAIR)));
     for subject in Subject::all() {
         if subject == Subject::FLOOR[0]
-            && let Some(cells) = by_cell(measurement, |cell| measurement.floor(cell).map(shown))
+            && let Some(cells) = by_cell(measurement, |cell| measurement.floor(cell).map(both))
         {
             let _ = writeln!(text, "| **floor** (the sum of the next two) | {cells} | |");
         }
-        let Some(row) = measurement.row(subject) else { continue };
-        let Some(cells) = by_cell(measurement, |cell| measurement.thousands(subject, cell).map(shown)) else {
+        let Some(cells) = by_cell(measurement, |cell| measurement.counted(subject, cell).map(both)) else {
             continue;
         };
-        let spread = row.cells.iter().map(|cell| cell.spread_percent()).fold(0.0, f64::max);
+        let spreads = measurement.row(subject).into_iter().flat_map(|row| &row.cells);
+        let spread = spreads.map(|cell| cell.spread_percent()).fold(0.0, f64::max);
         let _ = writeln!(text, "| {} | {cells} | {spread:.1} % |", subject.title());
     }
     let repetitions =
-        measurement.rows.first().and_then(|row| row.cells.first()).map_or(0, |c| c.samples.len());
-    let _ = write!(text, "\nMeans of {repetitions} repetitions; spread is the largest difference between ");
-    text.push_str("the repetitions of one cell of the row.\n");
+        measurement.plain.first().and_then(|row| row.cells.first()).map_or(0, |cell| cell.samples.len());
+    let _ = writeln!(
+        text,
+        "\nLeft as counted, right with {} of an instruction for each copied byte. As counted these are means of \
+         {repetitions} repetitions; spread is the largest difference between the repetitions of one cell of the row.",
+        FAIR.name
+    );
     text
 }
 
@@ -78,26 +86,60 @@ fn targets(measurement: &Measurement) -> String {
             let _ = writeln!(text, "| {name} | {cells} |");
         }
     };
-    let ours = |cell| measurement.thousands(FUSED, cell);
-    row("measured", &|cell| ours(cell).map(shown));
+    let ours = |cell| measurement.counted(FUSED, cell);
+    row("as counted", &|cell| ours(cell).map(|ours| shown(ours.plain)));
     row("target", &|cell| Some(format!("{}", target(cell)?)));
     row("above target", &|cell| {
-        let (ours, target) = (ours(cell)?, target(cell)?);
+        let (ours, target) = (ours(cell)?.plain, target(cell)?);
         let over_percent = (ours / target - 1.0) * 100.0;
         Some(if ours <= target { "met".to_owned() } else { format!("+{over_percent:.1} %") })
     });
-    row("floor", &|cell| measurement.floor(cell).map(shown));
-    row("ratio to the floor", &|cell| Some(format!("{:.2}", ours(cell)? / measurement.floor(cell)?)));
+    row("floor, ratio to it", &|cell| {
+        let (ours, floor) = (ours(cell)?.plain, measurement.floor(cell)?.plain);
+        Some(format!("{}, {:.2}", shown(floor), ours / floor))
+    });
+    for price in PRICES {
+        row(&format!("at {} a byte", price.name), &|cell| ours(cell).map(|ours| shown(ours.cost(price))));
+        row("floor, ratio to it", &|cell| {
+            let (ours, floor) = (ours(cell)?.cost(price), measurement.floor(cell)?.cost(price));
+            Some(format!("{}, {:.2}", shown(floor), ours / floor))
+        });
+    }
     row("peers that cost less", &|cell| Some(peers_ahead(measurement, cell, ours(cell)?)));
     text
 }
 
-/// The peers that cost no more than `ours` in a cell, with how much less.
-fn peers_ahead(measurement: &Measurement, cell: Cell, ours: f64) -> String {
+/// One cost beside another: by how much it is more, in per cent, at each of [`PRICES`].
+struct Beside([f64; PRICES.len()]);
+
+impl Beside {
+    fn of(one: Counted, other: Counted) -> Self {
+        Self(PRICES.map(|price| (one.cost(price) / other.cost(price) - 1.0) * 100.0))
+    }
+
+    /// Whether it is less, whatever a copied byte costs.
+    fn is_less(&self) -> bool {
+        self.0.iter().all(|&percent| percent < 0.0)
+    }
+
+    /// The difference, at the price of the figures; at each where they disagree on which is more.
+    fn shown(&self) -> String {
+        let by_price = PRICES.iter().zip(self.0);
+        let agree = self.is_less() || self.0.iter().all(|&percent| percent >= 0.0);
+        let shown = by_price.filter(|(price, _)| !agree || **price == FAIR).map(|(price, percent)| {
+            if agree { format!("{percent:+.1} %") } else { format!("{percent:+.1} % at {}", price.name) }
+        });
+        shown.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// The peers that `ours` does not cost less than in a cell, with how much less they cost.
+fn peers_ahead(measurement: &Measurement, cell: Cell, ours: Counted) -> String {
     let mut ahead = Vec::new();
     for peer in Subject::PEERS {
-        if let Some(theirs) = measurement.thousands(peer, cell).filter(|&theirs| theirs <= ours) {
-            ahead.push(format!("{} (-{:.1} %)", peer.title(), (1.0 - theirs / ours) * 100.0));
+        let Some(theirs) = measurement.counted(peer, cell) else { continue };
+        if !Beside::of(ours, theirs).is_less() {
+            ahead.push(format!("{} ({})", peer.title(), Beside::of(theirs, ours).shown()));
         }
     }
     if ahead.is_empty() { "none".to_owned() } else { ahead.join(", ") }
@@ -106,24 +148,16 @@ fn peers_ahead(measurement: &Measurement, cell: Cell, ours: f64) -> String {
 /// Where `fused` costs less and where not: than its targets, the peers, and our other data paths.
 fn comparisons(measurement: &Measurement) -> String {
     let mut text = String::new();
-    let above = |limit: &dyn Fn(Cell) -> Option<f64>, equal_is_lost: bool| -> Option<(usize, Vec<String>)> {
-        let mut lost = Vec::new();
-        for &cell in &measurement.cells {
-            let (ours, limit) = (measurement.thousands(FUSED, cell)?, limit(cell)?);
-            if ours > limit || (equal_is_lost && ours >= limit) {
-                lost.push(format!("{} (+{:.1} %)", cell.heading(), (ours / limit - 1.0) * 100.0));
-            }
-        }
-        Some((measurement.cells.len() - lost.len(), lost))
-    };
     let cells = measurement.cells.len();
-    if let Some((met, lost)) = above(&target, false) {
-        let _ = writeln!(text, "- Targets: met in {met} of {cells} cells; not met in: {}.", listed(&lost));
+    if let Some(lost) = above_target(measurement) {
+        let met = cells - lost.len();
+        let lost = listed(&lost);
+        let _ = writeln!(text, "- Targets, as counted: met in {met} of {cells} cells; not met in: {lost}.");
     }
     let ours = FUSED.title();
     for other in Subject::all().into_iter().filter(|&other| other != FUSED && other.stores()) {
-        if let Some((won, lost)) = above(&|cell| measurement.thousands(other, cell), true) {
-            let (other, lost) = (other.title(), listed(&lost));
+        if let Some(lost) = not_less(measurement, other) {
+            let (won, other, lost) = (cells - lost.len(), other.title(), listed(&lost));
             let _ = writeln!(
                 text,
                 "- {ours} beside {other}: less in {won} of {cells} cells; not less in: {lost}."
@@ -138,44 +172,97 @@ fn comparisons(measurement: &Measurement) -> String {
                 writeln!(text, "- {peer} costs less than the floor of every daemon behind ublk in: {below}.");
         }
     }
+    if !text.is_empty() {
+        let prices = PRICES.map(|price| price.name).join(", ");
+        let _ = writeln!(
+            text,
+            "\nBut for the targets, less is what is less with a copied byte at {prices} of an instruction; \
+             the differences are those at {}.",
+            FAIR.name
+        );
+    }
     text
+}
+
+/// The cells in which `fused` is above its target; nothing if one has none.
+fn above_target(measurement: &Measurement) -> Option<Vec<String>> {
+    let mut lost = Vec::new();
+    for &cell in &measurement.cells {
+        let (ours, target) = (measurement.counted(FUSED, cell)?.plain, target(cell)?);
+        if ours > target {
+            lost.push(format!("{} (+{:.1} %)", cell.heading(), (ours / target - 1.0) * 100.0));
+        }
+    }
+    Some(lost)
+}
+
+/// The cells in which `fused` does not cost less than another, with how much more; nothing if one was not measured.
+fn not_less(measurement: &Measurement, other: Subject) -> Option<Vec<String>> {
+    let mut lost = Vec::new();
+    for &cell in &measurement.cells {
+        let beside = Beside::of(measurement.counted(FUSED, cell)?, measurement.counted(other, cell)?);
+        if !beside.is_less() {
+            lost.push(format!("{} ({})", cell.heading(), beside.shown()));
+        }
+    }
+    Some(lost)
 }
 
 /// The cells in which a peer costs less than the floor, with how much less.
 fn below_the_floor(measurement: &Measurement, peer: Subject) -> Vec<String> {
     let mut below = Vec::new();
     for &cell in &measurement.cells {
-        if let Some((peer, floor)) = measurement.thousands(peer, cell).zip(measurement.floor(cell))
-            && peer < floor
+        let both = measurement.counted(peer, cell).zip(measurement.floor(cell));
+        if let Some(beside) = both.map(|(peer, floor)| Beside::of(peer, floor))
+            && beside.is_less()
         {
-            below.push(format!("{} (-{:.1} %)", cell.heading(), (1.0 - peer / floor) * 100.0));
+            below.push(format!("{} ({})", cell.heading(), beside.shown()));
         }
     }
     below
+}
+
+/// KiB that are copied for an I/O, as the three machines tell.
+fn bytes_copied(measurement: &Measurement) -> String {
+    let mut text = heading("KiB copied or cleared per I/O: user memory + kernel", measurement, &[]);
+    // Less is noise, and so is less than nothing.
+    let kib = |kilobytes: f64| {
+        let kib = kilobytes * 1000.0 / 1024.0;
+        if kib < 0.95 { "0".to_owned() } else { shown(kib) }
+    };
+    for subject in Subject::all() {
+        let cells = by_cell(measurement, |cell| {
+            let counted = measurement.counted(subject, cell)?;
+            Some(format!("{} + {}", kib(counted.user_kilobytes()), kib(counted.kernel_kilobytes())))
+        });
+        if let Some(cells) = cells {
+            let _ = writeln!(text, "| {} | {cells} |", subject.title());
+        }
+    }
+    text
 }
 
 fn listed(cells: &[String]) -> String {
     if cells.is_empty() { "none".to_owned() } else { cells.join(", ") }
 }
 
-/// System calls, SQEs and payload copies of every row.
+/// System calls, SQEs, wake-ups and payload copies of every row.
 fn calls(measurement: &Measurement) -> String {
-    let mut text = heading("system calls / SQEs / payload copies per I/O", measurement, &[]);
+    let mut text = heading("system calls / SQEs / wake-ups / payload copies per I/O", measurement, &[]);
     let mut copies = String::new();
     for subject in Subject::all() {
         let Some(row) = measurement.row(subject) else { continue };
         let cells = by_cell(measurement, |cell| {
-            let measured = row.measured(cell)?;
-            let (calls, sqes) = (measured.system_calls?, measured.sqes?);
-            Some(format!("{calls:.1} / {sqes:.1} / {}", subject.copies(cell)))
+            let CallsPerIo { system_calls, sqes, wake_ups } = row.measured(cell)?.calls?;
+            Some(format!("{system_calls:.1} / {sqes:.1} / {wake_ups:.1} / {}", subject.copies(cell)))
         });
         let Some(cells) = cells else { continue };
         let _ = writeln!(text, "| {} | {cells} |", subject.title());
         let _ = writeln!(copies, "- {}: {}.", subject.title(), subject.copies_are());
     }
     format!(
-        "{text}\nSystem calls and SQEs are counted by tracing, in a pass of their own and without fio's. Payload copies \
-         are not counted but follow from the code:\n\n{copies}"
+        "{text}\nSystem calls, SQEs and wake-ups are counted by tracing, in a pass of their own and without fio's. Payload copies \
+         follow from the code; how many bytes they and all others move is counted above:\n\n{copies}"
     )
 }
 
@@ -197,13 +284,15 @@ fn shown(thousands: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::measurement;
+    use super::super::tests::{measurement, measurement_of};
     use super::*;
 
     /// `fused` costs 50 in every cell but `W 4k/16`, where it costs 66.
     fn with_others(others: &[(Subject, f64)]) -> Measurement {
         let mut measured = measurement(&[&[(FUSED, 50.0)], others].concat());
-        measured.rows[0].cells[6].samples = vec![66.0];
+        for rows in [&mut measured.plain, &mut measured.users, &mut measured.all] {
+            rows[0].cells[6].samples = vec![66.0];
+        }
         measured
     }
 
@@ -230,7 +319,7 @@ mod tests {
         let measured = with_others(&[(Subject::NvmeTcp, 60.0)]);
         let of = |heading| {
             let cell = Cell::from_heading(heading).unwrap();
-            peers_ahead(&measured, cell, measured.thousands(FUSED, cell).unwrap())
+            peers_ahead(&measured, cell, measured.counted(FUSED, cell).unwrap())
         };
         assert_eq!(of("W 4k/16"), "kernel NVMe/TCP + nvmet + brd (-9.1 %)");
         assert_eq!(of("R 4k/16"), "none");
@@ -250,6 +339,31 @@ mod tests {
     fn a_run_of_some_rows_says_nothing_of_the_others() {
         let text = text("Linux", &measurement(&[(Subject::NvmeTcp, 60.0)]));
         assert!(!text.contains("floor**") && !text.contains("Targets"), "{text}");
-        assert!(text.contains("NVMe/TCP") && text.contains("3.0 / 4.0 / 2"), "{text}");
+        assert!(text.contains("NVMe/TCP") && text.contains("3.0 / 4.0 / 2.5 / 2"), "{text}");
+    }
+
+    /// `fused` copies 100 thousand bytes within the kernel, `user-copy` twice as many to and from user memory.
+    #[test]
+    fn what_depends_on_the_price_of_a_byte_is_not_less() {
+        let fused = Counted { plain: 137.5, users: 137.5, all: 200.0 };
+        let other = |rest| Counted { plain: rest + 25.0, users: rest + 200.0, all: rest + 200.0 };
+        let beside = |rest| {
+            let measured =
+                measurement_of(&[(FUSED, fused), (Subject::Ours(DataPath::UserCopy), other(rest))]);
+            text("Linux", &measured)
+        };
+        let words = |won: u32| format!("`user-copy`: less in {won} of 10 cells; not less in: ");
+        let text = beside(100.0);
+        assert!(text.contains("| 138 / 125 |") && text.contains("| 125 / 150 |"), "{text}");
+        assert!(
+            text.contains(&format!("{}none.", words(10))),
+            "more as counted, less at every price: {text}"
+        );
+        assert!(text.contains("| 0 + 97.7 |") && text.contains("| 195 + 0 |"), "{text}");
+        let text = beside(80.0);
+        let depends = "R 4k/1 (+7.1 % at 1/8, -3.8 % at 1/4, -11.3 % at 3/8)";
+        assert!(text.contains(&format!("{}{depends}", words(0))), "{text}");
+        let text = beside(30.0);
+        assert!(text.contains(&format!("{}R 4k/1 (+56.2 %)", words(0))), "{text}");
     }
 }
