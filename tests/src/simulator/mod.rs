@@ -12,6 +12,7 @@ mod answers;
 mod broken_gate;
 mod client;
 mod coverage;
+mod device;
 mod disk;
 mod gate;
 mod mutant;

@@ -15,8 +15,9 @@ use proto::export_name::{SECRET_BYTES, Secret};
 use proto::nbd::transmission::{Command, CommandFlags};
 use uuid::Uuid;
 
-use super::client::{Bio, Bios, Client, EndedBio, Note, Origins, Spec};
+use super::client::{Bio, Client, EndedBio, Note, Origins, Spec};
 use super::coverage::Coverage;
+use super::device::Device;
 use super::disk::Disk;
 use super::network::{End, Link, LinkId, TCP_USER_TIMEOUT};
 use super::server::{EIO, Server};
@@ -36,21 +37,6 @@ const STEPS_MAX: u64 = 400_000;
 const SLOW_PATIENCE: Duration = Duration::from_secs(60);
 /// Steps between two faults, on average.
 const STEPS_PER_FAULT: u64 = 300;
-
-/// A block device and the process behind it.
-struct Device {
-    bios: Bios,
-    spec: Spec,
-    client: Option<Client>,
-    /// What the last process knew.
-    incarnation: Option<String>,
-    /// The storage lost something since all connections were last up.
-    may_be_lost: bool,
-    /// Some requests were given up in this outage, or the peer lies.
-    may_fail: bool,
-    /// How old the oldest of them was; until it was looked at.
-    given_up_after: Option<Duration>,
-}
 
 pub(super) struct World<'a> {
     rng: Rng,
@@ -799,29 +785,5 @@ impl<'a> World<'a> {
             }
         }
         Ok(())
-    }
-}
-
-impl Device {
-    fn bios_count(&self) -> usize {
-        self.bios.iter().flatten().flatten().count()
-    }
-
-    fn oldest_request(&self, now: Instant) -> Duration {
-        let bios = self.bios.iter().flatten().flatten();
-        bios.map(|bio| now.duration_since(bio.submitted_at)).max().unwrap_or_default()
-    }
-
-    fn has_bios(&self) -> bool {
-        self.bios.iter().flatten().any(Option::is_some)
-    }
-
-    /// Reads under way may find what was there before the storage lost something, or after.
-    fn forget_reads(&mut self) {
-        for bio in self.bios.iter_mut().flatten().flatten() {
-            if let Note::Read(_) = bio.note {
-                bio.note = Note::Gone;
-            }
-        }
     }
 }
