@@ -22,6 +22,7 @@
 //! or wait to be sent again, and the main thread is told: no late byte can reach a page any more. Requests wait until
 //! [`QueueCore::connect`], each on the slot where it was, or end with EIO after [`QueueCore::give_up`].
 
+mod finish;
 mod transfer;
 
 use std::collections::VecDeque;
@@ -553,52 +554,6 @@ impl QueueCore {
         }
         assert_ours(self.tags.commit_submitted(tag));
         io.commit_and_fetch(tag, result);
-    }
-
-    // -------------------------------------------------------------------------------------------------- the end
-
-    /// Before the device's end: whether a FLUSH of the queue's own was begun, which [`QueueCore::take_final_flush`] tells of. None is
-    /// where nothing was written since the last, and where requests were given up: their users were told by EIO. To be
-    /// followed by passes.
-    ///
-    /// # Errors
-    /// The server may have forgotten writes already, for this reason.
-    pub fn begin_final_flush(&mut self) -> Result<bool, &'static str> {
-        if !self.volatile_cache || !self.unflushed.any() || self.link.gives_up() {
-            return Ok(false);
-        }
-        if self.unflushed.take_doubt() {
-            return Err("the connection was lost meanwhile");
-        }
-        let tag = self.flush_tag();
-        self.unflushed.flush_begins(self.requests.covered_mut(tag));
-        let flush = BlockRequest {
-            command: Command::Flush,
-            flags: CommandFlags::NONE,
-            offset_bytes: 0,
-            length_bytes: 0,
-        };
-        self.put_on_connection(tag, flush);
-        Ok(true)
-    }
-
-    /// How that FLUSH ended, by a positive errno, once it has.
-    pub fn take_final_flush(&mut self) -> Option<Result<(), i32>> {
-        let outcome = self.final_flush.take()?;
-        if outcome.is_ok() {
-            self.unflushed.flush_succeeded(self.requests.covered(self.flush_tag()));
-        }
-        Some(outcome)
-    }
-
-    /// The device is gone: shuts down what is there, so that every operation ends, and tells nobody.
-    pub fn close<Io: QueueIo>(&mut self, io: &mut Io) {
-        self.is_closed = true;
-        if self.link.fail(0, Loss::Told("the device is gone".to_owned())) {
-            for connection in self.connections() {
-                io.shut_down(connection);
-            }
-        }
     }
 
     /// The tag after the device's last: the queue's own.

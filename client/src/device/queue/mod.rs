@@ -12,6 +12,7 @@ pub mod connection;
 pub mod core;
 pub mod io;
 pub mod link;
+pub mod operation;
 pub mod parts;
 pub mod payload;
 pub mod quiet;

@@ -23,9 +23,10 @@ use ublk_core::abi::{UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
 use super::block_request;
 use super::core::{QueueCore, QueueSpec};
 use super::link::LinkEvent;
+use super::operation::Operation;
 use super::parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts};
 use super::payload::Payloads;
-use super::ring::{Completed, Operation, QueueRing};
+use super::ring::{Completed, QueueRing};
 
 /// How long the last FLUSH may take when the device goes away.
 const FINAL_FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
