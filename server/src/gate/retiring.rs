@@ -92,6 +92,7 @@ impl Core {
                 if is_recorded && self.is_to_be_retired(volume_uid, connection) {
                     self.retire(volume_uid, outputs);
                 }
+                self.loss_known(volume_uid, is_recorded, outputs);
                 self.drained(now, connection, attachment_id, outputs);
             }
             AfterLoss::Answer(call) => {

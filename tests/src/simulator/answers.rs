@@ -150,7 +150,8 @@ impl Answers {
         }
     }
 
-    fn broken(&mut self, words: &str) {
+    /// Keeps what must not be.
+    pub(super) fn broken(&mut self, words: &str) {
         self.fault.get_or_insert_with(|| words.to_owned());
     }
 }

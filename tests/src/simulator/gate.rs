@@ -138,6 +138,16 @@ impl Gate {
         !self.outputs.is_empty()
     }
 
+    /// A request for durability was not answered, and its connection ended.
+    pub(super) fn ended_without_answer(&mut self) {
+        let has_heard = self.inbox.is_empty() && self.outputs.is_empty();
+        let is_recorded =
+            !self.is_unheard.load(Ordering::Relaxed) && !self.is_unsettled.load(Ordering::Relaxed);
+        if has_heard && is_recorded {
+            self.answers.broken("a loss of writes is not told although it is recorded");
+        }
+    }
+
     // ------------------------------------------------------------------------------------------------ messages
 
     pub(super) fn open(&mut self, connection: ConnectionId, ring: usize, kind: OpenKind, name: String) {

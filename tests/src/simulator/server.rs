@@ -300,7 +300,10 @@ impl Server {
         let buffer = &connection.buffers[usize::from(slot.0)];
         let op = match next {
             Next::Submit(op) => op,
-            Next::Disconnect => return self.close(id, world),
+            Next::Disconnect => {
+                self.gate.ended_without_answer();
+                return self.close(id, world);
+            }
             Next::Done(result) => {
                 if connection.answered_early[usize::from(slot.0)] {
                     return;

@@ -90,7 +90,8 @@ impl<'a> World<'a> {
             attachment: None,
             volumes_dir: volumes_dir.to_owned(),
         };
-        let room_bytes = [700, 5_000, 100_000][rng.usize(..3)];
+        let room_bytes =
+            [700, 5_000, 100_000][rng.usize(..if mutant == Some(Mutant::NoReaping) { 1 } else { 3 })];
         let lies = rng.u8(..8) == 0 || mutant == Some(Mutant::TagOnlyCookie);
         let may_fail_syncs = rng.u8(..6) == 0;
         let is_slow = !lies && rng.u8(..40) == 0;
