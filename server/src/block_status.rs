@@ -114,6 +114,10 @@ fn find_told(backend: &dyn CallbackBackend, query: &StatusQuery, deadline: Insta
     let (mut added_end, mut told_end) = (begin, begin);
     let (mut is_full, mut is_late) = (false, false);
     let asked = backend.extents(begin..end, &mut |length_bytes, state| {
+        if length_bytes == 0 {
+            // Tells nothing, so that time cannot be up with it: an answer has an extent.
+            return true;
+        }
         let start = told_end;
         told_end = start.saturating_add(length_bytes).min(end);
         let first = if start == begin { begin } else { start.next_multiple_of(query.alignment_bytes) };
@@ -298,6 +302,12 @@ mod tests {
             assert_eq!(found_told(&told, &StatusQuery { extents_max, ..query(0, 8192) }, long), expected);
         }
         assert_eq!(found_told(&told, &query(0, 8192), Duration::ZERO), [(1024, DATA)], "at least in part");
+        let begins_with_nothing = Told(vec![(0, HOLE), (0, DATA), (1024, HOLE), (1024, DATA)], false);
+        assert_eq!(found_told(&begins_with_nothing, &query(0, 8192), Duration::ZERO), [(1024, HOLE)]);
+        let only_nothing = Told(vec![(0, DATA)], false);
+        assert_eq!(found_told(&only_nothing, &query(0, 8192), Duration::ZERO), [(8192, DATA)]);
+        let less_than_a_block = Told(vec![(100, HOLE), (8092, HOLE)], false);
+        assert_eq!(found_told(&less_than_a_block, &query(0, 8192), Duration::ZERO), [(512, DATA)]);
     }
 
     #[test]

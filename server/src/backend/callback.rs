@@ -11,7 +11,7 @@
 //! answered before, a FUA write is a `Write` and then a `Sync`, and only one `Sync` of a volume runs on a ring at a time.
 //! Snapshots have their place beside [`CallbackBackend::submit`]: an operation that is asked for by the control side
 //! between two requests, with the `Sync` before it as its barrier. There is none before a backend can take them.
-//! Invariants: an operation ends exactly once, with `EIO` if the backend drops it; its memory is the backend's until then and
+//! Invariants: an operation ends exactly once, with `EIO` if the backend drops it or gives it a result that it cannot have; its memory is the backend's until then and
 //! nobody else's; it counts as in flight for its connection until then, so the connection, its volume and the ring's
 //! memory outlive it, whatever happens to the client.
 #![allow(unsafe_code)] // An operation names a part of the ring's memory.
@@ -22,11 +22,23 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use proto::nbd::block_status::ExtentState;
+use tracing::error;
 use uuid::Uuid;
 
 use super::VolumeOp;
 
+/// The highest errno that there can be, as the kernel's `MAX_ERRNO`.
+const ERRNO_MAX: i32 = 4095;
+
 /// A volume's storage that completes by call-back.
+///
+/// Every ring submits to the same one, so that several [`VolumeOp::Sync`] may run at once, and a failure belongs to all of them:
+/// where storage loses what was written, each `Sync` that overlaps that has to fail, whichever ring's it is and whichever began
+/// first. One that succeeds says that all that had ended before it was submitted is durable.
+///
+/// It is dropped once no operation of its volume is in flight, mostly on the gate's thread, for which every client waits that
+/// opens a volume or leaves: dropping it must not wait. What takes time belongs on a thread of its own; the opener waits for it,
+/// where it has to be over before the volume is opened anew.
 pub trait CallbackBackend: Send + Sync + std::fmt::Debug {
     /// Begins an operation. On a ring's thread: must not wait. [`Operation::finish`] may be called at once, from any thread, and
     /// in any order.
@@ -49,6 +61,11 @@ pub trait CallbackBackend: Send + Sync + std::fmt::Debug {
 }
 
 /// Opens a volume, by its identity and size in bytes, in a backend that completes by call-back. On a thread that may wait.
+///
+/// It returns only when no operation of a predecessor can land any more, be that an earlier backend of this process, a process
+/// that was killed, or another machine: a new session is let in then, and what it reads and writes must not be overwritten by an
+/// old one's. The lock of a volume's file, which is taken before, says that of this machine's processes and of the file, not of
+/// what they have given to a storage elsewhere.
 #[derive(Clone)]
 pub struct CallbackOpener(Arc<Open>);
 
@@ -150,15 +167,31 @@ impl Operation {
     }
 
     /// It has ended: bytes that were read or written, 0 for the others, or a negative errno. Fewer bytes than were asked for are
-    /// continued, and may then be mixed with a write that overlaps them: no less than a block that has to be whole.
+    /// continued, and may then be mixed with a write that overlaps them: no less than a block that has to be whole. Anything else,
+    /// as more bytes than were asked for, is the backend's fault and counts as `EIO`.
     pub fn finish(mut self, result: i32) {
         self.end(result);
     }
 
     fn end(&mut self, result: i32) {
         if let Some(sink) = self.sink.take() {
-            sink.ended(Ended { token: self.token, result });
+            sink.ended(Ended { token: self.token, result: self.possible(result) });
         }
+    }
+
+    /// A result that it can have.
+    fn possible(&self, result: i32) -> i32 {
+        let bytes_max = match self.op {
+            VolumeOp::Read { length_bytes, .. }
+            | VolumeOp::Write { length_bytes, .. }
+            | VolumeOp::WriteZeroes { length_bytes, .. } => i32::try_from(length_bytes).unwrap_or(i32::MAX),
+            VolumeOp::Sync { .. } | VolumeOp::Allocate { .. } | VolumeOp::Prefetch { .. } => 0,
+        };
+        if (-ERRNO_MAX..=bytes_max).contains(&result) {
+            return result;
+        }
+        error!(op = ?self.op, result, "a backend's fault: its operation ended with what it cannot have done");
+        -libc::EIO
     }
 }
 
@@ -201,5 +234,22 @@ mod tests {
         std::thread::spawn(move || read.finish(8)).join().unwrap();
         assert_eq!((first, second), ([7; 8], [0; 8]));
         assert_eq!(*results.0.lock().unwrap(), [(2, -libc::EIO), (1, 8)]);
+    }
+
+    #[test]
+    fn a_result_that_cannot_be_is_an_error() {
+        let results = Arc::<Results>::default();
+        let mut bytes = [0; 8];
+        for (token, result) in [8, 0, -1, -4095, 9, i32::MAX, -4096, i32::MIN].into_iter().enumerate() {
+            operation(&mut bytes, token as u64, &results).finish(result);
+        }
+        let sink = Arc::clone(&results);
+        let nothing = NonNull::from(&mut [][..]);
+        // SAFETY: it has no memory.
+        let sync = unsafe { Operation::new(VolumeOp::Sync { metadata: false }, nothing, 8, sink) };
+        sync.finish(1);
+        let results: Vec<i32> = results.0.lock().unwrap().iter().map(|(_, result)| *result).collect();
+        let eio = -libc::EIO;
+        assert_eq!(results, [8, 0, -1, -4095, eio, eio, eio, eio, eio]);
     }
 }

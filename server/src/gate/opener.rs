@@ -39,6 +39,7 @@ pub(super) fn open_volume(
         }
         BackendKind::Memory => Backend::Memory(MemoryVolume::new(record.capacity_bytes)?),
     };
+    // Only now: the file, which is let go of again, is what tells of a predecessor on this machine and of what was lost.
     let backend = match &config.opener {
         Some(opener) => Backend::Callback(opener.open(record.volume_uid, record.capacity_bytes)?),
         None => backend,

@@ -75,10 +75,18 @@ impl Cluster {
     }
 }
 
+#[derive(Debug)]
+struct Submitted {
+    /// The how manieth of its volume.
+    number: u64,
+    operation: Operation,
+    /// It came when writes were held. Then it is done in full: its client may be gone by then, and nobody continues it.
+    is_held: bool,
+}
+
 #[derive(Debug, Default)]
 struct Queue {
-    /// In the order of their submission, with its number.
-    operations: Vec<(u64, Operation)>,
+    operations: Vec<Submitted>,
     submitted: u64,
     is_closed: bool,
 }
@@ -122,8 +130,8 @@ impl CallbackBackend for Volume {
             wishes.in_flight += 1;
             let mut queue = self.0.queue.lock().unwrap();
             queue.submitted += 1;
-            let number = queue.submitted;
-            queue.operations.push((number, operation));
+            let (number, is_held) = (queue.submitted, wishes.holds_writes && is_writing(operation.op()));
+            queue.operations.push(Submitted { number, operation, is_held });
         });
     }
 
@@ -161,30 +169,30 @@ impl Shared {
     /// Does operations until the volume is closed.
     fn work(&self, seed: u64) {
         let mut random = Random::new(seed);
-        while let Some(operation) = self.next(&mut random) {
+        while let Some(submitted) = self.next(&mut random) {
             if random.below(8) == 0 {
                 std::thread::sleep(Duration::from_micros(random.below(300)));
             }
-            self.end(operation, &mut random);
+            self.end(submitted, &mut random);
         }
     }
 
     /// Any of those that are there.
-    fn next(&self, random: &mut Random) -> Option<Operation> {
+    fn next(&self, random: &mut Random) -> Option<Submitted> {
         let mut wishes = self.cluster.wishes();
         loop {
             let mut queue = self.queue.lock().unwrap();
-            let may_begin = |(_, (_, operation)): &(usize, &(u64, Operation))| {
-                !(wishes.holds_writes && is_writing(operation.op()))
+            let may_begin = |(_, submitted): &(usize, &Submitted)| {
+                !(wishes.holds_writes && is_writing(submitted.operation.op()))
             };
             let ready: Vec<usize> =
                 queue.operations.iter().enumerate().filter(may_begin).map(|(at, _)| at).collect();
             if !ready.is_empty() {
                 let at = ready[random.below(ready.len() as u64) as usize];
-                let (number, operation) = queue.operations.swap_remove(at);
-                let is_first = queue.operations.iter().all(|(other, _)| number < *other);
+                let submitted = queue.operations.swap_remove(at);
+                let is_first = queue.operations.iter().all(|other| submitted.number < other.number);
                 wishes.overtaken += u64::from(!is_first);
-                return Some(operation);
+                return Some(submitted);
             }
             if queue.is_closed {
                 return None;
@@ -194,7 +202,7 @@ impl Shared {
         }
     }
 
-    fn end(&self, mut operation: Operation, random: &mut Random) {
+    fn end(&self, Submitted { mut operation, is_held, .. }: Submitted, random: &mut Random) {
         let is_dropped = {
             let mut wishes = self.cluster.wishes();
             wishes.in_flight -= 1;
@@ -205,13 +213,14 @@ impl Shared {
         if is_dropped {
             return drop(operation);
         }
-        let result = self.perform(&mut operation, random);
+        let result = self.perform(&mut operation, is_held, random);
         operation.finish(result);
     }
 
-    fn perform(&self, operation: &mut Operation, random: &mut Random) -> i32 {
+    fn perform(&self, operation: &mut Operation, is_held: bool, random: &mut Random) -> i32 {
         let op = operation.op();
-        if matches!(op, VolumeOp::Read { .. } | VolumeOp::Write { .. } | VolumeOp::Sync { .. })
+        if !is_held
+            && matches!(op, VolumeOp::Read { .. } | VolumeOp::Write { .. } | VolumeOp::Sync { .. })
             && random.below(50) == 0
         {
             self.cluster.wishes().continued += 1;
@@ -225,7 +234,7 @@ impl Shared {
             }
             VolumeOp::Write { offset_bytes, length_bytes, durable, .. } => {
                 assert!(!durable, "a durable write is a write and a sync here");
-                let count = self.part(length_bytes, random);
+                let count = if is_held { length_bytes } else { self.part(length_bytes, random) };
                 self.write(offset_bytes, &operation.data()[..count as usize]);
                 count as i32
             }

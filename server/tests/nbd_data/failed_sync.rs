@@ -41,6 +41,8 @@ fn after_a_failed_sync_nothing_is_flushed_until_the_volume_was_opened_anew() {
         let volume = server.catalog.volume_by_uid(volume.volume_uid).unwrap().unwrap();
         server.data.storage_incarnation(&volume) != before
     });
+    // Only then is it opened anew, and not the failed one given once more.
+    wait_until("nobody has it open", || server.data.connections_of_volume(volume.volume_uid) == 0);
     fragile.mend();
     let mut anew = server.open(&attachment, 1, 0);
     let description: ExportDescription = anew.info.description.as_deref().unwrap().parse().unwrap();
