@@ -152,6 +152,14 @@ impl Volume {
         self.sync_failed.load(Ordering::Acquire)
     }
 
+    /// The same, once it is recorded or is known not to be: waits for who records it.
+    pub fn has_noticed_loss(&self) -> bool {
+        self.has_lost_writes() && {
+            self.is_loss_recorded();
+            true
+        }
+    }
+
     /// What requests are checked against and what is announced. `block_size_bytes` is the smallest block that this
     /// export's clients were promised; the backend may need more.
     pub fn limits(&self, read_only: bool, block_size_bytes: u32) -> RequestLimits {

@@ -207,6 +207,11 @@ impl Core {
         self.volumes.get(&volume_uid) == Some(&VolumeState::Opening)
     }
 
+    /// Whether the volume is open, and no loss of its writes was told of.
+    pub fn takes_for_whole(&self, volume_uid: Uuid) -> bool {
+        self.volumes.get(&volume_uid) == Some(&VolumeState::Open { has_lost_writes: false })
+    }
+
     /// Connections that are served on the attachment.
     pub fn connections_of(&self, attachment_id: Uuid) -> u32 {
         self.fences.get(&attachment_id).map_or(0, Fence::connections)

@@ -72,6 +72,8 @@ pub enum NotServed {
     Descriptors(String),
     /// Its storage cannot be opened.
     Storage,
+    /// It lost writes, and that is recorded nowhere.
+    LossUnrecorded,
 }
 
 /// An open that is to be answered with its volume.
@@ -163,7 +165,7 @@ pub enum Input {
         result: Result<(), NotServed>,
     },
     /// A sync of a volume has failed, which is recorded on the spot or not at all. Comes before the connection is closed that
-    /// was told of it.
+    /// was told of it, and before the volume is found for who asks for it. May come twice.
     LostWrites {
         /// Which.
         volume_uid: Uuid,
@@ -231,7 +233,8 @@ pub enum Input {
     },
 }
 
-/// What the core wants done, in this order. What has an answer is answered by an input of its own, before anything else is told.
+/// What the core wants done, in this order. What has an answer is answered by an input of its own, before anything else is told
+/// but [`Input::LostWrites`] of the volume that it is about.
 #[derive(Debug)]
 pub enum Output {
     /// Look an attachment up.
@@ -352,6 +355,7 @@ impl NotServed {
             Self::Catalog => Refusal::shutdown("the server's catalog failed; try again"),
             Self::Descriptors(words) => Refusal::shutdown(words.clone()),
             Self::Storage => Refusal::shutdown("the volume's storage cannot be opened"),
+            Self::LossUnrecorded => Refusal::shutdown("the server cannot record that the volume lost writes"),
         }
     }
 }

@@ -8,11 +8,10 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use proto::nbd::handshake::server::Refusal;
 use uuid::Uuid;
 
 use super::core::{Core, Known, VolumeState};
-use super::events::{AfterLoss, CallId, Output};
+use super::events::{AfterLoss, CallId, NotServed, Output};
 use crate::ids::ConnectionId;
 
 impl Core {
@@ -85,8 +84,7 @@ impl Core {
                 self.find_anew(connection, volume_uid, outputs);
             }
             AfterLoss::Find(connection) => {
-                let refusal = Refusal::shutdown("the server cannot record that the volume lost writes");
-                self.give_up(now, connection, refusal, outputs);
+                self.give_up(now, connection, NotServed::LossUnrecorded.refusal(), outputs);
             }
             AfterLoss::Left(connection, attachment_id) => {
                 if is_recorded && self.is_to_be_retired(volume_uid, connection) {

@@ -176,10 +176,36 @@ impl Gate {
     /// Does what the core wants, and what it wants in consequence.
     fn carry_out(&mut self, mut outputs: VecDeque<Output>) {
         while let Some(output) = outputs.pop_front() {
+            if let Output::Answer(granted) = &output {
+                self.hear_loss(granted.volume_uid, &mut outputs);
+            }
             if let Some(answer) = self.perform(output) {
+                match &answer {
+                    Input::ExportFound { found: Ok(Some(volume)), .. } => {
+                        self.hear_loss(volume.volume_uid, &mut outputs);
+                    }
+                    Input::NameFound { found: Ok(Some(named)), .. } => {
+                        self.hear_loss(named.volume.volume_uid, &mut outputs);
+                    }
+                    _ => {}
+                }
                 self.core.handle(Instant::now(), answer, &mut outputs);
             }
         }
+    }
+
+    /// Tells the core that an open volume has lost writes, if it has: the message that says so may be behind the open of who is
+    /// about to get it.
+    fn hear_loss(&mut self, volume_uid: Uuid, outputs: &mut VecDeque<Output>) {
+        let volume = self.volumes.get(&volume_uid).filter(|_| self.core.takes_for_whole(volume_uid));
+        if volume.is_some_and(|volume| volume.has_noticed_loss()) {
+            self.core.handle(Instant::now(), Input::LostWrites { volume_uid }, outputs);
+        }
+    }
+
+    /// Has a loss of writes in the catalog, if there is one; false: it is recorded nowhere.
+    fn record_loss(&self, volume_uid: Uuid) -> bool {
+        self.incarnations.settle(volume_uid).is_ok() || self.incarnations.is_recorded(volume_uid)
     }
 
     /// Does what the core wants; what there is to answer.
@@ -217,8 +243,7 @@ impl Gate {
                 self.post(ring, RingMessage::Close { connection });
             }
             Output::RecordLoss { volume_uid, then } => {
-                let is_settled = self.incarnations.settle(volume_uid).is_ok();
-                let is_recorded = is_settled || self.incarnations.is_recorded(volume_uid);
+                let is_recorded = self.record_loss(volume_uid);
                 return Some(Input::LossRecorded { volume_uid, is_recorded, then });
             }
             Output::LossKnown { volume_uid } => {
@@ -346,6 +371,10 @@ impl Gate {
         let Granted { connection, ring, is_attachment, is_probe, .. } = granted;
         let record = self.record(granted.volume_uid)?;
         let volume = self.volumes.get(&granted.volume_uid).ok_or(NotServed::Storage)?;
+        // Noticed after it was granted, perhaps.
+        if volume.has_noticed_loss() && !self.record_loss(granted.volume_uid) {
+            return Err(NotServed::LossUnrecorded);
+        }
         let request_bytes_max = self.config.limits.request_bytes_max;
         let description = self.description(&record);
         let (export, limits) = granted.export(volume, &record, request_bytes_max, description);

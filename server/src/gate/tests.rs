@@ -12,23 +12,26 @@ use uuid::Uuid;
 use super::messages::{GateMessage, OpenError};
 use super::run::Gate;
 use crate::backend::file;
-use crate::catalog::{BackendKind, Catalog, NewVolume};
+use crate::catalog::{BackendKind, CATALOG_FILE_NAME, Catalog, NewVolume};
 use crate::data_config::DataServerConfig;
 use crate::descriptors::Descriptors;
 use crate::ids::ConnectionId;
 use crate::incarnation::Incarnations;
 use crate::mailbox::{Mailbox, RingMessage};
 use crate::tls::rights::Rights;
+use crate::volume::Volume;
 
 const SIZES_BYTES: [(&str, u64); 2] = [("a", 1 << 20), ("b", 2 << 20)];
 const CLIENT: ConnectionId = ConnectionId(7);
+const OTHER: ConnectionId = ConnectionId(8);
 
 struct Fixture {
     gate: Gate,
     messages: Receiver<GateMessage>,
     ring: Arc<Mailbox>,
     volumes: HashMap<&'static str, Uuid>,
-    _dir: tempfile::TempDir,
+    catalog: Catalog,
+    dir: tempfile::TempDir,
 }
 
 impl Fixture {
@@ -46,20 +49,48 @@ impl Fixture {
         let incarnations =
             Incarnations::open(catalog.clone(), "boot".to_owned(), "process".to_owned(), None).unwrap();
         let gate = Gate::new(
-            catalog,
+            catalog.clone(),
             config,
             incarnations,
             vec![Arc::clone(&ring)],
             own_sender,
             Descriptors::new(100),
         );
-        Self { gate, messages, ring, volumes: volumes.into(), _dir: dir }
+        Self { gate, messages, ring, volumes: volumes.into(), catalog, dir }
     }
 
     fn go(&mut self, name: &str) {
+        self.go_as(CLIENT, name);
+    }
+
+    fn go_as(&mut self, connection: ConnectionId, name: &str) {
         let open = Open { kind: OpenKind::Go, name: name.to_owned() };
         let rights = Arc::new(Rights::everything());
-        self.gate.handle(GateMessage::Open { connection: CLIENT, ring: 0, open, rights, beyond: None });
+        self.gate.handle(GateMessage::Open { connection, ring: 0, open, rights, beyond: None });
+    }
+
+    /// One that the client has, and whose first sync has failed just now; the gate has not seen the message that says so.
+    fn lose_writes_of(&mut self, name: &str) -> Arc<Volume> {
+        self.go(name);
+        let report = self.messages.recv_timeout(Duration::from_secs(20)).unwrap();
+        self.gate.handle(report);
+        let volume = match self.ring.take().pop() {
+            Some(RingMessage::Opened { answer: Ok(opened), .. }) => opened.volume.unwrap(),
+            other => panic!("{other:?}"),
+        };
+        volume.report_failed_sync(libc::EIO);
+        volume
+    }
+
+    /// The messages that have come since, in their order.
+    fn catch_up(&mut self) {
+        while let Ok(message) = self.messages.try_recv() {
+            self.gate.handle(message);
+        }
+    }
+
+    fn incarnation(&self, name: &str) -> u64 {
+        self.catalog.volume_by_uid(self.volumes[name]).unwrap().unwrap().incarnation
     }
 
     /// What the openers of both volumes report; the gate has not seen it.
@@ -159,4 +190,52 @@ fn who_asks_twice_for_a_volume_that_opens_late_is_answered_once() {
     let report = fixture.messages.recv_timeout(Duration::from_secs(20)).unwrap();
     fixture.gate.handle(report);
     assert_eq!(fixture.answers(), [None, Some(1 << 20)]);
+}
+
+#[test]
+fn a_loss_is_recorded_before_an_open_that_overtakes_its_message_is_answered() {
+    let mut fixture = Fixture::new();
+    let before = fixture.incarnation("a");
+    let volume = fixture.lose_writes_of("a");
+    assert_eq!(fixture.incarnation("a"), before, "known in memory only");
+    fixture.go_as(OTHER, "a");
+    assert_eq!(fixture.incarnation("a"), before + 1);
+    match &fixture.ring.take()[..] {
+        [RingMessage::Opened { connection: OTHER, answer: Ok(opened) }] => {
+            assert!(Arc::ptr_eq(opened.volume.as_ref().unwrap(), &volume), "it is in use");
+        }
+        other => panic!("{other:?}"),
+    }
+    fixture.catch_up();
+    assert!(fixture.ring.take().is_empty(), "it is recorded");
+    drop(volume);
+    // Once both have left, it is opened anew, and that one has lost nothing.
+    for connection in [CLIENT, OTHER] {
+        fixture.gate.handle(GateMessage::Closed { connection });
+    }
+    fixture.go("a");
+    let report = fixture.messages.recv_timeout(Duration::from_secs(20)).unwrap();
+    assert!(matches!(&report, GateMessage::VolumeOpened { result: Ok(anew), .. } if !anew.has_lost_writes()));
+}
+
+#[test]
+fn a_loss_that_cannot_be_recorded_refuses_an_open_that_overtakes_its_message() {
+    let mut fixture = Fixture::new();
+    let db = rusqlite::Connection::open(fixture.dir.path().join(CATALOG_FILE_NAME)).unwrap();
+    let fails =
+        "CREATE TRIGGER fails BEFORE UPDATE OF incarnation ON volumes BEGIN SELECT RAISE(FAIL, 'no'); END";
+    db.execute(fails, ()).unwrap();
+    let before = fixture.incarnation("a");
+    fixture.lose_writes_of("a");
+    fixture.go_as(OTHER, "a");
+    match &fixture.ring.take()[..] {
+        [
+            RingMessage::Close { connection: CLIENT },
+            RingMessage::Opened { connection: OTHER, answer: Err(_) },
+        ] => {}
+        other => panic!("{other:?}"),
+    }
+    db.execute("DROP TRIGGER fails", ()).unwrap();
+    fixture.catch_up();
+    assert_eq!(fixture.incarnation("a"), before + 1);
 }
