@@ -578,8 +578,7 @@ impl<'a> World<'a> {
     }
 
     fn cut_link(&mut self) {
-        let device = self.device();
-        let links = device.client.as_ref().map(Client::links).unwrap_or_default();
+        let links = self.device().client.as_ref().map(Client::links).unwrap_or_default();
         let Some(id) = self.rng.choice(links) else { return };
         let loses_arrived = self.rng.bool();
         let link = &mut self.links[id];
