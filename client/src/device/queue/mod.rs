@@ -8,6 +8,7 @@
 
 pub mod balance;
 pub mod block_request;
+pub mod by_reference;
 pub mod connection;
 pub mod core;
 pub mod io;

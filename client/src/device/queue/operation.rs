@@ -1,5 +1,8 @@
 //! What a completion of a queue's ring belongs to, and how an entry's `user_data` says so.
 
+/// In the user data of a send by reference: what its notification says is sure (`ByReference::is_sure_of`).
+pub(super) const IS_SURE: u64 = 1 << 48;
+
 /// What a completion belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
@@ -50,7 +53,7 @@ impl Operation {
 
     pub(super) fn from_user_data(user_data: u64) -> Self {
         let (connection, tag) = ((user_data >> 16) as u16, user_data as u16);
-        match user_data >> 32 {
+        match (user_data & !IS_SURE) >> 32 {
             0 => Self::Tag(tag),
             1 => Self::ReceiveInbox(connection),
             2 => Self::ReceivePayload(connection, tag),

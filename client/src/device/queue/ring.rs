@@ -23,9 +23,10 @@ use rustix::net::SendFlags;
 use ublk_core::ring::{self, Sqe};
 use ublk_core::{Place, Queue, Transfer};
 
+use super::by_reference::ByReference;
 use super::connection::{Origin, PayloadSource};
 use super::io::{Pages, QueueIo};
-use super::operation::Operation;
+use super::operation::{IS_SURE, Operation};
 use super::payload::Payloads;
 use super::quiet::TICK;
 use super::restricted_ring;
@@ -53,6 +54,8 @@ pub enum Completed {
         connection: u16,
         /// Whether it ever did: the kernel may have copied them instead (`IORING_NOTIF_USAGE_ZC_COPIED`).
         was_copied: bool,
+        /// Whether that can be believed of any payload, and not of a connection's first alone.
+        is_sure: bool,
     },
 }
 
@@ -63,12 +66,10 @@ struct Wire {
     inbox: Box<[u8]>,
     sends_out: usize,
     inbox_receives_out: usize,
-    /// From how many bytes on payloads are sent by reference; `None`: none is.
-    zc_bytes_min: Option<u32>,
+    /// Which payloads are sent by reference.
+    by_reference: ByReference,
     /// Whether any was, so that the socket may refer to pages of requests.
     may_refer: bool,
-    /// Whether a notification has come.
-    has_been_told: bool,
 }
 
 impl Wire {
@@ -80,9 +81,8 @@ impl Wire {
             inbox: vec![0; BOX_BYTES].into_boxed_slice(),
             sends_out: 0,
             inbox_receives_out: 0,
-            zc_bytes_min: None,
+            by_reference: ByReference::default(),
             may_refer: false,
-            has_been_told: false,
         };
         wire.prepare(zc_bytes_min)?;
         Ok(wire)
@@ -92,22 +92,22 @@ impl Wire {
     fn prepare(&mut self, zc_bytes_min: Option<u32>) -> io::Result<()> {
         // For what is sent without the ring; the ring's own operations wait all the same.
         self.socket.set_nonblocking()?;
-        (self.may_refer, self.has_been_told) = (false, false);
-        self.zc_bytes_min = zc_bytes_min.filter(|_| self.socket.takes_references());
+        self.may_refer = false;
+        self.by_reference = ByReference::new(zc_bytes_min.filter(|_| self.socket.takes_references()));
         Ok(())
     }
 
     /// Before a payload of so many bytes is sent from the request's pages: whether by reference. The first that is changes how the socket
     /// is closed: if this process is killed, the next gets the requests only when no socket refers to their pages.
     fn begin_payload(&mut self, payload_bytes: u32) -> bool {
-        if !is_by_reference(payload_bytes, self.zc_bytes_min) {
+        if !self.by_reference.takes(payload_bytes) {
             return false;
         }
         if !self.may_refer
             && let Err(error) = self.socket.drop_unsent_when_closed()
         {
             tracing::warn!(%error, "large writes are copied, because the socket would keep their pages after its end");
-            self.zc_bytes_min = None;
+            self.by_reference.end();
             return false;
         }
         self.may_refer = true;
@@ -124,16 +124,11 @@ impl Wire {
     }
 }
 
-/// Whether a payload is sent by reference where those from `bytes_min` on are; `None`: none is.
-fn is_by_reference(payload_bytes: u32, bytes_min: Option<u32>) -> bool {
-    bytes_min.is_some_and(|bytes_min| payload_bytes >= bytes_min)
-}
-
 /// Where the data of a connection's WRITEs comes from.
 pub struct Source<'a> {
     queue: &'a Queue,
     payloads: &'a mut Payloads,
-    zc_bytes_min: Option<u32>,
+    by_reference: ByReference,
 }
 
 impl PayloadSource for Source<'_> {
@@ -144,9 +139,8 @@ impl PayloadSource for Source<'_> {
     }
 
     fn stage(&mut self, tag: u16, len_bytes: u32) -> io::Result<Option<Origin>> {
-        let is_by_reference = is_by_reference(len_bytes, self.zc_bytes_min);
         match self.payloads.staging_mut() {
-            Some(staging) if !is_by_reference => {
+            Some(staging) if !self.by_reference.takes(len_bytes) => {
                 let has_room = staging.stage(self.queue, tag, len_bytes)?;
                 Ok(has_room.then_some(Origin::Staging))
             }
@@ -230,12 +224,9 @@ impl QueueRing {
         self.push(Operation::Tick, opcode::Timeout::new(&TICK_TIMESPEC).build().into(), false);
     }
 
-    /// What a notification says. After the first that was copied nothing more is sent by reference on the connection. True: it is
-    /// the connection's first.
-    pub fn notified(&mut self, connection: u16, was_copied: bool) -> bool {
-        let wire = self.wire_mut(connection);
-        wire.zc_bytes_min = wire.zc_bytes_min.filter(|_| !was_copied);
-        !std::mem::replace(&mut wire.has_been_told, true)
+    /// What a notification says. True: that is news ([`ByReference::notified`]).
+    pub fn notified(&mut self, connection: u16, was_copied: bool, is_sure: bool) -> bool {
+        self.wire_mut(connection).by_reference.notified(was_copied, is_sure)
     }
 
     /// How payloads move on a connection.
@@ -282,7 +273,8 @@ impl QueueRing {
             && cqueue::notif(cqe.flags())
         {
             let was_copied = cqe.result() as u32 & IORING_NOTIF_USAGE_ZC_COPIED != 0;
-            return Some(Completed::Notification { connection, was_copied });
+            let is_sure = cqe.user_data() & IS_SURE != 0;
+            return Some(Completed::Notification { connection, was_copied, is_sure });
         }
         self.operations_out -= usize::from(operation.names_memory());
         match operation {
@@ -314,7 +306,11 @@ impl QueueRing {
     }
 
     fn push(&mut self, operation: Operation, sqe: Sqe, has_more: bool) {
-        let mut sqe = sqe.user_data(operation.to_user_data());
+        self.push_with(operation, operation.to_user_data(), sqe, has_more);
+    }
+
+    fn push_with(&mut self, operation: Operation, user_data: u64, sqe: Sqe, has_more: bool) {
+        let mut sqe = sqe.user_data(user_data);
         if has_more {
             sqe = sqe.flags(squeue::Flags::IO_LINK);
         }
@@ -406,8 +402,8 @@ impl QueueIo for QueueRing {
     fn outbox(&mut self, connection: u16) -> (&mut [u8], Source<'_>) {
         let wire = &mut self.wires[usize::from(connection)];
         assert_eq!(wire.sends_out, 0, "the outbox is being sent");
-        let zc_bytes_min = wire.zc_bytes_min;
-        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads, zc_bytes_min })
+        let by_reference = wire.by_reference;
+        (&mut wire.outbox, Source { queue: &self.queue, payloads: &mut self.payloads, by_reference })
     }
 
     fn send_outbox_now(
@@ -451,19 +447,19 @@ impl QueueIo for QueueRing {
         let place = self.place(pages);
         let socket = self.wire(connection).fd();
         let payload_bytes = pages.rest.done_bytes() + pages.rest.rest_bytes();
-        let sqe = match self.wire_mut(connection).begin_payload(payload_bytes) {
-            true => ring::send_zc_fixed(
-                socket,
-                place.buf_index,
-                place.addr,
-                place.len_bytes,
-                send_flags(has_more),
-            ),
-            false => self.transfer(connection).send(socket, place, send_flags(has_more)),
+        let operation = Operation::SendPayload(connection, pages.tag);
+        let flags = send_flags(has_more);
+        let (sqe, user_data) = match self.wire_mut(connection).begin_payload(payload_bytes) {
+            true => {
+                let sqe = ring::send_zc_fixed(socket, place.buf_index, place.addr, place.len_bytes, flags);
+                // What is left of a payload may share a buffer with what was sent of it before.
+                let is_sure = ByReference::is_sure_of(pages.rest.rest_bytes());
+                (sqe, operation.to_user_data() | if is_sure { IS_SURE } else { 0 })
+            }
+            false => (self.transfer(connection).send(socket, place, flags), operation.to_user_data()),
         };
-        let wire = self.wire_mut(connection);
-        wire.sends_out += 1;
-        self.push(Operation::SendPayload(connection, pages.tag), sqe, has_more);
+        self.wire_mut(connection).sends_out += 1;
+        self.push_with(operation, user_data, sqe, has_more);
     }
 
     fn shut_down(&mut self, connection: u16) {

@@ -132,8 +132,8 @@ impl<'a> QueueThread<'a> {
     fn advance(&mut self, completed: Completed) -> Result<(), QueueError> {
         let (operation, result) = match completed {
             Completed::Operation(operation, result) => (operation, result),
-            Completed::Notification { connection, was_copied } => {
-                if self.ring.notified(connection, was_copied) {
+            Completed::Notification { connection, was_copied, is_sure } => {
+                if self.ring.notified(connection, was_copied, is_sure) {
                     (self.on_event)(QueueEvent::SentByReference { was_copied });
                 }
                 return Ok(());
