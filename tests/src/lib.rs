@@ -5,6 +5,7 @@
 //! (that is the binary's part) and holds no test of the product (those are in `vm/`).
 
 pub mod block_history;
+pub mod card_pair;
 pub mod direct_io;
 pub mod disk_statistics;
 pub mod dribbling_relay;

@@ -17,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
+use testlab::card_pair::{FAR_MAC, NEAR_MAC};
 
 use super::guest_command::GuestCommand;
 use super::kernels::Kernel;
@@ -56,6 +57,9 @@ const CONSOLE_LINES_SHOWN: usize = 300;
 /// 10.0.2.15.
 pub(crate) const HOST_FROM_GUEST: &str = "10.0.2.2";
 
+/// The tap device that is the card of [`Processors::CountedWithCard`], in the network namespace of whoever starts the machine.
+pub(crate) const TAP: &str = "lab-tap";
+
 /// Which of the two output streams of the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stream {
@@ -80,6 +84,9 @@ pub(crate) enum Processors {
     /// One processor whose clock counts its instructions: a microsecond is a thousand of them, and while it idles the
     /// clock jumps to the next timer.
     Counted(ByteCopies),
+    /// The same, with nobody copying so, and with a network card, the tap device [`TAP`]: while the machine waits for others its clock goes
+    /// on in real time.
+    CountedWithCard,
 }
 
 /// Who copies by `rep movsb` on a processor that counts: that instruction counts once for each byte, so machines that differ
@@ -260,7 +267,7 @@ impl Vm {
         let qemu = qemu.spawn().context("cannot run QEMU")?;
         let boot_deadline = match processors {
             Processors::Two => BOOT_DEADLINE,
-            Processors::Counted(_) => COUNTED_BOOT_DEADLINE,
+            Processors::Counted(_) | Processors::CountedWithCard => COUNTED_BOOT_DEADLINE,
         };
         let power_off_max = command.power_off_max();
         Ok(Self { qemu, output, started, boot_deadline, power_off_max, boot_time: None, booting, directory })
@@ -481,6 +488,7 @@ fn kernel_command_line(processors: Processors) -> String {
     let more = match processors {
         Processors::Two => " maxcpus=1 tsc=reliable norandmaps",
         Processors::Counted(copies) => copies.kernel_parameters(),
+        Processors::CountedWithCard => ByteCopies::None.kernel_parameters(),
     };
     format!("console=ttyS0 panic=-1 oops=panic quiet mitigations=off{more}")
 }
@@ -504,11 +512,27 @@ fn qemu_command(
         Processors::Counted(copies) => command
             .args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"])
             .args(["-cpu", &copies.processor(&known_features()?)]),
+        Processors::CountedWithCard => command
+            .args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on", "-smp", "1"])
+            .args(["-cpu", &ByteCopies::None.processor(&known_features()?)]),
     };
-    // Its card's interrupts would be counted, too. This model fetches data from wherever it lies; virtio's does only where the
-    // host's side knows checksums, which the user-mode network does not.
-    let card = if processors == Processors::Two { "user,model=e1000" } else { "none" };
-    command.args(["-nic", card, "-serial"]).arg(format!("file:{}", file("console.log")));
+    // A card's interrupts are counted, too. e1000 fetches data from wherever it lies; virtio's does only where the host's side knows
+    // checksums, which a tap device does and the user-mode network does not.
+    let card = match processors {
+        Processors::Two => "user,model=e1000".to_owned(),
+        Processors::Counted(_) => "none".to_owned(),
+        Processors::CountedWithCard => {
+            format!("tap,ifname={TAP},script=no,downscript=no,model=virtio-net-pci")
+        }
+    };
+    if processors == Processors::Two {
+        // Two more, with a cable between them: a far end for tests that have to be through a card.
+        for (name, mac) in [("near", NEAR_MAC), ("far", FAR_MAC)] {
+            command.args(["-netdev", &format!("hubport,id={name},hubid=1")]);
+            command.args(["-device", &format!("e1000,netdev={name},mac={mac}")]);
+        }
+    }
+    command.args(["-nic", &card, "-serial"]).arg(format!("file:{}", file("console.log")));
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(initramfs);
     command.args(["-append", &kernel_command_line(processors)]);
     let read_only = "security_model=none,readonly=on,multidevs=remap";
