@@ -27,6 +27,7 @@ use crate::lab::systemd_machine;
 use crate::lab::test_run::{self, TestOptions};
 use crate::lab::vm::{self, Follower, Processors, Stream, Terminal};
 use crate::lab::workspace::{PROFILE, Workspace};
+use crate::lab::zero_copy;
 use crate::lab::{host_tests, kernels, packages, progress, this_machine, tool};
 
 /// The demo's promise: a fresh machine, builds included, within 15 minutes; the machine's part of it.
@@ -127,6 +128,11 @@ pub(crate) fn setup() -> Result<u8> {
     host_tests::build(&workspace)?;
     println!("set up: `cargo lab demo` and `cargo lab test` have all they need");
     Ok(0)
+}
+
+/// Measures what a large WRITE costs both ways; with `write`, keeps the results in the documentation.
+pub(crate) fn zero_copy(write: bool) -> Result<u8> {
+    zero_copy::run(&Workspace::locate()?, write).map(|()| 0)
 }
 
 /// Sets the project up on a bare Debian, and runs the host's tests there.

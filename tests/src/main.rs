@@ -11,6 +11,7 @@ mod demo;
 mod lab;
 mod peers;
 mod scale_guest;
+mod zero_copy_guest;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -109,6 +110,12 @@ enum LabCommand {
         #[arg(long)]
         write: bool,
     },
+    /// What a large WRITE costs a client's machine whose card fetches data, copied and sent from the request's own pages
+    ZeroCopy {
+        /// Also update the table in docs/performance.md
+        #[arg(long)]
+        write: bool,
+    },
     /// What `demo` runs inside the VM
     #[command(hide = true)]
     GuestDemo,
@@ -125,6 +132,12 @@ enum LabCommand {
     GuestScale {
         /// What to measure
         part: scale_guest::Part,
+        /// The directory of the product's programs
+        programs: PathBuf,
+    },
+    /// What `zero-copy` runs inside the VM
+    #[command(hide = true)]
+    GuestZeroCopy {
         /// The directory of the product's programs
         programs: PathBuf,
     },
@@ -184,6 +197,8 @@ fn main() -> ExitCode {
         LabCommand::Fuzz(options) => commands::fuzz(&options),
         LabCommand::Scale { write } => commands::scale(write),
         LabCommand::GuestScale { part, programs } => scale_guest::run(part, &programs).map(|()| 0),
+        LabCommand::ZeroCopy { write } => commands::zero_copy(write),
+        LabCommand::GuestZeroCopy { programs } => zero_copy_guest::run(&programs).map(|()| 0),
         LabCommand::GuestDemo => demo::run().map(|()| 0),
         LabCommand::GuestCost { programs, plan } => cost_guest::run(&programs, &plan).map(|()| 0),
         LabCommand::GuestBench { programs, quick } => bench_guest::run_samples(&programs, quick).map(|()| 0),

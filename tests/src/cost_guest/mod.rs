@@ -7,7 +7,7 @@
 //! may therefore poll while fio runs.
 
 mod calls;
-mod fio;
+pub(crate) mod fio;
 pub(crate) mod plan;
 mod subjects;
 

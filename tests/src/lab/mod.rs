@@ -34,3 +34,4 @@ pub(crate) mod vm;
 pub(crate) mod vm_directory;
 pub(crate) mod vm_tests;
 pub(crate) mod workspace;
+pub(crate) mod zero_copy;

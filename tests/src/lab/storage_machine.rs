@@ -6,7 +6,8 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::TcpListener;
+use std::path::Path;
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
@@ -26,24 +27,32 @@ pub(crate) struct StorageMachine {
 }
 
 impl StorageMachine {
-    /// Starts one.
+    /// Starts one of the lab's own build, which the guest reaches by QEMU's user-mode network.
+    ///
+    /// # Errors
+    /// As [`StorageMachine::start_at`].
+    pub(crate) fn start(workspace: &Workspace) -> Result<Self> {
+        Self::start_at(workspace, &workspace.programs(), "127.0.0.1")
+    }
+
+    /// Starts that of `programs`, listening at an IPv4 address which the guest sees as [`HOST_FROM_GUEST`].
     ///
     /// # Errors
     /// It does not get ready: with what it said.
-    pub(crate) fn start(workspace: &Workspace) -> Result<Self> {
+    pub(crate) fn start_at(workspace: &Workspace, programs: &Path, address: &str) -> Result<Self> {
         let directory = VmDirectory::create(&workspace.cache)?;
         // Clients are told where the data port is, so it has to be known before.
-        let data_port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let data_port = TcpListener::bind((address, 0))?.local_addr()?.port();
         let mut command = tool::command("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(workspace.programs().join("volserver"));
+        command.args(["--pdeathsig", "KILL", "--"]).arg(programs.join("volserver"));
         command.arg("--data-dir").arg(directory.path().join("storage-machine"));
         command.arg("--runtime-dir").arg(directory.path().join("storage-machine.run"));
         command.args([
             "--insecure",
             "--management",
-            "127.0.0.1:0",
+            &format!("{address}:0"),
             "--listen",
-            &format!("127.0.0.1:{data_port}"),
+            &format!("{address}:{data_port}"),
         ]);
         command.args(["--advertise", &format!("{HOST_FROM_GUEST}:{data_port}")]);
         let log = directory.path().join("storage-machine.log");
