@@ -77,7 +77,9 @@ pub(crate) fn run(programs: &Path) -> Result<()> {
     node.volctl(&["create", VOLUME, "--size", &format!("{SIZE_MIB}M"), "--backend", "memory"])?
         .succeeded()?;
     let device = attach(&node, MODES[0])?;
-    Target::new(&device, &directory)?.verify_and_fill().context("it must store what it is given")?;
+    let target = Target::new(&device, &directory)?;
+    target.verify().context("it must store what it is given")?;
+    target.fill()?;
     node.detach(VOLUME)?;
     for (block_kib, depth) in SHAPES {
         for mode in MODES {
