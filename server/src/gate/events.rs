@@ -347,6 +347,17 @@ pub enum Output {
     },
 }
 
+impl Input {
+    /// The volume that an open turns out to be for.
+    pub fn asked_volume(&self) -> Option<Uuid> {
+        match self {
+            Self::ExportFound { found: Ok(Some(volume)), .. } => Some(volume.volume_uid),
+            Self::NameFound { found: Ok(Some(found)), .. } => Some(found.volume.volume_uid),
+            _ => None,
+        }
+    }
+}
+
 impl NotServed {
     /// What the client is told.
     pub fn refusal(&self) -> Refusal {

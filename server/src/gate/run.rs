@@ -176,18 +176,20 @@ impl Gate {
     /// Does what the core wants, and what it wants in consequence.
     fn carry_out(&mut self, mut outputs: VecDeque<Output>) {
         while let Some(output) = outputs.pop_front() {
-            if let Output::Answer(granted) = &output {
-                self.hear_loss(granted.volume_uid, &mut outputs);
-            }
-            if let Some(answer) = self.perform(output) {
-                match &answer {
-                    Input::ExportFound { found: Ok(Some(volume)), .. } => {
-                        self.hear_loss(volume.volume_uid, &mut outputs);
-                    }
-                    Input::NameFound { found: Ok(Some(named)), .. } => {
-                        self.hear_loss(named.volume.volume_uid, &mut outputs);
-                    }
-                    _ => {}
+            let answer = match &output {
+                // Noticed since it was granted.
+                Output::Answer(granted)
+                    if self.hear_loss(granted.volume_uid, &mut outputs)
+                        && !self.record_loss(granted.volume_uid) =>
+                {
+                    let result = Err(NotServed::LossUnrecorded);
+                    Some(Input::Answered { connection: granted.connection, result })
+                }
+                _ => self.perform(output),
+            };
+            if let Some(answer) = answer {
+                if let Some(volume_uid) = answer.asked_volume() {
+                    self.hear_loss(volume_uid, &mut outputs);
                 }
                 self.core.handle(Instant::now(), answer, &mut outputs);
             }
@@ -195,12 +197,14 @@ impl Gate {
     }
 
     /// Tells the core that an open volume has lost writes, if it has: the message that says so may be behind the open of who is
-    /// about to get it.
-    fn hear_loss(&mut self, volume_uid: Uuid, outputs: &mut VecDeque<Output>) {
+    /// about to get it. False: there is no such news.
+    fn hear_loss(&mut self, volume_uid: Uuid, outputs: &mut VecDeque<Output>) -> bool {
         let volume = self.volumes.get(&volume_uid).filter(|_| self.core.takes_for_whole(volume_uid));
-        if volume.is_some_and(|volume| volume.has_noticed_loss()) {
+        let is_news = volume.is_some_and(|volume| volume.has_noticed_loss());
+        if is_news {
             self.core.handle(Instant::now(), Input::LostWrites { volume_uid }, outputs);
         }
+        is_news
     }
 
     /// Has a loss of writes in the catalog, if there is one; false: it is recorded nowhere.
@@ -371,10 +375,6 @@ impl Gate {
         let Granted { connection, ring, is_attachment, is_probe, .. } = granted;
         let record = self.record(granted.volume_uid)?;
         let volume = self.volumes.get(&granted.volume_uid).ok_or(NotServed::Storage)?;
-        // Noticed after it was granted, perhaps.
-        if volume.has_noticed_loss() && !self.record_loss(granted.volume_uid) {
-            return Err(NotServed::LossUnrecorded);
-        }
         let request_bytes_max = self.config.limits.request_bytes_max;
         let description = self.description(&record);
         let (export, limits) = granted.export(volume, &record, request_bytes_max, description);
