@@ -72,6 +72,18 @@ fn where_the_kernel_copies(env: &Env) -> Result<()> {
     wait_for_reconnect(&node, "vol-1", lost, "a new connection")?;
     verify(&device, 16, 16, 8)?;
     expect(&node, after)?;
+    node.detach("vol-1")?;
+    // By default large writes are tried, and only those.
+    let device = node.attach(&["vol-1", "--queues", "1"])?;
+    ensure!(node.attachment("vol-1")?["send_zc_mode"] == "auto");
+    direct::write(&device, 0, &direct::random_bytes(64 << 10))??;
+    expect(&node, before)?;
+    direct::write(&device, 0, &direct::random_bytes(128 << 10))??;
+    expect(&node, after)?;
+    node.detach("vol-1")?;
+    let device = node.attach(&["vol-1", "--queues", "1", "--send-zc=off"])?;
+    verify(&device, 0, 16, 8)?;
+    expect(&node, "off")?;
     node.detach("vol-1")
 }
 
@@ -182,7 +194,7 @@ fn a_lost_peer(env: &Env, fault: Fault) -> Result<()> {
     let mut node = StorageNode::start_in_netns(env, CardPair::NAMESPACE, CardPair::FAR_ADDRESS)?;
     node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
     let policy = format!("{}s", FAIL_AFTER.as_secs());
-    let options = ["vol-1", "--queues", "1", "--send-zc", "--on-stall", "fail", "--after", &policy];
+    let options = ["vol-1", "--queues", "1", "--on-stall", "fail", "--after", &policy];
     let device = node.attach(&options)?;
     verify(&device, 0, 16, 8)?;
     expect(&node, "used")?;
@@ -230,7 +242,7 @@ fn a_lost_peer(env: &Env, fault: Fault) -> Result<()> {
     ensure!(failed.is_err(), "a write to a disk that is gone succeeded");
     fault.end(&mut node, &cable)?;
     node.detach("vol-1")?;
-    let device = node.attach(&["vol-1", "--send-zc"])?;
+    let device = node.attach(&["vol-1"])?;
     verify(&device, 0, 16, 8)?;
     node.detach("vol-1")
 }
@@ -240,7 +252,7 @@ fn upgrades_and_new_connections(env: &Env) -> Result<()> {
     let _cable = CardPair::make(env)?;
     let mut node = StorageNode::start_in_netns(env, CardPair::NAMESPACE, CardPair::FAR_ADDRESS)?;
     node.volctl(&["create", "vol-1", "--size", "64M"])?.succeeded()?;
-    let device = node.attach(&["vol-1", "--queues", "1", "--send-zc"])?;
+    let device = node.attach(&["vol-1", "--queues", "1"])?;
     verify_meanwhile(&device, || {
         for _ in 0..TIMES {
             thread::sleep(Duration::from_millis(500));

@@ -36,8 +36,9 @@ pub const CONTRACT_VERSION: u32 = 1;
 /// Version of a [`DeviceSpec`] with TLS: a program that does not know it must not take it, or it would leave TLS out.
 pub const CONTRACT_VERSION_TLS: u32 = 2;
 
-/// With [`SendZcMode::Auto`], the least bytes of a WRITE that leaves from the request's own pages; `None`: none does.
-pub const SEND_ZC_BYTES_MIN: Option<u32> = None;
+/// With [`SendZcMode::Auto`], the least bytes of a WRITE that leaves from the request's own pages: where that costs less
+/// (`docs/performance.md`). More than one buffer of a socket holds, so what the kernel reports of such a WRITE is sure.
+pub const SEND_ZC_BYTES_MIN: u32 = 128 << 10;
 
 /// Why a spec, a status or a control line cannot be used.
 #[derive(Debug, thiserror::Error)]

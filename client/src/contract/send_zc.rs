@@ -28,7 +28,7 @@ impl SendZcMode {
     /// The least bytes of a WRITE that is to leave so; `None`: none is.
     pub const fn bytes_min(self) -> Option<u32> {
         match self {
-            Self::Auto => super::SEND_ZC_BYTES_MIN,
+            Self::Auto => Some(super::SEND_ZC_BYTES_MIN),
             Self::On => Some(0),
             Self::Off => None,
         }

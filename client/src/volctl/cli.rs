@@ -201,7 +201,7 @@ pub(crate) struct AttachArgs {
     /// Whether large writes leave from the requests' own pages (SEND_ZC) [default: auto; on if the option stands alone]
     ///
     /// Spares the client's one copy of their data where the network card can fetch it by itself. A connection on which the
-    /// kernel copies it all the same, as on loopback, goes back to the usual way after the first one.
+    /// kernel copies it all the same, as on loopback, goes back to the usual way after the first one. Never with TLS.
     #[arg(
         long,
         value_enum,
@@ -226,7 +226,7 @@ pub(crate) struct AttachArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SendZcArg {
-    /// Of a size at which that was measured to cost less
+    /// From 128 KiB on, where it costs less
     Auto,
     /// From more than 8 KiB on
     On,

@@ -51,6 +51,11 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_report_of_what_auto_sends_is_sure() {
+        assert!(ByReference::is_sure_of(crate::contract::SEND_ZC_BYTES_MIN));
+    }
+
+    #[test]
     fn the_size_decides() {
         let from_128k = ByReference::new(Some(128 << 10));
         assert!(from_128k.takes(128 << 10) && !from_128k.takes((128 << 10) - 1));
