@@ -31,7 +31,7 @@ pub(super) struct Answers {
     open_timeout: Duration,
     asked: BTreeMap<ConnectionId, Asked>,
     holders: BTreeMap<ConnectionId, Holder>,
-    /// The last loss of writes is recorded somewhere.
+    /// The last loss of writes that the gate has heard of is recorded somewhere.
     pub(super) is_recorded: bool,
     pub(super) fault: Option<String>,
 }
@@ -77,7 +77,14 @@ impl Answers {
         }
     }
 
-    pub(super) fn given(&mut self, granted: &Granted, has_lost_volume: bool, catalog: &mut Catalog) {
+    /// `is_unrecorded`: the volume lost writes, and that is recorded nowhere at this moment.
+    pub(super) fn given(
+        &mut self,
+        granted: &Granted,
+        has_lost_volume: bool,
+        is_unrecorded: bool,
+        catalog: &mut Catalog,
+    ) {
         let Some(asked) = self.asked.remove(&granted.connection) else {
             return self.broken("an open is answered that nobody waits for");
         };
@@ -97,7 +104,7 @@ impl Answers {
         if granted.volume_uid == catalog.volume_uid && has_lost_volume && others.next().is_none() {
             self.broken("a volume that lost writes is not opened anew although nobody had it");
         }
-        if granted.volume_uid == catalog.volume_uid && has_lost_volume && !self.is_recorded {
+        if granted.volume_uid == catalog.volume_uid && is_unrecorded {
             self.broken("a volume is served whose loss of writes is recorded nowhere");
         }
         if granted.kind != OpenKind::Info {

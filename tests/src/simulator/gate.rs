@@ -275,12 +275,48 @@ impl Gate {
 
     fn carry_out(&mut self, output: Output, world: &mut Surroundings<'_>) {
         let answer = match self.broken.output(output) {
+            // As in the server: what is noticed only now is recorded before it is answered.
+            Altered::Do(Output::Answer(granted))
+                if self.hear_loss(granted.volume_uid, world) && !self.record_loss(world) =>
+            {
+                let result = Err(NotServed::LossUnrecorded);
+                Some(Input::Answered { connection: granted.connection, result })
+            }
             Altered::Do(output) => self.perform(output, world),
             Altered::Done(answer) => answer,
         };
         if let Some(answer) = answer {
+            if let Some(volume_uid) = answer.asked_volume() {
+                self.hear_loss(volume_uid, world);
+            }
             self.tell(answer, world);
         }
+    }
+
+    /// Tells the core of a loss whose message is behind what it is about to do; false: there is none.
+    fn hear_loss(&mut self, volume_uid: Uuid, world: &mut Surroundings<'_>) -> bool {
+        let is_news = volume_uid == world.catalog.volume_uid
+            && self.has_lost_volume()
+            && self.core.takes_for_whole(volume_uid);
+        if is_news {
+            self.tell(Input::LostWrites { volume_uid }, world);
+        }
+        is_news
+    }
+
+    /// False: the loss is recorded nowhere.
+    fn record_loss(&mut self, world: &mut Surroundings<'_>) -> bool {
+        let is_recorded = self.settle(world) || self.is_in_file.load(Ordering::Relaxed);
+        if !is_recorded {
+            world.coverage.count("a loss is recorded nowhere");
+        }
+        self.answers.is_recorded = is_recorded || self.is_recorded();
+        is_recorded
+    }
+
+    /// Whether the last loss of writes is recorded somewhere, if there was one.
+    fn is_recorded(&self) -> bool {
+        !self.is_unsettled.load(Ordering::Relaxed) || self.is_in_file.load(Ordering::Relaxed)
     }
 
     fn perform(&mut self, output: Output, world: &mut Surroundings<'_>) -> Option<Input> {
@@ -328,11 +364,7 @@ impl Gate {
                 }
             }
             Output::RecordLoss { volume_uid, then } => {
-                let is_recorded = self.settle(world) || self.is_in_file.load(Ordering::Relaxed);
-                if !is_recorded {
-                    world.coverage.count("a loss is recorded nowhere");
-                }
-                self.answers.is_recorded = is_recorded || !self.is_unsettled.load(Ordering::Relaxed);
+                let is_recorded = self.record_loss(world);
                 return Some(Input::LossRecorded { volume_uid, is_recorded, then });
             }
             Output::LossKnown { volume_uid } => {
@@ -378,7 +410,8 @@ impl Gate {
             Ok(record) => record.ok_or(NotServed::Unknown)?,
             Err(CatalogFailed) => return Err(NotServed::Catalog),
         };
-        self.answers.given(&granted, self.has_lost_volume(), world.catalog);
+        let is_unrecorded = self.has_lost_volume() && !self.is_recorded();
+        self.answers.given(&granted, self.has_lost_volume(), is_unrecorded, world.catalog);
         if granted.ring == STRANGERS_RING {
             world.coverage.count("a stranger is let in");
             self.to_strangers.push((connection, Some(granted)));
