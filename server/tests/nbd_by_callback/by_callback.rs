@@ -93,7 +93,10 @@ fn a_client_that_dies_leaves_its_writes_in_flight_and_their_bytes_as_they_were()
         for client in &mut others {
             for _ in 0..16 {
                 let answer = client.receive().unwrap();
-                assert!(answer.error == 0 && answer.payload == vec![FOREIGN; 1 << 20], "a foreign byte was read");
+                assert!(
+                    answer.error == 0 && answer.payload == vec![FOREIGN; 1 << 20],
+                    "a foreign byte was read"
+                );
             }
         }
     }
