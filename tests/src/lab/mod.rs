@@ -18,6 +18,7 @@ pub(crate) mod initramfs;
 pub(crate) mod interrupt;
 pub(crate) mod kernels;
 pub(crate) mod measurement;
+mod network;
 pub(crate) mod owned_directory;
 pub(crate) mod packages;
 pub(crate) mod progress;

@@ -3,13 +3,11 @@
 //! Builds the product as it is shipped, boots a machine that counts instructions and has a network card which fetches data from where
 //! it lies, with the storage server outside of it, and lets `zero_copy_guest` measure there. Both are in a network namespace of the
 //! measurement's own, which goes with them: a tap device joins them. Called by `commands`. What was not measured is an error.
-#![allow(unsafe_code)] // unshare, which is unsafe for what it could do to memory and descriptors; neither is unshared.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rustix::thread::UnshareFlags;
 use testlab::harness::STORAGE_MACHINE_VARIABLE;
 use testlab::kernel_series::KernelSeries;
 
@@ -17,7 +15,7 @@ use super::guest_command::GuestCommand;
 use super::storage_machine::StorageMachine;
 use super::vm::{HOST_FROM_GUEST, Processors, TAP};
 use super::workspace::Workspace;
-use super::{kernels, measurement, packages, tool};
+use super::{kernels, measurement, network, packages, tool};
 use crate::zero_copy_guest::{MODES, Measured, PREFIX, SHAPES};
 
 /// The profile whose programs are measured: optimised, no assertions.
@@ -25,9 +23,6 @@ const PROFILE: &str = "release";
 
 /// From QEMU's start to its end: some ten minutes on a processor of one's own.
 const RUN_DEADLINE: Duration = Duration::from_secs(60 * 60);
-
-/// Setting up the network.
-const IP_DEADLINE: Duration = Duration::from_secs(10);
 
 const BEGIN: &str = "<!-- begin: cargo lab zero-copy --write -->\n";
 const END: &str = "<!-- end: cargo lab zero-copy --write -->\n";
@@ -65,17 +60,14 @@ pub(crate) fn run(workspace: &Workspace, write: bool) -> Result<()> {
 /// What this thread starts from now on, the server and the machine, is in a network of its own: loopback, and the tap that is the
 /// machine's card.
 fn enter_network() -> Result<()> {
-    // SAFETY: only the network namespace of this thread is unshared, no file descriptors and no memory.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }
-        .context("a network namespace for the measurement; run it as root")?;
+    network::enter()?;
     let address = format!("{HOST_FROM_GUEST}/24");
     for words in [
-        &["link", "set", "lo", "up"][..],
-        &["tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr"],
+        &["tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr"][..],
         &["addr", "add", &address, "dev", TAP],
         &["link", "set", TAP, "up"],
     ] {
-        tool::output(tool::command("ip").args(words), IP_DEADLINE)
+        tool::output(tool::command("ip").args(words), network::IP_DEADLINE)
             .context("the network of the measurement")?;
     }
     Ok(())

@@ -6,10 +6,9 @@
 //! server after another, and each round begins with another server, so that what slows the machine for a while slows them
 //! all. A run that is missing is an error, never a gap. `--quick` is the same in small, with the lab's own build, to see that
 //! everything works.
-//! Read in this order: `plan` → `network` → `servers` → `drivers` → here → `summary` → `table`.
+//! Read in this order: `plan` → `servers` → `drivers` → here → `summary` → `table`.
 
 mod drivers;
-mod network;
 mod plan;
 mod servers;
 mod summary;
@@ -26,7 +25,7 @@ use rustix::thread::sched_getaffinity;
 use testlab::shell::wait_for;
 
 use super::workspace::Workspace;
-use super::{interrupt, measurement, packages, this_machine, workspace};
+use super::{interrupt, measurement, network, packages, this_machine, workspace};
 use drivers::Drivers;
 use plan::{Plan, SUBJECTS};
 use servers::{Server, Site};

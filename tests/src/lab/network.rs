@@ -1,6 +1,6 @@
 //! A network of the measurement's own: loopback alone, with a congestion control that every machine has.
 //!
-//! Called once by `mod`, before any server starts; what this thread starts from then on is in it. A machine that is set to
+//! Called once by a measurement with a server on this machine, before that starts; what this thread starts from then on is in it. A machine that is set to
 //! pace what it sends (`bbr`) starts a timer for each packet and wakes the receiver as often, on loopback too: a server is
 //! then measured by its packets, and one that copies nothing looks slower than one that copies twice. Setting it here changes
 //! nothing outside. Source: network_namespaces(7), `Documentation/networking/ip-sysctl.rst` (`tcp_congestion_control`).
@@ -12,23 +12,23 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::thread::UnshareFlags;
 
-use super::super::tool;
+use super::tool;
 
 /// The only one that is always compiled in and that every network namespace may choose: of the others a namespace gets those
 /// that the machine's `tcp_allowed_congestion_control` lists, and `cubic` need not be among them. Without losses, as on
 /// loopback, both only let the window grow.
-pub(super) const CONGESTION_CONTROL: &str = "reno";
+pub(crate) const CONGESTION_CONTROL: &str = "reno";
 
 const SETTING: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 
 /// Setting up one interface.
-const IP_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const IP_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Enters it.
 ///
 /// # Errors
 /// `EPERM` without CAP_SYS_ADMIN; `ENOENT` where the kernel lacks the congestion control.
-pub(super) fn enter() -> Result<()> {
+pub(crate) fn enter() -> Result<()> {
     // SAFETY: only the network namespace of this thread is unshared, no file descriptors and no memory.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }
         .context("a network namespace for the measurement; run it as root")?;
