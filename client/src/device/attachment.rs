@@ -42,6 +42,7 @@ use super::ladder::{Chosen, Ladder, LadderError};
 use super::liveness::Probes;
 use super::mount_namespace;
 use super::protections::{self, ProtectionError};
+use super::queue::link::LinkEvent;
 use super::queue::parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts};
 use super::queue::requests::Resend;
 use super::queue::run;
@@ -710,11 +711,11 @@ impl Links {
             Event::Queue(QueueEvent::SentByReference { was_copied }) => {
                 note_send_zc(if was_copied { SendZc::Copied } else { SendZc::Used }, status);
             }
-            Event::Queue(QueueEvent::Silent { queue_id, silence }) => {
+            Event::Queue(QueueEvent::Link { queue_id, event: LinkEvent::Silent(silence) }) => {
                 self.reconnect.silent(queue_id, silence, Instant::now(), &mut outputs);
             }
             Event::Probed(is_answered) => self.reconnect.probed(is_answered, Instant::now()),
-            Event::Queue(QueueEvent::Disconnected { queue_id, lost }) => {
+            Event::Queue(QueueEvent::Link { queue_id, event: LinkEvent::Disconnected(lost) }) => {
                 let slot = lost.connection * status.status().nr_hw_queues + queue_id;
                 let (address, loss) = (&status.status().server_address, &lost.loss);
                 let reason = format!("connection {slot} to {address} was lost ({loss})");

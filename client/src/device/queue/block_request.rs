@@ -18,6 +18,12 @@ pub struct BlockRequest {
     pub length_bytes: u32,
 }
 
+impl BlockRequest {
+    /// Everything that was answered before to stable storage.
+    pub const FLUSH: Self =
+        Self { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };
+}
+
 /// What a block request asks of the server; a positive errno where there is none.
 ///
 /// # Errors
@@ -27,15 +33,7 @@ pub fn from_descriptor(descriptor: &IoDesc) -> Result<BlockRequest, i32> {
     let (command, flags) = match descriptor.op() {
         IoOp::Read => (Command::Read, CommandFlags::NONE),
         IoOp::Write => (Command::Write, fua),
-        IoOp::Flush => {
-            let flush = Command::Flush;
-            return Ok(BlockRequest {
-                command: flush,
-                flags: CommandFlags::NONE,
-                offset_bytes: 0,
-                length_bytes: 0,
-            });
-        }
+        IoOp::Flush => return Ok(BlockRequest::FLUSH),
         IoOp::Discard => (Command::Trim, fua),
         IoOp::WriteZeroes if descriptor.no_unmap() => (Command::WriteZeroes, fua.with(CommandFlags::NO_HOLE)),
         IoOp::WriteZeroes => (Command::WriteZeroes, fua),

@@ -254,10 +254,9 @@ impl QueueCore {
         self.put_on_connection(tag, request);
     }
 
-    fn put_on_connection(&mut self, tag: u16, request: BlockRequest) -> u16 {
+    fn put_on_connection(&mut self, tag: u16, request: BlockRequest) {
         let chosen = self.balance.choose(self.lanes.iter().map(|lane| lane.connection.in_flight()));
         self.lanes[usize::from(chosen)].connection.submit(&mut self.requests, tag, request);
-        chosen
     }
 
     // --------------------------------------------------------------------------------------------- replies come

@@ -12,8 +12,7 @@ use std::time::Duration;
 use rustix::event::EventfdFlags;
 use ublk_core::{DataPath, Queue, Transfer};
 
-use super::link::Lost;
-use super::quiet::QueueSilence;
+use super::link::LinkEvent;
 use super::requests::Resend;
 use super::unflushed::Unflushed;
 use crate::device::connect::data_socket::DataSocket;
@@ -23,19 +22,12 @@ use crate::device::connect::data_socket::DataSocket;
 pub enum QueueEvent {
     /// The ring is made and every tag is about to be fetched: the device can be started.
     Ready,
-    /// The queue has no connections any more, and no byte of them can come: it waits for others.
-    Disconnected {
+    /// Something of its connections.
+    Link {
         /// Which queue.
         queue_id: u16,
-        /// How it lost them.
-        lost: Lost,
-    },
-    /// On one of the queue's connections replies are due and nothing comes. Told at every tick, from half of the reply time-out on.
-    Silent {
-        /// Which queue.
-        queue_id: u16,
-        /// `None`: it is over.
-        silence: Option<QueueSilence>,
+        /// What.
+        event: LinkEvent,
     },
     /// On a connection the first payload has left that was sent from a request's own pages.
     SentByReference {

@@ -133,13 +133,12 @@ pub fn of_queue<'a>(
 
 #[cfg(test)]
 mod tests {
-    use proto::nbd::transmission::{Command, CommandFlags, NbdError, Request, SimpleReply};
+    use proto::nbd::transmission::{NbdError, Request, SimpleReply};
 
     use super::*;
     use crate::device::queue::block_request::BlockRequest;
 
-    const FLUSH: BlockRequest =
-        BlockRequest { command: Command::Flush, flags: CommandFlags::NONE, offset_bytes: 0, length_bytes: 0 };
+    const FLUSH: BlockRequest = BlockRequest::FLUSH;
 
     struct Lane {
         requests: Requests,

@@ -14,7 +14,7 @@
 
 use std::collections::VecDeque;
 
-use proto::nbd::transmission::{Command, CommandFlags, Request};
+use proto::nbd::transmission::{Command, Request};
 
 use super::block_request::BlockRequest;
 
@@ -141,13 +141,7 @@ pub struct Requests {
 impl Requests {
     /// For tags `0..tags` and so many connections, on a device of `nr_queues` queues.
     pub fn new(tags: u16, nr_connections: u16, nr_queues: usize) -> Self {
-        let flush = BlockRequest {
-            command: Command::Flush,
-            flags: CommandFlags::NONE,
-            offset_bytes: 0,
-            length_bytes: 0,
-        };
-        let idle = Record::new(flush, 0);
+        let idle = Record::new(BlockRequest::FLUSH, 0);
         Self {
             records: vec![idle; usize::from(tags) + usize::from(nr_connections)].into_boxed_slice(),
             tags,

@@ -22,7 +22,6 @@ use ublk_core::abi::{UBLK_IO_RES_ABORT, UBLK_IO_RES_OK};
 
 use super::block_request;
 use super::core::{QueueCore, QueueSpec};
-use super::link::LinkEvent;
 use super::operation::Operation;
 use super::parts::{QueueCommand, QueueCommands, QueueError, QueueEvent, QueueParts};
 use super::payload::Payloads;
@@ -106,7 +105,7 @@ impl<'a> QueueThread<'a> {
         }
         self.core.end_of_pass(&mut self.ring, Instant::now);
         while let Some(event) = self.core.take_event() {
-            self.tell(event);
+            (self.on_event)(QueueEvent::Link { queue_id: self.queue_id, event });
         }
         if !self.is_tick_out && self.core.awaits_replies() {
             self.is_tick_out = true;
@@ -181,14 +180,6 @@ impl<'a> QueueThread<'a> {
             }
         }
         Ok(())
-    }
-
-    fn tell(&self, event: LinkEvent) {
-        let queue_id = self.queue_id;
-        (self.on_event)(match event {
-            LinkEvent::Disconnected(lost) => QueueEvent::Disconnected { queue_id, lost },
-            LinkEvent::Silent(silence) => QueueEvent::Silent { queue_id, silence },
-        });
     }
 
     /// The device is gone: put everything on stable storage, say goodbye, and reap the rest.

@@ -46,19 +46,15 @@ impl Supervisor {
         // Another call may have ended it meanwhile.
         match (self.find(&selector)?, named_target) {
             (Some(record), _) => {
-                self.take_away(&record, request.force).await?;
+                self.stop_device(&record, request.force).await?;
+                self.release(&record).await?;
+                remove_folder(&record.dir)?;
                 tracing::info!(target = record.spec.target, "detached");
                 Ok(true)
             }
             (None, Some(Target::Volume(name))) => self.release_forgotten(&name).await,
             (None, _) => Ok(false),
         }
-    }
-
-    async fn take_away(&self, record: &AttachmentRecord, by_force: bool) -> Result<(), NodeError> {
-        self.stop_device(record, by_force).await?;
-        self.release(record).await?;
-        remove_folder(&record.dir)
     }
 
     /// Has the device process take its device away, or removes what a dead one left.

@@ -1,7 +1,5 @@
 //! The end of a queue whose device is gone: its last FLUSH, and its connections.
 
-use proto::nbd::transmission::{Command, CommandFlags};
-
 use super::QueueCore;
 use crate::device::queue::block_request::BlockRequest;
 use crate::device::queue::io::QueueIo;
@@ -23,13 +21,7 @@ impl QueueCore {
         }
         let tag = self.flush_tag();
         self.unflushed.flush_begins(self.requests.covered_mut(tag));
-        let flush = BlockRequest {
-            command: Command::Flush,
-            flags: CommandFlags::NONE,
-            offset_bytes: 0,
-            length_bytes: 0,
-        };
-        self.put_on_connection(tag, flush);
+        self.put_on_connection(tag, BlockRequest::FLUSH);
         Ok(true)
     }
 

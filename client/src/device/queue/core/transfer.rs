@@ -102,9 +102,9 @@ impl QueueCore {
             match piece {
                 Piece::Outbox { start, .. } => io.send_outbox(connection, start, rest_of_piece, has_more),
                 Piece::Payload { tag, .. } => {
-                    let by_hand = assert_ours(self.tags.is_registered_by_hand(tag));
+                    let pages = self.pages(tag, rest_of_piece);
                     assert_ours(self.tags.operation_submitted(tag));
-                    io.send_payload(connection, Pages { tag, by_hand, rest: rest_of_piece }, has_more);
+                    io.send_payload(connection, pages, has_more);
                 }
             }
         }
