@@ -124,7 +124,7 @@ impl Authority {
     }
 }
 
-/// Connects now.
+/// Connects now, over TLS where the URI says https; waits for the TCP or Unix connection.
 ///
 /// # Errors
 /// [`ChannelError`], by cause.

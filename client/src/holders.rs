@@ -7,7 +7,10 @@
 //! Called by: `safe_stop`, and `take_away` for what is to be unmounted.
 //! Source: proc(5) `mountinfo`, `swaps`, `fd`; Documentation/ABI/testing/sysfs-block, Linux 7.3.
 
+mod file_systems;
 mod kernel;
+
+pub use file_systems::{MountedFileSystem, file_systems_on, mounts_of_device};
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
@@ -110,9 +113,12 @@ fn with_btrfs_members(sys: &Path, devices: &[BlockDevice]) -> Vec<BlockDevice> {
 }
 
 fn disk_and_partitions(sys: &Path, dev_id: u32) -> Vec<BlockDevice> {
-    let name = format!("ublkb{dev_id}");
-    let sys_path = sys.join("block").join(&name);
-    let mut devices = vec![block_device(name, sys_path.clone())];
+    disk_with_partitions(sys, &format!("ublkb{dev_id}"))
+}
+
+fn disk_with_partitions(sys: &Path, name: &str) -> Vec<BlockDevice> {
+    let sys_path = sys.join("block").join(name);
+    let mut devices = vec![block_device(name.to_owned(), sys_path.clone())];
     for (name, path) in entries(&sys_path) {
         if path.join("partition").exists() {
             devices.push(block_device(name, path));
@@ -153,23 +159,42 @@ fn mount_points<'a>(
     mountinfo: &'a str,
     devices: &'a [BlockDevice],
 ) -> impl Iterator<Item = (Role, String)> + 'a {
+    mounts_of(mountinfo, devices).map(|found| (found.role, found.point))
+}
+
+/// A mount that needs one of some devices, as `mountinfo` has it.
+struct MountFound {
+    id: u64,
+    number: DeviceNumber,
+    point: String,
+    role: Role,
+    /// Its file system says so, or its device number; not only its source, which may be any text that whoever mounted it has chosen.
+    is_sure: bool,
+}
+
+fn mounts_of<'a>(mountinfo: &'a str, devices: &'a [BlockDevice]) -> impl Iterator<Item = MountFound> + 'a {
     mountinfo.lines().filter_map(move |line| {
         let mut fields = line.split(' ');
-        let number = DeviceNumber::parse(fields.nth(2)?)?;
-        let mount_point = unescape(fields.nth(1)?);
+        let id = fields.next()?.parse().ok()?;
+        let number = DeviceNumber::parse(fields.nth(1)?)?;
+        let point = unescape(fields.nth(1)?);
         // File system, source, options of the file system.
-        let mut fields = line.split_once(" - ")?.1.split(' ').skip(1);
+        let mut fields = line.split_once(" - ")?.1.split(' ');
+        let kind = fields.next()?;
         let (source, options) = (unescape(fields.next()?), fields.next().unwrap_or_default());
         let is_at = |path: &str| devices.iter().any(|device| device.is_at(path));
-        if devices.iter().any(|device| device.number == Some(number)) || is_at(&source) {
-            return Some((Role::FileSystem, mount_point));
+        let has_number = devices.iter().any(|device| device.number == Some(number));
+        if has_number || is_at(&source) {
+            // A btrfs has numbers of its own.
+            let is_sure = has_number || kind == "btrfs";
+            return Some(MountFound { id, number, point, role: Role::FileSystem, is_sure });
         }
         let role = options.split(',').find_map(|option| match option.split_once('=')? {
             ("logdev", path) if is_at(&unescape(path)) => Some(Role::Journal),
             ("rtdev", path) if is_at(&unescape(path)) => Some(Role::RealTime),
             _ => None,
         });
-        role.map(|role| (role, mount_point))
+        role.map(|role| MountFound { id, number, point, role, is_sure: kind == "xfs" })
     })
 }
 

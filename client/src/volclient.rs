@@ -2,6 +2,7 @@
 //!
 //! Owns: the command line and the log. Never: does anything itself; see `node` and `device` of the library.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,15 +11,17 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand};
-use client::causes::with_sources;
 use client::contract::AttachmentDir;
+use client::daemon_process;
+use client::freezer::{self, Mount};
+use client::holders;
 use client::node::attachment_record::AttachmentRecord;
 use client::node::device_process;
+use client::node::node_labels::{LabelList, labels_of, parse_labels};
 use client::node::serve::{ServeOptions, serve};
 use client::node::take_away::take_all_away;
 use client::safe_stop;
 use client::tls_spec::ClientFiles;
-use tracing_subscriber::EnvFilter;
 
 /// Turns network volumes into local disks (/dev/ublkbN).
 #[derive(Debug, Parser)]
@@ -37,7 +40,15 @@ enum Command {
     ///
     /// Prints "volclient ready: SOCKET" once it can be used. It may be stopped and started at any time: attached
     /// volumes are served by processes of their own.
-    Serve(ServeArgs),
+    Serve {
+        #[command(flatten)]
+        args: ServeArgs,
+        /// What the storage server is told that this machine is and where, such as topology.volnode.io/zone=z1; may be given several times
+        ///
+        /// As labels of volumes: at most 64, keys are [DOMAIN/]NAME. The variable has commas between them. `volctl node show` shows them.
+        #[arg(long = "label", env = "VOLCLIENT_LABELS", value_name = "KEY=VALUE", value_parser = parse_labels)]
+        labels: Vec<LabelList>,
+    },
     /// Take every disk of this machine away, without the node daemon: the last step of a shutdown
     ///
     /// What is mounted is unmounted first, as far as that ends in time; then the disk goes, whoever has it open, and what was
@@ -61,6 +72,27 @@ enum Command {
     StopDisk {
         /// The number in the disk's name
         dev_id: u32,
+    },
+    /// Hold a mounted file system frozen for some seconds at most; started by `volclient serve`
+    #[command(name = freezer::HOLD_SUBCOMMAND, hide = true)]
+    HoldFrozen {
+        /// The freeze's id
+        id: String,
+        /// Mounts of the file system, MOUNT_ID,DEVICE,PATH; the first that is there is taken
+        #[arg(required = true)]
+        mounts: Vec<Mount>,
+    },
+    /// Thaw what a killed process left; started by `volclient serve`
+    #[command(name = freezer::THAW_SUBCOMMAND, hide = true)]
+    ThawLeft {
+        /// The freeze's id
+        id: String,
+        /// Processes that may still be about to freeze
+        #[arg(long = "pid")]
+        pids: Vec<u32>,
+        /// As for hold-frozen
+        #[arg(required = true)]
+        mounts: Vec<Mount>,
     },
 }
 
@@ -111,34 +143,29 @@ struct DeviceArgs {
 const WORKERS: usize = 2;
 
 fn main() -> ExitCode {
-    let outcome = run(Cli::parse());
-    if let Err(error) = &outcome {
-        daemon_log::say(&format!("volclient: {}", with_sources(error.as_ref())));
-    }
-    daemon_log::finish();
-    outcome.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS)
+    daemon_process::end("volclient", run(Cli::parse()))
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&cli.log).with_context(|| format!("--log {:?}", cli.log))?;
-    daemon_log::start(filter);
     // Secrets of attachments and private keys are in this process's memory.
-    let behavior = rustix::process::DumpableBehavior::NotDumpable;
-    if let Err(error) = rustix::process::set_dumpable_behavior(behavior) {
-        tracing::warn!(%error, "a core dump of this process would hold secrets");
-    }
+    daemon_process::begin(&cli.log)?;
     match cli.command {
-        Command::Serve(args) => run_serve(args, cli.log),
+        Command::Serve { args, labels } => run_serve(args, labels, cli.log),
         Command::TakeAway(args) => run_take_away(args, cli.log),
         Command::DeviceName { disk, run_dir } => run_device_name(&disk, &run_dir),
         // It starts the log's writer itself, when no mount is in its way any more.
         Command::Device(args) => run_device(args),
         Command::StopDisk { dev_id } => run_stop_disk(dev_id),
+        Command::HoldFrozen { mounts, .. } => Ok(freezer::hold_frozen(&mounts)?),
+        Command::ThawLeft { id, pids, mounts } => {
+            Ok(freezer::thaw_left(&id, &pids, &mounts, holders::mounts_of_device)?)
+        }
     }
 }
 
-fn run_serve(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
-    run_on_tokio(serve(serve_options(args, log_filter)?))
+fn run_serve(args: ServeArgs, labels: Vec<LabelList>, log_filter: String) -> anyhow::Result<()> {
+    let labels = labels_of(labels).map_err(anyhow::Error::msg).context("--label")?;
+    run_on_tokio(serve(ServeOptions { labels, ..serve_options(args, log_filter)? }))
 }
 
 fn run_take_away(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
@@ -163,6 +190,7 @@ fn serve_options(args: ServeArgs, log_filter: String) -> anyhow::Result<ServeOpt
         node_id: args.node_id,
         device_dir,
         log_filter,
+        labels: BTreeMap::new(),
     })
 }
 

@@ -1,7 +1,7 @@
 //! The names under which exports of a volnode server are opened, and what the server says of them.
 //!
 //! - [`AttachmentExportName`]: `<attachment-id>.<secret>/<epoch>/<slot>`, the export of one attachment. The epoch and the
-//!   slot are what fencing works on: see `server/src/gate/fence.rs`.
+//!   slot are what fencing works on: see `server/src/data/gate/fence.rs`.
 //! - [`ExportDescription`]: what GO answers in `NBD_INFO_DESCRIPTION`: who serves which volume, and its storage
 //!   incarnation, so that a client can tell a server that forgot from one that did not.
 //! - [`ExportRefusal`]: what an error to GO says: why, and which server says so, so that a client can tell the server that

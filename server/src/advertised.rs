@@ -8,7 +8,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
-use crate::data_address::{DataAddress, takes_ipv4};
+use crate::data::address::{DataAddress, takes_ipv4};
 
 /// What clients may be told.
 #[derive(Debug, Clone, Default)]

@@ -15,8 +15,10 @@ use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
 use tls::certificates::Pair;
 use tls::stream::Records;
 
+use crate::backend::device::Adoptable;
 use crate::backend::file::CacheMode;
-use crate::data_address::DataAddress;
+use crate::backend::lvm::PoolName;
+use crate::data::address::DataAddress;
 use crate::limits::{Limits, STATUS_REPLY_BYTES_MAX};
 use crate::tls::TlsFiles;
 use crate::volume::Faults;
@@ -90,6 +92,16 @@ pub struct Config {
     /// Also let any NBD client open a volume by its plain name (writing only while it is not attached)
     #[arg(long, env = "VOLSERVER_EXPORT_BY_NAME", value_parser = BoolishValueParser::new())]
     pub export_by_name: bool,
+
+    /// Block devices and raw files that may become volumes as they are (`volctl create --adopt`): directories that they are below, or
+    /// themselves; may be given more than once, or separated by commas
+    #[arg(long, env = "VOLSERVER_ADOPT_ALLOW", value_name = "PATH", value_delimiter = ',', value_parser = absolute_path)]
+    pub adopt_allow: Vec<PathBuf>,
+
+    /// A thin pool of LVM (lvmthin(7)) that volumes may be in (`volctl create --backend lvm`); it is set to give an error when it is
+    /// full. For this volserver has to run as root: deploy/volserver-lvm.conf
+    #[arg(long, env = "VOLSERVER_LVM", value_name = "VG/THINPOOL")]
+    pub lvm: Option<PoolName>,
 
     /// Whether NBD clients and the management API use TLS
     #[arg(long, env = "VOLSERVER_TLS", value_enum, value_name = "MODE", default_value = "off")]
@@ -168,6 +180,17 @@ pub struct Config {
     #[arg(long, env = "VOLSERVER_STALL_TIMEOUT", value_name = "SECONDS", default_value_t = 10,
           value_parser = clap::value_parser!(u32).range(1..=3600), help_heading = LIMITS)]
     pub stall_timeout: u32,
+
+    /// Percent of the data directory's file system that have to be free for a new snapshot or clone: what is written to their
+    /// volumes afterwards takes space [default: 5, and at least 1 GiB, of small ones at most 10 percent]
+    #[arg(long, env = "VOLSERVER_SNAPSHOT_RESERVE", value_name = "PERCENT",
+          value_parser = clap::value_parser!(u8).range(0..=90), help_heading = LIMITS)]
+    pub snapshot_reserve: Option<u8>,
+
+    /// Where each call of the management API is written down, as a line of JSON: who, from where, what, and how it ended; appended to,
+    /// and opened anew at SIGHUP
+    #[arg(long, env = "VOLSERVER_AUDIT_LOG", value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
 
     /// What to log on stderr: error, warn, info, debug or trace; or a filter such as server::lifecycle=debug
     #[arg(long, env = "VOLSERVER_LOG", value_name = "LEVEL", default_value = "info")]
@@ -308,6 +331,15 @@ impl Config {
         Some(TlsFiles { pair, client_authority: self.tls_client_ca.clone() })
     }
 
+    /// What may be adopted.
+    pub fn adoptable(&self) -> Adoptable {
+        Adoptable {
+            allowed: self.adopt_allow.clone(),
+            data_dir: self.data_dir.clone(),
+            ..Adoptable::default()
+        }
+    }
+
     /// What clients can take at most.
     pub fn limits(&self) -> Limits {
         Limits {
@@ -321,6 +353,18 @@ impl Config {
             ..Limits::default()
         }
     }
+}
+
+/// A path that means the same whatever the working directory is, in parts that all are names.
+fn absolute_path(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    let is_plain = |part: std::path::Component<'_>| {
+        matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_))
+    };
+    if path.is_absolute() && path.components().all(is_plain) {
+        return Ok(path);
+    }
+    Err("must be an absolute path without \"..\"".to_owned())
 }
 
 /// Makes the directory where it is missing, and lets the socket's group get there, whatever the umask is.
@@ -406,6 +450,17 @@ mod tests {
     }
 
     #[test]
+    fn what_may_be_adopted_is_named_by_whole_paths() {
+        assert!(parse(&[]).unwrap().adopt_allow.is_empty());
+        let config = parse(&["--adopt-allow", "/dev/sdb,/srv/images/", "--adopt-allow", "/dev/vg0"]).unwrap();
+        let allowed = config.adoptable().allowed;
+        assert_eq!(allowed, ["/dev/sdb", "/srv/images", "/dev/vg0"].map(PathBuf::from));
+        for bad in ["dev/sdb", "/dev/../etc", "", "./images"] {
+            assert!(parse(&["--adopt-allow", bad]).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn every_address_is_looked_at() {
         let beyond =
             |args: &[&str]| parse(args).unwrap().exposed().map(|a| a.to_string()).collect::<Vec<_>>();
@@ -478,6 +533,7 @@ mod tests {
             ("--request-max", ["64K", "32M"], ["32K", "64M"]),
             ("--memory-max", ["0", "16777215T"], ["16777216T", "a lot"]),
             ("--stall-timeout", ["1", "3600"], ["0", "3601"]),
+            ("--snapshot-reserve", ["0", "90"], ["-1", "91"]),
         ] {
             for value in good {
                 assert!(parse(&[option, value]).is_ok(), "{option} {value}");

@@ -3,6 +3,8 @@
 //! Owns no state: it translates. A `memory` volume has no storage to make or remove; it begins when it is first opened and
 //! ends when it is released. Called by `lifecycle/`.
 
+mod thin;
+
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
@@ -11,17 +13,23 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::backend::device::{self, AdoptError, Adoptable, Found};
 use crate::backend::file::{self, FileError};
-use crate::catalog::{BackendKind, VolumeRecord};
-use crate::data_server::DataServer;
-use crate::lifecycle::{DataSide, Holder, StillOpen, SyncError};
+use crate::backend::lvm::{Lvm, LvmError, PoolFill, Thin};
+use crate::catalog::{Adopted, BackendKind, Catalog, SnapshotRecord, VolumeRecord};
+use crate::data::server::DataServer;
+use crate::lifecycle::{AdoptedData, DataSide, Holder, Map, StillOpen, SyncError};
 use crate::machine_memory::{Allowed, ForVolumes};
+use crate::volume::copying::{CopyError, CopyHandle, CopyTarget, CopyWanted};
 
 /// A running data server with the directory of its backing files.
 #[derive(Debug)]
 pub(crate) struct ServedData {
     server: Arc<DataServer>,
     volumes_dir: PathBuf,
+    adoptable: Arc<Adoptable>,
+    catalog: Catalog,
+    lvm: Option<Arc<Lvm>>,
     syncing: Arc<Syncing>,
 }
 
@@ -77,9 +85,15 @@ impl Syncs {
 }
 
 impl ServedData {
-    /// `volumes_dir` is the one that the server was started with.
-    pub(crate) fn new(server: Arc<DataServer>, volumes_dir: PathBuf) -> Self {
-        Self { server, volumes_dir, syncing: Arc::default() }
+    /// The catalog, what may be adopted and the thin pool are those that the server was started with.
+    pub(crate) fn new(
+        server: Arc<DataServer>,
+        catalog: Catalog,
+        adoptable: Arc<Adoptable>,
+        lvm: Option<Arc<Lvm>>,
+    ) -> Self {
+        let volumes_dir = catalog.volumes_dir();
+        Self { server, volumes_dir, adoptable, catalog, lvm, syncing: Arc::default() }
     }
 }
 
@@ -92,6 +106,18 @@ fn noticed(server: &DataServer, volume: &VolumeRecord, error: FileError) -> io::
         }
     }
     io_error(error)
+}
+
+/// What a failed sync tells of the volume. LVM's tools write nothing of it: where one fails, nothing is known yet.
+fn sync_error(server: &DataServer, volume: &VolumeRecord, error: FileError) -> SyncError {
+    if is_of_tools(volume.backend, &error) {
+        return SyncError::Unfinished(error.to_string());
+    }
+    noticed(server, volume, error).into()
+}
+
+fn is_of_tools(backend: BackendKind, error: &FileError) -> bool {
+    backend == BackendKind::Lvm && !matches!(error, FileError::Sync { .. })
 }
 
 impl Syncing {
@@ -131,6 +157,11 @@ impl Syncing {
 }
 
 impl ServedData {
+    fn storage_to_sync(&self) -> StorageToSync {
+        let (volumes_dir, adoptable) = (self.volumes_dir.clone(), Arc::clone(&self.adoptable));
+        StorageToSync { volumes_dir, adoptable, catalog: self.catalog.clone(), lvm: self.lvm.clone() }
+    }
+
     /// Syncs on a thread of its own, which is left behind where it gets stuck.
     fn sync_file(&self, volume: &VolumeRecord) -> Result<(), SyncError> {
         let (volume_uid, deadline) = (volume.volume_uid, Instant::now() + SYNC_LIMIT);
@@ -140,10 +171,9 @@ impl ServedData {
         }
         let (sender, synced) = mpsc::channel();
         let (server, syncing) = (Arc::clone(&self.server), Arc::clone(&self.syncing));
-        let (volumes_dir, volume) = (self.volumes_dir.clone(), volume.clone());
+        let (storage, volume) = (self.storage_to_sync(), volume.clone());
         let spawned = std::thread::Builder::new().name("volume-sync".into()).spawn(move || {
-            let result =
-                file::sync(&volumes_dir, volume_uid).map_err(|error| noticed(&server, &volume, error));
+            let result = storage.sync(&volume).map_err(|error| sync_error(&server, &volume, error));
             syncing.end(volume_uid, true);
             // Nobody may be waiting any more.
             let _ = sender.send(result);
@@ -154,7 +184,42 @@ impl ServedData {
             return Err(SyncError::Unfinished(reason));
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        Ok(synced.recv_timeout(left).map_err(|_| no_answer())??)
+        synced.recv_timeout(left).map_err(|_| no_answer())?
+    }
+}
+
+/// What it takes to sync a volume that is not open.
+struct StorageToSync {
+    volumes_dir: PathBuf,
+    adoptable: Arc<Adoptable>,
+    catalog: Catalog,
+    lvm: Option<Arc<Lvm>>,
+}
+
+impl StorageToSync {
+    fn sync(&self, volume: &VolumeRecord) -> Result<(), FileError> {
+        let VolumeRecord { volume_uid, capacity_bytes, .. } = *volume;
+        let failed = |path: &str, source| FileError::Io { action: "cannot open", path: path.into(), source };
+        let (adoptable, device) = match volume.backend {
+            BackendKind::Device => {
+                let adopted = self.catalog.adopted(volume_uid);
+                let adopted = adopted.map_err(|error| failed(&volume.name, io::Error::other(error)))?;
+                (
+                    &*self.adoptable,
+                    adopted.ok_or_else(|| failed(&volume.name, io::ErrorKind::NotFound.into()))?,
+                )
+            }
+            BackendKind::Lvm => {
+                let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured);
+                let located =
+                    lvm.and_then(|lvm| Ok((lvm.adoptable(), lvm.locate(Thin::Volume(volume_uid))?)));
+                located.map_err(|error| failed(&volume.name, io::Error::other(error)))?
+            }
+            BackendKind::File | BackendKind::Memory => return file::sync(&self.volumes_dir, volume_uid),
+        };
+        let synced = device::sync(adoptable, &device, capacity_bytes);
+        let synced = synced.map_err(|error| failed(&device.path, io::Error::other(error)))?;
+        synced.map_err(|source| FileError::Sync { path: device.path.into(), source })
     }
 }
 
@@ -168,13 +233,44 @@ fn io_error(error: FileError) -> io::Error {
     }
 }
 
+impl AdoptedData for ServedData {
+    fn identities_at(&self, path: &str) -> Result<Vec<String>, AdoptError> {
+        device::identities_at(&self.adoptable, path)
+    }
+
+    fn adopt(&self, path: &str) -> Result<Found, AdoptError> {
+        device::adopt(&self.adoptable, path)
+    }
+
+    fn measure_adopted(
+        &self,
+        volume: &VolumeRecord,
+        adopted: &Adopted,
+        expected_bytes: Option<u64>,
+    ) -> Result<u64, AdoptError> {
+        if let Some(measured) = self.server.measure_volume(volume.volume_uid) {
+            let (action, path) = ("measure", adopted.path.clone());
+            return measured.map_err(|source| AdoptError::Io { action, path, source });
+        }
+        Ok(device::find(&self.adoptable, adopted, expected_bytes)?.size_bytes)
+    }
+
+    fn is_open(&self, volume_uid: Uuid) -> bool {
+        self.server.measure_volume(volume_uid).is_some()
+    }
+}
+
 impl DataSide for ServedData {
     fn create_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
         match volume.backend {
             BackendKind::File => {
                 file::create(&self.volumes_dir, volume.volume_uid, volume.capacity_bytes).map_err(io_error)
             }
-            BackendKind::Memory => Ok(()),
+            BackendKind::Lvm => {
+                self.thin(|lvm| lvm.create(Thin::Volume(volume.volume_uid), volume.capacity_bytes))
+            }
+            // Somebody else made it.
+            BackendKind::Memory | BackendKind::Device => Ok(()),
         }
     }
 
@@ -183,25 +279,93 @@ impl DataSide for ServedData {
     }
 
     fn delete_storage(&self, volume_uid: Uuid) -> io::Result<()> {
-        file::delete(&self.volumes_dir, volume_uid).map_err(io_error)?;
+        match self.catalog.thin_pool_of(volume_uid).map_err(io::Error::other)? {
+            Some(pool) => self.thin_in(Some(pool), |lvm| lvm.remove(Thin::Volume(volume_uid)))?,
+            None => file::delete(&self.volumes_dir, volume_uid).map_err(io_error)?,
+        }
         self.server.forget_volume(volume_uid);
         Ok(())
     }
 
     fn stored_volumes(&self) -> io::Result<Vec<Uuid>> {
-        file::list_uids(&self.volumes_dir).map_err(io_error)
+        let mut stored = file::list_uids(&self.volumes_dir).map_err(io_error)?;
+        stored.extend(self.stored_thin().into_iter().filter_map(thin::volume));
+        Ok(stored)
     }
 
     fn grow_storage(&self, volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
         self.server.changes_file(volume.volume_uid);
+        if volume.backend == BackendKind::Lvm {
+            return self.grow_thin(volume.volume_uid, capacity_bytes);
+        }
         let grown = file::grow(&self.volumes_dir, volume.volume_uid, capacity_bytes);
         grown.map_err(|error| noticed(&self.server, volume, error))
     }
 
     fn sync_storage(&self, volume: &VolumeRecord) -> Result<(), SyncError> {
         match volume.backend {
-            BackendKind::File => self.sync_file(volume),
+            BackendKind::File | BackendKind::Device | BackendKind::Lvm => self.sync_file(volume),
             BackendKind::Memory => Ok(()),
+        }
+    }
+
+    fn can_copy(&self) -> Result<(), CopyError> {
+        self.server.can_copy()
+    }
+
+    fn thin_pool(&self) -> Option<Result<PoolFill, CopyError>> {
+        let fill = self.lvm.as_ref()?.fill();
+        Some(fill.map_err(|error| CopyError::Failed(error.to_string())))
+    }
+
+    fn begin_copies(&self, wanted: &[CopyWanted]) -> Result<CopyHandle, CopyError> {
+        match self.thin_copy(wanted)? {
+            Some(copy) => Ok(copy),
+            None => self.server.begin_copies(wanted),
+        }
+    }
+
+    fn snapshot_map(&self, snapshot_uid: Uuid, capacity_bytes: u64) -> Result<Map, CopyError> {
+        Ok(Box::new(self.server.snapshot_map(snapshot_uid, capacity_bytes)?))
+    }
+
+    fn begin_nameless_copy(&self, volume: &VolumeRecord) -> Result<(CopyHandle, Map), CopyError> {
+        let (copy, map) = self.server.begin_nameless_copy(volume)?;
+        Ok((copy, Box::new(map)))
+    }
+
+    fn replace_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        if volume.backend == BackendKind::Lvm {
+            self.thin(|lvm| lvm.replace(volume.volume_uid))?;
+            self.server.forget_volume(volume.volume_uid);
+            return Ok(());
+        }
+        self.server.replace_file(volume.volume_uid)
+    }
+
+    fn delete_copy(&self, target: CopyTarget) -> io::Result<()> {
+        match thin::of(target) {
+            Some(thin) if self.is_thin(target)? => {
+                self.thin_in(self.pool_of(target)?, |lvm| lvm.remove(thin))
+            }
+            _ => self.server.copy_files().delete(target),
+        }
+    }
+
+    fn stored_copies(&self) -> io::Result<Vec<CopyTarget>> {
+        let mut stored = self.server.copy_files().stored()?;
+        stored.extend(self.stored_thin().into_iter().filter_map(thin::copy));
+        Ok(stored)
+    }
+
+    fn snapshot_allocated_bytes(&self, snapshot: &SnapshotRecord) -> u64 {
+        let snapshot_uid = snapshot.snapshot_uid;
+        match &self.lvm {
+            _ if snapshot.backend != BackendKind::Lvm => {
+                self.server.copy_files().allocated_bytes(snapshot_uid)
+            }
+            Some(lvm) => lvm.allocated_bytes(Thin::Snapshot(snapshot_uid)),
+            None => 0,
         }
     }
 
@@ -235,11 +399,32 @@ impl DataSide for ServedData {
     }
 
     fn allocated_bytes(&self, volume: &VolumeRecord) -> u64 {
-        self.server.allocated_bytes(volume)
+        match &self.lvm {
+            Some(lvm) if volume.backend == BackendKind::Lvm => {
+                lvm.allocated_bytes(Thin::Volume(volume.volume_uid))
+            }
+            _ => self.server.allocated_bytes(volume),
+        }
     }
 
     fn storage_incarnation(&self, volume: &VolumeRecord) -> String {
         self.server.storage_incarnation(volume)
+    }
+
+    fn limits_changed(&self, volume: &VolumeRecord) {
+        self.server.limits_changed(volume);
+    }
+
+    fn content_changed(&self, volume: &VolumeRecord) {
+        self.server.content_changed(volume);
+    }
+
+    fn throttled(&self, volume_uid: Uuid) -> Duration {
+        self.server.throttled(volume_uid)
+    }
+
+    fn writers_of_volume(&self, volume_uid: Uuid) -> u32 {
+        self.server.writers_of_volume(volume_uid)
     }
 }
 
@@ -266,6 +451,15 @@ mod tests {
         // What an earlier call has begun, and did not wait for any longer.
         assert_eq!(turn(1, true, seconds(4), zero), Turn::Wait(seconds(6)));
         assert_eq!(turn(1, true, seconds(60), zero), Turn::Never);
+    }
+
+    #[test]
+    fn a_tool_that_fails_loses_no_writes_and_a_sync_that_fails_does() {
+        let source = || io::Error::other("lvs has not ended within 30 s");
+        let tool = FileError::Io { action: "cannot open", path: "thin".into(), source: source() };
+        let sync = FileError::Sync { path: "/dev/dm-7".into(), source: source() };
+        assert!(is_of_tools(BackendKind::Lvm, &tool) && !is_of_tools(BackendKind::Lvm, &sync));
+        assert!(!is_of_tools(BackendKind::File, &tool), "a file that cannot be opened is gone");
     }
 
     #[test]

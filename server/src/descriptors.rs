@@ -4,7 +4,7 @@
 //! file. A volume takes a descriptor for its I/O, one for each ring to sync on (`sync_groups.rs` says why) and one for its record
 //! (`incarnation/`); it keeps them until it is deleted or the server ends, because only who has a file open is told that it could
 //! not be written back. So volumes could take what connections need, and are refused before.
-//! Called by: `data_server.rs` (the plan), `gate/run.rs` (a volume's share).
+//! Called by: `data/server.rs` (the plan), `gate/run.rs` (a volume's share).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,7 +74,7 @@ pub struct TooFewDescriptors {
 /// Descriptors of one open volume.
 pub fn of_volume(backend: BackendKind, rings: usize) -> u64 {
     match backend {
-        BackendKind::File => rings as u64 + 2,
+        BackendKind::File | BackendKind::Device | BackendKind::Lvm => rings as u64 + 2,
         BackendKind::Memory => 1,
     }
 }

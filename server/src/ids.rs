@@ -6,4 +6,4 @@ pub struct ConnectionId(pub u64);
 
 /// Which in-flight request of a connection: an index below [`crate::limits::IN_FLIGHT_REQUESTS_MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct SlotId(pub u8);
+pub struct RequestSlot(pub u8);

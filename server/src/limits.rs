@@ -1,9 +1,9 @@
 //! What the data side may take at most: connections, time, sizes, and memory.
 //!
 //! Owns the bounds, their defaults, and the one sum of all memory that peers can make the data side hold. Enforces nothing
-//! itself: connections are counted by `admission.rs`, times are kept by `io_loop.rs` and the gate, sizes are announced by the
+//! itself: connections are counted by `admission.rs`, times are kept by `io/run.rs` and the gate, sizes are announced by the
 //! gate and checked by `proto`'s validation, buffers come from `buffers.rs`, whose pools are made as large as is said here.
-//! Called by `config.rs`, `serve.rs` and `data_server.rs`.
+//! Called by `config.rs`, `serve.rs` and `data/server.rs`.
 //!
 //! **What the memory limit means.** Nothing that a peer does makes the data side allocate beyond what was set aside at start:
 //! every ring has a pool of buffers, and every connection that may exist has its own part. Both are address space until they
@@ -17,9 +17,20 @@ use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
 use proto::nbd::handshake::OPTION_BYTES_MAX;
 use proto::nbd::handshake::server::OPTIONS_MAX;
 
-use crate::buffers::PoolSize;
+use crate::buffer_classes::PoolSize;
 use crate::machine_memory::Allowed;
-use crate::socket_memory::NARROW_BYTES;
+
+/// Connections of the management API at once, on all addresses together, where the limit of open files allows so many.
+pub const MANAGEMENT_CONNECTIONS_MAX: u32 = 512;
+
+/// Each direction's buffer of a narrow socket, in bytes as the kernel counts them: its own structures are included.
+pub(crate) const NARROW_BUFFER_BYTES: u64 = 64 << 10;
+
+/// A packet is taken into a buffer that is not yet full, so there may be one too many: 64 KiB of data and its structures.
+pub(crate) const PACKET_BYTES: u64 = 72 << 10;
+
+/// The kernel memory of a narrow socket, in bytes.
+pub const NARROW_BYTES: u64 = 2 * (NARROW_BUFFER_BYTES + PACKET_BYTES);
 
 /// Requests of one connection that are in flight at once. As many as ublk and the kernel's nbd client put on a queue by
 /// default, so that neither is held back; a peer that sends more finds its socket full.

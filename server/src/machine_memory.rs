@@ -1,7 +1,7 @@
 //! How much memory this process may have: the machine's, or what a control group allows if that is less.
 //!
 //! Owns: finding the limits of the process's own control group and all above it, in both versions of the interface, and what they
-//! leave to memory volumes. Never: allocates, or enforces a limit. Called by `data_server.rs` (at start) and, each time a memory
+//! leave to memory volumes. Never: allocates, or enforces a limit. Called by `data/server.rs` (at start) and, each time a memory
 //! volume is made, by `lifecycle/`, because a limit may be changed while a server runs.
 //! Source: `Documentation/admin-guide/cgroup-v2.rst` (`memory.max`, `memory.high`), `cgroup-v1/memory.rst`
 //! (`memory.limit_in_bytes`), cgroups(7) and cgroup_namespaces(7) for the paths.

@@ -56,7 +56,7 @@ fn run(config: Config) -> anyhow::Result<()> {
 fn keep_secrets_out_of_core_dumps() {
     let behavior = rustix::process::DumpableBehavior::NotDumpable;
     if let Err(error) = rustix::process::set_dumpable_behavior(behavior) {
-        tracing::warn!(%error, "a core dump of this process would hold secrets");
+        tracing::warn!(%error, "cannot switch off core dumps: one of this process would hold secrets");
     }
 }
 

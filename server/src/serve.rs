@@ -2,7 +2,7 @@
 //!
 //! Owns the order of both. Start: addresses allowed → catalog open (directory locked) → management port bound → data side
 //! running → what a killed server left is finished → API answering → "ready". Stop, each step bounded in time: API stops
-//! taking calls and finishes those it has → data side closes its connections and waits for their I/O → catalog closed.
+//! taking calls and finishes those it has → operations are cancelled and undone → data side closes its connections and waits for their I/O → catalog closed.
 //! Never decides what a call does. Called by `main.rs`.
 
 use std::fmt::Display;
@@ -22,22 +22,32 @@ use tokio::task::JoinHandle;
 use tonic::transport::Server;
 
 use crate::advertised::Advertised;
+use crate::backend::lvm::Lvm;
 use crate::catalog::{Catalog, CatalogError};
 use crate::config::{Config, TlsMode, TlsRecords};
-use crate::data_address::{DataAddress, Listener};
-use crate::data_config::DataServerConfig;
-use crate::data_server::{DataServer, DataServerError};
+use crate::data::address::{DataAddress, Listener};
+use crate::data::config::DataServerConfig;
+use crate::data::server::{DataServer, DataServerError};
 use crate::data_side::ServedData;
-use crate::lifecycle::{Lifecycle, LifecycleError};
-use crate::management::{Calls, ManagementService, listener};
+use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, Operations};
+use crate::management::audit::AuditLog;
+use crate::management::{Audited, Calls, ManagementService, listener};
 use crate::tls::ServerTls;
+
+/// How often it is looked how full the volumes' file system is.
+const SPACE_PAUSE: Duration = Duration::from_secs(10);
 
 /// Calls in progress get this long at stop: a fence takes less.
 const CALLS_STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Copies that go on are cancelled at stop, and get this long to undo what they did.
+const OPERATIONS_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Answers of finished calls get this long to leave, and clients to close their connections.
 const ANSWERS_TIMEOUT: Duration = Duration::from_secs(1);
 /// The data side bounds its own stop at 20 s; this is for the case that it cannot.
 const DATA_STOP_TIMEOUT: Duration = Duration::from_secs(25);
+
+/// Between two looks at the sizes of adopted devices and the thin pool: as soon as people wonder, and of no weight.
+const FOLLOW_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Between two pings of a connection of the API, and how long an answer may take.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -88,6 +98,14 @@ pub enum ServeError {
     /// The data side did not start.
     #[error(transparent)]
     Data(#[from] DataServerError),
+    /// The audit log cannot be opened.
+    #[error("cannot open the audit log {}: {source}; make its directory, or name another file with --audit-log", path.display())]
+    AuditLog {
+        /// Its path.
+        path: PathBuf,
+        /// The system's own error.
+        source: std::io::Error,
+    },
     /// Signals cannot be caught, or reflection not built.
     #[error("cannot set up {what}: {reason}")]
     SetUp {
@@ -109,7 +127,7 @@ impl ServeError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::BeyondLoopback(_) | Self::OpenToLocalUsers(_) | Self::Certificates(_) => 2,
-            Self::Group(_) => 2,
+            Self::Group(_) | Self::AuditLog { .. } => 2,
             Self::Catalog(error) if error.is_out_of_space() => 8,
             Self::Recovery(LifecycleError::NoSpace(_)) => 8,
             Self::Catalog(_) | Self::Recovery(_) => 3,
@@ -139,28 +157,36 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let mut stop = StopSignals::new()?;
     check_addresses(&config)?;
     let tls = Arc::new(start_tls(&config)?);
-    reload_at_sighup(Arc::clone(&tls))?;
+    let audit_log = audit_log(&config)?;
+    reload_at_sighup(Arc::clone(&tls), audit_log.clone())?;
     let catalog = Catalog::open(&config.data_dir)?;
     let runtime_dir = runtime_dir(&config);
     let management = bind_management(&config, runtime_dir.as_deref())?;
     let management_addresses: Vec<DataAddress> =
         management.iter().map(|listener| listener.address().clone()).collect();
-    let data_config = data_server_config(&config, &catalog, &tls, runtime_dir);
+    let lvm = start_lvm(&config, &catalog).await?;
+    let data_config =
+        DataServerConfig { lvm: lvm.clone(), ..data_server_config(&config, &catalog, &tls, runtime_dir) };
+    let adoptable = Arc::clone(&data_config.adoptable);
     let data_server = DataServer::start(data_config, catalog.clone())?;
-    let lifecycle = Lifecycle::new(
-        catalog.clone(),
-        Arc::new(ServedData::new(Arc::clone(&data_server), catalog.volumes_dir())),
-    );
+    let data_side =
+        Arc::new(ServedData::new(Arc::clone(&data_server), catalog.clone(), adoptable, lvm.clone()));
+    let lifecycle = Lifecycle::new(catalog.clone(), data_side).with_snapshot_reserve(config.snapshot_reserve);
     let recovered = lifecycle.recover().map_err(|error| ServeError::Recovery(lifecycle.explained(error)))?;
     tracing::info!(server_id = %catalog.server_id(), ?recovered, "catalog open");
 
+    lifecycle.look_whether_can_copy();
+    lifecycle.look_at_space();
+    watch_space(lifecycle.clone());
+    let operations = lifecycle.operations().clone();
     let advertised = advertised(&config, &data_server);
     let (stop_api, stopped) = oneshot::channel::<()>();
     let calls = Calls::default();
-    let service = ManagementService::new(lifecycle, calls.clone(), advertised);
+    let service = ManagementService::new(lifecycle.clone(), calls.clone(), advertised, audit_log.clone());
     let connections_max = data_server.management_connections_max();
     let mut api = tokio::spawn(answer(service, management, connections_max, tls, stopped)?);
     announce(data_server.local_addrs(), &management_addresses);
+    let following = tokio::spawn(look_after(lifecycle, lvm));
 
     let failure = tokio::select! {
         signal = stop.next() => {
@@ -174,19 +200,41 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
             Err(panicked) => set_up("the management API")(panicked),
         }),
     };
+    following.abort();
     let in_time = tokio::select! {
-        stopped = stop_in_order(calls, stop_api, api, data_server) => stopped,
+        stopped = stop_in_order(calls, operations, stop_api, api, data_server) => stopped,
         signal = stop.next() => {
             tracing::warn!(signal, "told again to stop: not waiting any longer");
             Err(ServeError::Unclean("connections or calls"))
         }
     };
+    if let Some(log) = audit_log {
+        // It bounds its own time.
+        let _ = tokio::task::spawn_blocking(move || log.finish()).await;
+    }
     failure.map_or(in_time, Err)
+}
+
+/// Looks after the sizes of adopted volumes, and after the thin pool, for as long as the server runs.
+async fn look_after(lifecycle: Lifecycle<ServedData>, lvm: Option<Arc<Lvm>>) {
+    loop {
+        tokio::time::sleep(FOLLOW_INTERVAL).await;
+        let (lifecycle, lvm) = (lifecycle.clone(), lvm.clone());
+        // One at a time, however long a file system takes; what fails has been logged.
+        let _ = tokio::task::spawn_blocking(move || {
+            lifecycle.follow_sizes();
+            if let Some(lvm) = lvm {
+                lvm.watch();
+            }
+        })
+        .await;
+    }
 }
 
 /// Takes no more calls, finishes those there are, then ends the connections of both sides.
 async fn stop_in_order(
     calls: Calls,
+    operations: Operations,
     stop_api: oneshot::Sender<()>,
     mut api: JoinHandle<Result<(), tonic::transport::Error>>,
     data_server: Arc<DataServer>,
@@ -194,16 +242,19 @@ async fn stop_in_order(
     // The receiver is gone only where the API has ended already.
     let _ = stop_api.send(());
     let calls_finished = tokio::time::timeout(CALLS_STOP_TIMEOUT, calls.finish()).await.is_ok();
+    // While the data side is there to undo them.
+    let operations_ended = operations.stop(OPERATIONS_STOP_TIMEOUT).await;
     // A client that keeps an idle connection open must not keep the server.
     if !api.is_finished() && tokio::time::timeout(ANSWERS_TIMEOUT, &mut api).await.is_err() {
         api.abort();
     }
     let stopping = tokio::task::spawn_blocking(move || data_server.shutdown());
     let data_stopped = matches!(tokio::time::timeout(DATA_STOP_TIMEOUT, stopping).await, Ok(Ok(true)));
-    match (calls_finished, data_stopped) {
-        (true, true) => Ok(()),
-        (false, _) => Err(ServeError::Unclean("calls of the management API")),
-        (true, false) => Err(ServeError::Unclean("connections or their I/O")),
+    match (calls_finished, operations_ended, data_stopped) {
+        (true, true, true) => Ok(()),
+        (false, ..) => Err(ServeError::Unclean("calls of the management API")),
+        (true, false, _) => Err(ServeError::Unclean("operations that copy")),
+        (true, true, false) => Err(ServeError::Unclean("connections or their I/O")),
     }
 }
 
@@ -249,22 +300,49 @@ fn start_tls(config: &Config) -> Result<ServerTls, CertificateError> {
     Ok(tls)
 }
 
-/// New certificates are taken without a restart: connections stay, those that come get the new ones.
-fn reload_at_sighup(tls: Arc<ServerTls>) -> Result<(), ServeError> {
+/// One look at a time: a file system that hangs keeps one thread.
+fn watch_space<D: DataSide>(lifecycle: Lifecycle<D>) {
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(SPACE_PAUSE).await;
+            let looking = lifecycle.clone();
+            let look = move || {
+                looking.look_at_space();
+                if let Err(error) = looking.catalog().spare_changes() {
+                    tracing::warn!(%error, "cannot make room in the catalog; its file system is nearly full");
+                }
+            };
+            if tokio::task::spawn_blocking(look).await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// New certificates are taken without a restart: connections stay, those that come get the new ones. The audit log is opened anew.
+fn reload_at_sighup(tls: Arc<ServerTls>, audit_log: Option<AuditLog>) -> Result<(), ServeError> {
     let mut hangups = signal(SignalKind::hangup()).map_err(set_up("signals"))?;
     tokio::spawn(async move {
         while hangups.recv().await.is_some() {
+            audit_log.iter().for_each(AuditLog::reopen);
             let tls = Arc::clone(&tls);
             match tokio::task::spawn_blocking(move || tls.reload()).await {
-                Ok(Ok(())) => tracing::info!("SIGHUP: certificates read again"),
+                Ok(Ok(())) => tracing::info!("SIGHUP: certificates reloaded"),
                 Ok(Err(error)) => {
-                    tracing::error!(%error, "SIGHUP: the certificates that were in use stay in use")
+                    tracing::error!(%error, "SIGHUP: cannot reload the certificates; the old ones stay in use")
                 }
-                Err(panicked) => tracing::error!(%panicked, "SIGHUP: certificates were not read"),
+                Err(panicked) => tracing::error!(%panicked, "SIGHUP: cannot reload the certificates"),
             }
         }
     });
     Ok(())
+}
+
+fn audit_log(config: &Config) -> Result<Option<AuditLog>, ServeError> {
+    let open = |path: &PathBuf| {
+        AuditLog::open(path).map_err(|source| ServeError::AuditLog { path: path.clone(), source })
+    };
+    config.audit_log.as_ref().map(open).transpose()
 }
 
 fn bind_management(config: &Config, runtime_dir: Option<&Path>) -> Result<Vec<Listener>, ServeError> {
@@ -276,6 +354,16 @@ fn bind_management(config: &Config, runtime_dir: Option<&Path>) -> Result<Vec<Li
             .map_err(|source| ServeError::ManagementAddress { address: address.clone(), source })
     };
     addresses.iter().map(bind).collect()
+}
+
+/// Takes the thin pool into use, if there is to be one.
+async fn start_lvm(config: &Config, catalog: &Catalog) -> Result<Option<Arc<Lvm>>, ServeError> {
+    let Some(pool) = config.lvm.clone() else { return Ok(None) };
+    catalog.set_thin_pool(pool.to_string());
+    let server_id = catalog.server_id();
+    let started = tokio::task::spawn_blocking(move || Lvm::start(pool, server_id)).await;
+    let started = started.map_err(set_up("the thin pool"))?;
+    Ok(Some(Arc::new(started.map_err(set_up("the thin pool"))?)))
 }
 
 fn data_server_config(
@@ -291,8 +379,10 @@ fn data_server_config(
         runtime_dir,
         cache: config.cache.into(),
         export_by_name: config.export_by_name,
+        adoptable: Arc::new(config.adoptable()),
         tls: Arc::clone(tls),
         faults: config.fault.unwrap_or_default(),
+        lvm: None,
         opener: None,
         limits: config.limits(),
     }
@@ -332,8 +422,8 @@ fn advertised(config: &Config, data: &DataServer) -> Advertised {
 }
 
 /// The API with health and reflection, as a future that ends some time after `stopped` is told.
-fn answer<D: crate::lifecycle::DataSide>(
-    service: v1::management_server::ManagementServer<ManagementService<D>>,
+fn answer<D: DataSide>(
+    service: v1::management_server::ManagementServer<Audited<ManagementService<D>>>,
     listeners: Vec<Listener>,
     connections_max: u32,
     tls: Arc<ServerTls>,
@@ -351,7 +441,9 @@ fn answer<D: crate::lifecycle::DataSide>(
     let connections = listener::connections(listeners, tls, connections_max)
         .map_err(set_up("the management API's listeners"))?;
     Ok(async move {
-        reporter.set_serving::<v1::management_server::ManagementServer<ManagementService<D>>>().await;
+        reporter
+            .set_serving::<v1::management_server::ManagementServer<Audited<ManagementService<D>>>>()
+            .await;
         Server::builder()
             .http2_keepalive_interval(Some(PING_INTERVAL))
             .http2_keepalive_timeout(Some(PING_LIMIT))
@@ -365,7 +457,7 @@ fn answer<D: crate::lifecycle::DataSide>(
                 // An error says that the sender is gone: stop as well.
                 let _ = stopped.await;
                 reporter
-                    .set_not_serving::<v1::management_server::ManagementServer<ManagementService<D>>>()
+                    .set_not_serving::<v1::management_server::ManagementServer<Audited<ManagementService<D>>>>()
                     .await;
             })
             .await
@@ -379,10 +471,10 @@ fn announce(data: &[DataAddress], management: &[DataAddress]) {
     };
     let line = format!("volserver ready: data {}, management {}", joined(data), joined(management));
     if let Err(error) = daemon_log::announce(line) {
-        tracing::warn!(%error, "nobody is told on stdout that the server is ready");
+        tracing::warn!(%error, "cannot report on stdout that the server is ready");
     }
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::warn!(%error, "the service manager cannot be told that the server is ready");
+        tracing::warn!(%error, "cannot tell the service manager that the server is ready");
     }
 }
 

@@ -5,12 +5,26 @@
 //! in full, and told to the caller without the server's paths. No message holds a secret: none of the errors does.
 
 use std::collections::HashMap;
+use std::io;
+use std::time::Duration;
 
 use proto::error_reason as reason;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
-use crate::lifecycle::LifecycleError;
+use crate::backend::device::AdoptError;
+use crate::backend::lvm::LvmError;
+use crate::lifecycle::{LifecycleError, NodesError, SettingsError, SnapshotError};
+use crate::volume::copying::CopyError;
+
+const NEXT_OF_OTHER_BOOT: &str = "give every machine an id of its own (rm /etc/machine-id && systemd-machine-id-setup, or volclient serve \
+     --node-id); if this machine was rebooted, repeat the call in a minute; or take the volume with force";
+const NEXT_OF_NO_MEMORY: &str = "delete volumes in memory, lower the server's --memory-max, or raise what it may have, then repeat the call";
+
+const NEXT_OF_RESERVE: &str =
+    "delete snapshots or volumes, make the file system larger, or lower the server's --snapshot-reserve";
+const NEXT_OF_THIN_POOL: &str =
+    "extend the pool (lvextend; its metadata with --poolmetadatasize), or delete snapshots or volumes";
 
 /// A field of a request that is off, and what it should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,17 +45,35 @@ pub(crate) fn invalid_fields(invalid: Vec<InvalidField>) -> Status {
     Status::with_error_details(Code::InvalidArgument, text.join("; "), details)
 }
 
+fn invalid_field(field: &'static str, description: String) -> Status {
+    invalid_fields(vec![InvalidField { field, description }])
+}
+
 /// The status for an error of the lifecycle.
 pub(crate) fn from_lifecycle(error: &LifecycleError) -> Status {
+    match error {
+        LifecycleError::Storage { .. }
+        | LifecycleError::Listing(_)
+        | LifecycleError::Catalog(_)
+        | LifecycleError::Snapshot(SnapshotError::Copy(CopyError::Failed(_))) => {
+            tracing::error!(cause = %error, "a management call failed");
+        }
+        LifecycleError::CatalogHeld { .. } => {
+            tracing::warn!(message = %error, "refused a management call")
+        }
+        _ => {}
+    }
+    of_lifecycle(error)
+}
+
+/// The same of an error that has been logged.
+pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
     let message = error.to_string();
     let (code, details) = match error {
-        LifecycleError::VolumeNotFound(_) => (
-            Code::NotFound,
-            error_info(reason::VOLUME_NOT_FOUND, "list the volumes to see which there are", []),
-        ),
-        LifecycleError::PartitionName { .. } => {
-            return invalid_fields(vec![InvalidField { field: "name", description: message }]);
+        LifecycleError::VolumeNotFound(_) => {
+            told(Code::NotFound, reason::VOLUME_NOT_FOUND, "list the volumes to see which there are")
         }
+        LifecycleError::PartitionName { .. } => return invalid_field("name", message),
         LifecycleError::VolumeDiffers { property, existing, .. } => (
             Code::AlreadyExists,
             error_info(
@@ -50,93 +82,314 @@ pub(crate) fn from_lifecycle(error: &LifecycleError) -> Status {
                 [("property", *property), ("existing", existing)],
             ),
         ),
-        LifecycleError::VolumeAttached { node_id, .. } => (
+        LifecycleError::VolumeAttached { node_id, .. } => of_node(
             Code::FailedPrecondition,
-            error_info(
-                reason::VOLUME_ATTACHED,
-                "detach it there, or take it from that node by attaching it with force",
-                [("node_id", node_id.as_str())],
-            ),
+            reason::VOLUME_ATTACHED,
+            "detach it there, or take it from that node by attaching it with force",
+            node_id,
         ),
-        LifecycleError::OtherBoot { node_id, .. } => (
-            Code::FailedPrecondition,
-            error_info(
-                reason::OTHER_BOOT,
-                "give every machine an id of its own (rm /etc/machine-id && systemd-machine-id-setup, or volclient serve \
-                 --node-id); if this machine was rebooted, repeat the call in a minute; or take the volume with force",
-                [("node_id", node_id.as_str())],
-            ),
-        ),
-        LifecycleError::OtherBootMayReturn { node_id, .. } => (
+        LifecycleError::OtherBoot { node_id, .. } => {
+            of_node(Code::FailedPrecondition, reason::OTHER_BOOT, NEXT_OF_OTHER_BOOT, node_id)
+        }
+        LifecycleError::OtherBootMayReturn { node_id, .. } => of_node(
             Code::Unavailable,
-            error_info(
-                reason::OTHER_BOOT_MAY_RETURN,
-                "repeat the call: it waits until the former boot had its time",
-                [("node_id", node_id.as_str())],
-            ),
+            reason::OTHER_BOOT_MAY_RETURN,
+            "repeat the call: it waits until the former boot had its time",
+            node_id,
         ),
-        LifecycleError::AttachedDifferently { node_id, .. } => (
+        LifecycleError::AttachedDifferently { node_id, .. } => of_node(
             Code::AlreadyExists,
-            error_info(
-                reason::ATTACHED_DIFFERENTLY,
-                "detach it first, or attach with the access mode that it has",
-                [("node_id", node_id.as_str())],
-            ),
+            reason::ATTACHED_DIFFERENTLY,
+            "detach it first, or attach with the access mode that it has",
+            node_id,
         ),
-        LifecycleError::VolumeOpen { .. } => (
+        LifecycleError::VolumeOpen { .. } => told(
             Code::FailedPrecondition,
-            error_info(
-                reason::VOLUME_OPEN,
-                "disconnect the clients that opened it by name, then repeat the call",
-                [],
-            ),
+            reason::VOLUME_OPEN,
+            "disconnect the clients that opened it by name, then repeat the call",
         ),
-        LifecycleError::SizeFixed { .. } => (
+        LifecycleError::SeveralHolders { .. } => told(
+            Code::InvalidArgument,
+            reason::SEVERAL_HOLDERS,
+            "name the attachment, or the node that is to lose the volume",
+        ),
+        LifecycleError::Settings(error) => of_settings(error),
+        LifecycleError::Nodes(error) => of_nodes(error),
+        LifecycleError::NoThinPool(_) => told(
             Code::FailedPrecondition,
-            error_info(reason::SIZE_FIXED, "make a new volume of the size that you want", []),
+            reason::NO_THIN_POOL,
+            "start volserver with --lvm VG/THINPOOL, or make the volume with the backend file",
         ),
+        LifecycleError::Adopt(error) => of_adopted(error),
+        LifecycleError::AdoptedSize { size_bytes, .. } => of_adopted_size(*size_bytes),
+        LifecycleError::BlockSize { .. } => return invalid_field("block_size_bytes", message),
+        LifecycleError::SizeFixed { .. } => {
+            told(Code::FailedPrecondition, reason::SIZE_FIXED, "make a new volume of the size that you want")
+        }
         LifecycleError::TooLarge { .. }
         | LifecycleError::Shrink { .. }
-        | LifecycleError::SizeUnaligned { .. } => {
-            return invalid_fields(vec![InvalidField { field: "capacity_bytes", description: message }]);
+        | LifecycleError::SizeUnaligned { .. } => return invalid_field("capacity_bytes", message),
+        LifecycleError::NoSpace(_) => {
+            told(Code::ResourceExhausted, reason::NO_SPACE, "free space on the server, then repeat the call")
         }
-        LifecycleError::NoSpace(_) => (
-            Code::ResourceExhausted,
-            error_info(reason::NO_SPACE, "free space on the server, then repeat the call", []),
-        ),
-        LifecycleError::NoMemory { .. } => (
-            Code::ResourceExhausted,
-            error_info(
-                reason::NO_SPACE,
-                "delete volumes in memory, lower the server's --memory-max, or raise what it may have, then repeat the call",
-                [],
-            ),
-        ),
-        LifecycleError::Unfenced { .. } => (
+        LifecycleError::NoMemory { .. } => told(Code::ResourceExhausted, reason::NO_SPACE, NEXT_OF_NO_MEMORY),
+        LifecycleError::Unfenced { .. } => told(
             Code::Unavailable,
-            error_info(reason::FENCE_UNFINISHED, "repeat the call: it goes on where this one stopped", []),
+            reason::FENCE_UNFINISHED,
+            "repeat the call: it goes on where this one stopped",
         ),
-        LifecycleError::CatalogHeld { .. } => {
-            tracing::warn!(%message, "a management call is refused");
-            (
-                Code::Unavailable,
-                error_info(
-                    reason::CATALOG_HELD,
-                    "close it (a transaction in sqlite3, a backup that hangs), then repeat the call: it goes on where this one stopped",
-                    [],
-                ),
-            )
-        }
-        LifecycleError::Storage { .. } | LifecycleError::Listing(_) | LifecycleError::Catalog(_) => {
-            return failed(&message);
-        }
+        LifecycleError::Snapshot(error) => return of_snapshot(error, message),
+        LifecycleError::CatalogHeld { .. } => told(
+            Code::Unavailable,
+            reason::CATALOG_HELD,
+            "close it (a transaction in sqlite3, a backup that hangs), then repeat the call: it goes on where this one stopped",
+        ),
+        LifecycleError::Storage { source, .. } => return of_storage(source, message),
+        LifecycleError::Listing(_) | LifecycleError::Catalog(_) => return broken(),
     };
     Status::with_error_details(code, message, details)
+}
+
+/// The status for a failure of the storage; one that is in a thin pool which this server has not is no failure of ours.
+fn of_storage(source: &io::Error, message: String) -> Status {
+    match source.get_ref().and_then(|inner| inner.downcast_ref()) {
+        Some(LvmError::NotConfigured | LvmError::OtherPool { .. }) => {
+            let next = "start volserver with the --lvm of that pool, then repeat the call";
+            let (code, details) = told(Code::FailedPrecondition, reason::NO_THIN_POOL, next);
+            Status::with_error_details(code, message, details)
+        }
+        _ => broken(),
+    }
+}
+
+/// What is told with an error about a node.
+fn of_nodes(error: &NodesError) -> (Code, ErrorDetails) {
+    match error {
+        NodesError::NotFound(_) => told(
+            Code::NotFound,
+            reason::NODE_NOT_FOUND,
+            "start the node daemon there (volclient serve), or correct the name: list the nodes to see which there are",
+        ),
+        NodesError::TooMany(_) => told(
+            Code::ResourceExhausted,
+            reason::TOO_MANY_NODES,
+            "delete nodes that are gone: the list of nodes tells when each was heard of",
+        ),
+        NodesError::Attached(_) => told(
+            Code::FailedPrecondition,
+            reason::NODE_ATTACHED,
+            "detach what is attached to it: list the attachments of the node",
+        ),
+    }
+}
+
+/// What is told with an error that a volume's settings make.
+fn of_settings(error: &SettingsError) -> (Code, ErrorDetails) {
+    let refused = |word, next| told(Code::FailedPrecondition, word, next);
+    match error {
+        SettingsError::Protected(_) => refused(
+            reason::VOLUME_PROTECTED,
+            "take the protection off (volctl set VOLUME --no-protect), then repeat the call",
+        ),
+        SettingsError::ReadOnly(_) => refused(
+            reason::VOLUME_READ_ONLY,
+            "attach it read-only, or take the mark off (volctl set VOLUME --no-read-only)",
+        ),
+        SettingsError::NameTaken(_) => told(
+            Code::AlreadyExists,
+            reason::VOLUME_NAME_TAKEN,
+            "choose another name, or rename or delete the volume that has it",
+        ),
+        SettingsError::RenamedMeanwhile(_) => {
+            told(Code::Unavailable, reason::VOLUME_RENAMED, "repeat the call")
+        }
+        SettingsError::NameFixed(_) => refused(
+            reason::NAME_FIXED,
+            "make a volume of the new name; what is in memory would not outlive a restart of the server either",
+        ),
+        SettingsError::HasWriter { .. } => refused(
+            reason::VOLUME_HAS_WRITER,
+            "detach it there, or disconnect the clients that opened it by name, then repeat the call",
+        ),
+        SettingsError::NotShared(_) => refused(
+            reason::VOLUME_NOT_SHARED,
+            "attach it with one writer; or make a volume for several, whose software has to keep them apart (volctl create --shared)",
+        ),
+        SettingsError::Shared { .. } => refused(
+            reason::VOLUME_SHARED,
+            "have the software that shares it come to rest, and repeat the call without a freeze",
+        ),
+        SettingsError::TooManyLabels { .. } => told(
+            Code::InvalidArgument,
+            reason::INVALID_FIELD,
+            "take labels away that are not needed (volctl set VOLUME --label KEY-)",
+        ),
+        SettingsError::NoSuchAttachment { .. } => {
+            told(Code::NotFound, reason::ATTACHMENT_NOT_FOUND, "list the attachments of the volume")
+        }
+        SettingsError::ContentRefused { .. } => refused(
+            reason::CONTENT_REFUSED,
+            "use what is on the volume; or detach the attachment that formats it, and attach it anew",
+        ),
+    }
+}
+
+/// The status for what is wrong with a snapshot, a clone or a restore.
+fn of_snapshot(error: &SnapshotError, message: String) -> Status {
+    let (code, details) = match error {
+        SnapshotError::NotFound(_) => {
+            told(Code::NotFound, reason::SNAPSHOT_NOT_FOUND, "list the snapshots to see which there are")
+        }
+        SnapshotError::OperationNotFound(_) => told(
+            Code::NotFound,
+            reason::OPERATION_NOT_FOUND,
+            "list the operations; what one has made is among the volumes and snapshots",
+        ),
+        SnapshotError::Exists { .. } => told(
+            Code::AlreadyExists,
+            reason::SNAPSHOT_EXISTS,
+            "choose another name, or delete the snapshots that have this one",
+        ),
+        SnapshotError::Unsupported { .. } | SnapshotError::Copy(CopyError::Unsupported(_)) => told(
+            Code::FailedPrecondition,
+            reason::SNAPSHOTS_UNSUPPORTED,
+            "have the server's --data-dir on XFS or btrfs, and the volume of the backend file; see docs/snapshots.md",
+        ),
+        SnapshotError::Initialising { .. } => told(
+            Code::FailedPrecondition,
+            reason::CONTENT_REFUSED,
+            "wait until it is formatted, then repeat the call",
+        ),
+        SnapshotError::Reserve { .. } => {
+            told(Code::ResourceExhausted, reason::SNAPSHOT_RESERVE, NEXT_OF_RESERVE)
+        }
+        SnapshotError::ThinPool { .. } => {
+            told(Code::ResourceExhausted, reason::SNAPSHOT_RESERVE, NEXT_OF_THIN_POOL)
+        }
+        SnapshotError::Smaller { .. } | SnapshotError::Unaligned { .. } => {
+            return invalid_fields(vec![InvalidField { field: "capacity_bytes", description: message }]);
+        }
+        SnapshotError::BehindEnd { .. } => {
+            return invalid_fields(vec![InvalidField { field: "offset_bytes", description: message }]);
+        }
+        SnapshotError::NotTaken(_) => told(
+            Code::Aborted,
+            reason::COPY_CANCELLED,
+            "take the ranges as they come; the next_offset_bytes of the last answer is where to go on",
+        ),
+        SnapshotError::InProgress { operation_id, .. } => (
+            Code::FailedPrecondition,
+            error_info(
+                reason::COPY_IN_PROGRESS,
+                "wait for its end, or cancel it, then repeat the call",
+                [("operation_id", &operation_id.to_string())],
+            ),
+        ),
+        SnapshotError::Open { .. } => told(
+            Code::FailedPrecondition,
+            reason::SNAPSHOT_OPEN,
+            "disconnect the clients that opened it by name, then repeat the call",
+        ),
+        SnapshotError::Attached { node_ids, .. } => of_node(
+            Code::FailedPrecondition,
+            reason::SNAPSHOT_ATTACHED,
+            "detach it there, then repeat the call",
+            node_ids,
+        ),
+        SnapshotError::NeverChanges(_) => told(
+            Code::FailedPrecondition,
+            reason::VOLUME_READ_ONLY,
+            "attach it read-only, or clone it and attach the clone (volctl clone)",
+        ),
+        SnapshotError::VolumeHasSnapshots { .. } => told(
+            Code::FailedPrecondition,
+            reason::VOLUME_HAS_SNAPSHOTS,
+            "delete its snapshots first, or keep them (volctl delete --keep-snapshots)",
+        ),
+        SnapshotError::Busy { .. } => {
+            told(Code::Unavailable, reason::COPY_BUSY, "repeat the call when some of them have ended")
+        }
+        SnapshotError::Stopping => return stopping(),
+        SnapshotError::Copy(error) => return of_copy(error, message),
+    };
+    Status::with_error_details(code, message, details)
+}
+
+/// The status for a copy that failed.
+fn of_copy(error: &CopyError, message: String) -> Status {
+    let (code, details) = match error {
+        CopyError::Unsupported(_) => told(
+            Code::FailedPrecondition,
+            reason::SNAPSHOTS_UNSUPPORTED,
+            "have the server's --data-dir on XFS or btrfs; see docs/snapshots.md",
+        ),
+        CopyError::NoSpace => {
+            told(Code::ResourceExhausted, reason::NO_SPACE, "free space on the server, then repeat the call")
+        }
+        CopyError::SourceLostWrites => told(
+            Code::Aborted,
+            reason::SOURCE_LOST_WRITES,
+            "see the server's log for the storage's error; when its clients have written again, repeat the call",
+        ),
+        CopyError::Cancelled => {
+            told(Code::Aborted, reason::COPY_CANCELLED, "repeat the call to begin it anew")
+        }
+        CopyError::Busy(_) => told(Code::Unavailable, reason::COPY_BUSY, "repeat the call"),
+        CopyError::Failed(_) => return broken(),
+    };
+    Status::with_error_details(code, message, details)
+}
+
+fn of_adopted_size(size_bytes: u64) -> (Code, ErrorDetails) {
+    let next = format!(
+        "make the device that large, and the volume follows; or ask for the {size_bytes} bytes that it has, if that is more than before"
+    );
+    told(Code::FailedPrecondition, reason::ADOPTED_SIZE, &next)
+}
+
+/// What is told of what cannot be adopted, or not be found.
+fn of_adopted(error: &AdoptError) -> (Code, ErrorDetails) {
+    let refused = |word, next: &str| told(Code::FailedPrecondition, word, next);
+    match error {
+        AdoptError::NotAllowed { .. } => told(
+            Code::PermissionDenied,
+            reason::ADOPT_NOT_ALLOWED,
+            "start volserver with --adopt-allow and the path, or a directory above it",
+        ),
+        AdoptError::Link { instead, .. } if !instead.is_empty() => {
+            refused(reason::ADOPT_UNSUITABLE, &format!("give {instead}"))
+        }
+        AdoptError::BadPath(_) | AdoptError::Link { .. } | AdoptError::Unsuitable { .. } => refused(
+            reason::ADOPT_UNSUITABLE,
+            "give the path of a block device or raw file that is as it should be",
+        ),
+        AdoptError::Io { .. } => refused(
+            reason::ADOPT_UNSUITABLE,
+            "look whether it is there and the server may open it (devices: deploy/volserver-adopt.conf), then repeat the call",
+        ),
+        AdoptError::InUse { .. } => {
+            refused(reason::ADOPTED_IN_USE, "unmount it, or end what uses it, then repeat the call")
+        }
+        AdoptError::Adopted { name, .. } => refused(
+            reason::ADOPTED_IN_USE,
+            &format!("use the volume {name}, or delete it: what it adopted stays as it is"),
+        ),
+        AdoptError::Missing { .. } | AdoptError::Another { .. } | AdoptError::Ambiguous { .. } => refused(
+            reason::ADOPTED_MISSING,
+            "bring the device back; if it has grown and is the same, resize the volume to its size; or delete the volume and adopt anew",
+        ),
+        AdoptError::Shrunk { .. } => refused(reason::ADOPTED_SIZE, "make the device as large as it was"),
+    }
 }
 
 /// INTERNAL: we are broken, and the server's log says how.
 pub(crate) fn failed(cause: &str) -> Status {
     tracing::error!(cause, "a management call failed");
+    broken()
+}
+
+/// The same where the log has it.
+fn broken() -> Status {
     let details = error_info(reason::SERVER_FAILED, "see the server's log; the call may be repeated", []);
     Status::with_error_details(Code::Internal, "the server failed: its log says why", details)
 }
@@ -158,6 +411,38 @@ pub(crate) fn stopping() -> Status {
     Status::with_error_details(Code::Unavailable, "the server is stopping", details)
 }
 
+/// OUT_OF_RANGE: what is behind the token of a watch cannot be told.
+pub(crate) fn watch_token_too_old() -> Status {
+    let message = "what is behind this token is not all kept any more, or it is of another server or another history of its catalog";
+    let details = error_info(reason::WATCH_TOKEN_TOO_OLD, "watch anew without a token", []);
+    Status::with_error_details(Code::OutOfRange, message, details)
+}
+
+/// ABORTED: the caller takes no events.
+pub(crate) fn watch_too_slow(limit: Duration) -> Status {
+    let details = error_info(reason::WATCH_TOO_SLOW, "watch again with the token of the last event", []);
+    let message = format!("no event was taken for {} s", limit.as_secs());
+    Status::with_error_details(Code::Aborted, message, details)
+}
+
+/// RESOURCE_EXHAUSTED: there are as many watches as there may be.
+pub(crate) fn too_many_watches(most: usize) -> Status {
+    let next = "end watches that nobody needs, or repeat the call when some have ended";
+    let details = error_info(reason::TOO_MANY_WATCHES, next, []);
+    let message = format!("{most} watches go on already, and there may be no more");
+    Status::with_error_details(Code::ResourceExhausted, message, details)
+}
+
+/// What is told with an error: its code, its reason, what to do next.
+fn told(code: Code, word: &str, next: &str) -> (Code, ErrorDetails) {
+    (code, error_info(word, next, []))
+}
+
+/// The same, of an error that is about a node.
+fn of_node(code: Code, word: &str, next: &str, node_id: &str) -> (Code, ErrorDetails) {
+    (code, error_info(word, next, [("node_id", node_id)]))
+}
+
 fn error_info<const N: usize>(word: &str, next: &str, metadata: [(&str, &str); N]) -> ErrorDetails {
     let metadata: HashMap<String, String> = metadata
         .into_iter()
@@ -165,4 +450,22 @@ fn error_info<const N: usize>(word: &str, next: &str, metadata: [(&str, &str); N
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .collect();
     ErrorDetails::with_error_info(word, reason::DOMAIN, metadata)
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn what_is_in_a_pool_that_is_not_here_is_told_and_what_broke_is_not() {
+        let storage = |source| LifecycleError::Storage { action: "remove", volume_uid: Uuid::nil(), source };
+        let told = of_lifecycle(&storage(io::Error::other(LvmError::NotConfigured)));
+        assert_eq!(told.code(), Code::FailedPrecondition);
+        assert!(told.message().contains("--lvm VG/THINPOOL"), "{told}");
+        let broken = of_lifecycle(&storage(io::Error::other("/a/path")));
+        assert_eq!(broken.code(), Code::Internal);
+        assert!(!broken.message().contains("/a/path"), "{broken}");
+    }
 }

@@ -15,13 +15,12 @@ use std::io::{ErrorKind, Write as _};
 use std::path::Path;
 use std::process::Command;
 
-use proto::export_name::{AttachmentExportName, Secret};
 use proto::v1;
 use rustix::process::Signal;
 
 use client::Client;
 use support::LoopFs;
-use volserver::{Volserver, attach_request, command, create_request, refused};
+use volserver::{Volserver, attach_request, command, create_request, export_name, refused};
 
 /// Takes all the space that there is, to the last byte.
 fn fill(path: &Path) {
@@ -82,7 +81,7 @@ async fn on_a_full_file_system_only_what_needs_space_is_refused() {
         let server = start();
         let mut client = server.client().await;
         for number in 0..40 {
-            let request = v1::DeleteVolumeRequest { name: format!("vol-{number}") };
+            let request = v1::DeleteVolumeRequest { name: format!("vol-{number}"), ..Default::default() };
             let deleted = client.delete_volume(request).await;
             assert!(
                 deleted.as_ref().is_ok_and(|deleted| deleted.get_ref().existed),
@@ -95,14 +94,56 @@ async fn on_a_full_file_system_only_what_needs_space_is_refused() {
     }
 }
 
-fn export_name(attached: &v1::AttachVolumeResponse, epoch: u64) -> String {
-    let name = AttachmentExportName {
-        attachment_id: attached.attachment.as_ref().unwrap().attachment_id.parse().unwrap(),
-        secret: Secret::parse(&attached.secret).unwrap(),
-        epoch,
-        slot: 0,
-    };
-    name.expose()
+/// How many changes are kept.
+fn changes(data_dir: &Path) -> u32 {
+    let db = rusqlite::Connection::open(data_dir.join("catalog.sqlite")).unwrap();
+    db.query_row("SELECT count(*) FROM changes", [], |row| row.get(0)).unwrap()
+}
+
+/// What is written down of them makes room for what is to come: there is no end to them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_a_full_file_system_volumes_are_attached_and_detached_on_and_on() {
+    for kind in ["ext4", "xfs"] {
+        let Some(fs) = LoopFs::new(kind, if kind == "xfs" { 320 << 20 } else { 48 << 20 }) else { return };
+        let data_dir = fs.mount.join("data");
+        let logs = tempfile::tempdir().unwrap();
+        let command = |data_dir: &Path| command_beside(data_dir, logs.path());
+        let start = || Volserver::start_with(command(&data_dir), &logs.path().join("log"));
+        let server = start();
+        server.client().await.create_volume(create_request("vol-1")).await.unwrap();
+        assert!(server.stop(Signal::TERM).success());
+        // What has happened before.
+        let before = 1000;
+        rusqlite::Connection::open(data_dir.join("catalog.sqlite"))
+            .unwrap()
+            .execute(
+                "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?1) \
+                 INSERT INTO nodes SELECT printf('node-%0200d', n), '', '', '{}', 0 FROM numbers",
+                [before],
+            )
+            .unwrap();
+        assert!(changes(&data_dir) > before);
+        let mut server = start();
+        let filler = fs.mount.join("filler");
+        fill(&filler);
+        let rounds = 300;
+        for round in 0..rounds {
+            if round == rounds / 2 {
+                server.kill();
+                server = start();
+            }
+            let mut client = server.client().await;
+            let attached = client.attach_volume(attach_request("vol-1", "node", false)).await;
+            assert!(attached.is_ok(), "{kind} {round} {attached:?}: {}", server.log());
+            let detach = v1::DetachVolumeRequest { volume_name: "vol-1".to_owned(), ..Default::default() };
+            let detached = client.detach_volume(detach).await;
+            assert!(detached.is_ok(), "{kind} {round} {detached:?}: {}", server.log());
+        }
+        assert!(server.stop(Signal::TERM).success());
+        std::fs::remove_file(&filler).unwrap();
+        let kept = changes(&data_dir);
+        assert!((256..2 * rounds + before).contains(&kept), "{kind}: {kept}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -65,6 +65,10 @@ async fn whoever_holds_the_catalog_is_named_and_disks_go_on() {
         api.create_volume(create_request("vol")).await.unwrap();
         let attached = api.attach_volume(attach_request("vol", "node", false)).await.unwrap().into_inner();
         let mut disk = Client::open(server.data[0], &export_name(&attached, 1)).unwrap();
+        disk.write(8192, &[1; 4096]).unwrap();
+        api.create_volume(create_request("vol-1")).await.unwrap();
+        let new = api.attach_volume(attach_request("vol-1", "node", false)).await.unwrap().into_inner();
+        let mut new_disk = Client::open(server.data[0], &export_name(&new, 1)).unwrap();
 
         let held = hold(&data_dir, begin);
         let began = Instant::now();
@@ -85,6 +89,8 @@ async fn whoever_holds_the_catalog_is_named_and_disks_go_on() {
         disk.write(0, &[7; 4096]).unwrap();
         disk.flush().unwrap();
         assert_eq!(disk.read(0, 4096).unwrap(), [7; 4096]);
+        // That a new volume is written to has to be in the catalog first: until then its disk reads.
+        assert_eq!(new_disk.read(0, 4096).unwrap(), [0; 4096]);
         // A connection of the same session comes again; a new session, which the catalog has to know, is told to come later.
         drop(disk);
         drop(Client::open(server.data[0], &export_name(&attached, 1)).unwrap());
@@ -94,12 +100,13 @@ async fn whoever_holds_the_catalog_is_named_and_disks_go_on() {
         assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
 
         drop(held);
+        new_disk.write(0, &[7; 4096]).unwrap();
         let mut again = Client::open(server.data[0], &export_name(&attached, 2)).unwrap();
         assert_eq!(again.read(0, 4096).unwrap(), [7; 4096]);
         api.create_volume(create_request("vol-2")).await.unwrap();
         let listed = api.list_volumes(v1::ListVolumesRequest::default()).await.unwrap().into_inner().volumes;
         let names: Vec<&str> = listed.iter().map(|volume| &volume.name[..]).collect();
-        assert_eq!(names, ["vol", "vol-2"], "what was refused left nothing");
+        assert_eq!(names, ["vol", "vol-1", "vol-2"], "what was refused left nothing");
     }
 }
 

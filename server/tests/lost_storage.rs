@@ -420,7 +420,7 @@ fn a_write_back_that_fails_while_no_server_runs_is_noticed() {
     let server = storage.start();
     let mut client = held.open(&server, 2);
     assert_ne!(told(&client), before);
-    server.log_with("the file system failed to write something back");
+    server.log_with("file system has failed to write something back");
     // What the page cache had is not what the disk has: the old bytes are read, or none, and they stay what they are.
     let read = client.read(4096, 4096).unwrap();
     let mut again = vec![0; 4096];

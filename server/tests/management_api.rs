@@ -41,7 +41,7 @@ impl Bench {
     }
 
     async fn delete(&mut self, name: &str) -> Result<bool, Status> {
-        let request = v1::DeleteVolumeRequest { name: name.to_owned() };
+        let request = v1::DeleteVolumeRequest { name: name.to_owned(), ..Default::default() };
         self.client.delete_volume(request).await.map(|answer| answer.into_inner().existed)
     }
 
@@ -65,7 +65,8 @@ impl Bench {
     }
 
     async fn volumes(&mut self, page_size: u32, page_token: &str) -> Result<v1::ListVolumesResponse, Status> {
-        let request = v1::ListVolumesRequest { page_size, page_token: page_token.to_owned() };
+        let request =
+            v1::ListVolumesRequest { page_size, page_token: page_token.to_owned(), ..Default::default() };
         self.client.list_volumes(request).await.map(tonic::Response::into_inner)
     }
 
@@ -411,7 +412,10 @@ async fn a_full_file_system_is_said_and_harms_nothing() {
     assert!(made > 0);
     let listed = client.list_volumes(v1::ListVolumesRequest::default()).await.unwrap().into_inner();
     assert_eq!(listed.volumes.len(), made, "nothing half-made");
-    client.delete_volume(v1::DeleteVolumeRequest { name: "vol-0".to_owned() }).await.unwrap();
+    client
+        .delete_volume(v1::DeleteVolumeRequest { name: "vol-0".to_owned(), ..Default::default() })
+        .await
+        .unwrap();
     client.create_volume(create_request("another")).await.unwrap();
     drop(server);
 }

@@ -6,6 +6,7 @@
 //! same choices again (the kernel's timing is not replayed).
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
+mod choices;
 mod unit_filter;
 mod volserver;
 
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use choices::Choices;
 use proto::v1::{self, management_client::ManagementClient};
 use tonic::Code;
 use tonic::transport::Channel;
@@ -25,19 +27,6 @@ const WORKERS: u32 = 6;
 /// A round is cut off at a random moment before this.
 const ROUND_MS_MAX: u64 = 250;
 const NODES: [&str; 2] = ["node-a", "node-b"];
-
-/// SplitMix64 (Steele, Lea, Flood 2014): enough for choices.
-struct Choices(u64);
-
-impl Choices {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % limit
-    }
-}
 
 /// What a node was given.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,7 +121,7 @@ impl Worker {
                 }
             }
             Call::Delete => {
-                client.delete_volume(v1::DeleteVolumeRequest { name }).await?;
+                client.delete_volume(v1::DeleteVolumeRequest { name, ..Default::default() }).await?;
                 Ok(Known::Absent)
             }
             Call::Attach { node_id, force } => {

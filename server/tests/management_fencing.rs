@@ -7,10 +7,10 @@ mod volserver;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proto::error_reason as reason;
-use proto::export_name::{AttachmentExportName, ExportDescription, Secret};
+use proto::export_name::ExportDescription;
 use proto::nbd::ExportInfo;
 use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
 use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES, SimpleReply};
@@ -19,7 +19,7 @@ use rustix::process::Signal;
 use tonic::Code;
 use tonic::transport::Channel;
 use tonic_types::StatusExt as _;
-use volserver::{DEADLINE, Volserver, attach_request, create_request};
+use volserver::{DEADLINE, Volserver, attach_request, create_request, export_name};
 
 /// One NBD connection in its transmission phase.
 #[derive(Debug)]
@@ -62,6 +62,24 @@ impl Export {
         Ok(SimpleReply::decode(&reply).unwrap())
     }
 
+    /// Reads one block.
+    fn read_block(&mut self) -> Vec<u8> {
+        let request = Request {
+            flags: CommandFlags(0),
+            command: Command::Read,
+            cookie: 8,
+            offset_bytes: 0,
+            length_bytes: 4096,
+        };
+        self.stream.write_all(&request.encode()).unwrap();
+        let mut reply = [0; SIMPLE_REPLY_BYTES];
+        self.stream.read_exact(&mut reply).unwrap();
+        assert_eq!(SimpleReply::decode(&reply).unwrap().error, 0);
+        let mut block = vec![0; 4096];
+        self.stream.read_exact(&mut block).unwrap();
+        block
+    }
+
     /// True where the server has closed the connection already: no byte is waited for.
     fn is_closed(&self) -> bool {
         self.stream.set_nonblocking(true).unwrap();
@@ -98,13 +116,7 @@ impl Bench {
     }
 
     fn open(&self, attached: &v1::AttachVolumeResponse, epoch: u64) -> Result<Export, ClientHandshakeError> {
-        let name = AttachmentExportName {
-            attachment_id: attached.attachment.as_ref().unwrap().attachment_id.parse().unwrap(),
-            secret: Secret::parse(&attached.secret).unwrap(),
-            epoch,
-            slot: 0,
-        };
-        Export::open(self.server.data[0], &name.expose())
+        Export::open(self.server.data[0], &export_name(attached, epoch))
     }
 
     async fn attachment(&mut self) -> v1::Attachment {
@@ -161,7 +173,11 @@ async fn detach_cuts_the_holder_off_before_it_is_answered() {
     assert!(bench.client.detach_volume(request).await.unwrap().into_inner().existed);
     assert!(export.is_closed() && export.write_block().is_err());
     assert!(matches!(bench.open(&attached, 2), Err(ClientHandshakeError::Refused { .. })));
-    bench.client.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".to_owned() }).await.unwrap();
+    bench
+        .client
+        .delete_volume(v1::DeleteVolumeRequest { name: "vol-1".to_owned(), ..Default::default() })
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -173,8 +189,11 @@ async fn an_attachment_that_is_asked_for_again_is_not_disturbed() {
     assert!(bench.attach("node-a", true).await.existed);
     let refused = bench.client.attach_volume(attach_request("vol-1", "node-b", false)).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
-    let refused =
-        bench.client.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".to_owned() }).await.unwrap_err();
+    let refused = bench
+        .client
+        .delete_volume(v1::DeleteVolumeRequest { name: "vol-1".to_owned(), ..Default::default() })
+        .await
+        .unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
     assert_eq!(export.write_block().unwrap().error, 0);
 }
@@ -183,7 +202,7 @@ async fn an_attachment_that_is_asked_for_again_is_not_disturbed() {
 async fn a_volume_that_is_open_by_name_is_not_deleted() {
     let mut bench = Bench::with_volume(&["--export-by-name"]).await;
     let mut export = Export::open(bench.server.data[0], "vol-1").unwrap();
-    let request = v1::DeleteVolumeRequest { name: "vol-1".to_owned() };
+    let request = v1::DeleteVolumeRequest { name: "vol-1".to_owned(), ..Default::default() };
     let refused = bench.client.delete_volume(request.clone()).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
     assert_eq!(refused.get_details_error_info().unwrap().reason, reason::VOLUME_OPEN);
@@ -289,4 +308,183 @@ async fn a_machine_gets_its_volume_after_a_reboot() {
     assert_eq!((was.boot_id.as_str(), is.boot_id.as_str()), ("boot-1", "boot-2"));
     assert!(bench.open(&held, 2).is_err(), "the former boot");
     bench.open(&taken, 1).unwrap();
+}
+
+#[tokio::test]
+async fn of_several_writers_of_a_shared_volume_one_is_fenced_and_the_others_go_on() {
+    let mut bench = Bench::with_volume(&[]).await;
+    let shared = v1::CreateVolumeRequest { is_shared: true, ..create_request("shared") };
+    assert!(bench.client.create_volume(shared.clone()).await.unwrap().into_inner().is_shared);
+    let other = bench.client.create_volume(create_request("shared")).await.unwrap_err();
+    assert_eq!((other.code(), reason_of(&other).as_str()), (Code::AlreadyExists, reason::VOLUME_DIFFERS));
+    let attach = |volume_name: &str, node_id: &str, mode: v1::AccessMode| v1::AttachVolumeRequest {
+        access_mode: mode.into(),
+        boot_id: "boot-1".to_owned(),
+        ..attach_request(volume_name, node_id, false)
+    };
+    let writer = |node_id: &str| attach("shared", node_id, v1::AccessMode::MultiNodeMultiWriter);
+    let refused = |status: &tonic::Status| (status.code(), reason_of(status));
+    let is = |word: &str| (Code::FailedPrecondition, word.to_owned());
+    let not_shared = attach("vol-1", "node-a", v1::AccessMode::MultiNodeMultiWriter);
+    let status = bench.client.attach_volume(not_shared).await.unwrap_err();
+    assert_eq!(refused(&status), is(reason::VOLUME_NOT_SHARED));
+
+    let first = bench.client.attach_volume(writer("node-a")).await.unwrap().into_inner();
+    let second = bench.client.attach_volume(writer("node-b")).await.unwrap().into_inner();
+    assert_eq!(second.attachment.as_ref().unwrap().access_mode(), v1::AccessMode::MultiNodeMultiWriter);
+    let (mut one, mut two) = (bench.open(&first, 1).unwrap(), bench.open(&second, 9).unwrap());
+    assert_eq!((one.write_block().unwrap().error, two.write_block().unwrap().error), (0, 0));
+    for mode in [v1::AccessMode::SingleNodeWriter, v1::AccessMode::MultiNodeReaderOnly] {
+        let status = bench.client.attach_volume(attach("shared", "node-c", mode)).await.unwrap_err();
+        assert_eq!(refused(&status), is(reason::VOLUME_ATTACHED), "{mode:?}");
+    }
+    let nobody = v1::DetachVolumeRequest { volume_name: "shared".to_owned(), ..Default::default() };
+    let status = bench.client.detach_volume(nobody.clone()).await.unwrap_err();
+    assert_eq!(refused(&status), (Code::InvalidArgument, reason::SEVERAL_HOLDERS.to_owned()));
+
+    // By force from another boot of one of the nodes: from that one alone.
+    let forced = v1::AttachVolumeRequest { boot_id: "boot-2".to_owned(), force: true, ..writer("node-a") };
+    let third = bench.client.attach_volume(forced).await.unwrap().into_inner();
+    assert!(one.is_closed(), "it is fenced");
+    assert!(bench.open(&first, 2).is_err());
+    assert_eq!(two.write_block().unwrap().error, 0, "it goes on");
+    let generation = |attached: &v1::AttachVolumeResponse| attached.attachment.as_ref().unwrap().generation;
+    assert!(generation(&third) > generation(&first) && generation(&second) == generation(&first));
+    let mut three = bench.open(&third, 1).unwrap();
+    assert_eq!(three.write_block().unwrap().error, 0);
+
+    let of_b = v1::DetachVolumeRequest { node_id: "node-b".to_owned(), ..nobody.clone() };
+    assert!(bench.client.detach_volume(of_b).await.unwrap().into_inner().existed);
+    assert!(two.is_closed());
+    assert_eq!(three.write_block().unwrap().error, 0);
+    let again = bench.client.attach_volume(writer("node-b")).await.unwrap().into_inner();
+    assert!(bench.open(&again, 1).is_ok());
+    let alone = v1::AttachVolumeRequest {
+        force: true,
+        ..attach("shared", "node-c", v1::AccessMode::SingleNodeWriter)
+    };
+    bench.client.attach_volume(alone).await.unwrap();
+    assert!(three.is_closed(), "one who writes alone takes it from all of them");
+    assert_eq!(bench.attachment().await.node_id, "node-c");
+    let content = v1::SetVolumeContentRequest {
+        name: "shared".to_owned(),
+        attachment_id: bench.attachment().await.attachment_id,
+        content: v1::VolumeContent::Initialising.into(),
+    };
+    let status = bench.client.set_volume_content(content).await.unwrap_err();
+    assert_eq!(refused(&status), is(reason::CONTENT_REFUSED));
+    let frozen = v1::CreateSnapshotRequest {
+        volume_names: vec!["shared".to_owned()],
+        name: "s".to_owned(),
+        freeze_id: "00000000-0000-0000-0000-000000000001".to_owned(),
+    };
+    let status = bench.client.create_snapshot(frozen).await.unwrap_err();
+    assert_eq!(refused(&status), is(reason::VOLUME_SHARED));
+}
+
+#[tokio::test]
+async fn a_renamed_volume_has_its_bytes_and_its_uid_and_nobody_has_it_meanwhile() {
+    let mut bench = Bench::with_volume(&["--export-by-name"]).await;
+    bench.client.create_volume(create_request("taken")).await.unwrap();
+    let old = "vol-1";
+    let new = format!("{old}-renamed");
+    let by_name = v1::GetVolumeRequest { name: old.to_owned() };
+    let before = bench.client.get_volume(by_name.clone()).await.unwrap().into_inner();
+    let request =
+        |name: &str, new_name: &str| v1::RenameVolumeRequest { name: name.into(), new_name: new_name.into() };
+    let by_uid = format!("uid:{}", before.volume_uid);
+    let address = bench.server.data[0];
+
+    let attached = bench.client.attach_volume(attach_request(old, "node-1", false)).await.unwrap();
+    let refused = bench.client.rename_volume(request(old, &new)).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), reason_of(&refused)),
+        (Code::FailedPrecondition, reason::VOLUME_ATTACHED.to_owned())
+    );
+    let attachment_id = attached.into_inner().attachment.unwrap().attachment_id;
+    let detach = v1::DetachVolumeRequest { attachment_id, ..Default::default() };
+    bench.client.detach_volume(detach).await.unwrap();
+
+    let mut export = Export::open(address, old).unwrap();
+    assert_eq!(export.write_block().unwrap().error, 0);
+    let refused = bench.client.rename_volume(request(old, &new)).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), reason_of(&refused)),
+        (Code::FailedPrecondition, reason::VOLUME_OPEN.to_owned())
+    );
+    assert!(!export.is_closed());
+    drop(export);
+    let begun = Instant::now();
+    let renamed = loop {
+        // The server may not have seen yet that the connection is gone.
+        match bench.client.rename_volume(request(&by_uid, &new)).await {
+            Err(open) if reason_of(&open) == reason::VOLUME_OPEN && begun.elapsed() < DEADLINE => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            renamed => break renamed.unwrap().into_inner(),
+        }
+    };
+    assert_eq!((renamed.name.as_str(), &renamed.volume_uid), (new.as_str(), &before.volume_uid));
+    assert_eq!(renamed.storage_incarnation, before.storage_incarnation);
+
+    // By uid the call may be repeated; by the old name there is nothing any more, and a new volume may have it.
+    let again = bench.client.rename_volume(request(&by_uid, &new)).await.unwrap().into_inner();
+    assert_eq!(again.name, new);
+    assert_eq!(bench.client.get_volume(by_name).await.unwrap_err().code(), Code::NotFound);
+    assert!(matches!(Export::open(address, old), Err(ClientHandshakeError::Refused { .. })));
+    assert!(Export::open(address, &new).unwrap().read_block() == [0x5a; 4096]);
+    let fresh = bench.client.create_volume(create_request(old)).await.unwrap().into_inner();
+    assert_ne!(fresh.volume_uid, before.volume_uid);
+    assert!(Export::open(address, old).unwrap().read_block() == [0; 4096]);
+
+    let refused = bench.client.rename_volume(request(&by_uid, "taken")).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), reason_of(&refused)),
+        (Code::AlreadyExists, reason::VOLUME_NAME_TAKEN.to_owned())
+    );
+    for wrong in ["", "a b", "disk-part1", "uid:x"] {
+        let refused = bench.client.rename_volume(request(&by_uid, wrong)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{wrong}");
+    }
+
+    let in_memory =
+        v1::CreateVolumeRequest { backend: v1::Backend::Memory.into(), ..create_request("mem-1") };
+    bench.client.create_volume(in_memory).await.unwrap();
+    let refused = bench.client.rename_volume(request("mem-1", "mem-2")).await.unwrap_err();
+    assert_eq!(
+        (refused.code(), reason_of(&refused)),
+        (Code::FailedPrecondition, reason::NAME_FIXED.to_owned())
+    );
+    let Bench { dir, server, .. } = bench;
+    server.kill();
+    let mut command = volserver::command(&dir.path().join("data"));
+    command.arg("--export-by-name");
+    let server = Volserver::start_with(command, &dir.path().join("log"));
+    assert!(Export::open(server.data[0], "vol-1-renamed").unwrap().read_block() == [0x5a; 4096]);
+}
+
+#[tokio::test]
+async fn calls_by_uid_find_a_volume_that_is_renamed_meanwhile() {
+    let bench = Bench::with_volume(&[]).await;
+    let by_name = v1::GetVolumeRequest { name: "vol-1".to_owned() };
+    let uid = bench.client.clone().get_volume(by_name).await.unwrap().into_inner().volume_uid;
+    let name = format!("uid:{uid}");
+    let calls = (0..96).map(|number| {
+        let (mut client, name) = (bench.client.clone(), name.clone());
+        tokio::spawn(async move {
+            let answer = if number % 2 == 0 {
+                let new_name = format!("name-{}", number % 3);
+                client.rename_volume(v1::RenameVolumeRequest { name, new_name }).await
+            } else {
+                let description = Some(format!("{number}"));
+                client
+                    .update_volume(v1::UpdateVolumeRequest { name, description, ..Default::default() })
+                    .await
+            };
+            answer.map(|volume| volume.into_inner().volume_uid)
+        })
+    });
+    for call in calls.collect::<Vec<_>>() {
+        assert_eq!(call.await.unwrap().unwrap(), uid);
+    }
 }

@@ -105,6 +105,9 @@ async fn each_certificate_may_call_what_it_names() {
     let mine = v1::ListAttachmentsRequest { node_id: "node-1".into(), ..Default::default() };
     assert_eq!(node.list_attachments(mine).await.unwrap().get_ref().attachments.len(), 1);
 
+    let registration = v1::RegisterNodeRequest { node_id: "node-1".into(), ..Default::default() };
+    assert_eq!(node.register_node(registration).await.unwrap().get_ref().node_id, "node-1");
+
     // Not for another node, not by force, and nothing that is about volumes.
     let theirs = manager.list_attachments(v1::ListAttachmentsRequest::default()).await.unwrap().into_inner();
     let theirs = theirs.attachments.into_iter().find(|one| one.node_id == "node-2").unwrap().attachment_id;
@@ -122,7 +125,30 @@ async fn each_certificate_may_call_what_it_names() {
         node.create_volume(create_request("vol-3")).await.unwrap_err(),
         node.get_volume(v1::GetVolumeRequest { name: "vol-1".into() }).await.unwrap_err(),
         node.list_volumes(v1::ListVolumesRequest::default()).await.unwrap_err(),
-        node.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".into() }).await.unwrap_err(),
+        node.rename_volume(v1::RenameVolumeRequest::default()).await.unwrap_err(),
+        node.create_snapshot(v1::CreateSnapshotRequest::default()).await.unwrap_err(),
+        node.get_snapshot(v1::GetSnapshotRequest::default()).await.unwrap_err(),
+        node.list_snapshots(v1::ListSnapshotsRequest::default()).await.unwrap_err(),
+        node.delete_snapshot(v1::DeleteSnapshotRequest::default()).await.unwrap_err(),
+        node.restore_volume(v1::RestoreVolumeRequest::default()).await.unwrap_err(),
+        node.clone_volume(v1::CloneVolumeRequest::default()).await.unwrap_err(),
+        node.get_operation(v1::GetOperationRequest::default()).await.unwrap_err(),
+        node.list_operations(v1::ListOperationsRequest::default()).await.unwrap_err(),
+        node.cancel_operation(v1::CancelOperationRequest::default()).await.unwrap_err(),
+        node.mark_snapshots_frozen(v1::MarkSnapshotsFrozenRequest::default()).await.unwrap_err(),
+        node.register_node(v1::RegisterNodeRequest { node_id: "node-2".into(), ..Default::default() })
+            .await
+            .unwrap_err(),
+        node.heartbeat(v1::HeartbeatRequest { node_id: "node-2".into(), ..Default::default() })
+            .await
+            .unwrap_err(),
+        node.get_node(v1::GetNodeRequest { node_id: "node-2".into() }).await.unwrap_err(),
+        node.list_nodes(v1::ListNodesRequest::default()).await.unwrap_err(),
+        node.delete_node(v1::DeleteNodeRequest { node_id: "node-1".into() }).await.unwrap_err(),
+        node.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".into(), ..Default::default() })
+            .await
+            .unwrap_err(),
+        node.watch(v1::WatchRequest::default()).await.unwrap_err(),
     ];
     for (number, refused) in refusals.iter().enumerate() {
         assert!(is_forbidden(refused), "{number}: {refused:?}");
@@ -246,6 +272,62 @@ async fn a_hangup_brings_new_certificates() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     connect(server.management, &new).await.unwrap();
+}
+
+#[tokio::test]
+async fn each_call_has_a_line_in_the_audit_log_and_no_secret_is_in_it() {
+    let rig = Rig::new();
+    let (path, moved) = (rig.dir.path().join("audit.jsonl"), rig.dir.path().join("audit.jsonl.1"));
+    let mut command = rig.command("required");
+    command.arg("--audit-log").arg(&path);
+    let server = Volserver::start_with(command, &rig.dir.path().join("log"));
+    let (node, manager) =
+        (rig.client("node", &["volnode:node/node-1"]), rig.client("manager", &["volnode:*"]));
+    let mut node = connect(server.management, &node).await.unwrap();
+    let mut manager = connect(server.management, &manager).await.unwrap();
+    assert!(is_forbidden(&node.create_volume(create_request("vol-1")).await.unwrap_err()));
+    manager.create_volume(create_request("vol-1")).await.unwrap();
+    let lines = |path: &Path| -> Vec<serde_json::Value> {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let deadline = Instant::now() + volserver::DEADLINE;
+    while lines(&path).len() < 2 {
+        assert!(Instant::now() < deadline, "{:?}", lines(&path));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    std::fs::rename(&path, &moved).unwrap();
+    kill_process(Pid::from_raw(server.pid() as i32).unwrap(), Signal::HUP).unwrap();
+    while !path.exists() {
+        assert!(Instant::now() < deadline, "the file is not opened anew: {}", server.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let attached = node.attach_volume(attach_request("vol-1", "node-1", false)).await.unwrap().into_inner();
+    assert_eq!(server.stop(Signal::TERM).code(), Some(0));
+
+    let told = |line: &serde_json::Value| {
+        let of = |field: &str| line[field].as_str().unwrap_or_default().to_owned();
+        let name = line["caller"]["certificate_names"][0].as_str().unwrap_or_default();
+        format!("{} {}{} by {name}: {}", of("call"), of("name"), of("volume_name"), of("code"))
+    };
+    let before: Vec<String> = lines(&moved).iter().map(told).collect();
+    assert_eq!(
+        before,
+        [
+            "CreateVolume vol-1 by volnode:node/node-1: PERMISSION_DENIED",
+            "CreateVolume vol-1 by volnode:*: OK"
+        ]
+    );
+    let after = lines(&path);
+    assert_eq!(after.iter().map(told).collect::<Vec<_>>(), ["AttachVolume vol-1 by volnode:node/node-1: OK"]);
+    let line = &after[0];
+    assert_eq!(line["caller"]["certificate_sha256"].as_str().map(str::len), Some(64), "{line}");
+    assert!(line["from"].as_str().is_some_and(|from| from.starts_with("127.0.0.1:")), "{line}");
+    assert_eq!(line["node_id"], "node-1");
+    assert!(!attached.secret.is_empty());
+    for path in [&path, &moved] {
+        assert!(!std::fs::read_to_string(path).unwrap().contains(&attached.secret));
+    }
 }
 
 #[test]

@@ -59,6 +59,7 @@ fn a_killed_servers_last_write_lands_before_its_lock_is_free() {
             block_size_bytes: 4096,
             backend: BackendKind::File,
             write_cache_on: true,
+            settings: Default::default(),
         })
         .unwrap();
     file::create(&fs.mount, volume.volume_uid, CAPACITY_BYTES).unwrap();
@@ -68,6 +69,7 @@ fn a_killed_servers_last_write_lands_before_its_lock_is_free() {
         node_id: "node-a".into(),
         read_only: false,
         boot_id: String::new(),
+        is_shared: false,
     };
     let attachment = catalog.add_attachment(&new).unwrap();
     drop(catalog);

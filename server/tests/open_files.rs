@@ -85,7 +85,7 @@ async fn volumes_leave_descriptors_for_connections_and_the_management_api() {
     let (gone, client) = open.remove(0);
     drop(client);
     assert!(Client::open(server.data[0], &name(refused_number)).is_err(), "it keeps them until then");
-    let request = || v1::DeleteVolumeRequest { name: name(gone) };
+    let request = || v1::DeleteVolumeRequest { name: name(gone), ..Default::default() };
     while let Err(status) = api.delete_volume(request()).await {
         assert_eq!(status.code(), tonic::Code::FailedPrecondition, "its connection is still being closed");
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;

@@ -5,19 +5,22 @@
 //! can get. The load of the others is the generator's. What they keep of their speed is told by a second server without a crowd,
 //! measured by turns with the first, because the machine's speed is not the same from second to second.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use proto::nbd::handshake::client::ClientHandshake;
 use proto::nbd::transmission::{Command as NbdCommand, CommandFlags, REQUEST_BYTES, Request};
+use proto::v1::WriteCache;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use testlab::harness::LAB_VARIABLE;
+use testlab::management_api::ManagementApi;
+use testlab::nbd_client::Client;
 use testlab::nbd_load::{Load, Operation, Order, run, verify};
 use testlab::process_resources::Family;
-use testlab::{shell, socket_memory};
+use testlab::socket_memory;
+use testlab::volserver::Volserver;
 
 use super::programs;
 
@@ -70,45 +73,14 @@ const KINDS: [Kind; 6] = [
     Kind::HalfClosed,
 ];
 
-/// A server of its own, ended with the value.
-struct Server {
-    process: Child,
-    address: SocketAddr,
-}
-
-impl Server {
-    /// With two threads: what each sets aside comes out of the limit, however many processors there are.
-    fn start(directory: &Path) -> Self {
-        let programs = programs::directory();
-        let mut command = Command::new(programs.join("volserver"));
-        command.arg("--data-dir").arg(directory.join("data")).arg("--runtime-dir").arg(directory.join("run"));
-        command.args([
-            "--listen",
-            "127.0.0.1:0",
-            "--management",
-            "127.0.0.1:0",
-            "--insecure",
-            "--export-by-name",
-        ]);
-        command.args(["--cache", "writeback", "--log", "error", "--memory-max"]);
-        command.arg(format!("{MEMORY_MAX_MIB}M")).args(["--threads", "2"]);
-        let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
-        let ready = BufReader::new(process.stdout.take().unwrap()).lines().next().unwrap().unwrap();
-        let addresses = ready.strip_prefix("volserver ready: data ").unwrap();
-        let (data, management) = addresses.split_once(", management ").unwrap();
-        let server = Self { process, address: data.parse().unwrap() };
-        let (volctl, uri) = (programs.join("volctl").display().to_string(), format!("http://{management}"));
-        shell::run(&volctl, &["--server", &uri, "create", EXPORT, "--size", &VOLUME_BYTES.to_string()])
-            .unwrap();
-        server
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+/// A server of its own, with two threads: what each sets aside comes out of the limit, however many processors there are.
+fn start_server(directory: &Path) -> Volserver {
+    let mut command = Command::new(programs::directory().join("volserver"));
+    command.args(["--cache", "writeback", "--log", "error", "--threads", "2", "--memory-max"]);
+    let server = Volserver::start(command.arg(format!("{MEMORY_MAX_MIB}M")), directory).unwrap();
+    let mut api = ManagementApi::connect(&server.management_uri()).unwrap();
+    api.create_volume(EXPORT, VOLUME_BYTES, WriteCache::On).unwrap();
+    server
 }
 
 /// Connects from an address of its own, so that the crowd is not turned away for being one address.
@@ -121,21 +93,6 @@ fn connect(source: [u8; 4], server: SocketAddr) -> TcpStream {
     let stream: TcpStream = socket.into();
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     stream
-}
-
-fn open(stream: &mut TcpStream) {
-    let mut handshake = ClientHandshake::new(EXPORT).unwrap();
-    let mut input = [0; 4096];
-    loop {
-        let arrived = stream.read(&mut input).unwrap();
-        assert!(arrived > 0, "the server does not let the crowd in");
-        let mut out = Vec::new();
-        let opened = handshake.handle_bytes(&input[..arrived], &mut out).unwrap();
-        stream.write_all(&out).unwrap();
-        if opened.is_some() {
-            return;
-        }
-    }
 }
 
 fn request(command: NbdCommand, number: u64, length_bytes: u64) -> [u8; REQUEST_BYTES] {
@@ -156,7 +113,7 @@ fn flood(stream: &mut TcpStream, requests: u64, length_bytes: u64) {
 fn member(kind: Kind, number: usize, server: SocketAddr) -> TcpStream {
     let mut stream = connect([127, 0, 0, 2 + (number % 4) as u8], server);
     if !matches!(kind, Kind::SilentBeforeHandshake) {
-        open(&mut stream);
+        stream = Client::open_on(stream, EXPORT).unwrap().stream;
     }
     match kind {
         Kind::SilentBeforeHandshake | Kind::IdleAfterHandshake => {}
@@ -175,11 +132,11 @@ fn member(kind: Kind, number: usize, server: SocketAddr) -> TcpStream {
 }
 
 /// A server with a verified volume, and the load of those that behave.
-fn loaded_server(directory: &Path) -> (Server, Load) {
+fn loaded_server(directory: &Path) -> (Volserver, Load) {
     std::fs::create_dir(directory).unwrap();
-    let server = Server::start(directory);
+    let server = start_server(directory);
     let load = Load {
-        address: server.address,
+        address: server.data,
         export: EXPORT.into(),
         connections: LOAD_CONNECTIONS,
         depth: 4,
@@ -230,7 +187,7 @@ fn a_hundred_keep_their_speed_beside_nine_hundred_that_stand_still() {
     let (_quiet, alone) = loaded_server(&directory.path().join("quiet"));
     let (crowded, beside) = loaded_server(&directory.path().join("crowded"));
     let crowd: Vec<TcpStream> = (0..CROWD_OF_A_KIND * KINDS.len())
-        .map(|number| member(KINDS[number % KINDS.len()], number, crowded.address))
+        .map(|number| member(KINDS[number % KINDS.len()], number, crowded.data))
         .collect();
     let mut shares = Vec::new();
     for _ in 0..ATTEMPTS {
@@ -241,8 +198,8 @@ fn a_hundred_keep_their_speed_beside_nine_hundred_that_stand_still() {
         let mut of_attempt: Vec<f64> = (0..PAIRS).map(share).collect();
         of_attempt.sort_by(f64::total_cmp);
         let share = of_attempt[PAIRS / 2];
-        let own_mib = Family { pid: crowded.process.id() }.peak_kib().unwrap() >> 10;
-        let sockets_mib = socket_memory::kernel_bytes(crowded.address.port()).unwrap() >> 20;
+        let own_mib = Family { pid: crowded.pid() }.peak_kib().unwrap() >> 10;
+        let sockets_mib = socket_memory::kernel_bytes(crowded.data.port()).unwrap() >> 20;
         println!(
             "beside {} they keep {share:.2} of their speed; at most {own_mib} MiB, and {sockets_mib} MiB in sockets",
             crowd.len()

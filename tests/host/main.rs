@@ -2,11 +2,12 @@
 //! `cargo lab test`.
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
+mod api_examples;
 mod bench_server;
 mod crowd;
+mod images;
 mod programs;
 mod silent;
-mod simulator;
 mod tidy;
 mod units;
 

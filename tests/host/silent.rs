@@ -3,22 +3,22 @@
 //! Owns the crowd, which connects to one port and is silent, or stops in the middle of what it has begun. The same calls and reads are
 //! timed without it and beside it. `VOLNODE_SILENT=10000` gives the figures of `docs/reliability.md`.
 
-use std::io::{BufRead as _, BufReader, Write};
+use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use proto::v1::WriteCache;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use testlab::management_api::ManagementApi;
-use testlab::nbd_client::NbdClient;
+use testlab::nbd_client::Client;
+use testlab::volserver::Volserver;
 
 use super::programs;
 
 const EXPORT: &str = "vol";
-const DEADLINE: Duration = Duration::from_secs(60);
 /// Of one crowd, where the environment says nothing.
 const SILENT: usize = 1000;
 /// Of each kind, one after the other.
@@ -36,10 +36,8 @@ const ATTEMPTS: usize = 8;
 const HALF_A_CALL: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
 struct Server {
-    process: Child,
-    data: SocketAddr,
+    volserver: Volserver,
     data_socket: PathBuf,
-    management: SocketAddr,
     management_socket: PathBuf,
 }
 
@@ -47,32 +45,10 @@ impl Server {
     fn start(directory: &Path) -> Self {
         let (data_socket, management_socket) = (directory.join("nbd.sock"), directory.join("api.sock"));
         let mut command = Command::new(programs::directory().join("volserver"));
-        command.arg("--data-dir").arg(directory.join("data")).arg("--runtime-dir").arg(directory.join("run"));
-        command.arg("--listen").arg(format!("127.0.0.1:0,unix:{}", data_socket.display()));
-        command.arg("--management").arg(format!("127.0.0.1:0,unix:{}", management_socket.display()));
-        command.args([
-            "--insecure",
-            "--export-by-name",
-            "--threads",
-            "2",
-            "--memory-max",
-            "2G",
-            "--log",
-            "error",
-        ]);
-        let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
-        let ready = BufReader::new(process.stdout.take().unwrap()).lines().next().unwrap().unwrap();
-        let addresses = ready.strip_prefix("volserver ready: data ").unwrap();
-        let (data, management) = addresses.split_once(", management ").unwrap();
-        let tcp = |addresses: &str| addresses.split(' ').next().unwrap().parse().unwrap();
-        Self { process, data: tcp(data), data_socket, management: tcp(management), management_socket }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        command.arg("--listen").arg(format!("unix:{}", data_socket.display()));
+        command.arg("--management").arg(format!("unix:{}", management_socket.display()));
+        command.args(["--threads", "2", "--memory-max", "2G", "--log", "error"]);
+        Self { volserver: Volserver::start(&mut command, directory).unwrap(), data_socket, management_socket }
     }
 }
 
@@ -98,8 +74,8 @@ fn crowd(server: &Server, port: Port, silent: usize, addresses: usize) -> Vec<Bo
     (0..silent)
         .map(|number| {
             let mut connection = match port {
-                Port::NbdTcp => tcp(server.data, number),
-                Port::ManagementTcp => tcp(server.management, number),
+                Port::NbdTcp => tcp(server.volserver.data, number),
+                Port::ManagementTcp => tcp(server.volserver.management, number),
                 Port::NbdUnix => unix(&server.data_socket),
                 Port::ManagementUnix => unix(&server.management_socket),
             };
@@ -138,9 +114,9 @@ fn callers_that_say_nothing_cost_the_others_no_time_on_any_port() {
     let silent = limit.maximum.map_or(silent, |most| silent.min(most as usize / 3));
     let directory = tempfile::tempdir_in("/tmp").unwrap();
     let server = Server::start(directory.path());
-    let mut api = ManagementApi::connect(&format!("http://{}", server.management)).unwrap();
+    let mut api = ManagementApi::connect(&server.volserver.management_uri()).unwrap();
     api.create_volume(EXPORT, 64 << 20, WriteCache::On).unwrap();
-    let mut nbd = NbdClient::connect(server.data, EXPORT, DEADLINE).unwrap();
+    let mut nbd = Client::open(server.volserver.data, EXPORT).unwrap();
     let mut measured = || {
         let call = p99(|| drop(api.volume(EXPORT).unwrap()));
         let read = p99(|| drop(nbd.read(4096, 4096).unwrap()));

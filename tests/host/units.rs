@@ -17,6 +17,12 @@ const UNITS: [&str; 5] = [
     "volserver.service",
 ];
 
+/// Additions to units, with the unit and the name that each gets there.
+const DROP_INS: [(&str, &str, &str); 2] = [
+    ("volserver-adopt.conf", "volserver.service", "adopt.conf"),
+    ("volserver-lvm.conf", "volserver.service", "lvm.conf"),
+];
+
 /// What systemd complains of in units with the programs at `programs`; empty if it takes them.
 fn complaints(programs: &Path, change: impl Fn(&str) -> String) -> String {
     let directory = tempfile::tempdir().unwrap();
@@ -31,10 +37,17 @@ fn complaints(programs: &Path, change: impl Fn(&str) -> String) -> String {
         fs::write(&path, change(&text)).unwrap();
         verify.arg(path);
     }
+    for (name, unit, installed) in DROP_INS {
+        let text = fs::read_to_string(UnitFile::directory().join(name)).unwrap();
+        let additions = directory.path().join(format!("{unit}.d"));
+        fs::create_dir_all(&additions).unwrap();
+        fs::write(additions.join(installed), change(&text)).unwrap();
+    }
     let output = verify.output().expect("systemd-analyze (Debian package systemd)");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     // Units of this machine's own are not ours to mend.
-    let is_ours = |line: &&str| UNITS.iter().any(|name| line.contains(name));
+    let is_ours =
+        |line: &&str| UNITS.iter().any(|name| line.contains(name) || line.contains(&format!("{name}.d")));
     let ours: Vec<&str> = said.lines().filter(is_ours).collect();
     assert!(output.status.success() || !ours.is_empty(), "{said}");
     ours.join("\n")
@@ -57,6 +70,48 @@ fn systemd_takes_every_line_of_the_units() {
         broken.contains("TimeoutStopSeconds"),
         "a line that systemd does not know went unnoticed: {broken}"
     );
+}
+
+#[test]
+fn the_additions_to_units_are_read_and_give_devices_and_nothing_else() {
+    let (name, unit, installed) = DROP_INS[0];
+    let text = fs::read_to_string(UnitFile::directory().join(name)).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    let expected = [
+        "[Service]",
+        "SupplementaryGroups=disk",
+        "PrivateDevices=no",
+        "DevicePolicy=closed",
+        "DeviceAllow=block-* rw",
+    ];
+    assert_eq!(lines, expected, "{name}");
+    // LVM's takes more, and nothing but what LVM needs.
+    let lvm = fs::read_to_string(UnitFile::directory().join(DROP_INS[1].0)).unwrap();
+    let after = "After=lvm2-monitor.service blk-availability.service";
+    for line in ["User=root", "DevicePolicy=closed", "DeviceAllow=/dev/mapper/control rw", after] {
+        assert!(lvm.lines().any(|found| found == line), "{line}");
+    }
+    for taken in ["NoNewPrivileges", "ProtectSystem", "ProtectHome", "MemoryDenyWriteExecute"] {
+        assert!(!lvm.contains(taken), "{taken} is not LVM's to change");
+    }
+    // What it takes back has to be there.
+    assert!(UnitFile::read(unit).unwrap().text().lines().any(|line| line == "PrivateDevices=yes"));
+    assert!(text.contains(&format!("/etc/systemd/system/{unit}.d/{installed}")));
+    let mut found: Vec<String> = fs::read_dir(UnitFile::directory())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.ends_with(".conf") && !name.ends_with(".sysusers.conf"))
+        .collect();
+    found.sort();
+    assert_eq!(found, DROP_INS.map(|(name, ..)| name));
+    if Command::new("systemd-analyze").arg("--version").output().is_ok() {
+        let broken =
+            complaints(&programs::directory(), |text| text.replace("DeviceAllow=", "DevicesAllowed="));
+        assert!(
+            broken.contains("DevicesAllowed"),
+            "a line that systemd does not know went unnoticed: {broken}"
+        );
+    }
 }
 
 /// By its instance's name, which a file may replace: so the variable is set before the files are read.

@@ -15,6 +15,10 @@
 //! - Nothing else: no older contents, no other block's or sector's, no mixture inside a sector. Sectors of one block may hold
 //!   different writes of those allowed, because a disk that loses power may have written any of them.
 //!
+//! What a copy may hold that is made at one instant of a call, for each sector by itself: nothing that was sent after the call had
+//! returned; and if any write is in it, every write that was answered before that one was sent, as well as every one that was answered
+//! before the call.
+//!
 //! Invariant: never two writes of one block in flight, because nothing orders those.
 
 use std::sync::Arc;
@@ -113,6 +117,24 @@ struct Live {
     /// What was found when the history began anew, and the last write before.
     base: Option<(u64, Arc<[u8]>)>,
     changed_at: u64,
+    /// All writes as copies have to respect them, oldest first.
+    timed: Vec<Timed>,
+}
+
+/// A write of a block, and when it was sent and answered, in events.
+struct Timed {
+    sequence: u64,
+    pattern: Pattern,
+    sent_at: u64,
+    answered_at: Option<u64>,
+    /// It may have been lost with the power, whenever its answer came.
+    may_be_lost: bool,
+}
+
+/// A call that makes a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyCall {
+    called_at: u64,
 }
 
 /// Contents that may be seen: these, or those of any later write.
@@ -145,8 +167,22 @@ impl BlockHistory {
     pub fn new(seed: u64, block_count: usize) -> Self {
         let content = || Content::Pattern(Pattern::Zeroes);
         let zeroes = || vec![Version { sequence: 0, content: content(), answer: Some(0), has_failed: false }];
-        let live =
-            || Live { shown: Shown::From(0), writes: vec![(0, Pattern::Zeroes)], base: None, changed_at: 0 };
+        let zeroed = || {
+            vec![Timed {
+                sequence: 0,
+                pattern: Pattern::Zeroes,
+                sent_at: 0,
+                answered_at: Some(0),
+                may_be_lost: false,
+            }]
+        };
+        let live = || Live {
+            shown: Shown::From(0),
+            writes: vec![(0, Pattern::Zeroes)],
+            base: None,
+            changed_at: 0,
+            timed: zeroed(),
+        };
         Self {
             seed,
             blocks: (0..block_count).map(|_| zeroes()).collect(),
@@ -183,6 +219,9 @@ impl BlockHistory {
             let content = Content::Pattern(pattern);
             self.blocks[block].push(Version { sequence, content, answer: None, has_failed: false });
             self.live[block].writes.push((sequence, pattern));
+            let timed =
+                Timed { sequence, pattern, sent_at: self.events, answered_at: None, may_be_lost: false };
+            self.live[block].timed.push(timed);
             self.live[block].changed_at = self.events;
             if pattern == Pattern::Stamped {
                 (0..BLOCK_BYTES / SECTOR_BYTES).for_each(|sector| {
@@ -206,8 +245,11 @@ impl BlockHistory {
             if durable {
                 versions.drain(..at);
             }
-            self.live[block].shown = Shown::From(write.sequence);
-            self.live[block].changed_at = self.events;
+            let live = &mut self.live[block];
+            (live.shown, live.changed_at) = (Shown::From(write.sequence), self.events);
+            if let Some(timed) = live.timed.iter_mut().find(|timed| timed.sequence == write.sequence) {
+                timed.answered_at = Some(self.events);
+            }
         }
     }
 
@@ -273,7 +315,65 @@ impl BlockHistory {
             let answered = versions.iter().rev().find(|version| version.answer.is_some());
             let answered = answered.map_or(0, |answered| answered.sequence);
             live.shown = live.shown_from(answered);
+            live.timed.iter_mut().for_each(|timed| timed.may_be_lost = true);
         }
+    }
+
+    /// Notes that a copy is called for.
+    pub fn call_copy(&self) -> CopyCall {
+        CopyCall { called_at: self.events }
+    }
+
+    /// The event at which a call returns just now.
+    pub fn now(&self) -> u64 {
+        self.events
+    }
+
+    /// Checks a copy of all blocks whose call returned at that event.
+    ///
+    /// # Errors
+    /// Names the first sector that holds what it may not.
+    ///
+    /// # Panics
+    /// `found` is not as long as the blocks.
+    pub fn check_copy(&self, call: CopyCall, returned_at: u64, found: &[u8]) -> Result<(), Violation> {
+        assert_eq!(found.len(), self.blocks.len() * BLOCK_BYTES, "what was copied");
+        let sectors = || found.chunks(SECTOR_BYTES).enumerate();
+        let place = |number: usize| {
+            let of_block = BLOCK_BYTES / SECTOR_BYTES;
+            (number / of_block, number % of_block)
+        };
+        // The least that each sector shows to be in.
+        let shown = sectors().filter_map(|(number, bytes)| {
+            let (block, sector) = place(number);
+            self.timed_like(block, sector, bytes).map(|timed| timed.sent_at).min()
+        });
+        let newest = shown.max().unwrap_or(0);
+        for (number, bytes) in sectors() {
+            let (block, sector) = place(number);
+            let is_in_time = |at: u64| at <= call.called_at || at < newest;
+            let is_due = |timed: &&Timed| !timed.may_be_lost && timed.answered_at.is_some_and(is_in_time);
+            let due = self.live[block].timed.iter().rev().find(is_due).map_or(0, |timed| timed.sequence);
+            let mut those = self.timed_like(block, sector, bytes);
+            if !those.any(|timed| timed.sequence >= due && timed.sent_at <= returned_at) {
+                let allowed = format!("write {due} or a later one that was sent before the copy was there");
+                return Err(Violation { block, sector, found: describe_sector(bytes), allowed });
+            }
+        }
+        Ok(())
+    }
+
+    /// The writes that leave a sector as it was found.
+    fn timed_like<'a>(
+        &'a self,
+        block: usize,
+        sector: usize,
+        found: &'a [u8],
+    ) -> impl Iterator<Item = &'a Timed> {
+        self.live[block].timed.iter().filter(move |timed| match timed.pattern {
+            Pattern::Zeroes => found.iter().all(|&byte| byte == 0),
+            Pattern::Stamped => found == stamped_sector(self.seed, block, sector, timed.sequence),
+        })
     }
 
     fn check_read_sector(
@@ -571,5 +671,35 @@ mod tests {
         torn[..512].fill(0);
         history.check_and_adopt(ONE, &torn).unwrap();
         assert!(refused(&mut history, &payload).contains("what the last power cut left"));
+    }
+
+    #[test]
+    fn a_copy_is_of_one_instant_of_its_call() {
+        let mut history = history();
+        let (old, old_payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(old, false);
+        let call = history.call_copy();
+        let second = Blocks { first: 1, count: 1 };
+        let (other, other_payload) = history.send_write(second, Pattern::Stamped);
+        let returned_at = history.now();
+        history.write_answered(other, false);
+        let (_, late_payload) = history.send_write(ONE, Pattern::Stamped);
+        let zeroes = vec![0; BLOCK_BYTES];
+        let check = |first: &[u8], second: &[u8]| {
+            history
+                .check_copy(call, returned_at, &[first, second].concat())
+                .map_err(|error| error.to_string())
+        };
+        check(&old_payload, &zeroes).unwrap();
+        check(&old_payload, &other_payload).unwrap();
+        assert!(check(&zeroes, &zeroes).unwrap_err().contains("found zeroes"), "answered before");
+        assert!(check(&late_payload, &other_payload).unwrap_err().contains("write 3"), "sent after");
+        // Sent while the call was under way, and after something that is not in.
+        let returned_at = history.now();
+        let copy = [late_payload, zeroes].concat();
+        let error = history.check_copy(call, returned_at, &copy).unwrap_err().to_string();
+        assert!(error.contains("allowed: write 2"), "{error}");
+        history.lost_power();
+        history.check_copy(call, returned_at, &vec![0; 2 * BLOCK_BYTES]).unwrap();
     }
 }

@@ -2,7 +2,7 @@
 //! own. What leaves through them is fetched from where it lies, as by a real card; a pair of virtual Ethernet devices copies it.
 //!
 //! Owns the namespace, for as long as the value lives. The lab gives every machine with two processors the cards, by these addresses
-//! (`lab/vm.rs`).
+//! (`lab/machine/vm.rs`).
 
 use std::fs;
 use std::time::Duration;

@@ -2,8 +2,7 @@
 //!
 //! Called by `main`. Each returns the exit code of the lab.
 
-use std::io::{IsTerminal, Write, stderr, stdin, stdout};
-use std::os::unix::process::ExitStatusExt;
+use std::io::{IsTerminal, stdin, stdout};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -14,30 +13,26 @@ use testlab::harness::Env;
 use testlab::kernel_series::KernelSeries;
 use testlab::soak::Fault;
 
-use crate::lab::bench;
-use crate::lab::bench_server;
-use crate::lab::boots::{self, BootsOptions};
-use crate::lab::cost::{self, CostOptions};
-use crate::lab::fresh::{self, FreshOptions};
-use crate::lab::fuzz::{self, FuzzOptions};
-use crate::lab::guest_command::GuestCommand;
-use crate::lab::scale;
-use crate::lab::soak::{self, SoakOptions};
-use crate::lab::systemd_machine;
-use crate::lab::test_run::{self, TestOptions};
-use crate::lab::vm::{self, Follower, Processors, Stream, Terminal};
-use crate::lab::workspace::{PROFILE, Workspace};
-use crate::lab::zero_copy;
-use crate::lab::{host_tests, kernels, packages, progress, this_machine, tool};
+use crate::lab::machine::anywhere::{self, PassThrough};
+use crate::lab::machine::boots::{self, BootsOptions};
+use crate::lab::machine::guest_command::GuestCommand;
+use crate::lab::machine::vm::{self, Processors, Terminal};
+use crate::lab::machine::{kernels, packages, systemd_machine};
+use crate::lab::measure::cost::{self, CostOptions};
+use crate::lab::measure::{bench_server, scale, zero_copy};
+use crate::lab::programs;
+use crate::lab::run::fresh::{self, FreshOptions};
+use crate::lab::run::fuzz::{self, FuzzOptions};
+use crate::lab::run::host_tests;
+use crate::lab::run::soak::{self, SoakOptions};
+use crate::lab::run::test_run::{self, TestOptions};
+use crate::lab::workspace::Workspace;
 
 /// The demo's promise: a fresh machine, builds included, within 15 minutes; the machine's part of it.
 const DEMO_DEADLINE: Duration = Duration::from_secs(15 * 60);
 
 /// A shell ends when its user wants; a week means never.
 const SHELL_DEADLINE: Duration = Duration::from_secs(7 * 24 * 60 * 60);
-
-/// A build of everything from nothing on two slow cores.
-const BUILD_DEADLINE: Duration = Duration::from_secs(45 * 60);
 
 /// Options of the soak's own command.
 #[derive(Args)]
@@ -59,19 +54,6 @@ pub(crate) struct GuestSoak {
     fault: Option<Fault>,
 }
 
-/// Copies the command's output to ours.
-pub(crate) struct PassThrough;
-
-impl Follower for PassThrough {
-    fn output(&mut self, stream: Stream, bytes: &[u8]) -> Result<()> {
-        match stream {
-            Stream::Stdout => stdout().write_all(bytes).and_then(|()| stdout().flush()),
-            Stream::Stderr => stderr().write_all(bytes),
-        }
-        .context("passing on the command's output")
-    }
-}
-
 /// Runs one command in the VM or, without a series, on this machine.
 pub(crate) fn run(
     series: Option<KernelSeries>,
@@ -81,7 +63,7 @@ pub(crate) fn run(
 ) -> Result<u8> {
     let workspace = Workspace::locate()?;
     let command = GuestCommand::new(&workspace, words)?;
-    run_command(&workspace, series, processors, &command, Duration::from_secs(deadline_seconds))
+    anywhere::run(&workspace, series, processors, &command, Duration::from_secs(deadline_seconds))
 }
 
 /// Runs the demo.
@@ -90,19 +72,14 @@ pub(crate) fn demo(series: Option<KernelSeries>) -> Result<u8> {
     let program = workspace.own_program().display().to_string();
     let command = GuestCommand::new(&workspace, vec![program, "guest-demo".to_owned()])?;
     let command = command.in_directory(&workspace.root);
-    build(&workspace)?;
-    let exit_code = run_command(&workspace, series, Processors::Two, &command, DEMO_DEADLINE)?;
+    programs::build_all(&workspace)?;
+    let exit_code = anywhere::run(&workspace, series, Processors::Two, &command, DEMO_DEADLINE)?;
     Ok(u8::from(exit_code != 0))
 }
 
 /// Measures what an I/O costs.
 pub(crate) fn cost(options: &CostOptions) -> Result<u8> {
     cost::run(&Workspace::locate()?, options).map(|()| 0)
-}
-
-/// Measures speed, latency and CPU time beside the peers; with `write`, keeps the results in the documentation.
-pub(crate) fn bench(quick: bool, write: bool) -> Result<u8> {
-    bench::run(&Workspace::locate()?, quick, write).map(|()| 0)
 }
 
 /// Measures the server beside its peers, on this machine; with `write`, keeps the results in the documentation.
@@ -123,7 +100,7 @@ pub(crate) fn setup() -> Result<u8> {
     for series in KernelSeries::ALL {
         kernels::ensure_cached(&workspace, series)?;
     }
-    build(&workspace)?;
+    programs::build_all(&workspace)?;
     packages::ensure_fsx(&workspace)?;
     host_tests::build(&workspace)?;
     println!("set up: `cargo lab demo` and `cargo lab test` have all they need");
@@ -196,36 +173,6 @@ pub(crate) fn test(options: &TestOptions) -> Result<u8> {
 /// Boots machines, one after another or several at once, and counts those that came up.
 pub(crate) fn boots(options: &BootsOptions) -> Result<u8> {
     boots::run(&Workspace::locate()?, options).map(|all_came_up| u8::from(!all_came_up))
-}
-
-pub(crate) fn run_command(
-    workspace: &Workspace,
-    series: Option<KernelSeries>,
-    processors: Processors,
-    command: &GuestCommand,
-    deadline: Duration,
-) -> Result<u8> {
-    let Some(series) = series else {
-        this_machine::ensure_ublk()?;
-        let mut child =
-            command.on_this_machine()?.stdin(Stdio::null()).spawn().context("cannot run the command")?;
-        let status = tool::wait(&mut child, deadline)?;
-        // As shells do: a command killed by signal N ends with 128 + N.
-        let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
-        return u8::try_from(code).context("the command's exit code");
-    };
-    packages::ensure_installed(workspace)?;
-    let kernel = kernels::ensure_cached(workspace, series)?;
-    Ok(vm::run(workspace, &kernel, command, processors, deadline, &mut PassThrough)?.exit_code)
-}
-
-/// Builds every program of the workspace with the lab's profile.
-pub(crate) fn build(workspace: &Workspace) -> Result<()> {
-    let mut cargo = workspace.cargo();
-    cargo.args(["build", "--profile", PROFILE, "--workspace", "--bins"]);
-    let (status, _) = progress::cargo(&mut cargo, "compiling the programs", Stdio::null(), BUILD_DEADLINE)?;
-    ensure!(status.success(), "the workspace does not build");
-    Ok(())
 }
 
 /// The terminal's settings, put back when dropped: QEMU sets raw mode, and may die before it can undo that.

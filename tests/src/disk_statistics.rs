@@ -1,6 +1,6 @@
 //! What a disk has done, as the kernel counts it.
 //!
-//! Used by the bench and the VM tests. Source: `Documentation/block/stat.rst`.
+//! Used by the VM tests. Source: `Documentation/block/stat.rst`.
 
 use std::fs;
 use std::path::Path;

@@ -17,6 +17,7 @@ mod left_behind;
 pub mod libtest_binary;
 pub mod lying_disk;
 pub mod management_api;
+#[path = "../../server/tests/nbd_data/client.rs"]
 pub mod nbd_client;
 pub mod nbd_load;
 pub mod process_resources;
@@ -29,3 +30,4 @@ pub mod socket_memory;
 pub mod storage_node;
 pub mod stuck_tasks;
 pub mod unit_file;
+pub mod volserver;

@@ -4,12 +4,10 @@
 //! and `cost_guest` (what is measured), both run inside the machine. Exit codes: `run` and `shell` pass on the
 //! command's; 125 means that the lab itself failed; `test` and `demo` end with 1 if anything failed.
 
-mod bench_guest;
 mod commands;
 mod cost_guest;
 mod demo;
 mod lab;
-mod peers;
 mod scale_guest;
 mod zero_copy_guest;
 
@@ -17,13 +15,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use lab::boots::BootsOptions;
-use lab::cost::CostOptions;
-use lab::fresh::FreshOptions;
-use lab::fuzz::FuzzOptions;
-use lab::soak::SoakOptions;
-use lab::test_run::TestOptions;
-use lab::vm::{ByteCopies, Processors};
+use lab::machine::boots::BootsOptions;
+use lab::machine::vm::{ByteCopies, Processors};
+use lab::measure::cost::CostOptions;
+use lab::run::fresh::FreshOptions;
+use lab::run::fuzz::FuzzOptions;
+use lab::run::soak::SoakOptions;
+use lab::run::test_run::TestOptions;
 use testlab::kernel_series::KernelSeries;
 
 /// Exit code of `run` and `shell` when the machine failed rather than the command (as `timeout(1)` and docker do).
@@ -75,15 +73,6 @@ enum LabCommand {
     },
     /// Instructions per I/O of the whole system, beside the kernel's own clients and the floor
     Cost(CostOptions),
-    /// Speed, latency and CPU time beside the kernel's nbd and NVMe/TCP, in a machine with two processors
-    Bench {
-        /// Only see that everything works: a minute, the lab's own build, numbers that mean nothing
-        #[arg(long)]
-        quick: bool,
-        /// Also update the tables and plots in docs/
-        #[arg(long, conflicts_with = "quick")]
-        write: bool,
-    },
     /// The storage server's speed, latency, CPU time and memory beside its peers', on this machine's own kernel
     BenchServer {
         /// Only see that everything works: some seconds, the lab's own build, numbers that mean nothing
@@ -144,15 +133,6 @@ enum LabCommand {
     /// What `soak` runs inside the VM
     #[command(hide = true)]
     GuestSoak(commands::GuestSoak),
-    /// What `bench` runs inside the VM
-    #[command(hide = true)]
-    GuestBench {
-        /// The directory of the product's programs
-        programs: PathBuf,
-        /// As little as shows that everything works
-        #[arg(long)]
-        quick: bool,
-    },
 }
 
 /// Where to run.
@@ -186,7 +166,6 @@ fn main() -> ExitCode {
             commands::run(machine.series(), processors, deadline_seconds, command)
         }
         LabCommand::Cost(options) => commands::cost(&options),
-        LabCommand::Bench { quick, write } => commands::bench(quick, write),
         LabCommand::BenchServer { quick, write, directory } => {
             commands::bench_server(quick, write, &directory)
         }
@@ -201,7 +180,6 @@ fn main() -> ExitCode {
         LabCommand::GuestZeroCopy { programs } => zero_copy_guest::run(&programs).map(|()| 0),
         LabCommand::GuestDemo => demo::run().map(|()| 0),
         LabCommand::GuestCost { programs, plan } => cost_guest::run(&programs, &plan).map(|()| 0),
-        LabCommand::GuestBench { programs, quick } => bench_guest::run_samples(&programs, quick).map(|()| 0),
     });
     match result {
         Ok(exit_code) => ExitCode::from(exit_code),

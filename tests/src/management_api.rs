@@ -67,7 +67,7 @@ impl ManagementApi {
     /// # Errors
     /// The server's answer.
     pub fn delete_volume(&mut self, name: &str) -> Result<bool, Status> {
-        let request = DeleteVolumeRequest { name: name.to_owned() };
+        let request = DeleteVolumeRequest { name: name.to_owned(), ..Default::default() };
         Ok(self.runtime.block_on(self.client.delete_volume(request))?.into_inner().existed)
     }
 
@@ -121,14 +121,19 @@ impl ManagementApi {
     /// The server's answer.
     pub fn volumes(&mut self) -> Result<Vec<Volume>, Status> {
         let mut volumes = Vec::new();
-        let mut request = ListVolumesRequest { page_size: PAGE_SIZE, page_token: String::new() };
+        let mut request =
+            ListVolumesRequest { page_size: PAGE_SIZE, page_token: String::new(), ..Default::default() };
         loop {
             let page = self.runtime.block_on(self.client.list_volumes(request))?.into_inner();
             volumes.extend(page.volumes);
             if page.next_page_token.is_empty() {
                 return Ok(volumes);
             }
-            request = ListVolumesRequest { page_size: PAGE_SIZE, page_token: page.next_page_token };
+            request = ListVolumesRequest {
+                page_size: PAGE_SIZE,
+                page_token: page.next_page_token,
+                ..Default::default()
+            };
         }
     }
 

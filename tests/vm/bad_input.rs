@@ -21,12 +21,13 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 /// volctl's exit codes, as `volctl --help` documents them.
-mod exit_code {
-    pub(super) const USAGE: i32 = 2;
-    pub(super) const NOT_FOUND: i32 = 3;
-    pub(super) const ALREADY_EXISTS: i32 = 4;
-    pub(super) const PRECONDITION: i32 = 5;
-    pub(super) const UNREACHABLE: i32 = 6;
+pub(crate) mod exit_code {
+    pub(crate) const USAGE: i32 = 2;
+    pub(crate) const NOT_FOUND: i32 = 3;
+    pub(crate) const ALREADY_EXISTS: i32 = 4;
+    pub(crate) const PRECONDITION: i32 = 5;
+    pub(crate) const UNREACHABLE: i32 = 6;
+    pub(crate) const NO_SPACE: i32 = 8;
 }
 
 fn volumes_that_cannot_be_are_refused(env: &Env) -> Result<()> {

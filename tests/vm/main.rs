@@ -3,9 +3,9 @@
 //! To add one, write a function in its module and a line in the module's `TESTS`. The harness
 //! (`testlab::harness`) gives each test a directory, a deadline and a machine in the state it found it in.
 
+mod adopted;
 mod allocations;
 mod bad_input;
-mod bench;
 mod clones;
 mod counting_allocator;
 mod daemons;
@@ -13,10 +13,13 @@ mod direct;
 mod file_systems;
 mod fio;
 mod foreign;
+mod freeze;
 mod fsx;
 mod hostile_server;
 mod idle;
 mod in_use;
+mod limits;
+mod lvm;
 mod lying_disk;
 mod memory_pressure;
 mod network;
@@ -27,6 +30,7 @@ mod rungs;
 mod send_zc;
 mod shutdown;
 mod smoke;
+mod snapshots;
 mod soak;
 mod tls_disks;
 
@@ -40,6 +44,8 @@ fn main() -> ExitCode {
         queues::TESTS,
         file_systems::TESTS,
         foreign::TESTS,
+        adopted::TESTS,
+        lvm::TESTS,
         tls_disks::TESTS,
         bad_input::TESTS,
         daemons::TESTS,
@@ -51,11 +57,13 @@ fn main() -> ExitCode {
         clones::TESTS,
         send_zc::TESTS,
         fsx::TESTS,
+        snapshots::TESTS,
+        freeze::TESTS,
         shutdown::TESTS,
         soak::TESTS,
         idle::TESTS,
         allocations::TESTS,
-        bench::TESTS,
+        limits::TESTS,
         lying_disk::TESTS,
         memory_pressure::TESTS,
     ];

@@ -75,7 +75,7 @@ pub const UBLK_U_CMD_GET_FEATURES: u32 = ctrl_read(0x13);
 pub const UBLK_U_CMD_DEL_DEV_ASYNC: u32 = ctrl_read(0x14);
 /// Changes the capacity of a live device.
 pub const UBLK_U_CMD_UPDATE_SIZE: u32 = ctrl_read_write(0x15);
-/// Takes all tags from the daemon, so that another may recover the device.
+/// Takes all tags from the daemon. Not sent by us: Linux 7.3 may never give back one whose request was on its way to the daemon.
 pub const UBLK_U_CMD_QUIESCE_DEV: u32 = ctrl_read_write(0x16);
 /// Stops a device only if nothing has it open.
 pub const UBLK_U_CMD_TRY_STOP_DEV: u32 = ctrl_read_write(0x17);
@@ -361,7 +361,7 @@ pub struct IoDesc {
 }
 
 impl IoDesc {
-    /// The operation.
+    /// What the request asks for: `UBLK_IO_OP_*`.
     pub const fn op(&self) -> IoOp {
         match (self.op_flags & 0xff) as u8 {
             UBLK_IO_OP_READ => IoOp::Read,

@@ -22,9 +22,9 @@ use crate::abi::{
     CtrlCmd, CtrlDevInfo, Params, SECTOR_BYTES, UBLK_F_CMD_IOCTL_ENCODE, UBLK_F_NAMES, UBLK_S_DEV_DEAD,
     UBLK_S_DEV_FAIL_IO, UBLK_S_DEV_LIVE, UBLK_S_DEV_QUIESCED, UBLK_U_CMD_ADD_DEV, UBLK_U_CMD_DEL_DEV,
     UBLK_U_CMD_DEL_DEV_ASYNC, UBLK_U_CMD_END_USER_RECOVERY, UBLK_U_CMD_GET_DEV_INFO2,
-    UBLK_U_CMD_GET_FEATURES, UBLK_U_CMD_GET_PARAMS, UBLK_U_CMD_GET_QUEUE_AFFINITY, UBLK_U_CMD_QUIESCE_DEV,
-    UBLK_U_CMD_SET_PARAMS, UBLK_U_CMD_START_DEV, UBLK_U_CMD_START_USER_RECOVERY, UBLK_U_CMD_STOP_DEV,
-    UBLK_U_CMD_TRY_STOP_DEV, UBLK_U_CMD_UPDATE_SIZE,
+    UBLK_U_CMD_GET_FEATURES, UBLK_U_CMD_GET_PARAMS, UBLK_U_CMD_GET_QUEUE_AFFINITY, UBLK_U_CMD_SET_PARAMS,
+    UBLK_U_CMD_START_DEV, UBLK_U_CMD_START_USER_RECOVERY, UBLK_U_CMD_STOP_DEV, UBLK_U_CMD_TRY_STOP_DEV,
+    UBLK_U_CMD_UPDATE_SIZE,
 };
 use crate::command::{self, CommandError, CpuMask, DevInfo2Buffer};
 
@@ -45,7 +45,7 @@ pub struct Deadlines {
     pub command: Duration,
     /// START_DEV and END_USER_RECOVERY: the daemon must fetch every tag, and then the partition scan reads from it.
     pub start: Duration,
-    /// STOP_DEV, TRY_STOP_DEV and QUIESCE_DEV: the daemon must finish what is in flight, dirty pages included.
+    /// STOP_DEV and TRY_STOP_DEV: the daemon must finish what is in flight, dirty pages included.
     pub stop: Duration,
 }
 
@@ -229,8 +229,7 @@ pub enum ControlError {
         /// The device.
         dev_id: u32,
     },
-    /// TRY_STOP_DEV: the disk is open. START_USER_RECOVERY: the old daemon is not gone. QUIESCE_DEV: requests are
-    /// still owned by the daemon.
+    /// TRY_STOP_DEV: the disk is open. START_USER_RECOVERY: the old daemon is not gone.
     #[error("{command}: ublk device {dev_id} is busy")]
     Busy {
         /// The command.
@@ -449,14 +448,6 @@ impl ControlDevice {
     pub fn update_size(&self, dev_id: u32, capacity_bytes: u64) -> Result<(), ControlError> {
         let sectors = capacity_bytes / SECTOR_BYTES;
         self.plain(UBLK_U_CMD_UPDATE_SIZE, "UPDATE_SIZE", dev_id, sectors, self.deadlines.command)
-    }
-
-    /// Takes every tag from the daemon (they complete with `UBLK_IO_RES_ABORT`), so that another may recover the
-    /// device. Needs `UBLK_F_QUIESCE` and `UBLK_F_USER_RECOVERY`. [`ControlError::Busy`] when no tag became idle within
-    /// `wait`.
-    pub fn quiesce_dev(&self, dev_id: u32, wait: Duration) -> Result<(), ControlError> {
-        let wait_ms = wait.as_millis().min(u128::from(u32::MAX)) as u64;
-        self.plain(UBLK_U_CMD_QUIESCE_DEV, "QUIESCE_DEV", dev_id, wait_ms, self.deadlines.stop + wait)
     }
 
     /// A command with one inline argument and no buffer.

@@ -41,7 +41,7 @@ impl StagingMemory {
         Ok(Self { file, mapping, start_bytes, piece_bytes, len_bytes, prepared_bytes: 0 })
     }
 
-    /// The file.
+    /// The memory file that the staged bytes lie in.
     pub fn file(&self) -> &File {
         &self.file
     }

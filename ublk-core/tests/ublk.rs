@@ -24,7 +24,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::fs::FallocateFlags;
 use ublk_core::abi::{
-    UBLK_F_AUTO_BUF_REG, UBLK_F_QUIESCE, UBLK_F_SAFE_STOP_DEV, UBLK_F_UPDATE_SIZE, UBLK_F_USER_RECOVERY,
+    UBLK_F_AUTO_BUF_REG, UBLK_F_SAFE_STOP_DEV, UBLK_F_UPDATE_SIZE, UBLK_F_USER_RECOVERY,
     UBLK_F_USER_RECOVERY_REISSUE,
 };
 use ublk_core::control::{Deadlines, block_device_path, char_device_path, list_devices};
@@ -59,7 +59,7 @@ fn main() -> ExitCode {
 }
 
 fn trials() -> Vec<Trial> {
-    let tests: [(&str, Behaviour); 16] = [
+    let tests: [(&str, Behaviour); 15] = [
         ("the_best_data_path_is_proved_by_trial", the_best_data_path_is_proved_by_trial),
         ("devices_come_and_go_without_leftovers", devices_come_and_go_without_leftovers),
         ("an_unknown_flag_is_reported_and_the_device_deleted", an_unknown_flag_is_reported),
@@ -74,7 +74,6 @@ fn trials() -> Vec<Trial> {
         ("queues_have_cpus", queues_have_cpus),
         ("a_live_device_can_grow", a_live_device_can_grow),
         ("a_killed_daemon_is_replaced_and_its_requests_finish", a_killed_daemon_is_replaced),
-        ("a_quiesced_device_is_taken_over", a_quiesced_device_is_taken_over),
         ("no_device_is_left", no_device_is_left),
     ];
     tests.into_iter().map(|(name, test)| Trial::ignorable_test(name, move || run(test))).collect()
@@ -629,19 +628,5 @@ fn kill_and_replace(control: &ControlDevice, data_path: DataPath, store: &Path) 
     drop(file);
     control.del_dev_async(dev_id)?;
     drop(second);
-    wait_until_gone(dev_id)
-}
-
-fn a_quiesced_device_is_taken_over(control: &ControlDevice) -> Result<()> {
-    need(control, UBLK_F_QUIESCE)?;
-    let data_path = usable_data_paths(control)?.first().copied().context("some data path works")?;
-    let (first, service) = start(control, data_path, RECOVERY | UBLK_F_QUIESCE)?;
-    let dev_id = first.device.dev_id();
-    control.quiesce_dev(dev_id, Duration::from_secs(5))?;
-    // Every tag has come back, so the queues' threads end by themselves; the device stays.
-    first.detach()?;
-    let second = RamDisk::serve(Device::recover(control, dev_id)?, &service)?;
-    write_and_read_back(dev_id)?;
-    second.stop()?;
     wait_until_gone(dev_id)
 }

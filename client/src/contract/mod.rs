@@ -145,6 +145,11 @@ impl std::fmt::Debug for ExportSpec {
     }
 }
 
+/// Lets the device process choose the data path.
+pub const DATA_PATH_AUTO: &str = "auto";
+/// Requests in flight on each queue, where nobody asks for another number.
+pub const QUEUE_DEPTH_DEFAULT: u16 = 128;
+
 /// Everything a device process needs to know; it asks nobody else.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceSpec {
@@ -160,7 +165,7 @@ pub struct DeviceSpec {
     pub export: ExportSpec,
     /// No writes.
     pub read_only: bool,
-    /// auto, or the name of a data path (`DataPath`).
+    /// [`DATA_PATH_AUTO`], or the name of a data path (`DataPath`).
     pub data_path: String,
     /// Hardware queues; 0: as many as suit this machine and the server, 1 where the server allows one connection only.
     pub nr_hw_queues: u16,
@@ -201,6 +206,32 @@ pub struct DeviceSpec {
 }
 
 impl DeviceSpec {
+    /// The spec of an attachment of which nothing is asked, before its server's addresses are known.
+    pub fn new(attachment_id: Uuid, target: String, export: ExportSpec, device_link: PathBuf) -> Self {
+        Self {
+            format_version: CONTRACT_VERSION,
+            attachment_id,
+            target,
+            addresses: Vec::new(),
+            export,
+            read_only: false,
+            data_path: DATA_PATH_AUTO.to_owned(),
+            nr_hw_queues: 0,
+            nr_connections: 0,
+            queue_depth: QUEUE_DEPTH_DEFAULT,
+            block_size_bytes: 0,
+            device_link,
+            is_volatile: false,
+            on_stall: StallPolicy::default(),
+            on_stall_is_told: false,
+            busy_poll_us: 0,
+            send_zc: false,
+            send_zc_mode: None,
+            recover: None,
+            tls: None,
+        }
+    }
+
     /// The secret, where there is one.
     pub fn secret(&self) -> Option<Secret> {
         match &self.export {

@@ -13,7 +13,10 @@
 //! dies, the kernel keeps its device and the requests in flight, and `volclient serve` starts another process that takes both
 //! on: it begins with connections that are lost already, so that all that follows is as after any loss.
 
-use std::io;
+mod error;
+mod links;
+mod made;
+
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,38 +24,26 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use daemon_log::THREAD_LIMITS;
-use ublk_core::abi::{
-    UBLK_F_UPDATE_SIZE, UBLK_F_USER_COPY, UBLK_F_USER_RECOVERY, UBLK_F_USER_RECOVERY_REISSUE,
-};
-use ublk_core::{
-    ControlDevice, ControlError, DataPath, Device, DeviceError, DeviceParams, DeviceSpec as UblkSpec,
-    Transfer, TransferError,
-};
+use ublk_core::abi::UBLK_F_USER_COPY;
+use ublk_core::{ControlDevice, ControlError, Device};
 
+pub use self::error::AttachmentError;
+use self::links::{Event, Links, ways_of};
+use self::made::{Made, send_zc_bytes_min};
 use super::affinity;
 use super::connect::data_socket::DataSocket;
-use super::connect::dial::OPEN_TIMEOUT;
-use super::connect::redial::Attempt;
-use super::connect::redial_thread::Redialler;
-use super::connect::slots::{self, Layout, SlotError};
 use super::control_socket::{self, PendingRequest};
-use super::geometry::{self, GeometryError};
-use super::ladder::{Chosen, Ladder, LadderError};
-use super::liveness::Probes;
+use super::ladder::Chosen;
 use super::mount_namespace;
-use super::protections::{self, ProtectionError};
-use super::queue::link::LinkEvent;
-use super::queue::parts::{QueueCommand, QueueCommander, QueueError, QueueEvent, QueueParts};
-use super::queue::requests::Resend;
+use super::protections;
+use super::queue::parts::{QueueCommander, QueueEvent, QueueParts};
 use super::queue::run;
-use super::queue::unflushed::Unflushed;
-use super::reconnect::{Condition, Output, Reconnect};
+use super::reconnect::Condition;
 use super::status_file::StatusFile;
 use crate::causes::with_sources;
 use crate::contract::{
-    self, AttachmentDir, ContractError, ControlCommand, ControlResponse, DeviceSpec, DeviceState, Encryption,
-    ExportSpec, RecoverSpec, SendZc, SessionRecord, StallPolicy,
+    self, AttachmentDir, ControlCommand, ControlResponse, DeviceSpec, DeviceState, Encryption, SessionRecord,
+    StallPolicy,
 };
 use crate::safe_stop::{self, Outcome};
 
@@ -60,85 +51,6 @@ use crate::safe_stop::{self, Outcome};
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the queues may take to flush and end after the device stopped; above the bounds of `queue/run.rs`.
 const QUEUES_END_TIMEOUT: Duration = Duration::from_secs(60);
-/// A server that is lost while the device is being made may come back for so long; then there is no device.
-const START_STALL_MS: u64 = 10_000;
-/// A server of ours that owes replies and sends nothing for so long is taken for lost: its requests are sent again.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
-/// A foreign one has longer: what it owes cannot be sent again, and fails. Both have ten minutes while they answer probes.
-const REPLY_TIMEOUT_FOREIGN: Duration = Duration::from_secs(120);
-
-/// Why there is no device.
-#[derive(Debug, thiserror::Error)]
-pub enum AttachmentError {
-    /// The spec, status or control socket.
-    #[error(transparent)]
-    Contract(#[from] ContractError),
-    /// The spec holds something this program cannot use.
-    #[error("the device spec has an invalid {0}")]
-    Spec(&'static str),
-    /// The process cannot be protected from its own device.
-    #[error(transparent)]
-    Protection(#[from] ProtectionError),
-    /// The process cannot be kept apart from what is mounted on its device.
-    #[error("cannot enter a mount namespace (needs root or CAP_SYS_ADMIN): {0}")]
-    MountNamespace(io::Error),
-    /// No thread for the log.
-    #[error("cannot start a thread for the log: {0}")]
-    Log(io::Error),
-    /// The export cannot be opened, or not as often as was asked for.
-    #[error(transparent)]
-    Slot(#[from] SlotError),
-    /// The export cannot be a disk.
-    #[error(transparent)]
-    Geometry(#[from] GeometryError),
-    /// The driver.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// The device cannot be made.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// No data path can be used, or not the one that was asked for.
-    #[error(transparent)]
-    Ladder(#[from] LadderError),
-    /// What the data path needs on a socket that the kernel encrypts does not work.
-    #[error("the data path cannot be used with TLS by the kernel: {0}")]
-    Ktls(TransferError),
-    /// A queue thread did not get ready.
-    #[error("a queue could not start: {0}")]
-    Queue(String),
-    /// The device is gone, but a queue did not end well.
-    #[error("the device is gone, but {0}")]
-    Ended(String),
-    /// The stable name cannot be made.
-    #[error("cannot make {path}: {source}")]
-    Link {
-        /// The stable name.
-        path: std::path::PathBuf,
-        /// The operating system's reason.
-        source: io::Error,
-    },
-    /// A thread of our own.
-    #[error("cannot start a thread: {0}; {THREAD_LIMITS}")]
-    Thread(io::Error),
-    /// Sockets of our own.
-    #[error("cannot set up the device process: {0}")]
-    Setup(io::Error),
-}
-
-/// What the main thread is woken by.
-enum Event {
-    Queue(QueueEvent),
-    /// Of this queue's connections.
-    Attempt(u16, Attempt<DataSocket>),
-    /// A probe was answered, or was not.
-    Probed(bool),
-    /// START_DEV has returned.
-    Started,
-    Control(PendingRequest),
-    Terminate,
-    /// What came of taking the disk away unless it is used.
-    StopTried(Outcome),
-}
 
 /// Another process tries to take the disk away.
 struct Stopping {
@@ -183,99 +95,17 @@ struct Attachment {
     cannot_grow: bool,
 }
 
-/// A device, not started, and what it is made for.
-struct Made {
-    device: Device,
-    chosen: Chosen,
-    session: SessionRecord,
-    nr_connections: u16,
-    /// By queue.
-    sockets: Vec<Vec<DataSocket>>,
-    /// Of the server.
-    address: String,
-}
-
-impl Made {
-    /// A new device for an export that is there.
-    fn anew(control: &ControlDevice, spec: &DeviceSpec) -> Result<Self, AttachmentError> {
-        let ladder = Ladder::new(&ublk_core::probe_driver(control)?, &spec.data_path)?;
-        let first = slots::dial_slot(spec, 0, None, OPEN_TIMEOUT)?;
-        let params = geometry::device_params(&first.export, spec.block_size_bytes, spec.read_only)?;
-        let layout = Layout::choose(spec, first.export.flags, affinity::nr_cpus())?;
-        let session = SessionRecord {
-            incarnation: slots::incarnation(spec, &first),
-            encryption: first.socket.encryption(),
-            export_bytes: first.export.size_bytes,
-            export_flags: first.export.flags.0,
-            export_block_bytes: slots::block_bytes(&first.export),
-            capacity_bytes: params.capacity_bytes,
-            block_size_bytes: params.logical_block_bytes,
-            max_io_bytes: params.max_io_bytes,
-            volatile_cache: params.volatile_cache,
-            read_only: params.read_only,
-        };
-        if session.tail_bytes() > 0 {
-            tracing::warn!(
-                target = spec.target,
-                tail_bytes = session.tail_bytes(),
-                block_size_bytes = session.block_size_bytes,
-                "the end of the export is no whole block, and is not on the disk"
-            );
-        }
-        let address = first.address.clone();
-        // Before there is a device: every queue needs a connection.
-        let mut sockets = slots::dial_others(spec, first, layout.wanted_connections())?;
-        let opened = sockets.len() as u16;
-        let wanted_queues = layout.nr_hw_queues.min(opened);
-        let add = |data_path| add_device(control, spec, &params, data_path, wanted_queues);
-        let (device, chosen) = ladder.add_device(add)?;
-        let nr_hw_queues = device.info().nr_hw_queues;
-        let nr_connections = layout.nr_connections(nr_hw_queues, opened);
-        sockets.truncate(usize::from(nr_connections));
-        let sockets = slots::deal(sockets, nr_hw_queues);
-        Ok(Self { device, chosen, session, nr_connections, sockets, address })
-    }
-
-    /// The device of a process that died. Its connections are made as after any loss: the server need not be there.
-    fn again(
-        control: &ControlDevice,
-        spec: &DeviceSpec,
-        recover: &RecoverSpec,
-    ) -> Result<Self, AttachmentError> {
-        let report = ublk_core::probe_driver(control)?;
-        let no_new_device = |_| Ok(());
-        let ((), mut chosen) = Ladder::new(&report, &recover.data_path)?.add_device(no_new_device)?;
-        chosen.reason = "the device was made for it".to_owned();
-        let device = Device::recover(control, recover.dev_id)?;
-        if device.info().ublksrv_flags != contract::attachment_hash(spec.attachment_id) {
-            return Err(AttachmentError::Spec("recover.dev_id: the device is another attachment's"));
-        }
-        let nr_hw_queues = device.info().nr_hw_queues;
-        let nr_connections = spec.nr_connections.max(nr_hw_queues);
-        let mut sockets: Vec<Vec<DataSocket>> = (0..nr_hw_queues).map(|_| Vec::new()).collect();
-        for slot in 0..nr_connections {
-            let socket = DataSocket::disconnected().map_err(AttachmentError::Setup)?;
-            sockets[usize::from(slot % nr_hw_queues)].push(socket);
-        }
-        let address = spec.addresses.first().cloned().unwrap_or_default();
-        Ok(Self { device, chosen, session: recover.session.clone(), nr_connections, sockets, address })
-    }
-}
-
-/// The queues' threads and connections, as the main thread knows them.
-struct Links {
-    redialler: Arc<Redialler>,
-    reconnect: Reconnect<Vec<DataSocket>>,
-    commanders: Vec<QueueCommander>,
-    unflushed: Arc<Unflushed>,
-    /// A server that restarts has forgotten everything.
-    is_volatile: bool,
-    /// The largest that the server has told the export to be.
-    export_bytes: u64,
-    queues_live: usize,
-    /// The worst that a queue ended with.
-    queue_error: Option<QueueError>,
-    sender: Sender<Event>,
+/// Leaves the file systems that may lie on the device's own disk; what is read later stays in sight.
+fn enter_mount_namespace(dir: &AttachmentDir, spec: &DeviceSpec) -> Result<(), AttachmentError> {
+    let link_dir = spec.device_link.parent().unwrap_or(&spec.device_link);
+    let tls_paths = spec.tls.as_ref().map(|tls| tls.files.paths()).unwrap_or_default();
+    let name_paths = mount_namespace::paths_of_names();
+    let program_paths = mount_namespace::paths_of_program();
+    let socket_paths = mount_namespace::paths_of_sockets(&spec.addresses);
+    let read_later = tls_paths.iter().chain(&name_paths).chain(&program_paths).chain(&socket_paths);
+    let needed: Vec<&Path> =
+        [dir.path(), link_dir].into_iter().chain(read_later.map(PathBuf::as_path)).collect();
+    mount_namespace::enter(&needed).map_err(AttachmentError::MountNamespace)
 }
 
 impl Attachment {
@@ -285,20 +115,7 @@ impl Attachment {
         status: &mut StatusFile,
     ) -> Result<Self, AttachmentError> {
         protections::protect_process()?;
-        let link_dir = spec.device_link.parent().unwrap_or(&spec.device_link);
-        // Read at each dial, so they have to stay in sight.
-        let tls_paths = spec.tls.as_ref().map(|tls| tls.files.paths()).unwrap_or_default();
-        let name_paths = mount_namespace::paths_of_names();
-        let program_paths = mount_namespace::paths_of_program();
-        let socket_paths = mount_namespace::paths_of_sockets(&spec.addresses);
-        let read_later = tls_paths
-            .iter()
-            .chain(&name_paths)
-            .chain(&program_paths)
-            .chain(&socket_paths)
-            .map(PathBuf::as_path);
-        let needed: Vec<&Path> = [dir.path(), link_dir].into_iter().chain(read_later).collect();
-        mount_namespace::enter(&needed).map_err(AttachmentError::MountNamespace)?;
+        enter_mount_namespace(dir, spec)?;
         daemon_log::start_writer().map_err(AttachmentError::Log)?;
         let (sender, events) = mpsc::channel();
         listen_for_signals(&sender)?;
@@ -307,57 +124,13 @@ impl Attachment {
             None => Made::anew(&control, spec)?,
             Some(recover) => Made::again(&control, spec, recover)?,
         };
-        let Made { device, chosen, session, nr_connections, sockets, address } = made;
-        let nr_hw_queues = device.info().nr_hw_queues;
-        status.update(|status| {
-            status.dev_id = Some(device.dev_id());
-            status.capacity_bytes = session.capacity_bytes;
-            status.block_size_bytes = session.block_size_bytes;
-            status.read_only = session.read_only;
-            status.data_path = chosen.data_path.to_string();
-            status.data_path_reason.clone_from(&chosen.reason);
-            status.server_address = address;
-            status.encryption = session.encryption.as_str().to_owned();
-            status.send_zc = match send_zc_bytes_min(spec, &chosen, session.encryption) {
-                Some(_) => SendZc::Untried,
-                None if spec.send_zc_mode().bytes_min().is_some() => SendZc::Unsupported,
-                None => SendZc::Off,
-            };
-            status.nr_hw_queues = nr_hw_queues;
-            status.nr_connections = nr_connections;
-            status.queue_depth = device.info().queue_depth;
-            status.session = Some(session.clone());
-        })?;
-        if session.encryption == Encryption::Kernel {
-            chosen.transfer.over_ktls().prove().map_err(AttachmentError::Ktls)?;
+        status.update(|status| made.describe(spec, status))?;
+        if made.session.encryption == Encryption::Kernel {
+            made.chosen.transfer.over_ktls().prove().map_err(AttachmentError::Ktls)?;
         }
-        let unflushed = Arc::new(Unflushed::new(nr_hw_queues));
+        let links = Links::new(spec, &made, sender.clone());
+        let Made { device, chosen, session, sockets, .. } = made;
         let is_recovered = spec.recover.is_some();
-        if is_recovered && session.has_volatile_cache() {
-            // Nobody knows what the process before had been told: until the first FLUSH there may be something.
-            unflushed.acknowledged(0);
-        }
-        // A device that is taken on has users, who wait as they were told to.
-        let starting = if is_recovered { spec.on_stall } else { StallPolicy::FailAfterMs(START_STALL_MS) };
-        let (_, reply_timeout) = ways_of(&spec.export);
-        let probes = Probes::new(reply_timeout, Redialler::can_probe(spec, nr_connections));
-        let links = Links {
-            redialler: Redialler::new(
-                spec,
-                &session,
-                nr_hw_queues,
-                nr_connections,
-                status.status().server_address.clone(),
-            ),
-            reconnect: Reconnect::new(nr_hw_queues, session.incarnation.clone(), starting, probes),
-            commanders: Vec::new(),
-            unflushed,
-            is_volatile: spec.is_volatile,
-            export_bytes: session.export_bytes,
-            queues_live: 0,
-            queue_error: None,
-            sender: sender.clone(),
-        };
         let mut attachment = Self {
             device,
             device_link: spec.device_link.clone(),
@@ -429,7 +202,7 @@ impl Attachment {
                 .name(format!("ublk-q{queue_id}"))
                 .spawn(move || {
                     if let Err(error) = affinity::pin_this_thread(&cpus) {
-                        tracing::warn!(queue_id, %error, "the queue's thread is not kept on the queue's processors");
+                        tracing::warn!(queue_id, %error, "cannot pin the queue's thread to the queue's processors");
                     }
                     run::run(parts, &on_event);
                 })
@@ -518,7 +291,7 @@ impl Attachment {
             }
             ControlCommand::SetStallPolicy(policy) => request.answer(&self.set_policy(policy, status)),
             ControlCommand::SetAddresses(ref addresses) => {
-                tracing::info!(?addresses, "the server is dialled at other addresses");
+                tracing::info!(?addresses, "dialling the server at its new addresses");
                 self.links.redialler.set_addresses(addresses.clone());
                 request.answer(&ControlResponse::Ok(Box::new(status.status().clone())));
             }
@@ -609,7 +382,7 @@ impl Attachment {
         status.note(|status| status.is_stopping = false);
         match request {
             Some(request) => request.answer(&refusal),
-            None => tracing::warn!(?refusal, "told to terminate, but the device stays"),
+            None => tracing::warn!(?refusal, "asked to stop, but the device is in use and stays"),
         }
         Next::Serve
     }
@@ -680,184 +453,6 @@ impl Attachment {
     }
 }
 
-impl Links {
-    /// The next event; what is due at a certain time is done meanwhile. `None`: there can be none any more.
-    fn next_event(&mut self, events: &Receiver<Event>, status: &mut StatusFile) -> Option<Event> {
-        loop {
-            let now = Instant::now();
-            let Some(wakes_at) = self.reconnect.wakes_at(now) else { return events.recv().ok() };
-            match events.recv_timeout(wakes_at.saturating_duration_since(now)) {
-                Ok(event) => return Some(event),
-                Err(RecvTimeoutError::Timeout) => {
-                    self.tick();
-                    self.tell_condition(status);
-                }
-                Err(RecvTimeoutError::Disconnected) => return None,
-            }
-        }
-    }
-
-    fn tick(&mut self) {
-        let mut outputs = Vec::new();
-        self.reconnect.tick(Instant::now(), &mut outputs);
-        self.carry_out(outputs);
-    }
-
-    /// Takes what concerns the queues; the others are given back.
-    fn take_event(&mut self, event: Event, status: &mut StatusFile) -> Option<Event> {
-        let mut outputs = Vec::new();
-        match event {
-            Event::Queue(QueueEvent::Ready) => {}
-            Event::Queue(QueueEvent::SentByReference { was_copied }) => {
-                note_send_zc(if was_copied { SendZc::Copied } else { SendZc::Used }, status);
-            }
-            Event::Queue(QueueEvent::Link { queue_id, event: LinkEvent::Silent(silence) }) => {
-                self.reconnect.silent(queue_id, silence, Instant::now(), &mut outputs);
-            }
-            Event::Probed(is_answered) => self.reconnect.probed(is_answered, Instant::now()),
-            Event::Queue(QueueEvent::Link { queue_id, event: LinkEvent::Disconnected(lost) }) => {
-                let slot = lost.connection * status.status().nr_hw_queues + queue_id;
-                let (address, loss) = (&status.status().server_address, &lost.loss);
-                let reason = format!("connection {slot} to {address} was lost ({loss})");
-                let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
-                let has_unflushed = || is_volatile || unflushed.any();
-                let now = Instant::now();
-                self.reconnect.disconnected(queue_id, &lost, &reason, now, has_unflushed, &mut outputs);
-            }
-            Event::Queue(QueueEvent::Ended { queue_id, outcome }) => {
-                self.queues_live -= 1;
-                if let Err(error) = outcome {
-                    tracing::error!(queue_id, error = with_sources(&error), "a queue ended badly");
-                    self.queue_error = Some(error);
-                }
-            }
-            Event::Attempt(queue_id, Attempt::Opened { sockets, incarnation, address, export_bytes }) => {
-                self.export_bytes = self.export_bytes.max(export_bytes);
-                let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
-                let has_unflushed = || is_volatile || unflushed.any();
-                self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
-                self.note_address(address, status);
-            }
-            Event::Attempt(_, Attempt::Failed(error)) => self.reconnect.dial_failed(error),
-            Event::Attempt(_, Attempt::Refused(reason)) => {
-                self.reconnect.refused_for_good(reason, &mut outputs);
-            }
-            other => return Some(other),
-        }
-        self.carry_out(outputs);
-        self.tick();
-        self.note_incarnation(status);
-        self.tell_condition(status);
-        None
-    }
-
-    /// Keeps what a process that takes the disk on will compare with.
-    fn note_incarnation(&self, status: &mut StatusFile) {
-        let is = self.reconnect.incarnation();
-        if status.status().session.as_ref().is_none_or(|session| session.incarnation == is) {
-            return;
-        }
-        status.note(|status| {
-            if let Some(session) = &mut status.session {
-                is.clone_into(&mut session.incarnation);
-            }
-        });
-    }
-
-    fn note_address(&self, address: String, status: &mut StatusFile) {
-        status.note(|status| {
-            status.server_address = address;
-            status.reconnects += 1;
-        });
-    }
-
-    fn carry_out(&mut self, outputs: Vec<Output<Vec<DataSocket>>>) {
-        for output in outputs {
-            match output {
-                Output::Dial(queue_id) => {
-                    let sender = self.sender.clone();
-                    let on_attempt = move |attempt| drop(sender.send(Event::Attempt(queue_id, attempt)));
-                    if let Err(error) = self.redialler.start(queue_id, self.reconnect.refusals(), on_attempt)
-                    {
-                        tracing::error!(queue_id, %error, "the server cannot be dialled");
-                        let why =
-                            format!("cannot start a thread to dial the server: {error}; {THREAD_LIMITS}");
-                        self.reconnect.dial_not_begun(queue_id, why, Instant::now());
-                    }
-                }
-                Output::Connect(queue_id, sockets) => self.tell(queue_id, QueueCommand::Connect(sockets)),
-                Output::Disconnect(queue_id, why) => self.tell(queue_id, QueueCommand::Disconnect(why)),
-                Output::GiveUp(queue_id) => self.tell(queue_id, QueueCommand::GiveUp),
-                Output::Probe => {
-                    let sender = self.sender.clone();
-                    let on_return = move |is_answered| drop(sender.send(Event::Probed(is_answered)));
-                    if let Err(error) = self.redialler.probe(on_return) {
-                        tracing::warn!(%error, "no thread can be made to ask whether the server lives");
-                        self.reconnect.probed(false, Instant::now());
-                    }
-                }
-            }
-        }
-    }
-
-    fn tell(&self, queue_id: u16, command: QueueCommand) {
-        self.commanders[usize::from(queue_id)].tell(command);
-    }
-
-    /// Every request fails from now on.
-    fn lose(&mut self, reason: &str) {
-        let mut outputs = Vec::new();
-        self.reconnect.refused_for_good(reason.to_owned(), &mut outputs);
-        self.carry_out(outputs);
-    }
-
-    /// Keeps the status at what the connections are, while the device is there to use.
-    fn tell_condition(&self, status: &mut StatusFile) {
-        let (state, reason) = match self.reconnect.condition() {
-            Condition::Live => (DeviceState::Live, String::new()),
-            Condition::Slow(reason) => (DeviceState::Live, reason),
-            Condition::Stalled(reason) => (DeviceState::Stalled, format!("I/O waits: {reason}")),
-            Condition::Failing(reason) => {
-                (DeviceState::Stalled, format!("I/O fails until the server is back: {reason}"))
-            }
-            Condition::Lost(reason) => (DeviceState::Failed, reason),
-        };
-        let is = status.status();
-        let is_usable = matches!(is.state, DeviceState::Live | DeviceState::Stalled | DeviceState::Failed);
-        if is_usable && (is.state != state || is.state_reason != reason) {
-            status.enter(state, &reason);
-        }
-    }
-}
-
-/// What becomes of requests on lost connections, and how long a server may owe replies without a sign of life.
-fn ways_of(export: &ExportSpec) -> (Resend, Duration) {
-    match export {
-        ExportSpec::Attachment { .. } => (Resend::Everything, REPLY_TIMEOUT),
-        ExportSpec::Nbd { .. } => (Resend::ReadsOnly, REPLY_TIMEOUT_FOREIGN),
-    }
-}
-
-/// From how many bytes on a WRITE's pages leave by reference; `None`: none do. It takes a SEND that names registered buffers, and nothing on
-/// the way that has to see the bytes.
-fn send_zc_bytes_min(spec: &DeviceSpec, chosen: &Chosen, encryption: Encryption) -> Option<u32> {
-    let can = chosen.transfer == Transfer::RecvSendFixed && encryption == Encryption::None;
-    spec.send_zc_mode().bytes_min().filter(|_| can)
-}
-
-fn note_send_zc(send_zc: SendZc, status: &mut StatusFile) {
-    if status.status().send_zc == send_zc {
-        return;
-    }
-    match send_zc {
-        SendZc::Copied => {
-            tracing::info!("the kernel copies what is sent by reference: large writes go the usual way")
-        }
-        _ => tracing::info!(send_zc = send_zc.as_str(), "large writes leave from their own pages"),
-    }
-    status.note(|status| status.send_zc = send_zc);
-}
-
 /// Removes the stable name if it still points to this device.
 fn remove_link(link: &Path, status: &StatusFile) {
     if std::fs::read_link(link).ok() == status.device_path() {
@@ -878,25 +473,4 @@ fn listen_for_signals(sender: &Sender<Event>) -> Result<(), AttachmentError> {
         })
         .map(drop)
         .map_err(AttachmentError::Thread)
-}
-
-fn add_device(
-    control: &ControlDevice,
-    spec: &DeviceSpec,
-    params: &DeviceParams,
-    data_path: DataPath,
-    nr_hw_queues: u16,
-) -> Result<Device, DeviceError> {
-    // Where the driver cannot, a device ends with its process.
-    let recovery = UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE;
-    let ublk_spec = UblkSpec {
-        dev_id: None,
-        nr_hw_queues,
-        queue_depth: spec.queue_depth,
-        max_io_buf_bytes: params.max_io_bytes,
-        flags: data_path.device_flags(),
-        wished_flags: data_path.wished_device_flags() | recovery | UBLK_F_UPDATE_SIZE,
-        ublksrv_flags: contract::attachment_hash(spec.attachment_id),
-    };
-    Device::add(control, &ublk_spec, params)
 }

@@ -35,7 +35,7 @@ pub fn enter(needed: &[&Path]) -> io::Result<()> {
         if !needed.iter().any(|path| path.starts_with(mount_point)) {
             // One that cannot go (it went with its parent, say) is no reason not to serve.
             if let Err(error) = unmount(mount_point, UnmountFlags::DETACH) {
-                tracing::debug!(mount_point = %mount_point.display(), %error, "a mount stays in our namespace");
+                tracing::debug!(mount_point = %mount_point.display(), %error, "cannot unmount a file system from the private mount namespace");
             }
         }
     }

@@ -92,7 +92,7 @@ impl StatusFile {
     /// Changes it and writes it; that it cannot be written is logged.
     pub fn note(&mut self, change: impl FnOnce(&mut DeviceStatus)) {
         if let Err(error) = self.update(change) {
-            tracing::error!(%error, "the status file cannot be written");
+            tracing::error!(%error, "cannot write the status file");
         }
     }
 

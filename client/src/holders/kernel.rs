@@ -8,7 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{BlockDevice, block_device, entries};
+use super::{BlockDevice, block_device, disk_with_partitions, entries};
 
 /// Devices made of these devices: those that say so in `holders`, and loop devices, which do not.
 pub(super) fn stacked_devices(sys: &Path, devices: &[BlockDevice]) -> Vec<String> {
@@ -29,6 +29,28 @@ pub(super) fn stacked_devices(sys: &Path, devices: &[BlockDevice]) -> Vec<String
         }
     }
     found
+}
+
+/// The same as devices, with those that are made of them in turn, and with the partitions of all: a file system may be on any of them.
+pub(super) fn with_stacked(sys: &Path, devices: &[BlockDevice]) -> Vec<BlockDevice> {
+    let mut all = devices.to_vec();
+    let mut index = 0;
+    while let Some(device) = all.get(index).cloned() {
+        index += 1;
+        let holders = entries(&device.sys_path.join("holders")).into_iter().map(|(name, _)| name);
+        let loops = entries(&sys.join("block")).into_iter().filter(|(_, path)| {
+            let backing = fs::read_to_string(path.join("loop/backing_file")).unwrap_or_default();
+            device.is_at(backing.trim())
+        });
+        for name in holders.chain(loops.map(|(name, _)| name)) {
+            for found in disk_with_partitions(sys, &name) {
+                if all.iter().all(|other| other.name != found.name) {
+                    all.push(found);
+                }
+            }
+        }
+    }
+    all
 }
 
 /// All devices of every mounted btrfs that has one of these devices: its mounts name any of them as their source.

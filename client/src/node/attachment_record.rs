@@ -3,7 +3,7 @@
 //! Reads folders, never writes them. A folder without a spec is one that was being made when the daemon was killed: it
 //! is no attachment. A folder whose spec cannot be read is an attachment nobody can work on: it is logged and passed
 //! over, and found again by its id when the server gives the same attachment out.
-//! Called by: `supervisor`.
+//! Called by: `supervisor`, and whoever tells of attachments.
 
 use std::fs;
 use std::io;
@@ -69,11 +69,26 @@ impl AttachmentRecord {
         Ok(None)
     }
 
-    /// Every attachment of a run directory, in order of target.
+    /// Every attachment of a run directory, in order of target. What cannot be read is told in the log.
     ///
     /// # Errors
     /// [`NodeError::Io`]: the run directory cannot be read.
     pub fn read_all(run_dir: &Path) -> Result<Vec<Self>, NodeError> {
+        Self::read_each(
+            run_dir,
+            |folder, error| tracing::error!(folder = %folder.display(), %error, "cannot read an attachment"),
+        )
+    }
+
+    /// The same for who looks all the time: what cannot be read is told by the others.
+    ///
+    /// # Errors
+    /// As of [`Self::read_all`].
+    pub fn read_all_quietly(run_dir: &Path) -> Result<Vec<Self>, NodeError> {
+        Self::read_each(run_dir, |_, _| ())
+    }
+
+    fn read_each(run_dir: &Path, cannot_read: impl Fn(&Path, &NodeError)) -> Result<Vec<Self>, NodeError> {
         let parent = AttachmentDir::parent(run_dir);
         let io_error = |source| NodeError::Io { what: format!("cannot read {}", parent.display()), source };
         let entries = match fs::read_dir(&parent) {
@@ -86,9 +101,7 @@ impl AttachmentRecord {
             let path = entry.map_err(io_error)?.path();
             match Self::read(AttachmentDir::from_path(&path)) {
                 Ok(record) => records.extend(record),
-                Err(error) => {
-                    tracing::error!(folder = %path.display(), %error, "an attachment cannot be read")
-                }
+                Err(error) => cannot_read(&path, &error),
             }
         }
         records.sort_by(|a: &Self, b| a.spec.target.cmp(&b.spec.target));
@@ -194,6 +207,19 @@ impl AttachmentRecord {
     }
 }
 
+/// `starting`, `live`, `stalled`, `failed`, `stopping` or `dead`.
+pub fn state_word(state: v1::DeviceState) -> &'static str {
+    match state {
+        v1::DeviceState::Unspecified => "unknown",
+        v1::DeviceState::Starting => "starting",
+        v1::DeviceState::Live => "live",
+        v1::DeviceState::Stalled => "stalled",
+        v1::DeviceState::Failed => "failed",
+        v1::DeviceState::Stopping => "stopping",
+        v1::DeviceState::Dead => "dead",
+    }
+}
+
 /// A policy as the node API tells it.
 fn stall_action(policy: StallPolicy) -> (v1::StallAction, u64) {
     match policy {
@@ -238,27 +264,18 @@ pub(crate) mod tests {
 
     /// A spec for a volume, as the supervisor would write it.
     pub(crate) fn spec(attachment_id: Uuid, target: &str) -> DeviceSpec {
+        let export = ExportSpec::Nbd { export_name: String::new() };
         DeviceSpec {
-            format_version: CONTRACT_VERSION,
-            attachment_id,
-            target: target.to_owned(),
             addresses: vec!["127.0.0.1:10809".to_owned()],
-            export: ExportSpec::Nbd { export_name: String::new() },
-            read_only: false,
-            data_path: "auto".to_owned(),
             nr_hw_queues: 1,
             nr_connections: 1,
-            queue_depth: 128,
             block_size_bytes: 4096,
-            device_link: PathBuf::from("/dev/volnode").join(target),
-            is_volatile: false,
-            on_stall: StallPolicy::Wait,
-            on_stall_is_told: false,
-            busy_poll_us: 0,
-            send_zc: false,
-            send_zc_mode: None,
-            recover: None,
-            tls: None,
+            ..DeviceSpec::new(
+                attachment_id,
+                target.to_owned(),
+                export,
+                PathBuf::from("/dev/volnode").join(target),
+            )
         }
     }
 

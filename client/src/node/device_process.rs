@@ -95,7 +95,7 @@ pub fn spawn(dir: &AttachmentDir, log_filter: &str) -> Result<Child, NodeError> 
 
 /// The program that is installed now: after an upgrade in place, the file that took our own one's name. Where there is
 /// none any more, our own file can still be run.
-fn program() -> PathBuf {
+pub(super) fn program() -> PathBuf {
     let own = std::env::current_exe().unwrap_or_default();
     let own = own.to_string_lossy();
     // What the kernel adds to the name of a file that was deleted or replaced.

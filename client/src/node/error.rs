@@ -151,6 +151,28 @@ pub enum NodeError {
         /// Which.
         partition: u32,
     },
+    /// It is a disk of this machine already, under its other name.
+    #[error("{target} is attached to this machine already, as {other}")]
+    AttachedAs {
+        /// What was to be attached.
+        target: String,
+        /// As what it is.
+        other: String,
+    },
+    /// There is nothing of it to be frozen here.
+    #[error("{target} {why}")]
+    NotMounted {
+        /// The volume.
+        target: String,
+        /// What is missing.
+        why: &'static str,
+    },
+    /// Not all of it could be frozen; what was is thawed.
+    #[error("nothing is frozen: {why}")]
+    FreezeFailed {
+        /// What was in the way.
+        why: String,
+    },
     /// The target is attached here, otherwise than asked for.
     #[error("{target} is attached already, with {}", .differences.join(", "))]
     AttachedDifferently {
@@ -198,7 +220,11 @@ impl NodeError {
             Self::DeviceFailed { .. } => (Code::FailedPrecondition, reason::DEVICE_FAILED),
             Self::StartFailed { .. } => (Code::FailedPrecondition, reason::DEVICE_START_FAILED),
             Self::NameTaken { .. } => (Code::FailedPrecondition, reason::NAME_TAKEN),
-            Self::AttachedDifferently { .. } => (Code::AlreadyExists, reason::ATTACHED_DIFFERENTLY),
+            Self::NotMounted { .. } => (Code::FailedPrecondition, reason::NOT_MOUNTED),
+            Self::FreezeFailed { .. } => (Code::FailedPrecondition, reason::FREEZE_FAILED),
+            Self::AttachedDifferently { .. } | Self::AttachedAs { .. } => {
+                (Code::AlreadyExists, reason::ATTACHED_DIFFERENTLY)
+            }
             Self::StateFile(ContractError::Version { .. }) => {
                 (Code::FailedPrecondition, reason::NEWER_FORMAT)
             }
@@ -246,6 +272,13 @@ impl NodeError {
                 "see the log of `volclient serve` and the kernel's (dmesg)".to_owned()
             }
             Self::NameTaken { disk, .. } => format!("detach {disk} first, or attach the two on different machines"),
+            Self::AttachedAs { other, .. } => format!("use that disk, or detach {other} first"),
+            Self::NotMounted { .. } => {
+                "run volctl on the machine where it is mounted; or take the snapshot without --freeze".to_owned()
+            }
+            Self::FreezeFailed { .. } => {
+                "mend what it says, then repeat the command; or take the snapshot without --freeze".to_owned()
+            }
             Self::AttachedDifferently { .. } => {
                 "detach it first, or ask for the properties it has".to_owned()
             }

@@ -33,7 +33,7 @@ pub fn remove_devices(attachment_id: Uuid, target: &str, by_force: bool) -> Resu
         if info.is_none_or(|info| info.ublksrv_flags != attachment_hash(attachment_id)) {
             continue;
         }
-        tracing::info!(target, dev_id, "removing the device of a dead device process");
+        tracing::info!(target, dev_id, "removing the device of a device process that has ended");
         if by_force {
             control.stop_dev(dev_id)?;
         } else {

@@ -2,7 +2,7 @@
 //!
 //! Owns: the channel, the deadline of each call, and the difference between a refusal (passed on) and a server that
 //! cannot be reached. Never: retries; every call of the node API may be repeated by its caller.
-//! Called by: `supervisor`.
+//! Called by: `supervisor`, `registration`.
 
 use std::error::Error;
 use std::future::Future;
@@ -13,7 +13,7 @@ use proto::export_name::Secret;
 use proto::v1::management_client::ManagementClient as Stub;
 use proto::v1::{
     AccessMode, AttachVolumeRequest, Backend, DetachVolumeRequest, GetServerInfoRequest,
-    GetServerInfoResponse, ListAttachmentsRequest,
+    GetServerInfoResponse, HeartbeatRequest, HeartbeatResponse, ListAttachmentsRequest, RegisterNodeRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
@@ -82,17 +82,16 @@ impl ManagementClient {
         &self,
         volume_name: &str,
         node_id: &str,
-        read_only: bool,
+        access_mode: AccessMode,
         force: bool,
     ) -> Result<GrantedAttachment, NodeError> {
-        let access_mode =
-            if read_only { AccessMode::SingleNodeReaderOnly } else { AccessMode::SingleNodeWriter };
         let request = AttachVolumeRequest {
             volume_name: volume_name.to_owned(),
             node_id: node_id.to_owned(),
             access_mode: access_mode.into(),
             force,
             boot_id: contract::boot_id().unwrap_or_default(),
+            ..Default::default()
         };
         let mut stub = self.stub.clone();
         let answer = self.call(stub.attach_volume(request)).await?;
@@ -135,6 +134,24 @@ impl ManagementClient {
     pub async fn server_info(&self) -> Result<GetServerInfoResponse, NodeError> {
         let mut stub = self.stub.clone();
         self.call(stub.get_server_info(GetServerInfoRequest {})).await
+    }
+
+    /// Makes this node known.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`]
+    pub async fn register_node(&self, request: RegisterNodeRequest) -> Result<(), NodeError> {
+        let mut stub = self.stub.clone();
+        self.call(stub.register_node(request)).await.map(drop)
+    }
+
+    /// Says how this node is.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`]
+    pub async fn heartbeat(&self, request: HeartbeatRequest) -> Result<HeartbeatResponse, NodeError> {
+        let mut stub = self.stub.clone();
+        self.call(stub.heartbeat(request)).await
     }
 
     /// Makes sure that the server is the one that gave an attachment out.

@@ -10,6 +10,8 @@
 //! - [`leftovers`]: the device and the link that a dead device process left.
 //! - [`management_client`]: the storage server's management API.
 //! - `moved_servers`: a server that got another address: the disks that wait for it are told.
+//! - `registration`: this node at its storage server: it registers, and says how it and its disks are.
+//! - [`node_labels`]: this node's labels, as they are given to `serve`.
 //! - [`error`]: every error of the daemon, and the one place that makes a gRPC status of it.
 //!
 //! The daemon keeps no state of its own: an attachment is its folder under the run directory, its device process, its
@@ -19,11 +21,14 @@ mod attachment_events;
 pub mod attachment_record;
 pub mod device_process;
 pub mod error;
+mod freeze;
 pub mod leftovers;
 pub mod management_client;
 mod moved_servers;
+pub mod node_labels;
 pub mod node_service;
 mod recover_spec;
+mod registration;
 pub mod serve;
 pub mod supervisor;
 pub mod take_away;

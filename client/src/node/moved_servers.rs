@@ -35,14 +35,17 @@ impl Supervisor {
             let waiting = match AttachmentRecord::read_all(&self.config().run_dir) {
                 Ok(records) => records.into_iter().filter(waits_for_its_server).collect(),
                 Err(error) => {
-                    tracing::debug!(%error, "the attachments cannot be read");
+                    tracing::debug!(%error, "cannot read the attachments");
                     Vec::new()
                 }
             };
             pause = match self.tell_addresses(waiting).await {
                 Ok(()) => LOOK_INTERVAL,
                 Err(error) => {
-                    tracing::debug!(error = with_sources(&error), "nobody tells where the server is");
+                    tracing::debug!(
+                        error = with_sources(&error),
+                        "no server answered where the volume is served now; asking again later"
+                    );
                     LOOK_INTERVAL_MAX.min(pause * 2)
                 }
             };
@@ -61,7 +64,7 @@ impl Supervisor {
                 tracing::warn!(
                     target,
                     error = with_sources(&error),
-                    "a disk cannot be told where its server is"
+                    "cannot tell a device process the new addresses of its server"
                 );
             }
         }
@@ -85,10 +88,12 @@ impl Supervisor {
         match device_process::ask(&record.dir, &target, command).await? {
             Some(ControlResponse::Ok(_)) => {}
             // A program of before cannot be told; the one after it reads the spec.
-            Some(ControlResponse::Error { message }) => tracing::warn!(target, message, "told in vain"),
+            Some(ControlResponse::Error { message }) => {
+                tracing::warn!(target, message, "the device process refused the new addresses")
+            }
             Some(ControlResponse::Busy { .. }) | None => return Ok(()),
         }
-        tracing::warn!(target, ?addresses, "the server is found at other addresses");
+        tracing::warn!(target, ?addresses, "the server has moved to other addresses");
         record.spec.addresses = addresses;
         Ok(write_file(&record.dir.spec(), &record.spec)?)
     }

@@ -16,6 +16,7 @@ use ublk_core::DataPath;
 
 use super::attachment_events;
 use super::error::NodeError;
+use super::freeze::Freezes;
 use super::supervisor::{Supervisor, probe_data_paths};
 use crate::causes::with_sources;
 
@@ -23,13 +24,14 @@ use crate::causes::with_sources;
 #[derive(Debug, Clone)]
 pub struct NodeService {
     supervisor: Arc<Supervisor>,
+    freezes: Arc<Freezes>,
     ended: watch::Receiver<bool>,
 }
 
 impl NodeService {
     /// Over this supervisor; whoever watches does so until `ended` turns true.
     pub fn new(supervisor: Arc<Supervisor>, ended: watch::Receiver<bool>) -> Self {
-        Self { supervisor, ended }
+        Self { freezes: Arc::new(Freezes::new(Arc::clone(&supervisor))), supervisor, ended }
     }
 }
 
@@ -113,6 +115,19 @@ impl Node for NodeService {
     ) -> Result<Response<v1::UpgradeResponse>, Status> {
         let (supervisor, request) = (Arc::clone(&self.supervisor), request.into_inner());
         finish("Upgrade", request.target.clone(), async move { supervisor.upgrade(&request).await }).await
+    }
+
+    async fn freeze(
+        &self,
+        request: Request<v1::FreezeRequest>,
+    ) -> Result<Response<v1::FreezeResponse>, Status> {
+        let (freezes, request) = (Arc::clone(&self.freezes), request.into_inner());
+        finish("Freeze", request.targets.join(","), async move { freezes.freeze(request).await }).await
+    }
+
+    async fn thaw(&self, request: Request<v1::ThawRequest>) -> Result<Response<v1::ThawResponse>, Status> {
+        let (freezes, request) = (Arc::clone(&self.freezes), request.into_inner());
+        finish("Thaw", request.freeze_id.clone(), async move { freezes.thaw(&request).await }).await
     }
 
     type WatchAttachmentsStream = ReceiverStream<Result<v1::AttachmentEvent, Status>>;

@@ -4,6 +4,7 @@
 //! can connect. The end of the daemon ends no device process.
 //! Called by: `volclient serve`.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -12,22 +13,24 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use file_lock::lock_alone;
 use proto::v1::FILE_DESCRIPTOR_SET;
 use proto::v1::node_server::NodeServer;
-use rustix::fs::FlockOperation;
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use uuid::Uuid;
 
 use super::error::NodeError;
+use super::freeze;
 use super::management_client::ManagementClient;
 use super::node_service::NodeService;
+use super::registration::keep_registered;
 use super::supervisor::{Supervisor, SupervisorConfig};
 use crate::causes::with_sources;
 use crate::contract::AttachmentDir;
+use crate::end_signal::ended_by_signal;
 use crate::tls_spec::ClientFiles;
 
 /// Longest path of a Unix socket, in bytes: `sun_path` less its final zero.
@@ -57,6 +60,8 @@ pub struct ServeOptions {
     pub device_dir: PathBuf,
     /// What device processes log.
     pub log_filter: String,
+    /// What this machine is and where, as the server is told.
+    pub labels: BTreeMap<String, String>,
 }
 
 /// Why the daemon cannot start, or had to end.
@@ -113,11 +118,14 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let supervisor = supervisor(&options)?;
     tracing::info!(node_id = supervisor.config().node_id, server = options.server, "volclient starts");
     supervisor.adopt_found_attachments()?;
+    freeze::thaw_what_was_left(&options.run_dir)?;
     let listener = listen(&options.socket)?;
     announce(&options.socket).map_err(ServeError::io(&options.socket))?;
     let moves = tokio::spawn(Arc::clone(&supervisor).follow_moved_servers());
+    let registration = tokio::spawn(keep_registered(Arc::clone(&supervisor), options.labels.clone()));
     let served = run_grpc(listener, supervisor).await;
     moves.abort();
+    registration.abort();
     fs::remove_file(&options.socket).ok();
     tracing::info!("volclient ends; device processes go on");
     served
@@ -160,31 +168,18 @@ async fn run_grpc(listener: UnixListener, supervisor: Arc<Supervisor>) -> Result
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
     let out_of_time = async {
         ended_by_signal().await;
+        // Whoever asks for the daemon again is not served by this one.
+        sd_notify::notify(&[sd_notify::NotifyState::Stopping]).ok();
         ending.send_replace(true);
         tokio::time::sleep(LAST_CALLS_DEADLINE).await;
     };
     tokio::select! {
         served = serving => served.map_err(|error| ServeError::Grpc(with_sources(&error))),
         () = out_of_time => {
-            tracing::warn!("calls are cut off that did not end within {} s", LAST_CALLS_DEADLINE.as_secs());
+            tracing::warn!("calls are cut off after {} s", LAST_CALLS_DEADLINE.as_secs());
             Ok(())
         }
     }
-}
-
-async fn ended_by_signal() {
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        // Without handlers, the signals' own effect ends the process.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    // Whoever asks for the daemon again is not served by this one.
-    sd_notify::notify(&[sd_notify::NotifyState::Stopping]).ok();
 }
 
 /// The sockets of device processes lie below the run directory: a path that is too long is told now, not at attach.
@@ -208,10 +203,10 @@ pub(super) fn lock_run_dir(run_dir: &Path) -> Result<File, ServeError> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).mode(0o600);
     let file = options.open(&path).map_err(ServeError::io(&path))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(ServeError::Taken(run_dir.to_owned())),
-        Err(errno) => Err(ServeError::Io { path, source: errno.into() }),
+    if lock_alone(&file).map_err(ServeError::io(&path))? {
+        Ok(file)
+    } else {
+        Err(ServeError::Taken(run_dir.to_owned()))
     }
 }
 
@@ -290,6 +285,7 @@ mod tests {
             node_id: None,
             device_dir: PathBuf::new(),
             log_filter: String::new(),
+            labels: BTreeMap::new(),
         };
         assert!(matches!(check_path_lengths(&options), Err(ServeError::PathTooLong(_))));
     }

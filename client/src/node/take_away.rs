@@ -62,7 +62,11 @@ pub async fn take_all_away(options: ServeOptions) -> Result<(), TakeAwayError> {
         work.spawn(async move {
             let target = attachment.target.clone();
             take_away(&supervisor, attachment).await.inspect_err(|error| {
-                tracing::error!(target, error = with_sources(error), "a disk is left");
+                tracing::error!(
+                    target,
+                    error = with_sources(error),
+                    "a disk could not be detached and stays"
+                );
             })
         });
     }
@@ -82,7 +86,7 @@ async fn take_away(supervisor: &Supervisor, attachment: v1::NodeAttachment) -> R
     };
     // One without a process has no policy; it goes all the same.
     if let Err(error) = supervisor.set_stall_policy(&policy).await {
-        tracing::warn!(target, error = with_sources(&error), "the policy cannot be changed");
+        tracing::warn!(target, error = with_sources(&error), "cannot change the policy");
     }
     if let Some(dev_id) = attachment.device_path.strip_prefix("/dev/ublkb").and_then(|id| id.parse().ok()) {
         unmount(&target, dev_id).await;
@@ -92,8 +96,10 @@ async fn take_away(supervisor: &Supervisor, attachment: v1::NodeAttachment) -> R
         Ok(outcome @ (Ok(_) | Err(NodeError::DetachUnfinished { .. }))) => {
             return untold_is_done(&target, outcome);
         }
-        Ok(Err(error)) => tracing::warn!(target, error = with_sources(&error), "it is taken away by force"),
-        Err(_) => tracing::warn!(target, "it does not detach in time; it is taken away by force"),
+        Ok(Err(error)) => {
+            tracing::warn!(target, error = with_sources(&error), "the detach failed; detaching by force")
+        }
+        Err(_) => tracing::warn!(target, "the detach took too long; detaching by force"),
     }
     untold_is_done(&target, supervisor.detach(&detach(true)).await)
 }
@@ -102,7 +108,7 @@ async fn take_away(supervisor: &Supervisor, attachment: v1::NodeAttachment) -> R
 fn untold_is_done(target: &str, outcome: Result<bool, NodeError>) -> Result<(), NodeError> {
     match outcome {
         Err(NodeError::DetachUnfinished { cause, .. }) => {
-            tracing::warn!(target, cause, "taken away; the storage server could not be told");
+            tracing::warn!(target, cause, "detached here; the storage server could not be told");
             Ok(())
         }
         outcome => outcome.map(drop),
@@ -118,7 +124,7 @@ async fn unmount(target: &str, dev_id: u32) {
             continue;
         }
         let is_written = run("sync", &["-f".as_ref(), mount_point.as_os_str()], SYNC_DEADLINE).await;
-        tracing::warn!(target, mount_point = %mount_point.display(), is_written, "it stays mounted");
+        tracing::warn!(target, mount_point = %mount_point.display(), is_written, "the file system stays mounted; a sync of it was tried");
         return;
     }
 }

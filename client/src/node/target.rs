@@ -1,12 +1,14 @@
-//! What can be attached: a volume's name or an NBD URI; and how a detach names it.
+//! What can be attached: a volume's name, a snapshot or an NBD URI; and how a detach names it.
 //!
 //! Owns: the syntax of both, and the name of the stable link below the device directory. Never: looks anything up.
 //! A URI is `nbd://host[:port]/export`, `nbds://` for the same over TLS, or `nbd+unix:///export?socket=/path`: port 10809 unless
 //! given, one `/` after the authority removed, the rest percent-decoded; an empty export name is the server's default export. A
 //! link-local host has a zone: `[fe80::1%25eth0]`, or `%eth0` as people write it. Two spellings of one URI are one target.
-//! Link names: a volume's is its name; an NBD URI's is `nbd@<host>@<port>@<export>` (or `nbds@`…), or `nbd+unix@<path>@<export>`,
-//! percent-encoded but for letters, digits, `-`, `_` and `.`. `@` is in no volume's name, so that no two targets share a link; nor
-//! does an export share one with another's partition: the `-` of a `-part1` at its end is encoded, too.
+//! A snapshot is `VOLUME@SNAPSHOT`, or `@UID` of one whose volume is gone; it has one `@`.
+//! Link names: a volume's is its name, a snapshot's `VOLUME@SNAPSHOT` or `@UID`; an NBD URI's is `nbd@<host>@<port>@<export>` (or `nbds@`…), or `nbd+unix@<path>@<export>`,
+//! percent-encoded but for letters, digits, `-`, `_` and `.`. `@` is in no volume's name, so that no two targets share a link (of
+//! snapshots of volumes called `nbd` and `nbds` it is encoded); nor does an export or a snapshot share one with another's partition: the
+//! `-` of a `-part1` at its end is encoded, too.
 //! In the name of a systemd unit a URI is written as systemd-escape(1) writes it: `nbd:--host-export`.
 //! Called by: `supervisor`.
 //! Source: the NBD project's doc/uri.md; RFC 6874 (zones).
@@ -24,6 +26,8 @@ use crate::data_address::{self, host_and_zone};
 
 /// Longest volume name, in characters (all ASCII): the server's rule.
 const VOLUME_NAME_LEN_MAX: usize = 128;
+/// Longest name of a snapshot, in characters: the server's rule.
+const SNAPSHOT_NAME_LEN_MAX: usize = 64;
 /// Longest export name, in bytes: `NBD_MAX_STRING`.
 const EXPORT_NAME_BYTES_MAX: usize = 4096;
 /// Port of an NBD server, as registered with IANA.
@@ -44,6 +48,8 @@ const URI_PATH_ESCAPED: &AsciiSet = &LINK_NAME_ESCAPED.remove(b'~').remove(b'/')
 pub enum Target {
     /// A volume of the configured storage server.
     Volume(String),
+    /// A snapshot of the configured storage server, as that names it: `VOLUME@SNAPSHOT` or `@UID`.
+    Snapshot(String),
     /// An export of any NBD server.
     Nbd(NbdUri),
 }
@@ -87,6 +93,7 @@ impl Target {
         let text = &unescaped(text);
         match text.split_once("://") {
             Some((scheme, _)) => NbdUri::parse(text, scheme).map(Self::Nbd),
+            None if text.contains('@') => snapshot_name(text).map(Self::Snapshot),
             None => volume_name(text).map(Self::Volume),
         }
         .map_err(|message| NodeError::InvalidField { field: "target", message })
@@ -96,6 +103,12 @@ impl Target {
     pub fn link_name(&self, attachment_id: Uuid) -> String {
         match self {
             Self::Volume(name) => name.clone(),
+            Self::Snapshot(name) => {
+                // As long names of exports are.
+                let is_as_of_an_export = name.starts_with("nbd@") || name.starts_with("nbds@");
+                let name = if is_as_of_an_export { name.replace('@', "%40") } else { name.clone() };
+                beside_partitions(name)
+            }
             Self::Nbd(uri) => {
                 let escaped = |text: &str| utf8_percent_encode(text, LINK_NAME_ESCAPED).to_string();
                 let (scheme, export_name) = (uri.scheme(), escaped(&uri.export_name));
@@ -106,10 +119,7 @@ impl Target {
                     }
                     NbdServer::Unix { socket } => format!("{scheme}@{}@{export_name}", escaped(socket)),
                 };
-                let name = match partition_of(&name) {
-                    Some((export, partition)) => format!("{export}%2Dpart{partition}"),
-                    None => name,
-                };
+                let name = beside_partitions(name);
                 // No file could be named so; the attachment's id is as unique.
                 if name.len() <= LINK_NAME_BYTES_MAX { name } else { format!("{scheme}@{attachment_id}") }
             }
@@ -121,7 +131,7 @@ impl fmt::Display for Target {
     /// The one canonical spelling.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Volume(name) => f.write_str(name),
+            Self::Volume(name) | Self::Snapshot(name) => f.write_str(name),
             Self::Nbd(uri) => uri.fmt(f),
         }
     }
@@ -156,16 +166,47 @@ pub fn unescaped(text: &str) -> Cow<'_, str> {
     String::from_utf8(bytes).map_or(Cow::Borrowed(text), Cow::Owned)
 }
 
-fn volume_name(text: &str) -> Result<String, String> {
+/// A link name that is not the one of another's partition.
+fn beside_partitions(name: String) -> String {
+    match partition_of(&name) {
+        Some((disk, partition)) => format!("{disk}%2Dpart{partition}"),
+        None => name,
+    }
+}
+
+/// Whether it is a name by the server's rule, of at most so many characters.
+fn is_name(text: &str, len_max: usize) -> bool {
     let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let begins_well = text.starts_with(|c: char| c.is_ascii_alphanumeric());
-    if begins_well && text.len() <= VOLUME_NAME_LEN_MAX && text.chars().all(is_allowed) {
+    begins_well && text.len() <= len_max && text.chars().all(is_allowed)
+}
+
+fn snapshot_name(text: &str) -> Result<String, String> {
+    match text.split_once('@') {
+        // In the one spelling that the server has.
+        Some(("", uid)) => {
+            if let Ok(uid) = Uuid::try_parse(uid) {
+                return Ok(format!("@{uid}"));
+            }
+        }
+        Some((volume, name))
+            if is_name(volume, VOLUME_NAME_LEN_MAX) && is_name(name, SNAPSHOT_NAME_LEN_MAX) =>
+        {
+            return Ok(text.to_owned());
+        }
+        _ => {}
+    }
+    Err(format!("{text:?} is no snapshot, which is named VOLUME@SNAPSHOT, or @UID"))
+}
+
+fn volume_name(text: &str) -> Result<String, String> {
+    if is_name(text, VOLUME_NAME_LEN_MAX) {
         return Ok(text.to_owned());
     }
     Err(format!(
         "{text:?} is neither a volume's name (1 to {VOLUME_NAME_LEN_MAX} letters, digits, '-', '_' and '.', \
-         beginning with a letter or digit) nor an NBD URI (nbd://host[:port]/export, nbds:// for TLS, or \
-         nbd+unix:///export?socket=/path)"
+         beginning with a letter or digit), nor a snapshot (VOLUME@SNAPSHOT), nor an NBD URI (nbd://host[:port]/export, \
+         nbds:// for TLS, or nbd+unix:///export?socket=/path)"
     ))
 }
 
@@ -354,6 +395,33 @@ mod tests {
         for bad in ["", "-a", ".a", "a/b", "a b", "ä", &"a".repeat(129)] {
             assert!(refusal(bad).contains("neither a volume's name"), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_snapshot_is_named_as_the_server_names_it() {
+        let uid = "0a9c3186-7725-43ec-9e11-8be9a559724c";
+        let parsed = |text: &str| Target::parse(text).unwrap();
+        assert_eq!(parsed("db-1@monday"), Target::Snapshot("db-1@monday".into()));
+        assert_eq!(parsed(&format!("@{}", uid.to_uppercase())), Target::Snapshot(format!("@{uid}")));
+        assert_eq!(parsed("db-1@monday").to_string(), "db-1@monday");
+        let long = format!("v@{}", "s".repeat(65));
+        for bad in ["@", "@x", "v@", "v@-s", "v@s@t", "a/b@s", &long] {
+            assert!(refusal(bad).contains("VOLUME@SNAPSHOT"), "{bad}");
+        }
+        assert!(matches!(Target::parse("nbd://h/a@b").unwrap(), Target::Nbd(_)));
+    }
+
+    #[test]
+    fn a_snapshot_has_a_link_of_its_own() {
+        let id = Uuid::from_u128(7);
+        let link = |text: &str| Target::parse(text).unwrap().link_name(id);
+        assert_eq!(link("db-1@monday"), "db-1@monday");
+        assert_eq!(link("db-1@monday-part1"), "db-1@monday%2Dpart1", "that is a partition's");
+        let long_export = link(&format!("nbd://h/{}", "x".repeat(300)));
+        assert_ne!(link(&format!("nbd@{id}")), long_export);
+        assert_eq!(link(&format!("@{id}")), format!("@{id}"));
+        let longest = link(&format!("{}@{}-part1", "v".repeat(128), "s".repeat(58)));
+        assert!(longest.len() <= LINK_NAME_BYTES_MAX, "{longest}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use client::node::target::Target;
 use futures_util::future::join_all;
 use indicatif::ProgressBar;
 use proto::error_reason as reason;
@@ -11,7 +12,7 @@ use proto::v1::node_client::NodeClient;
 use serde_json::json;
 use tonic::transport::Channel;
 
-use crate::cli::{AttachArgs, OnStall, SendZcArg, StallArgs};
+use crate::cli::{Access, AttachArgs, OnStall, SendZcArg, StallArgs};
 use crate::connect::{self, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
@@ -27,12 +28,21 @@ const FAIL_AFTER_DEFAULT: Duration = Duration::from_secs(30);
 
 /// Prints the device path and nothing else on stdout, so that a script can use it.
 pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Failure> {
+    let is_snapshot = matches!(Target::parse(&args.target), Ok(Target::Snapshot(_)));
+    if is_snapshot && matches!(args.access, Some(Access::Writer | Access::MultiWriter)) {
+        return Err(Failure::new(
+            ExitCode::Usage,
+            format!("{} is a snapshot, which nobody writes to", args.target),
+            "leave --access away; or clone it and attach the clone (volctl clone)",
+        ));
+    }
     let mut client = connect::node(socket).await?;
     let spinner = spinner(format!("attaching {}", args.target));
     let request = v1::AttachRequest {
-        target: args.target,
+        target: args.target.clone(),
         data_path: args.data_path.as_str().to_owned(),
-        read_only: args.read_only,
+        read_only: args.is_read_only(),
+        shared: matches!(args.access, Some(Access::MultiReader | Access::MultiWriter)),
         nr_hw_queues: args.queues.unwrap_or_default(),
         nr_connections: args.connections.unwrap_or_default(),
         queue_depth: args.queue_depth.unwrap_or_default(),

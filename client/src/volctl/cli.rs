@@ -7,7 +7,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::duration::parse_duration;
 use crate::exit_code::EXIT_CODES_HELP;
+use crate::image::{ExportArgs, ImageProgramArgs, ImportArgs};
+use crate::settings::{LimitArgs, SetArgs, parse_label, parse_label_filter};
 use crate::size::parse_size;
+use crate::watch::WatchArgs;
 
 /// Manage network volumes, and attach them to this machine as local disks.
 #[derive(Debug, Parser)]
@@ -61,11 +64,33 @@ pub(crate) enum Command {
     /// Make a volume, or find that it is there with the same properties
     Create(CreateArgs),
     /// List all volumes
-    List,
+    List {
+        /// Only those that have this label, as KEY=VALUE or KEY; may be given several times
+        #[arg(long = "label", value_name = "LABEL", value_parser = parse_label_filter)]
+        labels: Vec<(String, String)>,
+    },
     /// Show one volume and its attachments
     Show {
         /// The volume's name
         name: String,
+    },
+    /// Change a volume's labels, description, protection or read-only mark, while it is in use, too
+    Set(SetArgs),
+    /// Give a volume another name, while nobody has it
+    Rename {
+        /// Its name, or uid:UUID
+        name: String,
+        /// The new one
+        new_name: String,
+    },
+    /// Limit the requests and bytes per second that all users of a volume have together, while it is in use, too
+    ///
+    /// What is left out stays as it is. Connections have equal shares.
+    Limit {
+        /// The volume's name
+        name: String,
+        #[command(flatten)]
+        limits: LimitArgs,
     },
     /// Make a volume larger, while it is in use, too; one that has the size is a success
     Resize {
@@ -79,13 +104,49 @@ pub(crate) enum Command {
     Delete {
         /// The volume's name
         name: String,
+        /// Keep its snapshots, which are named by their uid (@UID) from then on; without this a volume with snapshots stays
+        #[arg(long)]
+        keep_snapshots: bool,
     },
-    /// Make a volume, or an export of any NBD server, a local disk; prints its path
+    /// Take, list, delete and go back to snapshots of volumes
+    Snapshot {
+        #[command(subcommand)]
+        command: SnapshotCommand,
+    },
+    /// Make a volume with the bytes of another at this instant, or of a snapshot
+    Clone(CloneArgs),
+    /// Tell which bytes of a snapshot, or of a volume at this instant, may be others than a snapshot's
+    Diff {
+        /// What is compared with: VOLUME@SNAPSHOT, or @UID for a snapshot by its uid
+        #[arg(value_name = "SNAPSHOT")]
+        base: String,
+        /// What has changed: VOLUME@SNAPSHOT, @UID, or a volume's name
+        #[arg(value_name = "SNAPSHOT|VOLUME")]
+        target: String,
+    },
+    /// Copy an image into a volume: a file, an NBD export or stdin; an import that was interrupted goes on when it is repeated
+    Import(ImportArgs),
+    /// Copy a volume or a snapshot into an image's file, or to an NBD export; one that was interrupted goes on as well
+    Export(ExportArgs),
+    /// Becomes another program, with less rights: for volctl's own use
+    #[command(name = client::image::qemu::SANDBOX_COMMAND, hide = true)]
+    ImageProgram(ImageProgramArgs),
+    /// See and cancel what goes on behind snapshots, clones and restores
+    Operation {
+        #[command(subcommand)]
+        command: OperationCommand,
+    },
+    /// See and forget the machines that have registered at the storage server
+    Node {
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
+    /// Make a volume, a snapshot, or an export of any NBD server, a local disk; prints its path
     Attach(AttachArgs),
     /// Take a local disk away; what is not attached is a success
     #[command(group = clap::ArgGroup::new("which").required(true).args(["target", "all"]))]
     Detach {
-        /// What was attached: a volume's name or an NBD URI; or /dev/ublkbN, its stable name, or the attachment's id
+        /// What was attached: a volume's name, a snapshot or an NBD URI; or /dev/ublkbN, its stable name, or the attachment's id
         target: Option<String>,
         /// Every disk that is attached to this machine, all at once
         #[arg(long)]
@@ -123,10 +184,110 @@ pub(crate) enum Command {
         #[arg(long)]
         follow: bool,
     },
+    /// Tell what happens to volumes, attachments, snapshots and nodes of the storage server, a line each, until interrupted
+    ///
+    /// It begins with what there is; with --resume behind the event that had the token (--output json shows it), also over restarts of
+    /// the server. Changes are kept for 7 days, and at most 100,000 of them.
+    Watch(WatchArgs),
     /// Print the versions of volctl, the storage server and the node daemon
     Version,
     /// Check that this machine can attach volumes, and say what to do where it cannot
     Doctor,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Take a snapshot of one or more volumes, all at one instant, while they are in use
+    Create {
+        /// The volumes' names, with commas between them
+        #[arg(value_name = "VOLUME[,VOLUME…]", value_delimiter = ',', required = true, num_args = 1)]
+        volumes: Vec<String>,
+        /// The snapshot's name, of each: 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit
+        name: String,
+        /// Freeze the file systems that are mounted of the volumes on this machine meanwhile, so that all that was written is in it
+        ///
+        /// What is dirty is written first; then nobody writes to them for a moment, 10 s at most. If they were not frozen all the time,
+        /// the snapshots are deleted.
+        #[arg(long)]
+        freeze: bool,
+    },
+    /// List the snapshots of all volumes, or of one
+    List {
+        /// The volume's name
+        volume: Option<String>,
+    },
+    /// Show one snapshot
+    Show {
+        /// The volume's name; or @UID for a snapshot by its uid
+        #[arg(value_name = "VOLUME|@UID")]
+        volume: String,
+        /// The snapshot's name
+        name: Option<String>,
+    },
+    /// Delete a snapshot; one that is not there is a success, and one that is being made is cancelled
+    Delete {
+        /// The volume's name; or @UID for a snapshot by its uid
+        #[arg(value_name = "VOLUME|@UID")]
+        volume: String,
+        /// The snapshot's name
+        name: Option<String>,
+    },
+    /// Give a volume that is not attached the bytes of one of its snapshots: what was written since is lost
+    Restore {
+        /// The volume's name
+        volume: String,
+        /// The snapshot's name
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum OperationCommand {
+    /// List what goes on, and what has ended within the last hour; the latest first
+    List,
+    /// Show one
+    Show {
+        /// Its id
+        #[arg(value_name = "ID")]
+        operation_id: String,
+    },
+    /// Have one end and undo what it did; one that has succeeded already is an error
+    Cancel {
+        /// Its id
+        #[arg(value_name = "ID")]
+        operation_id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeCommand {
+    /// List all of them; those of which nothing was heard for a minute are marked as silent
+    List,
+    /// Show one, with its disks and what is wrong there
+    Show {
+        /// Its name, as `volclient serve --node-id` has it
+        #[arg(value_name = "NODE")]
+        node_id: String,
+    },
+    /// Forget one that is gone; one that is not there is a success, and one whose node daemon runs registers itself again
+    Delete {
+        /// Its name
+        #[arg(value_name = "NODE")]
+        node_id: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CloneArgs {
+    /// What to clone: a volume's name, VOLUME@SNAPSHOT, or @UID for a snapshot by its uid
+    #[arg(value_name = "SOURCE[@SNAPSHOT]")]
+    pub(crate) source: String,
+    /// The new volume's name, as for create
+    #[arg(value_name = "NEW")]
+    pub(crate) name: String,
+    /// Capacity, as for create; not less than the source's [default: the source's]
+    #[arg(long, value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -134,17 +295,39 @@ pub(crate) struct CreateArgs {
     /// 1 to 128 letters, digits, '-', '_' and '.', beginning with a letter or digit; not ending like a partition's (-part1)
     pub(crate) name: String,
     /// Capacity: bytes, or with K, M, G or T (powers of 1024; KiB, MiB ... mean the same), such as 2G
-    #[arg(long, value_parser = parse_size)]
-    pub(crate) size: u64,
-    /// Logical block size in bytes: 4096; or 512, which disk images (cloud images, ISOs) are made for
-    #[arg(long, default_value_t = 4096, value_name = "BYTES")]
-    pub(crate) block_size: u32,
+    #[arg(long, value_parser = parse_size, required_unless_present = "adopt")]
+    pub(crate) size: Option<u64>,
+    /// Logical block size in bytes: 4096; or 512, which disk images (cloud images, ISOs) are made for [default: 4096; of what is
+    /// adopted its own, of a file 512]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) block_size: Option<u32>,
     /// Where the data is kept
     #[arg(long, value_enum, default_value_t = Backend::File)]
     pub(crate) backend: Backend,
+    /// Serve an existing block device or raw file of the storage server as it is: nothing formats, resizes or deletes it. An absolute
+    /// path without symbolic links, below what volserver --adopt-allow names
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["size", "backend"])]
+    pub(crate) adopt: Option<String>,
     /// off: every write is durable before it is acknowledged
     #[arg(long, value_enum, default_value_t = Switch::On)]
     pub(crate) write_cache: Switch,
+    /// A label, as KEY=VALUE; may be given several times
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
+    pub(crate) labels: Vec<(String, String)>,
+    /// What it is for, in at most 1024 bytes
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) description: String,
+    /// Refuse to delete or restore it, until `volctl set NAME --no-protect`
+    #[arg(long)]
+    pub(crate) protect: bool,
+    /// Allow several machines to WRITE TO IT AT ONCE (volctl attach --access multi-writer): NOTHING KEEPS THEM APART
+    ///
+    /// AN EXT4, XFS OR BTRFS THAT TWO MACHINES HAVE MOUNTED IS DESTROYED. For cluster file systems and live migration, whose software
+    /// sees to it who writes what.
+    #[arg(long)]
+    pub(crate) shared: bool,
+    #[command(flatten)]
+    pub(crate) limits: LimitArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -153,6 +336,8 @@ pub(crate) enum Backend {
     File,
     /// Memory of the storage server; gone with its process
     Memory,
+    /// A thin logical volume in the storage server's LVM pool (volserver --lvm)
+    Lvm,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -163,15 +348,18 @@ pub(crate) enum Switch {
 
 #[derive(Debug, Args)]
 pub(crate) struct AttachArgs {
-    /// A volume's name; or nbd://host:port/export for any NBD server (port 10809 if left out; nbds:// for TLS), or
+    /// A volume's name; a snapshot, read-only, as VOLUME@SNAPSHOT or @UID; or nbd://host:port/export for any NBD server (port 10809 if left out; nbds:// for TLS), or
     /// nbd+unix:///export?socket=/path for one on this machine; also as systemd-escape writes such a URI
     pub(crate) target: String,
     /// How data moves between the kernel and the network; auto takes the best that this kernel proves it can do
     #[arg(long, value_enum, default_value_t = DataPathArg::Auto)]
     pub(crate) data_path: DataPathArg,
-    /// Attach without the right to write
-    #[arg(long)]
+    /// Attach without the right to write; the same as --access reader
+    #[arg(long, conflicts_with = "access")]
     pub(crate) read_only: bool,
+    /// What this machine may do with a volume, and whether others may have it too [default: writer; of a snapshot always multi-reader]
+    #[arg(long, value_enum, value_name = "ACCESS")]
+    pub(crate) access: Option<Access>,
     /// Hardware queues [default: one for each CPU, up to 4]
     ///
     /// Each has a thread, which stays on the CPUs whose requests the queue gets. The default is 1 where the server does
@@ -222,6 +410,25 @@ pub(crate) struct AttachArgs {
     /// 30s or 2m
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub(crate) retry_for: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Access {
+    /// Reads and writes, alone
+    Writer,
+    /// Reads, alone
+    Reader,
+    /// Reads, with other machines that do so as well; nobody writes meanwhile
+    MultiReader,
+    /// Reads and writes, WITH OTHER MACHINES THAT WRITE AS WELL; only of a volume that was made with --shared
+    MultiWriter,
+}
+
+impl AttachArgs {
+    /// Whether writes are refused.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only || matches!(self.access, Some(Access::Reader | Access::MultiReader))
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -97,8 +97,13 @@ pub(crate) async fn node(socket: &Path) -> Result<NodeClient<Channel>, Failure> 
 
 /// Waits for an answer, but not for ever.
 pub(crate) async fn call<T>(answer: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Failure> {
+    next(answer).await.map(Response::into_inner)
+}
+
+/// The same for the next message of a stream.
+pub(crate) async fn next<T>(answer: impl Future<Output = Result<T, Status>>) -> Result<T, Failure> {
     match tokio::time::timeout(CALL_DEADLINE, answer).await {
-        Ok(answer) => Ok(answer?.into_inner()),
+        Ok(answer) => Ok(answer?),
         Err(_) => Err(Failure::new(
             ExitCode::TimedOut,
             format!("no answer within {} s", CALL_DEADLINE.as_secs()),

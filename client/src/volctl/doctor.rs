@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use client::causes::with_sources;
+use client::node::target::Target;
 use proto::v1;
 use serde_json::{Value, json};
 use ublk_core::data_path::Rung;
@@ -15,6 +16,7 @@ use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
 use crate::report::{Report, properties};
+use crate::size::human_size;
 
 /// One line of the doctor: what was looked at, and what was found.
 #[derive(Debug)]
@@ -23,6 +25,10 @@ struct Check {
     outcome: Result<String, Failure>,
     /// Lines below it: every data path, best first.
     data_paths: Vec<DataPathFound>,
+    /// Of the storage server: why it has no snapshots; empty if it has.
+    why_no_snapshots: Option<String>,
+    /// Of the storage server: how full its volumes' file system is.
+    space: Option<v1::StorageSpace>,
 }
 
 /// A data path, and why it cannot be used; empty if it can.
@@ -39,7 +45,7 @@ pub(crate) async fn doctor(server: &ServerAddress, socket: &Path) -> Report {
         Check::new("ublk driver", check_driver(&control)),
         check_data_paths(&control),
         Check::new("node daemon", check_node(socket).await),
-        Check::new("storage server", check_server(server).await),
+        check_server(server).await,
     ];
     let exit_code =
         checks.iter().find_map(|check| check.outcome.as_ref().err()).map(|failure| failure.exit_code);
@@ -54,19 +60,23 @@ pub(crate) async fn doctor(server: &ServerAddress, socket: &Path) -> Report {
 
 impl Check {
     fn new(name: &'static str, outcome: Result<String, Failure>) -> Self {
-        Self { name, outcome, data_paths: Vec::new() }
+        Self { name, outcome, data_paths: Vec::new(), why_no_snapshots: None, space: None }
     }
 
     fn text(&self) -> String {
-        let Self { name, outcome, data_paths } = self;
+        let Self { name, outcome, data_paths, why_no_snapshots, space } = self;
         let mut text = match outcome {
             Ok(found) => format!("ok    {name}: {found}\n"),
             Err(Failure { what, next, .. }) if next.is_empty() => format!("FAIL  {name}: {what}\n"),
             Err(Failure { what, next, .. }) => format!("FAIL  {name}: {what}\n      next: {next}\n"),
         };
-        for DataPathFound { data_path, why_not } in data_paths {
+        let below = data_paths.iter().map(|found| (found.data_path.as_str(), &found.why_not));
+        for (what, why_not) in below.chain(why_no_snapshots.iter().map(|why_not| ("snapshots", why_not))) {
             let found = if why_not.is_empty() { "yes".to_owned() } else { format!("no: {why_not}") };
-            text.push_str(&format!("      {:<10}  {found}\n", data_path.as_str()));
+            text.push_str(&format!("      {what:<10}  {found}\n"));
+        }
+        if let Some(space) = space {
+            text.push_str(&format!("      {:<10}  {}\n", "space", space_text(space)));
         }
         text
     }
@@ -81,7 +91,44 @@ impl Check {
         if !self.data_paths.is_empty() {
             told["data_paths"] = self.data_paths.iter().map(DataPathFound::json).collect();
         }
+        if let Some(why_not) = &self.why_no_snapshots {
+            told["snapshots"] = json!({ "supported": why_not.is_empty(), "reason": why_not });
+        }
+        if let Some(space) = &self.space {
+            told["storage_space"] = json!({
+                "free_bytes": space.free_bytes,
+                "total_bytes": space.total_bytes,
+                "reserve_bytes": space.reserve_bytes,
+                "level": space_word(space.level()),
+            });
+        }
         told
+    }
+}
+
+/// `enough`, `low`, `below_reserve` or `full`.
+fn space_word(level: v1::SpaceLevel) -> &'static str {
+    match level {
+        v1::SpaceLevel::Unspecified => "unknown",
+        v1::SpaceLevel::Enough => "enough",
+        v1::SpaceLevel::Low => "low",
+        v1::SpaceLevel::BelowReserve => "below_reserve",
+        v1::SpaceLevel::Full => "full",
+    }
+}
+
+/// What is free, and where that is little, what it means and what to do.
+fn space_text(space: &v1::StorageSpace) -> String {
+    let (free, total) = (human_size(space.free_bytes), human_size(space.total_bytes));
+    let next = "delete snapshots or volumes, or make the server's file system larger";
+    match space.level() {
+        v1::SpaceLevel::Unspecified | v1::SpaceLevel::Enough => format!("{free} free of {total}"),
+        v1::SpaceLevel::Low => format!("{free} free of {total}: nearly full; {next}"),
+        v1::SpaceLevel::BelowReserve => format!(
+            "{free} free of {total}: less than the reserve of {}, new snapshots and clones are refused; {next}",
+            human_size(space.reserve_bytes)
+        ),
+        v1::SpaceLevel::Full => format!("{free} free of {total}: full, writes to volumes fail; {next}"),
     }
 }
 
@@ -147,23 +194,36 @@ fn check_data_paths(control: &Result<ControlDevice, ControlError>) -> Check {
         let why_not = rung.usable.as_ref().err().map_or_else(String::new, |error| with_sources(error));
         DataPathFound { data_path: rung.data_path, why_not }
     };
-    Check { name, outcome, data_paths: report.rungs.iter().map(found).collect() }
+    Check { data_paths: report.rungs.iter().map(found).collect(), ..Check::new(name, outcome) }
 }
 
 async fn check_node(socket: &Path) -> Result<String, Failure> {
     let info = node_info(socket).await?;
+    let request = v1::ListNodeAttachmentsRequest {};
+    let disks = call(connect::node(socket).await?.list_node_attachments(request)).await?.attachments;
+    let is_snapshot =
+        |disk: &&v1::NodeAttachment| matches!(Target::parse(&disk.target), Ok(Target::Snapshot(_)));
     Ok(format!(
-        "version {} at {}, node {}, server {}",
+        "version {} at {}, node {}, server {}, {} disks, {} of them of snapshots",
         info.version,
         socket.display(),
         info.node_id,
-        info.server
+        info.server,
+        disks.len(),
+        disks.iter().filter(is_snapshot).count()
     ))
 }
 
-async fn check_server(server: &ServerAddress) -> Result<String, Failure> {
-    let info = server_info(server).await?;
-    Ok(format!("version {} at {}, data at {}", info.version, server.uri, info.data_addresses.join(", ")))
+/// A server without snapshots, or with little space, is as good for attachments.
+async fn check_server(server: &ServerAddress) -> Check {
+    let info = match server_info(server).await {
+        Ok(info) => info,
+        Err(failure) => return Check::new("storage server", Err(failure)),
+    };
+    let found =
+        format!("version {} at {}, data at {}", info.version, server.uri, info.data_addresses.join(", "));
+    let why_no_snapshots = Some(info.snapshots_unsupported_reason);
+    Check { why_no_snapshots, space: info.storage_space, ..Check::new("storage server", Ok(found)) }
 }
 
 async fn node_info(socket: &Path) -> Result<v1::GetNodeInfoResponse, Failure> {

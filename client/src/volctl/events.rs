@@ -51,7 +51,7 @@ fn line(event: &v1::AttachmentEvent, output: OutputFormat) -> String {
 }
 
 /// Whether anybody reads it.
-fn print(line: &str) -> Result<bool, Failure> {
+pub(crate) fn print(line: &str) -> Result<bool, Failure> {
     let mut stdout = io::stdout().lock();
     match writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
         Ok(()) => Ok(true),

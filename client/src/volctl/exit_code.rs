@@ -9,12 +9,12 @@ Exit codes:
   0  done (also: it was so already)
   1  failed for a reason without a code of its own; stderr tells it
   2  wrong usage, or a value that is not allowed
-  3  there is no such volume
+  3  there is no such volume, snapshot, operation or node
   4  it exists already, with other properties
   5  its state does not allow it: in use, attached elsewhere, or failed
   6  the storage server or the node daemon cannot be reached
   7  this machine cannot: not root, no ublk driver, or a data path that its kernel lacks
-  8  no space left on the storage server
+  8  no space left on the storage server, or for a file
   9  not done in time";
 
 /// How volctl ends.
@@ -43,6 +43,8 @@ impl ExitCode {
             reason::DEVICE_START_FAILED | reason::NEWER_FORMAT | reason::NOT_AUTHORIZED => {
                 return Self::Other;
             }
+            // Nothing is full.
+            reason::TOO_MANY_WATCHES => return Self::Precondition,
             _ => {}
         }
         match code {
@@ -102,6 +104,7 @@ mod tests {
         assert_eq!(ExitCode::of(Code::Unavailable, reason::DETACH_UNFINISHED), ExitCode::Unreachable);
         assert_eq!(ExitCode::of(Code::Unavailable, reason::CATALOG_HELD), ExitCode::Unreachable);
         assert_eq!(ExitCode::of(Code::ResourceExhausted, reason::NO_SPACE), ExitCode::NoSpace);
+        assert_eq!(ExitCode::of(Code::ResourceExhausted, reason::TOO_MANY_WATCHES), ExitCode::Precondition);
         assert_eq!(ExitCode::of(Code::DeadlineExceeded, reason::DEVICE_TIMED_OUT), ExitCode::TimedOut);
         assert_eq!(ExitCode::of(Code::InvalidArgument, "A_REASON_OF_LATER"), ExitCode::Usage);
         assert_eq!(ExitCode::of(Code::Internal, ""), ExitCode::Other);

@@ -7,14 +7,22 @@
 mod attachments;
 mod cli;
 mod connect;
+mod diff;
 mod doctor;
 mod duration;
 mod events;
 mod exit_code;
 mod failure;
+mod frozen_snapshot;
+mod image;
+mod nodes;
+mod operations;
 mod report;
+mod settings;
 mod size;
+mod snapshots;
 mod volumes;
+mod watch;
 
 use std::io::{self, Write as _};
 use std::process::ExitCode as ProcessExitCode;
@@ -22,7 +30,7 @@ use std::process::ExitCode as ProcessExitCode;
 use clap::Parser as _;
 use client::tls_spec::ClientFiles;
 
-use crate::cli::{Cli, Command, OutputFormat};
+use crate::cli::{Cli, Command, OutputFormat, SnapshotCommand};
 use crate::connect::ServerAddress;
 use crate::failure::Failure;
 use crate::report::Report;
@@ -30,8 +38,17 @@ use crate::report::Report;
 fn main() -> ProcessExitCode {
     let cli = Cli::parse();
     let output = cli.output;
+    if let Command::ImageProgram(args) = cli.command {
+        // While there is one thread.
+        return image::become_program(args);
+    }
     let outcome = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime.block_on(run(cli)),
+        Ok(runtime) => {
+            let outcome = runtime.block_on(run(cli));
+            // Whoever reads from a pipe into which nobody writes is not waited for.
+            runtime.shutdown_background();
+            outcome
+        }
         Err(error) => Err(Failure::other(format!("cannot start: {error}"))),
     };
     let outcome = outcome.and_then(|report| print(&report, output).map(|()| report.exit_code));
@@ -51,15 +68,30 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
     let (server, socket) = (&ServerAddress { uri: cli.server, tls_files }, cli.socket.as_path());
     match cli.command {
         Command::Create(args) => volumes::create(server, args).await,
-        Command::List => volumes::list(server).await,
+        Command::List { labels } => volumes::list(server, labels).await,
         Command::Show { name } => volumes::show(server, name).await,
+        Command::Set(args) => settings::set(server, args).await,
+        Command::Rename { name, new_name } => settings::rename(server, name, new_name).await,
+        Command::Limit { name, limits } => settings::limit(server, name, limits).await,
         Command::Resize { name, size } => volumes::resize(server, name, size).await,
-        Command::Delete { name } => volumes::delete(server, name).await,
+        Command::Delete { name, keep_snapshots } => volumes::delete(server, name, keep_snapshots).await,
+        Command::Snapshot { command: SnapshotCommand::Create { volumes, name, freeze: true } } => {
+            frozen_snapshot::create(server, socket, volumes, name).await
+        }
+        Command::Snapshot { command } => snapshots::snapshot(server, command).await,
+        Command::Operation { command } => operations::operation(server, command).await,
+        Command::Node { command } => nodes::node(server, command).await,
+        Command::Clone(args) => snapshots::clone(server, args).await,
+        Command::Diff { base, target } => diff::diff(server, base, target, cli.output).await,
+        Command::Import(args) => image::import(server, args).await,
+        Command::Export(args) => image::export(server, args).await,
+        Command::ImageProgram(_) => Err(Failure::other("it was to be another program")),
         Command::Attach(args) => attachments::attach(socket, args).await,
         Command::Detach { target, force, .. } => attachments::detach(socket, target, force).await,
         Command::Policy { target, stall, .. } => attachments::set_policy(socket, target, stall).await,
         Command::Upgrade { target, .. } => attachments::upgrade(socket, target).await,
         Command::Events { follow } => events::events(socket, follow, cli.output).await,
+        Command::Watch(args) => watch::watch(server, args, cli.output).await,
         Command::Attachments => attachments::list(socket).await,
         Command::Version => Ok(doctor::version(server, socket).await),
         Command::Doctor => Ok(doctor::doctor(server, socket).await),

@@ -4,6 +4,7 @@
 //! enumerations lower-case words (`file`, `single_node_writer`, `live`). They are stable: fields may be added, none is
 //! renamed or removed.
 
+pub(crate) use client::node::attachment_record::state_word;
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use proto::v1;
@@ -67,6 +68,25 @@ fn lines_of(table: &mut Table) -> String {
     table.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
+/// Who has a volume or a snapshot.
+pub(crate) fn attachment_table(attachments: &[v1::Attachment]) -> String {
+    let rows = attachments.iter().map(|attachment| {
+        [
+            attachment.attachment_id.clone(),
+            attachment.node_id.clone(),
+            access_mode_word(attachment.access_mode()).to_owned(),
+            attachment.connections.to_string(),
+        ]
+    });
+    table(["ATTACHMENT", "NODE", "ACCESS", "CONNECTIONS"], rows)
+}
+
+/// The nodes that have it, with commas between them.
+pub(crate) fn nodes_of(attachments: &[v1::Attachment]) -> String {
+    let nodes: Vec<&str> = attachments.iter().map(|one| one.node_id.as_str()).collect();
+    if nodes.is_empty() { "-".to_owned() } else { nodes.join(",") }
+}
+
 /// A volume, with its attachments.
 pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
     json!({
@@ -79,8 +99,43 @@ pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
         "allocated_bytes": volume.allocated_bytes,
         "storage_incarnation": volume.storage_incarnation,
         "created_at_ms": volume.created_at_ms,
+        "adopted_path": volume.adopted_path,
+        "adopted_identity": volume.adopted_identity,
+        "adopted_problem": volume.adopted_problem,
         "attachments": volume.attachments.iter().map(attachment_json).collect::<Vec<_>>(),
+        "labels": volume.labels,
+        "description": volume.description,
+        "is_protected": volume.is_protected,
+        "is_read_only": volume.is_read_only,
+        "content": content_word(volume.content()),
+        "initialising_attachment_id": volume.initialising_attachment_id,
+        "limits": limits_json(&volume.limits.unwrap_or_default()),
+        "throttled_ms": volume.throttled_ms,
+        "snapshot_count": volume.snapshot_count,
+        "source_uid": volume.source_uid,
+        "is_shared": volume.is_shared,
     })
+}
+
+/// The limits of a volume.
+pub(crate) fn limits_json(limits: &v1::VolumeLimits) -> Value {
+    json!({
+        "read_iops": limits.read_iops,
+        "write_iops": limits.write_iops,
+        "read_bytes_per_second": limits.read_bytes_per_second,
+        "write_bytes_per_second": limits.write_bytes_per_second,
+        "burst_seconds": limits.burst_seconds,
+    })
+}
+
+/// `never_written`, `initialising` or `written`.
+pub(crate) fn content_word(content: v1::VolumeContent) -> &'static str {
+    match content {
+        v1::VolumeContent::Unspecified => "unknown",
+        v1::VolumeContent::NeverWritten => "never_written",
+        v1::VolumeContent::Initialising => "initialising",
+        v1::VolumeContent::Written => "written",
+    }
 }
 
 /// The server's record of an attachment.
@@ -95,6 +150,7 @@ pub(crate) fn attachment_json(attachment: &v1::Attachment) -> Value {
         "session_epoch": attachment.session_epoch,
         "connections": attachment.connections,
         "created_at_ms": attachment.created_at_ms,
+        "snapshot_uid": attachment.snapshot_uid,
     })
 }
 
@@ -150,12 +206,14 @@ fn stall_word(action: v1::StallAction) -> &'static str {
     }
 }
 
-/// `file` or `memory`.
+/// `file`, `memory`, `device` or `lvm`.
 pub(crate) fn backend_word(backend: v1::Backend) -> &'static str {
     match backend {
         v1::Backend::Unspecified => "unknown",
         v1::Backend::File => "file",
         v1::Backend::Memory => "memory",
+        v1::Backend::Device => "device",
+        v1::Backend::Lvm => "lvm",
     }
 }
 
@@ -168,25 +226,14 @@ pub(crate) fn write_cache_word(write_cache: v1::WriteCache) -> &'static str {
     }
 }
 
-/// `single_node_writer` or `single_node_reader_only`.
+/// `single_node_writer`, `single_node_reader_only`, `multi_node_reader_only` or `multi_node_multi_writer`.
 pub(crate) fn access_mode_word(access_mode: v1::AccessMode) -> &'static str {
     match access_mode {
         v1::AccessMode::Unspecified => "unknown",
         v1::AccessMode::SingleNodeWriter => "single_node_writer",
         v1::AccessMode::SingleNodeReaderOnly => "single_node_reader_only",
-    }
-}
-
-/// `starting`, `live`, `stalled`, `failed`, `stopping` or `dead`.
-pub(crate) fn state_word(state: v1::DeviceState) -> &'static str {
-    match state {
-        v1::DeviceState::Unspecified => "unknown",
-        v1::DeviceState::Starting => "starting",
-        v1::DeviceState::Live => "live",
-        v1::DeviceState::Stalled => "stalled",
-        v1::DeviceState::Failed => "failed",
-        v1::DeviceState::Stopping => "stopping",
-        v1::DeviceState::Dead => "dead",
+        v1::AccessMode::MultiNodeReaderOnly => "multi_node_reader_only",
+        v1::AccessMode::MultiNodeMultiWriter => "multi_node_multi_writer",
     }
 }
 

@@ -1,36 +1,67 @@
 //! `create`, `list`, `show`, `resize`, `delete`: the storage server's volumes.
 
+use std::collections::HashMap;
+
 use proto::v1;
+use proto::v1::management_client::ManagementClient;
 use serde_json::json;
+use tonic::transport::Channel;
 
 use crate::cli::{Backend, CreateArgs, Switch};
 use crate::connect::{self, ServerAddress, call};
 use crate::failure::Failure;
 use crate::report::{self, Report, backend_word, properties, table, volume_json, write_cache_word};
+use crate::settings;
 use crate::size::human_size;
 
+/// Of a volume for which none is asked.
+const BLOCK_SIZE_BYTES: u32 = 4096;
 /// The most that the server gives in one page.
 const PAGE_SIZE: u32 = 1000;
 
 pub(crate) async fn create(server: &ServerAddress, args: CreateArgs) -> Result<Report, Failure> {
     let request = v1::CreateVolumeRequest {
         name: args.name,
-        capacity_bytes: args.size,
-        block_size_bytes: args.block_size,
-        backend: match args.backend {
-            Backend::File => v1::Backend::File,
-            Backend::Memory => v1::Backend::Memory,
+        capacity_bytes: args.size.unwrap_or_default(),
+        // 0 is that of what is adopted.
+        block_size_bytes: args.block_size.unwrap_or(if args.adopt.is_some() { 0 } else { BLOCK_SIZE_BYTES }),
+        backend: match (&args.adopt, args.backend) {
+            (Some(_), _) => v1::Backend::Device,
+            (None, Backend::File) => v1::Backend::File,
+            (None, Backend::Memory) => v1::Backend::Memory,
+            (None, Backend::Lvm) => v1::Backend::Lvm,
         }
         .into(),
+        adopt_path: args.adopt.unwrap_or_default(),
         write_cache: match args.write_cache {
             Switch::On => v1::WriteCache::On,
             Switch::Off => v1::WriteCache::Off,
         }
         .into(),
+        labels: args.labels.into_iter().collect(),
+        description: args.description,
+        is_protected: args.protect,
+        is_shared: args.shared,
+        limits: Some(args.limits.applied_to(v1::VolumeLimits::default())),
     };
     let volume = call(connect::server(server).await?.create_volume(request)).await?;
     let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
-    Ok(Report::new(text, volume_json(&volume)))
+    let mut note = problem(&volume);
+    if !volume.adopted_path.is_empty() && volume.adopted_identity.is_empty() {
+        note.push_str(
+            "warning: it has no WWID, serial, UUID or PARTUUID; after a restart it is found by its path and size alone\n",
+        );
+    }
+    Ok(Report::new(text, volume_json(&volume)).with_note(note))
+}
+
+/// Why what a volume adopted cannot be served, a line; empty where it can.
+fn problem(volume: &v1::Volume) -> String {
+    if volume.adopted_problem.is_empty() {
+        String::new()
+    } else {
+        format!("warning: {}\n", volume.adopted_problem)
+    }
 }
 
 pub(crate) async fn resize(server: &ServerAddress, name: String, size: u64) -> Result<Report, Failure> {
@@ -40,12 +71,13 @@ pub(crate) async fn resize(server: &ServerAddress, name: String, size: u64) -> R
     Ok(Report::new(text, volume_json(&volume)))
 }
 
-pub(crate) async fn list(server: &ServerAddress) -> Result<Report, Failure> {
+pub(crate) async fn list(server: &ServerAddress, labels: Vec<(String, String)>) -> Result<Report, Failure> {
+    let labels: HashMap<String, String> = labels.into_iter().collect();
     let mut client = connect::server(server).await?;
     let mut volumes: Vec<v1::Volume> = Vec::new();
     let mut page_token = String::new();
     loop {
-        let request = v1::ListVolumesRequest { page_size: PAGE_SIZE, page_token };
+        let request = v1::ListVolumesRequest { page_size: PAGE_SIZE, page_token, labels: labels.clone() };
         let page = call(client.list_volumes(request)).await?;
         volumes.extend(page.volumes);
         if page.next_page_token.is_empty() {
@@ -54,7 +86,6 @@ pub(crate) async fn list(server: &ServerAddress) -> Result<Report, Failure> {
         page_token = page.next_page_token;
     }
     let rows = volumes.iter().map(|volume| {
-        let nodes: Vec<&str> = volume.attachments.iter().map(|one| one.node_id.as_str()).collect();
         [
             volume.name.clone(),
             human_size(volume.capacity_bytes),
@@ -62,17 +93,24 @@ pub(crate) async fn list(server: &ServerAddress) -> Result<Report, Failure> {
             volume.block_size_bytes.to_string(),
             backend_word(volume.backend()).to_owned(),
             write_cache_word(volume.write_cache()).to_owned(),
-            if nodes.is_empty() { "-".to_owned() } else { nodes.join(",") },
+            volume.snapshot_count.to_string(),
+            report::nodes_of(&volume.attachments),
         ]
     });
-    let text = table(["NAME", "SIZE", "USED", "BLOCK", "BACKEND", "WRITE-CACHE", "ATTACHED-TO"], rows);
+    let text =
+        table(["NAME", "SIZE", "USED", "BLOCK", "BACKEND", "WRITE-CACHE", "SNAPSHOTS", "ATTACHED-TO"], rows);
     Ok(Report::new(text, volumes.iter().map(volume_json).collect()))
 }
 
 pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report, Failure> {
     let request = v1::GetVolumeRequest { name };
-    let volume = call(connect::server(server).await?.get_volume(request)).await?;
-    let mut text = properties([
+    let mut client = connect::server(server).await?;
+    let volume = call(client.get_volume(request)).await?;
+    let attached_snapshots = match volume.snapshot_count {
+        0 => Vec::new(),
+        _ => attached_snapshots(&mut client, &volume.name).await?,
+    };
+    let mut rows = vec![
         ("name", volume.name.clone()),
         ("volume uid", volume.volume_uid.clone()),
         ("size", format!("{} ({} bytes)", human_size(volume.capacity_bytes), volume.capacity_bytes)),
@@ -81,24 +119,60 @@ pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report,
         ("backend", backend_word(volume.backend()).to_owned()),
         ("write cache", write_cache_word(volume.write_cache()).to_owned()),
         ("incarnation", volume.storage_incarnation.clone()),
-    ]);
-    if !volume.attachments.is_empty() {
-        let rows = volume.attachments.iter().map(|attachment| {
-            [
-                attachment.attachment_id.clone(),
-                attachment.node_id.clone(),
-                report::access_mode_word(attachment.access_mode()).to_owned(),
-                attachment.connections.to_string(),
-            ]
-        });
-        text.push('\n');
-        text.push_str(&table(["ATTACHMENT", "NODE", "ACCESS", "CONNECTIONS"], rows));
+        ("snapshots", volume.snapshot_count.to_string()),
+    ];
+    for attached in attached_snapshots {
+        rows.push(("attached snapshot", attached));
     }
-    Ok(Report::new(text, volume_json(&volume)))
+    if !volume.source_uid.is_empty() {
+        rows.push(("clone of", volume.source_uid.clone()));
+    }
+    if !volume.adopted_path.is_empty() {
+        let identity = if volume.adopted_identity.is_empty() {
+            "none (found by path and size)".to_owned()
+        } else {
+            volume.adopted_identity.clone()
+        };
+        rows.extend([("adopted", volume.adopted_path.clone()), ("identity", identity)]);
+    }
+    rows.extend(settings::rows(&volume));
+    let mut text = properties(rows);
+    if !volume.attachments.is_empty() {
+        text.push('\n');
+        text.push_str(&report::attachment_table(&volume.attachments));
+    }
+    Ok(Report::new(text, volume_json(&volume)).with_note(problem(&volume)))
 }
 
-pub(crate) async fn delete(server: &ServerAddress, name: String) -> Result<Report, Failure> {
-    let request = v1::DeleteVolumeRequest { name: name.clone() };
+/// The snapshots of a volume that are disks somewhere, each with its nodes.
+async fn attached_snapshots(
+    client: &mut ManagementClient<Channel>,
+    volume_name: &str,
+) -> Result<Vec<String>, Failure> {
+    let (mut found, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let request = v1::ListSnapshotsRequest {
+            volume_name: volume_name.to_owned(),
+            page_size: PAGE_SIZE,
+            page_token,
+            ..Default::default()
+        };
+        let page = call(client.list_snapshots(request)).await?;
+        let attached = page.snapshots.iter().filter(|snapshot| !snapshot.attachments.is_empty());
+        found.extend(attached.map(|one| format!("{}, to {}", one.name, report::nodes_of(&one.attachments))));
+        if page.next_page_token.is_empty() {
+            return Ok(found);
+        }
+        page_token = page.next_page_token;
+    }
+}
+
+pub(crate) async fn delete(
+    server: &ServerAddress,
+    name: String,
+    keep_snapshots: bool,
+) -> Result<Report, Failure> {
+    let request = v1::DeleteVolumeRequest { name: name.clone(), keep_snapshots };
     let existed = call(connect::server(server).await?.delete_volume(request)).await?.existed;
     let text = if existed { format!("deleted {name}\n") } else { format!("there is no volume {name}\n") };
     Ok(Report::new(text, json!({ "name": name, "existed": existed })))

@@ -47,27 +47,13 @@ impl Folder {
     fn write(run_dir: &Path, target: &str, attachment_id: Uuid, export: ExportSpec) -> Self {
         let dir = AttachmentDir::new(run_dir, attachment_id);
         fs::create_dir_all(dir.path()).unwrap();
+        let device_link = run_dir.join("dev").join(Target::parse(target).unwrap().link_name(attachment_id));
         let spec = DeviceSpec {
-            format_version: CONTRACT_VERSION,
-            attachment_id,
-            target: target.to_owned(),
             addresses: vec!["127.0.0.1:9".to_owned()],
-            export,
-            read_only: false,
-            data_path: "auto".to_owned(),
             nr_hw_queues: 1,
             nr_connections: 1,
-            queue_depth: 128,
             block_size_bytes: 4096,
-            device_link: run_dir.join("dev").join(Target::parse(target).unwrap().link_name(attachment_id)),
-            is_volatile: false,
-            on_stall: StallPolicy::Wait,
-            on_stall_is_told: false,
-            busy_poll_us: 0,
-            send_zc: false,
-            send_zc_mode: None,
-            recover: None,
-            tls: None,
+            ..DeviceSpec::new(attachment_id, target.to_owned(), export, device_link)
         };
         let status = DeviceStatus {
             format_version: CONTRACT_VERSION,

@@ -135,7 +135,17 @@ impl NodeDaemon {
 
     /// The same with any stderr.
     pub(crate) fn start_logging_to(log: impl Into<Stdio>, run_dir: &Path, server: &str) -> Self {
-        let mut child = Self::command(run_dir, server).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        Self::start_command(Self::command(run_dir, server), log, run_dir, server)
+    }
+
+    /// The same by another command, which may say more to the daemon.
+    pub(crate) fn start_command(
+        mut command: Command,
+        log: impl Into<Stdio>,
+        run_dir: &Path,
+        server: &str,
+    ) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut ready = String::new();
         stdout.read_line(&mut ready).unwrap();
@@ -166,7 +176,12 @@ impl NodeDaemon {
         (status, fs::read_to_string(Self::log_path(&self.run_dir)).unwrap_or_default())
     }
 
-    fn log_path(run_dir: &Path) -> PathBuf {
+    /// What it has logged by now.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(Self::log_path(&self.run_dir)).unwrap_or_default()
+    }
+
+    pub(crate) fn log_path(run_dir: &Path) -> PathBuf {
         run_dir.join("log")
     }
 }

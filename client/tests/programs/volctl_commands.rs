@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::process::Stdio;
 
+use proto::v1;
+
 use crate::fake_server::FakeServer;
 use crate::launch::{Ended, NobodysPort, program, volctl};
 
@@ -20,8 +22,8 @@ fn a_volume_lives_from_create_to_delete() {
     let created = run(&server, &["create", "vol-123", "--size", "2G"]).expect_success();
     assert_eq!(created.stdout, "volume vol-123 of 2G\n");
     let listed = run(&server, &["list"]).expect_success();
-    let expected = "NAME     SIZE  USED  BLOCK  BACKEND  WRITE-CACHE  ATTACHED-TO\n\
-                    vol-123  2G    0     4096   file     on           -\n";
+    let expected = "NAME     SIZE  USED  BLOCK  BACKEND  WRITE-CACHE  SNAPSHOTS  ATTACHED-TO\n\
+                    vol-123  2G    0     4096   file     on           0          -\n";
     assert_eq!(listed.stdout, expected);
     let shown = run(&server, &["show", "vol-123"]).expect_success();
     assert!(shown.stdout.contains("size:         2G (2147483648 bytes)\n"), "{shown:?}");
@@ -45,6 +47,81 @@ fn options_of_create_reach_the_server() {
     assert_eq!(json["capacity_bytes"], 64 << 20);
     assert_eq!(json["block_size_bytes"], 512);
     assert_eq!((json["backend"].as_str(), json["write_cache"].as_str()), (Some("memory"), Some("off")));
+}
+
+#[test]
+fn a_volume_is_renamed_unless_the_name_is_taken() {
+    let server = FakeServer::start();
+    for name in ["v", "taken"] {
+        run(&server, &["create", name, "--size=1G"]).expect_success();
+    }
+    let before = run(&server, &["show", "v", "--output=json"]).expect_success().json();
+    run(&server, &["rename", "v", "taken"]).expect_failure(
+        4,
+        "there is a volume taken already",
+        "choose another name",
+    );
+    assert_eq!(run(&server, &["rename", "v", "w"]).expect_success().stdout, "volume v renamed to w\n");
+    let json = run(&server, &["rename", "w", "w", "--output=json"]).expect_success().json();
+    assert_eq!((&json["name"], &json["volume_uid"]), (&"w".into(), &before["volume_uid"]));
+    run(&server, &["rename", "v", "x"]).expect_failure(3, "there is no volume v", "list the volumes");
+}
+
+#[test]
+fn properties_are_set_one_by_one_and_shown() {
+    let server = FakeServer::start();
+    let create = ["create", "v", "--size=1G", "--label", "app=db", "--protect", "--description", "orders"];
+    run(&server, &create).expect_success();
+    let set = ["set", "v", "--label", "a.example/tier=1", "--label", "app-", "--no-protect", "--read-only"];
+    let set = run(&server, &set).expect_success();
+    assert_eq!(
+        set.stdout,
+        "volume v\n  content: unknown\n  labels: a.example/tier=1\n  description: orders\n  read-only: yes\n"
+    );
+    let json = run(&server, &["show", "v", "--output", "json"]).expect_success().json();
+    assert_eq!(json["labels"], serde_json::json!({ "a.example/tier": "1" }));
+    assert_eq!((json["is_protected"].as_bool(), json["is_read_only"].as_bool()), (Some(false), Some(true)));
+    run(&server, &["create", "w", "--size", "1G"]).expect_success();
+    for (label, names) in [("a.example/tier", &["v"][..]), ("a.example/tier=2", &[])] {
+        let json = run(&server, &["list", "--label", label, "--output", "json"]).expect_success().json();
+        let found: Vec<&str> =
+            json.as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
+        assert_eq!(found, names, "{label}");
+    }
+    let nothing = ["set", "none", "--no-protect"];
+    run(&server, &nothing).expect_failure(3, "there is no volume none", "list the volumes");
+}
+
+#[test]
+fn a_limit_that_is_not_named_stays() {
+    let server = FakeServer::start();
+    run(&server, &["create", "v", "--size=1G", "--read-iops=100", "--write-bandwidth=8M"]).expect_success();
+    let limited = run(&server, &["limit", "v", "--write-iops", "50", "--read-iops", "none", "--burst", "3"]);
+    let expected = "volume v\n  content: unknown\n  limits: 50 writes/s, 8M/s written, 3 s saved up\n";
+    assert_eq!(limited.expect_success().stdout, expected);
+    let shown = run(&server, &["show", "v"]).expect_success();
+    assert!(shown.stdout.contains("limits:       50 writes/s, 8M/s written, 3 s saved up\n"), "{shown:?}");
+    run(&server, &["limit", "v"]).expect_failure(2, "no limit is named", "--read-iops");
+}
+
+#[test]
+fn what_is_adopted_brings_its_size_and_is_told() {
+    let server = FakeServer::start();
+    let created = run(&server, &["create", "v", "--adopt", "/dev/sdb", "--write-cache=off", "--output=json"]);
+    assert_eq!(created.exit_code, Some(0));
+    let json = created.json();
+    assert_eq!((&json["backend"], &json["adopted_path"]), (&"device".into(), &"/dev/sdb".into()));
+    assert_eq!(
+        (&json["capacity_bytes"], &json["block_size_bytes"]),
+        (&0.into(), &0.into()),
+        "the server's to say"
+    );
+    assert!(created.stderr.contains("warning: it has no WWID, serial, UUID or PARTUUID;"), "{created:?}");
+    let shown = run(&server, &["show", "v"]).expect_success();
+    assert!(shown.stdout.contains("adopted:      /dev/sdb\n"), "{shown:?}");
+    assert!(shown.stdout.contains("identity:     none (found by path and size)\n"), "{shown:?}");
+    run(&server, &["create", "w", "--size", "1M"]).expect_success();
+    assert!(!run(&server, &["show", "w"]).expect_success().stdout.contains("adopted:"));
 }
 
 #[test]
@@ -106,7 +183,14 @@ fn wrong_usage_ends_with_2() {
     for args in [
         &["create", "v"][..],
         &["create", "v", "--size", "2GB"],
+        &["create", "v", "--size", "2G", "--adopt", "/dev/sdb"],
+        &["create", "v", "--adopt", "/dev/sdb", "--backend", "memory"],
         &["attach", "v", "--queues", "0"],
+        &["attach", "v", "--read-only", "--access", "multi-reader"],
+        &["set", "v"],
+        &["set", "v", "--protect", "--no-protect"],
+        &["set", "v", "--label", "="],
+        &["limit", "v", "--read-iops", "many"],
         &["fly"],
         &[],
     ] {
@@ -146,6 +230,172 @@ fn doctor_checks_everything_and_advises() {
 }
 
 #[test]
+fn snapshots_are_taken_listed_shown_and_deleted() {
+    let server = FakeServer::start();
+    for name in ["a", "b", "c"] {
+        run(&server, &["create", name, "--size", "1G"]).expect_success();
+    }
+    let created = run(&server, &["snapshot", "create", "a,b,c", "monday"]).expect_success();
+    assert_eq!(created.stdout, "snapshot a@monday of 1G\nsnapshot b@monday of 1G\nsnapshot c@monday of 1G\n");
+    let again =
+        run(&server, &["snapshot", "create", "a", "monday", "--output", "json"]).expect_success().json();
+    assert_eq!((&again[0]["state"], again.as_array().unwrap().len()), (&"ready".into(), 1));
+    let listed = run(&server, &["snapshot", "list"]).expect_success().stdout;
+    let header = "VOLUME  NAME    SIZE  USED  STATE  CREATED               ATTACHED-TO  UID\n";
+    assert!(listed.starts_with(header), "{listed}");
+    let json = run(&server, &["snapshot", "list", "--output", "json"]).expect_success().json();
+    assert_eq!(json.as_array().unwrap().len(), 3, "through every page");
+    let of_b = run(&server, &["snapshot", "list", "b", "--output", "json"]).expect_success().json();
+    assert_eq!(of_b[0]["volume_name"], "b");
+    let shown = run(&server, &["snapshot", "show", "b", "monday"]).expect_success().stdout;
+    assert!(shown.contains("created:       2026-03-01T11:59:59Z\n"), "{shown}");
+    let uid = format!("@{}", of_b[0]["snapshot_uid"].as_str().unwrap());
+    run(&server, &["snapshot", "show", &uid]).expect_success();
+    assert_eq!(
+        run(&server, &["snapshot", "delete", &uid]).expect_success().stdout,
+        format!("deleted {uid}\n")
+    );
+    let gone = run(&server, &["snapshot", "delete", "b", "monday"]).expect_success();
+    assert_eq!(gone.stdout, "there is no snapshot b@monday\n");
+    run(&server, &["snapshot", "show", "b", "monday"]).expect_failure(
+        3,
+        "no such snapshot",
+        "list the snapshots",
+    );
+    run(&server, &["snapshot", "show", "b"]).expect_failure(2, "which snapshot of b", "@UID");
+    run(&server, &["snapshot", "create", "a,none", "x"]).expect_failure(
+        3,
+        "no volume none",
+        "list the volumes",
+    );
+}
+
+#[test]
+fn nobody_attaches_a_snapshot_to_write_to_it() {
+    let server = FakeServer::start();
+    run(&server, &["attach", "v@s", "--access", "writer"]).expect_failure(
+        2,
+        "v@s is a snapshot, which nobody writes to",
+        "clone it",
+    );
+}
+
+#[test]
+fn a_volume_with_snapshots_is_deleted_only_if_they_are_to_be_kept() {
+    let server = FakeServer::start();
+    run(&server, &["create", "v", "--size", "1G"]).expect_success();
+    run(&server, &["snapshot", "create", "v", "s"]).expect_success();
+    run(&server, &["delete", "v"]).expect_failure(5, "v has snapshots", "keep them");
+    run(&server, &["delete", "v", "--keep-snapshots"]).expect_success();
+    let listed = run(&server, &["snapshot", "list"]).expect_success().stdout;
+    assert!(listed.lines().nth(1).unwrap().starts_with("-       s "), "{listed}");
+}
+
+#[test]
+fn clones_and_restores_are_waited_for() {
+    let server = FakeServer::start();
+    run(&server, &["create", "v", "--size", "1G"]).expect_success();
+    run(&server, &["snapshot", "create", "v", "s"]).expect_success();
+    let cloned = run(&server, &["clone", "v@s", "w", "--size", "2G"]).expect_success();
+    assert_eq!(cloned.stdout, "volume w of 2G\n");
+    let json = run(&server, &["show", "w", "--output", "json"]).expect_success().json();
+    let snapshot = server.state.lock().unwrap().copies.find("v", "s", "-").unwrap();
+    assert_eq!(json["source_uid"].as_str(), Some(snapshot.snapshot_uid.as_str()));
+    run(&server, &["clone", "v", "x"]).expect_success();
+    run(&server, &["clone", &format!("@{}", snapshot.snapshot_uid), "y"]).expect_success();
+    let restored = run(&server, &["snapshot", "restore", "v", "s"]).expect_success();
+    assert_eq!(restored.stdout, "restored v from s\n");
+    run(&server, &["snapshot", "restore", "v", "t"]).expect_failure(
+        3,
+        "no such snapshot",
+        "list the snapshots",
+    );
+}
+
+#[test]
+fn what_changed_is_told_to_its_end_or_not_as_a_success() {
+    let server = FakeServer::start();
+    for name in ["v", "cut", "short"] {
+        run(&server, &["create", name, "--size", "1G"]).expect_success();
+    }
+    run(&server, &["snapshot", "create", "v", "s"]).expect_success();
+    let told = run(&server, &["diff", "v@s", "v"]).expect_success().stdout;
+    let lines = "OFFSET           LENGTH         KIND\n\
+                 0                4096           data\n\
+                 1048576          4096           zero\n\
+                 4K of data and 4K of zeroes changed, in 2 ranges\n";
+    assert_eq!(told, lines);
+    let uid = server.state.lock().unwrap().copies.find("v", "s", "-").unwrap().snapshot_uid;
+    let json = run(&server, &["diff", &format!("@{uid}"), "v", "--output", "json"]).expect_success().json();
+    assert_eq!((&json["ranges"][1]["kind"], &json["zero_bytes"]), (&"zero".into(), &4096.into()));
+    let mut cut = run(&server, &["diff", "v@s", "cut", "--output", "json"]);
+    assert!(
+        serde_json::from_str::<serde_json::Value>(&cut.stdout).is_err(),
+        "no part is taken for the whole"
+    );
+    // What came before is printed.
+    cut.stdout.clear();
+    cut.expect_failure(5, "cancelled", "repeat the call");
+    let mut short = run(&server, &["diff", "v@s", "short"]);
+    short.stdout.clear();
+    short.expect_failure(1, "before its end", "repeat the command");
+    run(&server, &["diff", "v@t", "v"]).expect_failure(3, "no such snapshot", "list the snapshots");
+    run(&server, &["diff", "v", "v@s"]).expect_failure(2, "which snapshot of v?", "VOLUME@NAME");
+}
+
+#[test]
+fn a_copy_that_fails_behind_the_call_has_its_exit_code_and_advice() {
+    let server = FakeServer::start();
+    run(&server, &["create", "v", "--size", "1G"]).expect_success();
+    let what = "the snapshot operation failed: no space left";
+    run(&server, &["snapshot", "create", "v", "full"]).expect_failure(8, what, "nothing is left of it");
+    let what = "the clone operation failed: no space left";
+    run(&server, &["clone", "v", "full"]).expect_failure(8, what, "nothing is left of it");
+}
+
+#[test]
+fn doctor_says_whether_the_server_has_snapshots() {
+    let server = FakeServer::start();
+    let told = |server: &FakeServer| {
+        let checks = run(server, &["doctor", "--output", "json"]).json();
+        let found =
+            checks.as_array().unwrap().iter().find(|check| check["check"] == "storage server").cloned();
+        found.unwrap()["snapshots"].clone()
+    };
+    assert_eq!(told(&server)["supported"], true);
+    let why = "its file system is ext4: put --data-dir on XFS or btrfs";
+    server.state.lock().unwrap().snapshots_unsupported_reason = why.to_owned();
+    assert_eq!((&told(&server)["supported"], &told(&server)["reason"]), (&false.into(), &why.into()));
+    let text = run(&server, &["doctor"]).stdout;
+    assert!(text.contains(&format!("      snapshots   no: {why}\n")), "{text}");
+}
+
+#[test]
+fn doctor_says_how_full_the_server_is() {
+    let server = FakeServer::start();
+    assert!(!run(&server, &["doctor"]).stdout.contains(" space "), "a server that does not tell");
+    let told = |level: v1::SpaceLevel| {
+        let space = v1::StorageSpace {
+            free_bytes: 3 << 30,
+            total_bytes: 100 << 30,
+            reserve_bytes: 5 << 30,
+            level: level.into(),
+        };
+        server.state.lock().unwrap().storage_space = Some(space);
+        let text = run(&server, &["doctor"]).stdout;
+        text.lines().find(|line| line.contains(" space ")).unwrap().to_owned()
+    };
+    assert_eq!(told(v1::SpaceLevel::Enough).trim(), "space       3G free of 100G");
+    let below = told(v1::SpaceLevel::BelowReserve);
+    assert!(below.contains("less than the reserve of 5G") && below.contains("delete snapshots"), "{below}");
+    assert!(told(v1::SpaceLevel::Full).contains("writes to volumes fail"));
+    let checks = run(&server, &["doctor", "--output", "json"]).json();
+    let found = checks.as_array().unwrap().iter().find(|check| check["check"] == "storage server").cloned();
+    let space = &found.unwrap()["storage_space"];
+    assert_eq!((&space["level"], &space["free_bytes"]), (&"full".into(), &(3u64 << 30).into()));
+}
+
+#[test]
 fn a_reader_that_stops_reading_is_no_error() {
     let server = FakeServer::start();
     let (reader, writer) = std::io::pipe().unwrap();
@@ -158,4 +408,52 @@ fn a_reader_that_stops_reading_is_no_error() {
         .unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{output:?}");
+}
+
+#[test]
+fn operations_are_listed_shown_and_cancelled() {
+    let server = FakeServer::start();
+    run(&server, &["create", "v", "--size", "1G"]).expect_success();
+    let begin =
+        |kind: &str| server.state.lock().unwrap().copies.begin(kind, vec!["v@s".to_owned()]).operation_id;
+    let (first, second) = (begin("snapshot"), begin("clone"));
+    let listed = run(&server, &["operation", "list", "--output", "json"]).expect_success().json();
+    let ids: Vec<&str> =
+        listed.as_array().unwrap().iter().map(|one| one["operation_id"].as_str().unwrap()).collect();
+    assert!(ids.len() == 2 && ids.contains(&first.as_str()), "{listed}");
+    assert_eq!(listed[0]["state"], "running");
+    let table = run(&server, &["operation", "list"]).expect_success().stdout;
+    assert!(table.starts_with("ID ") && table.contains("v@s"), "{table}");
+    let cancelled = run(&server, &["operation", "cancel", &first]).expect_success();
+    assert_eq!(cancelled.stdout, format!("the snapshot operation {first} is cancelled\n"));
+    run(&server, &["operation", "cancel", &first]).expect_success();
+    let shown = run(&server, &["operation", "show", &first, "--output", "json"]).expect_success().json();
+    assert_eq!((&shown["kind"], &shown["targets"][0]), (&"snapshot".into(), &"v@s".into()));
+    // Until it has succeeded.
+    while run(&server, &["operation", "show", &second, "--output", "json"]).expect_success().json()["state"]
+        != "succeeded"
+    {}
+    run(&server, &["operation", "cancel", &second]).expect_failure(5, "has succeeded already", "v@s");
+    let none = "00000000-0000-0000-0000-000000000009";
+    run(&server, &["operation", "cancel", none]).expect_failure(3, "no operation", "list the operations");
+}
+
+#[test]
+fn what_happens_on_the_server_is_printed_and_gone_on_with() {
+    let server = FakeServer::start();
+    let watched = run(&server, &["watch"]);
+    let expected = "1 volume vol-1 present: 1G, unknown\n1 volume vol-1 deleted: 1G, unknown\n1 node node-1 created: version 2\n";
+    assert_eq!((watched.exit_code, watched.stdout.as_str()), (Some(6), expected), "{watched:?}");
+    let again = format!("go on where it ended: volctl watch --server {} --resume t3", server.uri());
+    assert_eq!(watched.stderr, format!("volctl: stopping\n  next: {again}\n"));
+    let watched = run(&server, &["watch", "--resume", "t1", "--kind", "snapshot,node", "--output", "json"]);
+    let lines: Vec<serde_json::Value> =
+        watched.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 1, "{watched:?}");
+    assert_eq!((&lines[0]["resume_token"], &lines[0]["kind"]), (&"t3".into(), &"node".into()));
+    assert_eq!(lines[0]["object"]["node_id"], "node-1");
+    let again = " --output json --kind snapshot,node --resume t3\n";
+    assert!(watched.stderr.ends_with(again), "{}", watched.stderr);
+    run(&server, &["watch", "--resume", "old"]).expect_failure(2, "not kept", "watch anew");
+    assert_eq!(run(&server, &["watch", "--kind", "disk"]).exit_code, Some(2));
 }

@@ -127,7 +127,7 @@ pub fn announce(line: String) -> io::Result<()> {
 fn print(line: &str) {
     let mut stdout = io::stdout();
     if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
-        tracing::warn!(%error, "nobody reads stdout");
+        tracing::warn!(%error, "stdout is closed");
     }
 }
 

@@ -4,7 +4,7 @@
 //!
 //! - [`transmission`]: requests and simple replies, encoded and decoded.
 //! - [`replies`]: what a server puts before a payload, in the header style that was negotiated.
-//! - [`block_status`]: the extents of `base:allocation`, and which contexts a request asks for.
+//! - [`block_status`]: the extents of metadata contexts, and which contexts a request asks for.
 //! - [`validate`]: every check of a request in one place, one errno each.
 //! - [`handshake`]: the fixed newstyle handshake of both sides.
 //!
@@ -182,8 +182,8 @@ pub enum HeaderStyle {
 pub struct Negotiated {
     /// How requests and replies look.
     pub headers: HeaderStyle,
-    /// Whether `base:allocation` was selected for the very export that was opened.
-    pub allocation_context: bool,
+    /// The metadata contexts that were selected for the very export that was opened.
+    pub contexts: block_status::Contexts,
 }
 
 impl Negotiated {
@@ -195,7 +195,7 @@ impl Negotiated {
             flags.without(TransmissionFlags::SEND_DF).without(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
         match self.headers {
             HeaderStyle::Simple => flags,
-            HeaderStyle::Extended if self.allocation_context => {
+            HeaderStyle::Extended if !self.contexts.is_empty() => {
                 flags.with(TransmissionFlags::SEND_DF).with(TransmissionFlags::BLOCK_STATUS_PAYLOAD)
             }
             HeaderStyle::Structured | HeaderStyle::Extended => flags.with(TransmissionFlags::SEND_DF),

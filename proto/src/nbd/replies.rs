@@ -1,20 +1,21 @@
-//! What a server puts on the wire before a reply's payload, in each header style.
+//! What a server puts on the wire before a reply's payload, in each header style; and a chunk's header as a client reads it.
 //!
-//! Owned by the server's `server/src/session.rs`, which reuses one [`ReplyHead`] for reply after reply; the payload itself never
-//! passes through here. Nothing allocates.
+//! Owned by the server's `server/src/data/session.rs`, which reuses one [`ReplyHead`] for reply after reply; the payload itself never
+//! passes through here. Nothing allocates. [`ChunkHead`] is read by `client/src/image/nbd/`.
 //!
 //! | outcome | simple | structured | extended |
 //! | --- | --- | --- | --- |
 //! | done, no payload | simple reply | simple reply | chunk NONE |
 //! | READ's data | simple reply | one chunk OFFSET_DATA | the same |
-//! | extents | never | one chunk BLOCK_STATUS | one chunk BLOCK_STATUS_EXT |
+//! | extents | never | a chunk BLOCK_STATUS for each context | a chunk BLOCK_STATUS_EXT for each |
 //! | error | simple reply | chunk ERROR, or ERROR_OFFSET where the place is known | the same |
 //!
-//! Every reply is one message: its only chunk carries DONE. A payload is complete in memory before its head is made, so no
+//! Every reply is one message: its only chunk, or the last of several contexts, carries DONE. A payload is complete in memory before its head is made, so no
 //! error can be found out while it is sent. Source: NBD `doc/proto.md`, "Structured reply chunk message"; branch
 //! `extension-ext-header`, "Extended reply chunk message".
 
-use super::transmission::{Request, SIMPLE_REPLY_BYTES, SimpleReply};
+use super::transmission::{Request, SIMPLE_REPLY_BYTES, SimpleReply, TransmissionError};
+use super::wire::{be_u16, be_u32, be_u64};
 use super::{EXTENDED_REPLY_MAGIC, HeaderStyle, STRUCTURED_REPLY_MAGIC};
 
 /// Types of chunks (`NBD_REPLY_TYPE_*`).
@@ -23,6 +24,8 @@ pub mod chunk {
     pub const NONE: u16 = 0;
     /// An offset and the bytes from there on.
     pub const OFFSET_DATA: u16 = 1;
+    /// An offset and a length: zeroes.
+    pub const OFFSET_HOLE: u16 = 2;
     /// A context's extents with 32-bit lengths.
     pub const BLOCK_STATUS: u16 = 5;
     /// A context's extents with 64-bit lengths.
@@ -31,6 +34,45 @@ pub mod chunk {
     pub const ERROR: u16 = 1 << 15 | 1;
     /// An error with the offset at which it occurred.
     pub const ERROR_OFFSET: u16 = 1 << 15 | 2;
+    /// Set in every error.
+    pub const ERROR_BIT: u16 = 1 << 15;
+}
+
+/// A structured chunk's header, as a client reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkHead {
+    /// [`REPLY_FLAG_DONE`] and what later versions know.
+    pub flags: u16,
+    /// One of [`chunk`]'s, or another.
+    pub kind: u16,
+    /// The request's.
+    pub cookie: u64,
+    /// Bytes of payload that follow.
+    pub length_bytes: u32,
+}
+
+impl ChunkHead {
+    /// Reads a header off the wire.
+    ///
+    /// # Errors
+    /// [`TransmissionError::ReplyMagic`]: the stream is out of step; close it.
+    pub fn decode(wire: &[u8; STRUCTURED_CHUNK_BYTES]) -> Result<Self, TransmissionError> {
+        let magic = be_u32(wire, 0);
+        if magic != STRUCTURED_REPLY_MAGIC {
+            return Err(TransmissionError::ReplyMagic(magic));
+        }
+        Ok(Self {
+            flags: be_u16(wire, 4),
+            kind: be_u16(wire, 6),
+            cookie: be_u64(wire, 8),
+            length_bytes: be_u32(wire, 16),
+        })
+    }
+
+    /// Whether its reply ends with it.
+    pub fn is_last(&self) -> bool {
+        self.flags & REPLY_FLAG_DONE != 0
+    }
 }
 
 /// `NBD_REPLY_FLAG_DONE`: the last chunk of its reply.
@@ -39,6 +81,8 @@ pub const REPLY_FLAG_DONE: u16 = 1 << 0;
 pub const STRUCTURED_CHUNK_BYTES: usize = 20;
 /// Length of an extended chunk's header on the wire, in bytes.
 pub const EXTENDED_CHUNK_BYTES: usize = 32;
+/// Where a chunk's flags are in its header, in bytes.
+const FLAGS_AT: usize = 4;
 /// Longest words of an error, in bytes; what is longer is cut. The protocol would take 4096, people take less.
 pub const ERROR_WORDS_BYTES_MAX: usize = 74;
 /// Longest head: an extended error with words and offset, in bytes.
@@ -80,13 +124,17 @@ impl ReplyHead {
         self.put(&request.offset_bytes.to_be_bytes());
     }
 
-    /// A BLOCK_STATUS's extents follow, as `block_status.rs` encoded them.
-    pub fn put_status(&mut self, headers: HeaderStyle, request: &Request, payload_bytes: u32) {
+    /// A BLOCK_STATUS's extents follow, of one context, as `block_status.rs` encoded them; behind them those of the next, unless it is
+    /// the last.
+    pub fn put_status(&mut self, headers: HeaderStyle, request: &Request, payload_bytes: u32, is_last: bool) {
         let kind = match headers {
             HeaderStyle::Extended => chunk::BLOCK_STATUS_EXT,
             HeaderStyle::Simple | HeaderStyle::Structured => chunk::BLOCK_STATUS,
         };
         self.put_chunk(headers, request, kind, u64::from(payload_bytes));
+        if !is_last {
+            self.bytes[FLAGS_AT..FLAGS_AT + 2].copy_from_slice(&0u16.to_be_bytes());
+        }
     }
 
     /// The request failed with this error number (not 0): `at` is the offset from which on nothing was done, where that
@@ -215,7 +263,10 @@ mod tests {
             [&start[..], &[0, 0, 0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, length]].concat()
         };
         assert_eq!(head(|head| head.put_done(HeaderStyle::Extended, &read())), chunk([0, 0], 0));
-        assert_eq!(head(|head| head.put_status(HeaderStyle::Extended, &read(), 24)), chunk([0, 6], 24));
+        assert_eq!(head(|head| head.put_status(HeaderStyle::Extended, &read(), 24, true)), chunk([0, 6], 24));
+        let mut not_last = chunk([0, 6], 24);
+        not_last[5] = 0;
+        assert_eq!(head(|head| head.put_status(HeaderStyle::Extended, &read(), 24, false)), not_last);
         let error = [&chunk([0x80, 1], 8)[..], &[0, 0, 0, 22, 0, 2], b"no"].concat();
         assert_eq!(head(|head| head.put_error(HeaderStyle::Extended, &read(), 22, "no", None)), error);
         let data = [&chunk([0, 1], 8)[..], &[0, 0, 0, 0, 0, 0, 0x10, 0]].concat();

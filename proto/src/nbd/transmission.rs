@@ -1,6 +1,6 @@
 //! Requests and simple replies of the transmission phase, encoded and decoded.
 //!
-//! Used by the client's `client/src/device/queue/connection.rs` (encodes requests, decodes replies) and the server's `server/src/session.rs` (the other
+//! Used by the client's `client/src/device/queue/connection.rs` (encodes requests, decodes replies) and the server's `server/src/data/session.rs` (the other
 //! way round). Replies in chunks are in `replies.rs`. Nothing here allocates.
 //! Source: NBD `doc/proto.md`, "Transmission phase"; extended headers: the same file on branch `extension-ext-header`.
 

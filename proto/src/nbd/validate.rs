@@ -1,11 +1,11 @@
 //! Every check of a request in one place, one errno each.
 //!
-//! The server's `server/src/session.rs` calls [`validate_payload`] as soon as it has a header, then [`validate_request`] before
+//! The server's `server/src/data/session.rs` calls [`validate_payload`] as soon as it has a header, then [`validate_request`] before
 //! anything of the request reaches a volume; what passes is inside the export, aligned, allowed and of bounded size. What
 //! does not pass gets its errno in a reply and the connection lives; a refused request's payload is the caller's to drain.
 //! All of it is pure: the request and what was announced in, a verdict out. Source: NBD `doc/proto.md`.
 
-use super::block_status::{ALLOCATION_CONTEXT_ID, StatusPayload};
+use super::block_status::{Contexts, StatusPayload};
 use super::transmission::{Command, CommandFlags, NbdError, Request};
 use super::{BlockSizes, HeaderStyle, Negotiated, TransmissionFlags};
 
@@ -122,7 +122,8 @@ pub fn validate_payload(request: &Request, limits: &RequestLimits) -> Result<u32
     u32::try_from(bytes).ok().filter(|bytes| *bytes <= bytes_max).ok_or(PayloadTooLong(bytes))
 }
 
-/// A BLOCK_STATUS with its payload, as the one without a payload that means the same; [`validate_request`] comes next.
+/// A BLOCK_STATUS with its payload, as the one without a payload that means the same, and for which contexts; [`validate_request`] comes
+/// next.
 ///
 /// # Errors
 /// [`Refused::Flags`]: such payloads were not announced. [`Refused::Context`]: a context that was not selected.
@@ -130,15 +131,13 @@ pub fn take_status_payload(
     request: &Request,
     payload: StatusPayload,
     limits: &RequestLimits,
-) -> Result<Request, Refused> {
+) -> Result<(Request, Contexts), Refused> {
     if !limits.flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD) {
         return Err(Refused::Flags(request.flags));
     }
-    if payload.context_id != ALLOCATION_CONTEXT_ID {
-        return Err(Refused::Context);
-    }
+    let contexts = payload.of_selected(limits.negotiated.contexts).ok_or(Refused::Context)?;
     let flags = CommandFlags(request.flags.0 & !CommandFlags::PAYLOAD_LEN.0);
-    Ok(Request { flags, length_bytes: payload.effect_bytes, ..*request })
+    Ok((Request { flags, length_bytes: payload.effect_bytes, ..*request }, contexts))
 }
 
 /// Checks a request against the export it is for.
@@ -197,7 +196,7 @@ impl Offer {
                 let fast = when(TransmissionFlags::SEND_FAST_ZERO, CommandFlags::FAST_ZERO);
                 (has(TransmissionFlags::SEND_WRITE_ZEROES), CommandFlags::NO_HOLE.with(fast), true)
             }
-            Command::BlockStatus => (limits.negotiated.allocation_context, CommandFlags::REQ_ONE, false),
+            Command::BlockStatus => (!limits.negotiated.contexts.is_empty(), CommandFlags::REQ_ONE, false),
             Command::Unknown(_) => return None,
         };
         is_offered.then(|| Self { allowed: allowed.with(fua), writes })
@@ -253,7 +252,8 @@ mod tests {
     }
 
     fn negotiated(headers: HeaderStyle, allocation_context: bool) -> RequestLimits {
-        limits(ALL).for_client(Negotiated { headers, allocation_context })
+        let contexts = if allocation_context { Contexts::ALLOCATION } else { Contexts::NONE };
+        limits(ALL).for_client(Negotiated { headers, contexts })
     }
 
     fn request(command: Command, offset_bytes: u64, length_bytes: u64) -> Request {
@@ -427,13 +427,18 @@ mod tests {
         let limits = negotiated(HeaderStyle::Extended, true);
         let flags = CommandFlags::PAYLOAD_LEN.with(CommandFlags::REQ_ONE);
         let status = flagged(flags, request(Command::BlockStatus, 4096, 12));
-        let payload = |context_id| StatusPayload { effect_bytes: 1 << 20, context_id };
-        let taken = take_status_payload(&status, payload(ALLOCATION_CONTEXT_ID), &limits).unwrap();
+        let payload = |id: u32| {
+            let wire = [&(1u64 << 20).to_be_bytes()[..], &id.to_be_bytes()].concat();
+            StatusPayload::decode(&wire).unwrap()
+        };
+        let (taken, contexts) = take_status_payload(&status, payload(1), &limits).unwrap();
         assert_eq!((taken.length_bytes, taken.flags), (1 << 20, CommandFlags::REQ_ONE));
+        assert_eq!(contexts, Contexts::ALLOCATION);
         assert_eq!(validate_request(&taken, &limits), Ok(()));
         assert_eq!(take_status_payload(&status, payload(99), &limits), Err(Refused::Context));
+        assert_eq!(take_status_payload(&status, payload(2), &limits), Err(Refused::Context), "not selected");
         let unselected = negotiated(HeaderStyle::Extended, false);
-        assert!(take_status_payload(&status, payload(ALLOCATION_CONTEXT_ID), &unselected).is_err());
+        assert!(take_status_payload(&status, payload(1), &unselected).is_err());
     }
 
     #[test]

@@ -168,6 +168,12 @@ pub fn uri_names(certificate: &CertificateDer<'_>) -> Vec<String> {
     parsed.map_or_else(|_| Vec::new(), |parsed| parsed.valid_uri_names().map(str::to_owned).collect())
 }
 
+/// SHA-256 of a certificate, in hexadecimal, as `openssl x509 -fingerprint -sha256` says it without colons.
+pub fn fingerprint(certificate: &CertificateDer<'_>) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, certificate);
+    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }

@@ -91,7 +91,7 @@ impl Authority {
 }
 
 impl Issued {
-    /// The folder.
+    /// The folder with the certificates and keys.
     pub fn folder(&self) -> &Path {
         &self.0
     }

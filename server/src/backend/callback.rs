@@ -2,12 +2,12 @@
 //!
 //! Owns: the interface to such a backend, and the life of one operation in it. Never: knows a ring or a mailbox; how an
 //! operation that has ended comes back to its ring is behind [`CompletionSink`].
-//! Called by: `ring.rs` (submits), `block_status.rs` (asks for extents), `volume.rs` (what is announced).
+//! Called by: `ring.rs` (submits), `block_status.rs` (asks for extents), `volume/request.rs` (what is announced).
 //!
 //! ```text
 //!   ring thread ─ submit(Operation) ─► backend … its own thread ─ Operation::finish ─► CompletionSink ─ mailbox ─► ring thread
 //! ```
-//! `volume.rs` decides the order of a request's operations, as for a file: a FLUSH is a `Sync` after the writes that were
+//! `volume/request.rs` decides the order of a request's operations, as for a file: a FLUSH is a `Sync` after the writes that were
 //! answered before, a FUA write is a `Write` and then a `Sync`, and only one `Sync` of a volume runs on a ring at a time.
 //! Snapshots have their place beside [`CallbackBackend::submit`]: an operation that is asked for by the control side
 //! between two requests, with the `Sync` before it as its barrier. There is none before a backend can take them.

@@ -9,15 +9,18 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use rustix::fs::{Advice, AtFlags, FlockOperation, OFlags, StatxFlags};
+use rustix::fs::{Advice, AtFlags, FlockOperation, OFlags, SeekFrom, StatxFlags};
 use uuid::Uuid;
 
+use super::marks::DeviceMarks;
 use super::page_cache::{PageCacheView, is_any_cached};
+use crate::backend::reflink;
 
 /// Whether volumes are read and written past the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -72,12 +75,105 @@ pub struct FileVolume {
     /// `None` where the page cache is passed by, or cannot be looked at.
     page_cache: Option<PageCacheView>,
     is_rotational: bool,
+    /// `None` of a file of ours.
+    adopted: Option<AdoptedStorage>,
+}
+
+/// What is known of storage that is not ours, whose size others change.
+#[derive(Debug)]
+struct AdoptedStorage {
+    /// Where it ended when it was measured last.
+    end_bytes: AtomicU64,
+    /// `None` of a raw file.
+    device: Option<BlockDevice>,
+}
+
+#[derive(Debug)]
+struct BlockDevice {
+    marks: DeviceMarks,
+    zeroes_fast: bool,
 }
 
 impl FileVolume {
     /// The descriptor that the I/O uses.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Over a raw file that is open, claimed, and of this size now.
+    pub(super) fn over_raw_file(
+        file: File,
+        sync_files: Vec<File>,
+        size_bytes: u64,
+        block_size_bytes: u32,
+        cache: CacheMode,
+    ) -> Self {
+        let is_rotational =
+            file.metadata().is_ok_and(|found| is_rotational(Path::new(BLOCK_DEVICES_DIR), found.dev()));
+        let direct_alignment_bytes = match cache {
+            // Its users were promised this block: what cannot be had past the page cache goes through it.
+            CacheMode::Auto => use_direct_for_blocks(&file, size_bytes, block_size_bytes),
+            CacheMode::Buffered => None,
+        };
+        let is_buffered = direct_alignment_bytes.is_none();
+        let page_cache = if is_buffered { PageCacheView::new(&file, size_bytes).ok() } else { None };
+        let adopted = Some(AdoptedStorage { end_bytes: AtomicU64::new(size_bytes), device: None });
+        Self { file, sync_files, direct_alignment_bytes, page_cache, is_rotational, adopted }
+    }
+
+    /// Over a block device that is open, claimed, and of this size now: always past the page cache.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn over_block_device(
+        file: File,
+        sync_files: Vec<File>,
+        size_bytes: u64,
+        block_size_bytes: u32,
+        marks: DeviceMarks,
+        zeroes_fast: bool,
+    ) -> io::Result<Self> {
+        let flags = rustix::fs::fcntl_getfl(&file)?;
+        rustix::fs::fcntl_setfl(&file, flags | OFlags::DIRECT)?;
+        let is_rotational = is_rotational(Path::new(BLOCK_DEVICES_DIR), file.metadata()?.rdev());
+        let device = Some(BlockDevice { marks, zeroes_fast });
+        let adopted = Some(AdoptedStorage { end_bytes: AtomicU64::new(size_bytes), device });
+        let direct_alignment_bytes = Some(block_size_bytes);
+        Ok(Self { file, sync_files, direct_alignment_bytes, page_cache: None, is_rotational, adopted })
+    }
+
+    /// What tells whether a block device is what it was; `None` of a file.
+    pub fn device_marks(&self) -> Option<&DeviceMarks> {
+        Some(&self.adopted.as_ref()?.device.as_ref()?.marks)
+    }
+
+    /// Whether it is somebody else's device or file.
+    pub fn is_adopted(&self) -> bool {
+        self.adopted.is_some()
+    }
+
+    /// Whether zeroes that are to keep their space would be written one by one by the kernel, however many they are.
+    pub fn zeroes_slowly(&self) -> bool {
+        let device = self.adopted.as_ref().and_then(|adopted| adopted.device.as_ref());
+        device.is_some_and(|device| !device.zeroes_fast)
+    }
+
+    /// Whether a range is in part behind the end of a device or file that has become smaller.
+    pub fn is_cut_off(&self, end_bytes: u64) -> bool {
+        self.adopted.as_ref().is_some_and(|adopted| end_bytes > adopted.end_bytes.load(Ordering::Relaxed))
+    }
+
+    /// How large it is now, in bytes; of a device or file that is adopted, requests are held to it from now on. May wait where a raw
+    /// file's file system does.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn measure(&self) -> io::Result<u64> {
+        let size_bytes = size_of(&self.file)?;
+        if let Some(adopted) = &self.adopted {
+            adopted.end_bytes.store(size_bytes, Ordering::Relaxed);
+        }
+        Ok(size_bytes)
     }
 
     /// The descriptor that ring number `ring` syncs on.
@@ -263,19 +359,50 @@ pub fn allocated_bytes(volumes_dir: &Path, volume_uid: Uuid) -> u64 {
 
 /// Opens the file of a volume for serving on `ring_count` rings. The caller has to take the lock before any I/O.
 ///
+/// Blocks smaller than the file system's go through the page cache where it can share blocks among files: once a snapshot shares
+/// them, XFS takes only whole ones past the page cache, and what clients were promised would not hold any more.
+///
 /// # Errors
 /// [`FileError`]: it is not there, may not be opened, or is not of the volume's size.
 pub fn open(
     volumes_dir: &Path,
     volume_uid: Uuid,
     capacity_bytes: u64,
+    block_size_bytes: u32,
     cache: CacheMode,
     ring_count: usize,
 ) -> Result<FileVolume, FileError> {
-    let path = path(volumes_dir, volume_uid);
+    let options = OpenOptions::new().read(true).write(true).clone();
+    open_with(&options, path(volumes_dir, volume_uid), capacity_bytes, block_size_bytes, cache, ring_count)
+}
+
+/// The same of a snapshot, to be read only. It needs no lock: nobody writes to it.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_snapshot(
+    snapshots_dir: &Path,
+    snapshot_uid: Uuid,
+    capacity_bytes: u64,
+    block_size_bytes: u32,
+    cache: CacheMode,
+    ring_count: usize,
+) -> Result<FileVolume, FileError> {
+    let options = OpenOptions::new().read(true).clone();
+    let path = path(snapshots_dir, snapshot_uid);
+    open_with(&options, path, capacity_bytes, block_size_bytes, cache, ring_count)
+}
+
+fn open_with(
+    options: &OpenOptions,
+    path: PathBuf,
+    capacity_bytes: u64,
+    block_size_bytes: u32,
+    cache: CacheMode,
+    ring_count: usize,
+) -> Result<FileVolume, FileError> {
     let fail = |action| move |path: &Path, source| FileError::Io { action, path: path.into(), source };
-    let file =
-        OpenOptions::new().read(true).write(true).open(&path).map_err(|e| fail("cannot open")(&path, e))?;
+    let file = options.open(&path).map_err(|e| fail("cannot open")(&path, e))?;
     let metadata = file.metadata().map_err(|e| fail("cannot look at")(&path, e))?;
     let found_bytes = metadata.len();
     // A larger one was about to grow when its server died: nobody has been told of the rest.
@@ -287,6 +414,7 @@ pub fn open(
     let open_again = || File::open(&path).map_err(|e| fail("cannot open")(&path, e));
     let sync_files = (0..ring_count).map(|_| open_again()).collect::<Result<_, _>>()?;
     let direct_alignment_bytes = match cache {
+        CacheMode::Auto if has_parts_of_shared_blocks(&file, block_size_bytes) => None,
         CacheMode::Auto => use_direct(&file, capacity_bytes),
         CacheMode::Buffered => None,
     };
@@ -294,7 +422,7 @@ pub fn open(
         None => PageCacheView::new(&file, capacity_bytes).ok(),
         Some(_) => None,
     };
-    Ok(FileVolume { file, sync_files, direct_alignment_bytes, page_cache, is_rotational })
+    Ok(FileVolume { file, sync_files, direct_alignment_bytes, page_cache, is_rotational, adopted: None })
 }
 
 /// Where Linux tells about a block device by its number.
@@ -310,6 +438,11 @@ fn is_rotational(devices_dir: &Path, device: u64) -> bool {
 
 /// Largest alignment that is announced; buffers are aligned to pages, so it cannot be more.
 const DIRECT_ALIGNMENT_BYTES_MAX: u32 = 4096;
+
+/// Whether such blocks are parts of those that a snapshot may come to share.
+fn has_parts_of_shared_blocks(file: &File, block_size_bytes: u32) -> bool {
+    reflink::block_bytes(file).is_some_and(|bytes| block_size_bytes < bytes) && reflink::may_share(file)
+}
 
 /// Switches the file to `O_DIRECT` where it can; gives the alignment of offsets and lengths.
 fn use_direct(file: &File, capacity_bytes: u64) -> Option<u32> {
@@ -328,6 +461,25 @@ fn use_direct(file: &File, capacity_bytes: u64) -> Option<u32> {
     let flags = rustix::fs::fcntl_getfl(file).ok()?;
     rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).ok()?;
     Some(offset_bytes)
+}
+
+/// The same, where what it can do includes blocks of this size.
+fn use_direct_for_blocks(file: &File, size_bytes: u64, block_size_bytes: u32) -> Option<u32> {
+    let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    if stat.stx_dio_offset_align > block_size_bytes { None } else { use_direct(file, size_bytes) }
+}
+
+/// How large an open file or block device is now, in bytes.
+///
+/// # Errors
+/// The system's.
+pub(super) fn size_of(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if !metadata.file_type().is_block_device() {
+        return Ok(metadata.len());
+    }
+    // Nobody uses the position.
+    Ok(rustix::fs::seek(file, SeekFrom::End(0))?)
 }
 
 fn sync_directory(directory: &Path) -> Result<(), FileError> {
@@ -378,8 +530,8 @@ mod tests {
         let dir = TempDir::new();
         let uid = Uuid::new_v4();
         create(&dir.0, uid, 1 << 20).unwrap();
-        let first = open(&dir.0, uid, 1 << 20, CacheMode::Auto, 1).unwrap();
-        let second = open(&dir.0, uid, 1 << 20, CacheMode::Buffered, 1).unwrap();
+        let first = open(&dir.0, uid, 1 << 20, 4096, CacheMode::Auto, 1).unwrap();
+        let second = open(&dir.0, uid, 1 << 20, 4096, CacheMode::Buffered, 1).unwrap();
         assert!(first.try_lock().unwrap());
         assert!(!second.try_lock().unwrap());
         drop(first);
@@ -392,8 +544,11 @@ mod tests {
         let dir = TempDir::new();
         let uid = Uuid::new_v4();
         create(&dir.0, uid, 1 << 20).unwrap();
-        assert!(matches!(open(&dir.0, uid, 2 << 20, CacheMode::Auto, 1), Err(FileError::WrongSize { .. })));
-        assert!(matches!(open(&dir.0, Uuid::nil(), 1, CacheMode::Auto, 1), Err(FileError::Io { .. })));
+        assert!(matches!(
+            open(&dir.0, uid, 2 << 20, 4096, CacheMode::Auto, 1),
+            Err(FileError::WrongSize { .. })
+        ));
+        assert!(matches!(open(&dir.0, Uuid::nil(), 1, 4096, CacheMode::Auto, 1), Err(FileError::Io { .. })));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! its pages themselves or from the mapping, and receive into the mapping. Gone with the process; the incarnation says so.
 //! Never: hands out a Rust reference to the bytes. Clients may write what another reads, on several threads at once, and
 //! the kernel writes too; so this file touches them only through atomics.
-//! Called by: `volume.rs`, `ring.rs` (addresses, the file), `connection.rs` (before it writes), `gate/opener.rs` (open), `gate/run.rs`
+//! Called by: `volume/request.rs`, `ring.rs` (addresses, the file), `session_io.rs` (before it writes), `gate/opener.rs` (open), `gate/run.rs`
 //! (measure).
 //! Invariant: where [`MemoryVolume::expect_write`] was never called, the volume is zero.
 #![allow(unsafe_code)] // Writes into the mapping while others may; bounds are checked in `Region::address`.
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::mm::ProtFlags;
 
-use crate::buffers::{HUGE_PAGE_BYTES, Region};
+use crate::region::{HUGE_PAGE_BYTES, Region};
 
 /// A volume's memory.
 pub struct MemoryVolume {

@@ -4,17 +4,25 @@
 //!   volume.rs ─ VolumeOp ─► ring.rs ─┬─ an operation of the ring ─► file.rs, memory.rs: a descriptor
 //!                                    └─ Operation ───────────────► callback.rs: threads of its own
 //! ```
-//! `volume.rs` decides which operations ([`VolumeOp`]) a request takes, in which order and what a result means; `ring.rs` has them
+//! `volume/request.rs` decides which operations ([`VolumeOp`]) a request takes, in which order and what a result means; `ring.rs` has them
 //! done. What a backend with a descriptor is asked for goes to the kernel as it is; what the others are asked for comes back
 //! through the mailbox. Which parts are allocated is asked by `block_status.rs`, of all of them on a thread that may wait.
 //! Backends never touch a socket, and never wait on a ring's thread.
-//! Called by: `gate/opener.rs` (open) and `volume.rs`.
+//! Called by: `gate/opener.rs` (open) and `volume/request.rs`.
 
 pub mod callback;
+pub mod device;
+pub mod extent_map;
+mod fiemap;
 pub mod file;
+pub mod lvm;
+pub mod marks;
 pub mod memory;
 pub mod page_cache;
 pub(crate) mod preallocated;
+pub mod reflink;
+
+use std::ops::Range;
 
 /// What becomes of a range's space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,4 +86,20 @@ pub enum VolumeOp {
         /// How much.
         length_bytes: u32,
     },
+}
+
+impl VolumeOp {
+    /// The bytes of the volume that it may change.
+    pub fn changes(&self) -> Option<Range<u64>> {
+        match *self {
+            Self::Write { offset_bytes, length_bytes, .. }
+            | Self::WriteZeroes { offset_bytes, length_bytes } => {
+                Some(offset_bytes..offset_bytes.saturating_add(u64::from(length_bytes)))
+            }
+            Self::Allocate { offset_bytes, length_bytes, .. } => {
+                Some(offset_bytes..offset_bytes.saturating_add(length_bytes))
+            }
+            Self::Read { .. } | Self::Sync { .. } | Self::Prefetch { .. } => None,
+        }
+    }
 }

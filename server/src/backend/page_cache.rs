@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{SeekFrom, fstatfs};
 use rustix::mm::ProtFlags;
 
-use crate::buffers::Region;
+use crate::region::Region;
 
 /// Pages that can be asked about at once: those of 1 MiB, wherever it begins.
 const PAGES_MAX: usize = 257;

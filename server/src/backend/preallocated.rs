@@ -1,47 +1,14 @@
 //! Which holes of a file are preallocated: space that is the file's already, and reads as zeroes.
 //!
-//! Owns: the FIEMAP call. `lseek(SEEK_DATA)` counts preallocated space as a hole, because it holds no data; to a client the two
+//! Owns: what that is to a client. `lseek(SEEK_DATA)` counts preallocated space as a hole, because it holds no data; to a client the two
 //! differ, because writing to preallocated space cannot fail for want of it. Never: decides what is data; this is asked only of
 //! ranges that `lseek` has called a hole.
 //! Called by: `block_status.rs`, on its own thread.
-//! Source: `include/uapi/linux/fiemap.h`, `include/uapi/linux/fs.h` (Linux 7.3); the layout is checked below.
-#![allow(unsafe_code)] // One ioctl that no safe wrapper has.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
 
-/// `FS_IOC_FIEMAP`: `_IOWR('f', 11, struct fiemap)`.
-const FS_IOC_FIEMAP: u32 = 0xc020_660b;
-/// `FIEMAP_EXTENT_UNWRITTEN`: allocated, and never written.
-const EXTENT_UNWRITTEN: u32 = 0x800;
-
-/// `struct fiemap_extent`
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct FiemapExtent {
-    logical_bytes: u64,
-    physical_bytes: u64,
-    length_bytes: u64,
-    reserved64: [u64; 2],
-    flags: u32,
-    reserved: [u32; 3],
-}
-
-/// `struct fiemap` with room for one extent.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-struct Fiemap {
-    start_bytes: u64,
-    length_bytes: u64,
-    flags: u32,
-    mapped_extents: u32,
-    extent_count: u32,
-    reserved: u32,
-    extent: FiemapExtent,
-}
-
-const _: () = assert!(size_of::<FiemapExtent>() == 56 && size_of::<Fiemap>() == 32 + 56);
+use super::fiemap::{EXTENT_UNWRITTEN, Extent, Fiemap};
 
 /// What space a range has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,16 +38,9 @@ pub(crate) fn first_run(file: &File, start_bytes: u64, end_bytes: u64) -> (u64, 
     (extent_end, if is_unwritten { Space::Preallocated } else { Space::Written })
 }
 
-fn first_extent(file: &File, start_bytes: u64, end_bytes: u64) -> io::Result<Option<FiemapExtent>> {
-    let length_bytes = end_bytes - start_bytes;
-    let mut map = Fiemap { start_bytes, length_bytes, extent_count: 1, ..Fiemap::default() };
-    // SAFETY: the pointer is to a `struct fiemap` with room for the one extent that it announces; the kernel writes no more
-    // than that, and only during the call.
-    let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP as libc::Ioctl, &raw mut map) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((map.mapped_extents > 0).then_some(map.extent))
+fn first_extent(file: &File, start_bytes: u64, end_bytes: u64) -> io::Result<Option<Extent>> {
+    let mut map = Fiemap::<1>::new(&(start_bytes..end_bytes), 0);
+    Ok(map.ask(file)?.first().copied())
 }
 
 #[cfg(test)]

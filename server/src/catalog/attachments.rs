@@ -8,15 +8,97 @@
 //! I/O. The row stays until that is done, so a wait that failed is taken up again by the next call on the volume, and
 //! no second attachment can exist meanwhile. A row `ending` at start belonged to a process that is gone, with all its
 //! connections: `remove_ending_attachments`. Never waits for the data side itself.
+//!
+//! A volume has one attachment, in `attachments`; or several that share it, all of which only read or all of which write: one of them there, the others in
+//! `shared_attachments`. So a program that knows the first table alone sees a volume that is attached for as long as anybody has it.
+//! Those of a snapshot, which all share it, are in `snapshot_attachments`; what their `volume_uid` names is the snapshot.
 
 use proto::export_name::Secret;
-use rusqlite::{OptionalExtension as _, Row, TransactionBehavior};
+use rusqlite::{Connection, OptionalExtension as _, Params, Row, TransactionBehavior};
 use uuid::Uuid;
 
-use super::records::{self, AttachmentFilter, AttachmentRecord, AttachmentState, NewAttachment};
+use super::records::{
+    self, AttachmentFilter, AttachmentRecord, AttachmentState, ListedAttachment, NewAttachment,
+};
 use super::{Catalog, CatalogError, State, now_ms, to_db};
 
-const COLUMNS: &str = "attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, created_at_ms, boot_id";
+const COLUMNS: &str = "attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, created_at_ms, boot_id, is_shared, knows_content";
+
+/// Where attachments are; see the module's text.
+const TABLES: [&str; 3] = ["attachments", "shared_attachments", "snapshot_attachments"];
+
+/// Nobody takes a snapshot from anybody: its attachments are all of this generation.
+const SNAPSHOT_GENERATION: i64 = 1;
+
+/// All attachments, as a query takes them for a table.
+fn all() -> String {
+    let selected = TABLES.map(|table| format!("SELECT {COLUMNS} FROM {table}"));
+    format!("({})", selected.join(" UNION ALL "))
+}
+
+/// Executes a statement of each table in turn, its name written `TABLE`; how many rows it changed.
+fn execute_on_all(db: &Connection, sql: &str, values: impl Params + Copy) -> rusqlite::Result<usize> {
+    TABLES
+        .iter()
+        .try_fold(0, |changed, table| Ok(changed + db.execute(&sql.replace("TABLE", table), values)?))
+}
+
+/// Where the attachment of a volume has gone that was in the first table, one of those that share the volume takes its place.
+fn move_up(db: &Connection) -> rusqlite::Result<()> {
+    let first_of_others = "SELECT min(attachment_id) FROM shared_attachments \
+                           WHERE volume_uid NOT IN (SELECT volume_uid FROM attachments) GROUP BY volume_uid";
+    let copy = format!(
+        "INSERT INTO attachments ({COLUMNS}) SELECT {COLUMNS} FROM shared_attachments WHERE attachment_id IN ({first_of_others})"
+    );
+    db.execute(&copy, [])?;
+    let leave =
+        "DELETE FROM shared_attachments WHERE attachment_id IN (SELECT attachment_id FROM attachments)";
+    db.execute(leave, []).map(|_| ())
+}
+
+/// What an attachment may be of, as a query takes it: its uid and its name.
+const ATTACHABLE: &str = "(SELECT volume_uid AS uid, name FROM volumes UNION ALL \
+     SELECT snapshot_uid, CASE WHEN volumes.name IS NULL THEN '@' || snapshot_uid ELSE volumes.name || '@' || snapshots.name END \
+     FROM snapshots LEFT JOIN volumes ON volumes.volume_uid = snapshots.volume_uid AND volumes.state = 'ready')";
+
+/// Writes a new attachment down, in the table of that name.
+fn insert(db: &Connection, table: &str, attachment: &AttachmentRecord) -> Result<(), CatalogError> {
+    db.execute(
+        &format!(
+            "INSERT INTO {table} ({COLUMNS}) VALUES (?1, ?2, ?3, 'active', ?4, ?5, ?6, 0, ?7, ?8, ?9, 1)"
+        ),
+        (
+            attachment.attachment_id.to_string(),
+            attachment.volume_uid.to_string(),
+            &attachment.node_id,
+            attachment.read_only,
+            attachment.secret.expose(),
+            to_db(attachment.generation, "generation")?,
+            attachment.created_at_ms,
+            &attachment.boot_id,
+            attachment.is_shared,
+        ),
+    )?;
+    Ok(())
+}
+
+/// A new attachment of that generation, with an identity and a secret of its own.
+fn new_attachment(new: &NewAttachment, generation: i64) -> Result<AttachmentRecord, CatalogError> {
+    let secret = Secret::generate().map_err(|error| CatalogError::Random(error.to_string()))?;
+    Ok(AttachmentRecord {
+        attachment_id: Uuid::new_v4(),
+        volume_uid: new.volume_uid,
+        node_id: new.node_id.clone(),
+        read_only: new.read_only,
+        secret,
+        generation: u64::try_from(generation)
+            .map_err(|_| CatalogError::Damaged { table: "volumes", column: "attach_generation" })?,
+        session_epoch: 0,
+        created_at_ms: now_ms(),
+        boot_id: new.boot_id.clone(),
+        is_shared: new.is_shared,
+    })
+}
 
 impl State {
     fn attachment_row(
@@ -25,7 +107,7 @@ impl State {
         value: Uuid,
     ) -> Result<Option<(AttachmentRecord, AttachmentState)>, CatalogError> {
         let mut query =
-            self.db.prepare_cached(&format!("SELECT {COLUMNS} FROM attachments WHERE {condition}"))?;
+            self.db.prepare_cached(&format!("SELECT {COLUMNS} FROM {} WHERE {condition}", all()))?;
         query.query_row([value.to_string()], |row| Ok(records::attachment(row))).optional()?.transpose()
     }
 }
@@ -51,15 +133,21 @@ impl Catalog {
         self.state().attachment_row("attachment_id = ?1", attachment_id)
     }
 
-    /// The one attachment of the volume, ending or not.
+    /// The attachments of the volume or snapshot, ending or not, in order of identity: one, or several that share it.
     ///
     /// # Errors
     /// SQLite's, or a damaged row.
-    pub fn attachment_of_volume(
+    pub fn attachments_of_volume(
         &self,
         volume_uid: Uuid,
-    ) -> Result<Option<(AttachmentRecord, AttachmentState)>, CatalogError> {
-        self.state().attachment_row("volume_uid = ?1", volume_uid)
+    ) -> Result<Vec<(AttachmentRecord, AttachmentState)>, CatalogError> {
+        let state = self.state();
+        let mut query = state.db.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM {} WHERE volume_uid = ?1 ORDER BY attachment_id",
+            all()
+        ))?;
+        let rows = query.query_map([volume_uid.to_string()], |row: &Row<'_>| Ok(records::attachment(row)))?;
+        rows.map(|row| row?).collect()
     }
 
     /// True while the volume has an attachment, ending or not: writers by plain name are refused then.
@@ -72,26 +160,44 @@ impl Catalog {
         Ok(query.exists([volume_uid.to_string()])?)
     }
 
-    /// At most `limit` attachments (ending ones too) of volumes whose names come after `after`, each with its volume's
-    /// name, in order of that name.
+    /// One of the volume's snapshots that has an attachment, ending or not.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn attached_snapshot(&self, volume_uid: Uuid) -> Result<Option<Uuid>, CatalogError> {
+        let state = self.state();
+        let mut query = state.db.prepare_cached(
+            "SELECT snapshots.snapshot_uid FROM snapshots JOIN snapshot_attachments AS held ON held.volume_uid = snapshots.snapshot_uid \
+             WHERE snapshots.volume_uid = ?1 ORDER BY snapshots.name LIMIT 1",
+        )?;
+        let found: Option<String> = query.query_row([volume_uid.to_string()], |row| row.get(0)).optional()?;
+        let damaged = CatalogError::Damaged { table: "snapshots", column: "snapshot_uid" };
+        found.map(|uid| uid.parse().map_err(|_| damaged)).transpose()
+    }
+
+    /// At most `limit` attachments (ending ones too) that come after `after`, each with the name of its volume or snapshot (as that is
+    /// opened), in order of that name and of their identities.
     ///
     /// # Errors
     /// SQLite's, or a damaged row.
     pub fn list_attachments(
         &self,
         filter: &AttachmentFilter,
-        after: &str,
+        after: &ListedAttachment,
         limit: u32,
     ) -> Result<Vec<(String, AttachmentRecord)>, CatalogError> {
         let state = self.state();
-        let columns = COLUMNS.replace(", ", ", attachments.");
+        let columns = COLUMNS.replace(", ", ", held.");
         let mut query = state.db.prepare_cached(&format!(
-            "SELECT volumes.name AS volume_name, attachments.{columns} \
-             FROM attachments JOIN volumes USING (volume_uid) \
-             WHERE volumes.name > ?1 AND (?2 IS NULL OR volumes.name = ?2) AND (?3 IS NULL OR node_id = ?3) \
-             ORDER BY volumes.name LIMIT ?4"
+            "SELECT attached.name AS volume_name, held.{columns} \
+             FROM {} AS held JOIN {ATTACHABLE} AS attached ON attached.uid = held.volume_uid \
+             WHERE (attached.name, attachment_id) > (?1, ?2) AND (?3 IS NULL OR attached.name = ?3) AND (?4 IS NULL OR node_id = ?4) \
+             ORDER BY attached.name, attachment_id LIMIT ?5",
+            all()
         ))?;
-        let values = (after, filter.volume_name.as_deref(), filter.node_id.as_deref(), limit);
+        let ListedAttachment { volume_name, attachment_id } = after;
+        let values =
+            (volume_name, attachment_id, filter.volume_name.as_deref(), filter.node_id.as_deref(), limit);
         let rows = query.query_map(values, |row: &Row<'_>| {
             let name: String = row.get("volume_name")?;
             Ok(records::attachment(row).map(|(attachment, _)| (name, attachment)))
@@ -103,9 +209,8 @@ impl Catalog {
     ///
     /// # Errors
     /// [`CatalogError::VolumeNotFound`] where the volume is not ready; [`CatalogError::VolumeAttached`] where it has an
-    /// attachment; the random source's; SQLite's.
+    /// attachment, unless all share it; the random source's; SQLite's.
     pub fn add_attachment(&self, new: &NewAttachment) -> Result<AttachmentRecord, CatalogError> {
-        let secret = Secret::generate().map_err(|error| CatalogError::Random(error.to_string()))?;
         let mut state = self.state();
         let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let generation: i64 = transaction
@@ -116,36 +221,42 @@ impl Catalog {
             )
             .optional()?
             .ok_or(CatalogError::VolumeNotFound(new.volume_uid))?;
-        let attachment = AttachmentRecord {
-            attachment_id: Uuid::new_v4(),
-            volume_uid: new.volume_uid,
-            node_id: new.node_id.clone(),
-            read_only: new.read_only,
-            secret,
-            generation: u64::try_from(generation)
-                .map_err(|_| CatalogError::Damaged { table: "volumes", column: "attach_generation" })?,
-            session_epoch: 0,
-            created_at_ms: now_ms(),
-            boot_id: new.boot_id.clone(),
+        let attachment = new_attachment(new, generation)?;
+        // Who shares it does so to read, or to write, as all the others.
+        let shares: Option<bool> = transaction
+            .query_row(
+                "SELECT is_shared = 1 AND read_only = ?2 FROM attachments WHERE volume_uid = ?1",
+                (new.volume_uid.to_string(), new.read_only),
+                |row| row.get(0),
+            )
+            .optional()?;
+        let table = match shares {
+            None => "attachments",
+            Some(true) if new.is_shared => "shared_attachments",
+            Some(_) => return Err(CatalogError::VolumeAttached(new.volume_uid)),
         };
-        let inserted = transaction.execute(
-            "INSERT INTO attachments (attachment_id, volume_uid, node_id, state, read_only, secret, generation, \
-                                      session_epoch, created_at_ms, boot_id) \
-             VALUES (?1, ?2, ?3, 'active', ?4, ?5, ?6, 0, ?7, ?8) ON CONFLICT (volume_uid) DO NOTHING",
-            (
-                attachment.attachment_id.to_string(),
-                attachment.volume_uid.to_string(),
-                &attachment.node_id,
-                attachment.read_only,
-                attachment.secret.expose(),
-                generation,
-                attachment.created_at_ms,
-                &attachment.boot_id,
-            ),
+        insert(&transaction, table, &attachment)?;
+        transaction.commit()?;
+        Ok(attachment)
+    }
+
+    /// Makes an attachment of a snapshot, whose uid is in `new.volume_uid`; others may have it as well.
+    ///
+    /// # Errors
+    /// [`CatalogError::SnapshotNotFound`] where it is not ready; the random source's; SQLite's.
+    pub fn add_snapshot_attachment(&self, new: &NewAttachment) -> Result<AttachmentRecord, CatalogError> {
+        let attachment = new_attachment(new, SNAPSHOT_GENERATION)?;
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let is_ready: bool = transaction.query_row(
+            "SELECT count(*) FROM snapshots WHERE snapshot_uid = ?1 AND state = 'ready'",
+            [new.volume_uid.to_string()],
+            |row| row.get(0),
         )?;
-        if inserted == 0 {
-            return Err(CatalogError::VolumeAttached(new.volume_uid));
+        if !is_ready {
+            return Err(CatalogError::SnapshotNotFound(new.volume_uid));
         }
+        insert(&transaction, "snapshot_attachments", &attachment)?;
         transaction.commit()?;
         Ok(attachment)
     }
@@ -155,9 +266,10 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::AttachmentNotFound`]: it is not there, or bound; SQLite's.
     pub fn bind_attachment(&self, attachment_id: Uuid, boot_id: &str) -> Result<(), CatalogError> {
-        let bound = self.state().db.execute(
-            "UPDATE attachments SET boot_id = ?2 WHERE attachment_id = ?1 AND boot_id = ''",
-            (attachment_id.to_string(), boot_id),
+        let bound = execute_on_all(
+            &self.state().db,
+            "UPDATE TABLE SET boot_id = ?2 WHERE attachment_id = ?1 AND boot_id = ''",
+            (&attachment_id.to_string(), boot_id),
         )?;
         if bound == 1 { Ok(()) } else { Err(CatalogError::AttachmentNotFound(attachment_id)) }
     }
@@ -168,23 +280,28 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::AttachmentNotFound`]; SQLite's.
     pub fn end_attachment(&self, attachment_id: Uuid, raise_generation: bool) -> Result<(), CatalogError> {
-        let mut state = self.state();
-        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let ended = transaction.execute(
-            "UPDATE attachments SET state = 'ending' WHERE attachment_id = ?1",
-            [attachment_id.to_string()],
-        )?;
-        if ended == 0 {
-            return Err(CatalogError::AttachmentNotFound(attachment_id));
-        }
-        if raise_generation {
-            transaction.execute(
-                "UPDATE volumes SET attach_generation = attach_generation + 1 \
-                 WHERE volume_uid = (SELECT volume_uid FROM attachments WHERE attachment_id = ?1)",
-                [attachment_id.to_string()],
+        self.taking_away(|state| {
+            let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let ended = execute_on_all(
+                &transaction,
+                "UPDATE TABLE SET state = 'ending' WHERE attachment_id = ?1",
+                [&attachment_id.to_string()],
             )?;
-        }
-        Ok(transaction.commit()?)
+            if ended == 0 {
+                return Err(CatalogError::AttachmentNotFound(attachment_id));
+            }
+            if raise_generation {
+                transaction.execute(
+                    &format!(
+                        "UPDATE volumes SET attach_generation = attach_generation + 1 \
+                         WHERE volume_uid = (SELECT volume_uid FROM {} WHERE attachment_id = ?1)",
+                        all()
+                    ),
+                    [attachment_id.to_string()],
+                )?;
+            }
+            Ok(transaction.commit()?)
+        })
     }
 
     /// Drops an attachment that is ending and whose I/O has finished; no row is a success.
@@ -192,11 +309,16 @@ impl Catalog {
     /// # Errors
     /// SQLite's.
     pub fn remove_attachment(&self, attachment_id: Uuid) -> Result<(), CatalogError> {
-        self.state().db.execute(
-            "DELETE FROM attachments WHERE attachment_id = ?1 AND state = 'ending'",
-            [attachment_id.to_string()],
-        )?;
-        Ok(())
+        self.taking_away(|state| {
+            let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            execute_on_all(
+                &transaction,
+                "DELETE FROM TABLE WHERE attachment_id = ?1 AND state = 'ending'",
+                [&attachment_id.to_string()],
+            )?;
+            move_up(&transaction)?;
+            Ok(transaction.commit()?)
+        })
     }
 
     /// At start: drops what a killed server was ending (its connections are gone with it), and says how many.
@@ -204,10 +326,20 @@ impl Catalog {
     /// # Errors
     /// SQLite's.
     pub fn remove_ending_attachments(&self) -> Result<usize, CatalogError> {
-        Ok(self.state().db.execute("DELETE FROM attachments WHERE state = 'ending'", [])?)
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        // An older program knows only the first. Where that is gone, or is another, the volume may have been somebody else's meanwhile.
+        transaction.execute(
+            "DELETE FROM shared_attachments WHERE volume_uid NOT IN (SELECT volume_uid FROM attachments WHERE is_shared = 1)",
+            [],
+        )?;
+        let removed = execute_on_all(&transaction, "DELETE FROM TABLE WHERE state = 'ending'", [])?;
+        move_up(&transaction)?;
+        transaction.commit()?;
+        Ok(removed)
     }
 
-    /// Drops the volume's attachment, whatever its state, and has the next one's generation above `generation`: who held the
+    /// Drops the volume's attachments, whatever their state, and has the next one's generation above `generation`: who held the
     /// volume must not go on with it. False: there was none.
     ///
     /// # Errors
@@ -216,9 +348,10 @@ impl Catalog {
         let mut state = self.state();
         let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let uid = volume_uid.to_string();
-        let ended = transaction.execute("DELETE FROM attachments WHERE volume_uid = ?1", [&uid])?;
+        let ended = execute_on_all(&transaction, "DELETE FROM TABLE WHERE volume_uid = ?1", [&uid])?;
         transaction.execute(
-            "UPDATE volumes SET attach_generation = max(attach_generation, ?2) + 1 WHERE volume_uid = ?1",
+            // What the catalog knew of the content may be as old.
+            "UPDATE volumes SET attach_generation = max(attach_generation, ?2) + 1, content = 'written' WHERE volume_uid = ?1",
             (&uid, to_db(generation, "attach_generation")?),
         )?;
         transaction.commit()?;
@@ -242,9 +375,10 @@ impl Catalog {
             return Err(CatalogError::StaleEpoch { epoch, current });
         }
         if epoch > current {
-            state.db.execute(
-                "UPDATE attachments SET session_epoch = ?2 WHERE attachment_id = ?1",
-                (attachment_id.to_string(), epoch_in_db),
+            execute_on_all(
+                &state.db,
+                "UPDATE TABLE SET session_epoch = ?2 WHERE attachment_id = ?1",
+                (&attachment_id.to_string(), epoch_in_db),
             )?;
         }
         Ok(())

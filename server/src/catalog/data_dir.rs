@@ -9,10 +9,12 @@ use std::io::{ErrorKind, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
+use file_lock::lock_alone;
 
 /// Directory of the backing files inside the data directory.
 pub const VOLUMES_DIR_NAME: &str = "volumes";
+/// Directory of the snapshots' files inside the data directory; there is none before the first.
+pub const SNAPSHOTS_DIR_NAME: &str = "snapshots";
 const LOCK_FILE_NAME: &str = "lock";
 
 /// Why a data directory cannot be used.
@@ -78,12 +80,8 @@ fn lock(data_dir: &Path) -> Result<File, DataDirError> {
         .mode(0o600)
         .open(&path)
         .map_err(io_error("opening", &path))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            return Err(DataDirError::Locked { path: data_dir.to_owned(), pid: holder(&mut file) });
-        }
-        Err(errno) => return Err(io_error("locking", &path)(errno.into())),
+    if !lock_alone(&file).map_err(io_error("locking", &path))? {
+        return Err(DataDirError::Locked { path: data_dir.to_owned(), pid: holder(&mut file) });
     }
     match write_pid(&mut file) {
         // The pid is for people; without room for it the lock is as good.

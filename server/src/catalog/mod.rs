@@ -8,16 +8,23 @@
 //! Invariants:
 //! - A change that was returned as done is durable: WAL with `synchronous=FULL`, one fsync for each commit.
 //! - Only volumes in state `ready` and attachments in state `active` are visible to the data side.
-//! - A volume has at most one attachment (all access modes are single-node), kept by a UNIQUE constraint.
+//! - A volume has at most one attachment, kept by a UNIQUE constraint, unless all share it and only read.
 //! - Session epochs, attach generations and incarnations never go down.
 //! - No error and no `Debug` text of this module holds a secret.
 
+mod adopted;
 mod attachments;
+mod changes;
+mod columns;
 mod data_dir;
 mod held;
+mod nodes;
 mod records;
 mod reserve;
 mod schema;
+mod settings;
+mod snapshots;
+mod thin;
 mod volumes;
 
 use std::collections::HashSet;
@@ -25,18 +32,28 @@ use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rusqlite::Connection;
+use tokio::sync::watch;
 use uuid::Uuid;
 
-pub use data_dir::{DataDirError, VOLUMES_DIR_NAME};
+pub use adopted::{Adopted, AdoptedKind};
+pub use changes::{
+    AttachmentFacts, Change, ChangePoint, Facts, Happened, NodeFacts as WatchedNodeFacts, PresentPage,
+    SnapshotFacts, Told, VolumeFacts, WatchedKind,
+};
+pub use data_dir::{DataDirError, SNAPSHOTS_DIR_NAME, VOLUMES_DIR_NAME};
+pub use nodes::{NodeFacts, NodeRecord};
 pub use records::{
-    AttachmentFilter, AttachmentRecord, AttachmentState, BackendKind, NewAttachment, NewVolume, VolumeRecord,
+    AttachmentFilter, AttachmentRecord, AttachmentState, BackendKind, ListedAttachment, NewAttachment,
+    NewSnapshot, NewVolume, SnapshotFilter, SnapshotKey, SnapshotRecord, SnapshotState, VolumeRecord,
     VolumeState,
 };
 pub use schema::FORMAT_VERSION;
+pub use settings::{Content, VolumeLimits, VolumeSettings};
 pub use volumes::Concealed;
 
 /// File name of the database inside the data directory.
@@ -119,6 +136,15 @@ pub enum CatalogError {
     /// The name is taken by another volume.
     #[error("a volume of that name exists")]
     VolumeExists,
+    /// No volume can be in a thin pool.
+    #[error("the server has no thin pool")]
+    NoThinPool,
+    /// No snapshot has that identity, or not in that state.
+    #[error("no snapshot {0}")]
+    SnapshotNotFound(Uuid),
+    /// One of the volumes has a snapshot of that name.
+    #[error("a snapshot of that name exists")]
+    SnapshotExists,
     /// The volume has an attachment already.
     #[error("volume {0} is attached")]
     VolumeAttached(Uuid),
@@ -184,6 +210,12 @@ struct Inner {
     state: Mutex<State>,
     server_id: Uuid,
     data_dir: PathBuf,
+    /// Where new volumes of the backend `lvm` are, if there can be any.
+    thin_pool: OnceLock<String>,
+    /// Told of each row of `changes`.
+    changes: watch::Sender<u64>,
+    /// How many of them there had been when it was last seen to that there is room for more.
+    changes_at_look: AtomicU64,
     /// Behind the database, whose locks they would take along: POSIX locks of a file go with any of its descriptors.
     _preallocated: Vec<File>,
     /// Behind the database: it has given its log back by then.
@@ -194,7 +226,8 @@ struct Inner {
 
 struct State {
     db: Connection,
-    /// Volumes that a deletion has hidden from the data side while it looks whether anybody has them open. In memory
+    /// Volumes and snapshots that a deletion has hidden from the data side while it looks whether anybody has them open, and volumes
+    /// that are being restored. In memory
     /// only: a deletion that is refused leaves nothing behind, whenever the process dies.
     concealed: HashSet<Uuid>,
 }
@@ -244,7 +277,8 @@ impl Catalog {
         let lock = data_dir::prepare(data_dir)?;
         // Before it is needed: what SQLite maps into memory and finds no block for ends the process.
         *is_released |= is_nearly_full(data_dir) && reserve::release(data_dir);
-        if space_bytes(data_dir).is_some_and(|bytes| bytes < INDEX_SPACE_BYTES) {
+        // Whoever has made room starts the server at once.
+        if !reserve::has_soon(data_dir, INDEX_SPACE_BYTES) {
             let cause = "what is left is too little for its index".to_owned();
             return Err(CatalogError::NoSpace { dir: data_dir.to_owned(), cause });
         }
@@ -256,17 +290,30 @@ impl Catalog {
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "foreign_keys", true)?;
         db.pragma_update(None, "wal_autocheckpoint", reserve::LOG_PAGES)?;
-        schema::prepare(&mut db, &path, &data_dir.join(VOLUMES_DIR_NAME))?;
+        let storage_dirs = [VOLUMES_DIR_NAME, SNAPSHOTS_DIR_NAME].map(|name| data_dir.join(name));
+        schema::prepare(&mut db, &path, &storage_dirs)?;
         schema::add_columns(&mut db)?;
+        db.execute_batch(adopted::TABLE)?;
+        db.execute_batch(thin::TABLE)?;
+        db.execute_batch(nodes::TABLE)?;
+        changes::prepare(&mut db)?;
+        let changes = changes::notify(&mut db)?;
         let server_id = schema::server_id(&db)?;
         // The entries of the directory (database, lock, volumes) are durable before anything is answered.
         data_dir::sync(data_dir)?;
+        let preallocated = reserve::preallocate(&path);
+        if let Err(error) = changes::make_room(&db, data_dir, changes::STEPS_MAX) {
+            tracing::warn!(%error, "cannot make room in the catalog; its file system is nearly full");
+        }
         let state = Mutex::new(State { db, concealed: HashSet::new() });
         let inner = Inner {
             state,
             server_id,
             data_dir: data_dir.to_owned(),
-            _preallocated: reserve::preallocate(&path),
+            thin_pool: OnceLock::new(),
+            changes,
+            changes_at_look: AtomicU64::new(0),
+            _preallocated: preallocated,
             _reserve: reserve::MadeAtClose(data_dir.to_owned()),
             _lock: lock,
         };
@@ -288,9 +335,39 @@ impl Catalog {
         self.inner.data_dir.join(VOLUMES_DIR_NAME)
     }
 
+    /// What there is on the volumes' file system, and what is left of it; `None`: that is not known.
+    pub fn volumes_space(&self) -> Option<Space> {
+        space(&self.volumes_dir())
+    }
+
     /// The database, for one call. A panic elsewhere rolled its transaction back, so the state is sound even then.
     fn state(&self) -> MutexGuard<'_, State> {
-        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let state = self.inner.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.keep_room(&state.db);
+        state
+    }
+
+    /// Runs a call that takes something away; once more, with room made for it, where the file system is full.
+    fn taking_away<T>(
+        &self,
+        write: impl Fn(&mut State) -> Result<T, CatalogError>,
+    ) -> Result<T, CatalogError> {
+        let mut state = self.state();
+        match write(&mut state) {
+            Err(error) if error.is_out_of_space() => {
+                tracing::warn!(%error, "the catalog is full: dropping its oldest changes to make room for a deletion");
+                // What the log and the database need to take those away is in the reserve.
+                let is_released = reserve::release(&self.inner.data_dir);
+                let written = changes::make_room_at_any_price(&state.db)
+                    .map_err(CatalogError::from)
+                    .and_then(|()| write(&mut state));
+                if is_released {
+                    reserve::make(&self.inner.data_dir);
+                }
+                written
+            }
+            written => written,
+        }
     }
 }
 
@@ -311,17 +388,31 @@ fn is_nearly_full(dir: &Path) -> bool {
     space_bytes(dir).is_some_and(|bytes| bytes < SPACE_BYTES_LEAST || !has_files_left)
 }
 
+/// Of a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes that this process may still take.
+    pub free_bytes: u64,
+    /// Bytes in all.
+    pub total_bytes: u64,
+}
+
 /// What is left on the file system, in bytes; `None`: that is not known.
 fn space_bytes(dir: &Path) -> Option<u64> {
+    space(dir).map(|space| space.free_bytes)
+}
+
+fn space(dir: &Path) -> Option<Space> {
     // Some file systems tell nothing.
     let space = rustix::fs::statvfs(dir).ok().filter(|space| space.f_blocks > 0)?;
     // Some keep a part for root.
     let blocks = if rustix::process::geteuid().is_root() { space.f_bfree } else { space.f_bavail };
-    Some(blocks.saturating_mul(space.f_frsize))
+    let bytes = |blocks: u64| blocks.saturating_mul(space.f_frsize);
+    Some(Space { free_bytes: bytes(blocks), total_bytes: bytes(space.f_blocks) })
 }
 
 /// Milliseconds since the Unix epoch; 0 on a machine whose clock is before it.
-fn now_ms() -> i64 {
+pub(crate) fn now_ms() -> i64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
 }

@@ -1,4 +1,4 @@
-//! What the catalog keeps of a volume and of an attachment, and how it is read from a row.
+//! What the catalog keeps of a volume, of a snapshot and of an attachment, and how it is read from a row.
 //!
 //! Plain values: they are copies of a row at one moment and change nothing. Rows are read by column name, so that a later
 //! format may add columns. Used by every caller of the catalog.
@@ -8,6 +8,8 @@ use rusqlite::Row;
 use uuid::Uuid;
 
 use super::CatalogError;
+use super::columns::{Columns, damaged};
+use super::settings::{self, Content, VolumeSettings};
 
 /// Where a volume's data lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,13 +18,27 @@ pub enum BackendKind {
     File,
     /// Memory of the server process, gone with it.
     Memory,
+    /// A block device or raw file of somebody else's making; see [`super::Adopted`].
+    Device,
+    /// A thin logical volume of the server's pool; see `thin.rs`.
+    Lvm,
 }
 
 impl BackendKind {
-    /// The word for it, in the catalog and in messages.
+    /// The word for it in messages, and where it is read from the catalog.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::File => "file",
+            Self::Memory => "memory",
+            Self::Device => "device",
+            Self::Lvm => "lvm",
+        }
+    }
+
+    /// What `volumes.backend` holds; `adopted.rs` and `thin.rs` say why.
+    pub(super) fn in_catalog(self) -> &'static str {
+        match self {
+            Self::File | Self::Device | Self::Lvm => "file",
             Self::Memory => "memory",
         }
     }
@@ -58,6 +74,8 @@ pub struct VolumeRecord {
     pub incarnation: u64,
     /// Milliseconds since the Unix epoch.
     pub created_at_ms: i64,
+    /// What is set of it, and known of its content.
+    pub settings: VolumeSettings,
 }
 
 /// What [`super::Catalog::begin_creating`] needs; name and numbers were checked by the caller.
@@ -73,6 +91,117 @@ pub struct NewVolume {
     pub backend: BackendKind,
     /// See [`VolumeRecord::write_cache_on`].
     pub write_cache_on: bool,
+    /// What is set of it from the beginning.
+    pub settings: VolumeSettings,
+}
+
+/// How far a snapshot's making or deletion has come; see `lifecycle/mod.rs` for the order of steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SnapshotState {
+    /// Its instant has been or is about to be; its bytes are not durable.
+    Creating,
+    /// It exists.
+    Ready,
+    /// Its storage is being removed: it does not exist any more for anybody.
+    Deleting,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotRecord {
+    /// The name people use; unique among those of its volume.
+    pub name: String,
+    /// Immutable identity.
+    pub snapshot_uid: Uuid,
+    /// The volume that it was taken of.
+    pub volume_uid: Uuid,
+    /// That volume's name; empty once it is deleted.
+    pub volume_name: String,
+    /// The same for all that were taken at one instant.
+    pub group_uid: Uuid,
+    /// The volume's size at the instant, in bytes.
+    pub capacity_bytes: u64,
+    /// Logical block size: 512 or 4096.
+    pub block_size_bytes: u32,
+    /// Where the data lives.
+    pub backend: BackendKind,
+    /// As the volume's, for clones.
+    pub write_cache_on: bool,
+    /// The volume's content at the instant; one that is being made has none that is known.
+    pub content: Content,
+    /// Its instant, in milliseconds since the Unix epoch.
+    pub created_at_ms: i64,
+    /// Of the call that took it, if its caller had the file systems frozen.
+    pub freeze_id: Option<Uuid>,
+    /// They were found frozen when they were thawed after the instant.
+    pub is_frozen: bool,
+}
+
+/// A snapshot that [`super::Catalog::begin_snapshots`] is to write down.
+#[derive(Debug, Clone)]
+pub struct NewSnapshot {
+    /// Its identity.
+    pub snapshot_uid: Uuid,
+    /// The volume that it is of.
+    pub volume: VolumeRecord,
+}
+
+/// Which snapshots [`super::Catalog::list_snapshots`] gives; `None` is all.
+#[derive(Debug, Clone, Default)]
+pub struct SnapshotFilter {
+    /// Only of the volume of this name.
+    pub volume_name: Option<String>,
+    /// Only of this group.
+    pub group_uid: Option<Uuid>,
+}
+
+/// Where a snapshot stands in lists.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SnapshotKey {
+    /// Its volume's name; empty once that is deleted.
+    pub volume_name: String,
+    /// Its own.
+    pub name: String,
+    /// Its identity, as text: kept ones may have one name.
+    pub snapshot_uid: String,
+}
+
+impl SnapshotRecord {
+    /// Where it stands in lists.
+    pub fn key(&self) -> SnapshotKey {
+        SnapshotKey {
+            volume_name: self.volume_name.clone(),
+            name: self.name.clone(),
+            snapshot_uid: self.snapshot_uid.to_string(),
+        }
+    }
+
+    /// `VOLUME@NAME`; of one that was kept `@UID`.
+    pub fn export_name(&self) -> String {
+        if self.volume_name.is_empty() {
+            return format!("@{}", self.snapshot_uid);
+        }
+        format!("{}@{}", self.volume_name, self.name)
+    }
+
+    /// What is served of it: as a volume, with its own identity.
+    pub fn as_volume(&self) -> VolumeRecord {
+        VolumeRecord {
+            name: self.export_name(),
+            volume_uid: self.snapshot_uid,
+            capacity_bytes: self.capacity_bytes,
+            block_size_bytes: self.block_size_bytes,
+            backend: self.backend,
+            write_cache_on: self.write_cache_on,
+            incarnation: 1,
+            created_at_ms: self.created_at_ms,
+            settings: VolumeSettings {
+                is_read_only: true,
+                content: self.content,
+                ..VolumeSettings::default()
+            },
+        }
+    }
 }
 
 /// Whether an attachment may be used.
@@ -105,6 +234,8 @@ pub struct AttachmentRecord {
     pub created_at_ms: i64,
     /// The boot of the node that has it; empty where none has yet, or none was told.
     pub boot_id: String,
+    /// Others may read the volume as well; or, if this one writes, write to it.
+    pub is_shared: bool,
 }
 
 /// What [`super::Catalog::add_attachment`] needs; the rest is made by the catalog.
@@ -118,6 +249,8 @@ pub struct NewAttachment {
     pub read_only: bool,
     /// Which boot of it; empty where that is not told.
     pub boot_id: String,
+    /// As in [`AttachmentRecord`].
+    pub is_shared: bool,
 }
 
 /// Which attachments [`super::Catalog::list_attachments`] gives; `None` is all.
@@ -129,46 +262,19 @@ pub struct AttachmentFilter {
     pub node_id: Option<String>,
 }
 
-fn damaged(table: &'static str, column: &'static str) -> CatalogError {
-    CatalogError::Damaged { table, column }
-}
-
-/// Reads one column of a row, whatever its type; a value that does not fit is damage.
-struct Columns<'a> {
-    row: &'a Row<'a>,
-    table: &'static str,
-}
-
-impl Columns<'_> {
-    fn text(&self, column: &'static str) -> Result<String, CatalogError> {
-        self.row.get(column).map_err(|_| damaged(self.table, column))
-    }
-
-    fn uuid(&self, column: &'static str) -> Result<Uuid, CatalogError> {
-        self.text(column)?.parse().map_err(|_| damaged(self.table, column))
-    }
-
-    fn signed(&self, column: &'static str) -> Result<i64, CatalogError> {
-        self.row.get(column).map_err(|_| damaged(self.table, column))
-    }
-
-    fn number<T: TryFrom<i64>>(&self, column: &'static str) -> Result<T, CatalogError> {
-        T::try_from(self.signed(column)?).map_err(|_| damaged(self.table, column))
-    }
-
-    fn flag(&self, column: &'static str) -> Result<bool, CatalogError> {
-        Ok(self.signed(column)? != 0)
-    }
+/// An attachment's place in a list of all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ListedAttachment {
+    /// Its volume.
+    pub volume_name: String,
+    /// Its identity, as text; empty: before all of the volume's.
+    pub attachment_id: String,
 }
 
 /// Reads a row of `volumes`.
 pub(super) fn volume(row: &Row<'_>) -> Result<(VolumeRecord, VolumeState), CatalogError> {
     let columns = Columns { row, table: "volumes" };
-    let backend = match columns.text("backend")?.as_str() {
-        "file" => BackendKind::File,
-        "memory" => BackendKind::Memory,
-        _ => return Err(damaged("volumes", "backend")),
-    };
+    let backend = columns.backend()?;
     let state = match columns.text("state")?.as_str() {
         "creating" => VolumeState::Creating,
         "ready" => VolumeState::Ready,
@@ -184,6 +290,41 @@ pub(super) fn volume(row: &Row<'_>) -> Result<(VolumeRecord, VolumeState), Catal
         write_cache_on: columns.flag("write_cache_on")?,
         incarnation: columns.number("incarnation")?,
         created_at_ms: columns.signed("created_at_ms")?,
+        settings: settings::settings(&columns)?,
+    };
+    Ok((record, state))
+}
+
+/// Reads a row of `snapshots`, with its volume's name beside it as `volume_name`.
+pub(super) fn snapshot(row: &Row<'_>) -> Result<(SnapshotRecord, SnapshotState), CatalogError> {
+    let columns = Columns { row, table: "snapshots" };
+    let state = match columns.text("state")?.as_str() {
+        "creating" => SnapshotState::Creating,
+        "ready" => SnapshotState::Ready,
+        "deleting" => SnapshotState::Deleting,
+        _ => return Err(damaged("snapshots", "state")),
+    };
+    let record = SnapshotRecord {
+        name: columns.text("name")?,
+        snapshot_uid: columns.uuid("snapshot_uid")?,
+        volume_uid: columns.uuid("volume_uid")?,
+        volume_name: columns.text("volume_name")?,
+        group_uid: columns.uuid("group_uid")?,
+        capacity_bytes: columns.number("capacity_bytes")?,
+        block_size_bytes: columns.number("block_size_bytes")?,
+        backend: columns.backend()?,
+        write_cache_on: columns.flag("write_cache_on")?,
+        content: match columns.text("content")?.as_str() {
+            "never-written" => Content::NeverWritten,
+            "written" => Content::Written,
+            _ => return Err(damaged("snapshots", "content")),
+        },
+        created_at_ms: columns.signed("created_at_ms")?,
+        freeze_id: match columns.text("freeze_id")?.as_str() {
+            "" => None,
+            _ => Some(columns.uuid("freeze_id")?),
+        },
+        is_frozen: columns.flag("is_frozen")?,
     };
     Ok((record, state))
 }
@@ -206,6 +347,7 @@ pub(super) fn attachment(row: &Row<'_>) -> Result<(AttachmentRecord, AttachmentS
         session_epoch: columns.number("session_epoch")?,
         created_at_ms: columns.signed("created_at_ms")?,
         boot_id: columns.text("boot_id")?,
+        is_shared: columns.flag("is_shared")?,
     };
     Ok((record, state))
 }

@@ -2,7 +2,7 @@
 //!
 //! Two kinds. The database and its log (WAL) get blocks beyond their ends, which nobody else can take, so that a change finds
 //! room where it is written. And a file, `reserve`, stands for what a start needs, when the log and its index are made; it is given
-//! up for a start that finds no space, and made again when there is some.
+//! up for a start, or a deletion, that finds no space, and made again when there is some.
 //! Called by [`super::Catalog::open`] and after deletions. Failures are no errors: without a reserve the catalog is as good, until the
 //! file system is full.
 
@@ -17,10 +17,11 @@ const FILE_NAME: &str = "reserve";
 /// A log, its index, and a journal's block for each; less is better than nothing.
 const RESERVE_BYTES: [u64; 3] = [1 << 20, 512 << 10, 256 << 10];
 const SPARED_BYTES: u64 = 64 << 10;
-const PLENTY_BYTES: u64 = 8 << 20;
+/// Below this much of free space the catalog saves it.
+pub(super) const PLENTY_BYTES: u64 = 8 << 20;
 /// Blocks of a file that was deleted are waited for.
-const TRIES: u32 = 20;
-const PAUSE: Duration = Duration::from_millis(25);
+const TRIES: u32 = 40;
+const PAUSE: Duration = Duration::from_millis(50);
 /// The log is begun anew when it has so many pages of 4 KiB, if nobody reads it just then.
 pub(super) const LOG_PAGES: u32 = 64;
 const LOG_BYTES: u64 = 384 << 10;
@@ -28,6 +29,8 @@ const LOG_BYTES: u64 = 384 << 10;
 const INDEX_BYTES: u64 = 64 << 10;
 /// Some hundred volumes and attachments more.
 const GROWTH_BYTES: u64 = 128 << 10;
+/// The same with what is written down of their changes, up to where the oldest of those make room: see `changes/`.
+const GROWTH_BYTES_MOST: u64 = 512 << 10;
 
 /// Has the file of a start's reserve, as large as there is room for. What is left is not all taken, not even for a moment.
 pub(super) fn make(data_dir: &Path) {
@@ -83,18 +86,26 @@ pub(super) fn release(data_dir: &Path) -> bool {
     if std::fs::remove_file(path).is_err() {
         return false;
     }
-    tracing::warn!(
-        "the file system of the data directory is full: the catalog's reserve is given up for this start"
-    );
+    tracing::warn!("the file system of the data directory is full: using the space reserved for the catalog");
+    has_soon(data_dir, wanted_bytes);
+    true
+}
+
+/// Waits a moment until so much is free: of what was deleted just now. False: it is not.
+pub(super) fn has_soon(data_dir: &Path, wanted_bytes: u64) -> bool {
+    let has = || super::space_bytes(data_dir).is_none_or(|bytes| bytes >= wanted_bytes);
+    if has() {
+        return true;
+    }
     // A journal lets others have the blocks only when it is written; XFS later than that.
     let _ = File::open(data_dir).and_then(|dir| dir.sync_all());
     for _ in 0..TRIES {
-        if super::space_bytes(data_dir).is_none_or(|bytes| bytes >= wanted_bytes) {
-            break;
+        if has() {
+            return true;
         }
         std::thread::sleep(PAUSE);
     }
-    true
+    false
 }
 
 /// Gives the open catalog's files blocks beyond their ends. The log's index first: it is mapped into memory, where a block that is
@@ -111,6 +122,8 @@ pub(super) fn preallocate(database: &Path) -> Vec<File> {
         (beside("-shm"), 0, INDEX_BYTES),
         (database.to_owned(), length_bytes(database), GROWTH_BYTES),
         (beside("-wal"), 0, LOG_BYTES),
+        // Last, because it is wanted last: where there is no room for it, the others have theirs.
+        (database.to_owned(), length_bytes(database), GROWTH_BYTES_MOST),
     ];
     let mut opened = Vec::new();
     for (path, from_bytes, more_bytes) in files {

@@ -1,12 +1,13 @@
 //! The catalog's format: tables, version, and what to do with another version.
 //!
-//! Format version 1 is [`SCHEMA_V1`] with [`ADDED_COLUMNS`], which a catalog of an older program gets when it is opened; `server/tests/fixtures/catalog_v1.sql` is a dump of one, kept so that every later
+//! Format version 1 is [`SCHEMA_V1`] with [`ADDED_COLUMNS`] and the tables below them, which a catalog of an older program gets when it is
+//! opened; `server/tests/fixtures/catalog_v1.sql` is a dump of one, kept so that every later
 //! program can be tested on it. The version is `PRAGMA user_version`; `PRAGMA application_id` tells a catalog from another
 //! SQLite file. A later format that this program can still use (columns added, with defaults) says so in
 //! `server.oldest_reader`; any other later format is refused. Never holds data of its own beside the server's identity.
 //! Called by [`super::Catalog::open`] only.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, TransactionBehavior};
 use uuid::Uuid;
@@ -53,10 +54,100 @@ CREATE TABLE attachments (
 ";
 
 /// Columns that came later: table, column, and how it is declared. Older programs leave them alone.
-const ADDED_COLUMNS: [(&str, &str, &str); 1] = [("attachments", "boot_id", "TEXT NOT NULL DEFAULT ''")];
+const ADDED_COLUMNS: [(&str, &str, &str); 18] = [
+    ("attachments", "boot_id", "TEXT NOT NULL DEFAULT ''"),
+    ("attachments", "is_shared", "INTEGER NOT NULL DEFAULT 0"),
+    // Whoever made the row heeds `volumes.content`.
+    ("attachments", "knows_content", "INTEGER NOT NULL DEFAULT 0"),
+    // A JSON object of strings.
+    ("volumes", "labels", "TEXT NOT NULL DEFAULT '{}'"),
+    ("volumes", "description", "TEXT NOT NULL DEFAULT ''"),
+    ("volumes", "is_protected", "INTEGER NOT NULL DEFAULT 0"),
+    ("volumes", "is_read_only", "INTEGER NOT NULL DEFAULT 0"),
+    // Of volumes that an older program made, nothing is known.
+    ("volumes", "content", "TEXT NOT NULL DEFAULT 'written'"),
+    ("volumes", "initialising_attachment_id", "TEXT NOT NULL DEFAULT ''"),
+    ("volumes", "read_iops", "INTEGER NOT NULL DEFAULT 0"),
+    ("volumes", "write_iops", "INTEGER NOT NULL DEFAULT 0"),
+    ("volumes", "read_bytes_per_second", "INTEGER NOT NULL DEFAULT 0"),
+    ("volumes", "write_bytes_per_second", "INTEGER NOT NULL DEFAULT 0"),
+    ("volumes", "burst_seconds", "INTEGER NOT NULL DEFAULT 0"),
+    // Of a clone: the uid of the snapshot or volume that it was made of.
+    ("volumes", "source_uid", "TEXT NOT NULL DEFAULT ''"),
+    // Several may write to it at once.
+    ("volumes", "is_shared", "INTEGER NOT NULL DEFAULT 0"),
+    // Of the call that took it, and whether the file systems were found frozen at its end.
+    ("snapshots", "freeze_id", "TEXT NOT NULL DEFAULT ''"),
+    ("snapshots", "is_frozen", "INTEGER NOT NULL DEFAULT 0"),
+];
 
-/// Adds the columns that a catalog of an older program lacks.
+/// A table that came later: snapshots. No foreign key stops what an older program does, and a snapshot outlives its volume.
+const SNAPSHOTS: &str = "
+CREATE TABLE IF NOT EXISTS snapshots (
+    snapshot_uid      TEXT    PRIMARY KEY NOT NULL,
+    volume_uid        TEXT    NOT NULL,
+    name              TEXT    NOT NULL,
+    group_uid         TEXT    NOT NULL,
+    state             TEXT    NOT NULL CHECK (state IN ('creating', 'ready', 'deleting')),
+    capacity_bytes    INTEGER NOT NULL CHECK (capacity_bytes > 0),
+    block_size_bytes  INTEGER NOT NULL CHECK (block_size_bytes IN (512, 4096)),
+    backend           TEXT    NOT NULL,
+    write_cache_on    INTEGER NOT NULL CHECK (write_cache_on IN (0, 1)),
+    created_at_ms     INTEGER NOT NULL,
+    content           TEXT    NOT NULL,
+    UNIQUE (volume_uid, name)
+) STRICT;
+";
+
+/// A table that came later: who shares a volume with the one in `attachments`. A volume that an older program deletes takes its rows
+/// along.
+const SHARED_ATTACHMENTS: &str = "
+CREATE TABLE IF NOT EXISTS shared_attachments (
+    attachment_id  TEXT    PRIMARY KEY NOT NULL,
+    volume_uid     TEXT    NOT NULL REFERENCES volumes (volume_uid) ON DELETE CASCADE,
+    node_id        TEXT    NOT NULL,
+    state          TEXT    NOT NULL CHECK (state IN ('active', 'ending')),
+    read_only      INTEGER NOT NULL CHECK (read_only IN (0, 1)),
+    secret         TEXT    NOT NULL,
+    generation     INTEGER NOT NULL,
+    session_epoch  INTEGER NOT NULL,
+    created_at_ms  INTEGER NOT NULL,
+    boot_id        TEXT    NOT NULL DEFAULT '',
+    is_shared      INTEGER NOT NULL DEFAULT 1,
+    knows_content  INTEGER NOT NULL DEFAULT 1
+) STRICT;
+";
+
+/// A table that came later: who has a snapshot, the uid of which is in `volume_uid`. One that an older program deletes takes its rows
+/// along.
+const SNAPSHOT_ATTACHMENTS: &str = "
+CREATE TABLE IF NOT EXISTS snapshot_attachments (
+    attachment_id  TEXT    PRIMARY KEY NOT NULL,
+    volume_uid     TEXT    NOT NULL REFERENCES snapshots (snapshot_uid) ON DELETE CASCADE,
+    node_id        TEXT    NOT NULL,
+    state          TEXT    NOT NULL CHECK (state IN ('active', 'ending')),
+    read_only      INTEGER NOT NULL CHECK (read_only = 1),
+    secret         TEXT    NOT NULL,
+    generation     INTEGER NOT NULL,
+    session_epoch  INTEGER NOT NULL,
+    created_at_ms  INTEGER NOT NULL,
+    boot_id        TEXT    NOT NULL,
+    is_shared      INTEGER NOT NULL CHECK (is_shared = 1),
+    knows_content  INTEGER NOT NULL
+) STRICT;
+";
+
+/// Fires in older programs, too: who attaches by one of them may write to the volume, and `content` would not tell.
+const OLDER_PROGRAMS_WRITE: &str = "
+CREATE TRIGGER IF NOT EXISTS attached_by_an_older_program AFTER INSERT ON attachments WHEN NEW.knows_content = 0
+BEGIN
+    UPDATE volumes SET content = 'written', initialising_attachment_id = '' WHERE volume_uid = NEW.volume_uid;
+END;
+";
+
+/// Adds the columns and tables that a catalog of an older program lacks.
 pub(super) fn add_columns(db: &mut Connection) -> Result<(), CatalogError> {
+    db.execute_batch(SNAPSHOTS)?;
     for (table, column, declaration) in ADDED_COLUMNS {
         let is_there: bool = db.query_row(
             "SELECT count(*) FROM pragma_table_info(?1) WHERE name = ?2",
@@ -67,20 +158,28 @@ pub(super) fn add_columns(db: &mut Connection) -> Result<(), CatalogError> {
             db.execute_batch(&format!("ALTER TABLE {table} ADD COLUMN {column} {declaration}"))?;
         }
     }
-    Ok(())
+    db.execute_batch(SHARED_ATTACHMENTS)?;
+    db.execute_batch(OLDER_PROGRAMS_WRITE)?;
+    Ok(db.execute_batch(SNAPSHOT_ATTACHMENTS)?)
 }
 
 /// Makes the tables in an empty database, unless there are volumes already; or checks that the ones there can be used.
-pub(super) fn prepare(db: &mut Connection, path: &Path, volumes_dir: &Path) -> Result<(), CatalogError> {
+pub(super) fn prepare(
+    db: &mut Connection,
+    path: &Path,
+    storage_dirs: &[PathBuf],
+) -> Result<(), CatalogError> {
     let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let found: u32 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
     let application_id: i32 = transaction.pragma_query_value(None, "application_id", |row| row.get(0))?;
     let tables: u32 = transaction.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
     if tables == 0 && found == 0 {
-        let holds_volumes = holds_volumes(volumes_dir)
-            .map_err(|source| CatalogError::File { path: volumes_dir.to_owned(), source })?;
-        if holds_volumes {
-            return Err(CatalogError::Lost(volumes_dir.to_owned()));
+        for dir in storage_dirs {
+            let holds_volumes =
+                holds_volumes(dir).map_err(|source| CatalogError::File { path: dir.clone(), source })?;
+            if holds_volumes {
+                return Err(CatalogError::Lost(dir.clone()));
+            }
         }
         transaction.execute_batch(SCHEMA_V1)?;
         transaction.execute(
@@ -109,9 +208,14 @@ pub(super) fn prepare(db: &mut Connection, path: &Path, volumes_dir: &Path) -> R
     Ok(())
 }
 
-/// Whether anything there may be a volume; a file system's own directory (`lost+found`) is none.
+/// Whether anything there may be a volume or a snapshot; a file system's own directory (`lost+found`) is none.
 fn holds_volumes(dir: &Path) -> std::io::Result<bool> {
-    for entry in std::fs::read_dir(dir)? {
+    let entries = match std::fs::read_dir(dir) {
+        // There is none before the first snapshot.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        entries => entries?,
+    };
+    for entry in entries {
         if entry?.file_name() != "lost+found" {
             return Ok(true);
         }

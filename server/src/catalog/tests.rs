@@ -1,8 +1,12 @@
 //! What the catalog promises, on a real database in a temporary directory.
 
+mod adopted;
+
 use std::collections::BTreeSet;
 
 use super::*;
+
+mod snapshots;
 
 const FIXTURE_V1: &str = include_str!("../../tests/fixtures/catalog_v1.sql");
 
@@ -13,6 +17,7 @@ fn new_volume(name: &str) -> NewVolume {
         block_size_bytes: 4096,
         backend: BackendKind::File,
         write_cache_on: true,
+        settings: Default::default(),
     }
 }
 
@@ -28,6 +33,7 @@ fn attach(catalog: &Catalog, volume: &VolumeRecord, node_id: &str) -> Attachment
         node_id: node_id.to_owned(),
         read_only: false,
         boot_id: String::new(),
+        is_shared: false,
     };
     catalog.add_attachment(&new).unwrap()
 }
@@ -50,9 +56,7 @@ fn what_was_returned_is_there_after_opening_again() {
     let volume = ready_volume(&catalog, "vol-1");
     let attachment = attach(&catalog, &volume, "node-a");
     catalog.raise_session_epoch(attachment.attachment_id, 4).unwrap();
-    for incarnation in [2, 1] {
-        catalog.raise_incarnation_to(volume.volume_uid, incarnation).unwrap();
-    }
+    [2, 1].into_iter().for_each(|number| catalog.raise_incarnation_to(volume.volume_uid, number).unwrap());
     assert_eq!(catalog.attach_generation(volume.volume_uid).unwrap(), 1);
     drop(catalog);
 
@@ -104,7 +108,7 @@ fn format_version_1_is_opened() {
     let volume = catalog.volume_by_name("database").unwrap().unwrap();
     assert_eq!((volume.capacity_bytes, volume.block_size_bytes, volume.incarnation), (2 << 30, 4096, 3));
     assert_eq!((volume.backend, volume.write_cache_on), (BackendKind::File, true));
-    let (attachment, state) = catalog.attachment_of_volume(volume.volume_uid).unwrap().unwrap();
+    let (attachment, state) = catalog.attachments_of_volume(volume.volume_uid).unwrap().remove(0);
     assert_eq!(
         (attachment.node_id.as_str(), attachment.read_only, state),
         ("node-a", false, AttachmentState::Active)
@@ -131,13 +135,183 @@ fn the_fixture_has_the_tables_that_this_version_makes() {
     let new = tempfile::tempdir().unwrap();
     drop(Catalog::open(new.path()).unwrap());
     let older = fixture_dir("");
-    let added: BTreeSet<String> = ["attachments.boot_id:TEXT".to_owned()].into();
-    assert_eq!(
-        columns(new.path()).difference(&columns(older.path())).cloned().collect::<BTreeSet<_>>(),
-        added
-    );
+    let added = [
+        "attachments.boot_id:TEXT",
+        "attachments.is_shared:INTEGER",
+        "attachments.knows_content:INTEGER",
+        "volumes.burst_seconds:INTEGER",
+        "volumes.content:TEXT",
+        "volumes.description:TEXT",
+        "volumes.initialising_attachment_id:TEXT",
+        "volumes.is_protected:INTEGER",
+        "volumes.is_read_only:INTEGER",
+        "volumes.is_shared:INTEGER",
+        "volumes.labels:TEXT",
+        "volumes.read_bytes_per_second:INTEGER",
+        "volumes.read_iops:INTEGER",
+        "volumes.source_uid:TEXT",
+        "volumes.write_bytes_per_second:INTEGER",
+        "volumes.write_iops:INTEGER",
+    ];
+    let has_table = |column: &&String| column.starts_with("volumes.") || column.starts_with("attachments.");
+    let (new_columns, older_columns) = (columns(new.path()), columns(older.path()));
+    let difference = new_columns.difference(&older_columns).filter(has_table);
+    assert_eq!(difference.cloned().collect::<BTreeSet<_>>(), added.map(str::to_owned).into());
+    // As the first table, column by column.
+    let of_table = |table: &str| -> BTreeSet<String> {
+        let prefix = format!("{table}.");
+        new_columns.iter().filter_map(|column| column.strip_prefix(&prefix).map(str::to_owned)).collect()
+    };
+    assert_eq!(of_table("attachments"), of_table("shared_attachments"));
     drop(Catalog::open(older.path()).unwrap());
     assert_eq!(columns(new.path()), columns(older.path()), "added when it is opened");
+}
+
+/// What a program does that knows version 1 alone, with a catalog of this one.
+#[test]
+fn an_older_program_makes_volumes_and_attachments_that_have_the_defaults() {
+    let dir = tempfile::tempdir().unwrap();
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let settings = VolumeSettings { content: Content::NeverWritten, ..VolumeSettings::default() };
+    let own = catalog.begin_creating(&NewVolume { settings, ..new_volume("own") }).unwrap();
+    catalog.finish_creating(own.volume_uid).unwrap();
+    let readers = ["node-a", "node-b"].map(|node_id| share(&catalog, &own, node_id).unwrap());
+    drop(catalog);
+    let db = Connection::open(dir.path().join(CATALOG_FILE_NAME)).unwrap();
+    db.pragma_update(None, "foreign_keys", true).unwrap();
+    let old = Uuid::new_v4();
+    db.execute_batch(&format!(
+        "INSERT INTO volumes (volume_uid, name, state, capacity_bytes, block_size_bytes, backend, write_cache_on, incarnation, \
+                              attach_generation, created_at_ms) VALUES ('{old}', 'old', 'ready', 4096, 512, 'file', 1, 1, 1, 0); \
+         DELETE FROM attachments; \
+         INSERT INTO attachments (attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, \
+                                  created_at_ms) VALUES ('{0}', '{1}', 'node-c', 'active', 0, '{2}', 1, 0, 0);",
+        Uuid::new_v4(),
+        own.volume_uid,
+        "ab".repeat(32)
+    ))
+    .unwrap();
+    drop(db);
+    let catalog = Catalog::open(dir.path()).unwrap();
+    assert_eq!(catalog.volume_by_uid(old).unwrap().unwrap().settings, VolumeSettings::default());
+    catalog.remove_ending_attachments().unwrap();
+    let held = catalog.attachments_of_volume(own.volume_uid).unwrap();
+    let nodes: Vec<&str> = held.iter().map(|(held, _)| held.node_id.as_str()).collect();
+    assert_eq!(nodes, ["node-c"], "the older program gave the volume to a writer");
+    let content = catalog.volume_by_uid(own.volume_uid).unwrap().unwrap().settings.content;
+    assert_eq!(content, Content::Written, "who heeds no content may have written");
+    assert!(readers.iter().all(|gone| catalog.attachment(gone.attachment_id).unwrap().is_none()));
+}
+
+#[test]
+fn who_shared_a_volume_that_an_older_program_took_away_does_not_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let volume = ready_volume(&catalog, "vol-1");
+    let readers = ["node-a", "node-b"].map(|node_id| share(&catalog, &volume, node_id).unwrap());
+    drop(catalog);
+    // It detaches the one that it knows; a writer may have come and gone since.
+    let db = Connection::open(dir.path().join(CATALOG_FILE_NAME)).unwrap();
+    drop(db.execute_batch("DELETE FROM attachments").map(|()| db).unwrap());
+    let catalog = Catalog::open(dir.path()).unwrap();
+    catalog.remove_ending_attachments().unwrap();
+    assert!(readers.iter().all(|gone| catalog.attachment(gone.attachment_id).unwrap().is_none()));
+}
+
+fn share(catalog: &Catalog, volume: &VolumeRecord, node_id: &str) -> Result<AttachmentRecord, CatalogError> {
+    catalog.add_attachment(&NewAttachment {
+        volume_uid: volume.volume_uid,
+        node_id: node_id.to_owned(),
+        read_only: true,
+        boot_id: String::new(),
+        is_shared: true,
+    })
+}
+
+#[test]
+fn several_share_a_volume_and_one_of_them_is_always_where_older_programs_look() {
+    let dir = tempfile::tempdir().unwrap();
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let volume = ready_volume(&catalog, "vol-1");
+    let mut readers: Vec<AttachmentRecord> =
+        (0..3).map(|number| share(&catalog, &volume, &format!("node-{number}")).unwrap()).collect();
+    let writer = NewAttachment {
+        volume_uid: volume.volume_uid,
+        node_id: "node-w".to_owned(),
+        read_only: false,
+        boot_id: String::new(),
+        is_shared: false,
+    };
+    while let Some(reader) = readers.first().cloned() {
+        assert!(matches!(catalog.add_attachment(&writer), Err(CatalogError::VolumeAttached(_))));
+        assert!(catalog.volume_has_attachment(volume.volume_uid).unwrap());
+        catalog.raise_session_epoch(reader.attachment_id, 7).unwrap();
+        catalog.bind_attachment(reader.attachment_id, "boot").unwrap();
+        let is = catalog.attachment(reader.attachment_id).unwrap().unwrap();
+        assert_eq!((is.session_epoch, is.boot_id.as_str(), is.is_shared), (7, "boot", true));
+        let after = ListedAttachment::default();
+        let listed = catalog.list_attachments(&AttachmentFilter::default(), &after, 9).unwrap();
+        assert_eq!(listed.len(), readers.len());
+        let first = ListedAttachment {
+            volume_name: "vol-1".to_owned(),
+            attachment_id: listed[0].1.attachment_id.to_string(),
+        };
+        let rest = catalog.list_attachments(&AttachmentFilter::default(), &first, 9).unwrap();
+        assert_eq!(rest, listed[1..]);
+        catalog.end_attachment(reader.attachment_id, true).unwrap();
+        assert_eq!(catalog.attachment(reader.attachment_id).unwrap(), None);
+        catalog.remove_attachment(reader.attachment_id).unwrap();
+        readers.remove(0);
+        assert_eq!(catalog.attachments_of_volume(volume.volume_uid).unwrap().len(), readers.len());
+    }
+    assert_eq!(catalog.attach_generation(volume.volume_uid).unwrap(), 4);
+    catalog.add_attachment(&writer).unwrap();
+    assert!(matches!(share(&catalog, &volume, "node-0"), Err(CatalogError::VolumeAttached(_))));
+}
+
+#[test]
+fn settings_are_there_after_opening_again_and_labels_are_looked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let attachment_id = Uuid::from_u128(7);
+    let settings = VolumeSettings {
+        labels: [("app", "db"), ("a.b/tier", "1")]
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .into(),
+        description: "with \"quotes\", '{' and ü".to_owned(),
+        is_protected: true,
+        is_read_only: true,
+        is_shared: true,
+        content: Content::NeverWritten,
+        limits: VolumeLimits {
+            read_iops: 1,
+            write_iops: 2,
+            read_bytes_per_second: 3,
+            write_bytes_per_second: 4,
+            burst_seconds: 5,
+        },
+    };
+    let made = catalog.begin_creating(&NewVolume { settings, ..new_volume("vol-1") }).unwrap();
+    catalog.finish_creating(made.volume_uid).unwrap();
+    ready_volume(&catalog, "vol-0");
+    let to = Content::Initialising { attachment_id };
+    assert!(!catalog.change_content(made.volume_uid, Content::Written, to).unwrap(), "it is not that");
+    assert!(catalog.change_content(made.volume_uid, Content::NeverWritten, to).unwrap());
+    drop(catalog);
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let mut expected = made.clone();
+    expected.settings.content = to;
+    assert_eq!(catalog.volume_by_name("vol-1").unwrap().unwrap(), expected);
+    let names = |labels: &[(&str, &str)]| -> Vec<String> {
+        let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        catalog.list_volumes(&labels, "", 1).unwrap().into_iter().map(|volume| volume.name).collect()
+    };
+    assert_eq!(names(&[]), ["vol-0"]);
+    assert_eq!(names(&[("app", "db"), ("a.b/tier", "")]), ["vol-1"], "not by what was left out before it");
+    assert_eq!(names(&[("app", "web")]), [""; 0]);
+    catalog.mark_written(made.volume_uid).unwrap();
+    catalog.end_rolled_back(made.volume_uid, 1).unwrap();
+    assert_eq!(catalog.volume_by_name("vol-1").unwrap().unwrap().settings.content, Content::Written);
 }
 
 #[test]
@@ -193,7 +367,7 @@ fn a_damaged_row_is_an_error_that_names_the_column_and_hides_the_value() {
     let dir = fixture_dir("UPDATE attachments SET secret = 'hunter2';");
     let catalog = Catalog::open(dir.path()).unwrap();
     let volume = catalog.volume_by_name("database").unwrap().unwrap();
-    let error = catalog.attachment_of_volume(volume.volume_uid).unwrap_err();
+    let error = catalog.attachments_of_volume(volume.volume_uid).unwrap_err();
     let text = format!("{error} {error:?}");
     assert!(text.contains("secret") && !text.contains("hunter2"), "{text}");
 }
@@ -226,6 +400,7 @@ fn an_attached_volume_is_neither_deleted_nor_attached_again() {
         node_id: "node-b".to_owned(),
         read_only: false,
         boot_id: String::new(),
+        is_shared: false,
     };
     assert!(matches!(catalog.add_attachment(&other), Err(CatalogError::VolumeAttached(_))));
     // An ending attachment still counts: its I/O may not have finished.
@@ -306,16 +481,98 @@ fn lists_are_in_order_of_name_and_go_on_after_one() {
     }
     catalog.begin_creating(&new_volume("bb")).unwrap();
     let names = |after: &str, limit| -> Vec<String> {
-        catalog.list_volumes(after, limit).unwrap().into_iter().map(|volume| volume.name).collect()
+        catalog
+            .list_volumes(&Default::default(), after, limit)
+            .unwrap()
+            .into_iter()
+            .map(|volume| volume.name)
+            .collect()
     };
     assert_eq!(names("", 10), ["B", "a", "b", "c", "d"]);
     assert_eq!(names("a", 2), ["b", "c"]);
     let attached = |filter: &AttachmentFilter, after: &str, limit| -> Vec<String> {
-        catalog.list_attachments(filter, after, limit).unwrap().into_iter().map(|(name, _)| name).collect()
+        let after = ListedAttachment { volume_name: after.to_owned(), attachment_id: "~".to_owned() };
+        catalog.list_attachments(filter, &after, limit).unwrap().into_iter().map(|(name, _)| name).collect()
     };
     assert_eq!(attached(&AttachmentFilter::default(), "B", 3), ["a", "b", "c"]);
     let of_node = AttachmentFilter { node_id: Some("node-2".to_owned()), volume_name: None };
     assert_eq!(attached(&of_node, "", 10), ["c"]);
     let of_volume = AttachmentFilter { volume_name: Some("d".to_owned()), node_id: None };
     assert_eq!(attached(&of_volume, "", 10), ["d"]);
+}
+
+fn snapshot_of(catalog: &Catalog, volume: &VolumeRecord, name: &str) -> Uuid {
+    let (snapshot_uid, group_uid) = (Uuid::new_v4(), Uuid::new_v4());
+    let new = NewSnapshot { snapshot_uid, volume: volume.clone() };
+    catalog.begin_snapshots(name, group_uid, None, &[new]).unwrap();
+    catalog.finish_snapshots(group_uid).unwrap();
+    snapshot_uid
+}
+
+#[test]
+fn a_new_catalog_is_not_made_beside_snapshots_either() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(Catalog::open(dir.path()).unwrap());
+    let snapshots = dir.path().join(SNAPSHOTS_DIR_NAME);
+    std::fs::create_dir(&snapshots).unwrap();
+    std::fs::write(snapshots.join("some-snapshot"), "data").unwrap();
+    std::fs::remove_file(dir.path().join(CATALOG_FILE_NAME)).unwrap();
+    let error = Catalog::open(dir.path()).unwrap_err();
+    assert!(matches!(&error, CatalogError::Lost(found) if *found == snapshots), "{error}");
+}
+
+#[test]
+fn snapshots_of_one_instant_are_written_down_together_or_not_at_all() {
+    let dir = tempfile::tempdir().unwrap();
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let (first, second) = (ready_volume(&catalog, "a"), ready_volume(&catalog, "b"));
+    snapshot_of(&catalog, &second, "s");
+    let new = [first, second].map(|volume| NewSnapshot { snapshot_uid: Uuid::new_v4(), volume });
+    let refused = catalog.begin_snapshots("s", Uuid::new_v4(), None, &new);
+    assert!(matches!(refused, Err(CatalogError::SnapshotExists)));
+    assert_eq!(catalog.all_snapshots().unwrap().len(), 1);
+    let group_uid = Uuid::new_v4();
+    catalog.begin_snapshots("t", group_uid, None, &new).unwrap();
+    assert_eq!(catalog.snapshot_by_export_name("a@t").unwrap(), None, "only ready ones are visible");
+    catalog.finish_snapshots(group_uid).unwrap();
+    assert!(catalog.finish_snapshots(group_uid).is_err(), "once");
+    let found = catalog.snapshot_by_export_name("a@t").unwrap().unwrap();
+    assert_eq!(found.group_uid, group_uid);
+    let by_uid = format!("@{}", found.snapshot_uid);
+    assert_eq!(catalog.snapshot_by_export_name(&by_uid).unwrap(), Some(found.clone()));
+    for unknown in ["a", "a@", "@", "@t", "a@u", "c@t"] {
+        assert_eq!(catalog.snapshot_by_export_name(unknown).unwrap(), None, "{unknown}");
+    }
+    catalog.forget_snapshot(found.snapshot_uid).unwrap();
+    assert_eq!(catalog.all_snapshots().unwrap().len(), 3, "only one that is being deleted is forgotten");
+}
+
+#[test]
+fn snapshots_are_listed_in_order_and_go_on_behind_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let (a, b) = (ready_volume(&catalog, "a"), ready_volume(&catalog, "b"));
+    for (volume, name) in [(&b, "x"), (&a, "z"), (&a, "x")] {
+        snapshot_of(&catalog, volume, name);
+    }
+    for _ in 0..2 {
+        let gone = ready_volume(&catalog, "gone");
+        snapshot_of(&catalog, &gone, "x");
+        catalog.begin_deleting(gone.volume_uid).unwrap();
+        catalog.forget_volume(gone.volume_uid).unwrap();
+    }
+    let (mut names, mut after) = (Vec::new(), SnapshotKey::default());
+    loop {
+        let page = catalog.list_snapshots(&SnapshotFilter::default(), &after, 2).unwrap();
+        let Some((last, _)) = page.last() else { break };
+        after = last.key();
+        names.extend(page.iter().map(|(snapshot, _)| format!("{}@{}", snapshot.volume_name, snapshot.name)));
+    }
+    assert_eq!(names, ["@x", "@x", "a@x", "a@z", "b@x"]);
+    let filter = SnapshotFilter { volume_name: Some("b".to_owned()), group_uid: None };
+    assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), 1);
+    let group_uid = Some(catalog.snapshot_by_export_name("a@z").unwrap().unwrap().group_uid);
+    let filter = SnapshotFilter { volume_name: None, group_uid };
+    assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), 1);
+    assert_eq!(catalog.snapshot_count(a.volume_uid).unwrap(), 2);
 }

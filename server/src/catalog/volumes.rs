@@ -9,15 +9,28 @@
 //! those states at start is what a killed server left. Only `ready` volumes that no deletion has concealed are visible to
 //! lookups. Never touches storage itself.
 
-use rusqlite::{OptionalExtension as _, Row};
+use std::collections::BTreeMap;
+
+use rusqlite::{OptionalExtension as _, Row, TransactionBehavior};
 use uuid::Uuid;
 
 use super::records::{self, BackendKind, NewVolume, VolumeRecord, VolumeState};
-use super::{Catalog, CatalogError, State, now_ms, reserve, to_db};
+use super::{Catalog, CatalogError, State, now_ms, reserve, settings, thin, to_db};
 
-const COLUMNS: &str = "volume_uid, name, state, capacity_bytes, block_size_bytes, backend, write_cache_on, incarnation, created_at_ms";
+/// The backend is read as `device` where the volume has a row in `adopted_volumes`, and as `lvm` where it has one in `thin_volumes`;
+/// `adopted.rs` and `thin.rs` say why.
+const COLUMNS: &str = "volume_uid, name, state, capacity_bytes, block_size_bytes, \
+    CASE WHEN EXISTS (SELECT 1 FROM adopted_volumes WHERE adopted_volumes.volume_uid = volumes.volume_uid) \
+         THEN 'device' \
+         WHEN EXISTS (SELECT 1 FROM thin_volumes WHERE thin_volumes.volume_uid = volumes.volume_uid) \
+         THEN 'lvm' ELSE backend END AS backend, write_cache_on, incarnation, created_at_ms";
 
-/// Hides a volume from the data side until dropped.
+/// A query of volumes that begins with all that [`records::volume`] reads.
+fn select(rest: &str) -> String {
+    format!("SELECT {COLUMNS}, {} FROM volumes {rest}", settings::COLUMNS)
+}
+
+/// Hides a volume or a snapshot from the data side until dropped.
 #[derive(Debug)]
 pub struct Concealed {
     catalog: Catalog,
@@ -31,6 +44,14 @@ impl Drop for Concealed {
 }
 
 impl State {
+    fn change_state(&self, volume_uid: Uuid, from: &str, to: &str) -> Result<(), CatalogError> {
+        let changed = self.db.execute(
+            "UPDATE volumes SET state = ?3 WHERE volume_uid = ?1 AND state = ?2",
+            (volume_uid.to_string(), from, to),
+        )?;
+        if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+    }
+
     /// The volume of a one-row query, if it is ready and not concealed.
     fn visible_volume(&self, condition: &str, value: &str) -> Result<Option<VolumeRecord>, CatalogError> {
         let found = self.volume_row(condition, value)?;
@@ -41,13 +62,12 @@ impl State {
             .map(|(volume, _)| volume))
     }
 
-    fn volume_row(
+    pub(super) fn volume_row(
         &self,
         condition: &str,
         value: &str,
     ) -> Result<Option<(VolumeRecord, VolumeState)>, CatalogError> {
-        let mut query =
-            self.db.prepare_cached(&format!("SELECT {COLUMNS} FROM volumes WHERE {condition}"))?;
+        let mut query = self.db.prepare_cached(&select(&format!("WHERE {condition}")))?;
         query.query_row([value], |row| Ok(records::volume(row))).optional()?.transpose()
     }
 }
@@ -80,17 +100,46 @@ impl Catalog {
         self.state().volume_row("name = ?1", name)
     }
 
-    /// At most `limit` ready volumes whose names come after `after`, in order of name (by bytes).
+    /// The volume of that uid in whatever state it is, for the management side.
     ///
     /// # Errors
     /// SQLite's, or a damaged row.
-    pub fn list_volumes(&self, after: &str, limit: u32) -> Result<Vec<VolumeRecord>, CatalogError> {
+    pub fn volume_of_uid_in_any_state(
+        &self,
+        volume_uid: Uuid,
+    ) -> Result<Option<(VolumeRecord, VolumeState)>, CatalogError> {
+        self.state().volume_row("volume_uid = ?1", &volume_uid.to_string())
+    }
+
+    /// At most `limit` ready volumes whose names come after `after`, in order of name (by bytes), of those that have all of the
+    /// labels; an empty value is any.
+    ///
+    /// # Errors
+    /// SQLite's, or a damaged row.
+    pub fn list_volumes(
+        &self,
+        labels: &BTreeMap<String, String>,
+        after: &str,
+        limit: u32,
+    ) -> Result<Vec<VolumeRecord>, CatalogError> {
         let state = self.state();
-        let mut query = state.db.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM volumes WHERE state = 'ready' AND name > ?1 ORDER BY name LIMIT ?2"
-        ))?;
-        let rows = query.query_map((after, limit), |row: &Row<'_>| Ok(records::volume(row)))?;
-        rows.map(|row| row?.map(|(volume, _)| volume)).collect()
+        let mut query =
+            state.db.prepare_cached(&select("WHERE state = 'ready' AND name > ?1 ORDER BY name"))?;
+        let rows = query.query_map([after], |row: &Row<'_>| Ok(records::volume(row)))?;
+        let mut found = Vec::new();
+        for row in rows {
+            let (volume, _) = row??;
+            let has = |(key, value): (&String, &String)| {
+                volume.settings.labels.get(key).is_some_and(|found| value.is_empty() || found == value)
+            };
+            if found.len() >= limit as usize {
+                break;
+            }
+            if labels.iter().all(has) {
+                found.push(volume);
+            }
+        }
+        Ok(found)
     }
 
     /// Every volume with its state, in order of name: for the recovery at start.
@@ -99,7 +148,7 @@ impl Catalog {
     /// SQLite's, or a damaged row.
     pub fn all_volumes(&self) -> Result<Vec<(VolumeRecord, VolumeState)>, CatalogError> {
         let state = self.state();
-        let mut query = state.db.prepare(&format!("SELECT {COLUMNS} FROM volumes ORDER BY name"))?;
+        let mut query = state.db.prepare(&select("ORDER BY name"))?;
         let rows = query.query_map([], |row: &Row<'_>| Ok(records::volume(row)))?;
         rows.map(|row| row?).collect()
     }
@@ -124,32 +173,84 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeExists`] where the name is taken in any state; SQLite's.
     pub fn begin_creating(&self, new: &NewVolume) -> Result<VolumeRecord, CatalogError> {
+        self.begin_creating_of(new, Uuid::new_v4(), None)
+    }
+
+    /// The same of a clone, with an identity of the caller's: `source_uid` is that of the snapshot or volume that it is made of.
+    ///
+    /// # Errors
+    /// As [`Catalog::begin_creating`].
+    pub fn begin_cloning(
+        &self,
+        new: &NewVolume,
+        volume_uid: Uuid,
+        source_uid: Uuid,
+    ) -> Result<VolumeRecord, CatalogError> {
+        self.begin_creating_of(new, volume_uid, Some(source_uid))
+    }
+
+    fn begin_creating_of(
+        &self,
+        new: &NewVolume,
+        volume_uid: Uuid,
+        source_uid: Option<Uuid>,
+    ) -> Result<VolumeRecord, CatalogError> {
         let volume = VolumeRecord {
             name: new.name.clone(),
-            volume_uid: Uuid::new_v4(),
+            volume_uid,
             capacity_bytes: new.capacity_bytes,
             block_size_bytes: new.block_size_bytes,
             backend: new.backend,
             write_cache_on: new.write_cache_on,
             incarnation: 1,
             created_at_ms: now_ms(),
+            settings: new.settings.clone(),
         };
-        let inserted = self.state().db.execute(
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let inserted = transaction.execute(
             "INSERT INTO volumes (volume_uid, name, state, capacity_bytes, block_size_bytes, backend, write_cache_on, \
-                                  incarnation, attach_generation, created_at_ms) \
-             VALUES (?1, ?2, 'creating', ?3, ?4, ?5, ?6, ?7, 1, ?8) ON CONFLICT (name) DO NOTHING",
+                                  incarnation, attach_generation, created_at_ms, source_uid) \
+             VALUES (?1, ?2, 'creating', ?3, ?4, ?5, ?6, ?7, 1, ?8, ?9) ON CONFLICT (name) DO NOTHING",
             (
                 volume.volume_uid.to_string(),
                 &volume.name,
                 to_db(volume.capacity_bytes, "capacity_bytes")?,
                 volume.block_size_bytes,
-                volume.backend.as_str(),
+                volume.backend.in_catalog(),
                 volume.write_cache_on,
                 to_db(volume.incarnation, "incarnation")?,
                 volume.created_at_ms,
+                source_uid.map_or_else(String::new, |uid| uid.to_string()),
             ),
         )?;
-        if inserted == 1 { Ok(volume) } else { Err(CatalogError::VolumeExists) }
+        if inserted == 0 {
+            return Err(CatalogError::VolumeExists);
+        }
+        settings::write(&transaction, volume.volume_uid, &volume.settings)?;
+        if volume.backend == BackendKind::Lvm {
+            let pool = self.inner.thin_pool.get().ok_or(CatalogError::NoThinPool)?;
+            thin::add(&transaction, volume.volume_uid, pool)?;
+        }
+        transaction.commit()?;
+        Ok(volume)
+    }
+
+    /// Of a clone: the uid of the snapshot or volume that it was made of.
+    ///
+    /// # Errors
+    /// SQLite's, or a damaged row.
+    pub fn source_of(&self, volume_uid: Uuid) -> Result<Option<Uuid>, CatalogError> {
+        let state = self.state();
+        let mut query = state.db.prepare_cached("SELECT source_uid FROM volumes WHERE volume_uid = ?1")?;
+        let found: Option<String> = query.query_row([volume_uid.to_string()], |row| row.get(0)).optional()?;
+        match found.as_deref() {
+            None | Some("") => Ok(None),
+            Some(text) => match text.parse() {
+                Ok(source_uid) => Ok(Some(source_uid)),
+                Err(_) => Err(CatalogError::Damaged { table: "volumes", column: "source_uid" }),
+            },
+        }
     }
 
     /// `creating` becomes `ready`: the storage is there and durable.
@@ -157,7 +258,7 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeNotFound`] where there is no such volume in that state; SQLite's.
     pub fn finish_creating(&self, volume_uid: Uuid) -> Result<(), CatalogError> {
-        self.change_state(volume_uid, "creating", "ready")
+        self.state().change_state(volume_uid, "creating", "ready")
     }
 
     /// `ready` becomes `deleting`: from here on the volume is gone for everybody, and its storage may be removed.
@@ -169,13 +270,21 @@ impl Catalog {
         if self.volume_has_attachment(volume_uid)? {
             return Err(CatalogError::VolumeAttached(volume_uid));
         }
-        self.change_state(volume_uid, "ready", "deleting")
+        self.taking_away(|state| state.change_state(volume_uid, "ready", "deleting"))
     }
 
-    fn change_state(&self, volume_uid: Uuid, from: &str, to: &str) -> Result<(), CatalogError> {
-        let changed = self.state().db.execute(
-            "UPDATE volumes SET state = ?3 WHERE volume_uid = ?1 AND state = ?2",
-            (volume_uid.to_string(), from, to),
+    /// Gives a ready volume another name.
+    ///
+    /// # Errors
+    /// [`CatalogError::VolumeExists`] where the name is taken in any state; [`CatalogError::VolumeNotFound`]; SQLite's.
+    pub fn set_name(&self, volume_uid: Uuid, name: &str) -> Result<(), CatalogError> {
+        let state = self.state();
+        if state.volume_row("name = ?1", name)?.is_some() {
+            return Err(CatalogError::VolumeExists);
+        }
+        let changed = state.db.execute(
+            "UPDATE volumes SET name = ?2 WHERE volume_uid = ?1 AND state = 'ready'",
+            (volume_uid.to_string(), name),
         )?;
         if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
     }
@@ -192,21 +301,38 @@ impl Catalog {
         if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
     }
 
+    /// Writes down that the volume is at least so large, and returns how large it is: whoever looks at a device may not be alone.
+    ///
+    /// # Errors
+    /// [`CatalogError::VolumeNotFound`]; SQLite's.
+    pub fn raise_capacity(&self, volume_uid: Uuid, capacity_bytes: u64) -> Result<u64, CatalogError> {
+        let uid = volume_uid.to_string();
+        self.state().db.execute(
+            "UPDATE volumes SET capacity_bytes = ?2 WHERE volume_uid = ?1 AND capacity_bytes < ?2",
+            (&uid, to_db(capacity_bytes, "capacity_bytes")?),
+        )?;
+        let found = self.state().volume_row("volume_uid = ?1", &uid)?;
+        found.map(|(volume, _)| volume.capacity_bytes).ok_or(CatalogError::VolumeNotFound(volume_uid))
+    }
+
     /// Drops the row of a volume whose storage is gone (state `creating` or `deleting`); no row is a success.
     ///
     /// # Errors
     /// SQLite's.
     pub fn forget_volume(&self, volume_uid: Uuid) -> Result<(), CatalogError> {
-        self.state().db.execute(
-            "DELETE FROM volumes WHERE volume_uid = ?1 AND state IN ('creating', 'deleting')",
-            [volume_uid.to_string()],
-        )?;
+        self.taking_away(|state| {
+            state.db.execute(
+                "DELETE FROM volumes WHERE volume_uid = ?1 AND state IN ('creating', 'deleting')",
+                [volume_uid.to_string()],
+            )?;
+            Ok(())
+        })?;
         // There may be room for it again.
         reserve::renew(&self.inner.data_dir);
         Ok(())
     }
 
-    /// Hides a volume from [`Catalog::volume_by_uid`] and [`Catalog::volume_by_name`] until the guard is dropped, so
+    /// Hides a volume (or a snapshot) from [`Catalog::volume_by_uid`] and [`Catalog::volume_by_name`] until the guard is dropped, so
     /// that nobody new opens it while a deletion looks whether somebody has.
     pub fn conceal_volume(&self, volume_uid: Uuid) -> Concealed {
         self.state().concealed.insert(volume_uid);

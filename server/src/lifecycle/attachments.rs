@@ -3,19 +3,28 @@
 //! See the module's text for the order and its reason. A row `ending` whose I/O did not finish in time stays, and is taken
 //! up again by the next call on the volume: no second attachment, and no deletion, gets past it. Called by `management/`
 //! with the volume's name locked. Never hands out a secret but in [`Attached`].
+//!
+//! A snapshot is attached in the same way, with epochs and a secret, so that a detach and a reboot mean the same for every disk. But
+//! nobody writes to it: nothing has to be durable first, and no other node is ever in the way.
 
 use uuid::Uuid;
 
 use super::claims::{self, Claim};
-use super::{DataSide, Lifecycle, LifecycleError, NameLock, SyncError};
-use crate::catalog::{AttachmentRecord, AttachmentState, NewAttachment, VolumeRecord, VolumeState};
+use super::volumes::nodes_of;
+use super::{
+    DataSide, Lifecycle, LifecycleError, NameLock, SettingsError, SnapshotError, SyncError,
+    snapshot_lock_name,
+};
+use crate::catalog::{
+    AttachmentRecord, AttachmentState, NewAttachment, SnapshotState, VolumeRecord, VolumeState,
+};
 
 /// An attachment as it is answered.
 #[derive(Debug)]
 pub struct Attached {
     /// The attachment, with its secret.
     pub attachment: AttachmentRecord,
-    /// Its volume.
+    /// Its volume; or its snapshot, as a volume.
     pub volume: VolumeRecord,
     /// The node held it before this call.
     pub existed: bool,
@@ -34,6 +43,34 @@ pub struct AttachWanted {
     pub read_only: bool,
     /// Whatever holds it now is fenced first.
     pub force: bool,
+    /// Others may read it as well; or write to it, without `read_only`.
+    pub is_shared: bool,
+    /// A node that has not registered gets nothing.
+    pub node_must_be_registered: bool,
+}
+
+impl AttachWanted {
+    /// Whether both can have the volume at once.
+    fn shares_with(&self, held: &AttachmentRecord) -> bool {
+        let both_share = self.is_shared && held.is_shared && self.read_only == held.read_only;
+        both_share && self.node_id != held.node_id
+    }
+}
+
+/// What an attachment is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AttachedTo {
+    /// The volume of this name.
+    Volume(String),
+    /// The snapshot of this identity.
+    Snapshot(Uuid),
+}
+
+/// What is attached, and whether that is a snapshot.
+#[derive(Debug)]
+struct Attachable {
+    record: VolumeRecord,
+    is_snapshot: bool,
 }
 
 /// Which attachment of the locked volume to end; every field that is given must agree.
@@ -58,13 +95,63 @@ impl<D: DataSide> Lifecycle<D> {
     /// # Errors
     /// [`LifecycleError::VolumeNotFound`]; without force [`LifecycleError::VolumeAttached`] (another node),
     /// [`LifecycleError::OtherBoot`] and [`LifecycleError::OtherBootMayReturn`] (another boot of this node, see `claims.rs`) and
-    /// [`LifecycleError::AttachedDifferently`] (this node, another mode); [`LifecycleError::Unfenced`]: repeat the call;
+    /// [`LifecycleError::AttachedDifferently`] (this node, another mode); [`SettingsError::ReadOnly`], [`SettingsError::NotShared`]; [`SnapshotError::InProgress`]:
+    /// it is being restored; [`NodesError::NotFound`]: the node has to be registered; [`LifecycleError::Unfenced`]: repeat the call;
     /// [`LifecycleError::Storage`]: what was written before may be lost; the catalog's failure.
+    ///
+    /// [`SnapshotError::InProgress`]: super::SnapshotError::InProgress
+    /// [`NodesError::NotFound`]: super::NodesError::NotFound
     pub fn attach_volume(&self, lock: &NameLock, wanted: &AttachWanted) -> Result<Attached, LifecycleError> {
         let volume = self.volume(lock.name())?;
+        if volume.settings.is_read_only && !wanted.read_only {
+            return Err(SettingsError::ReadOnly(volume.name).into());
+        }
+        if wanted.is_shared && !wanted.read_only && !volume.settings.is_shared {
+            return Err(SettingsError::NotShared(volume.name).into());
+        }
+        // It is hidden from the data side, and about to have other bytes.
+        self.refuse_while(lock.name(), |operation| operation.makes(volume.volume_uid))?;
+        self.attach(Attachable { record: volume, is_snapshot: false }, wanted)
+    }
+
+    /// Gives the snapshot to the node, read-only and beside others, or returns what the node holds already. The snapshot's lock
+    /// ([`snapshot_lock_name`]) is held.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`], [`SnapshotError::InProgress`] (it is being made), [`SnapshotError::NeverChanges`] (to write is
+    /// wanted); as of [`Self::attach_volume`] where another boot of this node has it, or its I/O has not finished.
+    pub fn attach_snapshot(
+        &self,
+        lock: &NameLock,
+        snapshot_uid: Uuid,
+        wanted: &AttachWanted,
+    ) -> Result<Attached, LifecycleError> {
+        assert_eq!(lock.name(), snapshot_lock_name(snapshot_uid), "the lock is of the snapshot");
+        let snapshot = self.ready_snapshot(snapshot_uid)?;
+        if !wanted.read_only {
+            return Err(SnapshotError::NeverChanges(snapshot.export_name()).into());
+        }
+        // Also who wants to be alone: nobody can do anything that the others would notice.
+        let wanted = AttachWanted { is_shared: true, ..wanted.clone() };
+        self.attach(Attachable { record: snapshot.as_volume(), is_snapshot: true }, &wanted)
+    }
+
+    fn attach(&self, attachable: Attachable, wanted: &AttachWanted) -> Result<Attached, LifecycleError> {
+        let Attachable { record: volume, is_snapshot } = attachable;
+        // Before anybody is ended. What the node holds already keeps it from being forgotten.
+        self.require_registered(&wanted.node_id, wanted.node_must_be_registered)?;
+        let settle = || if is_snapshot { Ok(()) } else { self.settle(&volume) };
         self.finish_ending(&volume)?;
-        if let Some((held, _)) = self.catalog.attachment_of_volume(volume.volume_uid)? {
-            match self.claim(&volume, &held, wanted)? {
+        let held = self.catalog.attachments_of_volume(volume.volume_uid)?;
+        let in_the_way = held.into_iter().map(|(held, _)| held).filter(|held| !wanted.shares_with(held));
+        // Nobody is ended before it is known that nobody refuses.
+        let claims = in_the_way.map(|held| Ok((self.claim(&volume, &held, wanted)?, held)));
+        for (claim, held) in claims.collect::<Result<Vec<_>, LifecycleError>>()? {
+            // Nobody has opened it yet: whoever was to be answered first may not have been, because the server was killed before that.
+            if claim != Claim::Take && held.session_epoch == 0 {
+                settle()?;
+            }
+            match claim {
                 Claim::Take => self.end(&volume, &held, true)?,
                 Claim::Bind => {
                     self.catalog.bind_attachment(held.attachment_id, &wanted.boot_id)?;
@@ -81,11 +168,15 @@ impl<D: DataSide> Lifecycle<D> {
                 }
             }
         }
-        let AttachWanted { node_id, boot_id, read_only, .. } = wanted.clone();
-        let new = NewAttachment { volume_uid: volume.volume_uid, node_id, read_only, boot_id };
-        let attachment = self.catalog.add_attachment(&new)?;
+        let AttachWanted { node_id, boot_id, read_only, is_shared, .. } = wanted.clone();
+        let new = NewAttachment { volume_uid: volume.volume_uid, node_id, read_only, boot_id, is_shared };
+        let add = || match is_snapshot {
+            true => self.catalog.add_snapshot_attachment(&new),
+            false => self.catalog.add_attachment(&new),
+        };
+        let attachment = self.while_registered(&new.node_id, wanted.node_must_be_registered, add)?;
         // With the row there, no new writer by name gets in; those that are in end before anybody is told the secret.
-        if let Err(error) = self.settle(&volume) {
+        if let Err(error) = settle() {
             self.catalog.end_attachment(attachment.attachment_id, false)?;
             return Err(error);
         }
@@ -113,13 +204,13 @@ impl<D: DataSide> Lifecycle<D> {
         let claim = claims::claim(&held.boot_id, &wanted.boot_id, self.data_side.holder(held.attachment_id));
         match claim {
             Claim::Take => {
-                tracing::info!(%name, node_id, former = %held.boot_id, "another boot of the node holds the volume, and has gone");
+                tracing::info!(%name, node_id, former = %held.boot_id, "an earlier boot of the node held the volume, and is gone");
                 Ok(claim)
             }
             Claim::Wait(_) | Claim::Refuse | Claim::Show if wanted.force => Ok(Claim::Take),
             Claim::Wait(after) => Err(LifecycleError::OtherBootMayReturn { name, node_id, after }),
             Claim::Refuse => Err(LifecycleError::OtherBoot { name, node_id }),
-            _ if held.read_only == wanted.read_only => Ok(claim),
+            _ if (held.read_only, held.is_shared) == (wanted.read_only, wanted.is_shared) => Ok(claim),
             _ if wanted.force => Ok(Claim::Take),
             _ => Err(LifecycleError::AttachedDifferently { name, node_id }),
         }
@@ -141,25 +232,56 @@ impl<D: DataSide> Lifecycle<D> {
     /// Ends the attachment of the volume that is wanted; false where there is none such.
     ///
     /// # Errors
-    /// [`LifecycleError::Unfenced`]: its I/O has not finished in time, repeat the call; the catalog's failure.
+    /// [`LifecycleError::Unfenced`]: its I/O has not finished in time, repeat the call; [`LifecycleError::SeveralHolders`]; the
+    /// catalog's failure.
     pub fn detach_volume(&self, lock: &NameLock, wanted: &DetachWanted) -> Result<bool, LifecycleError> {
         let Some((volume, VolumeState::Ready)) = self.catalog.volume_in_any_state(lock.name())? else {
             return Ok(false);
         };
-        let held = self.catalog.attachment_of_volume(volume.volume_uid)?;
-        let Some((held, _)) = held.filter(|(held, _)| wanted.matches(held)) else {
-            return Ok(false);
-        };
-        self.end(&volume, &held, false)?;
-        Ok(true)
+        self.detach(&volume, wanted)
+    }
+
+    /// Ends the attachment of the snapshot that is wanted, whose lock is held; false where there is none such.
+    ///
+    /// # Errors
+    /// As of [`Self::detach_volume`].
+    pub fn detach_snapshot(
+        &self,
+        lock: &NameLock,
+        snapshot_uid: Uuid,
+        wanted: &DetachWanted,
+    ) -> Result<bool, LifecycleError> {
+        assert_eq!(lock.name(), snapshot_lock_name(snapshot_uid), "the lock is of the snapshot");
+        match self.catalog.snapshot_in_any_state(snapshot_uid)? {
+            Some((snapshot, SnapshotState::Ready)) => self.detach(&snapshot.as_volume(), wanted),
+            _ => Ok(false),
+        }
+    }
+
+    fn detach(&self, volume: &VolumeRecord, wanted: &DetachWanted) -> Result<bool, LifecycleError> {
+        let mut held = self.catalog.attachments_of_volume(volume.volume_uid)?;
+        held.retain(|(held, _)| wanted.matches(held));
+        match held.as_slice() {
+            [] => Ok(false),
+            [(held, _)] => {
+                self.end(volume, held, false)?;
+                Ok(true)
+            }
+            several => {
+                let node_ids = nodes_of(several);
+                Err(LifecycleError::SeveralHolders { name: volume.name.clone(), node_ids })
+            }
+        }
     }
 
     /// Finishes what a former call on the volume began and could not end in time.
     pub(super) fn finish_ending(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
-        match self.catalog.attachment_of_volume(volume.volume_uid)? {
-            Some((held, AttachmentState::Ending)) => self.end(volume, &held, false),
-            _ => Ok(()),
+        for (held, state) in self.catalog.attachments_of_volume(volume.volume_uid)? {
+            if state == AttachmentState::Ending {
+                self.end(volume, &held, false)?;
+            }
         }
+        Ok(())
     }
 
     /// Refused from now on, then fenced, then gone.
@@ -188,14 +310,19 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(found.map(|(attachment, _)| attachment.node_id))
     }
 
-    /// The name of the volume that an attachment is of, to lock it; `None` where there is no such attachment.
+    /// What an attachment is of, to lock it; `None` where there is no such attachment.
     ///
     /// # Errors
     /// The catalog's failure.
-    pub fn volume_name_of(&self, attachment_id: Uuid) -> Result<Option<String>, LifecycleError> {
+    pub fn attached_to(&self, attachment_id: Uuid) -> Result<Option<AttachedTo>, LifecycleError> {
         let Some((attachment, _)) = self.catalog.attachment_in_any_state(attachment_id)? else {
             return Ok(None);
         };
-        Ok(self.catalog.volume_by_uid(attachment.volume_uid)?.map(|volume| volume.name))
+        let uid = attachment.volume_uid;
+        if let Some(volume) = self.catalog.volume_by_uid(uid)? {
+            return Ok(Some(AttachedTo::Volume(volume.name)));
+        }
+        let snapshot = self.catalog.snapshot_in_any_state(uid)?;
+        Ok(snapshot.map(|(snapshot, _)| AttachedTo::Snapshot(snapshot.snapshot_uid)))
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 /// So long a holder may be without a connection before another boot of its node takes its place: it may be on its way back, from
 /// an outage of the network or of this server. At the server's start it begins anew. Its dead connections are noticed within
-/// a minute (`data_address.rs`).
+/// a minute (`data/address.rs`).
 pub const HOLDER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How the holder of an attachment is.

@@ -1,11 +1,24 @@
 //! The order of the steps, on a real catalog and a data side that records what it was asked and fails on demand.
 
+mod adopted;
+mod attachments;
+mod names;
+mod nodes;
+mod settings;
+mod thin;
+
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use super::*;
-use crate::catalog::{AttachmentState, BackendKind, NewVolume, VolumeState};
+use crate::catalog::{AttachmentState, BackendKind, CATALOG_FILE_NAME, NewVolume, VolumeState};
 use crate::machine_memory::{Allowed, BoundBy};
+use crate::volume::copying::{self, CopyError, CopyHandle, CopyReport, CopySource, CopyTarget, CopyWanted};
+
+mod copies;
+mod diffs;
+mod snapshot_holders;
 
 /// Keeps storage as a set of names, and at each call looks at what the catalog shows.
 #[derive(Debug)]
@@ -26,6 +39,68 @@ struct DoubleState {
     sync_error: Option<bool>,
     holder: Option<Holder>,
     open_connections: u32,
+    allocated_bytes: u64,
+    device: adopted::Device,
+    thin_pool: Option<PoolFill>,
+    /// Snapshots, and what is to be restored.
+    copies: BTreeSet<CopyTarget>,
+    /// Volumes whose storage was replaced.
+    restored: BTreeSet<Uuid>,
+    can_copy_error: Option<CopyError>,
+    /// Of the next.
+    begin_error: Option<CopyError>,
+    copy_end: CopyEnd,
+    /// Somebody writes to the source for the first time, just before the instant.
+    writes_before_instant: bool,
+    held: Vec<(CopyReport, Vec<CopyWanted>)>,
+    replace_error: bool,
+    /// Where what a killed server leaves is to be kept, if it is.
+    moments_dir: Option<PathBuf>,
+    moments: Vec<Moment>,
+}
+
+/// How copies end.
+#[derive(Debug)]
+enum CopyEnd {
+    AtOnce(Result<(), CopyError>),
+    /// When the test has them end.
+    Held,
+}
+
+impl Default for CopyEnd {
+    fn default() -> Self {
+        Self::AtOnce(Ok(()))
+    }
+}
+
+/// What a server that is killed at this moment leaves.
+#[derive(Debug, Clone)]
+struct Moment {
+    data_dir: PathBuf,
+    stored: BTreeSet<Uuid>,
+    copies: BTreeSet<CopyTarget>,
+    restored: BTreeSet<Uuid>,
+    behind: String,
+}
+
+impl DoubleState {
+    fn keep(&mut self, wanted: &[CopyWanted]) {
+        for wanted in wanted {
+            match wanted.target {
+                CopyTarget::Volume(volume_uid) => drop(self.stored.insert(volume_uid)),
+                target => drop(self.copies.insert(target)),
+            }
+        }
+    }
+
+    fn drop_copies(&mut self, wanted: &[CopyWanted]) {
+        for wanted in wanted {
+            match wanted.target {
+                CopyTarget::Volume(volume_uid) => drop(self.stored.remove(&volume_uid)),
+                target => drop(self.copies.remove(&target)),
+            }
+        }
+    }
 }
 
 impl Double {
@@ -43,8 +118,37 @@ impl Double {
         std::mem::take(&mut self.state.lock().unwrap().calls)
     }
 
+    /// Keeps what a server that is killed now leaves.
+    fn moment(&self) {
+        let mut state = self.state.lock().unwrap();
+        let Some(dir) = state.moments_dir.clone() else { return };
+        let data_dir = dir.join(format!("moment-{}", state.moments.len()));
+        std::fs::create_dir(&data_dir).unwrap();
+        let db = rusqlite::Connection::open(dir.join(CATALOG_FILE_NAME)).unwrap();
+        let into = data_dir.join(CATALOG_FILE_NAME);
+        db.execute("VACUUM INTO ?1", [into.to_str().unwrap()]).unwrap();
+        let (stored, copies, restored) = (state.stored.clone(), state.copies.clone(), state.restored.clone());
+        let behind = state.calls.last().cloned().unwrap_or_default();
+        state.moments.push(Moment { data_dir, stored, copies, restored, behind });
+    }
+
+    /// The state of the row that a copy belongs to.
+    fn row_of(&self, target: CopyTarget) -> String {
+        match target {
+            CopyTarget::Snapshot(uid) => {
+                let found = self.catalog.snapshot_in_any_state(uid).unwrap();
+                format!("{:?}", found.map(|(_, state)| state))
+            }
+            CopyTarget::Volume(uid) | CopyTarget::Restored(uid) | CopyTarget::Nameless(uid) => {
+                let rows = self.catalog.all_volumes().unwrap();
+                let found = rows.into_iter().find(|(volume, _)| volume.volume_uid == uid);
+                format!("{:?}", found.map(|(_, state)| state))
+            }
+        }
+    }
+
     fn attachment_state(&self, volume_uid: Uuid) -> Option<AttachmentState> {
-        self.catalog.attachment_of_volume(volume_uid).unwrap().map(|(_, state)| state)
+        self.catalog.attachments_of_volume(volume_uid).unwrap().first().map(|(_, state)| *state)
     }
 }
 
@@ -94,6 +198,100 @@ impl DataSide for Double {
         }
     }
 
+    fn can_copy(&self) -> Result<(), CopyError> {
+        self.state.lock().unwrap().can_copy_error.clone().map_or(Ok(()), Err)
+    }
+
+    fn thin_pool(&self) -> Option<Result<PoolFill, CopyError>> {
+        self.state.lock().unwrap().thin_pool.map(Ok)
+    }
+
+    fn begin_copies(&self, wanted: &[CopyWanted]) -> Result<CopyHandle, CopyError> {
+        self.moment();
+        if self.state.lock().unwrap().writes_before_instant {
+            for wanted in wanted {
+                if let CopySource::Volume(volume) = &wanted.source {
+                    self.catalog.mark_written(volume.volume_uid).unwrap();
+                }
+            }
+        }
+        let rows: Vec<String> = wanted.iter().map(|wanted| self.row_of(wanted.target)).collect();
+        let mut state = self.record(format!("begin copies, rows {}", rows.join(" ")));
+        if let Some(error) = state.begin_error.take() {
+            return Err(error);
+        }
+        let (handle, report) = copying::begin();
+        state.keep(wanted);
+        match &state.copy_end {
+            CopyEnd::Held => state.held.push((report, wanted.to_vec())),
+            CopyEnd::AtOnce(end) => {
+                let end = end.clone();
+                if end.is_err() {
+                    state.drop_copies(wanted);
+                }
+                report.end(end);
+            }
+        }
+        drop(state);
+        self.moment();
+        Ok(handle)
+    }
+
+    fn snapshot_map(&self, snapshot_uid: Uuid, capacity_bytes: u64) -> Result<Map, CopyError> {
+        let is_there = self.state.lock().unwrap().copies.contains(&CopyTarget::Snapshot(snapshot_uid));
+        assert!(is_there, "a snapshot that is ready has storage");
+        Ok(Box::new(diffs::OneRun { capacity_bytes, address: snapshot_uid.as_u128() as u64 >> 1 }))
+    }
+
+    fn begin_nameless_copy(&self, volume: &VolumeRecord) -> Result<(CopyHandle, Map), CopyError> {
+        let wanted = CopyWanted {
+            source: CopySource::Volume(volume.clone()),
+            target: CopyTarget::Nameless(Uuid::new_v4()),
+            capacity_bytes: volume.capacity_bytes,
+        };
+        let map = diffs::OneRun { capacity_bytes: volume.capacity_bytes, address: 1 << 63 };
+        Ok((self.begin_copies(&[wanted])?, Box::new(map)))
+    }
+
+    fn replace_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        self.moment();
+        let visible = self.catalog.volume_by_uid(volume.volume_uid).unwrap().is_some();
+        let (row, _) = self.catalog.volume_in_any_state(&volume.name).unwrap().unwrap();
+        let (incarnation, content) = (row.incarnation, row.settings.content.as_str());
+        let call =
+            format!("replace storage, visible {visible}, incarnation {incarnation}, content {content}");
+        let mut state = self.record(call);
+        if state.replace_error {
+            return Err(io::Error::other("the disk is on fire"));
+        }
+        assert!(state.copies.remove(&CopyTarget::Restored(volume.volume_uid)), "there is what to restore");
+        state.restored.insert(volume.volume_uid);
+        drop(state);
+        self.moment();
+        Ok(())
+    }
+
+    fn delete_copy(&self, target: CopyTarget) -> io::Result<()> {
+        self.moment();
+        let row = self.row_of(target);
+        let mut state = self.record(format!("delete copy, row {row}"));
+        if state.delete_error {
+            return Err(io::Error::other("the disk is on fire"));
+        }
+        state.copies.remove(&target);
+        drop(state);
+        self.moment();
+        Ok(())
+    }
+
+    fn stored_copies(&self) -> io::Result<Vec<CopyTarget>> {
+        Ok(self.state.lock().unwrap().copies.iter().copied().collect())
+    }
+
+    fn snapshot_allocated_bytes(&self, _snapshot: &SnapshotRecord) -> u64 {
+        0
+    }
+
     fn reopen_attachments(&self, _volume_uid: Uuid) {
         drop(self.record("reopen attachments".to_owned()));
     }
@@ -131,16 +329,36 @@ impl DataSide for Double {
     }
 
     fn allocated_bytes(&self, _volume: &VolumeRecord) -> u64 {
-        0
+        self.state.lock().unwrap().allocated_bytes
     }
 
     fn storage_incarnation(&self, volume: &VolumeRecord) -> String {
         volume.incarnation.to_string()
     }
+
+    fn limits_changed(&self, volume: &VolumeRecord) {
+        let row = self.catalog.volume_by_uid(volume.volume_uid).unwrap().unwrap();
+        assert_eq!(row.settings.limits, volume.settings.limits, "durable before it holds");
+        drop(self.record("limits changed".to_owned()));
+    }
+
+    fn content_changed(&self, volume: &VolumeRecord) {
+        let row = self.catalog.volume_in_any_state(&volume.name).unwrap().unwrap().0;
+        assert_eq!(row.settings.content, volume.settings.content, "durable before it holds");
+        drop(self.record(format!("content {}", volume.settings.content.as_str())));
+    }
+
+    fn throttled(&self, _volume_uid: Uuid) -> Duration {
+        Duration::ZERO
+    }
+
+    fn writers_of_volume(&self, _volume_uid: Uuid) -> u32 {
+        self.state.lock().unwrap().open_connections
+    }
 }
 
 struct Bench {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     lifecycle: Lifecycle<Double>,
     locks: NameLocks,
 }
@@ -150,7 +368,9 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(dir.path()).unwrap();
         let double = Double { catalog: catalog.clone(), state: Mutex::default() };
-        Self { _dir: dir, lifecycle: Lifecycle::new(catalog, Arc::new(double)), locks: NameLocks::default() }
+        // Whatever is free where the tests run.
+        let lifecycle = Lifecycle::new(catalog, Arc::new(double)).with_snapshot_reserve(Some(0));
+        Self { dir, lifecycle, locks: NameLocks::default() }
     }
 
     fn double(&self) -> &Double {
@@ -173,12 +393,13 @@ impl Bench {
             block_size_bytes: 4096,
             backend,
             write_cache_on: true,
+            settings: Default::default(),
         };
         self.lifecycle.create_volume(&self.locks.blocking_lock(name), &new)
     }
 
     fn delete(&self, name: &str) -> Result<bool, LifecycleError> {
-        self.lifecycle.delete_volume(&self.locks.blocking_lock(name))
+        self.lifecycle.delete_volume(&self.locks.blocking_lock(name), false)
     }
 
     fn attach(&self, name: &str, node_id: &str, force: bool) -> Result<Attached, LifecycleError> {
@@ -197,6 +418,7 @@ impl Bench {
             boot_id: boot_id.to_owned(),
             read_only: false,
             force,
+            ..AttachWanted::default()
         };
         self.lifecycle.attach_volume(&self.locks.blocking_lock(name), &wanted)
     }
@@ -246,6 +468,7 @@ fn a_new_volume_is_not_called_what_anothers_partition_is() {
         block_size_bytes: 4096,
         backend: BackendKind::File,
         write_cache_on: true,
+        settings: Default::default(),
     };
     let old = bench.double().catalog.begin_creating(&new).unwrap();
     bench.double().catalog.finish_creating(old.volume_uid).unwrap();
@@ -306,8 +529,7 @@ fn memory_volumes_are_counted_together() {
 fn a_creation_whose_cleaning_failed_too_is_cleaned_by_the_next_call() {
     let bench = Bench::new();
     bench.double().change(|state| {
-        state.create_error = Some(io::ErrorKind::StorageFull);
-        state.delete_error = true;
+        (state.create_error, state.delete_error) = (Some(io::ErrorKind::StorageFull), true);
     });
     assert!(matches!(bench.create("vol-1", 4096), Err(LifecycleError::NoSpace(_))));
     assert_eq!(bench.lifecycle.catalog().all_volumes().unwrap().len(), 1);
@@ -362,205 +584,4 @@ fn an_attached_volume_is_not_deleted() {
     );
     assert!(bench.detach("vol-1").unwrap());
     assert!(bench.delete("vol-1").unwrap());
-}
-
-#[test]
-fn the_former_holder_is_fenced_before_the_new_attachment_exists() {
-    let (bench, volume) = Bench::with_volume();
-    let first = bench.attach("vol-1", "node-a", false).unwrap();
-    assert_eq!(
-        bench.double().take_calls(),
-        ["fence named writers, row Some(Active)", "sync storage, row Some(Active)"]
-    );
-    let again = bench.attach("vol-1", "node-a", true).unwrap();
-    assert!(again.existed && !first.existed);
-    assert_eq!(again.attachment, first.attachment, "force takes nothing from its own node");
-    let error = bench.attach("vol-1", "node-b", false).unwrap_err();
-    assert!(
-        matches!(&error, LifecycleError::VolumeAttached { node_id, .. } if node_id == "node-a"),
-        "{error}"
-    );
-    assert_eq!(bench.double().take_calls(), [""; 0], "nobody was disturbed");
-
-    let second = bench.attach("vol-1", "node-b", true).unwrap();
-    assert_eq!(
-        bench.double().take_calls(),
-        [
-            "fence node-a, row Ending",
-            "fence named writers, row Some(Active)",
-            "sync storage, row Some(Active)"
-        ]
-    );
-    assert_ne!(second.attachment.attachment_id, first.attachment.attachment_id);
-    assert_ne!(second.attachment.secret, first.attachment.secret);
-    assert_eq!(second.attachment.generation, first.attachment.generation + 1);
-    assert_eq!(bench.lifecycle.catalog().attachment(first.attachment.attachment_id).unwrap(), None);
-    assert_eq!(bench.double().attachment_state(volume.volume_uid), Some(AttachmentState::Active));
-}
-
-#[test]
-fn nothing_gets_past_a_fence_that_has_not_finished() {
-    let (bench, _) = Bench::with_volume();
-    bench.attach("vol-1", "node-a", false).unwrap();
-    bench.double().change(|state| state.fence_error = true);
-    assert!(matches!(bench.attach("vol-1", "node-b", true), Err(LifecycleError::Unfenced { .. })));
-    assert!(matches!(bench.attach("vol-1", "node-b", false), Err(LifecycleError::Unfenced { .. })));
-    assert!(matches!(bench.attach("vol-1", "node-a", false), Err(LifecycleError::Unfenced { .. })));
-    assert!(matches!(bench.delete("vol-1"), Err(LifecycleError::Unfenced { .. })));
-    assert!(matches!(bench.detach("vol-1"), Err(LifecycleError::Unfenced { .. })));
-    bench.double().change(|state| state.fence_error = false);
-    bench.double().take_calls();
-    // The generation went up once, with the force, however often the fence was tried.
-    let attached = bench.attach("vol-1", "node-b", false).unwrap();
-    assert_eq!((attached.existed, attached.attachment.generation), (false, 2));
-    assert_eq!(
-        bench.double().take_calls(),
-        [
-            "fence node-a, row Ending",
-            "fence named writers, row Some(Active)",
-            "sync storage, row Some(Active)"
-        ]
-    );
-}
-
-#[test]
-fn an_attachment_is_not_answered_while_writers_by_name_remain() {
-    let (bench, _) = Bench::with_volume();
-    bench.double().change(|state| state.named_writer_error = true);
-    assert!(matches!(bench.attach("vol-1", "node-a", false), Err(LifecycleError::Unfenced { .. })));
-    bench.double().change(|state| state.named_writer_error = false);
-    assert!(!bench.attach("vol-1", "node-a", false).unwrap().existed);
-}
-
-#[test]
-fn an_attachment_is_not_answered_before_what_was_written_is_durable() {
-    let (bench, _) = Bench::with_volume();
-    bench.double().change(|state| state.sync_error = Some(true));
-    let refused = bench.attach("vol-1", "node-a", false);
-    assert!(matches!(refused, Err(LifecycleError::Storage { action: "sync", .. })), "{refused:?}");
-    bench.double().change(|state| state.sync_error = Some(false));
-    let refused = bench.attach("vol-1", "node-a", false);
-    assert!(matches!(refused, Err(LifecycleError::Unfenced { .. })), "nothing is lost: {refused:?}");
-    bench.double().change(|state| state.sync_error = None);
-    assert!(!bench.attach("vol-1", "node-a", false).unwrap().existed);
-}
-
-#[test]
-fn an_attachment_ends_only_for_who_names_it() {
-    let (bench, _) = Bench::with_volume();
-    let held = bench.attach("vol-1", "node-a", false).unwrap().attachment;
-    let detach = |wanted: &DetachWanted| {
-        bench.lifecycle.detach_volume(&bench.locks.blocking_lock("vol-1"), wanted).unwrap()
-    };
-    assert!(!detach(&DetachWanted { node_id: Some("node-b".to_owned()), attachment_id: None }));
-    assert!(!detach(&DetachWanted { node_id: None, attachment_id: Some(Uuid::new_v4()) }));
-    assert!(bench.lifecycle.catalog().attachment(held.attachment_id).unwrap().is_some());
-    bench.double().take_calls();
-    assert!(detach(&DetachWanted {
-        node_id: Some("node-a".to_owned()),
-        attachment_id: Some(held.attachment_id)
-    }));
-    assert_eq!(bench.double().take_calls(), ["fence node-a, row Ending"]);
-    assert!(!detach(&DetachWanted::default()));
-}
-
-#[test]
-fn the_other_access_mode_is_refused_and_taken_by_force() {
-    let (bench, _) = Bench::with_volume();
-    bench.attach("vol-1", "node-a", false).unwrap();
-    let attach_reader = |force| {
-        let wanted =
-            AttachWanted { node_id: "node-a".to_owned(), boot_id: String::new(), read_only: true, force };
-        bench.lifecycle.attach_volume(&bench.locks.blocking_lock("vol-1"), &wanted)
-    };
-    assert!(matches!(attach_reader(false), Err(LifecycleError::AttachedDifferently { .. })));
-    let reader = attach_reader(true).unwrap();
-    assert!(reader.attachment.read_only && !reader.existed);
-}
-
-#[test]
-fn another_boot_of_a_node_gets_the_volume_when_the_former_has_gone() {
-    let (bench, _) = Bench::with_volume();
-    let first = bench.attach_boot("vol-1", "node-a", "boot-1", false).unwrap();
-    let again = bench.attach_boot("vol-1", "node-a", "boot-1", false).unwrap();
-    assert!(again.existed && again.attachment == first.attachment);
-    let holder = |connections, seconds| {
-        let gone_for = Duration::from_secs(seconds);
-        bench.double().state.lock().unwrap().holder = Some(Holder { connections, gone_for });
-    };
-    holder(1, 0);
-    let clone = bench.attach_boot("vol-1", "node-a", "boot-2", false);
-    assert!(matches!(clone, Err(LifecycleError::OtherBoot { .. })));
-    holder(0, 10);
-    let clone = bench.attach_boot("vol-1", "node-a", "boot-2", false);
-    assert!(matches!(clone, Err(LifecycleError::OtherBootMayReturn { .. })));
-    let told = bench.attach("vol-1", "node-a", false).unwrap();
-    assert!(told.hides_secret && told.attachment == first.attachment, "a controller's call again");
-    bench.double().take_calls();
-    holder(0, 60);
-    let second = bench.attach_boot("vol-1", "node-a", "boot-2", false).unwrap();
-    assert!(!second.existed && second.attachment.secret != first.attachment.secret);
-    assert!(second.attachment.generation > first.attachment.generation, "as by force");
-    assert_eq!(bench.double().take_calls()[0], "fence node-a, row Ending");
-}
-
-#[test]
-fn a_controllers_grant_is_bound_to_the_boot_that_fetches_it() {
-    let (bench, _) = Bench::with_volume();
-    let granted = bench.attach("vol-1", "node-a", false).unwrap();
-    let fetched = bench.attach_boot("vol-1", "node-a", "boot-1", false).unwrap();
-    assert!(fetched.existed && fetched.attachment.secret == granted.attachment.secret);
-    assert_eq!(fetched.attachment.boot_id, "boot-1");
-    bench.double().state.lock().unwrap().holder = Some(Holder { connections: 1, gone_for: Duration::ZERO });
-    assert!(bench.attach_boot("vol-1", "node-a", "boot-2", false).is_err());
-}
-
-#[test]
-fn recovery_finishes_what_a_killed_server_began() {
-    let (bench, kept) = Bench::with_volume();
-    let catalog = bench.lifecycle.catalog();
-    let new = |name: &str| NewVolume {
-        name: name.to_owned(),
-        capacity_bytes: 4096,
-        block_size_bytes: 512,
-        backend: BackendKind::File,
-        write_cache_on: true,
-    };
-    let half_made = catalog.begin_creating(&new("half-made")).unwrap();
-    let half_gone = bench.create("half-gone", 4096).unwrap();
-    catalog.begin_deleting(half_gone.volume_uid).unwrap();
-    let restored = Uuid::new_v4();
-    bench.double().change(|state| state.stored.extend([half_made.volume_uid, restored]));
-    let held = bench.attach("vol-1", "node-a", false).unwrap().attachment;
-    catalog.end_attachment(held.attachment_id, false).unwrap();
-
-    let expected = Recovered { unfinished_volumes: 2, ending_attachments: 1, orphans: 1 };
-    assert_eq!(bench.lifecycle.recover().unwrap(), expected);
-    assert_eq!(catalog.all_volumes().unwrap(), [(kept.clone(), VolumeState::Ready)]);
-    assert!(!catalog.volume_has_attachment(kept.volume_uid).unwrap());
-    let stored: BTreeSet<Uuid> = bench.double().stored_volumes().unwrap().into_iter().collect();
-    assert_eq!(stored, BTreeSet::from([kept.volume_uid, restored]), "what no row names is left alone");
-    assert_eq!(bench.lifecycle.recover().unwrap(), Recovered { orphans: 1, ..Recovered::default() });
-}
-
-#[test]
-fn a_locked_name_keeps_others_out_and_other_names_go_on() {
-    let locks = Arc::new(NameLocks::default());
-    let held = locks.blocking_lock("vol-1");
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let waiting = std::thread::spawn({
-        let locks = Arc::clone(&locks);
-        move || {
-            drop(locks.blocking_lock("vol-2"));
-            sender.send("other name").unwrap();
-            drop(locks.blocking_lock("vol-1"));
-            sender.send("same name").unwrap();
-        }
-    });
-    let deadline = std::time::Duration::from_secs(10);
-    assert_eq!(receiver.recv_timeout(deadline), Ok("other name"));
-    assert!(receiver.try_recv().is_err(), "the name is still locked");
-    drop(held);
-    assert_eq!(receiver.recv_timeout(deadline), Ok("same name"));
-    waiting.join().unwrap();
 }

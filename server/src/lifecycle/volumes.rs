@@ -9,8 +9,9 @@ use std::io;
 use proto::volume_name::partition_of;
 use uuid::Uuid;
 
-use super::{DataSide, Lifecycle, LifecycleError, NameLock};
-use crate::catalog::{BackendKind, NewVolume, VolumeRecord, VolumeState};
+use super::settings::refuse_protected;
+use super::{DataSide, Lifecycle, LifecycleError, NameLock, SnapshotError};
+use crate::catalog::{AttachmentRecord, AttachmentState, BackendKind, NewVolume, VolumeRecord, VolumeState};
 
 /// A volume that grows ends on such a multiple: a file that is open for direct I/O may need it (`statx`, at most a page).
 const GROWTH_UNIT_BYTES: u64 = 4096;
@@ -20,10 +21,10 @@ impl<D: DataSide> Lifecycle<D> {
     ///
     /// # Errors
     /// [`LifecycleError::PartitionName`], [`LifecycleError::VolumeDiffers`], [`LifecycleError::NoSpace`], [`LifecycleError::NoMemory`],
-    /// [`LifecycleError::TooLarge`]; the catalog's or the storage's failure.
+    /// [`LifecycleError::TooLarge`], [`LifecycleError::NoThinPool`]; the catalog's or the storage's failure.
     pub fn create_volume(&self, lock: &NameLock, new: &NewVolume) -> Result<VolumeRecord, LifecycleError> {
         assert_eq!(lock.name(), new.name, "the lock is of the volume's name");
-        match self.catalog.volume_in_any_state(&new.name)? {
+        match self.settled_volume(&new.name)? {
             Some((existing, VolumeState::Ready)) => {
                 return same_properties(&existing, new).map(|()| existing);
             }
@@ -34,12 +35,15 @@ impl<D: DataSide> Lifecycle<D> {
                 }
             }
         }
+        if new.backend == BackendKind::Lvm && self.data_side.thin_pool().is_none() {
+            return Err(LifecycleError::NoThinPool(new.name.clone()));
+        }
         let volume = self.catalog.begin_creating(new)?;
         let made =
             self.make_storage(&volume).and_then(|()| Ok(self.catalog.finish_creating(volume.volume_uid)?));
         if let Err(error) = made {
             if let Err(cleaning) = self.remove_volume(&volume) {
-                tracing::warn!(name = %volume.name, error = %cleaning, "a volume that could not be made is still to be cleaned up");
+                tracing::warn!(name = %volume.name, error = %cleaning, "what is left of a failed volume creation is not removed yet");
             }
             return Err(error);
         }
@@ -58,14 +62,16 @@ impl<D: DataSide> Lifecycle<D> {
         made.map_err(|source| storage_error(source, "make", volume_uid, volume.capacity_bytes))
     }
 
-    /// Deletes the volume and its data; false where there is none.
+    /// Deletes the volume and its data; false where there is none. With `keep_snapshots` its snapshots stay, without a volume's name.
     ///
     /// # Errors
-    /// [`LifecycleError::VolumeAttached`], [`LifecycleError::VolumeOpen`], [`LifecycleError::Unfenced`] (the I/O of an
-    /// attachment that was ended has not finished); the catalog's or the storage's failure.
-    pub fn delete_volume(&self, lock: &NameLock) -> Result<bool, LifecycleError> {
+    /// [`SettingsError::Protected`](super::SettingsError::Protected), [`LifecycleError::VolumeAttached`],
+    /// [`LifecycleError::VolumeOpen`], [`LifecycleError::Unfenced`] (the I/O of an attachment that was ended has not finished),
+    /// [`SnapshotError::VolumeHasSnapshots`], [`SnapshotError::InProgress`], [`SnapshotError::Attached`] (one that is to be kept); the
+    /// catalog's or the storage's failure.
+    pub fn delete_volume(&self, lock: &NameLock, keep_snapshots: bool) -> Result<bool, LifecycleError> {
         let name = lock.name();
-        let volume = match self.catalog.volume_in_any_state(name)? {
+        let volume = match self.settled_volume(name)? {
             None => return Ok(false),
             Some((volume, VolumeState::Ready)) => volume,
             Some((leftover, state)) => {
@@ -74,13 +80,15 @@ impl<D: DataSide> Lifecycle<D> {
                 return Ok(state == VolumeState::Deleting);
             }
         };
-        self.finish_ending(&volume)?;
-        if let Some((attachment, _)) = self.catalog.attachment_of_volume(volume.volume_uid)? {
-            return Err(LifecycleError::VolumeAttached {
-                name: name.to_owned(),
-                node_id: attachment.node_id,
-            });
+        refuse_protected(&volume)?;
+        let uid = volume.volume_uid;
+        self.refuse_while(name, |operation| operation.makes(uid) || operation.reads(uid))?;
+        self.refuse_attached(&volume)?;
+        let count = self.catalog.snapshot_count(uid)?;
+        if count > 0 && !keep_snapshots {
+            return Err(SnapshotError::VolumeHasSnapshots { name: name.to_owned(), count }.into());
         }
+        self.refuse_attached_snapshots(uid)?;
         // Hidden first, then asked whether it is open: nobody can open it in between, and a refusal leaves nothing
         // durable behind that a restart would take for a deletion.
         let concealed = self.catalog.conceal_volume(volume.volume_uid);
@@ -94,21 +102,45 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(true)
     }
 
+    /// Finishes what a former call began, and refuses where the volume is attached then.
+    pub(super) fn refuse_attached(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
+        self.finish_ending(volume)?;
+        let held = self.catalog.attachments_of_volume(volume.volume_uid)?;
+        if held.is_empty() {
+            return Ok(());
+        }
+        Err(LifecycleError::VolumeAttached { name: volume.name.clone(), node_id: nodes_of(&held) })
+    }
+
+    /// The same of its snapshots: the disk of one is called by the volume's name, which may soon be another volume's.
+    pub(super) fn refuse_attached_snapshots(&self, volume_uid: Uuid) -> Result<(), LifecycleError> {
+        while let Some(snapshot_uid) = self.catalog.attached_snapshot(volume_uid)?
+            && let Some((snapshot, _)) = self.catalog.snapshot_in_any_state(snapshot_uid)?
+        {
+            self.refuse_attached_snapshot(&snapshot)?;
+        }
+        Ok(())
+    }
+
     /// Makes the volume larger; one that has the size is returned as it is. The storage first, then the row: what a crash
     /// leaves in between is a file with room at its end, which the next call finds.
     ///
     /// # Errors
     /// [`LifecycleError::VolumeNotFound`], [`LifecycleError::Shrink`], [`LifecycleError::SizeUnaligned`],
-    /// [`LifecycleError::SizeFixed`], [`LifecycleError::NoSpace`], [`LifecycleError::TooLarge`]; the catalog's or the storage's
-    /// failure.
+    /// [`LifecycleError::SizeFixed`], [`LifecycleError::AdoptedSize`], [`LifecycleError::NoSpace`], [`LifecycleError::TooLarge`]; the
+    /// catalog's or the storage's failure.
     pub fn resize_volume(
         &self,
         lock: &NameLock,
         capacity_bytes: u64,
     ) -> Result<VolumeRecord, LifecycleError> {
         let volume = self.volume(lock.name())?;
+        self.refuse_while(lock.name(), |operation| operation.makes(volume.volume_uid))?;
         if capacity_bytes == volume.capacity_bytes {
             return Ok(volume);
+        }
+        if volume.backend == BackendKind::Device {
+            return self.resize_adopted(volume, capacity_bytes);
         }
         if capacity_bytes < volume.capacity_bytes {
             let (name, capacity_bytes) = (volume.name, volume.capacity_bytes);
@@ -128,6 +160,21 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(VolumeRecord { capacity_bytes, ..volume })
     }
 
+    /// The volume of that name, in whatever state no operation changes any more. An operation holds no name, and has its last word in the
+    /// row before it ends: so the row is read anew once none is found.
+    pub(super) fn settled_volume(
+        &self,
+        name: &str,
+    ) -> Result<Option<(VolumeRecord, VolumeState)>, LifecycleError> {
+        match self.catalog.volume_in_any_state(name)? {
+            Some((volume, state)) if state != VolumeState::Ready => {
+                self.refuse_while(name, |operation| operation.makes(volume.volume_uid))?;
+                Ok(self.catalog.volume_in_any_state(name)?)
+            }
+            found => Ok(found),
+        }
+    }
+
     /// Storage gone, then row gone: for a volume `creating` or `deleting`.
     pub(super) fn remove_volume(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
         let volume_uid = volume.volume_uid;
@@ -139,16 +186,44 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(self.catalog.forget_volume(volume_uid)?)
     }
 
-    /// The ready volume of that name; also while a deletion that may yet be refused hides it from the data side.
+    /// The ready volume of that name, or uid as `uid:UUID`; also while a deletion that may yet be refused hides it from the data
+    /// side.
     ///
     /// # Errors
     /// [`LifecycleError::VolumeNotFound`]; the catalog's failure.
-    pub fn volume(&self, name: &str) -> Result<VolumeRecord, LifecycleError> {
-        match self.catalog.volume_in_any_state(name)? {
+    pub fn volume(&self, asked: &str) -> Result<VolumeRecord, LifecycleError> {
+        match self.asked_volume(asked)? {
             Some((volume, VolumeState::Ready)) => Ok(volume),
-            _ => Err(LifecycleError::VolumeNotFound(name.to_owned())),
+            _ => Err(LifecycleError::VolumeNotFound(asked.to_owned())),
         }
     }
+
+    /// The name of a volume that is asked for by its uid, as `uid:UUID`, or by its name; in whatever state it is.
+    ///
+    /// # Errors
+    /// [`LifecycleError::VolumeNotFound`]; the catalog's failure.
+    pub fn volume_name(&self, asked: &str) -> Result<String, LifecycleError> {
+        let found = self.asked_volume(asked)?.map(|(volume, _)| volume.name);
+        found.ok_or_else(|| LifecycleError::VolumeNotFound(asked.to_owned()))
+    }
+
+    /// The volume in whatever state it is; none where the uid is none.
+    pub(super) fn asked_volume(
+        &self,
+        asked: &str,
+    ) -> Result<Option<(VolumeRecord, VolumeState)>, LifecycleError> {
+        Ok(match asked.strip_prefix("uid:").map(str::parse) {
+            Some(Ok(uid)) => self.catalog.volume_of_uid_in_any_state(uid)?,
+            Some(Err(_)) => None,
+            None => self.catalog.volume_in_any_state(asked)?,
+        })
+    }
+}
+
+/// The nodes that hold a volume, for people.
+pub(super) fn nodes_of(held: &[(AttachmentRecord, AttachmentState)]) -> String {
+    let nodes: Vec<&str> = held.iter().map(|(held, _)| held.node_id.as_str()).collect();
+    nodes.join(", ")
 }
 
 /// What the system's error means for a volume whose storage was to be made or to grow.
@@ -168,26 +243,36 @@ fn storage_error(
 }
 
 /// Of a new volume only: those that there are keep their names.
-fn refuse_name_of_partition(name: &str) -> Result<(), LifecycleError> {
+pub(super) fn refuse_name_of_partition(name: &str) -> Result<(), LifecycleError> {
     partition_of(name).map_or(Ok(()), |(disk, partition)| {
         Err(LifecycleError::PartitionName { name: name.to_owned(), disk: disk.to_owned(), partition })
     })
+}
+
+/// The first property of which what is and what is wanted differ is an error.
+pub(super) fn none_differs<const N: usize>(
+    name: &str,
+    properties: [(&'static str, String, String); N],
+) -> Result<(), LifecycleError> {
+    match properties.into_iter().find(|(_, existing, wanted)| existing != wanted) {
+        None => Ok(()),
+        Some((property, existing, wanted)) => {
+            Err(LifecycleError::VolumeDiffers { name: name.to_owned(), property, existing, wanted })
+        }
+    }
 }
 
 /// Whether the volume is the one asked for; the error names the first property that is not.
 fn same_properties(volume: &VolumeRecord, new: &NewVolume) -> Result<(), LifecycleError> {
     let write_cache = |on: bool| if on { "on" } else { "off" }.to_owned();
     let backend = |kind: BackendKind| kind.as_str().to_owned();
+    let writers = |is_shared: bool| if is_shared { "several" } else { "one" }.to_owned();
     let properties = [
         ("size in bytes", volume.capacity_bytes.to_string(), new.capacity_bytes.to_string()),
         ("block size", volume.block_size_bytes.to_string(), new.block_size_bytes.to_string()),
         ("backend", backend(volume.backend), backend(new.backend)),
         ("write cache", write_cache(volume.write_cache_on), write_cache(new.write_cache_on)),
+        ("number of writers", writers(volume.settings.is_shared), writers(new.settings.is_shared)),
     ];
-    match properties.into_iter().find(|(_, existing, wanted)| existing != wanted) {
-        None => Ok(()),
-        Some((property, existing, wanted)) => {
-            Err(LifecycleError::VolumeDiffers { name: volume.name.clone(), property, existing, wanted })
-        }
-    }
+    none_differs(&volume.name, properties)
 }

@@ -7,7 +7,8 @@
 //! | call | a holder of `volnode:manage` | a holder of `volnode:node/N` | any other certificate |
 //! | --- | --- | --- | --- |
 //! | GetServerInfo | yes | yes | yes |
-//! | AttachVolume, DetachVolume, ListAttachments | yes | for N; by force never | no |
+//! | AttachVolume, DetachVolume, ListAttachments, SetVolumeContent | yes | for N; by force never | no |
+//! | RegisterNode, Heartbeat, GetNode | yes | for N | no |
 //! | all others | yes | no | no |
 
 use std::sync::Arc;
@@ -72,7 +73,7 @@ mod tests {
     fn who_may_do_everything_may_do_each() {
         let mut extensions = Extensions::new();
         let (rights, reached_at) = (Arc::new(Rights::everything()), ReachedAt::Socket);
-        extensions.insert(ApiPeer { rights, reached_at });
+        extensions.insert(ApiPeer { rights, reached_at, identity: Arc::default() });
         let caller = Caller::of(&extensions);
         assert!(
             caller.require_manage().is_ok()

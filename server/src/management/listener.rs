@@ -20,7 +20,10 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use proto::nbd::handshake::server::TlsState;
+use rustls::pki_types::CertificateDer;
+use serde_json::{Value, json};
 use socket2::Socket;
+use tls::certificates::{fingerprint, uri_names};
 use tls::explain;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -33,14 +36,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 use tracing::{debug, info, warn};
 
-use crate::admission::accountable;
 use crate::advertised::ReachedAt;
-use crate::data_address::{self, Listener, Peer};
+use crate::data::address::{self, Listener, Peer};
+use crate::data::admission::accountable;
 use crate::tls::ServerTls;
 use crate::tls::rights::Rights;
 
-/// Connections at once, on all addresses together, where the limit of open files allows so many.
-pub const CONNECTIONS_MAX: u32 = 512;
 /// Connections at once of one address (with IPv6: one /64), or of one local user; but never more than a quarter of all.
 const CONNECTIONS_OF_PEER_MAX: usize = 128;
 /// The TLS handshake and the beginning of HTTP/2: a caller that takes longer is not one.
@@ -69,6 +70,35 @@ pub struct ApiPeer {
     pub rights: Arc<Rights>,
     /// Where the connection was accepted.
     pub reached_at: ReachedAt,
+    /// Who it is, for the audit log.
+    pub identity: Arc<Identity>,
+}
+
+/// Who calls, as the audit log has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The user and process of a caller of this machine, or the fingerprint and names of its certificate; null where neither is known.
+    pub caller: Value,
+    /// Its address, or `unix`.
+    pub from: String,
+}
+
+impl Identity {
+    fn of(peer: &Peer, certificate: Option<&CertificateDer<'_>>) -> Self {
+        let from = match peer {
+            Peer::Tcp(address) => address.to_string(),
+            Peer::Unix { .. } => "unix".to_owned(),
+        };
+        let caller = match (certificate, peer) {
+            (Some(certificate), _) => json!({
+                "certificate_sha256": fingerprint(certificate),
+                "certificate_names": uri_names(certificate),
+            }),
+            (None, Peer::Unix { process_id, user_id }) => json!({ "uid": user_id, "pid": process_id }),
+            (None, Peer::Tcp(_)) => Value::Null,
+        };
+        Self { caller, from }
+    }
 }
 
 /// Accepts connections for as long as the stream is taken from, at most `connections_max` at once.
@@ -166,7 +196,7 @@ fn begin(
 fn may_manage(socket: &Socket, user_id: u32, group_id: Option<u32>) -> bool {
     let own = rustix::process::geteuid().as_raw();
     let is_member = |group_id| {
-        let primary = data_address::peer_credentials(socket).map(|told| told.gid);
+        let primary = address::peer_credentials(socket).map(|told| told.gid);
         primary.is_ok_and(|primary| primary == group_id)
             || peer_groups::of(socket).is_ok_and(|groups| groups.contains(&group_id))
     };
@@ -189,7 +219,7 @@ async fn begin_tcp(mut socket: Guarded, tls: &ServerTls) -> io::Result<ApiStream
     }
     let mut config = (*config).clone();
     config.alpn_protocols = vec![b"h2".to_vec()];
-    let reached_at = socket.reached_at();
+    let (reached_at, peer) = (socket.reached_at(), socket.peer);
     let stream = match TlsAcceptor::from(Arc::new(config)).accept(socket).into_fallible().await {
         Ok(stream) => stream,
         Err((error, socket)) => {
@@ -200,7 +230,8 @@ async fn begin_tcp(mut socket: Guarded, tls: &ServerTls) -> io::Result<ApiStream
     let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let rights = Arc::new(tls.rights_of(certificate));
     debug!(?rights, "a caller of the management API");
-    Ok(ApiStream::Tls(Box::new(stream), ApiPeer { rights, reached_at }))
+    let identity = Arc::new(Identity::of(&peer, certificate));
+    Ok(ApiStream::Tls(Box::new(stream), ApiPeer { rights, reached_at, identity }))
 }
 
 /// Has the alert arrive that says why: what the client sends meanwhile, unread, would reset the connection and take it along.
@@ -309,7 +340,7 @@ impl Crowd {
         drop(present);
         let place = Place { crowd: Arc::clone(self), number };
         let silence = Box::pin(tokio::time::sleep(BEGIN_LIMIT));
-        Ok(Guarded { transport, heard, silence, told_to_leave, _place: place })
+        Ok(Guarded { transport, peer, heard, silence, told_to_leave, _place: place })
     }
 }
 
@@ -357,6 +388,7 @@ enum Transport {
 #[derive(Debug)]
 pub struct Guarded {
     transport: Transport,
+    peer: Peer,
     heard: Arc<Heard>,
     /// Runs out when nothing was read for so long.
     silence: Pin<Box<Sleep>>,
@@ -441,9 +473,11 @@ impl Connected for ApiStream {
 
     fn connect_info(&self) -> ApiPeer {
         match self {
-            Self::Plain(socket) => {
-                ApiPeer { rights: Arc::new(Rights::everything()), reached_at: socket.reached_at() }
-            }
+            Self::Plain(socket) => ApiPeer {
+                rights: Arc::new(Rights::everything()),
+                reached_at: socket.reached_at(),
+                identity: Arc::new(Identity::of(&socket.peer, None)),
+            },
             Self::Tls(_, peer) => peer.clone(),
         }
     }
@@ -519,6 +553,7 @@ mod peer_groups {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::MANAGEMENT_CONNECTIONS_MAX;
 
     /// All of the others have come in this moment.
     #[test]
@@ -547,8 +582,16 @@ mod tests {
     }
 
     #[test]
+    fn a_caller_of_this_machine_is_told_by_its_user() {
+        let of = Identity::of(&Peer::Unix { process_id: 7, user_id: 1000 }, None);
+        assert_eq!((of.caller, of.from.as_str()), (json!({ "uid": 1000, "pid": 7 }), "unix"));
+        let of = Identity::of(&Peer::Tcp("[::1]:5".parse().unwrap()), None);
+        assert_eq!((of.caller, of.from.as_str()), (Value::Null, "[::1]:5"));
+    }
+
+    #[test]
     fn one_caller_leaves_places_to_others_where_there_are_few() {
-        assert_eq!(of_peer_max(CONNECTIONS_MAX as usize), CONNECTIONS_OF_PEER_MAX);
+        assert_eq!(of_peer_max(MANAGEMENT_CONNECTIONS_MAX as usize), CONNECTIONS_OF_PEER_MAX);
         assert_eq!(of_peer_max(100), 25);
         assert_eq!((of_peer_max(16), of_peer_max(1)), (4, 1));
     }

@@ -3,9 +3,17 @@
 //! Called by the service on a thread for blocking work. The secret is in [`attached`]'s answer and in no other message.
 
 use proto::v1;
+use tonic_types::StatusExt as _;
 
-use crate::catalog::{AttachmentRecord, BackendKind, VolumeRecord};
-use crate::lifecycle::{Attached, DataSide, Lifecycle, LifecycleError};
+use crate::catalog::{
+    AdoptedKind, AttachmentRecord, BackendKind, Content, SnapshotRecord, SnapshotState, Space, VolumeLimits,
+    VolumeRecord,
+};
+use crate::lifecycle::{
+    Attached, DataSide, Lifecycle, LifecycleError, Operation, SnapshotError, SpaceLevel, StorageSpace,
+};
+use crate::status;
+use crate::volume::copying::CopyError;
 
 /// A volume with its attachments.
 pub(super) fn volume<D: DataSide>(
@@ -13,7 +21,14 @@ pub(super) fn volume<D: DataSide>(
     volume: &VolumeRecord,
 ) -> Result<v1::Volume, LifecycleError> {
     let data_side = lifecycle.data_side();
-    let held = lifecycle.catalog().attachment_of_volume(volume.volume_uid)?;
+    let held = lifecycle.catalog().attachments_of_volume(volume.volume_uid)?;
+    let settings = &volume.settings;
+    let snapshot_count = lifecycle.catalog().snapshot_count(volume.volume_uid)?;
+    let source_uid = lifecycle.catalog().source_of(volume.volume_uid)?;
+    let adopted = lifecycle.catalog().adopted(volume.volume_uid)?;
+    let (adopted_path, adopted_identity) = adopted
+        .map(|adopted| (adopted.path, identity_word(adopted.kind, adopted.identity)))
+        .unwrap_or_default();
     let write_cache = if volume.write_cache_on { v1::WriteCache::On } else { v1::WriteCache::Off };
     Ok(v1::Volume {
         name: volume.name.clone(),
@@ -26,13 +41,133 @@ pub(super) fn volume<D: DataSide>(
         storage_incarnation: data_side.storage_incarnation(volume),
         created_at_ms: volume.created_at_ms,
         attachments: held.iter().map(|(held, _)| attachment(lifecycle, &volume.name, held)).collect(),
+        labels: settings.labels.clone().into_iter().collect(),
+        description: settings.description.clone(),
+        is_protected: settings.is_protected,
+        is_read_only: settings.is_read_only,
+        content: content(settings.content).into(),
+        initialising_attachment_id: match settings.content {
+            Content::Initialising { attachment_id } => attachment_id.to_string(),
+            Content::NeverWritten | Content::Written => String::new(),
+        },
+        limits: Some(limits(&settings.limits)),
+        throttled_ms: u64::try_from(data_side.throttled(volume.volume_uid).as_millis()).unwrap_or(u64::MAX),
+        snapshot_count,
+        is_shared: settings.is_shared,
+        source_uid: source_uid.map_or_else(String::new, |uid| uid.to_string()),
+        adopted_path,
+        adopted_identity,
+        // Whoever asks for one volume looks; see `followed`.
+        adopted_problem: String::new(),
     })
+}
+
+fn content(content: Content) -> v1::VolumeContent {
+    match content {
+        Content::NeverWritten => v1::VolumeContent::NeverWritten,
+        Content::Initialising { .. } => v1::VolumeContent::Initialising,
+        Content::Written => v1::VolumeContent::Written,
+    }
+}
+
+fn limits(limits: &VolumeLimits) -> v1::VolumeLimits {
+    v1::VolumeLimits {
+        read_iops: limits.read_iops,
+        write_iops: limits.write_iops,
+        read_bytes_per_second: limits.read_bytes_per_second,
+        write_bytes_per_second: limits.write_bytes_per_second,
+        burst_seconds: limits.burst_seconds,
+    }
+}
+
+/// A snapshot.
+pub(super) fn snapshot<D: DataSide>(
+    lifecycle: &Lifecycle<D>,
+    (snapshot, state): &(SnapshotRecord, SnapshotState),
+) -> Result<v1::Snapshot, LifecycleError> {
+    let held = lifecycle.catalog().attachments_of_volume(snapshot.snapshot_uid)?;
+    let name = snapshot.export_name();
+    let state = match state {
+        SnapshotState::Ready => v1::SnapshotState::Ready,
+        SnapshotState::Creating | SnapshotState::Deleting => v1::SnapshotState::Creating,
+    };
+    Ok(v1::Snapshot {
+        name: snapshot.name.clone(),
+        snapshot_uid: snapshot.snapshot_uid.to_string(),
+        volume_name: snapshot.volume_name.clone(),
+        volume_uid: snapshot.volume_uid.to_string(),
+        capacity_bytes: snapshot.capacity_bytes,
+        block_size_bytes: snapshot.block_size_bytes,
+        state: state.into(),
+        created_at_ms: snapshot.created_at_ms,
+        group_uid: snapshot.group_uid.to_string(),
+        content: content(snapshot.content).into(),
+        allocated_bytes: lifecycle.data_side().snapshot_allocated_bytes(snapshot),
+        attachments: held.iter().map(|(held, _)| attachment(lifecycle, &name, held)).collect(),
+        frozen: snapshot.is_frozen,
+        freeze_id: snapshot.freeze_id.map(|id| id.to_string()).unwrap_or_default(),
+    })
+}
+
+/// An operation that goes on; none that has ended.
+pub(super) fn running(operation: Option<&Operation>) -> Option<v1::Operation> {
+    operation.filter(|operation| operation.end().is_none()).map(self::operation)
+}
+
+/// An operation.
+pub(super) fn operation(operation: &Operation) -> v1::Operation {
+    // Before its end is looked at: one that has ended has done all that it tells.
+    let (done_bytes, total_bytes) = operation.done_and_total_bytes();
+    let end = operation.end();
+    let is_cancelled = |error: &LifecycleError| {
+        matches!(error, LifecycleError::Snapshot(SnapshotError::Copy(CopyError::Cancelled)))
+    };
+    let state = match &end {
+        None => v1::OperationState::Running,
+        Some(Ok(())) => v1::OperationState::Succeeded,
+        Some(Err(error)) if is_cancelled(error) => v1::OperationState::Cancelled,
+        Some(Err(_)) => v1::OperationState::Failed,
+    };
+    let told = end.and_then(Result::err).map(|error| status::of_lifecycle(&error));
+    let error_reason = told.as_ref().and_then(|told| told.get_details_error_info()).map(|info| info.reason);
+    v1::Operation {
+        operation_id: operation.id().to_string(),
+        kind: operation.kind().as_str().to_owned(),
+        targets: operation.targets().to_vec(),
+        state: state.into(),
+        done_bytes,
+        total_bytes,
+        error_reason: error_reason.unwrap_or_default(),
+        error_message: told.map(|told| told.message().to_owned()).unwrap_or_default(),
+        started_at_ms: operation.started_at_ms(),
+        ended_at_ms: operation.ended_at_ms(),
+    }
+}
+
+/// By what it is found again: a file by its path, which is its name.
+fn identity_word(kind: AdoptedKind, identity: String) -> String {
+    match kind {
+        AdoptedKind::BlockDevice => identity,
+        AdoptedKind::RawFile => "path".to_owned(),
+    }
+}
+
+/// A volume as large as its device is now, with what is wrong with that.
+pub(super) fn followed<D: DataSide>(
+    lifecycle: &Lifecycle<D>,
+    found: VolumeRecord,
+) -> Result<v1::Volume, LifecycleError> {
+    let (found, problem) = lifecycle.follow_size(found)?;
+    let adopted_problem = problem.map(|problem| problem.to_string()).unwrap_or_default();
+    Ok(v1::Volume { adopted_problem, ..volume(lifecycle, &found)? })
 }
 
 fn backend(kind: BackendKind) -> v1::Backend {
     match kind {
         BackendKind::File => v1::Backend::File,
         BackendKind::Memory => v1::Backend::Memory,
+        BackendKind::Device => v1::Backend::Device,
+        BackendKind::Lvm => v1::Backend::Lvm,
     }
 }
 
@@ -42,10 +177,11 @@ pub(super) fn attachment<D: DataSide>(
     volume_name: &str,
     attachment: &AttachmentRecord,
 ) -> v1::Attachment {
-    let access_mode = if attachment.read_only {
-        v1::AccessMode::SingleNodeReaderOnly
-    } else {
-        v1::AccessMode::SingleNodeWriter
+    let access_mode = match (attachment.read_only, attachment.is_shared) {
+        (false, false) => v1::AccessMode::SingleNodeWriter,
+        (false, true) => v1::AccessMode::MultiNodeMultiWriter,
+        (true, false) => v1::AccessMode::SingleNodeReaderOnly,
+        (true, true) => v1::AccessMode::MultiNodeReaderOnly,
     };
     v1::Attachment {
         attachment_id: attachment.attachment_id.to_string(),
@@ -58,6 +194,11 @@ pub(super) fn attachment<D: DataSide>(
         connections: lifecycle.data_side().connections_of(attachment.attachment_id),
         created_at_ms: attachment.created_at_ms,
         boot_id: attachment.boot_id.clone(),
+        // No volume's name has an '@'.
+        snapshot_uid: match volume_name.contains('@') {
+            true => attachment.volume_uid.to_string(),
+            false => String::new(),
+        },
     }
 }
 
@@ -81,4 +222,16 @@ pub(super) fn attached<D: DataSide>(
         existed: attached.existed,
         backend: backend(attached.volume.backend).into(),
     }
+}
+
+/// How full the volumes' file system is.
+pub(super) fn storage_space(seen: StorageSpace) -> v1::StorageSpace {
+    let level = match seen.level {
+        SpaceLevel::Enough => v1::SpaceLevel::Enough,
+        SpaceLevel::Low => v1::SpaceLevel::Low,
+        SpaceLevel::BelowReserve => v1::SpaceLevel::BelowReserve,
+        SpaceLevel::Full => v1::SpaceLevel::Full,
+    };
+    let Space { free_bytes, total_bytes } = seen.space;
+    v1::StorageSpace { free_bytes, total_bytes, reserve_bytes: seen.reserve_bytes, level: level.into() }
 }

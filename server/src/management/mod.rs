@@ -1,21 +1,31 @@
 //! The management API `volnode.v1.Management` over gRPC.
 //!
 //! Owns the translation between messages and the lifecycle: fields checked (`fields.rs`), calls on one volume put in line
-//! (`NameLocks`), callers held to what their certificates allow (`authorization.rs`), blocking work moved off tokio's threads, records turned into messages (`messages.rs`), errors into
+//! (`NameLocks`), callers held to what their certificates allow (`authorization.rs`), calls written down (`audited.rs`), blocking work moved off tokio's threads, records turned into messages (`messages.rs`), errors into
 //! statuses (`status.rs`). It decides nothing itself; the semantics are those written in
 //! `proto/volnode/v1/management.proto`. Called by tonic.
 //!
 //! A call whose caller hangs up is finished all the same: the blocking work owns the lock and runs to its end, which a
 //! stop of the server waits for ([`Calls`]).
 
+mod attachments;
+pub mod audit;
+mod audited;
 mod authorization;
+mod diffs;
 mod fields;
 pub mod listener;
 mod messages;
+mod named;
+mod nodes;
 mod page_token;
+mod rename;
+mod settings_fields;
+mod snapshot_fields;
+mod snapshots;
+mod watch;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use proto::v1;
 use proto::v1::management_server::{Management, ManagementServer};
@@ -23,8 +33,11 @@ use tokio::sync::Semaphore;
 use tonic::{Extensions, Request, Response, Status};
 
 use crate::advertised::Advertised;
-use crate::lifecycle::{AttachWanted, DataSide, HOLDER_TIMEOUT, Lifecycle, LifecycleError, NameLocks};
+use crate::catalog::BackendKind;
+use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLocks};
 use crate::status;
+use audit::AuditLog;
+pub use audited::Audited;
 use authorization::Caller;
 use fields::Fields;
 use listener::ApiPeer;
@@ -35,11 +48,6 @@ const CALLS_MAX: u32 = 32;
 /// The same of those that only look. They wait for no storage, and so for no call that does.
 const LOOKS_MAX: usize = 8;
 
-/// So long an attach waits for a holder that may come back: longer than that has to, and shorter than clients wait for an answer.
-const ATTACH_WAIT_MAX: Duration = Duration::from_secs(40);
-const ATTACH_PAUSE: Duration = Duration::from_secs(1);
-const _: () = assert!(ATTACH_WAIT_MAX.as_secs() > HOLDER_TIMEOUT.as_secs());
-
 /// One message of a call; none of ours is longer.
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
 
@@ -48,18 +56,20 @@ const MESSAGE_BYTES_MAX: usize = 256 << 10;
 pub struct Calls {
     permits: Arc<Semaphore>,
     looks: Arc<Semaphore>,
+    watches: watch::Watches,
 }
 
 impl Default for Calls {
     fn default() -> Self {
         let of = |permits| Arc::new(Semaphore::new(permits));
-        Self { permits: of(CALLS_MAX as usize), looks: of(LOOKS_MAX) }
+        Self { permits: of(CALLS_MAX as usize), looks: of(LOOKS_MAX), watches: watch::Watches::default() }
     }
 }
 
 impl Calls {
     /// Waits until every call in progress that changes something has finished, and lets no other begin.
     pub async fn finish(&self) {
+        self.watches.stop();
         self.looks.close();
         if let Ok(all) = self.permits.acquire_many(CALLS_MAX).await {
             self.permits.close();
@@ -78,12 +88,16 @@ pub struct ManagementService<D> {
 }
 
 impl<D: DataSide> ManagementService<D> {
-    /// The service as tonic takes it. `advertised` is what clients are told.
-    pub fn new(lifecycle: Lifecycle<D>, calls: Calls, advertised: Advertised) -> ManagementServer<Self> {
+    /// The service as tonic takes it. `advertised` is what clients are told; with a `log` each call has a line there.
+    pub fn new(
+        lifecycle: Lifecycle<D>,
+        calls: Calls,
+        advertised: Advertised,
+        log: Option<AuditLog>,
+    ) -> ManagementServer<Audited<Self>> {
         let lifecycle = Arc::new(lifecycle);
-        let service =
-            ManagementServer::new(Self { lifecycle, locks: NameLocks::default(), calls, advertised });
-        service.max_decoding_message_size(MESSAGE_BYTES_MAX)
+        let inner = Self { lifecycle, locks: NameLocks::default(), calls, advertised };
+        ManagementServer::new(Audited { inner, log }).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// Runs a call that only looks, and answers with what it returned.
@@ -137,6 +151,8 @@ impl<D: DataSide> Management for ManagementService<D> {
             server_id: self.lifecycle.catalog().server_id().to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             data_addresses: self.data_addresses(request.extensions()),
+            snapshots_unsupported_reason: self.lifecycle.snapshots_unsupported_reason(),
+            storage_space: self.lifecycle.storage_space().map(messages::storage_space),
         }))
     }
 
@@ -145,7 +161,17 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::CreateVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(request.extensions()).require_manage()?;
-        let new = fields::new_volume(request.into_inner())?;
+        let request = request.into_inner();
+        if !request.adopt_path.is_empty() {
+            let wanted = settings_fields::adopt_wanted(request)?;
+            let lock = self.locks.lock(&wanted.new.name).await;
+            let adopt = move |lifecycle: &Lifecycle<D>| {
+                let volume = lifecycle.adopt_volume(&lock, &wanted)?;
+                messages::followed(lifecycle, volume)
+            };
+            return self.blocking(adopt).await;
+        }
+        let new = settings_fields::new_volume(request)?;
         let lock = self.locks.lock(&new.name).await;
         self.blocking(move |lifecycle| {
             let volume = lifecycle.create_volume(&lock, &new)?;
@@ -160,9 +186,19 @@ impl<D: DataSide> Management for ManagementService<D> {
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(request.extensions()).require_manage()?;
         let mut fields = Fields::default();
-        let name = fields.volume_name("name", request.into_inner().name);
+        let name = fields.volume("name", request.into_inner().name);
         fields.finish()?;
-        self.looking(move |lifecycle| messages::volume(lifecycle, &lifecycle.volume(&name)?)).await
+        let looked_up = self.looking(move |lifecycle| {
+            let found = lifecycle.volume(&name)?;
+            let is_adopted = found.backend == BackendKind::Device;
+            let answer = if is_adopted { None } else { Some(messages::volume(lifecycle, &found)?) };
+            Ok((found, answer))
+        });
+        match looked_up.await?.into_inner() {
+            (_, Some(answer)) => Ok(Response::new(answer)),
+            // What is not ours may have to be waited for.
+            (found, None) => self.blocking(move |lifecycle| messages::followed(lifecycle, found)).await,
+        }
     }
 
     async fn list_volumes(
@@ -174,11 +210,13 @@ impl<D: DataSide> Management for ManagementService<D> {
         let mut fields = Fields::default();
         let token = PageToken::new("volumes", self.lifecycle.catalog().server_id());
         let after = fields.page_token("page_token", &token, &request.page_token);
+        let labels = settings_fields::label_filter(&mut fields, request.labels);
         fields.finish()?;
         let limit = page_token::page_limit(request.page_size);
         self.looking(move |lifecycle| {
             // One more than the page tells whether there is another.
-            let mut found = lifecycle.catalog().list_volumes(&after, limit + 1)?;
+            let mut found = lifecycle.catalog().list_volumes(&labels, &after, limit + 1)?;
+            let limit = settings_fields::fit_on_page(&found, limit);
             let next_page_token = token.next(&mut found, limit, |volume| &volume.name);
             let volumes =
                 found.iter().map(|volume| messages::volume(lifecycle, volume)).collect::<Result<_, _>>()?;
@@ -193,10 +231,10 @@ impl<D: DataSide> Management for ManagementService<D> {
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(request.extensions()).require_manage()?;
         let (name, capacity_bytes) = fields::resize_wanted(request.into_inner())?;
-        let lock = self.locks.lock(&name).await;
+        let lock = self.locked(name).await?;
         self.blocking(move |lifecycle| {
             let volume = lifecycle.resize_volume(&lock, capacity_bytes)?;
-            messages::volume(lifecycle, &volume)
+            messages::followed(lifecycle, volume)
         })
         .await
     }
@@ -206,12 +244,18 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::DeleteVolumeRequest>,
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
         Caller::of(request.extensions()).require_manage()?;
+        let v1::DeleteVolumeRequest { name, keep_snapshots } = request.into_inner();
         let mut fields = Fields::default();
-        let name = fields.volume_name("name", request.into_inner().name);
+        let name = fields.volume("name", name);
         fields.finish()?;
-        let lock = self.locks.lock(&name).await;
+        let lock = match self.lock_volume(name).await {
+            Err(LifecycleError::VolumeNotFound(_)) => {
+                return Ok(Response::new(v1::DeleteVolumeResponse { existed: false }));
+            }
+            lock => lock.map_err(|error| status::from_lifecycle(&error))?,
+        };
         self.blocking(move |lifecycle| {
-            let existed = lifecycle.delete_volume(&lock)?;
+            let existed = lifecycle.delete_volume(&lock, keep_snapshots)?;
             Ok(v1::DeleteVolumeResponse { existed })
         })
         .await
@@ -223,37 +267,7 @@ impl<D: DataSide> Management for ManagementService<D> {
     ) -> Result<Response<v1::AttachVolumeResponse>, Status> {
         let caller = Caller::of(request.extensions());
         let data_addresses = self.data_addresses(request.extensions());
-        let request = request.into_inner();
-        let mut fields = Fields::default();
-        let name = fields.volume_name("volume_name", request.volume_name);
-        let node_id = fields.node_id("node_id", request.node_id);
-        let read_only = fields.read_only("access_mode", request.access_mode);
-        let boot_id = fields.boot_id("boot_id", request.boot_id);
-        fields.finish()?;
-        caller.require_node(&node_id)?;
-        let force = request.force;
-        if force {
-            caller.require_force()?;
-        }
-        let wanted = AttachWanted { node_id, boot_id, read_only, force };
-        let give_up = Instant::now() + ATTACH_WAIT_MAX;
-        loop {
-            let (wanted, data_addresses) = (wanted.clone(), data_addresses.clone());
-            let lock = self.locks.lock(&name).await;
-            let outcome = self
-                .outcome(&self.calls.permits, move |lifecycle| {
-                    let attached = lifecycle.attach_volume(&lock, &wanted)?;
-                    Ok(messages::attached(lifecycle, &attached, data_addresses))
-                })
-                .await?;
-            match outcome {
-                // Not with the lock held: others may detach it meanwhile, or the holder come back.
-                Err(LifecycleError::OtherBootMayReturn { after, .. }) if Instant::now() < give_up => {
-                    tokio::time::sleep(after.min(ATTACH_PAUSE)).await;
-                }
-                outcome => return outcome.map(Response::new).map_err(|error| status::from_lifecycle(&error)),
-            }
-        }
+        self.give(&caller, data_addresses, request.into_inner()).await.map(Response::new)
     }
 
     async fn detach_volume(
@@ -261,34 +275,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::DetachVolumeRequest>,
     ) -> Result<Response<v1::DetachVolumeResponse>, Status> {
         let caller = Caller::of(request.extensions());
-        let (named, wanted) = fields::detach_wanted(request.into_inner())?;
-        match (caller.may_manage(), &wanted.node_id, wanted.attachment_id) {
-            (true, ..) => {}
-            (false, None, Some(id)) => {
-                let holder = self.looking(move |lifecycle| lifecycle.node_id_of(id)).await?.into_inner();
-                // One that is gone is nobody's, and detaching it does nothing.
-                if let Some(node_id) = holder {
-                    caller.require_node(&node_id)?;
-                }
-            }
-            (false, node_id, _) => caller.require_node(node_id.as_deref().unwrap_or_default())?,
-        }
-        let name = match (named, wanted.attachment_id) {
-            (Some(name), _) => Some(name),
-            (None, Some(id)) => {
-                self.looking(move |lifecycle| lifecycle.volume_name_of(id)).await?.into_inner()
-            }
-            (None, None) => None,
-        };
-        let Some(name) = name else {
-            return Ok(Response::new(v1::DetachVolumeResponse { existed: false }));
-        };
-        let lock = self.locks.lock(&name).await;
-        self.blocking(move |lifecycle| {
-            let existed = lifecycle.detach_volume(&lock, &wanted)?;
-            Ok(v1::DetachVolumeResponse { existed })
-        })
-        .await
+        self.take(&caller, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_attachments(
@@ -296,22 +283,198 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::ListAttachmentsRequest>,
     ) -> Result<Response<v1::ListAttachmentsResponse>, Status> {
         Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
-        let request = request.into_inner();
-        let mut fields = Fields::default();
-        let filter = fields.attachment_filter(request.volume_name, request.node_id);
-        let token = PageToken::new("attachments", self.lifecycle.catalog().server_id());
-        let after = fields.page_token("page_token", &token, &request.page_token);
-        fields.finish()?;
-        let limit = page_token::page_limit(request.page_size);
-        self.looking(move |lifecycle| {
-            let mut found = lifecycle.catalog().list_attachments(&filter, &after, limit + 1)?;
-            let next_page_token = token.next(&mut found, limit, |(volume_name, _)| volume_name);
-            let attachments = found
-                .iter()
-                .map(|(name, attachment)| messages::attachment(lifecycle, name, attachment))
-                .collect();
-            Ok(v1::ListAttachmentsResponse { attachments, next_page_token })
+        self.page_of_attachments(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn update_volume(
+        &self,
+        request: Request<v1::UpdateVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        let (name, wanted) = settings_fields::properties_wanted(request.into_inner())?;
+        let lock = self.locked(name).await?;
+        self.blocking(move |lifecycle| {
+            let volume = lifecycle.update_volume(&lock, &wanted)?;
+            messages::volume(lifecycle, &volume)
         })
         .await
+    }
+
+    async fn rename_volume(
+        &self,
+        request: Request<v1::RenameVolumeRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.rename(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn set_volume_limits(
+        &self,
+        request: Request<v1::SetVolumeLimitsRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        let (name, limits) = settings_fields::limits_wanted(request.into_inner())?;
+        let lock = self.locked(name).await?;
+        self.blocking(move |lifecycle| {
+            let volume = lifecycle.set_limits(&lock, limits)?;
+            messages::volume(lifecycle, &volume)
+        })
+        .await
+    }
+
+    async fn set_volume_content(
+        &self,
+        request: Request<v1::SetVolumeContentRequest>,
+    ) -> Result<Response<v1::Volume>, Status> {
+        let caller = Caller::of(request.extensions());
+        let (name, attachment_id, wanted) = settings_fields::content_wanted(request.into_inner())?;
+        if !caller.may_manage() {
+            let holder =
+                self.looking(move |lifecycle| lifecycle.node_id_of(attachment_id)).await?.into_inner();
+            caller.require_node(holder.as_deref().unwrap_or_default())?;
+        }
+        let lock = self.locked(name).await?;
+        self.blocking(move |lifecycle| {
+            let volume = lifecycle.set_content(&lock, attachment_id, wanted)?;
+            messages::volume(lifecycle, &volume)
+        })
+        .await
+    }
+
+    async fn register_node(
+        &self,
+        request: Request<v1::RegisterNodeRequest>,
+    ) -> Result<Response<v1::RegisteredNode>, Status> {
+        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
+        self.make_known(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn heartbeat(
+        &self,
+        request: Request<v1::HeartbeatRequest>,
+    ) -> Result<Response<v1::HeartbeatResponse>, Status> {
+        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
+        self.hear(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_node(
+        &self,
+        request: Request<v1::GetNodeRequest>,
+    ) -> Result<Response<v1::RegisteredNode>, Status> {
+        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
+        self.find_node(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.page_of_nodes(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_node(
+        &self,
+        request: Request<v1::DeleteNodeRequest>,
+    ) -> Result<Response<v1::DeleteNodeResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.forget_node(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn create_snapshot(
+        &self,
+        request: Request<v1::CreateSnapshotRequest>,
+    ) -> Result<Response<v1::CreateSnapshotResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.begin_snapshots(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn mark_snapshots_frozen(
+        &self,
+        request: Request<v1::MarkSnapshotsFrozenRequest>,
+    ) -> Result<Response<v1::MarkSnapshotsFrozenResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.mark_frozen(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_snapshot(
+        &self,
+        request: Request<v1::GetSnapshotRequest>,
+    ) -> Result<Response<v1::Snapshot>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.find_snapshot(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<v1::ListSnapshotsRequest>,
+    ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.page_of_snapshots(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<v1::DeleteSnapshotRequest>,
+    ) -> Result<Response<v1::DeleteSnapshotResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.remove_snapshot(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn restore_volume(
+        &self,
+        request: Request<v1::RestoreVolumeRequest>,
+    ) -> Result<Response<v1::RestoreVolumeResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.begin_restore(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn clone_volume(
+        &self,
+        request: Request<v1::CloneVolumeRequest>,
+    ) -> Result<Response<v1::CloneVolumeResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.begin_clone(request.into_inner()).await.map(Response::new)
+    }
+
+    type DiffSnapshotsStream = diffs::DiffStream;
+
+    async fn diff_snapshots(
+        &self,
+        request: Request<v1::DiffSnapshotsRequest>,
+    ) -> Result<Response<Self::DiffSnapshotsStream>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.begin_diff(request.into_inner()).await.map(Response::new)
+    }
+
+    type WatchStream = watch::EventStream;
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.begin_watch(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_operation(
+        &self,
+        request: Request<v1::GetOperationRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.find_operation(&request.into_inner().operation_id).map(Response::new)
+    }
+
+    async fn list_operations(
+        &self,
+        request: Request<v1::ListOperationsRequest>,
+    ) -> Result<Response<v1::ListOperationsResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        Ok(Response::new(self.list_all_operations()))
+    }
+
+    async fn cancel_operation(
+        &self,
+        request: Request<v1::CancelOperationRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.cancel(&request.into_inner().operation_id).map(Response::new)
     }
 }

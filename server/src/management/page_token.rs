@@ -29,11 +29,32 @@ impl PageToken {
         if text.is_empty() {
             return Some(String::new());
         }
-        text.strip_prefix(&self.prefix).filter(|name| super::fields::is_volume_name(name)).map(str::to_owned)
+        self.key(text).filter(|name| super::fields::is_volume_name(name)).map(str::to_owned)
+    }
+
+    /// What is behind the list and the server in a text that a caller gave, unchecked.
+    pub(super) fn key<'text>(&self, text: &'text str) -> Option<&'text str> {
+        text.strip_prefix(&self.prefix)
+    }
+
+    /// The same of a list in which a name may come several times, in the order of another word: both of them.
+    pub(super) fn read_pair(&self, text: &str) -> Option<(String, String)> {
+        // A former program's had each name once: they go on after all of its words.
+        let (token, word) = text.split_once('/').unwrap_or((text, if text.is_empty() { "" } else { "~" }));
+        if token.is_empty() && word.is_empty() {
+            return Some(Default::default());
+        }
+        let name = self.key(token).filter(|name| super::fields::is_attachable(name) && !word.is_empty())?;
+        Some((name.to_owned(), word.to_owned()))
     }
 
     /// Cuts what was found down to one page, and gives the token of the next one; empty where there is none.
     pub(super) fn next<T>(&self, found: &mut Vec<T>, limit: u32, name: impl Fn(&T) -> &String) -> String {
+        self.next_pair(found, limit, |last| name(last).clone())
+    }
+
+    /// The same of such a list, with both as `NAME/WORD`.
+    pub(super) fn next_pair<T>(&self, found: &mut Vec<T>, limit: u32, name: impl Fn(&T) -> String) -> String {
         let limit = limit as usize;
         if found.len() <= limit {
             return String::new();
@@ -67,13 +88,17 @@ mod tests {
         assert_eq!(token.read("b.c"), None);
         assert_eq!(token.read(&format!("{text}/x")), None);
         assert_eq!(token.read(""), Some(String::new()));
+        assert_eq!(token.read_pair(&format!("{text}/x")), Some(("b.c".to_owned(), "x".to_owned())));
+        assert_eq!(token.read_pair(&text), Some(("b.c".to_owned(), "~".to_owned())), "of a former program");
+        assert_eq!(token.read_pair(""), Some((String::new(), String::new())));
+        assert_eq!(token.read_pair("/x"), None);
     }
 
     #[test]
     fn the_last_page_has_no_token() {
         let token = PageToken::new("volumes", Uuid::from_u128(1));
         assert_eq!(token.next(&mut vec!["a".to_owned(), "b".to_owned()], 2, |name| name), "");
-        assert_eq!(token.next(&mut Vec::new(), 2, |name| name), "");
+        assert_eq!(token.next(&mut Vec::<String>::new(), 2, |name| name), "");
     }
 
     #[test]

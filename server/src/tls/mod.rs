@@ -6,7 +6,7 @@
 //! ```
 //! Owns: the rustls configuration, replaced as a whole by a reload, and the handshake threads. Never: touches a socket
 //! that a ring is using: the ring hands its connection over with nothing in flight and takes it back by message.
-//! Called by: `io_loop.rs` (a handshake), `serve.rs` (start, reload, the management API's port). A handshake thread lives
+//! Called by: `io/run.rs` (a handshake), `serve.rs` (start, reload, the management API's port). A handshake thread lives
 //! no longer than the ring's limit of a handshake: the ring shuts the socket down then.
 //! [`rights`] says what a client's certificate allows; `management/listener.rs` is the API's side of it.
 

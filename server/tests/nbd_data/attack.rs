@@ -10,7 +10,7 @@ use std::time::Duration;
 use proto::nbd::OPTION_MAGIC;
 use proto::nbd::transmission::{Command, CommandFlags, Request};
 use server::catalog::AttachmentRecord;
-use server::data_config::DataServerConfig;
+use server::data::config::DataServerConfig;
 
 use super::client::Client;
 use super::support::{CLOSE_LIMIT, Server, wait_until};

@@ -31,7 +31,7 @@ fn with_holes(backend: BackendKind, cache: CacheMode) -> (Server, String) {
 /// What a volume's data may be rounded up to: memory comes in huge pages where the kernel has them.
 fn granularity(backend: BackendKind) -> u64 {
     match backend {
-        BackendKind::File => 4096,
+        BackendKind::File | BackendKind::Device | BackendKind::Lvm => 4096,
         BackendKind::Memory => 2 * MIB,
     }
 }

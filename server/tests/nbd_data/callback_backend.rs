@@ -50,7 +50,7 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// For [`server::data_config::DataServerConfig::opener`].
+    /// For [`server::data::config::DataServerConfig::opener`].
     pub(crate) fn opener(self: &Arc<Self>) -> CallbackOpener {
         let cluster = Arc::clone(self);
         CallbackOpener::new(move |volume_uid, capacity_bytes| {

@@ -1,4 +1,9 @@
 //! A small blocking NBD client on proto's codec: one request at a time, or many with replies in any order.
+//!
+//! Never re-sends, never reconnects, and lets a bad request through: what the server makes of it is what the test wants to know.
+//! Every wait ends after [`ANSWER_LIMIT`]. `testlab` has this file as `nbd_client`.
+#![allow(unreachable_pub)] // Public there.
+#![allow(clippy::unwrap_used)] // A test says what went wrong by panicking.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read as _, Write as _};
@@ -12,29 +17,37 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-/// No answer of a healthy server takes longer.
-pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// No answer of a healthy server takes longer, in an emulated machine neither.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// What came back for a request.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Answer {
-    pub(crate) cookie: u64,
-    pub(crate) error: u32,
-    pub(crate) payload: Vec<u8>,
+pub struct Answer {
+    /// The request's.
+    pub cookie: u64,
+    /// 0, or NBD's error number.
+    pub error: u32,
+    /// What a READ read.
+    pub payload: Vec<u8>,
 }
 
+/// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum OpenFailed {
+pub enum OpenFailed {
+    /// Nobody listens, or the connection ended in the handshake.
     #[error(transparent)]
     Io(#[from] io::Error),
+    /// The export is refused, or the server breaks the protocol.
     #[error(transparent)]
     Handshake(#[from] ClientHandshakeError),
 }
 
 /// One connection in the transmission phase.
-pub(crate) struct Client {
-    pub(crate) stream: TcpStream,
-    pub(crate) info: ExportInfo,
+pub struct Client {
+    /// Its socket.
+    pub stream: TcpStream,
+    /// What the server told of the export.
+    pub info: ExportInfo,
     next_cookie: u64,
     /// READs whose payload is to come with the reply.
     reads: HashMap<u64, u32>,
@@ -43,8 +56,19 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    pub(crate) fn open(address: SocketAddr, name: &str) -> Result<Self, OpenFailed> {
-        let mut stream = TcpStream::connect(address)?;
+    /// Connects and opens an export.
+    ///
+    /// # Errors
+    /// [`OpenFailed`] says which.
+    pub fn open(address: SocketAddr, name: &str) -> Result<Self, OpenFailed> {
+        Self::open_on(TcpStream::connect_timeout(&address, ANSWER_LIMIT)?, name)
+    }
+
+    /// Opens an export on a connection that is made already.
+    ///
+    /// # Errors
+    /// As [`Client::open`].
+    pub fn open_on(mut stream: TcpStream, name: &str) -> Result<Self, OpenFailed> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(ANSWER_LIMIT))?;
         stream.set_write_timeout(Some(ANSWER_LIMIT))?;
@@ -72,7 +96,10 @@ impl Client {
 
     /// Sends a request, with a WRITE's payload; gives its cookie. Where there is no room for it, replies are taken meanwhile, so
     /// that the size of this machine's socket buffers does not matter.
-    pub(crate) fn send(
+    ///
+    /// # Panics
+    /// The connection is gone, or the server neither reads nor answers.
+    pub fn send(
         &mut self,
         command: Command,
         flags: CommandFlags,
@@ -95,7 +122,10 @@ impl Client {
     }
 
     /// Sends a request of which nobody waits for the reply, to a server that may not take it.
-    pub(crate) fn throw(
+    ///
+    /// # Errors
+    /// It did not.
+    pub fn throw(
         &mut self,
         command: Command,
         flags: CommandFlags,
@@ -149,7 +179,10 @@ impl Client {
     }
 
     /// Takes the next reply, whichever it is for.
-    pub(crate) fn receive(&mut self) -> io::Result<Answer> {
+    ///
+    /// # Errors
+    /// None comes in time, the connection is gone, or it is no reply.
+    pub fn receive(&mut self) -> io::Result<Answer> {
         let mut header = [0u8; SIMPLE_REPLY_BYTES];
         self.take_exact(&mut header)?;
         let reply = SimpleReply::decode(&header).map_err(io::Error::other)?;
@@ -159,8 +192,14 @@ impl Client {
         Ok(Answer { cookie: reply.cookie, error: reply.error, payload })
     }
 
-    /// One request and its reply: the payload, or the error number.
-    pub(crate) fn call(
+    /// One request and its reply: the payload.
+    ///
+    /// # Errors
+    /// NBD's error number.
+    ///
+    /// # Panics
+    /// There is no reply, or another request's.
+    pub fn call(
         &mut self,
         command: Command,
         flags: CommandFlags,
@@ -174,20 +213,35 @@ impl Client {
         if answer.error == 0 { Ok(answer.payload) } else { Err(answer.error) }
     }
 
-    pub(crate) fn read(&mut self, offset_bytes: u64, length_bytes: u32) -> Result<Vec<u8>, u32> {
+    /// Reads `length_bytes` at `offset_bytes`.
+    ///
+    /// # Errors
+    /// NBD's error number.
+    pub fn read(&mut self, offset_bytes: u64, length_bytes: u32) -> Result<Vec<u8>, u32> {
         self.call(Command::Read, CommandFlags::NONE, offset_bytes, length_bytes, &[])
     }
 
-    pub(crate) fn write(&mut self, offset_bytes: u64, payload: &[u8]) -> Result<(), u32> {
+    /// Writes the payload at `offset_bytes`.
+    ///
+    /// # Errors
+    /// NBD's error number.
+    pub fn write(&mut self, offset_bytes: u64, payload: &[u8]) -> Result<(), u32> {
         self.call(Command::Write, CommandFlags::NONE, offset_bytes, payload.len() as u32, payload).map(drop)
     }
 
-    pub(crate) fn flush(&mut self) -> Result<(), u32> {
+    /// Has everything made durable that was answered before.
+    ///
+    /// # Errors
+    /// NBD's error number.
+    pub fn flush(&mut self) -> Result<(), u32> {
         self.call(Command::Flush, CommandFlags::NONE, 0, 0, &[]).map(drop)
     }
 
     /// Whether the server has closed the connection; waits for it.
-    pub(crate) fn is_closed_by_server(&mut self) -> bool {
+    ///
+    /// # Panics
+    /// A reply comes.
+    pub fn is_closed_by_server(&mut self) -> bool {
         match self.receive() {
             Ok(answer) => panic!("a reply instead of the end: {} {}", answer.cookie, answer.error),
             Err(error) => !matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut),

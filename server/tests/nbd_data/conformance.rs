@@ -12,7 +12,12 @@ fn named_tests(table: &str) -> Vec<(&str, &str)> {
 /// Whether the file has a test of that name: a function with the attribute, or one of the lab's list.
 fn has_test(source: &str, name: &str) -> bool {
     let head = format!("fn {name}()");
-    let is_function = source.match_indices(&head).any(|(at, _)| source[..at].trim_end().ends_with("#[test]"));
+    let is_test = |at: usize| {
+        let before = source[..at].trim_end().trim_end_matches("async").trim_end();
+        let attribute = before.lines().last().unwrap_or_default().trim_start();
+        attribute == "#[test]" || attribute.starts_with("#[tokio::test")
+    };
+    let is_function = source.match_indices(&head).any(|(at, _)| is_test(at));
     is_function || source.contains("Test::new(") && source.contains(&format!("::{name}\""))
 }
 

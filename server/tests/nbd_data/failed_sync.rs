@@ -3,7 +3,7 @@
 use proto::export_name::ExportDescription;
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use server::backend::file::CacheMode;
-use server::data_config::DataServerConfig;
+use server::data::config::DataServerConfig;
 
 use super::client::Client;
 use super::support::{FragileServer, wait_until};

@@ -10,7 +10,7 @@ use proto::nbd::{info, option, reply};
 use rustix::fs::{FlockOperation, flock};
 use server::backend::file;
 use server::catalog::VolumeRecord;
-use server::data_config::DataServerConfig;
+use server::data::config::DataServerConfig;
 
 use super::chunks::{greet, receive_option_reply, send_option};
 use super::client::{Client, OpenFailed};

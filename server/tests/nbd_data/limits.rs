@@ -8,8 +8,8 @@ use proto::export_name::PROBE_SLOT;
 use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use proto::nbd::{OPTION_MAGIC, option};
 use server::catalog::Catalog;
-use server::data_config::DataServerConfig;
-use server::data_server::{DataServer, DataServerError};
+use server::data::config::DataServerConfig;
+use server::data::server::{DataServer, DataServerError};
 use server::limits::{CONNECTION_BYTES, GUESTS_PER_ADDRESS_MAX, Limits};
 use socket2::{Domain, Socket, Type};
 

@@ -23,6 +23,7 @@ mod protocol;
 mod replies_in_chunks;
 mod storage;
 mod support;
+mod throttling;
 mod tls;
 #[path = "../unit_filter/mod.rs"]
 mod unit_filter;

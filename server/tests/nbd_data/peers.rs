@@ -7,7 +7,7 @@ use std::path::Path;
 
 use server::backend::file::CacheMode;
 use server::catalog::{BackendKind, VolumeRecord};
-use server::data_address::DataAddress;
+use server::data::address::DataAddress;
 
 use super::foreign::{MIB, has_python_module, have, image, python};
 use super::support::{Server, TempDir, is_in_lab, run, skip_without_tool, tool};
@@ -116,12 +116,8 @@ fn nbdcopy_keeps_every_byte_and_every_hole() {
     });
 }
 
-#[test]
-fn libnbd_finds_nothing_to_object_to() {
-    if !has_python_module() {
-        return;
-    }
-    let script = "\
+/// What libnbd is asked for, and what it has to answer.
+const LIBNBD_SCRIPT: &str = "\
 import nbd, sys, errno
 uri = sys.argv[1]
 
@@ -221,7 +217,13 @@ for structured, handshake_flags in [(False, 3), (False, 1), (True, 1), (False, 0
     assert h.pread(65536, 0) == data
     h.shutdown()
 ";
-    each_export(|export| python(script, &export.uri));
+
+#[test]
+fn libnbd_finds_nothing_to_object_to() {
+    if !has_python_module() {
+        return;
+    }
+    each_export(|export| python(LIBNBD_SCRIPT, &export.uri));
 }
 
 #[test]

@@ -11,8 +11,8 @@ use proto::export_name::AttachmentExportName;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use server::backend::file;
 use server::catalog::{AttachmentRecord, BackendKind, Catalog, NewAttachment, NewVolume, VolumeRecord};
-use server::data_config::DataServerConfig;
-use server::data_server::{DataServer, DataServerError};
+use server::data::config::DataServerConfig;
+use server::data::server::{DataServer, DataServerError};
 use uuid::Uuid;
 
 use super::client::Client;
@@ -157,6 +157,7 @@ impl Server {
             block_size_bytes: 512,
             backend: BackendKind::File,
             write_cache_on: true,
+            settings: Default::default(),
         };
         change(&mut new);
         let volume = self.catalog.begin_creating(&new).unwrap();
@@ -173,6 +174,7 @@ impl Server {
             node_id: "node-a".into(),
             read_only,
             boot_id: String::new(),
+            is_shared: false,
         };
         self.catalog.add_attachment(&new).unwrap()
     }
@@ -373,6 +375,22 @@ impl LoopFs {
         Self::new_at(dir, image, kind, bytes, &[])
     }
 
+    /// The same with an image that is written all over, and so in few pieces: where the file system below discards what it frees, one in
+    /// thousands of pieces takes minutes to remove.
+    #[allow(dead_code)] // Few files are in so many pieces.
+    pub(crate) fn new_in_one_piece(kind: &str, bytes: u64) -> Option<Self> {
+        let dir = TempDir::new();
+        let image = dir.0.join("image");
+        let mut file = std::fs::File::create(&image).unwrap();
+        let zeroes = vec![0; 1 << 20];
+        for _ in 0..bytes >> 20 {
+            std::io::Write::write_all(&mut file, &zeroes).unwrap();
+        }
+        file.sync_all().unwrap();
+        // mkfs would discard it.
+        Self::new_at(dir, image, kind, bytes, &["-K"])
+    }
+
     /// The same with its image in a place of the caller's, and options for mkfs.
     pub(crate) fn new_at(
         dir: TempDir,
@@ -392,7 +410,8 @@ impl LoopFs {
         }
         let mount = dir.0.join("mount");
         std::fs::create_dir(&mount).unwrap();
-        std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
+        let file = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(&image);
+        file.unwrap().set_len(bytes).unwrap();
         run(&mkfs, &[&["-q"], options, &[image.to_str().unwrap()]].concat());
         // In a container root may not be allowed to, and a kernel may lack the file system.
         let mut command = tool("mount");

@@ -13,6 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use proto::export_name::{AttachmentExportName, Secret};
 use proto::v1;
 use proto::v1::management_client::ManagementClient;
 use rustix::process::{Pid, Signal, kill_process};
@@ -215,4 +216,15 @@ pub fn attach_request(volume_name: &str, node_id: &str, force: bool) -> v1::Atta
         force,
         ..Default::default()
     }
+}
+
+/// The name of an attachment's export, for the first connection of a session of that epoch.
+pub fn export_name(attached: &v1::AttachVolumeResponse, epoch: u64) -> String {
+    let name = AttachmentExportName {
+        attachment_id: attached.attachment.as_ref().unwrap().attachment_id.parse().unwrap(),
+        secret: Secret::parse(&attached.secret).unwrap(),
+        epoch,
+        slot: 0,
+    };
+    name.expose()
 }

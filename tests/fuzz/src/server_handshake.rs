@@ -3,7 +3,7 @@
 use proto::nbd::handshake::server::{ListedExport, OpenKind, Refusal, TlsState};
 use proto::nbd::validate::RequestLimits;
 use proto::nbd::{BlockSizes, ExportInfo, Negotiated};
-use server::session::{Action, Session};
+use server::data::session::{Action, Session};
 
 use crate::{EXPORT_NAME, export, pieces, split_first};
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use proto::nbd::replies::ReplyHead;
 use proto::nbd::transmission::{Command, NbdError, Request};
 use proto::nbd::{ExportInfo, TransmissionFlags};
-use server::ids::SlotId;
-use server::session::{Action, Session};
+use server::data::session::{Action, Session};
+use server::ids::RequestSlot;
 
 use crate::server_handshake::limits_of;
 use crate::{export, pieces, split_first};
@@ -90,7 +90,7 @@ fn take(
 }
 
 /// What the volume would do, after it has checked what it must be able to rely on.
-fn begin(session: &mut Session, slot: SlotId, export: &ExportInfo, outcome: &mut Outcome) {
+fn begin(session: &mut Session, slot: RequestSlot, export: &ExportInfo, outcome: &mut Outcome) {
     let request = *session.request(slot);
     let sizes = export.block_sizes.expect("the export has block sizes");
     let end = request.offset_bytes.checked_add(request.length_bytes);
@@ -109,7 +109,8 @@ fn begin(session: &mut Session, slot: SlotId, export: &ExportInfo, outcome: &mut
         _ if request.command == Command::BlockStatus => {
             let query = session.status_query(slot);
             assert!(query.extents_max > 0 && query.length_bytes > 0);
-            session.complete_status(slot, session.payload_bytes(slot).min(24));
+            let payload_bytes = session.payload_bytes(slot).min(24);
+            session.complete_status(slot, payload_bytes, payload_bytes);
         }
         _ => session.complete(slot),
     }

@@ -8,6 +8,7 @@
 
 mod calls;
 pub(crate) mod fio;
+mod peers;
 pub(crate) mod plan;
 mod subjects;
 

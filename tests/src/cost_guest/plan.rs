@@ -90,11 +90,11 @@ pub(crate) enum Subject {
 }
 
 /// Writes below this many KiB arrive at our server in its receive memory, together with other requests, and are copied to
-/// the volume; larger ones are received there (`server/src/connection.rs`).
+/// the volume; larger ones are received there (`server/src/data/io/session_io.rs`).
 const RECEIVED_IN_PLACE_KIB_MIN: u64 = 16;
 
 /// Reads of a memory volume from this many KiB on are sent by our server as pages that it lends to the socket
-/// (`server/src/ring.rs`).
+/// (`server/src/data/io/ring.rs`).
 const SENT_BY_REFERENCE_KIB_MIN: u64 = 32;
 
 /// Payloads up to this many KiB travel through our client's inbox and outbox together with the headers around them, where

@@ -17,8 +17,8 @@ use testlab::shell::{run, wait_for};
 use testlab::storage_node::StorageNode;
 
 use super::fio::SIZE_MIB;
+use super::peers::{KernelNbd, Nbdkit, NvmeTcp, NvmeTcpTarget};
 use super::plan::{Cell, Subject};
-use crate::peers::{KernelNbd, Nbdkit, NvmeTcp, NvmeTcpTarget};
 
 const VOLUME: &str = "vol-1";
 
@@ -60,7 +60,7 @@ pub(crate) fn attach(subject: Subject, programs: &Path, directory: &Path) -> Res
         Subject::Ours(data_path) => ours(&env, data_path.as_str()),
         Subject::KernelNbdAndNbdkit => {
             let server = Nbdkit::start(NBDKIT_PORT, SIZE_MIB)?;
-            let client = KernelNbd::connect(0, server.address(), "", 1)?;
+            let client = KernelNbd::connect(server.address(), "")?;
             Ok(Attached {
                 device: client.device().to_owned(),
                 _held: vec![Box::new(client), Box::new(server)],
@@ -68,8 +68,8 @@ pub(crate) fn attach(subject: Subject, programs: &Path, directory: &Path) -> Res
         }
         Subject::KernelNbdAndOurServer => kernel_nbd_and_our_server(&env),
         Subject::NvmeTcp => {
-            let target = NvmeTcpTarget::start(&[SUBSYSTEM], SIZE_MIB)?;
-            let client = NvmeTcp::connect(SUBSYSTEM, 1)?;
+            let target = NvmeTcpTarget::start(SUBSYSTEM, SIZE_MIB)?;
+            let client = NvmeTcp::connect(SUBSYSTEM)?;
             Ok(Attached {
                 device: client.device().to_owned(),
                 _held: vec![Box::new(client), Box::new(target)],
@@ -117,7 +117,7 @@ fn kernel_nbd_and_our_server(env: &Env) -> Result<Attached> {
     let node = StorageNode::start_server_only(env, &env.directory.join("data"), &["--export-by-name"])?;
     create_volume(&node)?;
     let address: SocketAddr = node.data_address.parse().context("the server's address")?;
-    let client = KernelNbd::connect(0, address, VOLUME, 1)?;
+    let client = KernelNbd::connect(address, VOLUME)?;
     Ok(Attached { device: client.device().to_owned(), _held: vec![Box::new(client), Box::new(node)] })
 }
 

@@ -271,31 +271,28 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
-    use crate::nbd_client::NbdClient;
+    use crate::nbd_client::Client;
 
-    const DEADLINE: Duration = Duration::from_secs(20);
     const SIZE_BYTES: u64 = 1 << 20;
 
-    fn disk() -> (LyingDisk, NbdClient) {
+    fn disk() -> (LyingDisk, Client) {
         let disk = LyingDisk::start(SIZE_BYTES).unwrap();
-        let client = NbdClient::connect(disk.address(), "any", DEADLINE).unwrap();
+        let client = Client::open(disk.address(), "any").unwrap();
         (disk, client)
     }
 
-    fn write(client: &mut NbdClient, offset_bytes: u64, value: u8, flags: CommandFlags) -> u32 {
-        client.call(Command::Write, flags, offset_bytes, 4096, &[value; 4096]).unwrap().0
+    fn write(client: &mut Client, offset_bytes: u64, value: u8, flags: CommandFlags) -> Result<(), u32> {
+        client.call(Command::Write, flags, offset_bytes, 4096, &[value; 4096]).map(drop)
     }
 
     #[test]
     fn it_announces_its_cache_and_what_it_can_do() {
         let (_disk, client) = disk();
-        assert_eq!(client.export().size_bytes, SIZE_BYTES);
-        let flags = client.export().flags;
+        assert_eq!(client.info.size_bytes, SIZE_BYTES);
+        let flags = client.info.flags;
         assert!(flags.contains(TransmissionFlags::SEND_FLUSH.with(TransmissionFlags::SEND_FUA)));
-        assert_eq!(client.export().block_sizes.unwrap().minimum_bytes, 512);
+        assert_eq!(client.info.block_sizes.unwrap().minimum_bytes, 512);
     }
 
     #[test]
@@ -303,13 +300,13 @@ mod tests {
         let mut lost = 0;
         for seed in 0..20 {
             let (disk, mut client) = disk();
-            assert_eq!(write(&mut client, 0, 1, CommandFlags::NONE), 0);
-            assert_eq!(client.call(Command::Flush, CommandFlags::NONE, 0, 0, &[]).unwrap().0, 0);
-            assert_eq!(write(&mut client, 4096, 2, CommandFlags::FUA), 0);
-            assert_eq!(write(&mut client, 8192, 3, CommandFlags::NONE), 0);
+            assert_eq!(write(&mut client, 0, 1, CommandFlags::NONE), Ok(()));
+            assert_eq!(client.flush(), Ok(()));
+            assert_eq!(write(&mut client, 4096, 2, CommandFlags::FUA), Ok(()));
+            assert_eq!(write(&mut client, 8192, 3, CommandFlags::NONE), Ok(()));
             assert_eq!(client.read(8192, 4096).unwrap(), [3; 4096]);
             disk.cut_power();
-            assert_eq!(write(&mut client, 0, 9, CommandFlags::FUA), NbdError::Eio as u32);
+            assert_eq!(write(&mut client, 0, 9, CommandFlags::FUA), Err(NbdError::Eio as u32));
             lost += disk.restore_power(seed).unwrap().lost;
             assert_eq!(client.read(0, 4096).unwrap(), [1; 4096]);
             assert_eq!(client.read(4096, 4096).unwrap(), [2; 4096]);
@@ -321,15 +318,12 @@ mod tests {
     fn the_power_goes_at_the_request_it_was_told() {
         let (disk, mut client) = disk();
         disk.cut_power_after(2);
-        assert_eq!(write(&mut client, 0, 1, CommandFlags::NONE), 0);
+        assert_eq!(write(&mut client, 0, 1, CommandFlags::NONE), Ok(()));
         assert_eq!(client.read(0, 4096).unwrap(), [1; 4096]);
-        assert_eq!(write(&mut client, 0, 2, CommandFlags::NONE), 0);
+        assert_eq!(write(&mut client, 0, 2, CommandFlags::NONE), Ok(()));
         assert!(!disk.is_cut());
         assert!(disk.restore_power(1).is_err());
-        assert_eq!(
-            client.call(Command::Flush, CommandFlags::NONE, 0, 0, &[]).unwrap().0,
-            NbdError::Eio as u32
-        );
+        assert_eq!(client.flush(), Err(NbdError::Eio as u32));
         assert!(disk.is_cut());
         let losses = disk.restore_power(1).unwrap();
         assert_eq!(
@@ -342,10 +336,8 @@ mod tests {
     #[test]
     fn bad_requests_are_refused_and_the_connection_lives() {
         let (_disk, mut client) = disk();
-        let refused = client.call(Command::Read, CommandFlags::NONE, 1, 512, &[]).unwrap().0;
-        assert_eq!(refused, NbdError::Einval as u32);
-        let refused = client.call(Command::Write, CommandFlags::NONE, SIZE_BYTES, 512, &[0; 512]).unwrap().0;
-        assert_eq!(refused, NbdError::Enospc as u32);
+        assert_eq!(client.read(1, 512), Err(NbdError::Einval as u32));
+        assert_eq!(client.write(SIZE_BYTES, &[0; 512]), Err(NbdError::Enospc as u32));
         assert_eq!(client.read(0, 512).unwrap(), [0; 512]);
     }
 }

@@ -7,18 +7,18 @@
 //! waiting to be sent, or in flight.
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, Read as _, Write as _};
+use std::io::{self, IoSlice, Write as _};
 use std::net::TcpStream;
 use std::time::Instant;
 
 use proto::nbd::ExportInfo;
-use proto::nbd::handshake::client::ClientHandshake;
 use proto::nbd::transmission::{
     Command, CommandFlags, REQUEST_BYTES, Request, SIMPLE_REPLY_BYTES, SimpleReply,
 };
 use rustix::net::{RecvFlags, recv};
 
-use super::{Load, LoadError, Operation, PEER_DEADLINE, pattern};
+use super::{Load, LoadError, Operation, pattern};
+use crate::nbd_client::Client;
 
 /// Payload that is still to come from which on it is received without being copied (`MSG_TRUNC`, see `tcp(7)`). For less, the
 /// system call of its own would cost more than the copy.
@@ -70,10 +70,7 @@ pub(super) struct Connection {
 impl Connection {
     /// Connects and opens the export.
     pub(super) fn open(load: &Load, seed: Option<u64>) -> Result<(Self, ExportInfo), LoadError> {
-        let failed = |doing| move |source| LoadError::Io { doing, source };
-        let mut stream =
-            TcpStream::connect_timeout(&load.address, PEER_DEADLINE).map_err(failed("connecting"))?;
-        let export = open_export(&mut stream, &load.export)?;
+        let Client { stream, info, .. } = Client::open(load.address, &load.export)?;
         let slot = Slot { header: [0; REQUEST_BYTES], cookie: 0, offset_bytes: 0, sent_at: None };
         let depth = load.depth as u16;
         let connection = Self {
@@ -89,7 +86,7 @@ impl Connection {
             arrived: Vec::new(),
             uses: 0,
         };
-        Ok((connection, export))
+        Ok((connection, info))
     }
 
     /// The socket.
@@ -299,26 +296,5 @@ impl Connection {
         };
         // A server that has gone first has nothing to be told.
         let _ = (&self.stream).write_all(&request.encode());
-    }
-}
-
-fn open_export(stream: &mut TcpStream, name: &str) -> Result<ExportInfo, LoadError> {
-    let failed = |source| LoadError::Io { doing: "the handshake", source };
-    stream.set_nodelay(true).map_err(failed)?;
-    stream.set_read_timeout(Some(PEER_DEADLINE)).map_err(failed)?;
-    stream.set_write_timeout(Some(PEER_DEADLINE)).map_err(failed)?;
-    let mut handshake = ClientHandshake::new(name)?;
-    let (mut input, mut out) = ([0; 4096], Vec::new());
-    loop {
-        let arrived = stream.read(&mut input).map_err(failed)?;
-        if arrived == 0 {
-            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
-        }
-        let opened = handshake.handle_bytes(&input[..arrived], &mut out)?;
-        stream.write_all(&out).map_err(failed)?;
-        out.clear();
-        if let Some(export) = opened {
-            return Ok(export);
-        }
     }
 }

@@ -18,10 +18,10 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use proto::nbd::handshake::client::ClientHandshakeError;
 use proto::nbd::transmission::TransmissionError;
 use serde::{Deserialize, Serialize};
 
+use crate::nbd_client::OpenFailed;
 use generator::{Generator, Until};
 
 /// No reply of a living server takes longer.
@@ -105,9 +105,9 @@ pub enum LoadError {
         /// The system's own error; `TimedOut` and `WouldBlock`: the server stands still.
         source: io::Error,
     },
-    /// The server did not speak the protocol in the handshake, or refused the export.
+    /// The export could not be opened.
     #[error(transparent)]
-    Handshake(#[from] ClientHandshakeError),
+    Open(#[from] OpenFailed),
     /// The server did not speak the protocol later.
     #[error(transparent)]
     Transmission(#[from] TransmissionError),

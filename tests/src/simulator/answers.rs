@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use proto::export_name::AttachmentExportName;
 use proto::nbd::handshake::server::OpenKind;
-use server::gate::{Granted, Input};
+use server::data::gate::{Granted, Input};
 use server::ids::ConnectionId;
 use uuid::Uuid;
 
@@ -97,7 +97,7 @@ impl Answers {
             self.broken("an open is answered before its epoch is recorded");
         }
         let is_attached = granted.volume_uid == catalog.volume_uid && catalog.attachment.is_some();
-        if !granted.is_attachment && !granted.read_only && is_attached {
+        if granted.attachment_id.is_none() && !granted.read_only && is_attached {
             self.broken("a volume is opened for writing by its name although it is attached");
         }
         let mut others = self.holders.values().filter(|holder| holder.volume_uid == granted.volume_uid);
@@ -110,7 +110,7 @@ impl Answers {
         if granted.kind != OpenKind::Info {
             let holder = Holder {
                 volume_uid: granted.volume_uid,
-                is_named_writer: !granted.is_attachment && !granted.read_only,
+                is_named_writer: granted.attachment_id.is_none() && !granted.read_only,
                 is_closing: false,
             };
             self.holders.insert(granted.connection, holder);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use proto::export_name::{AttachmentExportName, PROBE_SLOT};
-use server::gate::{Granted, Input, Output};
+use server::data::gate::{Granted, Input, Output};
 use server::ids::ConnectionId;
 use uuid::Uuid;
 
@@ -58,6 +58,10 @@ impl BrokenGate {
             (Mutant::LossUnheard, Input::LostWrites { .. }) => return None,
             (Mutant::UnpersistedServed, Input::Persisted { is_persisted, .. }) => *is_persisted = true,
             (Mutant::UnrecordedServed, Input::LossRecorded { is_recorded, .. }) => *is_recorded = true,
+            (Mutant::UnmarkedWritten, Input::Marked { is_marked, .. }) => *is_marked = true,
+            (Mutant::MarkNotAwaited, Input::WantsMark { connection }) => {
+                outputs.push_back(Output::GoOn { connection: *connection, ring: 0, is_marked: true });
+            }
             (
                 Mutant::FenceNotAwaited,
                 Input::FenceAttachment { call, .. } | Input::FenceNamedWriters { call, .. },
@@ -79,7 +83,7 @@ impl BrokenGate {
                     volume_uid,
                     kind: asked.kind,
                     read_only: found.is_attached,
-                    is_attachment: false,
+                    attachment_id: None,
                     is_probe: false,
                 };
                 self.waited.insert((volume_uid, asked.connection), granted);

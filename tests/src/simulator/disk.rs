@@ -6,7 +6,7 @@
 //! who has the file open is told once, by a sync, and who comes later may never be: the inode forgets, and the file system has told
 //! somebody else.
 
-use server::ids::SlotId;
+use server::ids::RequestSlot;
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -15,6 +15,11 @@ use std::time::Instant;
 use fastrand::Rng;
 
 use crate::lying_disk::SECTOR_BYTES;
+
+/// Who has the source of a copy synced; no connection.
+pub(super) const COPIER: u32 = u32::MAX;
+/// The control side's own descriptors are told apart from the volumes' by this.
+pub(super) const CONTROL: u64 = 1 << 32;
 
 type Sector = Rc<[u8; SECTOR_BYTES]>;
 
@@ -26,7 +31,7 @@ pub(super) struct Owner {
     /// Which of its connections.
     pub(super) connection: u32,
     /// Which request of that.
-    pub(super) slot: SlotId,
+    pub(super) slot: RequestSlot,
 }
 
 /// What is to be done.
@@ -89,8 +94,8 @@ pub(super) struct Disk {
     is_unseen: bool,
     /// Nobody has been told of it by the file system.
     is_unseen_in_superblock: bool,
-    /// How many each process that has the file open has been told of.
-    told: BTreeMap<u64, u64>,
+    /// How many each process that has the file open has been told of; on a description of its own if it copies the volume.
+    told: BTreeMap<(u64, bool), u64>,
     /// Raised by each mount.
     pub(super) superblock: u64,
     /// Until when no sync ends.
@@ -123,8 +128,42 @@ impl Disk {
 
     /// A process opens the file: an error that nobody was told of is for it.
     pub(super) fn opened(&mut self, process: u64) {
+        self.opened_on((process, false));
+    }
+
+    /// The same, to copy it.
+    pub(super) fn opened_to_copy(&mut self, process: u64) {
+        self.opened_on((process, true));
+    }
+
+    pub(super) fn closed_copied(&mut self, process: u64) {
+        self.told.remove(&(process, true));
+    }
+
+    fn opened_on(&mut self, description: (u64, bool)) {
         let since = self.errors - u64::from(self.is_unseen);
-        self.told.insert(process, since);
+        self.told.insert(description, since);
+    }
+
+    /// What is in the cache of a range: what a copy of it shares.
+    pub(super) fn share(&self, bytes: std::ops::Range<usize>) -> Vec<u8> {
+        let sectors = bytes.start / SECTOR_BYTES..bytes.end / SECTOR_BYTES;
+        self.cached[sectors].iter().flat_map(|(_, sector)| sector.iter().copied()).collect()
+    }
+
+    /// A process closes it.
+    pub(super) fn closed(&mut self, process: u64) {
+        self.told.remove(&(process, false));
+    }
+
+    /// Whether the cache has nothing that could not be written back.
+    pub(super) fn is_whole(&self) -> bool {
+        !self.lost.contains(&true)
+    }
+
+    /// When the file was last written to.
+    pub(super) fn modified(&self) -> String {
+        self.changes.to_string()
     }
 
     /// `syncfs` on a new descriptor: whether the file system failed to write something back, and nobody was told.
@@ -207,7 +246,7 @@ impl Disk {
 
     /// Whether another process's operations are under way.
     pub(super) fn has_predecessors(&self, process: u64) -> bool {
-        self.operations.iter().any(|operation| operation.owner.process != process)
+        self.operations.iter().any(|operation| operation.owner.process % CONTROL != process)
     }
 
     /// Goes on with an operation; gives it back when it has ended.
@@ -284,11 +323,14 @@ impl Disk {
                     self.fail_write_back(rng);
                 }
                 for (index, cached) in cached.into_iter().enumerate() {
-                    if self.stable[index].0 < cached.0 && !self.lost[index] {
+                    // What the cache has let go of meanwhile is nowhere any more.
+                    let is_cached = self.cached[index].0 >= cached.0 && !self.lost[index];
+                    if self.stable[index].0 < cached.0 && is_cached {
                         self.stable[index] = cached;
                     }
                 }
-                if let Some(told) = self.told.get_mut(&owner.process)
+                let description = (owner.process, owner.connection == COPIER);
+                if let Some(told) = self.told.get_mut(&description)
                     && *told < self.errors
                 {
                     *told = self.errors;
@@ -311,7 +353,7 @@ impl Disk {
     /// A process died: what it had asked for is done nevertheless, or was not begun and never will be.
     pub(super) fn process_died(&mut self, process: u64, rng: &mut Rng) {
         self.operations.retain(|operation| operation.owner.process != process || rng.bool());
-        self.told.remove(&process);
+        self.told.retain(|(other, _), _| *other != process);
     }
 
     /// The machine lost power, or a failed sync its pages: what is not stable is there or not, sector by sector.
@@ -340,7 +382,9 @@ impl Disk {
 
     /// Everything that can be read.
     pub(super) fn contents(&self) -> Vec<u8> {
-        self.cached.iter().flat_map(|(_, sector)| sector.iter().copied()).collect()
+        let mut contents = Vec::with_capacity(self.cached.len() * SECTOR_BYTES);
+        self.cached.iter().for_each(|(_, sector)| contents.extend_from_slice(&**sector));
+        contents
     }
 }
 

@@ -1,13 +1,12 @@
 //! The simulated thread of the gate: the product's own core, over a catalog, openers and mailboxes that exist only here.
 //!
-//! Stands for `server/src/gate/run.rs` and `server/src/incarnation/mod.rs`. One output of the core is carried out at a time: before the
-//! next one, connections go on, and the server may be killed. What holds of every answer is checked where it is given, in
+//! Stands for `server/src/data/gate/run.rs` and `server/src/data/gate/opener.rs`. One output of the core is carried out at a time: before the next
+//! one, connections go on, and the server may be killed. What is known of losses is `incarnations.rs`'s. What holds of every answer is checked where it is given, in
 //! `answers.rs`, and not by the core.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proto::export_name::ExportDescription;
@@ -16,20 +15,22 @@ use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
 use proto::nbd::handshake::server::{OpenKind, Refusal};
 use proto::nbd::validate::RequestLimits;
 use server::backend::file::{self, CacheMode};
-use server::gate::fence::Reason;
-use server::gate::{
+use server::data::gate::fence::Reason;
+use server::data::gate::{
     Asked, Bounds, CallId, CatalogFailed, Core, Found, Granted, Input, NamedVolume, NotServed, Output,
 };
 use server::ids::ConnectionId;
-use server::incarnation::{Record, Seen, SessionMark, judge};
 use server::tls::rights::Rights;
-use server::volume::{Backend, Faults, LossRecorder, Volume};
+use server::volume::incarnation::admission::Step;
+use server::volume::{Backend, Faults, Volume};
 use uuid::Uuid;
 
 use super::answers::Answers;
 use super::broken_gate::{Altered, BrokenGate};
-use super::storage::{Catalog, Surroundings, lock};
+use super::incarnations::{Admission, Incarnations};
+use super::storage::{Catalog, EIO, Surroundings, look_up};
 use super::{Failure, Mutant};
+use crate::block_history::BLOCK_BYTES;
 
 /// How long an open may take, in seconds: as in the product, or so short that many take too long.
 const OPEN_TIMEOUTS_S: [u64; 3] = [40, 8, 2];
@@ -40,6 +41,7 @@ pub(super) enum ToRing {
     Opened { connection: ConnectionId, volume: Rc<Volume>, export: ExportInfo, limits: RequestLimits },
     Refused { connection: ConnectionId, refusal: Refusal },
     Close { connection: ConnectionId },
+    GoOn { connection: ConnectionId, is_marked: bool },
 }
 
 /// What the control side waits for.
@@ -48,6 +50,8 @@ enum Call {
     End(Uuid),
     NamedWriters,
     Release,
+    Copy,
+    SyncFailed,
 }
 
 pub(super) struct Gate {
@@ -61,24 +65,20 @@ pub(super) struct Gate {
     /// For connections, and for strangers.
     pub(super) to_rings: Vec<ToRing>,
     pub(super) to_strangers: Vec<(ConnectionId, Option<Granted>)>,
+    /// Volumes that may be copied now, and the refusals.
+    pub(super) to_copiers: Vec<Option<Rc<Volume>>>,
     answers: Answers,
     opening: Vec<Uuid>,
     volume: Option<Rc<Volume>>,
+    /// Whether requests know that the volume is marked as written.
+    pub(super) is_marked: bool,
     calls: BTreeMap<CallId, Call>,
     calls_made: u64,
     /// The attachment whose connections are all gone.
     ended: Option<Uuid>,
-    /// What is remembered of the volume, in memory and perhaps in its file.
-    record: Arc<Mutex<Option<Record>>>,
-    is_in_file: Arc<AtomicBool>,
-    /// The highest incarnation that was raised, of all that are told.
-    known: Arc<AtomicU64>,
-    /// A loss that the core has not been told of.
-    is_unheard: Arc<AtomicBool>,
-    /// A loss that the catalog has not been told of.
-    is_unsettled: Arc<AtomicBool>,
-    /// This process has looked for what failed to be written back before.
-    is_admitted: bool,
+    incarnations: Incarnations,
+    /// The volume is being admitted.
+    admission: Option<Step>,
     mutant: Option<Mutant>,
     broken: BrokenGate,
 }
@@ -87,7 +87,7 @@ pub(super) struct Gate {
 pub(super) const STRANGERS_RING: usize = 1;
 
 impl Gate {
-    pub(super) fn new(process: u64, mutant: Option<Mutant>, now: Instant) -> Self {
+    pub(super) fn new(process: u64, catalog: &Catalog, mutant: Option<Mutant>, now: Instant) -> Self {
         let open_timeout = Duration::from_secs(OPEN_TIMEOUTS_S[process as usize % OPEN_TIMEOUTS_S.len()]);
         let bounds = Bounds { open_timeout, fence_timeout: FENCE_TIMEOUT, export_by_name: true };
         Self {
@@ -99,18 +99,16 @@ impl Gate {
             next_deadline: None,
             to_rings: Vec::new(),
             to_strangers: Vec::new(),
+            to_copiers: Vec::new(),
             answers: Answers::new(open_timeout),
             opening: Vec::new(),
             volume: None,
+            is_marked: false,
             calls: BTreeMap::new(),
             calls_made: 0,
             ended: None,
-            record: Arc::default(),
-            is_in_file: Arc::default(),
-            known: Arc::default(),
-            is_unheard: Arc::default(),
-            is_unsettled: Arc::default(),
-            is_admitted: false,
+            incarnations: Incarnations::new(process, catalog, mutant),
+            admission: None,
             mutant,
             broken: BrokenGate::new(mutant),
         }
@@ -139,11 +137,9 @@ impl Gate {
     }
 
     /// A request for durability was not answered, and its connection ended.
-    pub(super) fn ended_without_answer(&mut self) {
-        let has_heard = self.inbox.is_empty() && self.outputs.is_empty();
-        let is_recorded =
-            !self.is_unheard.load(Ordering::Relaxed) && !self.is_unsettled.load(Ordering::Relaxed);
-        if has_heard && is_recorded {
+    pub(super) fn ended_without_answer(&mut self, catalog: &Catalog) {
+        let has_heard = self.inbox.is_empty() && self.outputs.is_empty() && !self.incarnations.has_unheard();
+        if has_heard && self.incarnations.is_recorded(catalog) {
             self.answers.broken("a loss of writes is not told although it is recorded");
         }
     }
@@ -160,6 +156,16 @@ impl Gate {
         self.post(Input::Closed { connection });
     }
 
+    /// A connection is about to write, and waits for the mark.
+    pub(super) fn wants_mark(&mut self, connection: ConnectionId) {
+        self.post(Input::WantsMark { connection });
+    }
+
+    /// A write has begun to a volume that is not marked.
+    pub(super) fn written_unmarked(&mut self) {
+        self.answers.broken("a volume is written to that counts as never written");
+    }
+
     pub(super) fn reopen_attachments(&mut self, volume_uid: Uuid) {
         self.post(Input::ReopenAttachments { volume_uid });
     }
@@ -172,6 +178,27 @@ impl Gate {
     pub(super) fn release(&mut self, volume_uid: Uuid) {
         let call = self.call(Call::Release);
         self.post(Input::ReleaseVolume { volume_uid, call });
+    }
+
+    pub(super) fn copy(&mut self, volume_uid: Uuid) {
+        let call = self.call(Call::Copy);
+        self.post(Input::CopyVolume { volume_uid, call });
+    }
+
+    /// A sync failed that was no client's.
+    pub(super) fn sync_failed(&mut self, volume_uid: Uuid) {
+        let call = self.call(Call::SyncFailed);
+        self.post(Input::SyncFailed { volume_uid, errno: EIO, call });
+    }
+
+    /// Whether that is recorded, or known not to be.
+    pub(super) fn has_recorded_failed_sync(&self) -> bool {
+        !self.calls.values().any(|call| *call == Call::SyncFailed)
+    }
+
+    /// The volume is being opened, and its lock is not waited for any more.
+    pub(super) fn is_admitting(&self) -> bool {
+        self.admission.as_ref().is_some_and(|step| !matches!(step, Step::Lock(_)))
     }
 
     /// Has an attachment fenced; true: that is done. Repeated until it is, as by the control side.
@@ -195,14 +222,14 @@ impl Gate {
         id
     }
 
-    fn post(&mut self, input: Input) {
+    pub(super) fn post(&mut self, input: Input) {
         self.hear();
         self.inbox.push_back(input);
     }
 
     /// A loss comes before whatever is told after it.
     fn hear(&mut self) {
-        if self.is_unheard.swap(false, Ordering::Relaxed)
+        if self.incarnations.take_unheard()
             && let Some(volume) = &self.volume
         {
             self.inbox.push_back(Input::LostWrites { volume_uid: volume.volume_uid });
@@ -213,10 +240,17 @@ impl Gate {
 
     /// Goes on; false: there was nothing to do.
     pub(super) fn step(&mut self, world: &mut Surroundings<'_>) -> bool {
+        if self.incarnations.start(world) {
+            return true;
+        }
         let index = (!self.opening.is_empty()).then(|| world.rng.usize(..self.opening.len() * 4));
         let mut has_done = index.is_some_and(|index| index < self.opening.len() && self.opener(index, world));
         self.hear();
         loop {
+            // As in the server: what is noticed only now is granted no more.
+            if let Some(Output::Answer(granted)) = self.outputs.front() {
+                self.hear_loss(granted.volume_uid, world);
+            }
             if let Some(output) = self.outputs.pop_front() {
                 world.coverage.say(|| format!("gate: {output:?}"));
                 self.carry_out(output, world);
@@ -275,13 +309,6 @@ impl Gate {
 
     fn carry_out(&mut self, output: Output, world: &mut Surroundings<'_>) {
         let answer = match self.broken.output(output) {
-            // As in the server: what is noticed only now is recorded before it is answered.
-            Altered::Do(Output::Answer(granted))
-                if self.hear_loss(granted.volume_uid, world) && !self.record_loss(world) =>
-            {
-                let result = Err(NotServed::LossUnrecorded);
-                Some(Input::Answered { connection: granted.connection, result })
-            }
             Altered::Do(output) => self.perform(output, world),
             Altered::Done(answer) => answer,
         };
@@ -293,30 +320,21 @@ impl Gate {
         }
     }
 
-    /// Tells the core of a loss whose message is behind what it is about to do; false: there is none.
-    fn hear_loss(&mut self, volume_uid: Uuid, world: &mut Surroundings<'_>) -> bool {
+    /// Tells the core of a loss whose message is behind what it is about to do.
+    fn hear_loss(&mut self, volume_uid: Uuid, world: &mut Surroundings<'_>) {
         let is_news = volume_uid == world.catalog.volume_uid
             && self.has_lost_volume()
             && self.core.takes_for_whole(volume_uid);
         if is_news {
             self.tell(Input::LostWrites { volume_uid }, world);
         }
-        is_news
     }
 
     /// False: the loss is recorded nowhere.
     fn record_loss(&mut self, world: &mut Surroundings<'_>) -> bool {
-        let is_recorded = self.settle(world) || self.is_in_file.load(Ordering::Relaxed);
-        if !is_recorded {
-            world.coverage.count("a loss is recorded nowhere");
-        }
-        self.answers.is_recorded = is_recorded || self.is_recorded();
+        let is_recorded = self.incarnations.settle(world);
+        self.answers.is_recorded = self.incarnations.is_recorded(world.catalog);
         is_recorded
-    }
-
-    /// Whether the last loss of writes is recorded somewhere, if there was one.
-    fn is_recorded(&self) -> bool {
-        !self.is_unsettled.load(Ordering::Relaxed) || self.is_in_file.load(Ordering::Relaxed)
     }
 
     fn perform(&mut self, output: Output, world: &mut Surroundings<'_>) -> Option<Input> {
@@ -333,20 +351,11 @@ impl Gate {
                 return Some(Input::ExportFound { claim, found });
             }
             Output::FindName { asked, name } => {
-                let found = look_up(world, |catalog| {
-                    let volume = catalog.volume_named(&name)?;
-                    let is_attached = volume.volume_uid == catalog.volume_uid && catalog.attachment.is_some();
-                    Some(NamedVolume { volume, is_attached })
-                });
-                return Some(Input::NameFound { asked, found });
+                return Some(Input::NameFound { asked, found: named_volume(&name, world) });
             }
-            Output::OpenedUnder { .. } => {}
+            Output::OpenedUnder { generation, .. } => self.incarnations.opened_under(generation),
             Output::Persist { attachment_id, epoch } => {
-                let is_persisted = look_up(world, |_| Some(())).is_ok();
-                match world.catalog.session_epoch(attachment_id) {
-                    Some(recorded) if is_persisted => *recorded = epoch.max(*recorded),
-                    _ => world.coverage.count("an epoch cannot be recorded"),
-                }
+                let is_persisted = persist(attachment_id, epoch, world);
                 return Some(Input::Persisted { attachment_id, epoch, is_persisted });
             }
             Output::Open { volume_uid } => self.opening.push(volume_uid),
@@ -355,14 +364,7 @@ impl Gate {
                 return Some(Input::Answered { connection, result });
             }
             Output::Refuse { connection, ring, refusal } => self.refuse(connection, ring, refusal, world),
-            Output::Close { connection, ring } => {
-                self.answers.told_to_close(connection);
-                if ring == STRANGERS_RING {
-                    self.to_strangers.push((connection, None));
-                } else {
-                    self.to_rings.push(ToRing::Close { connection });
-                }
-            }
+            Output::Close { connection, ring } => self.close(connection, ring),
             Output::RecordLoss { volume_uid, then } => {
                 let is_recorded = self.record_loss(world);
                 return Some(Input::LossRecorded { volume_uid, is_recorded, then });
@@ -382,17 +384,57 @@ impl Gate {
                 let is_gone = world.catalog.attachment(attachment_id).is_none();
                 return is_gone.then_some(Input::AttachmentGone { attachment_id });
             }
+            Output::CopyAnswered { call, result, .. } => {
+                self.calls.remove(&call);
+                let volume = self.volume.as_ref().filter(|_| result.is_ok());
+                self.to_copiers.push(volume.map(Rc::clone));
+            }
             Output::Released { call, result } => {
                 self.calls.remove(&call);
                 if result.is_ok() {
                     self.answers.released();
                 }
             }
-            Output::FailSyncs { .. } | Output::RaiseIncarnation { .. } | Output::LossAnswered { .. } => {
-                panic!("nobody here syncs but clients")
+            Output::Mark { volume_uid, connection } => {
+                let is_marked = self.mark(world);
+                return Some(Input::Marked { volume_uid, connection, is_marked });
+            }
+            Output::GoOn { connection, is_marked, .. } => {
+                self.to_rings.push(ToRing::GoOn { connection, is_marked });
+            }
+            Output::FailSyncs { volume_uid, errno } => {
+                let volume = self.volume.as_ref().filter(|volume| volume.volume_uid == volume_uid);
+                volume.inspect(|volume| volume.report_failed_sync(errno));
+            }
+            Output::RaiseIncarnation { call } => {
+                world.coverage.count("a loss of a volume that is not open");
+                self.incarnations.raise_and_settle(world);
+                self.calls.remove(&call);
+            }
+            Output::LossAnswered { call, .. } => {
+                self.calls.remove(&call);
             }
         }
         None
+    }
+
+    fn close(&mut self, connection: ConnectionId, ring: usize) {
+        self.answers.told_to_close(connection);
+        if ring == STRANGERS_RING {
+            self.to_strangers.push((connection, None));
+        } else {
+            self.to_rings.push(ToRing::Close { connection });
+        }
+    }
+
+    fn mark(&mut self, world: &mut Surroundings<'_>) -> bool {
+        let is_marked = look_up(world, |_| Some(())).is_ok();
+        if is_marked {
+            (world.catalog.is_written, self.is_marked) = (true, true);
+        } else {
+            world.coverage.count("a first write cannot be recorded");
+        }
+        is_marked
     }
 
     fn fenced(&mut self, call: CallId, is_drained: bool, world: &mut Surroundings<'_>) {
@@ -410,7 +452,7 @@ impl Gate {
             Ok(record) => record.ok_or(NotServed::Unknown)?,
             Err(CatalogFailed) => return Err(NotServed::Catalog),
         };
-        let is_unrecorded = self.has_lost_volume() && !self.is_recorded();
+        let is_unrecorded = !self.incarnations.is_recorded(world.catalog);
         self.answers.given(&granted, self.has_lost_volume(), is_unrecorded, world.catalog);
         if granted.ring == STRANGERS_RING {
             world.coverage.count("a stranger is let in");
@@ -421,7 +463,7 @@ impl Gate {
         let description = ExportDescription {
             server_id: world.catalog.server_id,
             volume_uid: world.catalog.volume_uid,
-            incarnation: world.catalog.incarnation(),
+            incarnation: self.incarnations.word(&record),
         };
         let description = description.to_string();
         let (export, limits) = granted.export(&volume, &record, PAYLOAD_BYTES_MAX_DEFAULT, description);
@@ -457,10 +499,8 @@ impl Gate {
     fn opener(&mut self, index: usize, world: &mut Surroundings<'_>) -> bool {
         let volume_uid = self.opening[index];
         let result = if volume_uid == world.catalog.volume_uid {
-            if !self.open_volume(world) {
-                return false;
-            }
-            Ok(())
+            let Some(result) = self.open_volume(world) else { return false };
+            result
         } else if world.rng.u8(..8) > 0 {
             // Its storage is slow.
             return false;
@@ -472,25 +512,35 @@ impl Gate {
         true
     }
 
-    /// True: it is open now. Its lock is there when no other process's I/O is.
-    fn open_volume(&mut self, world: &mut Surroundings<'_>) -> bool {
-        if world.disk.has_predecessors(self.process) {
-            world.coverage.count("a volume's lock is waited for");
-            if !self.is(Mutant::NoRestartLock) {
-                return false;
+    /// Goes on with opening the volume; whether it is open, once that is known.
+    fn open_volume(&mut self, world: &mut Surroundings<'_>) -> Option<Result<(), NotServed>> {
+        let step = self.admission.take().unwrap_or_else(|| {
+            // Descriptors are opened before the file system is asked.
+            world.disk.opened(self.process);
+            self.incarnations.admit(world)
+        });
+        match self.incarnations.carry_out(self.process, step, world) {
+            Admission::Next(step) | Admission::Waits(step) => {
+                self.admission = Some(step);
+                None
             }
+            Admission::Done(Ok(())) => {
+                self.volume_admitted(world);
+                Some(Ok(()))
+            }
+            Admission::Done(Err(_)) => Some(Err(NotServed::Storage)),
         }
+    }
+
+    fn volume_admitted(&mut self, world: &mut Surroundings<'_>) {
         let catalog = &mut *world.catalog;
         let capacity_bytes = catalog.capacity_bytes as u64;
-        let file =
-            file::open(&catalog.volumes_dir, catalog.volume_uid, capacity_bytes, CacheMode::Buffered, 1);
+        let (dir, volume_uid, block) = (&catalog.volumes_dir, catalog.volume_uid, BLOCK_BYTES as u32);
+        let file = file::open(dir, volume_uid, capacity_bytes, block, CacheMode::Buffered, 1);
         let backend = Backend::File(file.expect("the simulation's file can be opened"));
         let skip_flush = self.is(Mutant::FlushDropped);
         let faults = Faults { skip_flush, ..Faults::default() };
-        self.admit(world);
-        let is_full = world.may_fail && world.rng.bool();
-        let catalog = &mut *world.catalog;
-        let recorder = self.recorder(catalog, is_full);
+        let recorder = self.incarnations.recorder(world.may_fail && world.rng.bool());
         let volume = Volume::new(
             catalog.volume_uid,
             capacity_bytes,
@@ -499,94 +549,32 @@ impl Gate {
             faults,
             recorder,
         );
+        self.answers.is_recorded = self.incarnations.is_recorded(catalog);
         self.volume = Some(Rc::new(volume));
-        true
+        self.is_marked = world.catalog.is_written;
     }
 
-    /// As `Incarnations::admit` and `look`.
-    fn admit(&mut self, world: &mut Surroundings<'_>) {
-        let is_first = !std::mem::replace(&mut self.is_admitted, true);
-        // Descriptors are opened before the file system is asked.
-        world.disk.opened(self.process);
-        let write_back_failed =
-            is_first && !world.disk.sync_file_system() && !self.is(Mutant::WriteBackIgnored);
-        let superblock = (!self.is(Mutant::MountIgnored)).then(|| world.disk.superblock.to_string());
-        let seen = Seen {
-            incarnation: world.catalog.incarnation,
-            attach_generation: 0,
-            superblock,
-            file: String::new(),
-            modified: String::new(),
-            session: SessionMark { attachment_id: String::new(), epoch: 0 },
-            write_back_failed,
-        };
-        let remembered = lock(&self.record).clone().or_else(|| lock(&world.catalog.record).clone());
-        let verdict = judge(remembered.as_ref(), &seen);
-        if verdict.loss.is_some() {
-            world.coverage.count("what the storage lost while nobody had it open is noticed");
+    /// The process ends in order: nothing is under way.
+    pub(super) fn close_volumes(&self, world: &Surroundings<'_>) {
+        if self.volume.is_some() {
+            self.incarnations.closed(world);
         }
-        if verdict.drops_cache && !self.is(Mutant::CacheKept) {
-            world.disk.drop_cache();
-        }
-        let record = Some(Record::of(seen, &verdict, false));
-        lock(&self.record).clone_from(&record);
-        *lock(&world.catalog.record) = record;
-        self.is_in_file.store(true, Ordering::Relaxed);
-        self.answers.is_recorded = true;
-        self.known = Arc::clone(&world.catalog.known);
-        self.known.store(verdict.incarnation, Ordering::Relaxed);
-        world.catalog.incarnation = world.catalog.incarnation.max(verdict.incarnation);
-    }
-
-    /// As `Incarnations::raise`; where the runtime directory is full, what is remembered stays in memory.
-    fn recorder(&self, catalog: &Catalog, is_full: bool) -> LossRecorder {
-        let (record, file) = (Arc::clone(&self.record), Arc::clone(&catalog.record));
-        let (is_in_file, known) = (Arc::clone(&self.is_in_file), Arc::clone(&self.known));
-        let (is_unheard, is_unsettled) = (Arc::clone(&self.is_unheard), Arc::clone(&self.is_unsettled));
-        let records = !self.is(Mutant::LossNotRecorded);
-        LossRecorder::new(move || {
-            if let Some(record) = lock(&record).as_mut().filter(|_| records) {
-                record.incarnation += 1;
-                record.lost_writes = true;
-                known.store(record.incarnation, Ordering::Relaxed);
-                is_in_file.store(!is_full, Ordering::Relaxed);
-                if !is_full {
-                    *lock(&file) = Some(record.clone());
-                }
-            }
-            is_unheard.store(true, Ordering::Relaxed);
-            is_unsettled.store(true, Ordering::Relaxed);
-            is_in_file.load(Ordering::Relaxed)
-        })
-    }
-
-    /// The catalog is told of a loss, if there is one to tell; false: it fails, mostly where the runtime directory is full.
-    fn settle(&self, world: &mut Surroundings<'_>) -> bool {
-        let is_full = !self.is_in_file.load(Ordering::Relaxed);
-        if look_up(world, |_| Some(())).is_err() || (is_full && world.may_fail && world.rng.u8(..4) > 0) {
-            return false;
-        }
-        if self.is_unsettled.swap(false, Ordering::Relaxed) {
-            let recorded = lock(&self.record).as_ref().map_or(0, |record| record.incarnation);
-            let incarnation = &mut world.catalog.incarnation;
-            let raised = if self.is(Mutant::LossNotRecorded) { *incarnation + 1 } else { recorded };
-            *incarnation = raised.max(*incarnation);
-        }
-        true
     }
 }
 
-impl Drop for Gate {
-    fn drop(&mut self) {
-        self.known.store(0, Ordering::Relaxed);
-    }
+fn named_volume(name: &str, world: &mut Surroundings<'_>) -> Found<NamedVolume> {
+    look_up(world, |catalog| {
+        let volume = catalog.volume_named(name)?;
+        let is_attached = volume.volume_uid == catalog.volume_uid && catalog.attachment.is_some();
+        Some(NamedVolume { volume, is_attached })
+    })
 }
 
-/// Looks something up in the catalog, which may fail.
-fn look_up<T>(world: &mut Surroundings<'_>, find: impl FnOnce(&Catalog) -> Option<T>) -> Found<T> {
-    if world.may_fail && world.rng.u8(..) == 0 {
-        world.coverage.count("the catalog fails");
-        return Err(CatalogFailed);
+fn persist(attachment_id: Uuid, epoch: u64, world: &mut Surroundings<'_>) -> bool {
+    let is_persisted = look_up(world, |_| Some(())).is_ok();
+    match world.catalog.session_epoch(attachment_id) {
+        Some(recorded) if is_persisted => *recorded = epoch.max(*recorded),
+        _ => world.coverage.count("an epoch cannot be recorded"),
     }
-    Ok(find(world.catalog))
+    is_persisted
 }

@@ -2,8 +2,9 @@
 //! exist only here. One seed is one simulation, always the same.
 //!
 //! What is the product's: on the client the rules of a queue (`QueueCore`), `Redial`, `Reconnect`, `Unflushed` and the handshake; on the
-//! server `Session`, the gate's `Core` with its fences, `RequestProgress`, `SyncGroups` and the handshake. What stands for the code between
-//! them (rings, threads) is in `client/` and in `server.rs`, `gate.rs` and `storage.rs`; `network.rs` and `disk.rs` are what they stand
+//! server `Session`, the gate's `Core` with its fences, the incarnations' `Core`, `RequestProgress`, `SyncGroups`, `CopyPlan` and the
+//! handshake. What stands for the code between them (rings, threads) is in `client/` and in `server.rs`, `copier.rs`, `gate.rs`,
+//! `incarnations.rs` and `storage.rs`; `network.rs` and `disk.rs` are what they stand
 //! on, `world.rs` chooses what happens. Users' reads, and the disk after a last power cut, are checked by `block_history.rs`.
 //!
 //! [`Coverage`] counts which situations came up, [`Mutant`] breaks the rules one by one: see `tests/host/simulator.rs`.
@@ -11,10 +12,12 @@
 mod answers;
 mod broken_gate;
 mod client;
+mod copier;
 mod coverage;
 mod device;
 mod disk;
 mod gate;
+mod incarnations;
 mod mutant;
 mod network;
 mod server;

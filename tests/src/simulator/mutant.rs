@@ -45,6 +45,22 @@ pub enum Mutant {
     WriteBackIgnored,
     /// What could not be written back stays in the page cache when the volume is opened anew.
     CacheKept,
+    /// A new server process does not read what is remembered of the volume.
+    RecordUnread,
+    /// The number that the catalog has is not looked at.
+    CatalogUnread,
+    /// What is told of a storage does not change with a reboot.
+    BootUntold,
+    /// What could not be written back is dropped after the record says so.
+    CacheDroppedLate,
+    /// What the file system says once is not remembered for the next process.
+    WriteBackForgotten,
+    /// A volume is opened although its loss of writes can be recorded nowhere.
+    UnrecordedAdmitted,
+    /// Nobody hears that a sync failed which was no client's.
+    ControlSyncUntold,
+    /// A device goes without its last FLUSH.
+    FinalFlushDropped,
     /// A silent server is left although it answers probes.
     ProbesIgnored,
     /// Probes vouch for a request however old it is.
@@ -79,11 +95,25 @@ pub enum Mutant {
     HolderIgnored,
     /// Who has connections fenced is told at once that they are gone.
     FenceNotAwaited,
+    /// The first write to a volume begins before it is durable that there is one.
+    MarkNotAwaited,
+    /// The first write to a volume begins although that cannot be recorded.
+    UnmarkedWritten,
+    /// No change waits for a copy.
+    HoldIgnored,
+    /// Only what is written waits for a copy, and not what is zeroed.
+    ZeroesNotHeld,
+    /// The first pieces are copied before changes wait for them.
+    CopiedBeforeHeld,
+    /// A piece is taken for copied before it is.
+    MarkedEarly,
+    /// Who waited for a copy is not told to go on.
+    HeldForgotten,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 38] = [
+    pub const ALL: [Self; 53] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -105,6 +135,14 @@ impl Mutant {
         Self::MountIgnored,
         Self::WriteBackIgnored,
         Self::CacheKept,
+        Self::RecordUnread,
+        Self::CatalogUnread,
+        Self::BootUntold,
+        Self::CacheDroppedLate,
+        Self::WriteBackForgotten,
+        Self::UnrecordedAdmitted,
+        Self::ControlSyncUntold,
+        Self::FinalFlushDropped,
         Self::ProbesIgnored,
         Self::ProbesForEver,
         Self::PongsIgnored,
@@ -122,5 +160,12 @@ impl Mutant {
         Self::SecretIgnored,
         Self::HolderIgnored,
         Self::FenceNotAwaited,
+        Self::MarkNotAwaited,
+        Self::UnmarkedWritten,
+        Self::HoldIgnored,
+        Self::ZeroesNotHeld,
+        Self::CopiedBeforeHeld,
+        Self::MarkedEarly,
+        Self::HeldForgotten,
     ];
 }

@@ -1,7 +1,9 @@
 //! The simulated storage node: the real session, gate, request progress and sync groups, without sockets and threads.
 //!
-//! Stands for `server/src/connection.rs`: moves bytes between a connection's pipes and its session, and has the disk do what a
+//! Stands for `server/src/data/io/session_io.rs`: moves bytes between a connection's pipes and its session, and has the disk do what a
 //! request needs. The gate is in `gate.rs`, what survives the process in `storage.rs`.
+
+mod copies;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -11,23 +13,25 @@ use fastrand::Rng;
 use proto::export_name::AttachmentExportName;
 use proto::nbd::handshake::server::OpenKind;
 use proto::nbd::replies::ReplyHead;
-use proto::nbd::transmission::{Command, CommandFlags, NbdError};
+use proto::nbd::transmission::{Command, CommandFlags};
 use server::backend::VolumeOp;
-use server::ids::{ConnectionId, SlotId};
+use server::data::io::sync_groups::{Begin, SyncGroups};
+use server::data::session::{Action, Session};
+use server::ids::{ConnectionId, RequestSlot};
 use server::limits::IN_FLIGHT_REQUESTS_MAX;
-use server::session::{Action, Session};
-use server::sync_groups::{Begin, SyncGroups};
-use server::volume::{Next, RequestProgress, Volume};
+use server::volume::Volume;
+use server::volume::request::{Next, RequestProgress};
 use uuid::Uuid;
 
+use super::Mutant;
+use super::copier::{Copied, Copier};
 use super::coverage::Coverage;
-use super::disk::{Ended, Owner, Work};
+use super::disk::{COPIER, Ended, Owner, Work};
 use super::gate::{Gate, ToRing};
 use super::network::{End, Link, LinkId};
-use super::storage::Surroundings;
+use super::storage::{Catalog, Surroundings};
 use super::strangers::Strangers;
-use super::{Failure, Mutant};
-use crate::block_history::BLOCK_BYTES;
+use crate::block_history::{BLOCK_BYTES, CopyCall};
 
 /// What all syncs are joined by: there is one volume.
 const SYNC_KEY: usize = 1;
@@ -48,13 +52,20 @@ struct Connection {
     volume: Option<Rc<Volume>>,
     buffers: Vec<Vec<u8>>,
     progress: Vec<Option<RequestProgress>>,
+    /// What waits for a copy.
+    held: Vec<Option<VolumeOp>>,
     answered_early: Vec<bool>,
+    /// The request that waits until the volume is marked as written.
+    waits_for_mark: Option<RequestSlot>,
     /// Operations of the disk, and syncs that are waited for.
     operations: usize,
     output: VecDeque<u8>,
 }
 
 /// A process of the storage node.
+/// Pieces, and what was in them.
+type CopiedEarly = Vec<(usize, Vec<u8>)>;
+
 pub(super) struct Server {
     pub(super) process: u64,
     connections: BTreeMap<u32, Connection>,
@@ -62,6 +73,10 @@ pub(super) struct Server {
     pub(super) gate: Gate,
     strangers: Strangers,
     syncs: SyncGroups,
+    /// Who wants a copy, and waits for the volume to be open; with what is copied too early.
+    copy_call: Option<(CopyCall, CopiedEarly)>,
+    copier: Option<Copier>,
+    pub(super) copied: Option<Copied>,
     mutant: Option<Mutant>,
 }
 
@@ -69,21 +84,19 @@ pub(super) struct Server {
 const RING: usize = 0;
 
 impl Server {
-    pub(super) fn new(process: u64, mutant: Option<Mutant>, now: Instant) -> Self {
+    pub(super) fn new(process: u64, catalog: &Catalog, mutant: Option<Mutant>, now: Instant) -> Self {
         Self {
             process,
             connections: BTreeMap::new(),
             next_connection: 0,
-            gate: Gate::new(process, mutant, now),
+            gate: Gate::new(process, catalog, mutant, now),
             strangers: Strangers::new(),
             syncs: SyncGroups::default(),
+            copy_call: None,
+            copier: None,
+            copied: None,
             mutant,
         }
-    }
-
-    /// As [`Gate::take_fault`].
-    pub(super) fn take_fault(&mut self) -> Result<(), Failure> {
-        self.gate.take_fault()
     }
 
     fn is(&self, mutant: Mutant) -> bool {
@@ -101,7 +114,9 @@ impl Server {
             volume: None,
             buffers: vec![Vec::new(); IN_FLIGHT_REQUESTS_MAX],
             progress: idle(),
+            held: vec![None; IN_FLIGHT_REQUESTS_MAX],
             answered_early: vec![false; IN_FLIGHT_REQUESTS_MAX],
+            waits_for_mark: None,
             operations: 0,
             output: VecDeque::new(),
         };
@@ -113,6 +128,9 @@ impl Server {
     pub(super) fn die(&mut self, links: &mut [Link], rng: &mut Rng, coverage: &mut Coverage) {
         if self.gate.has_outputs() {
             coverage.count("a server is killed between two outputs of the gate");
+        }
+        if self.copier.is_some() {
+            coverage.count("a server is killed while it copies a volume");
         }
         for connection in self.connections.values() {
             links[connection.link].to_client.cut(rng.bool());
@@ -126,6 +144,9 @@ impl Server {
             self.strangers.step(&mut self.gate, world);
         }
         if world.rng.bool() && self.gate_step(world) {
+            return true;
+        }
+        if world.rng.u8(..4) == 0 && self.copy_step(world) {
             return true;
         }
         let Some(id) = choose(self.connections.keys().copied(), world.rng) else {
@@ -199,8 +220,10 @@ impl Server {
             return true;
         }
         let room = pipe.room(world.room_bytes).min(connection.output.len());
-        let bytes: Vec<u8> = connection.output.drain(..room).collect();
-        pipe.write(&bytes);
+        if room > 0 {
+            pipe.write(&connection.output.make_contiguous()[..room]);
+            connection.output.drain(..room);
+        }
         room > 0
     }
 
@@ -208,7 +231,7 @@ impl Server {
         let mut has_parsed = false;
         loop {
             let connection = self.connections.get_mut(&id).expect("it exists");
-            if connection.phase != Phase::Open {
+            if connection.phase != Phase::Open || connection.waits_for_mark.is_some() {
                 return has_parsed;
             }
             let pipe = &mut world.links[connection.link].to_server;
@@ -274,12 +297,27 @@ impl Server {
 
     // ------------------------------------------------------------------------------------------------ requests
 
-    fn begin(&mut self, id: u32, slot: SlotId, world: &mut Surroundings<'_>) {
+    fn begin(&mut self, id: u32, slot: RequestSlot, world: &mut Surroundings<'_>) {
+        self.begin_if(id, slot, false, world);
+    }
+
+    /// `is_let`: it has waited for the volume's mark, if that was to be waited for.
+    fn begin_if(&mut self, id: u32, slot: RequestSlot, is_let: bool, world: &mut Surroundings<'_>) {
         let drops_fua = self.is(Mutant::FuaDropped);
         let early = self.is(Mutant::EarlyAnswer);
         let connection = self.connections.get_mut(&id).expect("it exists");
         let volume = Rc::clone(connection.volume.as_ref().expect("it transmits"));
         let mut request = *connection.session.request(slot);
+        if matches!(request.command, Command::Write | Command::WriteZeroes) && !self.gate.is_marked {
+            if !is_let {
+                world.coverage.count("a first write waits for its mark");
+                connection.waits_for_mark = Some(slot);
+                return self.gate.wants_mark(ConnectionId(u64::from(id)));
+            }
+            if !world.catalog.is_written {
+                self.gate.written_unmarked();
+            }
+        }
         if drops_fua {
             request.flags = CommandFlags(request.flags.0 & !CommandFlags::FUA.0);
         }
@@ -292,7 +330,12 @@ impl Server {
         self.follow(id, slot, next, world);
     }
 
-    fn follow(&mut self, id: u32, slot: SlotId, next: Next, world: &mut Surroundings<'_>) {
+    fn follow(&mut self, id: u32, slot: RequestSlot, next: Next, world: &mut Surroundings<'_>) {
+        if let Next::Submit(op) = next
+            && self.holds(id, slot, op, world)
+        {
+            return;
+        }
         let owner = Owner { process: self.process, connection: id, slot };
         let swaps = self.is(Mutant::SwappedBlocks);
         let stale = self.is(Mutant::StaleRead);
@@ -301,7 +344,7 @@ impl Server {
         let op = match next {
             Next::Submit(op) => op,
             Next::Disconnect => {
-                self.gate.ended_without_answer();
+                self.gate.ended_without_answer(world.catalog);
                 return self.close(id, world);
             }
             Next::Done(result) => {
@@ -368,6 +411,9 @@ impl Server {
     /// An operation of this process has ended.
     pub(super) fn ended(&mut self, ended: Ended, world: &mut Surroundings<'_>) {
         let Ended { owner, result, read, is_sync } = ended;
+        if owner.connection == COPIER {
+            return self.copy_synced(result, world);
+        }
         if !is_sync {
             return self.volume_completed(owner.connection, owner.slot, result, read, world);
         }
@@ -383,7 +429,7 @@ impl Server {
     fn volume_completed(
         &mut self,
         id: u32,
-        slot: SlotId,
+        slot: RequestSlot,
         result: i32,
         read: Vec<u8>,
         world: &mut Surroundings<'_>,
@@ -418,6 +464,7 @@ impl Server {
     fn told(&mut self, message: ToRing, world: &mut Surroundings<'_>) {
         let (ToRing::Opened { connection, .. }
         | ToRing::Refused { connection, .. }
+        | ToRing::GoOn { connection, .. }
         | ToRing::Close { connection }) = message;
         let id = connection.0 as u32;
         let Some(connection) = self.connections.get_mut(&id) else { return };
@@ -427,6 +474,14 @@ impl Server {
                     world.coverage.count("a connection is closed with I/O under way");
                 }
                 self.close(id, world);
+            }
+            ToRing::GoOn { is_marked, .. } => {
+                let Some(slot) = connection.waits_for_mark.take() else { return };
+                match connection.phase {
+                    Phase::Closing => {}
+                    _ if is_marked => self.begin_if(id, slot, true, world),
+                    _ => self.close(id, world),
+                }
             }
             _ if connection.phase != Phase::Open => {}
             ToRing::Opened { volume, export, limits, .. } => {
@@ -466,6 +521,3 @@ pub(super) fn choose<T>(mut from: impl ExactSizeIterator<Item = T>, rng: &mut Rn
     let len = from.len();
     if len == 0 { None } else { from.nth(rng.usize(..len)) }
 }
-
-/// What a failed request is told where there is no better word.
-pub(super) const EIO: i32 = NbdError::Eio as i32;

@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use fastrand::Rng;
 use proto::export_name::Secret;
+use proto::nbd::transmission::NbdError;
 use server::catalog::{AttachmentRecord, BackendKind, VolumeRecord};
-use server::incarnation::Record;
+use server::data::gate::{CatalogFailed, Found};
 use uuid::Uuid;
 
 use super::coverage::Coverage;
@@ -43,10 +44,14 @@ pub(super) struct Catalog {
     pub(super) boot: u64,
     pub(super) incarnation: u64,
     /// What is remembered outside of it, for this boot.
-    pub(super) record: Arc<Mutex<Option<Record>>>,
+    pub(super) record: Arc<Mutex<RecordFile>>,
     /// The incarnation that the process knows, and tells; 0 without one.
     pub(super) known: Arc<AtomicU64>,
     pub(super) attachment: Option<Attachment>,
+    /// Somebody has begun to write to the volume, or was about to.
+    pub(super) is_written: bool,
+    /// Of the last attachment, or higher.
+    pub(super) attach_generation: u64,
     /// Where an empty file stands for the volume; no operation reaches it.
     pub(super) volumes_dir: PathBuf,
 }
@@ -75,7 +80,7 @@ impl Catalog {
 
     /// The boot, and how often it was raised.
     pub(super) fn told(&self) -> (u64, u64) {
-        let recorded = lock(&self.record).as_ref().map_or(0, |record| record.incarnation);
+        let recorded = lock(&self.record).incarnation;
         (self.boot, self.incarnation.max(recorded).max(self.known.load(Ordering::Relaxed)))
     }
 
@@ -93,6 +98,7 @@ impl Catalog {
             session_epoch: held.session_epoch,
             created_at_ms: 0,
             boot_id: String::new(),
+            is_shared: false,
         })
     }
 
@@ -118,6 +124,7 @@ impl Catalog {
             write_cache_on: self.write_cache_on,
             incarnation: self.incarnation,
             created_at_ms: 0,
+            settings: Default::default(),
         })
     }
 
@@ -131,3 +138,31 @@ impl Catalog {
 pub(super) fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// The record of the volume, which outlives a process, and mostly not the machine.
+#[derive(Debug, Default)]
+pub(super) struct RecordFile {
+    pub(super) text: Option<Vec<u8>>,
+    /// The number that it has for this boot.
+    pub(super) incarnation: u64,
+}
+
+impl RecordFile {
+    /// The machine has lost power; `is_kept`: the file is on a disk.
+    pub(super) fn lose_power(&mut self, is_kept: bool) {
+        self.incarnation = 0;
+        self.text = self.text.take().filter(|_| is_kept);
+    }
+}
+
+/// Looks something up in the catalog, which may fail.
+pub(super) fn look_up<T>(world: &mut Surroundings<'_>, find: impl FnOnce(&Catalog) -> Option<T>) -> Found<T> {
+    if world.may_fail && world.rng.u8(..) == 0 {
+        world.coverage.count("the catalog fails");
+        return Err(CatalogFailed);
+    }
+    Ok(find(world.catalog))
+}
+
+/// What a failed request is told where there is no better word.
+pub(super) const EIO: i32 = NbdError::Eio as i32;

@@ -1,6 +1,10 @@
 //! One simulation: users, a device with its processes, a network, a storage node with its processes, and a disk, on one thread
 //! with a clock of its own. What happens next is chosen by the seed and by nothing else.
 
+mod attaching;
+mod copies;
+mod storage_faults;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,22 +12,21 @@ use std::time::{Duration, Instant};
 use ::client::contract::StallPolicy;
 use ::client::device::liveness::VOUCHED_FOR;
 use ::client::device::queue::block_request::BlockRequest;
-use ::client::device::queue::connection::Origin;
 use ::client::device::reconnect::Condition;
 use fastrand::Rng;
-use proto::export_name::{SECRET_BYTES, Secret};
 use proto::nbd::transmission::{Command, CommandFlags};
 use uuid::Uuid;
 
-use super::client::{Bio, Client, EndedBio, Note, Origins, Spec};
+use super::client::{Bio, Client, EndedBio, Note};
 use super::coverage::Coverage;
 use super::device::Device;
-use super::disk::Disk;
+use super::disk::{CONTROL, Disk};
 use super::network::{End, Link, LinkId, TCP_USER_TIMEOUT};
-use super::server::{EIO, Server};
-use super::storage::{self, Attachment, Catalog};
+use super::server::Server;
+use super::storage::{self, Catalog, EIO};
 use super::{Failure, Mutant, client};
-use crate::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern};
+use crate::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern, SentFlush};
+use attaching::Settling;
 
 /// Blocks of the volume.
 const BLOCKS: usize = 12;
@@ -37,6 +40,12 @@ const STEPS_MAX: u64 = 400_000;
 const SLOW_PATIENCE: Duration = Duration::from_secs(60);
 /// Steps between two faults, on average.
 const STEPS_PER_FAULT: u64 = 300;
+/// Some of the faults of [`World::next_fault`].
+const TAKING: u8 = 7;
+const FAILED_SYNC: u8 = 8;
+const FAILED_WRITE_BACK: u8 = 9;
+const EVICTION: u8 = 10;
+const DETACHING: u8 = 12;
 
 pub(super) struct World<'a> {
     rng: Rng,
@@ -53,6 +62,12 @@ pub(super) struct World<'a> {
     attachments: u64,
     /// The volume is being taken away from its holder.
     is_taking: bool,
+    /// Its holder detaches it, once its requests have ended.
+    is_detaching: bool,
+    /// What was written is being made durable, before the next holder is told that the volume is its own.
+    settling: Option<Settling>,
+    /// The last FLUSH of the device that is being detached.
+    last_flush: Option<SentFlush>,
     room_bytes: usize,
     lies: bool,
     /// Nothing fails, but the disk takes minutes for a sync now and then; users do not wait for ever.
@@ -88,6 +103,8 @@ impl<'a> World<'a> {
             record: Arc::default(),
             known: Arc::default(),
             attachment: None,
+            is_written: false,
+            attach_generation: 0,
             volumes_dir: volumes_dir.to_owned(),
         };
         let room_bytes =
@@ -99,7 +116,7 @@ impl<'a> World<'a> {
             now: Instant::now(),
             links: Vec::new(),
             disk: Disk::new(CAPACITY_BYTES),
-            server: Some(Server::new(1, mutant, Instant::now())),
+            server: Some(Server::new(1, &catalog, mutant, Instant::now())),
             catalog,
             processes: 1,
             devices: Vec::new(),
@@ -107,6 +124,9 @@ impl<'a> World<'a> {
             requests_left: REQUESTS,
             attachments: 0,
             is_taking: false,
+            is_detaching: false,
+            settling: None,
+            last_flush: None,
             room_bytes,
             lies,
             is_slow,
@@ -122,6 +142,7 @@ impl<'a> World<'a> {
             rng,
         };
         world.attach();
+        world.start_process();
         world
     }
 
@@ -147,7 +168,8 @@ impl<'a> World<'a> {
             let client = device.client.as_ref();
             client.is_none_or(|client| matches!(client.condition(), Condition::Lost(_)))
         };
-        self.is_taking || self.devices.iter().any(|device| device.has_bios() || is_lost(device))
+        let is_changing_hands = self.is_taking || self.is_detaching || self.settling.is_some();
+        is_changing_hands || self.devices.iter().any(|device| device.has_bios() || is_lost(device))
     }
 
     fn step(&mut self) -> Result<(), Failure> {
@@ -170,6 +192,7 @@ impl<'a> World<'a> {
         self.take_ended()?;
         self.look_at_slow_requests()?;
         self.server.as_mut().map_or(Ok(()), Server::take_fault)?;
+        self.look_at_copy()?;
         self.now += Duration::from_micros(self.rng.u64(..2_000));
         if !has_done && self.rng.u8(..8) == 0 && !self.do_anything() {
             // Nothing can happen but that time passes.
@@ -226,7 +249,7 @@ impl<'a> World<'a> {
     // ------------------------------------------------------------------------------------------------ users
 
     fn submit(&mut self) -> bool {
-        if self.requests_left == 0 {
+        if self.requests_left == 0 || self.is_detaching {
             return false;
         }
         let (queues, depth) = (self.device().spec.nr_queues, self.device().spec.queue_depth);
@@ -406,6 +429,11 @@ impl<'a> World<'a> {
         has_done
     }
 
+    /// Whether one of these rules is the one that is broken: what they take is done more often then.
+    fn is_looked_for(&self, rules: &[Mutant]) -> bool {
+        self.mutant.is_some_and(|mutant| rules.contains(&mutant))
+    }
+
     /// Has the server do something; `None` while there is none.
     fn with_server<T>(
         &mut self,
@@ -434,10 +462,23 @@ impl<'a> World<'a> {
             (has_done | is_ended, is_ended)
         });
         let Some((has_done, is_ended)) = step else { return false };
+        self.hear_of_copy();
         self.look_at_incarnation(before);
         if self.disk.drops != drops {
             self.storage_lost();
             self.coverage.count("what could not be written back is dropped before it is read");
+        }
+        // A death there costs a whole start: few, but where it is looked for.
+        let kills_in =
+            if self.is_looked_for(&[Mutant::CacheDroppedLate, Mutant::WriteBackForgotten]) { 8 } else { 64 };
+        if self.has_faults
+            && !self.is_slow
+            && self.server.as_ref().is_some_and(|server| server.gate.is_admitting())
+            && self.rng.u8(..kills_in) == 0
+        {
+            self.coverage.count("a server is killed while it opens a volume");
+            self.kill_server();
+            return true;
         }
         if is_ended {
             self.is_taking = false;
@@ -483,6 +524,10 @@ impl<'a> World<'a> {
             self.coverage.count("a sync fails");
         }
         let before = self.catalog.told();
+        if ended.owner.process >= CONTROL {
+            self.settled(&ended);
+            return true;
+        }
         self.with_server(|server, world| {
             if ended.owner.process == server.process {
                 server.ended(ended, world);
@@ -506,14 +551,26 @@ impl<'a> World<'a> {
     fn chance(&mut self) -> Result<(), Failure> {
         if self.server.is_none() && (self.rng.u8(..8) == 0 || !self.has_faults) {
             self.processes += 1;
-            self.server = Some(Server::new(self.processes, self.mutant, self.now));
+            self.server = Some(Server::new(self.processes, &self.catalog, self.mutant, self.now));
+            if self.has_faults && !self.is_slow && self.rng.u8(..12) == 0 {
+                for _ in 0..self.rng.u8(..6) {
+                    self.server_step();
+                }
+                self.coverage.count("a server is killed as it starts");
+                self.kill_server();
+            }
         }
-        if self.device().client.is_none() && (self.rng.u8(..8) == 0 || !self.has_faults) {
+        if self.settling.is_none()
+            && self.device().client.is_none()
+            && (self.rng.u8(..8) == 0 || !self.has_faults)
+        {
             self.start_process();
         }
         self.look_after_devices()?;
+        self.change_hands()?;
         self.give_up_stalled_links();
         let faults_per_chance = STEPS_PER_FAULT / 16;
+        self.perhaps_copy(faults_per_chance);
         if !self.has_faults || self.rng.u64(..faults_per_chance) > 0 {
             return Ok(());
         }
@@ -527,8 +584,9 @@ impl<'a> World<'a> {
             }
             return Ok(());
         }
-        match self.rng.u8(..20) {
-            0 | 1 => self.kill_server(),
+        match self.next_fault() {
+            0 => self.kill_server(),
+            1 if self.rng.bool() => self.kill_server(),
             2 => self.cut_power(),
             3 | 4 => self.kill_client(),
             5 => {
@@ -548,33 +606,41 @@ impl<'a> World<'a> {
                 self.now += Duration::from_secs(self.rng.u64(..25));
                 self.coverage.count("the clock jumps");
             }
-            7 if self.rng.bool() => {
+            TAKING if self.rng.bool() => {
                 self.is_taking = true;
                 self.coverage.count("another node takes the volume by force");
             }
-            8 => self.disk.fails_next_sync = self.may_fail_syncs,
-            9 if self.may_fail_syncs => {
+            FAILED_SYNC => self.disk.fails_next_sync = self.may_fail_syncs,
+            FAILED_WRITE_BACK if self.may_fail_syncs => {
                 self.disk.fail_write_back(&mut self.rng);
                 self.coverage.count("the kernel fails to write back");
             }
-            10 => self.evict(),
+            EVICTION => self.evict(),
             11 if self.server.is_none() && self.disk.operations() == 0 => {
                 self.disk.remount(&mut self.rng);
                 self.storage_lost();
                 self.coverage.count("the file system is mounted anew");
             }
+            DETACHING if self.rng.bool() => self.is_detaching = true,
             _ => self.cut_link(),
         }
         Ok(())
     }
 
-    /// The cache lets go of what it takes for clean. Not between a failure and the sync that tells of it: what is read then through a
-    /// page cache, no server can know. Nor of a volume that is known to have lost writes, until it is opened anew.
-    fn evict(&mut self) {
-        let is_known = self.server.as_ref().is_some_and(|server| server.gate.has_lost_volume());
-        if !is_known && self.disk.is_told() && self.disk.evict() {
-            self.coverage.count("what could not be written back is evicted");
+    /// Which of the twenty faults comes next: more often one of those that a broken rule is about.
+    fn next_fault(&mut self) -> u8 {
+        let wanted: &[u8] = match self.mutant {
+            Some(Mutant::LossNotRecorded) => &[FAILED_SYNC],
+            Some(Mutant::WriteBackIgnored | Mutant::WriteBackForgotten) => &[FAILED_WRITE_BACK],
+            Some(Mutant::CacheKept) => &[FAILED_WRITE_BACK, EVICTION],
+            Some(Mutant::CacheDroppedLate) => &[EVICTION],
+            Some(Mutant::ControlSyncUntold) => &[TAKING, DETACHING],
+            _ => &[],
+        };
+        if !wanted.is_empty() && self.rng.u8(..4) == 0 {
+            return wanted[self.rng.usize(..wanted.len())];
         }
+        self.rng.u8(..20)
     }
 
     fn cut_link(&mut self) {
@@ -634,27 +700,17 @@ impl<'a> World<'a> {
     }
 
     fn kill_server(&mut self) {
+        if self.disk.operations() == 0 && self.rng.bool() {
+            self.coverage.count("a server ends in order");
+            self.with_server(|server, world| server.gate.close_volumes(world));
+        }
         let Some(mut server) = self.server.take() else { return };
         if self.disk.operations() > 0 {
             self.coverage.count("a server is killed with I/O under way");
         }
         server.die(&mut self.links, &mut self.rng, self.coverage);
         self.disk.process_died(server.process, &mut self.rng);
-    }
-
-    fn cut_power(&mut self) {
-        if let Some(mut server) = self.server.take() {
-            if self.rng.bool() {
-                server.die(&mut self.links, &mut self.rng, self.coverage);
-            } else {
-                (0..self.links.len()).for_each(|link| self.stall(link));
-            }
-        }
-        self.coverage.count("a power cut");
-        self.disk.power_cut(&mut self.rng);
-        self.catalog.boot += 1;
-        self.catalog.record = Arc::default();
-        self.storage_lost();
+        self.abandon_settling(server.process);
     }
 
     fn storage_lost(&mut self) {
@@ -670,120 +726,5 @@ impl<'a> World<'a> {
         let Some(mut client) = device.client.take() else { return };
         client.die(&mut self.links, &mut self.rng);
         self.coverage.count("a device process is killed");
-    }
-
-    // ------------------------------------------------------------------------------------------------ attaching
-
-    /// A device for an attachment that is new.
-    fn attach(&mut self) {
-        self.attachments += 1;
-        let secret = Secret::parse(&"5a".repeat(SECRET_BYTES)).expect("it is one");
-        let attachment = Attachment {
-            attachment_id: Uuid::from_u128(u128::from(100 + self.attachments)),
-            secret: secret.clone(),
-            generation: self.attachments,
-            session_epoch: 0,
-            is_ending: false,
-        };
-        // Who breaks the protocol promises nothing of what it had taken, while another queue goes on.
-        let nr_queues = if self.lies { 1 } else { self.rng.u16(1..=2) };
-        let spec = Spec {
-            attachment_id: attachment.attachment_id,
-            secret,
-            session_epoch: 0,
-            server_id: self.catalog.server_id,
-            volume_uid: self.catalog.volume_uid,
-            capacity_bytes: self.catalog.capacity_bytes as u64,
-            nr_queues,
-            nr_connections: nr_queues,
-            queue_depth: self.rng.u16(1..=5),
-            small_bytes_max: [0, 4096, 8192][self.rng.usize(..3)],
-            origins: [Origins::One(Origin::Pages), Origins::One(Origin::Staging), Origins::Both]
-                [self.rng.usize(..3)],
-            is_volatile_cache: self.catalog.write_cache_on,
-            policy: if self.is_slow {
-                StallPolicy::FailAfterMs(self.rng.u64(2_000..6_000))
-            } else {
-                StallPolicy::Wait
-            },
-        };
-        self.catalog.attachment = Some(attachment);
-        let tags = || (0..spec.queue_depth).map(|_| None).collect();
-        let device = Device {
-            bios: (0..spec.nr_queues).map(|_| tags()).collect(),
-            spec,
-            client: None,
-            incarnation: None,
-            may_be_lost: false,
-            may_fail: false,
-            given_up_after: None,
-        };
-        self.devices.push(device);
-        self.start_process();
-    }
-
-    fn start_process(&mut self) {
-        let now_told = self.catalog.incarnation();
-        let Some(device) = self.devices.last_mut() else { return };
-        device.spec.session_epoch += 1;
-        // Another process may have another number of connections: the slots that it lacks are nobody's.
-        device.spec.nr_connections = device.spec.nr_queues * self.rng.u16(1..=2);
-        let mut world = client::Surroundings {
-            links: &mut self.links,
-            bios: &mut device.bios,
-            ended: &mut Vec::new(),
-            rng: &mut self.rng,
-            coverage: self.coverage,
-            now: self.now,
-            room_bytes: self.room_bytes,
-            dialled: &mut Vec::new(),
-            is_server_up: true,
-        };
-        let former = device.incarnation.clone();
-        device.client = Some(Client::new(device.spec.clone(), former, now_told, self.mutant, &mut world));
-    }
-
-    /// The former holder has lost the volume; the next one begins.
-    fn give_away(&mut self) {
-        for device in &mut self.devices {
-            for bio in device.bios.iter_mut().flatten().flatten() {
-                if let Note::Write { write, .. } = std::mem::replace(&mut bio.note, Note::Gone) {
-                    self.history.write_failed(write);
-                }
-            }
-        }
-        // Whose disk it was is told by EIO; the next holder finds what a power cut left.
-        if self.device().may_be_lost {
-            self.history.forgot();
-        }
-        self.history.handed_over();
-        self.attach();
-    }
-
-    /// Who lost the volume is detached once its requests have ended; what a server forgot is told to the users.
-    fn look_after_devices(&mut self) -> Result<(), Failure> {
-        let is_lost = |device: &Device| {
-            device.client.as_ref().is_some_and(|client| matches!(client.condition(), Condition::Lost(_)))
-        };
-        let last = self.devices.len() - 1;
-        if !self.is_taking && is_lost(&self.devices[last]) && !self.devices[last].has_bios() {
-            if !self.devices[last].may_be_lost {
-                return Err(Failure::Error("the disk was lost although its storage was not".to_owned()));
-            }
-            self.coverage.count("a server that forgot is noticed");
-            self.history.forgot();
-            self.is_taking = true;
-        }
-        // Its machine goes: what it has sent may still arrive.
-        for index in 0..last {
-            if self.rng.u8(..16) == 0 || !self.has_faults {
-                let mut device = self.devices.remove(index);
-                if let Some(mut client) = device.client.take() {
-                    client.die(&mut self.links, &mut self.rng);
-                }
-                break;
-            }
-        }
-        Ok(())
     }
 }

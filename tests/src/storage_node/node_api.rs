@@ -12,7 +12,10 @@ use anyhow::{Context as _, Result};
 use proto::v1;
 use proto::v1::node_client::NodeClient;
 use serde_json::{Value, json};
-use tonic::transport::Endpoint;
+use tonic::transport::{Channel, Endpoint};
+use uuid::Uuid;
+
+use super::StorageNode;
 
 /// A call that takes longer is not coming back.
 const CALL_DEADLINE: Duration = Duration::from_secs(60);
@@ -22,15 +25,60 @@ const CALL_DEADLINE: Duration = Duration::from_secs(60);
 /// # Errors
 /// No daemon listens, or it refuses.
 pub(super) fn attachments(socket: &Path) -> Result<Vec<Value>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let attachments = runtime.block_on(async {
-        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?.timeout(CALL_DEADLINE);
-        let channel = endpoint.connect().await.context("the node daemon")?;
-        let mut node = NodeClient::new(channel);
+    let attachments = ask(socket, CALL_DEADLINE, async |mut node| {
         let answer = node.list_node_attachments(v1::ListNodeAttachmentsRequest {}).await?;
-        anyhow::Ok(answer.into_inner().attachments)
+        Ok(answer.into_inner().attachments)
     })?;
     Ok(attachments.iter().map(shown).collect())
+}
+
+/// Makes one call of the daemon.
+fn ask<T>(
+    socket: &Path,
+    deadline: Duration,
+    call: impl AsyncFnOnce(NodeClient<Channel>) -> Result<T>,
+) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?.timeout(deadline);
+        call(NodeClient::new(endpoint.connect().await.context("the node daemon")?)).await
+    })
+}
+
+impl StorageNode {
+    /// Freezes what is mounted of the volumes, as volctl does before a snapshot; gives the freeze's id.
+    ///
+    /// # Errors
+    /// The daemon refuses.
+    pub fn freeze(&self, volumes: &[&str]) -> Result<Uuid> {
+        self.freeze_within(volumes, CALL_DEADLINE)
+    }
+
+    /// The same, waiting so long for the answer.
+    ///
+    /// # Errors
+    /// The daemon refuses, or does not answer.
+    pub fn freeze_within(&self, volumes: &[&str], deadline: Duration) -> Result<Uuid> {
+        let freeze_id = Uuid::new_v4();
+        let targets = volumes.iter().map(|&volume| volume.to_owned()).collect();
+        let request = v1::FreezeRequest { targets, freeze_id: freeze_id.to_string() };
+        ask(&self.socket(), deadline, async |mut node| {
+            node.freeze(request).await?;
+            Ok(freeze_id)
+        })
+    }
+
+    /// Thaws that; `None`: it was frozen until now, or why not.
+    ///
+    /// # Errors
+    /// The daemon does not answer.
+    pub fn thaw(&self, freeze_id: Uuid) -> Result<Option<String>> {
+        let request = v1::ThawRequest { freeze_id: freeze_id.to_string() };
+        ask(&self.socket(), CALL_DEADLINE, async |mut node| {
+            let answer = node.thaw(request).await?.into_inner();
+            Ok((!answer.was_frozen).then_some(answer.reason))
+        })
+    }
 }
 
 fn shown(attachment: &v1::NodeAttachment) -> Value {

@@ -9,14 +9,14 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use proto::nbd::TransmissionFlags;
 use proto::nbd::transmission::{Command, CommandFlags};
 use proto::v1::WriteCache;
 use testlab::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern, SentFlush, SentWrite, Violation};
 use testlab::harness::Env;
 use testlab::management_api::export_of;
-use testlab::nbd_client::NbdClient;
+use testlab::nbd_client::Client;
 use testlab::seed;
 
 use super::rig::{Rig, run_rounds};
@@ -47,9 +47,6 @@ const TRAFFIC_SECONDS_MAX: u64 = 4;
 /// One of so many requests is a FLUSH, another of so many writes has FUA; each round chooses its own number up to this. The
 /// rarer, the more there is to lose.
 const DURABLE_ONE_IN_MAX: u32 = 60;
-
-/// A reply that takes longer is not coming: every request reaches a disk that answers at once.
-const REPLY_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What is read at a time when the blocks are looked at.
 const CHECK_BLOCKS: usize = 128;
@@ -140,7 +137,7 @@ impl VolumeUnderTest {
     /// Traffic, a power cut in its middle, and the verdict.
     fn round(&mut self, seed: u64) -> Result<()> {
         let connections = self.open()?;
-        let has_cache = connections[0].export().flags.contains(TransmissionFlags::SEND_FLUSH);
+        let has_cache = connections[0].info.flags.contains(TransmissionFlags::SEND_FLUSH);
         ensure!(
             has_cache == (self.write_cache == WriteCache::On),
             "a write cache is announced: {has_cache}, asked for: {:?}",
@@ -176,8 +173,8 @@ impl VolumeUnderTest {
         for _ in 0..flushes {
             self.write_blocks(&mut connections[0], &mut random)?;
             let flush = self.history.send_flush();
-            let (error, _) = connections[1].call(Command::Flush, CommandFlags::NONE, 0, 0, &[])?;
-            ensure!(error == 0, "a FLUSH failed: error {error}");
+            let flushed = connections[1].flush();
+            flushed.map_err(|error| anyhow!("a flush failed: error {error}"))?;
             self.history.flush_answered(flush);
         }
         self.rig.disk().cut_power();
@@ -208,14 +205,12 @@ impl VolumeUnderTest {
         self.check()
     }
 
-    fn write_blocks(&mut self, connection: &mut NbdClient, random: &mut fastrand::Rng) -> Result<()> {
+    fn write_blocks(&mut self, connection: &mut Client, random: &mut fastrand::Rng) -> Result<()> {
         for _ in 0..WRITES_BEFORE_A_FLUSH {
             let blocks = Blocks { first: random.usize(0..BLOCK_COUNT), count: 1 };
             let (write, payload) = self.history.send_write(blocks, Pattern::Stamped);
-            let (offset_bytes, length_bytes) = (blocks.offset_bytes(), blocks.length_bytes());
-            let (error, _) =
-                connection.call(Command::Write, CommandFlags::NONE, offset_bytes, length_bytes, &payload)?;
-            ensure!(error == 0, "a write failed: error {error}");
+            let written = connection.write(blocks.offset_bytes(), &payload);
+            written.map_err(|error| anyhow!("a write failed: error {error}"))?;
             self.history.write_answered(write, false);
         }
         Ok(())
@@ -226,20 +221,21 @@ impl VolumeUnderTest {
         let mut connections = self.open()?;
         for first in (0..self.history.block_count()).step_by(CHECK_BLOCKS) {
             let blocks = Blocks { first, count: CHECK_BLOCKS };
-            let found = connections[0].read(blocks.offset_bytes(), blocks.length_bytes())?;
+            let found = connections[0].read(blocks.offset_bytes(), blocks.length_bytes());
+            let found = found.map_err(|error| anyhow!("READ of {blocks:?}: error {error}"))?;
             self.history.check_and_adopt(blocks, &found)?;
         }
         Ok(())
     }
 
     /// Opens the attachment's export, with an epoch that fences whatever was open before.
-    fn open(&mut self) -> Result<Vec<NbdClient>> {
+    fn open(&mut self) -> Result<Vec<Client>> {
         let attached = self.rig.management()?.attach_volume(VOLUME, NODE)?;
         ensure!(attached.existed == (self.session_epoch > 0), "the attachment did not survive the power cut");
         self.session_epoch += 1;
         let connect = |slot| {
             let (address, name) = export_of(&attached, self.session_epoch, slot as u32)?;
-            NbdClient::connect(address, &name, REPLY_DEADLINE)
+            Ok(Client::open(address, &name)?)
         };
         (0..CONNECTIONS).map(connect).collect()
     }
@@ -248,7 +244,7 @@ impl VolumeUnderTest {
 /// Random requests over the connections of one session, and the book of their replies.
 struct Traffic<'a> {
     history: &'a mut BlockHistory,
-    connections: Vec<NbdClient>,
+    connections: Vec<Client>,
     has_cache: bool,
     random: fastrand::Rng,
     durable_one_in: u32,
@@ -301,7 +297,7 @@ impl Traffic<'_> {
         let connection = self.random.usize(0..CONNECTIONS);
         if self.has_cache && self.random.u32(0..self.durable_one_in) == 0 {
             let flush = self.history.send_flush();
-            let cookie = self.connections[connection].send(Command::Flush, CommandFlags::NONE, 0, 0, &[])?;
+            let cookie = self.connections[connection].send(Command::Flush, CommandFlags::NONE, 0, 0, &[]);
             self.in_flight.insert((connection, cookie), Sent::Flush(flush));
             return Ok(true);
         }
@@ -318,8 +314,7 @@ impl Traffic<'_> {
         };
         let (write, payload) = self.history.send_write(blocks, pattern);
         let (offset_bytes, length_bytes) = (blocks.offset_bytes(), blocks.length_bytes());
-        let cookie =
-            self.connections[connection].send(command, flags, offset_bytes, length_bytes, &payload)?;
+        let cookie = self.connections[connection].send(command, flags, offset_bytes, length_bytes, &payload);
         self.in_flight.insert((connection, cookie), Sent::Write { write, durable: fua || !self.has_cache });
         Ok(true)
     }
@@ -341,7 +336,8 @@ impl Traffic<'_> {
     }
 
     fn busiest_connection(&self) -> usize {
-        let busiest = (0..CONNECTIONS).max_by_key(|&index| self.connections[index].in_flight());
+        let in_flight = |index| self.in_flight.keys().filter(|(connection, _)| *connection == index).count();
+        let busiest = (0..CONNECTIONS).max_by_key(|index| in_flight(*index));
         busiest.unwrap_or_default()
     }
 }

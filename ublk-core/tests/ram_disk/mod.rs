@@ -121,14 +121,6 @@ impl RamDisk {
         self.device.delete()?;
         Ok(())
     }
-
-    /// Waits for the queues' threads and lets go of the device without deleting it.
-    pub(crate) fn detach(self) -> Result<()> {
-        for thread in self.threads {
-            thread.join().map_err(|_| anyhow!("a queue's thread panicked"))??;
-        }
-        Ok(())
-    }
 }
 
 /// What a completion belongs to; in the upper half of `user_data`, above the tag.

@@ -91,7 +91,7 @@ impl DataSocket {
         self.socket.set_nonblocking(true)
     }
 
-    /// Sends bytes.
+    /// Sends all of these bytes; waits for room.
     ///
     /// # Errors
     /// Those of send(2); `EAGAIN` when the socket is full.
@@ -127,6 +127,12 @@ impl DataSocket {
     /// After a receive ended with EIO: the TLS record that is not data, if that was the cause.
     pub fn take_control_record(&self) -> Option<ControlRecord> {
         self.is_ktls().then(|| kernel::take_control_record(&self.socket)).flatten()
+    }
+}
+
+impl From<DataSocket> for OwnedFd {
+    fn from(socket: DataSocket) -> Self {
+        socket.socket.into()
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proto::nbd::ExportInfo;
-use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError};
+use proto::nbd::handshake::client::{ClientHandshake, ClientHandshakeError, ClientNegotiated};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustls::ClientConfig;
@@ -103,6 +103,8 @@ pub struct Dialled<S = DataSocket> {
     pub socket: S,
     /// What the server told.
     pub export: ExportInfo,
+    /// What was settled beside it; nothing but by [`attempts_with_context`].
+    pub negotiated: ClientNegotiated,
     /// The address that answered.
     pub address: String,
 }
@@ -118,12 +120,30 @@ pub fn attempts<'a>(
     tls: Option<&TlsSpec>,
     open_timeout: Duration,
 ) -> Result<impl Iterator<Item = Result<Dialled, DialError>> + use<'a>, DialError> {
+    attempts_with_context(addresses, export_name, None, tls, open_timeout)
+}
+
+/// The same, and asks for structured replies and this metadata context.
+///
+/// # Errors
+/// As [`attempts`].
+pub fn attempts_with_context<'a>(
+    addresses: &'a [String],
+    export_name: &'a str,
+    context: Option<&'a str>,
+    tls: Option<&TlsSpec>,
+    open_timeout: Duration,
+) -> Result<impl Iterator<Item = Result<Dialled, DialError>> + use<'a>, DialError> {
     let tls = tls.map(Tls::load).transpose()?;
     let targets = addresses.iter().flat_map(|address| resolve(address));
     Ok(targets.map(move |target| {
         let target = target?;
         let socket = connect(&target)?;
-        Handshake::new(target, export_name, open_timeout)?.run(socket, tls.as_ref())
+        let mut handshake = Handshake::new(target, export_name, open_timeout)?;
+        if let Some(context) = context {
+            handshake.machine = handshake.machine.with_context(context);
+        }
+        handshake.run(socket, tls.as_ref())
     }))
 }
 
@@ -228,7 +248,8 @@ impl Handshake {
             let export = export.ok_or_else(|| self.protocol_error("it does not tell the export"))?;
             let socket = DataSocket::from(socket);
             socket.bear_with_a_full_peer().map_err(|source| self.io_error(source))?;
-            return Ok(Dialled { socket, export, address: self.target.address });
+            let negotiated = self.machine.negotiated();
+            return Ok(Dialled { socket, export, negotiated, address: self.target.address });
         };
         self.machine = self.machine.with_tls();
         self.speak(&mut PlainStream(&socket), ClientHandshake::is_tls_acknowledged)?;
@@ -247,7 +268,8 @@ impl Handshake {
         let carrier = stream.hand_over(tls.records).map_err(|error| self.stream_error(error))?;
         let socket = DataSocket::from(carrier);
         socket.bear_with_a_full_peer().map_err(|source| self.io_error(source))?;
-        Ok(Dialled { socket, export, address: self.target.address })
+        let negotiated = self.machine.negotiated();
+        Ok(Dialled { socket, export, negotiated, address: self.target.address })
     }
 
     fn wait_for(&mut self, patience: Duration) {

@@ -147,6 +147,7 @@ fn grown(pause: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use proto::export_name::ExportDescription;
+    use proto::nbd::handshake::client::ClientNegotiated;
     use proto::nbd::{ExportInfo, TransmissionFlags};
     use uuid::Uuid;
 
@@ -209,7 +210,8 @@ mod tests {
             };
             let description = Some(told.to_string());
             let export = ExportInfo { size_bytes, flags: FLAGS, block_sizes: None, description };
-            Ok(Dialled { socket, export, address: format!("server:{socket}") })
+            let negotiated = ClientNegotiated::default();
+            Ok(Dialled { socket, export, negotiated, address: format!("server:{socket}") })
         }
     }
 

@@ -191,7 +191,7 @@ pub fn dial_slot(
         match judge(spec, attempt)? {
             Ok(dialled) => return Ok(dialled),
             Err(reason) => {
-                tracing::debug!(slot, reason = with_sources(&reason), "an address is passed over");
+                tracing::debug!(slot, reason = with_sources(&reason), "skipping an address");
                 passed_over.push(reason);
             }
         }

@@ -308,7 +308,8 @@ impl Connection {
                 length_bytes: 0,
             };
             requests.begin(tag, nothing, self.index);
-            self.to_send.push_back(tag);
+            // Before a WRITE that waits for memory, which may take as long as the storage does.
+            self.to_send.push_front(tag);
         }
     }
 
@@ -344,11 +345,14 @@ impl Connection {
                 _ if !record.may_be_sent_again(resend) => {
                     self.end(requests, tag, Err(NbdError::Eio as i32));
                 }
-                _ => {
-                    requests.queue(tag);
-                    self.to_send.push_back(tag);
-                }
+                _ => self.sending.push(tag),
             }
+        }
+        // In the order in which they came: what has memory stays before what waits for some, or neither would ever be sent.
+        self.sending.sort_unstable_by_key(|tag| requests.of(*tag).cookie);
+        for tag in self.sending.drain(..) {
+            requests.queue(tag);
+            self.to_send.push_back(tag);
         }
     }
 
@@ -651,6 +655,59 @@ mod tests {
         connection.header_received(&reply(NbdError::Eshutdown as u32, cookies[0])).unwrap();
         assert_eq!(connection.says.last(), Some(&Says::Leaving));
         assert!(!connection.requests.are_owed_replies());
+    }
+
+    /// Others have all the memory, and keep it for as long as the server's storage takes.
+    struct NoRoom;
+
+    impl PayloadSource for NoRoom {
+        type Error = ();
+
+        fn gather(&mut self, _: u16, _: &mut [u8]) -> Result<(), ()> {
+            Ok(())
+        }
+
+        fn stage(&mut self, _: u16, _: u32) -> Result<Option<Origin>, ()> {
+            Ok(None)
+        }
+    }
+
+    #[test]
+    fn a_ping_overtakes_a_write_that_waits_for_memory() {
+        let mut connection = Alone::new(2, 512);
+        connection.submit(0, operation(Command::Write, 4096));
+        let sent = |connection: &mut Alone| {
+            let (mut outbox, mut pieces) = ([0u8; 4096], Vec::new());
+            connection.take_batch(&mut outbox, &mut pieces, 16, NoRoom).unwrap();
+            connection.batch_sent();
+            pieces
+        };
+        assert_eq!(sent(&mut connection), []);
+        connection.ping();
+        assert_eq!(sent(&mut connection), [Piece::Outbox { start: 0, len: REQUEST_BYTES }]);
+        assert!(connection.expects_pong());
+        assert_eq!(sent(&mut connection), []);
+        let (_, cookies) = batch(&mut connection);
+        assert_eq!(cookies.len(), 1, "the WRITE, now that there is room");
+    }
+
+    #[test]
+    fn what_has_memory_is_sent_again_before_what_waits_for_some() {
+        let mut connection = Alone::new(3, 512);
+        connection.submit(2, operation(Command::Write, 8192));
+        batch(&mut connection);
+        connection.batch_sent();
+        connection.submit(0, operation(Command::Write, 8192));
+        connection.submit(1, operation(Command::Flush, 0));
+        for _ in 0..2 {
+            connection.lost(Resend::Everything);
+            let (pieces, _) = batch(&mut connection);
+            let tags = pieces.iter().filter_map(|piece| match *piece {
+                Piece::Payload { tag, .. } => Some(tag),
+                Piece::Outbox { .. } => None,
+            });
+            assert_eq!(tags.collect::<Vec<_>>(), [2, 0], "not by their tags");
+        }
     }
 
     /// A server that is busy with as much as it takes in does not come to what stands behind it.

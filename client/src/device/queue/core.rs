@@ -23,7 +23,8 @@
 //! [`QueueCore::connect`], each on the slot where it was, or end with EIO after [`QueueCore::give_up`].
 
 mod finish;
-mod transfer;
+mod receiving;
+mod sending;
 
 use std::collections::VecDeque;
 use std::io;
@@ -526,7 +527,7 @@ impl QueueCore {
                 && request.command == Command::Read
                 && let Err(error) = io.copy_to_request(tag, request.length_bytes)
             {
-                tracing::error!(tag, %error, "a READ's data cannot be copied to its pages");
+                tracing::error!(tag, %error, "cannot copy a READ's data into its pages");
                 result = -libc::EIO;
             }
             self.commit(io, tag, result);

@@ -87,7 +87,7 @@ impl QueueCommander {
     }
 }
 
-/// Why a queue ended badly.
+/// Why a queue failed.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
     /// The ring cannot be made or used.

@@ -106,7 +106,7 @@ impl Wire {
         if !self.may_refer
             && let Err(error) = self.socket.drop_unsent_when_closed()
         {
-            tracing::warn!(%error, "large writes are copied, because the socket would keep their pages after its end");
+            tracing::warn!(%error, "zero-copy is off: the socket would keep pages after its end");
             self.by_reference.end();
             return false;
         }
@@ -201,7 +201,7 @@ impl QueueRing {
         self.wires.iter().map(|wire| &wire.socket)
     }
 
-    /// The queue.
+    /// The ublk queue whose requests the ring carries.
     pub fn queue(&self) -> &Queue {
         &self.queue
     }
@@ -485,14 +485,14 @@ impl QueueIo for QueueRing {
         }
         let dropped = DataSocket::disconnected().and_then(|nowhere| self.replace_socket(connection, nowhere));
         if let Err(error) = dropped {
-            tracing::warn!(connection, %error, "a lost connection's socket cannot be closed yet");
+            tracing::warn!(connection, %error, "cannot close a lost connection's socket yet");
         }
     }
 
     fn renew_staging(&mut self) {
         let renewed = self.payloads.staging_mut().map_or(Ok(()), Staging::renew);
         if let Err(error) = renewed {
-            tracing::warn!(%error, "memory of writes that were given up cannot be replaced yet");
+            tracing::warn!(%error, "cannot replace the memory of failed writes yet; trying again later");
         }
     }
 

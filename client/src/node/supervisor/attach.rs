@@ -13,12 +13,10 @@ use tokio::time::timeout;
 use ublk_core::DataPath;
 use uuid::Uuid;
 
-use super::wishes::{DATA_PATH_AUTO, Wishes};
+use super::wishes::Wishes;
 use super::{Supervisor, probe_data_paths, remove_device_and_link, remove_folder};
 use crate::api_channel;
-use crate::contract::{
-    AttachmentDir, CONTRACT_VERSION, CONTRACT_VERSION_TLS, DeviceSpec, ExportSpec, SendZcMode, write_file,
-};
+use crate::contract::{AttachmentDir, CONTRACT_VERSION_TLS, DeviceSpec, ExportSpec, SendZcMode, write_file};
 use crate::data_address::{self, Place};
 use crate::node::attachment_record::AttachmentRecord;
 use crate::node::device_process::{self, Started};
@@ -27,7 +25,6 @@ use crate::node::recover_spec::recover_spec;
 use crate::node::target::{self, NbdUri, Target};
 use crate::tls_spec::TlsSpec;
 
-const QUEUE_DEPTH_DEFAULT: u16 = 128;
 /// For a connection that only shows whether somebody is there.
 const DIAGNOSIS_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -49,7 +46,7 @@ impl Supervisor {
         request: v1::AttachRequest,
     ) -> Result<v1::AttachResponse, NodeError> {
         let target = Target::parse(&request.target)?;
-        let wishes = Wishes::of(&request)?;
+        let wishes = Wishes::of(&request, &target)?;
         let _guard = self.locks.lock(&target.to_string()).await;
         let (found, attached): (Vec<_>, Vec<_>) = AttachmentRecord::read_all(&self.config.run_dir)?
             .into_iter()
@@ -65,11 +62,19 @@ impl Supervisor {
         let tls = self.tls_for(&target)?;
         check_machine(wishes.data_path).await?;
         let mut new = match &target {
-            Target::Volume(name) => self.prepare_volume(name, &wishes, request.force, found.as_ref()).await?,
+            Target::Volume(_) | Target::Snapshot(_) => {
+                self.prepare_volume(&target, &wishes, request.force, found.as_ref()).await?
+            }
             Target::Nbd(uri) => {
                 self.prepare_nbd(uri, &target::unescaped(&request.target), &wishes, found.as_ref())
             }
         };
+        // A snapshot goes by two names: what serves it under the other one is left alone.
+        let _of_attachment = self.locks.lock(&new.spec.attachment_id.to_string()).await;
+        let there = AttachmentRecord::read(AttachmentDir::new(&self.config.run_dir, new.spec.attachment_id))?;
+        if let Some(other) = there.filter(|record| record.spec.target != new.spec.target) {
+            return Err(NodeError::AttachedAs { target: new.spec.target, other: other.spec.target });
+        }
         if tls.is_some() {
             new.spec.format_version = CONTRACT_VERSION_TLS;
             new.spec.tls = tls;
@@ -116,16 +121,17 @@ impl Supervisor {
         Ok(AttachmentRecord::read(record.dir.clone())?.map(|record| record.to_proto()))
     }
 
-    /// Asks the server for the volume. The epoch is higher than that of any device process before.
+    /// Asks the server for the volume or snapshot. The epoch is higher than that of any device process before.
     async fn prepare_volume(
         &self,
-        name: &str,
+        target: &Target,
         wishes: &Wishes,
         force: bool,
         previous: Option<&AttachmentRecord>,
     ) -> Result<NewAttachment, NodeError> {
+        let name = &target.to_string();
         let granted =
-            self.management.attach_volume(name, &self.config.node_id, wishes.read_only, force).await?;
+            self.management.attach_volume(name, &self.config.node_id, wishes.access_mode(), force).await?;
         let previous_epoch = previous.map_or(0, |record| match record.spec.export {
             ExportSpec::Attachment { session_epoch, .. } => session_epoch,
             ExportSpec::Nbd { .. } => 0,
@@ -136,8 +142,7 @@ impl Supervisor {
             server_id: granted.server_id,
             volume_uid: granted.volume_uid,
         };
-        let target = Target::Volume(name.to_owned());
-        let mut spec = self.spec(granted.attachment_id, &target, export, wishes);
+        let mut spec = self.spec(granted.attachment_id, target, export, wishes);
         spec.addresses = self.as_seen_from_here(granted.data_addresses);
         spec.block_size_bytes = granted.block_size_bytes;
         spec.is_volatile = granted.is_volatile;
@@ -165,7 +170,9 @@ impl Supervisor {
     fn tls_for(&self, target: &Target) -> Result<Option<TlsSpec>, NodeError> {
         let server = self.management.server();
         let server_name = match target {
-            Target::Volume(_) => api_channel::host(server).filter(|_| api_channel::is_https(server)),
+            Target::Volume(_) | Target::Snapshot(_) => {
+                api_channel::host(server).filter(|_| api_channel::is_https(server))
+            }
             Target::Nbd(uri) => uri.certificate_name().map(str::to_owned),
         };
         let Some(server_name) = server_name else { return Ok(None) };
@@ -183,27 +190,19 @@ impl Supervisor {
     }
 
     fn spec(&self, attachment_id: Uuid, target: &Target, export: ExportSpec, wishes: &Wishes) -> DeviceSpec {
+        let device_link = self.config.device_dir.join(target.link_name(attachment_id));
+        let unasked = DeviceSpec::new(attachment_id, target.to_string(), export, device_link);
         DeviceSpec {
-            format_version: CONTRACT_VERSION,
-            attachment_id,
-            target: target.to_string(),
-            addresses: Vec::new(),
-            export,
             read_only: wishes.read_only,
-            data_path: wishes.data_path.map_or(DATA_PATH_AUTO, DataPath::as_str).to_owned(),
-            nr_hw_queues: wishes.nr_hw_queues.unwrap_or(0),
-            nr_connections: wishes.nr_connections.unwrap_or(0),
-            queue_depth: wishes.queue_depth.unwrap_or(QUEUE_DEPTH_DEFAULT),
-            block_size_bytes: 0,
-            device_link: self.config.device_dir.join(target.link_name(attachment_id)),
-            is_volatile: false,
+            data_path: wishes.data_path.map_or(unasked.data_path, |path| path.as_str().to_owned()),
+            nr_hw_queues: wishes.nr_hw_queues.unwrap_or(unasked.nr_hw_queues),
+            nr_connections: wishes.nr_connections.unwrap_or(unasked.nr_connections),
+            queue_depth: wishes.queue_depth.unwrap_or(unasked.queue_depth),
             on_stall: wishes.on_stall,
-            on_stall_is_told: false,
-            busy_poll_us: wishes.busy_poll_us.unwrap_or(0),
+            busy_poll_us: wishes.busy_poll_us.unwrap_or(unasked.busy_poll_us),
             send_zc: wishes.send_zc_mode == SendZcMode::On,
             send_zc_mode: Some(wishes.send_zc_mode),
-            recover: None,
-            tls: None,
+            ..unasked
         }
     }
 

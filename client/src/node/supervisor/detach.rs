@@ -14,9 +14,12 @@ use std::time::Duration;
 use proto::v1;
 use tonic::Code;
 use ublk_core::control::STOP_DEADLINE;
+use uuid::Uuid;
 
 use super::{Supervisor, remove_device_and_link, remove_folder};
-use crate::contract::{ControlCommand, ControlResponse, DeviceState, ExportSpec, now_ms, write_file};
+use crate::contract::{
+    AttachmentDir, ControlCommand, ControlResponse, DeviceState, ExportSpec, now_ms, write_file,
+};
 use crate::node::attachment_record::AttachmentRecord;
 use crate::node::device_process;
 use crate::node::error::NodeError;
@@ -52,7 +55,9 @@ impl Supervisor {
                 tracing::info!(target = record.spec.target, "detached");
                 Ok(true)
             }
-            (None, Some(Target::Volume(name))) => self.release_forgotten(&name).await,
+            (None, Some(Target::Volume(name) | Target::Snapshot(name))) => {
+                self.release_forgotten(&name).await
+            }
             (None, _) => Ok(false),
         }
     }
@@ -63,11 +68,7 @@ impl Supervisor {
         if record.pid.is_some() && by_force {
             let asked = device_process::ask(&record.dir, target, ControlCommand::ForceStop).await;
             if !matches!(asked, Ok(Some(ControlResponse::Ok(_)) | None)) {
-                tracing::warn!(
-                    target,
-                    ?asked,
-                    "the device process does not take its device away: it is killed"
-                );
+                tracing::warn!(target, ?asked, "the device process did not remove its device; killing it");
             }
             device_process::kill(&record.dir, target).await?;
         } else if record.pid.is_some() {
@@ -121,7 +122,12 @@ impl Supervisor {
             Err(error) => return Err(error),
         };
         let mut existed = false;
-        for attachment_id in idle {
+        // One that has a folder is a disk of this machine, under another name.
+        let is_disk = |id: &String| {
+            let id = Uuid::try_parse(id);
+            id.is_ok_and(|id| AttachmentDir::new(&self.config.run_dir, id).path().exists())
+        };
+        for attachment_id in idle.into_iter().filter(|id| !is_disk(id)) {
             existed |= self.management.detach_volume(&attachment_id).await?;
         }
         Ok(existed)

@@ -49,7 +49,7 @@ impl Supervisor {
             let started = Instant::now();
             while let Err(error) = wait_until_ended(&dir).await {
                 let (folder, error) = (dir.path().display(), with_sources(&error));
-                tracing::error!(error, %folder, "a device process cannot be watched yet");
+                tracing::error!(error, %folder, "cannot watch a device process yet; trying again");
                 tokio::time::sleep(WATCH_PAUSE).await;
             }
             supervisor.recover_dead(&dir, started.elapsed() > LIVED).await;
@@ -68,7 +68,7 @@ impl Supervisor {
                 Ok(Some(record)) => record,
                 Ok(None) => return,
                 Err(error) => {
-                    tracing::error!(folder = %dir.path().display(), %error, "a device's state cannot be read yet");
+                    tracing::error!(folder = %dir.path().display(), %error, "cannot read a device's state file; trying again");
                     continue;
                 }
             };
@@ -83,11 +83,7 @@ impl Supervisor {
             match self.recover(&record, spec).await {
                 Ok(_) => return,
                 Err(error @ NodeError::DeviceFailed { .. }) => {
-                    tracing::error!(
-                        target,
-                        error = with_sources(&error),
-                        "there is nothing left to be taken on"
-                    );
+                    tracing::error!(target, error = with_sources(&error), "nothing is left to recover");
                     return;
                 }
                 Err(error) => {

@@ -6,22 +6,23 @@ use proto::v1;
 use ublk_core::DataPath;
 use ublk_core::abi::UBLK_MAX_QUEUE_DEPTH;
 
-use crate::contract::{DeviceSpec, DeviceStatus, SendZcMode, StallPolicy};
+use crate::contract::{DATA_PATH_AUTO, DeviceSpec, DeviceStatus, SendZcMode, StallPolicy};
 use crate::node::attachment_record::{send_zc_mode, stall_policy};
 use crate::node::error::NodeError;
+use crate::node::target::Target;
 
 /// Most connections of one attachment, and so most queues: a server that is asked for more by mistake should not have
 /// to refuse them one by one.
 const NR_CONNECTIONS_MAX: u16 = 256;
 /// Longer is not waiting for an answer any more.
 const BUSY_POLL_US_MAX: u16 = 10_000;
-/// Lets the device process choose the data path.
-pub(super) const DATA_PATH_AUTO: &str = "auto";
 
 /// How a target is to be attached; `None` where any will do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wishes {
     pub(super) read_only: bool,
+    /// Other nodes may read the volume as well; or write to it, where this one does.
+    pub(super) shared: bool,
     pub(super) data_path: Option<DataPath>,
     pub(super) nr_hw_queues: Option<u16>,
     pub(super) nr_connections: Option<u16>,
@@ -32,7 +33,9 @@ pub(super) struct Wishes {
 }
 
 impl Wishes {
-    pub(super) fn of(request: &v1::AttachRequest) -> Result<Self, NodeError> {
+    pub(super) fn of(request: &v1::AttachRequest, target: &Target) -> Result<Self, NodeError> {
+        // Which nobody writes to, and anybody may have.
+        let is_snapshot = matches!(target, Target::Snapshot(_));
         let data_path = match request.data_path.as_str() {
             "" | DATA_PATH_AUTO => None,
             name => Some(name.parse().map_err(|error| NodeError::InvalidField {
@@ -53,7 +56,8 @@ impl Wishes {
             });
         }
         Ok(Self {
-            read_only: request.read_only,
+            read_only: request.read_only || is_snapshot,
+            shared: request.shared || is_snapshot,
             data_path,
             nr_hw_queues,
             nr_connections,
@@ -62,6 +66,16 @@ impl Wishes {
             busy_poll_us: limited("busy_poll_us", request.busy_poll_us, BUSY_POLL_US_MAX)?,
             send_zc_mode: send_zc_mode(request),
         })
+    }
+
+    /// What is asked of the server.
+    pub(super) fn access_mode(&self) -> v1::AccessMode {
+        match (self.read_only, self.shared) {
+            (false, false) => v1::AccessMode::SingleNodeWriter,
+            (false, true) => v1::AccessMode::MultiNodeMultiWriter,
+            (true, false) => v1::AccessMode::SingleNodeReaderOnly,
+            (true, true) => v1::AccessMode::MultiNodeReaderOnly,
+        }
     }
 
     /// In what an attachment is otherwise than wished, for people. What was asked for and could not be had in full, such
@@ -118,6 +132,19 @@ mod tests {
         v1::AttachRequest { target: "vol-1".to_owned(), ..Default::default() }
     }
 
+    fn of(request: &v1::AttachRequest) -> Result<Wishes, NodeError> {
+        Wishes::of(request, &Target::parse("vol-1").unwrap())
+    }
+
+    #[test]
+    fn a_snapshot_is_read_beside_others_whatever_is_asked() {
+        for (read_only, shared) in [(false, false), (true, false), (false, true)] {
+            let asked = v1::AttachRequest { read_only, shared, ..request() };
+            let wishes = Wishes::of(&asked, &Target::parse("vol-1@s").unwrap()).unwrap();
+            assert_eq!(wishes.access_mode(), v1::AccessMode::MultiNodeReaderOnly);
+        }
+    }
+
     /// An attachment that was asked for 4 queues and got 2, with a connection each, over `mapped`.
     fn attached() -> (DeviceSpec, DeviceStatus) {
         let mut spec = spec(Uuid::from_u128(7), "vol-1");
@@ -130,7 +157,7 @@ mod tests {
     #[test]
     fn what_is_not_asked_for_differs_from_nothing() {
         let (spec, status) = attached();
-        let wishes = Wishes::of(&v1::AttachRequest { data_path: "auto".into(), ..request() }).unwrap();
+        let wishes = of(&v1::AttachRequest { data_path: "auto".into(), ..request() }).unwrap();
         assert!(wishes.differences(&spec, &status).is_empty());
     }
 
@@ -138,7 +165,7 @@ mod tests {
     fn what_was_asked_for_and_what_was_had_may_be_asked_for_again() {
         let (spec, status) = attached();
         for nr_hw_queues in [2, 4] {
-            let wishes = Wishes::of(&v1::AttachRequest { nr_hw_queues, ..request() }).unwrap();
+            let wishes = of(&v1::AttachRequest { nr_hw_queues, ..request() }).unwrap();
             assert!(wishes.differences(&spec, &status).is_empty(), "{nr_hw_queues}");
         }
     }
@@ -149,6 +176,7 @@ mod tests {
         let asked = v1::AttachRequest {
             data_path: "fused".into(),
             read_only: true,
+            shared: false,
             nr_hw_queues: 3,
             nr_connections: 6,
             queue_depth: 64,
@@ -156,7 +184,7 @@ mod tests {
             send_zc: true,
             ..request()
         };
-        let differences = Wishes::of(&asked).unwrap().differences(&spec, &status);
+        let differences = of(&asked).unwrap().differences(&spec, &status);
         let expected = [
             "read_only false instead of true",
             "send_zc off instead of on",
@@ -180,7 +208,7 @@ mod tests {
             (Off, true, SendZcMode::Off),
         ] {
             let asked = v1::AttachRequest { send_zc, send_zc_mode: mode.into(), ..request() };
-            assert_eq!(Wishes::of(&asked).unwrap().send_zc_mode, expected, "{mode:?}, {send_zc}");
+            assert_eq!(of(&asked).unwrap().send_zc_mode, expected, "{mode:?}, {send_zc}");
         }
     }
 
@@ -190,7 +218,7 @@ mod tests {
         for is in [SendZcMode::Auto, SendZcMode::On, SendZcMode::Off] {
             let spec = DeviceSpec { send_zc_mode: Some(is), ..spec.clone() };
             for wished in [SendZcMode::Auto, SendZcMode::On, SendZcMode::Off] {
-                let wishes = Wishes { send_zc_mode: wished, ..Wishes::of(&request()).unwrap() };
+                let wishes = Wishes { send_zc_mode: wished, ..of(&request()).unwrap() };
                 let is_fine = wished == SendZcMode::Auto || wished == is;
                 assert_eq!(wishes.differences(&spec, &status).is_empty(), is_fine, "{is} as {wished}");
             }
@@ -207,7 +235,7 @@ mod tests {
             v1::AttachRequest { queue_depth: 70_000, ..request() },
             v1::AttachRequest { busy_poll_us: 10_001, ..request() },
         ] {
-            assert!(matches!(Wishes::of(&bad), Err(NodeError::InvalidField { .. })), "{bad:?}");
+            assert!(matches!(of(&bad), Err(NodeError::InvalidField { .. })), "{bad:?}");
         }
     }
 }

@@ -4,10 +4,14 @@
 //!   Greeting ──────────────────────────────────► Going ──ACK──► done
 //!      │                                            ▲  │
 //!      └─with TLS─► StartingTls ─ACK, tls_started───┘  └─ERR_UNSUP──► ExportName ──► done   (servers from before GO)
+//!
+//!   before Going, where a metadata context is wanted:
+//!      Structuring ──ACK──► SelectingContext ──ACK──► Going       (an error leads to Going as well, without)
 //! ```
 //!
-//! Owned by `client/src/device/connect/dial.rs`. Asks for nothing that would change the replies: neither structured replies nor
-//! extended headers, because a simple reply is the whole payload or an error.
+//! Owned by `client/src/device/connect/dial.rs`. A disk asks for nothing that would change the replies: neither structured replies nor
+//! extended headers, because a simple reply is the whole payload or an error. Who copies images wants to know what is allocated,
+//! which only structured replies tell: [`ClientHandshake::with_context`].
 
 use super::super::wire::{be_u16, be_u32, be_u64};
 use super::super::{
@@ -57,9 +61,20 @@ enum State {
     Greeting,
     StartingTls,
     TlsAcknowledged,
+    Structuring,
+    SelectingContext,
     Going,
     ExportName,
     Done,
+}
+
+/// What the client's side has settled beside the export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ClientNegotiated {
+    /// READ and BLOCK_STATUS are answered in chunks.
+    pub structured_replies: bool,
+    /// The number of the metadata context that was wanted, where the server has it for this export.
+    pub context_id: Option<u32>,
 }
 
 /// The client's side of one connection's handshake.
@@ -69,6 +84,9 @@ pub struct ClientHandshake {
     name: String,
     no_zeroes: bool,
     wants_tls: bool,
+    /// The metadata context that is wanted.
+    context: Option<String>,
+    negotiated: ClientNegotiated,
     replies_seen: u32,
     input: Vec<u8>,
     size_and_flags: Option<(u64, TransmissionFlags)>,
@@ -90,6 +108,8 @@ impl ClientHandshake {
             name: export_name.to_owned(),
             no_zeroes: false,
             wants_tls: false,
+            context: None,
+            negotiated: ClientNegotiated::default(),
             replies_seen: 0,
             input: Vec::new(),
             size_and_flags: None,
@@ -102,6 +122,17 @@ impl ClientHandshake {
     #[must_use]
     pub fn with_tls(self) -> Self {
         Self { wants_tls: true, ..self }
+    }
+
+    /// The same, with structured replies and this metadata context where the server has them: see [`Self::negotiated`].
+    #[must_use]
+    pub fn with_context(self, context: &str) -> Self {
+        Self { context: Some(context.to_owned()), ..self }
+    }
+
+    /// What was settled beside the export; complete once that is open.
+    pub fn negotiated(&self) -> ClientNegotiated {
+        self.negotiated
     }
 
     /// Whether the server waits for the TLS handshake: do it, then call [`Self::tls_started`].
@@ -120,7 +151,7 @@ impl ClientHandshake {
     /// Unless [`Self::is_tls_acknowledged`]: the caller is wrong.
     pub fn tls_started(&mut self, out: &mut Vec<u8>) {
         assert_eq!(self.state, State::TlsAcknowledged, "tls_started: TLS was not acknowledged");
-        self.go(out);
+        self.ask(out);
     }
 
     /// Takes bytes that arrived and appends what has to be sent to `out`; gives the export once it is open.
@@ -142,6 +173,8 @@ impl ClientHandshake {
                     return Err(ClientHandshakeError::Protocol("bytes came behind the answer to STARTTLS"));
                 }
                 State::TlsAcknowledged => return Ok(None),
+                State::Structuring => self.take_structured_reply(out)?,
+                State::SelectingContext => self.take_context_reply(out)?,
                 State::Going => self.take_reply(out)?,
                 State::ExportName => self.take_export_name_answer(),
                 State::Done => return self.finish().map(Some),
@@ -176,14 +209,63 @@ impl ClientHandshake {
             put_option(out, option::STARTTLS, &[]);
             self.state = State::StartingTls;
         } else {
+            self.ask(out);
+        }
+        Ok(true)
+    }
+
+    /// For what the replies are to be, if for anything; else for the export.
+    fn ask(&mut self, out: &mut Vec<u8>) {
+        if self.context.is_some() {
+            put_option(out, option::STRUCTURED_REPLY, &[]);
+            self.state = State::Structuring;
+        } else {
             self.go(out);
+        }
+    }
+
+    fn take_structured_reply(&mut self, out: &mut Vec<u8>) -> Result<bool, ClientHandshakeError> {
+        let Some((kind, _)) = self.take_option_reply(option::STRUCTURED_REPLY)? else { return Ok(false) };
+        match (kind, self.context.as_deref()) {
+            (reply::ACK, Some(context)) => {
+                self.negotiated.structured_replies = true;
+                let mut data = Vec::new();
+                put_string(&mut data, &self.name);
+                data.extend_from_slice(&1u32.to_be_bytes());
+                put_string(&mut data, context);
+                put_option(out, option::SET_META_CONTEXT, &data);
+                self.state = State::SelectingContext;
+            }
+            (error, _) if error & reply::ERROR_BIT != 0 => self.go(out),
+            _ => return Err(ClientHandshakeError::Protocol("an option reply of an unknown kind")),
+        }
+        Ok(true)
+    }
+
+    fn take_context_reply(&mut self, out: &mut Vec<u8>) -> Result<bool, ClientHandshakeError> {
+        let Some((kind, data)) = self.take_option_reply(option::SET_META_CONTEXT)? else { return Ok(false) };
+        match kind {
+            reply::META_CONTEXT if data.len() < 4 => {
+                return Err(ClientHandshakeError::Protocol("a metadata context has no number"));
+            }
+            reply::META_CONTEXT if Some(&data[4..]) == self.context.as_deref().map(str::as_bytes) => {
+                self.negotiated.context_id = Some(be_u32(&data, 0));
+            }
+            // Nobody asked for it.
+            reply::META_CONTEXT => {}
+            reply::ACK => self.go(out),
+            error if error & reply::ERROR_BIT != 0 => {
+                self.negotiated.context_id = None;
+                self.go(out);
+            }
+            _ => return Err(ClientHandshakeError::Protocol("an option reply of an unknown kind")),
         }
         Ok(true)
     }
 
     fn go(&mut self, out: &mut Vec<u8>) {
-        let mut data = (self.name.len() as u32).to_be_bytes().to_vec();
-        data.extend_from_slice(self.name.as_bytes());
+        let mut data = Vec::new();
+        put_string(&mut data, &self.name);
         data.extend_from_slice(&2u16.to_be_bytes());
         data.extend_from_slice(&info::BLOCK_SIZE.to_be_bytes());
         data.extend_from_slice(&info::DESCRIPTION.to_be_bytes());
@@ -304,6 +386,11 @@ fn words_of(data: &[u8]) -> String {
     if words.is_empty() { "no reason given".into() } else { words.into_owned() }
 }
 
+fn put_string(out: &mut Vec<u8>, text: &str) {
+    out.extend_from_slice(&(text.len() as u32).to_be_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
 fn put_option(out: &mut Vec<u8>, number: u32, data: &[u8]) {
     out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
     out.extend_from_slice(&number.to_be_bytes());
@@ -349,6 +436,55 @@ mod tests {
         assert!(matches!(http, Err(ClientHandshakeError::NotNbd(_))));
         let old = ClientHandshake::new("x").unwrap().handle_bytes(&greeting(0), &mut out);
         assert_eq!(old, Err(ClientHandshakeError::NotFixedNewstyle));
+    }
+
+    #[test]
+    fn a_context_is_had_where_the_server_has_it_and_the_export_is_opened_all_the_same() {
+        let answer = |option: u32, kind: u32, data: &[u8]| {
+            let mut bytes = reply_bytes(kind, data);
+            bytes[8..12].copy_from_slice(&option.to_be_bytes());
+            bytes
+        };
+        let begun = || {
+            let mut client = ClientHandshake::new("x").unwrap().with_context("base:allocation");
+            let mut out = Vec::new();
+            client.handle_bytes(&greeting(3), &mut out).unwrap();
+            assert_eq!(be_u32(&out, 12), option::STRUCTURED_REPLY);
+            client
+        };
+        let opened = |mut client: ClientHandshake| {
+            let mut export = vec![0u8; 12];
+            export[9] = 7;
+            let mut out = Vec::new();
+            assert_eq!(client.handle_bytes(&reply_bytes(reply::INFO, &export), &mut out), Ok(None));
+            assert!(client.handle_bytes(&reply_bytes(reply::ACK, b""), &mut out).unwrap().is_some());
+            client.negotiated()
+        };
+        let (mut client, mut out) = (begun(), Vec::new());
+        client.handle_bytes(&answer(option::STRUCTURED_REPLY, reply::ACK, b""), &mut out).unwrap();
+        assert_eq!(be_u32(&out, 8), option::SET_META_CONTEXT);
+        let other = [&[0, 0, 0, 8][..], b"qemu:allocation-depth"].concat();
+        let wanted = [&[0, 0, 0, 9][..], b"base:allocation"].concat();
+        for context in [other, wanted] {
+            let context = answer(option::SET_META_CONTEXT, reply::META_CONTEXT, &context);
+            assert_eq!(client.handle_bytes(&context, &mut out), Ok(None));
+        }
+        client.handle_bytes(&answer(option::SET_META_CONTEXT, reply::ACK, b""), &mut out).unwrap();
+        assert_eq!(opened(client), ClientNegotiated { structured_replies: true, context_id: Some(9) });
+        // A server from before structured replies.
+        let mut client = begun();
+        let unknown = answer(option::STRUCTURED_REPLY, reply::ERR_UNSUP, b"");
+        client.handle_bytes(&unknown, &mut out).unwrap();
+        assert_eq!(opened(client), ClientNegotiated::default());
+        // And one without the context.
+        let mut client = begun();
+        client.handle_bytes(&answer(option::STRUCTURED_REPLY, reply::ACK, b""), &mut out).unwrap();
+        client.handle_bytes(&answer(option::SET_META_CONTEXT, reply::ACK, b""), &mut out).unwrap();
+        assert_eq!(opened(client), ClientNegotiated { structured_replies: true, context_id: None });
+        let mut client = begun();
+        client.handle_bytes(&answer(option::STRUCTURED_REPLY, reply::ACK, b""), &mut out).unwrap();
+        let short = answer(option::SET_META_CONTEXT, reply::META_CONTEXT, b"abc");
+        assert!(matches!(client.handle_bytes(&short, &mut out), Err(ClientHandshakeError::Protocol(_))));
     }
 
     #[test]

@@ -1,15 +1,18 @@
 //! LIST_META_CONTEXT and SET_META_CONTEXT: what their data says, and which of our contexts a query matches.
 //!
-//! Owned by `server.rs`, which answers. Pure functions over bytes whose total length was bounded before. There is one
-//! context, `base:allocation`; queries of other namespaces, or of leaf names that do not exist, match nothing and are no
-//! error. Source: NBD `doc/proto.md`, "Metadata querying" and the two options.
+//! Owned by `server.rs`, which answers. Pure functions over bytes whose total length was bounded before. There is
+//! `base:allocation`, and of some exports `qemu:dirty-bitmap:NAME`; queries of other namespaces, or of leaf names that do not exist,
+//! match nothing and are no error. Sources: NBD `doc/proto.md`, "Metadata querying" and the two options; QEMU `docs/interop/nbd.rst`.
 
-use super::super::block_status::ALLOCATION_CONTEXT;
+use super::super::block_status::{ALLOCATION_CONTEXT, DIRTY_BITMAP_PREFIX};
 use super::super::wire::be_u32;
 use super::super::{STRING_BYTES_MAX, reply};
 
 /// Matches every context of the `base` namespace, in LIST_META_CONTEXT only.
 const BASE_WILDCARD: &[u8] = b"base:";
+
+/// The same of the `qemu` namespace, and of its bitmaps.
+const QEMU_WILDCARD: &[u8] = b"qemu:";
 
 /// What one of the two options asks for.
 #[derive(Clone, PartialEq, Eq)]
@@ -18,6 +21,17 @@ pub(super) struct MetaContextRequest {
     pub(super) export: String,
     /// Whether `base:allocation` is listed, or selected.
     pub(super) matches_allocation: bool,
+    /// Whether every bitmap is.
+    matches_all_bitmaps: bool,
+    /// Which bitmaps are, if there are such.
+    bitmaps: Vec<Vec<u8>>,
+}
+
+impl MetaContextRequest {
+    /// Whether the bitmap of that name is listed, or selected.
+    pub(super) fn matches_bitmap(&self, name: &str) -> bool {
+        self.matches_all_bitmaps || self.bitmaps.iter().any(|wanted| wanted == name.as_bytes())
+    }
 }
 
 /// Which option it is.
@@ -36,16 +50,23 @@ pub(super) fn parse(data: &[u8], kind: QueryKind) -> Result<MetaContextRequest, 
     let export = super::server::export_name(take_string(&mut rest)?)
         .ok_or((reply::ERR_INVALID, "the export name is not a string"))?;
     let count = take_u32(&mut rest)?;
-    let mut matches_allocation = kind == QueryKind::List && count == 0;
+    let is_list = kind == QueryKind::List;
+    let mut matches_allocation = is_list && count == 0;
+    let (mut matches_all_bitmaps, mut bitmaps) = (matches_allocation, Vec::new());
     for _ in 0..count {
         let query = take_string(&mut rest)?;
         let is_name = query == ALLOCATION_CONTEXT.as_bytes();
-        matches_allocation |= is_name || (kind == QueryKind::List && query == BASE_WILDCARD);
+        matches_allocation |= is_name || (is_list && query == BASE_WILDCARD);
+        match query.strip_prefix(DIRTY_BITMAP_PREFIX.as_bytes()) {
+            Some([]) => matches_all_bitmaps |= is_list,
+            Some(name) => bitmaps.push(name.to_owned()),
+            None => matches_all_bitmaps |= is_list && query == QEMU_WILDCARD,
+        }
     }
     if !rest.is_empty() {
         return Err((reply::ERR_INVALID, "more data than the queries need"));
     }
-    Ok(MetaContextRequest { export, matches_allocation })
+    Ok(MetaContextRequest { export, matches_allocation, matches_all_bitmaps, bitmaps })
 }
 
 const SHORT: (u32, &str) = (reply::ERR_INVALID, "the option's data is too short");
@@ -106,6 +127,32 @@ mod tests {
             for other in others {
                 assert!(!matches(kind, &[other]), "{other:?}");
                 assert!(matches(kind, &[other, "base:allocation"]), "{other:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn bitmaps_are_matched_by_name_and_listed_by_wildcard() {
+        let matched = |kind, queries: &[&str]| {
+            let request = parse(&data(queries), kind).map_err(|(_, words)| words).unwrap();
+            ["x", "y"].map(|name| request.matches_bitmap(name))
+        };
+        for wildcard in ["qemu:", "qemu:dirty-bitmap:"] {
+            assert_eq!(matched(QueryKind::List, &[wildcard]), [true, true], "{wildcard}");
+            assert_eq!(matched(QueryKind::Set, &[wildcard]), [false, false], "{wildcard}");
+        }
+        assert_eq!(matched(QueryKind::List, &[]), [true, true]);
+        assert_eq!(matched(QueryKind::Set, &[]), [false, false]);
+        for kind in [QueryKind::List, QueryKind::Set] {
+            assert_eq!(matched(kind, &["qemu:dirty-bitmap:y", "base:allocation"]), [false, true]);
+            for other in [
+                "base:",
+                "qemu:allocation-depth",
+                "qemu:dirty-bitmap",
+                "qemu:dirty-bitmap:X",
+                "dirty-bitmap:x",
+            ] {
+                assert_eq!(matched(kind, &[other]), [false, false], "{other}");
             }
         }
     }

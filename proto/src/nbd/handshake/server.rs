@@ -10,20 +10,22 @@
 //!        └──► error └──STARTTLS──────────▲
 //! ```
 //!
-//! Owned by `server/src/session.rs`. The machine asks its owner to open an export ([`Event::Open`]) and takes no further
+//! Owned by `server/src/data/session.rs`. The machine asks its owner to open an export ([`Event::Open`]) and takes no further
 //! bytes until it is answered, because opening may wait (for the I/O of a fenced connection to finish). Bytes that arrive
 //! meanwhile are kept; those after the end of the handshake are the transmission phase's ([`ServerHandshake::leftover`]).
 //! What is kept is bounded by [`OPTION_BYTES_MAX`] and what its owner feeds at a time. The two options about metadata
 //! contexts ask for an [`Event::Open`] as INFO does: whether there is such an export is the owner's to know.
 //! Everything that options before GO have settled is in one `Negotiation`, so that it can be dropped at once.
 
-use super::super::block_status::{ALLOCATION_CONTEXT, ALLOCATION_CONTEXT_ID};
+mod contexts;
+
+use super::super::block_status::Contexts;
 use super::super::wire::{be_u16, be_u32, be_u64};
 use super::super::{
     ExportInfo, HeaderStyle, INIT_MAGIC, Negotiated, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_BYTES_MAX,
     TransmissionFlags, handshake_flags, info, option, reply,
 };
-use super::meta_context::{self, QueryKind};
+use super::meta_context::{MetaContextRequest, QueryKind};
 use super::{OPTION_BYTES_MAX, take};
 
 /// Most options in one handshake unless its owner says otherwise; a client that wants more is not negotiating.
@@ -150,12 +152,12 @@ impl Refusal {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     ClientFlags,
     Options,
     Opening { kind: OpenKind, wants_description: bool, negotiated: Negotiated },
-    Querying { kind: QueryKind, matches_allocation: bool },
+    Querying { kind: QueryKind },
     Listing,
     StartingTls,
     Transmission,
@@ -166,15 +168,25 @@ enum State {
 #[derive(Default)]
 struct Negotiation {
     headers: HeaderStyle,
-    /// For which export `base:allocation` is selected; may carry a secret.
-    allocation_export: Option<String>,
+    /// For which export contexts are selected; may carry a secret.
+    contexts_export: Option<String>,
+    contexts: Contexts,
+    /// The bitmaps among them, in order.
+    bitmaps: Vec<String>,
+    /// What an option asks for whose export is being looked up.
+    query: Option<MetaContextRequest>,
 }
 
 impl Negotiation {
     /// What holds for a client that opens this export.
     fn for_export(&self, name: &str) -> Negotiated {
-        let allocation_context = self.allocation_export.as_deref() == Some(name);
-        Negotiated { headers: self.headers, allocation_context }
+        let is_of_export = self.contexts_export.as_deref() == Some(name);
+        let contexts = if is_of_export { self.contexts } else { Contexts::NONE };
+        Negotiated { headers: self.headers, contexts }
+    }
+
+    fn select(&mut self, export: Option<String>, contexts: Contexts, bitmaps: Vec<String>) {
+        (self.contexts_export, self.contexts, self.bitmaps) = (export, contexts, bitmaps);
     }
 }
 
@@ -188,6 +200,8 @@ pub struct ServerHandshake {
     tls: TlsState,
     negotiation: Negotiation,
     negotiated: Negotiated,
+    /// Of the export that is being looked up.
+    offered_bitmaps: Vec<String>,
     input: Vec<u8>,
 }
 
@@ -218,6 +232,7 @@ impl ServerHandshake {
             tls: TlsState::Off,
             negotiation: Negotiation::default(),
             negotiated: Negotiated::default(),
+            offered_bitmaps: Vec::new(),
             input: Vec::new(),
         }
     }
@@ -287,6 +302,17 @@ impl ServerHandshake {
         }
     }
 
+    /// The export that the next [`Self::answer_open`] is about has these bitmaps, which clients may ask for as metadata contexts.
+    pub fn offer_bitmaps(&mut self, names: Vec<String>) {
+        self.offered_bitmaps = names;
+    }
+
+    /// The bitmaps that were selected for the export that is open, in the order of their ids.
+    pub fn selected_bitmaps(&self) -> &[String] {
+        let count = self.negotiated.contexts.without_allocation().count();
+        self.negotiation.bitmaps.get(..count).unwrap_or_default()
+    }
+
     /// Answers [`Event::Open`]. True: the handshake is over and transmission begins.
     ///
     /// # Errors
@@ -301,13 +327,14 @@ impl ServerHandshake {
     ) -> Result<bool, ServerHandshakeError> {
         let (kind, wants_description, negotiated) = match self.state {
             State::Opening { kind, wants_description, negotiated } => (kind, wants_description, negotiated),
-            State::Querying { kind, matches_allocation } => {
-                self.answer_query(kind, matches_allocation, answer, out);
+            State::Querying { kind } => {
+                self.answer_query(kind, answer, out);
                 return Ok(false);
             }
             _ => panic!("answer_open: no export is being opened"),
         };
         self.state = State::Options;
+        self.offered_bitmaps.clear();
         let option = if kind == OpenKind::Info { option::INFO } else { option::GO };
         match (kind, answer) {
             (OpenKind::ExportName, Err(refusal)) => {
@@ -500,65 +527,6 @@ impl ServerHandshake {
             self.negotiation.headers = HeaderStyle::Structured;
         }
         (reply::ACK, "")
-    }
-
-    fn query_contexts(&mut self, kind: QueryKind, data: &[u8], out: &mut Vec<u8>) -> Progress {
-        if kind == QueryKind::Set {
-            // Replaces what was selected before, also when it fails.
-            self.negotiation.allocation_export = None;
-        }
-        let parsed = if self.negotiation.headers == HeaderStyle::Simple {
-            Err((reply::ERR_INVALID, "ask for structured replies or extended headers first"))
-        } else {
-            meta_context::parse(data, kind)
-        };
-        match parsed {
-            Ok(request) => {
-                let matches_allocation = request.matches_allocation;
-                self.state = State::Querying { kind, matches_allocation };
-                if kind == QueryKind::Set && matches_allocation {
-                    self.negotiation.allocation_export = Some(request.export.clone());
-                }
-                Progress::Event(Event::Open(Open { kind: OpenKind::Info, name: request.export }))
-            }
-            Err((error, text)) => {
-                put_reply(out, kind.option(), error, text.as_bytes());
-                Progress::Done
-            }
-        }
-    }
-
-    /// The export that a question about contexts names was looked up.
-    fn answer_query(
-        &mut self,
-        kind: QueryKind,
-        matches_allocation: bool,
-        answer: Result<&ExportInfo, Refusal>,
-        out: &mut Vec<u8>,
-    ) {
-        self.state = State::Options;
-        if let Err(refusal) = answer {
-            if kind == QueryKind::Set {
-                self.negotiation.allocation_export = None;
-            }
-            return put_reply(out, kind.option(), refusal.reply, refusal.text.as_bytes());
-        }
-        if matches_allocation {
-            // In a list the id is reserved.
-            let id = if kind == QueryKind::Set { ALLOCATION_CONTEXT_ID } else { 0 };
-            let data = [&id.to_be_bytes()[..], ALLOCATION_CONTEXT.as_bytes()].concat();
-            put_reply(out, kind.option(), reply::META_CONTEXT, &data);
-        }
-        put_reply(out, kind.option(), reply::ACK, &[]);
-    }
-}
-
-impl QueryKind {
-    fn option(self) -> u32 {
-        match self {
-            Self::List => option::LIST_META_CONTEXT,
-            Self::Set => option::SET_META_CONTEXT,
-        }
     }
 }
 

@@ -9,7 +9,7 @@ use client::device::connect::dial::{DialError, Dialled};
 use client::device::connect::redial::{Attempt, DiskFit, Next, Redial};
 use client::device::connect::slots::{self, SlotError};
 use proto::export_name::PROBE_SLOT;
-use proto::nbd::handshake::client::ClientHandshake;
+use proto::nbd::handshake::client::{ClientHandshake, ClientNegotiated};
 use proto::nbd::transmission::{Command, CommandFlags, Request, SIMPLE_REPLY_BYTES};
 
 use super::bio::Surroundings;
@@ -161,7 +161,9 @@ impl Dial {
         world.links[link].to_server.write(&out);
         let outcome = match answer {
             Ok(None) => return (true, None),
-            Ok(Some(export)) => Ok(Dialled { socket: link, export, address }),
+            Ok(Some(export)) => {
+                Ok(Dialled { socket: link, export, negotiated: ClientNegotiated::default(), address })
+            }
             Err(source) => {
                 world.coverage.count("a dial that is refused");
                 Err(DialError::Handshake { address, source })

@@ -81,6 +81,8 @@ pub(super) struct Client {
     unflushed_then: VecDeque<bool>,
     events: VecDeque<MainEvent>,
     probe: Option<Probe>,
+    /// By queue: whether its last FLUSH has ended well, once it has; empty before it was begun.
+    last_flushes: Vec<Option<bool>>,
     mutant: Option<Mutant>,
 }
 
@@ -133,6 +135,7 @@ impl Client {
             unflushed,
             events: VecDeque::new(),
             probe: None,
+            last_flushes: Vec::new(),
             mutant,
             device_spec: spec.device_spec(),
             session: spec.session(),
@@ -189,6 +192,36 @@ impl Client {
     /// A request arrives on a queue.
     pub(super) fn submit(&mut self, queue_id: u16, tag: u16, request: BlockRequest) {
         self.queues[usize::from(queue_id)].arrivals.push_back((tag, request));
+    }
+
+    pub(super) fn has_begun_final_flush(&self) -> bool {
+        !self.last_flushes.is_empty()
+    }
+
+    /// Each queue's last FLUSH, as before the device's end: whether all that was acknowledged is flushed, once that is known.
+    pub(super) fn final_flush(&mut self, world: &mut Surroundings<'_>) -> Option<bool> {
+        let nr_queues = self.spec.nr_queues;
+        if self.last_flushes.is_empty() {
+            for queue_id in 0..nr_queues {
+                if self.is(Mutant::FinalFlushDropped) {
+                    self.last_flushes.push(Some(true));
+                    continue;
+                }
+                let act = |core: &mut QueueCore, _: &mut Io<'_>| (core.is_up(), core.begin_final_flush());
+                let (begun, _) = self.with_core(queue_id, world, act);
+                self.last_flushes.push(match begun {
+                    (_, Ok(true)) => None,
+                    // Nothing was unflushed, or its users were told otherwise.
+                    (is_up, Ok(false)) => Some(is_up),
+                    (_, Err(_)) => Some(false),
+                });
+                self.end_of_pass(queue_id, world);
+            }
+        }
+        for (queue, outcome) in self.queues.iter_mut().zip(&mut self.last_flushes) {
+            *outcome = outcome.or_else(|| queue.core.take_final_flush().map(|result| result.is_ok()));
+        }
+        self.last_flushes.iter().copied().try_fold(true, |all, one| Some(all & one?))
     }
 
     /// The process dies: what it has sent may arrive yet.
@@ -308,32 +341,37 @@ impl Client {
             queue.commands.push_back(QueueCommand::GiveUp);
         }
         for output in outputs {
-            match output {
-                Output::Dial(queue_id) => {
-                    let dial = Dial::new(self.spec.slots_of(queue_id), self.reconnect.refusals(), world.now);
-                    self.queues[usize::from(queue_id)].dial = Some(dial);
-                }
-                Output::Connect(queue_id, links) => {
-                    self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Connect(links));
-                }
-                Output::Disconnect(queue_id, why) => {
-                    let commands = &mut self.queues[usize::from(queue_id)].commands;
-                    if gives_up_alone {
-                        commands.push_back(QueueCommand::Idle(400));
-                    }
-                    commands.push_back(QueueCommand::Disconnect(why));
-                }
-                Output::GiveUp(_) if self.mutant == Some(Mutant::GiveUpForgotten) => {}
-                Output::GiveUp(queue_id) => {
-                    self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::GiveUp);
-                }
-                Output::Probe if world.is_server_up => {
-                    self.probe = Some(Probe::new(&self.device_spec, world));
-                }
-                Output::Probe => self.events.push_back(MainEvent::Probed(false)),
-            }
+            self.carry_out(output, gives_up_alone, world);
         }
         has_event || has_outputs
+    }
+
+    /// Does what `reconnect` wants; with `gives_up_alone` as [`Mutant::GivesUpAlone`].
+    fn carry_out(&mut self, output: Output<Vec<LinkId>>, gives_up_alone: bool, world: &mut Surroundings<'_>) {
+        match output {
+            Output::Dial(queue_id) => {
+                let dial = Dial::new(self.spec.slots_of(queue_id), self.reconnect.refusals(), world.now);
+                self.queues[usize::from(queue_id)].dial = Some(dial);
+            }
+            Output::Connect(queue_id, links) => {
+                self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Connect(links));
+            }
+            Output::Disconnect(queue_id, why) => {
+                let commands = &mut self.queues[usize::from(queue_id)].commands;
+                if gives_up_alone {
+                    commands.push_back(QueueCommand::Idle(400));
+                }
+                commands.push_back(QueueCommand::Disconnect(why));
+            }
+            Output::GiveUp(_) if self.mutant == Some(Mutant::GiveUpForgotten) => {}
+            Output::GiveUp(queue_id) => {
+                self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::GiveUp);
+            }
+            Output::Probe if world.is_server_up => {
+                self.probe = Some(Probe::new(&self.device_spec, world));
+            }
+            Output::Probe => self.events.push_back(MainEvent::Probed(false)),
+        }
     }
 
     // ---------------------------------------------------------------------------------------- dialling and probing

@@ -53,32 +53,19 @@ impl Spec {
 
     /// As the product has it.
     pub(super) fn device_spec(&self) -> DeviceSpec {
+        let export = ExportSpec::Attachment {
+            server_id: self.server_id,
+            volume_uid: self.volume_uid,
+            secret: self.secret.expose().to_owned(),
+            session_epoch: self.session_epoch,
+        };
         DeviceSpec {
-            format_version: 1,
-            attachment_id: self.attachment_id,
-            target: "vol".to_owned(),
             addresses: vec!["simulated:1".to_owned()],
-            export: ExportSpec::Attachment {
-                server_id: self.server_id,
-                volume_uid: self.volume_uid,
-                secret: self.secret.expose().to_owned(),
-                session_epoch: self.session_epoch,
-            },
-            read_only: false,
-            data_path: "auto".to_owned(),
             nr_hw_queues: self.nr_queues,
             nr_connections: self.nr_connections,
             queue_depth: self.queue_depth,
-            block_size_bytes: 0,
-            device_link: "vol".into(),
-            is_volatile: false,
             on_stall: self.policy,
-            on_stall_is_told: false,
-            busy_poll_us: 0,
-            send_zc: false,
-            send_zc_mode: None,
-            recover: None,
-            tls: None,
+            ..DeviceSpec::new(self.attachment_id, "vol".to_owned(), export, "vol".into())
         }
     }
 

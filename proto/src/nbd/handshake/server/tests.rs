@@ -3,6 +3,7 @@
 //! Every option and reply here is spelled out as it goes on the wire; the machine under test is fed those and nothing else.
 
 use super::*;
+use crate::nbd::block_status::Contexts;
 
 fn begun() -> ServerHandshake {
     let mut out = Vec::new();
@@ -173,7 +174,7 @@ fn structured_replies_are_negotiated_and_announce_df() {
     assert_eq!(announced(&go), announced(&info));
     assert_eq!(
         server.negotiated(),
-        Negotiated { headers: HeaderStyle::Structured, allocation_context: false }
+        Negotiated { headers: HeaderStyle::Structured, contexts: Contexts::NONE }
     );
 }
 
@@ -214,7 +215,7 @@ fn contexts_need_replies_in_chunks() {
         let refused = answer(&mut server, number, ALLOCATION_OF_A);
         assert_eq!(only_reply(&refused), reply::ERR_INVALID);
         assert!(!announced(&ask(&mut server, option::GO, GO_A)).contains(TransmissionFlags::SEND_DF));
-        assert!(!server.negotiated().allocation_context);
+        assert!(server.negotiated().contexts.is_empty());
     }
 }
 
@@ -236,7 +237,62 @@ fn contexts_are_listed_without_an_id_and_selected_with_one() {
     ];
     assert_eq!(ask(&mut server, number, ALLOCATION_OF_A), expected.concat());
     ask(&mut server, option::GO, GO_A);
-    assert!(server.negotiated().allocation_context);
+    assert_eq!(server.negotiated().contexts, Contexts::ALLOCATION);
+}
+
+/// Of the export a, with these queries.
+fn contexts_of_a(queries: &[&str]) -> Vec<u8> {
+    let mut data = b"\0\0\0\x01a".to_vec();
+    data.extend((queries.len() as u32).to_be_bytes());
+    for query in queries {
+        data.extend((query.len() as u32).to_be_bytes());
+        data.extend(query.as_bytes());
+    }
+    data
+}
+
+#[test]
+fn bitmaps_are_those_that_the_export_has_and_few_at_once() {
+    let offered = ["mon", "tue", "wed", "thu"].map(str::to_owned);
+    let ask_offered = |server: &mut ServerHandshake, number, queries: &[&str]| {
+        server.offer_bitmaps(offered.to_vec());
+        ask(server, number, &contexts_of_a(queries))
+    };
+    let mut server = begun();
+    answer(&mut server, option::STRUCTURED_REPLY, b"");
+    let (list, set) = (option::LIST_META_CONTEXT, option::SET_META_CONTEXT);
+    let listed = ask_offered(&mut server, list, &["qemu:"]);
+    let names = offered.iter().map(|name| [b"\0\0\0\0qemu:dirty-bitmap:", name.as_bytes()].concat());
+    let mut expected: Vec<u8> =
+        names.flat_map(|data| reply_bytes(list, reply::META_CONTEXT, &data)).collect();
+    expected.extend(reply_bytes(list, reply::ACK, b""));
+    assert_eq!(listed, expected);
+    let queries = offered.each_ref().map(|name| format!("qemu:dirty-bitmap:{name}"));
+    let queries = queries.each_ref().map(String::as_str);
+    assert_eq!(only_reply(&ask_offered(&mut server, set, &queries)), reply::ERR_TOO_BIG);
+    let selected =
+        ask_offered(&mut server, set, &[queries[2], "base:allocation", queries[1], "qemu:dirty-bitmap:x"]);
+    let expected = [
+        reply_bytes(set, reply::META_CONTEXT, b"\0\0\0\x01base:allocation"),
+        reply_bytes(set, reply::META_CONTEXT, b"\0\0\0\x02qemu:dirty-bitmap:tue"),
+        reply_bytes(set, reply::META_CONTEXT, b"\0\0\0\x03qemu:dirty-bitmap:wed"),
+        reply_bytes(set, reply::ACK, b""),
+    ];
+    assert_eq!(selected, expected.concat());
+    assert!(server.selected_bitmaps().is_empty(), "nothing is open yet");
+    ask(&mut server, option::GO, GO_A);
+    assert_eq!(server.negotiated().contexts, Contexts::ALLOCATION.with_bitmaps(2));
+    assert_eq!(server.selected_bitmaps(), ["tue", "wed"]);
+}
+
+#[test]
+fn bitmaps_that_were_not_offered_again_are_not_those_of_another_export() {
+    let mut server = begun();
+    answer(&mut server, option::STRUCTURED_REPLY, b"");
+    server.offer_bitmaps(vec!["mon".to_owned()]);
+    ask(&mut server, option::SET_META_CONTEXT, &contexts_of_a(&["qemu:dirty-bitmap:mon"]));
+    ask(&mut server, option::GO, b"\0\0\0\x01b\0\0");
+    assert!(server.negotiated().contexts.is_empty() && server.selected_bitmaps().is_empty());
 }
 
 #[test]
@@ -257,7 +313,7 @@ fn a_context_counts_for_the_export_it_was_selected_for() {
             server.answer_open(found, &mut out).unwrap();
         }
         ask(&mut server, option::GO, GO_A);
-        assert!(!server.negotiated().allocation_context, "{replaced_by:?}");
+        assert!(server.negotiated().contexts.is_empty(), "{replaced_by:?}");
     }
 }
 

@@ -1,0 +1,195 @@
+//! Running the plugin: its socket, the one for kubelet, the health check over HTTP; and its end.
+//!
+//! Owns: the order. Kubelet finds the plugin when it can be called, and loses sight of it before it ends. Never: keeps state: it may be killed
+//! at any time. Called by: `volcsi`.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use proto::csi::registration::registration_server::RegistrationServer;
+use proto::csi::v1::GetPluginInfoRequest;
+use proto::csi::v1::identity_client::IdentityClient;
+use proto::csi::v1::identity_server::IdentityServer;
+use proto::csi::v1::node_server::NodeServer;
+use tokio::net::{TcpListener, TcpStream, UnixListener};
+use tokio::sync::{Semaphore, watch};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::{Channel, Server};
+
+use super::services::{DRIVER_NAME, Plugin, Registrar};
+use super::socket::{SocketError, listen};
+use crate::api_channel::{self, ChannelError};
+use crate::causes::with_sources;
+use crate::end_signal::ended_by_signal;
+
+/// How long calls in progress may go on once the plugin is told to end. Their repeats go on with what is cut off.
+const LAST_CALLS_DEADLINE: Duration = Duration::from_secs(10);
+/// Health checks at once; kubelet makes one at a time.
+const HEALTH_CHECKS_MAX: usize = 16;
+/// What one may take, request and all.
+const HEALTH_CHECK_DEADLINE: Duration = Duration::from_secs(5);
+/// After an error of accepting, such as no free descriptor.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// What `volcsi` is told.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// The plugin's socket.
+    pub endpoint: PathBuf,
+    /// The node daemon's socket.
+    pub node_socket: PathBuf,
+    /// Where kubelet looks for plugins, and where it reaches this one.
+    pub registration: Option<RegistrationOptions>,
+    /// Where `/healthz` is answered.
+    pub healthz: Option<SocketAddr>,
+}
+
+/// How kubelet gets to know the plugin.
+#[derive(Debug, Clone)]
+pub struct RegistrationOptions {
+    /// `plugins_registry` of kubelet's directory, as it is seen here.
+    pub dir: PathBuf,
+    /// The plugin's socket, as kubelet sees it.
+    pub endpoint: String,
+}
+
+/// Why the plugin cannot start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The path of the node daemon's socket.
+    #[error("--socket: {0}")]
+    NodeSocket(#[from] ChannelError),
+    /// The address of the health check.
+    #[error("--healthz {address}: {source}")]
+    Healthz {
+        /// As given.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// A gRPC server ended by itself.
+    #[error("the plugin's server ended: {0}")]
+    Grpc(String),
+}
+
+/// Serves until SIGTERM or SIGINT; calls in progress are finished first, if they end in time.
+///
+/// # Errors
+/// [`ServeError`], by cause.
+pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
+    let node = api_channel::connect_lazy(&format!("unix:{}", options.node_socket.display()), None)?;
+    let (listener, _socket) = listen(&options.endpoint)?;
+    let healthz = match options.healthz {
+        None => None,
+        Some(address) => {
+            let failed = |source| ServeError::Healthz { address, source };
+            Some(TcpListener::bind(address).await.map_err(failed)?)
+        }
+    };
+    let registration = match &options.registration {
+        None => None,
+        Some(told) => {
+            let (listener, socket) = listen(&told.dir.join(format!("{DRIVER_NAME}-reg.sock")))?;
+            Some((listener, socket, told.endpoint.clone()))
+        }
+    };
+    if let Some(healthz) = healthz {
+        tracing::info!(address = ?healthz.local_addr().ok(), "answers /healthz");
+        let own = api_channel::connect_lazy(&format!("unix:{}", options.endpoint.display()), None)?;
+        tokio::spawn(answer_health_checks(healthz, own));
+    }
+    tracing::info!(endpoint = %options.endpoint.display(), version = env!("CARGO_PKG_VERSION"), "volcsi starts");
+    daemon_log::announce(format!("volcsi ready: {}", options.endpoint.display()))
+        .map_err(|source| SocketError::Io { path: options.endpoint.clone(), source })?;
+    let (ending, ended) = watch::channel(false);
+    let plugin = Plugin::new(node);
+    let serving = run_grpc(listener, plugin, ended);
+    let registering = register(registration);
+    let out_of_time = async {
+        ended_by_signal().await;
+        ending.send_replace(true);
+        tokio::time::sleep(LAST_CALLS_DEADLINE).await;
+    };
+    tokio::select! {
+        served = serving => served,
+        failed = registering => Err(failed),
+        () = out_of_time => {
+            tracing::warn!("calls are cut off after {} s", LAST_CALLS_DEADLINE.as_secs());
+            Ok(())
+        }
+    }
+}
+
+async fn run_grpc(
+    listener: UnixListener,
+    plugin: Plugin,
+    mut ended: watch::Receiver<bool>,
+) -> Result<(), ServeError> {
+    let shutdown = async move { drop(ended.wait_for(|is_ending| *is_ending).await) };
+    let serving = Server::builder()
+        .add_service(IdentityServer::new(plugin.clone()))
+        .add_service(NodeServer::new(plugin))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
+    serving.await.map_err(|error| ServeError::Grpc(with_sources(&error)))
+}
+
+/// Answers kubelet for as long as the plugin is there; returns on an error alone.
+async fn register(registration: Option<(UnixListener, super::socket::SocketFile, String)>) -> ServeError {
+    let Some((listener, _socket, endpoint)) = registration else { return std::future::pending().await };
+    let registrar = RegistrationServer::new(Registrar { endpoint });
+    let serving = Server::builder().add_service(registrar);
+    match serving.serve_with_incoming(UnixListenerStream::new(listener)).await {
+        Ok(()) => ServeError::Grpc("no more connections of kubelet's".to_owned()),
+        Err(error) => ServeError::Grpc(with_sources(&error)),
+    }
+}
+
+/// For a liveness probe: the plugin's own socket is called, as kubelet does. Whether the node daemon is there is another question, for
+/// which no restart of the plugin helps.
+async fn answer_health_checks(listener: TcpListener, own: Channel) {
+    let at_once = Arc::new(Semaphore::new(HEALTH_CHECKS_MAX));
+    loop {
+        let Ok(permit) = Arc::clone(&at_once).acquire_owned().await else { return };
+        let Ok((socket, _)) = listener.accept().await else {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        let own = own.clone();
+        tokio::spawn(async move {
+            tokio::time::timeout(HEALTH_CHECK_DEADLINE, answer_health_check(socket, own)).await.ok();
+            drop(permit);
+        });
+    }
+}
+
+async fn answer_health_check(socket: TcpStream, own: Channel) {
+    let answer = service_fn(|request: http::Request<Incoming>| {
+        let own = own.clone();
+        async move {
+            let (status, text) = match request.uri().path() {
+                "/healthz" => match IdentityClient::new(own).get_plugin_info(GetPluginInfoRequest {}).await {
+                    Ok(_) => (http::StatusCode::OK, "ok\n"),
+                    Err(_) => (http::StatusCode::SERVICE_UNAVAILABLE, "the plugin does not answer\n"),
+                },
+                _ => (http::StatusCode::NOT_FOUND, "there is /healthz, and nothing else\n"),
+            };
+            let mut response = http::Response::new(text.to_owned());
+            *response.status_mut() = status;
+            Ok::<_, std::convert::Infallible>(response)
+        }
+    });
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).keep_alive(false);
+    if let Err(error) = http.serve_connection(TokioIo::new(socket), answer).await {
+        tracing::debug!(%error, "a health check was cut off");
+    }
+}

@@ -1,0 +1,112 @@
+//! `snapshot create --freeze`: a snapshot of file systems that stand still.
+//!
+//! ```text
+//!   node daemon freezes ─▶ server takes the snapshot ─▶ node daemon thaws ─ was frozen ─▶ server is told so
+//!                                                                        └─ was not ───▶ the snapshot is deleted
+//! ```
+//! Whoever is killed in between: the node daemon thaws by itself, and what is left is no snapshot, or one that is not called frozen.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use proto::v1;
+use proto::v1::management_client::ManagementClient;
+use proto::v1::node_client::NodeClient;
+use tonic::transport::Channel;
+use uuid::Uuid;
+
+use crate::connect::{self, ServerAddress, call};
+use crate::exit_code::ExitCode;
+use crate::failure::Failure;
+use crate::report::Report;
+use crate::snapshots::{created, export_name, finish};
+
+pub(crate) async fn create(
+    server: &ServerAddress,
+    socket: &Path,
+    volumes: Vec<String>,
+    name: String,
+) -> Result<Report, Failure> {
+    // Both before anything is frozen: neither is to be waited for then.
+    let mut client = connect::server(server).await?;
+    let mut node = connect::node(socket).await?;
+    let freeze_id = Uuid::new_v4().to_string();
+    let freeze = v1::FreezeRequest { targets: volumes.clone(), freeze_id: freeze_id.clone() };
+    let volume_uids = call(node.freeze(freeze)).await?.volume_uids;
+    let request = v1::CreateSnapshotRequest { volume_names: volumes, name, freeze_id: freeze_id.clone() };
+    let taken = call(client.create_snapshot(request)).await;
+    let thawed = thaw(&mut node, &freeze_id).await;
+    let mut taken = taken?;
+    let is_ours = |snapshot: &&v1::Snapshot| snapshot.freeze_id == freeze_id;
+    if taken.snapshots.iter().any(|snapshot| is_ours(&snapshot)) {
+        let frozen: HashSet<&String> = volume_uids.iter().collect();
+        let is_frozen = |snapshot: &v1::Snapshot| frozen.contains(&snapshot.volume_uid);
+        let outcome = match taken.snapshots.iter().find(|snapshot| !is_frozen(snapshot)) {
+            Some(other) => Err(format!(
+                "{} is of a volume of another server than the node daemon's: nothing of it was frozen",
+                export_name(other)
+            )),
+            None => thawed,
+        };
+        if let Err(why) = outcome {
+            return Err(discard(&mut client, taken.snapshots.iter().filter(is_ours), &why).await);
+        }
+        let mark = v1::MarkSnapshotsFrozenRequest { freeze_id: freeze_id.clone() };
+        let marked = call(client.mark_snapshots_frozen(mark)).await;
+        // Copies that failed leave nothing to be marked; their operation has the reason.
+        let is_gone = marked.as_ref().is_err_and(|failure| failure.exit_code == ExitCode::NotFound);
+        if let Some(operation) = taken.operation.take_if(|_| is_gone) {
+            finish(&mut client, operation).await?;
+        }
+        marked.map_err(|failure| {
+            let what = format!("the snapshots are not called frozen, though they are: {}", failure.what);
+            Failure { what, ..failure }
+        })?;
+    }
+    if let Some(operation) = taken.operation.take() {
+        finish(&mut client, operation).await?;
+    }
+    let mut snapshots = Vec::with_capacity(taken.snapshots.len());
+    for snapshot in taken.snapshots {
+        let named = v1::GetSnapshotRequest { snapshot_uid: snapshot.snapshot_uid, ..Default::default() };
+        snapshots.push(call(client.get_snapshot(named)).await?);
+    }
+    Ok(created(&snapshots))
+}
+
+/// Whether all was frozen until now; why not.
+async fn thaw(node: &mut NodeClient<Channel>, freeze_id: &str) -> Result<(), String> {
+    let request = v1::ThawRequest { freeze_id: freeze_id.to_owned() };
+    match call(node.thaw(request)).await {
+        Ok(answer) if answer.was_frozen => Ok(()),
+        Ok(answer) => Err(answer.reason),
+        Err(failure) => Err(format!("the node daemon does not tell: {}", failure.what)),
+    }
+}
+
+/// Deletes what is not what was asked for.
+async fn discard(
+    client: &mut ManagementClient<Channel>,
+    snapshots: impl Iterator<Item = &v1::Snapshot>,
+    why: &str,
+) -> Failure {
+    let mut left = Vec::new();
+    for snapshot in snapshots {
+        let snapshot_uid = snapshot.snapshot_uid.clone();
+        let request = v1::DeleteSnapshotRequest { snapshot_uid, ..Default::default() };
+        if call(client.delete_snapshot(request)).await.is_err() {
+            left.push(export_name(snapshot));
+        }
+    }
+    let what = format!("the file system was not frozen all the time: {why}");
+    if left.is_empty() {
+        return Failure::new(
+            ExitCode::Precondition,
+            format!("{what}; the snapshot was deleted"),
+            "repeat the command, or take the snapshot without --freeze",
+        );
+    }
+    let names = left.join(", ");
+    let next = format!("delete it (volctl snapshot delete {names}), then repeat the command");
+    Failure::new(ExitCode::Precondition, format!("{what}; {names} is there, not called frozen"), next)
+}

@@ -1,0 +1,335 @@
+//! `import`: an image becomes the content of a volume.
+//!
+//! Order: the image is judged (format, size, partition table) before anything is asked of the server; the volume is attached before its
+//! content is judged, so that it does not change any more; the journal is begun before the first byte is written. From then on
+//! whatever ends the run leaves the attachment and the journal for the next one.
+
+use std::time::Instant;
+
+use client::image::copy::{copy, verify};
+use client::image::format::Format;
+use client::image::journal::{JOURNAL_VERSION, Journal, JournalHead};
+use client::image::partition_table::{self, PartitionTable};
+use proto::v1;
+use serde_json::json;
+
+use super::places::{STDIN, Source};
+use super::progress::Progress;
+use super::volumes::{Attached, NODE_PREFIX, Server, machine_id};
+use super::{ImportArgs, copy_failure, short_hash, state_directory};
+use crate::connect::{ServerAddress, call};
+use crate::exit_code::ExitCode;
+use crate::failure::Failure;
+use crate::report::Report;
+use crate::size::human_size;
+use crate::snapshots::is_temporary_clone;
+
+/// Capacities are multiples of this.
+const CAPACITY_UNIT_BYTES: u64 = 4096;
+/// Of a volume for an image without a partition table.
+const DEFAULT_BLOCK_BYTES: u32 = 4096;
+
+pub(crate) async fn import(server: &ServerAddress, args: ImportArgs) -> Result<Report, Failure> {
+    if let Some(name) = &args.drop {
+        return give_up(server, name).await;
+    }
+    let (Some(text), Some(name)) = (&args.source, &args.volume) else {
+        return Err(Failure::new(ExitCode::Usage, "import what, and into which volume?", ""));
+    };
+    let mut client = Server::connect(server).await?;
+    let size_bytes = match (text.as_str(), args.create, args.size) {
+        (STDIN, true, None) => {
+            let next = "give the volume's: --size";
+            return Err(Failure::new(ExitCode::Usage, "a pipe does not tell its size", next));
+        }
+        (STDIN, true, Some(size_bytes)) => size_bytes,
+        (STDIN, false, _) => client.volume(name).await?.capacity_bytes,
+        _ => 0,
+    };
+    let source = Source::open(&args, text, size_bytes, server.tls_files.as_ref()).await?;
+    let table = look_for_partitions(&source).await?;
+    let mut server = client;
+    let volume = if args.create {
+        make_volume(&mut server, &args, name, &source, table).await?
+    } else {
+        server.volume(name).await?
+    };
+    check_fit(&args, &source, &volume, table)?;
+    Import { args: &args, source: &source, volume }.run(&mut server).await
+}
+
+async fn look_for_partitions(source: &Source) -> Result<Option<PartitionTable>, Failure> {
+    if source.size_bytes == 0 {
+        return Err(Failure::new(ExitCode::Usage, format!("{} is empty", source.location), "give an image"));
+    }
+    let begin =
+        source.begin().await.map_err(|error| Failure::other(format!("{}: {error}", source.location)))?;
+    Ok(partition_table::find(&begin, source.size_bytes))
+}
+
+async fn make_volume(
+    server: &mut Server<'_>,
+    args: &ImportArgs,
+    name: &str,
+    source: &Source,
+    table: Option<PartitionTable>,
+) -> Result<v1::Volume, Failure> {
+    let of_table = table.map_or(DEFAULT_BLOCK_BYTES, |table| table.sector_bytes);
+    let wanted = v1::Volume {
+        name: name.to_owned(),
+        capacity_bytes: args.size.unwrap_or_else(|| source.size_bytes.next_multiple_of(CAPACITY_UNIT_BYTES)),
+        block_size_bytes: args.block_size.unwrap_or(of_table),
+        ..Default::default()
+    };
+    // Before it is made.
+    check_fit(args, source, &wanted, table)?;
+    let request = v1::CreateVolumeRequest {
+        name: wanted.name,
+        capacity_bytes: wanted.capacity_bytes,
+        block_size_bytes: wanted.block_size_bytes,
+        ..Default::default()
+    };
+    call(server.client.create_volume(request)).await
+}
+
+/// Whether the image can be a volume like this.
+fn check_fit(
+    args: &ImportArgs,
+    source: &Source,
+    volume: &v1::Volume,
+    table: Option<PartitionTable>,
+) -> Result<(), Failure> {
+    let name = &volume.name;
+    if source.size_bytes > volume.capacity_bytes {
+        let (image, there) = (source.size_bytes, volume.capacity_bytes);
+        let what = format!("the image has {image} bytes, and volume {name} only {there}");
+        let size = image.next_multiple_of(CAPACITY_UNIT_BYTES);
+        let next = match args.create {
+            true => format!("leave --size out, or give {size} at least"),
+            false => format!("make it larger: volctl resize {name} --size {size}"),
+        };
+        return Err(Failure::new(ExitCode::Usage, what, next));
+    }
+    if let Some(table) = table.filter(|table| table.sector_bytes != volume.block_size_bytes) {
+        let PartitionTable { kind, sector_bytes } = table;
+        let what = format!(
+            "the image has a {kind} for sectors of {sector_bytes} bytes, and volume {name} has blocks of {}: its partitions would not be found",
+            volume.block_size_bytes
+        );
+        if !args.ignore_sector_size {
+            let next = format!(
+                "import it into a volume that was made with --block-size {sector_bytes}, as --create makes it; \
+                 or, if that does not matter, --ignore-sector-size"
+            );
+            return Err(Failure::new(ExitCode::Precondition, what, next));
+        }
+    }
+    if volume.is_read_only {
+        let next = format!("volctl set {name} --no-read-only");
+        return Err(Failure::new(ExitCode::Precondition, format!("volume {name} is read-only"), next));
+    }
+    Ok(())
+}
+
+struct Import<'a> {
+    args: &'a ImportArgs,
+    source: &'a Source,
+    volume: v1::Volume,
+}
+
+impl Import<'_> {
+    async fn run(self, server: &mut Server<'_>) -> Result<Report, Failure> {
+        let begun = Instant::now();
+        let directory = state_directory()?;
+        let location = &self.source.location;
+        let copy_id =
+            short_hash(&[&machine_id(), &directory.to_string_lossy(), &self.volume.volume_uid, location]);
+        let path = directory.join(format!("import-{}-{copy_id}.journal", self.volume.volume_uid));
+        let mut journal = Journal::open(&path)?;
+        let attached = server.attach(&self.volume, &copy_id, v1::AccessMode::SingleNodeWriter).await;
+        let attached = match attached {
+            Ok(attached) => attached,
+            Err(failure) if journal.head().is_none() => {
+                journal.remove()?;
+                return Err(failure);
+            }
+            Err(failure) => return Err(failure),
+        };
+        if let Err(failure) = self.prepare(server, &attached, &mut journal).await {
+            // Nothing was begun; what an earlier run has begun stays.
+            if !attached.existed {
+                server.detach(&attached.attachment_id).await?;
+                journal.remove()?;
+            }
+            return Err(failure);
+        }
+        let resumed_bytes = (journal.chunks() * client::image::CHUNK_BYTES).min(self.source.size_bytes);
+        let go_on = format!(
+            "repeat the command: it goes on where it stopped; or give it up: volctl import --drop {}",
+            self.volume.name
+        );
+        let copied = tokio::select! {
+            copied = self.copy(&attached, &mut journal, &go_on) => copied,
+            _ = tokio::signal::ctrl_c() => Err(Failure::new(ExitCode::Other, "interrupted", go_on)),
+        };
+        copied?;
+        let digest = journal.digest();
+        let Attached { attachment_id, store, .. } = attached;
+        store.close().await;
+        server.detach(&attachment_id).await?;
+        journal.remove()?;
+        Ok(self.report(&digest, resumed_bytes, begun))
+    }
+
+    /// Finds out whether the copy goes on or begins, and whether it may.
+    async fn prepare(
+        &self,
+        server: &mut Server<'_>,
+        attached: &Attached,
+        journal: &mut Journal,
+    ) -> Result<(), Failure> {
+        // As it is now that nobody else writes to it.
+        let volume = server.volume(&self.volume.name).await?;
+        let is_forgetful = volume.backend() == v1::Backend::Memory;
+        let incarnation = if is_forgetful { volume.storage_incarnation.as_str() } else { "" };
+        let destination =
+            format!("volume {} attachment {} {incarnation}", volume.volume_uid, attached.attachment_id);
+        let head = JournalHead {
+            format_version: JOURNAL_VERSION,
+            source: self.source.identity.clone(),
+            destination,
+            size_bytes: self.source.size_bytes,
+            was_zero: volume.content() == v1::VolumeContent::NeverWritten,
+        };
+        let same =
+            |before: &&JournalHead| JournalHead { was_zero: head.was_zero, ..(*before).clone() } == head;
+        if journal.head().filter(same).is_some() {
+            return Ok(());
+        }
+        // What an import of ours has begun is nobody's data.
+        let is_ours =
+            attached.existed && journal.head().is_some_and(|before| before.destination == head.destination);
+        if !head.was_zero && !is_ours {
+            self.check_overwrite(&volume)?;
+        }
+        journal.begin(head)?;
+        Ok(())
+    }
+
+    fn check_overwrite(&self, volume: &v1::Volume) -> Result<(), Failure> {
+        let name = &volume.name;
+        if !self.args.overwrite {
+            let what = format!("volume {name} was written to, and would be overwritten");
+            let next = "import into a new volume (--create), or overwrite it: --overwrite";
+            return Err(Failure::new(ExitCode::Precondition, what, next));
+        }
+        if volume.is_protected {
+            let next = format!("volctl set {name} --no-protect");
+            return Err(Failure::new(ExitCode::Precondition, format!("volume {name} is protected"), next));
+        }
+        Ok(())
+    }
+
+    async fn copy(&self, attached: &Attached, journal: &mut Journal, go_on: &str) -> Result<(), Failure> {
+        let (source, size_bytes) = (self.source, self.source.size_bytes);
+        let was_zero = journal.head().is_some_and(|head| head.was_zero);
+        let failed = |error| copy_failure(error, go_on);
+        {
+            let progress =
+                Progress::new("copying", size_bytes, journal.chunks() * client::image::CHUNK_BYTES);
+            let at = |done| progress.at(done);
+            let copied = copy(
+                &source.store,
+                &attached.store,
+                was_zero,
+                size_bytes,
+                journal,
+                self.args.checkpoint_bytes,
+                &at,
+            );
+            copied.await.map_err(failed)?;
+        }
+        source.check_unchanged()?;
+        source.check_end().await?;
+        let behind = size_bytes.next_multiple_of(attached.store.block_bytes());
+        if !was_zero && behind < self.volume.capacity_bytes {
+            // Nothing of what was there before is left.
+            let cleared = attached.store.zero(behind, self.volume.capacity_bytes - behind).await;
+            let flushed = match cleared {
+                Ok(()) => attached.store.flush().await,
+                Err(error) => Err(error),
+            };
+            flushed.map_err(|error| failed(client::image::copy::CopyError::Destination(error)))?;
+        }
+        if !self.args.no_verify {
+            let progress = Progress::new("verifying", size_bytes, 0);
+            let at = |done| progress.at(done);
+            let verified = verify(&attached.store, size_bytes, journal, &at);
+            verified.await.map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    fn report(&self, digest: &str, resumed_bytes: u64, begun: Instant) -> Report {
+        let (source, name, is_verified) = (self.source, &self.volume.name, !self.args.no_verify);
+        let seconds = begun.elapsed().as_secs_f64();
+        let verified = if is_verified { "verified" } else { "not verified" };
+        let resumed = match resumed_bytes {
+            0 => String::new(),
+            bytes => format!(", {} of them by an earlier run", human_size(bytes)),
+        };
+        let text = format!(
+            "imported {} into {name}: {}{resumed}, in {seconds:.1} s; {verified}, digest {digest}\n",
+            source.location,
+            human_size(source.size_bytes),
+        );
+        let json = json!({
+            "volume": name,
+            "volume_uid": self.volume.volume_uid,
+            "source": source.location,
+            "format": Format::as_str(source.format),
+            "size_bytes": source.size_bytes,
+            "resumed_bytes": resumed_bytes,
+            "digest": digest,
+            "verified": is_verified,
+            "elapsed_ms": (seconds * 1000.0) as u64,
+        });
+        Report::new(text, json)
+    }
+}
+
+/// Deletes what an export of a snapshot has made.
+pub(super) async fn delete(server: &mut Server<'_>, name: &str) -> Result<(), Failure> {
+    let request = v1::DeleteVolumeRequest { name: name.to_owned(), keep_snapshots: false };
+    call(server.client.delete_volume(request)).await?;
+    Ok(())
+}
+
+/// `--drop`: ends what copies that were interrupted have left of a volume, on whichever machine.
+async fn give_up(server: &ServerAddress, name: &str) -> Result<Report, Failure> {
+    let mut server = Server::connect(server).await?;
+    let volume = server.volume(name).await?;
+    let ours = volume.attachments.iter().filter(|attachment| attachment.node_id.starts_with(NODE_PREFIX));
+    let mut dropped = Vec::new();
+    for attachment in ours {
+        server.detach(&attachment.attachment_id).await?;
+        dropped.push(attachment.node_id.clone());
+    }
+    let prefix = format!("import-{}-", volume.volume_uid);
+    let entries = std::fs::read_dir(state_directory()?);
+    let entries =
+        entries.map_err(|error| Failure::other(format!("cannot read the state directory: {error}")))?;
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            Journal::open(&entry.path())?.remove()?;
+        }
+    }
+    if is_temporary_clone(&volume) {
+        delete(&mut server, name).await?;
+    }
+    let text = match dropped.len() {
+        0 => format!("no import or export has {name} attached\n"),
+        _ => format!("detached {name} from {}\n", dropped.join(", ")),
+    };
+    Ok(Report::new(text, json!({ "volume": name, "dropped": dropped })))
+}

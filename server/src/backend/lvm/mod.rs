@@ -1,0 +1,511 @@
+//! Volumes that are thin logical volumes of an LVM pool: made, grown, snapshotted and removed through LVM's own tools.
+//!
+//! ```text
+//!   volnode-v-<volume_uid>     a volume              volnode-r-<volume_uid>   what is to take its place
+//!   volnode-s-<snapshot_uid>   a snapshot            volnode-o-<volume_uid>   what was the volume until then
+//! ```
+//! Owns what is done with the pool ([`Lvm`]). Never: does a volume's I/O, or opens its device: that is `device/`'s, which finds it by
+//! the UUID that LVM gives to it and serves it past the page cache, alone. So whatever was acknowledged is in the device, and a
+//! thin snapshot, for which device mapper stops and flushes it, has all of it.
+//! Called by: `data_side.rs`, `gate/opener.rs` and `serve.rs`, on threads that may wait. Invariants: what returns is durable (LVM's
+//! metadata and the pool's are); logical volumes without this server's tag are never touched; a pool that serves gives an error when
+//! it is full, and does not let writes wait.
+//! Source: lvmthin(7), Documentation/admin-guide/device-mapper/thin-provisioning.rst.
+
+mod command;
+mod report;
+mod tool;
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+pub use command::{PoolName, Thin};
+pub use report::{PoolFill, ThinState, Unreadable};
+pub use tool::ToolError;
+
+use self::command::Call;
+use self::report::PoolState;
+use self::tool::Tools;
+use super::device::{self, Adoptable, Sysfs};
+use crate::catalog::{Adopted, AdoptedKind};
+
+/// What is told of sizes may be so old: lists ask for one volume after the other.
+const LIST_AGE: Duration = Duration::from_secs(5);
+/// Percent of data or metadata at which a warning is logged, each once while it is above.
+const WARN_PERCENT: [f64; 3] = [80.0, 90.0, 95.0];
+/// New snapshots and clones are refused from so many percent on, unless a reserve says otherwise.
+const NEW_COPIES_PERCENT: f64 = 90.0;
+
+/// Why something cannot be done with the pool.
+#[derive(Debug, thiserror::Error)]
+pub enum LvmError {
+    /// A tool did not do it.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
+    /// The same, of a look a moment ago, which is not repeated yet.
+    #[error("{0}")]
+    Remembered(String),
+    /// A tool's answer cannot be read.
+    #[error(transparent)]
+    Unreadable(#[from] Unreadable),
+    /// It is something else.
+    #[error("{0} is no thin pool; make one with lvcreate --type thin-pool, or give another --lvm")]
+    NoPool(PoolName),
+    /// It lets writes wait when it is full, or shows what was another volume's, and cannot be told otherwise.
+    #[error("{pool} cannot be set to {what}; see lvchange(8)")]
+    Setting {
+        /// Which.
+        pool: PoolName,
+        /// To what.
+        what: &'static str,
+    },
+    /// The server has no pool.
+    #[error("this server has no thin pool; start volserver with --lvm VG/THINPOOL")]
+    NotConfigured,
+    /// A volume of another pool.
+    #[error(
+        "its volume is in the thin pool {recorded}, and this server has {pool}; start volserver with --lvm {recorded}"
+    )]
+    OtherPool {
+        /// Where it is.
+        recorded: String,
+        /// What the server has.
+        pool: PoolName,
+    },
+    /// No such logical volume.
+    #[error("there is no logical volume {name} in {pool}")]
+    Missing {
+        /// Its name.
+        name: String,
+        /// Where it should be.
+        pool: PoolName,
+    },
+}
+
+/// The thin pool of one server.
+#[derive(Debug)]
+pub struct Lvm {
+    pool: PoolName,
+    /// What this server's logical volumes are marked with.
+    tag: String,
+    /// How their devices are opened.
+    adoptable: Adoptable,
+    /// What was told last of sizes, and when.
+    listed: Mutex<Option<(Instant, Vec<ThinState>)>>,
+    /// The highest step of [`WARN_PERCENT`] that was told.
+    warned: Mutex<usize>,
+    /// Held while LVM is looked at: once at a time. When the last look failed, and why.
+    looking: Mutex<Option<(Instant, String)>>,
+    tools: Tools,
+    /// Changes are made one after the other: each takes the group's lock anyway, with a limit of its own.
+    changing: Mutex<()>,
+}
+
+impl Lvm {
+    /// Takes the pool into use: sees that it is one and what it does when full, and finishes what a killed server began.
+    ///
+    /// # Errors
+    /// [`LvmError`]
+    pub fn start(pool: PoolName, server_id: Uuid) -> Result<Self, LvmError> {
+        let adoptable = Adoptable {
+            allowed: vec![PathBuf::from("/dev")],
+            data_dir: PathBuf::new(),
+            sysfs: Sysfs::default(),
+        };
+        let tag = format!("volnode-{server_id}");
+        let lvm = Self::new(pool, tag, adoptable);
+        let mut state = match lvm.state() {
+            // Of a pool that is not active, LVM does not tell how full it is.
+            Err(LvmError::Unreadable(_)) => {
+                lvm.change(&lvm.pool.activate_pool())?;
+                lvm.state()?
+            }
+            state => state?,
+        };
+        if !(state.errors_when_full && state.zeroes) {
+            info!(pool = %lvm.pool, "the thin pool is set to give an error when it is full, and to zero what it hands out");
+            // Of what is so already, LVM makes an error.
+            let calls =
+                [(state.errors_when_full, lvm.pool.error_when_full()), (state.zeroes, lvm.pool.zero())];
+            for (_, call) in calls.iter().filter(|(is_so, _)| !is_so) {
+                lvm.change(call)?;
+            }
+            state = lvm.state()?;
+        }
+        for (holds, what) in [(state.errors_when_full, "--errorwhenfull y"), (state.zeroes, "--zero y")] {
+            if !holds {
+                return Err(LvmError::Setting { pool: lvm.pool, what });
+            }
+        }
+        for calls in left_to_do(&lvm.pool, &lvm.list()?) {
+            info!(?calls, "finishing a restore that a former process began");
+            // The next is about what this one did. Other volumes do not wait for it.
+            if let Err(error) = calls.iter().try_for_each(|call| lvm.change(call)) {
+                warn!(?calls, %error, "a restore cannot be finished: it is left to the next start");
+            }
+        }
+        let PoolFill { data_percent, metadata_percent } = state.fill;
+        info!(pool = %lvm.pool, data_percent, metadata_percent, "thin pool in use");
+        Ok(lvm)
+    }
+
+    fn new(pool: PoolName, tag: String, adoptable: Adoptable) -> Self {
+        let (listed, warned, looking) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let (tools, changing) = (Tools::default(), Mutex::default());
+        Self { pool, tag, adoptable, listed, warned, looking, tools, changing }
+    }
+
+    /// Which pool it is.
+    pub fn pool(&self) -> &PoolName {
+        &self.pool
+    }
+
+    /// How devices of it are opened.
+    pub fn adoptable(&self) -> &Adoptable {
+        &self.adoptable
+    }
+
+    /// Whether a volume that was made in the pool `recorded` is one of this server's.
+    ///
+    /// # Errors
+    /// [`LvmError::OtherPool`]
+    pub fn check_pool(&self, recorded: Option<String>) -> Result<(), LvmError> {
+        match recorded {
+            Some(recorded) if recorded != self.pool.to_string() => {
+                Err(LvmError::OtherPool { recorded, pool: self.pool.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// By what the device of a logical volume is found, which the kernel has from now on.
+    ///
+    /// # Errors
+    /// [`LvmError::Missing`]; a tool's.
+    pub fn locate(&self, thin: Thin) -> Result<Adopted, LvmError> {
+        let found = self.find(thin)?;
+        let found = match found.device {
+            Some(_) => found,
+            None => {
+                self.change(&self.pool.activate(thin))?;
+                self.find(thin)?
+            }
+        };
+        let (uuid, minor) = found.device.ok_or_else(|| self.missing(thin))?;
+        let (path, identity) = (format!("/dev/dm-{minor}"), format!("dm-uuid:{uuid}"));
+        Ok(Adopted { kind: AdoptedKind::BlockDevice, path, identity })
+    }
+
+    /// Whether what was located, and is open by now, still has the logical volume's name: a restore gives it to another.
+    ///
+    /// # Errors
+    /// [`LvmError::Missing`]
+    pub fn check_name(&self, thin: Thin, located: &Adopted) -> Result<(), LvmError> {
+        let found = device::mapper_name(&self.adoptable.sysfs, &located.identity);
+        let is_it = found.is_some_and(|found| found == self.pool.mapper_name(thin));
+        if is_it { Ok(()) } else { Err(self.missing(thin)) }
+    }
+
+    /// Makes an empty one of at least so many bytes.
+    ///
+    /// # Errors
+    /// A tool's.
+    pub fn create(&self, thin: Thin, bytes: u64) -> Result<(), LvmError> {
+        self.remove(thin)?;
+        self.change(&self.pool.create(thin, bytes, &self.tag))
+    }
+
+    /// Makes one with the bytes of another, as they are at one instant, and at least so large. After an error there is none.
+    ///
+    /// # Errors
+    /// [`LvmError::Missing`]; a tool's.
+    pub fn copy(&self, of: Thin, thin: Thin, bytes: u64) -> Result<(), LvmError> {
+        self.find(of)?;
+        self.remove(thin)?;
+        let made = self.change(&self.pool.snapshot(of, thin, &self.tag));
+        made.and_then(|()| self.grow(thin, bytes)).inspect_err(|_| {
+            if let Err(error) = self.remove(thin) {
+                warn!(name = thin.name(), %error, "a copy that could not be made is still to be cleaned up");
+            }
+        })
+    }
+
+    /// Makes it at least so large; one that is so is left.
+    ///
+    /// # Errors
+    /// [`LvmError::Missing`]; a tool's.
+    pub fn grow(&self, thin: Thin, bytes: u64) -> Result<(), LvmError> {
+        if self.find(thin)?.size_bytes >= bytes {
+            return Ok(());
+        }
+        self.change(&self.pool.extend(thin, bytes))
+    }
+
+    /// Removes it, if it is there; of a volume also what it was before a restore that was not finished.
+    ///
+    /// # Errors
+    /// A tool's: somebody has it open, for example.
+    pub fn remove(&self, thin: Thin) -> Result<(), LvmError> {
+        let stored = self.list()?;
+        for thin in removed_with(thin) {
+            if stored.iter().any(|found| found.thin == thin) {
+                self.change(&self.pool.remove(thin))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What was copied to be restored takes the place of the volume's. Killed in between, the next start goes on ([`Lvm::start`]).
+    ///
+    /// # Errors
+    /// [`LvmError::Missing`]; a tool's. The call may be repeated.
+    pub fn replace(&self, volume_uid: Uuid) -> Result<(), LvmError> {
+        let (volume, restoring) = (Thin::Volume(volume_uid), Thin::Restoring(volume_uid));
+        let stored = self.list()?;
+        let is_there = |thin: Thin| stored.iter().any(|found| found.thin == thin);
+        if !is_there(restoring) {
+            return Err(self.missing(restoring));
+        }
+        if is_there(volume) {
+            self.remove(Thin::Replaced(volume_uid))?;
+            self.change(&self.pool.rename(volume, Thin::Replaced(volume_uid)))?;
+        }
+        if let Err(error) = self.change(&self.pool.rename(restoring, volume)) {
+            self.put_back(volume_uid);
+            return Err(error);
+        }
+        if let Err(error) = self.remove(Thin::Replaced(volume_uid)) {
+            warn!(%volume_uid, %error, "what the volume was before its restore is still to be removed: the next start does");
+        }
+        Ok(())
+    }
+
+    /// Of a restore that came to nothing: the volume has its former bytes again, unless it has those that were restored.
+    fn put_back(&self, volume_uid: Uuid) {
+        let put = self.list().and_then(|stored| match put_back(&self.pool, volume_uid, &stored) {
+            Some(call) => self.change(&call),
+            None => Ok(()),
+        });
+        if let Err(error) = put {
+            warn!(%volume_uid, %error, "what the volume was before its restore cannot be put back yet: the next start does");
+        }
+    }
+
+    /// All logical volumes of this server.
+    ///
+    /// # Errors
+    /// A tool's.
+    pub fn list(&self) -> Result<Vec<ThinState>, LvmError> {
+        self.list_in_turn(&mut lock(&self.looking))
+    }
+
+    fn list_in_turn(&self, failed: &mut Option<(Instant, String)>) -> Result<Vec<ThinState>, LvmError> {
+        let answer = self.look(failed, &self.pool.list())?;
+        let found = report::thin_volumes(&answer, &self.pool.pool, &self.tag)?;
+        *lock(&self.listed) = Some((Instant::now(), found.clone()));
+        Ok(found)
+    }
+
+    /// Whoever waited for a turn while a look failed is not to wait for another that fails.
+    fn look(&self, failed: &mut Option<(Instant, String)>, call: &Call) -> Result<String, LvmError> {
+        if let Some(words) = remembered(failed.as_ref(), Instant::now()) {
+            return Err(LvmError::Remembered(words));
+        }
+        *failed = None;
+        let answer = self.tools.run(call);
+        Ok(answer.inspect_err(|error| *failed = Some((Instant::now(), error.to_string())))?)
+    }
+
+    /// How much of the pool it takes, in bytes, what it shares among it, as it was some seconds ago; 0 where that is not known.
+    pub fn allocated_bytes(&self, thin: Thin) -> u64 {
+        // One looks, and the others have what it found.
+        let mut failed = lock(&self.looking);
+        let is_recent = lock(&self.listed).as_ref().is_some_and(|(at, _)| at.elapsed() < LIST_AGE);
+        if !is_recent && let Err(error) = self.list_in_turn(&mut failed) {
+            warn!(%error, "how much of the thin pool is taken is not known");
+            return 0;
+        }
+        let listed = lock(&self.listed);
+        let found = listed.iter().flat_map(|(_, listed)| listed).find(|found| found.thin == thin);
+        found.map_or(0, |found| found.allocated_bytes)
+    }
+
+    /// How full the pool is.
+    ///
+    /// # Errors
+    /// A tool's; [`LvmError::NoPool`].
+    pub fn fill(&self) -> Result<PoolFill, LvmError> {
+        Ok(self.state()?.fill)
+    }
+
+    /// Looks after the pool: says how full it is when that passes a step, and what is wrong with it.
+    pub fn watch(&self) {
+        let state = match self.state() {
+            Ok(state) => state,
+            Err(error) => {
+                warn!(pool = %self.pool, %error, "the thin pool cannot be looked after");
+                return;
+            }
+        };
+        if !state.health.is_empty() {
+            error!(pool = %self.pool, health = state.health, "the thin pool is in trouble: see lvmthin(7)");
+        }
+        if !state.errors_when_full {
+            warn!(pool = %self.pool, "somebody set the thin pool to let writes wait when it is full: it is set back");
+            if let Err(error) = self.change(&self.pool.error_when_full()) {
+                error!(pool = %self.pool, %error, "writes wait when the thin pool is full");
+            }
+        }
+        let step = step_of(state.fill);
+        let told = std::mem::replace(&mut *lock(&self.warned), step);
+        if step > told {
+            let PoolFill { data_percent, metadata_percent } = state.fill;
+            warn!(pool = %self.pool, data_percent, metadata_percent, "the thin pool gets full: extend it (lvextend), or delete snapshots and volumes");
+        }
+    }
+
+    fn state(&self) -> Result<PoolState, LvmError> {
+        let answer = self.look(&mut lock(&self.looking), &self.pool.look_at_pool())?;
+        report::pool(&answer)?.ok_or_else(|| LvmError::NoPool(self.pool.clone()))
+    }
+
+    fn find(&self, thin: Thin) -> Result<ThinState, LvmError> {
+        self.list()?.into_iter().find(|found| found.thin == thin).ok_or_else(|| self.missing(thin))
+    }
+
+    fn missing(&self, thin: Thin) -> LvmError {
+        LvmError::Missing { name: thin.name(), pool: self.pool.clone() }
+    }
+
+    fn change(&self, call: &Call) -> Result<(), LvmError> {
+        let _changing = lock(&self.changing);
+        let done = self.tools.run(call);
+        // After it: what was looked at meanwhile is of before.
+        *lock(&self.listed) = None;
+        done?;
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many of [`WARN_PERCENT`] are passed.
+fn step_of(fill: PoolFill) -> usize {
+    WARN_PERCENT.iter().filter(|step| fill.percent() >= **step).count()
+}
+
+/// Whether the pool is too full for new snapshots and clones: that is, from which percentage on. `reserve_percent`: what is to be kept
+/// free.
+pub fn too_full(fill: PoolFill, reserve_percent: Option<u8>) -> Option<f64> {
+    let most = reserve_percent.map_or(NEW_COPIES_PERCENT, |reserve| 100.0 - f64::from(reserve));
+    (fill.percent() >= most).then_some(most)
+}
+
+/// What a server that was killed in a restore left to do, by volume, each in order: there was nobody to whom the former bytes were told again, since the
+/// incarnation had been raised.
+fn left_to_do(pool: &PoolName, stored: &[ThinState]) -> Vec<Vec<Call>> {
+    let is_there = |thin: Thin| stored.iter().any(|found| found.thin == thin);
+    let mut of_volumes = Vec::new();
+    for found in stored {
+        let Thin::Replaced(volume_uid) = found.thin else { continue };
+        let (volume, restoring) = (Thin::Volume(volume_uid), Thin::Restoring(volume_uid));
+        of_volumes.push(match (is_there(volume), is_there(restoring)) {
+            (true, _) => vec![pool.remove(found.thin)],
+            (false, true) => vec![pool.rename(restoring, volume), pool.remove(found.thin)],
+            // It has the volume's former bytes, which are better than none.
+            (false, false) => vec![pool.rename(found.thin, volume)],
+        });
+    }
+    of_volumes
+}
+
+/// What gives the volume its former bytes back, where it has none.
+fn put_back(pool: &PoolName, volume_uid: Uuid, stored: &[ThinState]) -> Option<Call> {
+    let (volume, replaced) = (Thin::Volume(volume_uid), Thin::Replaced(volume_uid));
+    let is_there = |thin: Thin| stored.iter().any(|found| found.thin == thin);
+    (is_there(replaced) && !is_there(volume)).then(|| pool.rename(replaced, volume))
+}
+
+/// What goes with it: what is left of a volume would come back as that volume.
+fn removed_with(thin: Thin) -> Vec<Thin> {
+    match thin {
+        Thin::Volume(volume_uid) => vec![Thin::Replaced(volume_uid), thin],
+        Thin::Snapshot(_) | Thin::Restoring(_) | Thin::Replaced(_) => vec![thin],
+    }
+}
+
+/// Why a look failed, for so long as it is not repeated.
+fn remembered(failed: Option<&(Instant, String)>, now: Instant) -> Option<String> {
+    let (at, words) = failed?;
+    (now.saturating_duration_since(*at) < LIST_AGE).then(|| words.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(thin: Thin) -> ThinState {
+        ThinState { thin, size_bytes: 1, allocated_bytes: 0, device: None }
+    }
+
+    #[test]
+    fn a_restore_that_was_killed_anywhere_is_finished_or_not_begun() {
+        let pool: PoolName = "vg/pool".parse().unwrap();
+        let uid = Uuid::from_u128(3);
+        let (volume, restoring, replaced) = (Thin::Volume(uid), Thin::Restoring(uid), Thin::Replaced(uid));
+        let left =
+            |stored: &[Thin]| left_to_do(&pool, &stored.iter().map(|thin| state(*thin)).collect::<Vec<_>>());
+        let nothing: [Vec<Call>; 0] = [];
+        assert_eq!(left(&[volume]), nothing);
+        assert_eq!(left(&[volume, restoring]), nothing, "the copy is whoever recovers copies' to remove");
+        let finished = [vec![pool.rename(restoring, volume), pool.remove(replaced)]];
+        assert_eq!(left(&[restoring, replaced]), finished);
+        assert_eq!(left(&[volume, replaced]), [[pool.remove(replaced)]]);
+        assert_eq!(left(&[replaced]), [[pool.rename(replaced, volume)]]);
+        let other = Thin::Volume(Uuid::from_u128(4));
+        assert_eq!(left(&[other, restoring, replaced]), finished, "another volume's is no matter");
+    }
+
+    #[test]
+    fn a_restore_that_fails_leaves_the_volume_and_a_deleted_volume_leaves_nothing() {
+        let pool: PoolName = "vg/pool".parse().unwrap();
+        let uid = Uuid::from_u128(3);
+        let (volume, restoring, replaced) = (Thin::Volume(uid), Thin::Restoring(uid), Thin::Replaced(uid));
+        let back =
+            |stored: &[Thin]| put_back(&pool, uid, &stored.iter().copied().map(state).collect::<Vec<_>>());
+        assert_eq!(back(&[replaced, restoring]), Some(pool.rename(replaced, volume)));
+        assert_eq!(back(&[replaced, volume]), None, "it was done after all");
+        assert_eq!(back(&[volume, restoring]), None);
+        assert_eq!(removed_with(volume), [replaced, volume], "what it was must not become the volume again");
+        assert_eq!(removed_with(replaced), [replaced]);
+    }
+
+    #[test]
+    fn a_look_that_failed_is_not_repeated_at_once() {
+        let now = Instant::now();
+        let failed = (now, "lvs failed".to_owned());
+        assert_eq!(remembered(Some(&failed), now + LIST_AGE / 2).as_deref(), Some("lvs failed"));
+        assert_eq!((remembered(Some(&failed), now + LIST_AGE), remembered(None, now)), (None, None));
+    }
+
+    #[test]
+    fn a_pool_is_told_of_at_each_step_and_takes_no_copies_when_nearly_full() {
+        let fill = |data_percent, metadata_percent| PoolFill { data_percent, metadata_percent };
+        let cases = [(79.9, 0), (80.0, 1), (90.0, 2), (94.9, 2), (95.0, 3), (100.0, 3)];
+        for (percent, step) in cases {
+            assert_eq!(step_of(fill(percent, 1.0)), step, "{percent}");
+            assert_eq!(step_of(fill(1.0, percent)), step, "metadata {percent}");
+        }
+        assert_eq!((too_full(fill(89.9, 0.0), None), too_full(fill(0.0, 90.0), None)), (None, Some(90.0)));
+        assert_eq!(
+            (too_full(fill(60.0, 0.0), Some(40)), too_full(fill(99.0, 0.0), Some(0))),
+            (Some(60.0), None)
+        );
+    }
+}

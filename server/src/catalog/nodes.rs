@@ -1,0 +1,122 @@
+//! Nodes in the catalog: who has registered, and what each said of itself.
+//!
+//! What changes with every heartbeat is not here. Called by `lifecycle/nodes.rs`.
+
+use std::collections::BTreeMap;
+
+use rusqlite::{OptionalExtension as _, Row};
+
+use super::{Catalog, CatalogError, now_ms};
+
+/// Table that came after the first format; older programs leave it alone.
+pub(super) const TABLE: &str = "
+CREATE TABLE IF NOT EXISTS nodes (
+    node_id           TEXT    PRIMARY KEY NOT NULL,
+    boot_id           TEXT    NOT NULL,
+    version           TEXT    NOT NULL,
+    labels            TEXT    NOT NULL,
+    registered_at_ms  INTEGER NOT NULL
+) STRICT;
+";
+
+/// What a node says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeFacts {
+    /// Its name.
+    pub node_id: String,
+    /// Its boot; empty where it did not say.
+    pub boot_id: String,
+    /// Of its node daemon.
+    pub version: String,
+    /// Where and what it is.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A node that has registered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeRecord {
+    /// As it registered last.
+    pub facts: NodeFacts,
+    /// When it registered for the first time, in milliseconds since the Unix epoch.
+    pub registered_at_ms: i64,
+}
+
+const SELECT: &str = "SELECT node_id, boot_id, version, labels, registered_at_ms FROM nodes";
+
+fn record(row: &Row<'_>) -> Result<NodeRecord, CatalogError> {
+    let labels: String = row.get(3)?;
+    let damaged = |_| CatalogError::Damaged { table: "nodes", column: "labels" };
+    let labels = serde_json::from_str(&labels).map_err(damaged)?;
+    let facts = NodeFacts { node_id: row.get(0)?, boot_id: row.get(1)?, version: row.get(2)?, labels };
+    Ok(NodeRecord { facts, registered_at_ms: row.get(4)? })
+}
+
+impl Catalog {
+    /// Writes down what a node says, where that is something new.
+    ///
+    /// # Errors
+    /// SQLite's, or a damaged row.
+    pub fn put_node(&self, facts: &NodeFacts) -> Result<NodeRecord, CatalogError> {
+        let known = self.node(&facts.node_id)?;
+        if let Some(known) = known.as_ref().filter(|known| known.facts == *facts) {
+            return Ok(known.clone());
+        }
+        let labels: serde_json::Value =
+            facts.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let registered_at_ms = known.map_or_else(now_ms, |known| known.registered_at_ms);
+        self.state().db.execute(
+            "INSERT INTO nodes (node_id, boot_id, version, labels, registered_at_ms) VALUES (?1, ?2, ?3, ?4, ?5) \
+             ON CONFLICT (node_id) DO UPDATE SET boot_id = ?2, version = ?3, labels = ?4",
+            (&facts.node_id, &facts.boot_id, &facts.version, labels.to_string(), registered_at_ms),
+        )?;
+        Ok(NodeRecord { facts: facts.clone(), registered_at_ms })
+    }
+
+    /// The node of that name.
+    ///
+    /// # Errors
+    /// SQLite's, or a damaged row.
+    pub fn node(&self, node_id: &str) -> Result<Option<NodeRecord>, CatalogError> {
+        let state = self.state();
+        let mut query = state.db.prepare_cached(&format!("{SELECT} WHERE node_id = ?1"))?;
+        query.query_row([node_id], |row| Ok(record(row))).optional()?.transpose()
+    }
+
+    /// How many there are.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn count_nodes(&self) -> Result<u64, CatalogError> {
+        let state = self.state();
+        let mut query = state.db.prepare_cached("SELECT COUNT(*) FROM nodes")?;
+        let count: i64 = query.query_row([], |row| row.get(0))?;
+        Ok(count.unsigned_abs())
+    }
+
+    /// At most `limit` nodes whose names come after `after`, in order of name (by bytes).
+    ///
+    /// # Errors
+    /// SQLite's, or a damaged row.
+    pub fn list_nodes(&self, after: &str, limit: u32) -> Result<Vec<NodeRecord>, CatalogError> {
+        let state = self.state();
+        let mut query =
+            state.db.prepare_cached(&format!("{SELECT} WHERE node_id > ?1 ORDER BY node_id LIMIT ?2"))?;
+        let rows = query.query_map((after, limit), |row| Ok(record(row)))?;
+        rows.map(|row| row?).collect()
+    }
+
+    /// Forgets the node, unless something is attached to it; true where it was known and is not any more.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn forget_node(&self, node_id: &str) -> Result<bool, CatalogError> {
+        let forgotten = self.state().db.execute(
+            "DELETE FROM nodes WHERE node_id = ?1 \
+             AND NOT EXISTS (SELECT 1 FROM attachments WHERE node_id = ?1) \
+             AND NOT EXISTS (SELECT 1 FROM shared_attachments WHERE node_id = ?1) \
+             AND NOT EXISTS (SELECT 1 FROM snapshot_attachments WHERE node_id = ?1)",
+            [node_id],
+        )?;
+        Ok(forgotten > 0)
+    }
+}

@@ -1,0 +1,72 @@
+//! The extent maps of what is compared: snapshots, and copies without a name.
+//!
+//! Owns their files, each with a descriptor that is counted. Never: compares (`volume/diff/` does). Called by: `data/copies.rs` and
+//! `dirty_bitmaps.rs`, on threads that may wait.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::backend::extent_map::FileMap;
+use crate::descriptors::{Descriptors, Taken};
+use crate::volume::copying::{CopyError, CopyTarget};
+use crate::volume::snapshot::files::{CopyFiles, failed};
+
+/// Of a map: its file.
+const DESCRIPTORS_OF_MAP: u64 = 1;
+
+/// The file of a snapshot, or of a copy without a name, that is compared.
+#[derive(Debug)]
+pub struct Compared {
+    file: File,
+    _descriptors: Taken,
+}
+
+impl AsRef<File> for Compared {
+    fn as_ref(&self) -> &File {
+        &self.file
+    }
+}
+
+/// Opens maps.
+#[derive(Debug, Clone)]
+pub struct Maps {
+    files: CopyFiles,
+    descriptors: Arc<Descriptors>,
+}
+
+impl Maps {
+    /// Of a server whose copies are there.
+    pub fn new(files: CopyFiles, descriptors: Arc<Descriptors>) -> Self {
+        Self { files, descriptors }
+    }
+
+    /// The map of a snapshot, which keeps its file open.
+    ///
+    /// # Errors
+    /// [`CopyError`]
+    pub fn of_snapshot(
+        &self,
+        snapshot_uid: Uuid,
+        capacity_bytes: u64,
+    ) -> Result<FileMap<Compared>, CopyError> {
+        let path = self.files.path(CopyTarget::Snapshot(snapshot_uid));
+        let file = File::open(&path).map_err(|error| failed(&format!("open {}", path.display()), &error))?;
+        self.of_file(file, capacity_bytes)
+    }
+
+    /// The map of a file that nobody writes to.
+    ///
+    /// # Errors
+    /// [`CopyError`]
+    pub fn of_file(&self, file: File, capacity_bytes: u64) -> Result<FileMap<Compared>, CopyError> {
+        let taken = self.descriptors.take(DESCRIPTORS_OF_MAP);
+        let _descriptors = taken.map_err(|error| CopyError::Busy(error.to_string()))?;
+        FileMap::new(Compared { file, _descriptors }, capacity_bytes).map_err(|error| match error.kind() {
+            io::ErrorKind::Unsupported => CopyError::Unsupported(error.to_string()),
+            _ => failed("look at a file's extents", &error),
+        })
+    }
+}

@@ -1,0 +1,188 @@
+//! The data side of volumes in a thin pool.
+//!
+//! A snapshot, clone or copy to restore from is a thin snapshot: made in the call, durable and at one instant, for which device mapper
+//! stops the volume's device and flushes it. It has every write that was answered before, since they all go past the page cache; and none
+//! that begins after the call. What changed between two of them is in the pool's metadata: thin_delta(8).
+
+use std::io;
+
+use tracing::warn;
+use uuid::Uuid;
+
+use super::ServedData;
+use crate::backend::lvm::{Lvm, LvmError, Thin};
+use crate::catalog::{BackendKind, CatalogError};
+use crate::lifecycle::{DataSide as _, SyncError};
+use crate::volume::copying::{self, CopyError, CopyHandle, CopySource, CopyTarget, CopyWanted};
+
+/// The logical volume of a copy; a pool has none without a name.
+pub(super) fn of(target: CopyTarget) -> Option<Thin> {
+    match target {
+        CopyTarget::Snapshot(snapshot_uid) => Some(Thin::Snapshot(snapshot_uid)),
+        CopyTarget::Volume(volume_uid) => Some(Thin::Volume(volume_uid)),
+        CopyTarget::Restored(volume_uid) => Some(Thin::Restoring(volume_uid)),
+        CopyTarget::Nameless(_) => None,
+    }
+}
+
+/// The volume that it is, if it is one.
+pub(super) fn volume(thin: Thin) -> Option<Uuid> {
+    match thin {
+        Thin::Volume(volume_uid) => Some(volume_uid),
+        Thin::Snapshot(_) | Thin::Restoring(_) | Thin::Replaced(_) => None,
+    }
+}
+
+/// The copy that it is, if it is one that is no volume.
+pub(super) fn copy(thin: Thin) -> Option<CopyTarget> {
+    match thin {
+        Thin::Snapshot(snapshot_uid) => Some(CopyTarget::Snapshot(snapshot_uid)),
+        Thin::Restoring(volume_uid) => Some(CopyTarget::Restored(volume_uid)),
+        Thin::Volume(_) | Thin::Replaced(_) => None,
+    }
+}
+
+fn failed(error: LvmError) -> CopyError {
+    CopyError::Failed(error.to_string())
+}
+
+impl ServedData {
+    /// Does something with the pool, which there has to be.
+    pub(super) fn thin(&self, work: impl FnOnce(&Lvm) -> Result<(), LvmError>) -> io::Result<()> {
+        let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured);
+        lvm.and_then(work).map_err(io::Error::other)
+    }
+
+    /// The same with what is in the pool `recorded`, which has to be the server's: what is in another is not taken for missing.
+    pub(super) fn thin_in(
+        &self,
+        recorded: Option<String>,
+        work: impl FnOnce(&Lvm) -> Result<(), LvmError>,
+    ) -> io::Result<()> {
+        self.thin(|lvm| {
+            lvm.check_pool(recorded)?;
+            work(lvm)
+        })
+    }
+
+    /// Whether the copy is in a thin pool, as the catalog has it: LVM is not asked about files.
+    pub(super) fn is_thin(&self, target: CopyTarget) -> io::Result<bool> {
+        Ok(match target {
+            CopyTarget::Snapshot(snapshot_uid) => {
+                self.is_thin_snapshot(snapshot_uid).map_err(io::Error::other)?
+            }
+            CopyTarget::Volume(_) | CopyTarget::Restored(_) => self.pool_of(target)?.is_some(),
+            CopyTarget::Nameless(_) => false,
+        })
+    }
+
+    fn is_thin_snapshot(&self, snapshot_uid: Uuid) -> Result<bool, CatalogError> {
+        let found = self.catalog.snapshot_in_any_state(snapshot_uid)?;
+        Ok(found.is_some_and(|(snapshot, _)| snapshot.backend == BackendKind::Lvm))
+    }
+
+    /// In which pool the copy is, as far as that is written down.
+    pub(super) fn pool_of(&self, target: CopyTarget) -> io::Result<Option<String>> {
+        let pool = match target {
+            CopyTarget::Snapshot(snapshot_uid) => self.catalog.thin_pool_of_snapshot(snapshot_uid),
+            CopyTarget::Volume(volume_uid) | CopyTarget::Restored(volume_uid) => {
+                self.catalog.thin_pool_of(volume_uid)
+            }
+            CopyTarget::Nameless(_) => Ok(None),
+        };
+        pool.map_err(io::Error::other)
+    }
+
+    /// All logical volumes of this server; none, with a warning, where LVM does not tell: volumes in files are served all the same.
+    pub(super) fn stored_thin(&self) -> Vec<Thin> {
+        let Some(lvm) = &self.lvm else { return Vec::new() };
+        match lvm.list() {
+            Ok(found) => found.into_iter().map(|found| found.thin).collect(),
+            Err(error) => {
+                warn!(pool = %lvm.pool(), %error, "what is in the thin pool is not known: its volumes count as missing");
+                Vec::new()
+            }
+        }
+    }
+
+    /// Makes the logical volume larger, and has requests held to its new end.
+    pub(super) fn grow_thin(&self, volume_uid: Uuid, capacity_bytes: u64) -> io::Result<()> {
+        self.thin(|lvm| lvm.grow(Thin::Volume(volume_uid), capacity_bytes))?;
+        self.server.measure_volume(volume_uid).map_or(Ok(()), |measured| measured.map(drop))
+    }
+
+    /// Makes a copy in the pool, if that is where its source is.
+    pub(super) fn thin_copy(&self, wanted: &[CopyWanted]) -> Result<Option<CopyHandle>, CopyError> {
+        let mut are_in_pool = false;
+        for wanted in wanted {
+            are_in_pool |= match &wanted.source {
+                CopySource::Volume(volume) => volume.backend == BackendKind::Lvm,
+                CopySource::Snapshot { snapshot_uid, .. } => {
+                    let found = self.is_thin_snapshot(*snapshot_uid);
+                    found.map_err(|error| CopyError::Failed(error.to_string()))?
+                }
+            };
+        }
+        match wanted {
+            _ if !are_in_pool => Ok(None),
+            [one] => {
+                let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured).map_err(failed)?;
+                self.copy_one(lvm, one).map(Some)
+            }
+            _ => Err(CopyError::Unsupported(
+                "LVM takes thin snapshots one after the other, and those of several volumes would be of several instants: take one of each volume"
+                    .to_owned(),
+            )),
+        }
+    }
+
+    fn copy_one(&self, lvm: &Lvm, wanted: &CopyWanted) -> Result<CopyHandle, CopyError> {
+        let of_volume = match &wanted.source {
+            CopySource::Volume(volume) => Some(volume),
+            CopySource::Snapshot { .. } => None,
+        };
+        let source = match &wanted.source {
+            CopySource::Volume(volume) => {
+                // A volume that lost writes is found out here, and not by LVM, which would take a snapshot of what is left.
+                self.sync_storage(volume).map_err(|error| match error {
+                    SyncError::Unfinished(words) => CopyError::Busy(words),
+                    SyncError::Failed(_) => CopyError::SourceLostWrites,
+                })?;
+                Thin::Volume(volume.volume_uid)
+            }
+            CopySource::Snapshot { snapshot_uid, .. } => Thin::Snapshot(*snapshot_uid),
+        };
+        let nameless = || CopyError::Unsupported("a thin pool has no copies without a name".to_owned());
+        let target = of(wanted.target).ok_or_else(nameless)?;
+        lvm.copy(source, target, wanted.capacity_bytes).map_err(failed)?;
+        if of_volume.is_some_and(|volume| self.server.has_lost_writes(volume.volume_uid)) {
+            lvm.remove(target).map_err(failed)?;
+            return Err(CopyError::SourceLostWrites);
+        }
+        let (handle, report) = copying::begin();
+        report.set_total(wanted.capacity_bytes);
+        report.add_done(wanted.capacity_bytes);
+        report.end(Ok(()));
+        Ok(handle)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_logical_volume_is_a_volume_or_a_copy_or_what_the_next_start_removes() {
+        let uid = Uuid::from_u128(1);
+        for target in [CopyTarget::Snapshot(uid), CopyTarget::Restored(uid)] {
+            let thin = of(target).unwrap();
+            assert_eq!((copy(thin), volume(thin)), (Some(target), None));
+        }
+        assert_eq!(
+            (of(CopyTarget::Volume(uid)).and_then(copy), volume(Thin::Volume(uid))),
+            (None, Some(uid))
+        );
+        assert_eq!(of(CopyTarget::Nameless(uid)), None);
+        assert_eq!((copy(Thin::Replaced(uid)), volume(Thin::Replaced(uid))), (None, None));
+    }
+}

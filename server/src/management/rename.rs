@@ -1,0 +1,36 @@
+//! The call that gives a volume another name.
+//!
+//! Owns: that both names are locked, and that a caller who waited while another renamed the volume still means that volume. Called by the
+//! service, which has looked at the caller's rights.
+
+use proto::v1;
+use tonic::Status;
+
+use super::fields::Fields;
+use super::{ManagementService, messages};
+use crate::lifecycle::{DataSide, LifecycleError, SettingsError};
+use crate::status;
+
+impl<D: DataSide> ManagementService<D> {
+    /// Gives a volume another name, with both names locked.
+    pub(super) async fn rename(&self, request: v1::RenameVolumeRequest) -> Result<v1::Volume, Status> {
+        let mut fields = Fields::default();
+        let asked = fields.volume("name", request.name);
+        let new_name = fields.volume_name("new_name", request.new_name);
+        fields.finish()?;
+        loop {
+            let named = self.named(asked.clone()).await.map_err(|error| status::from_lifecycle(&error))?;
+            let locks = self.lock_all(&[named.name.clone(), new_name.clone()]).await;
+            let new_name = new_name.clone();
+            let renamed = self.outcome(&self.calls.permits, move |lifecycle| {
+                named.check(lifecycle)?;
+                let volume = lifecycle.rename_volume(&locks, &named.name, &new_name)?;
+                messages::volume(lifecycle, &volume)
+            });
+            match renamed.await? {
+                Err(LifecycleError::Settings(SettingsError::RenamedMeanwhile(_))) => {}
+                renamed => return renamed.map_err(|error| status::from_lifecycle(&error)),
+            }
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! What users set of a volume, checked: labels, descriptions, limits; and the requests that are about nothing else.
+//!
+//! Owns the rules for them. Looks at nothing but the request. Called by the service.
+
+use std::collections::{BTreeMap, HashMap};
+
+use proto::{label, v1};
+use tonic::Status;
+use uuid::Uuid;
+
+use super::fields::{self, Fields};
+use crate::catalog::{Content, NewVolume, VolumeLimits, VolumeRecord, VolumeSettings};
+use crate::lifecycle::{AdoptWanted, ContentWanted, LABELS_MAX, PropertiesWanted};
+
+/// Bytes of a description at most.
+const DESCRIPTION_BYTES_MAX: usize = 1024;
+/// Requests per second at most; more is more than anybody does.
+const IOPS_MAX: u64 = 1_000_000_000;
+/// Bytes per second at least: a client asks for a megabyte at a time, on several connections, and takes a server for lost that answers
+/// nothing for long.
+const BANDWIDTH_MIN: u64 = 1 << 20;
+/// Bytes per second at most.
+const BANDWIDTH_MAX: u64 = 1 << 40;
+/// Seconds of unused limit at most.
+const BURST_SECONDS_MAX: u32 = 3600;
+/// What the labels and descriptions of one page may take, in bytes: a caller takes messages of 4 MB.
+const PAGE_BYTES_MAX: usize = 2 << 20;
+
+/// Labels; with `may_be_empty`, of which the value is not there.
+fn labels(
+    fields: &mut Fields,
+    labels: HashMap<String, String>,
+    may_be_empty: bool,
+) -> BTreeMap<String, String> {
+    for (key, value) in &labels {
+        fields
+            .require(label::is_key(key), "labels", || format!("the key {key:?} must be {}", label::KEY_RULE));
+        let is_value = label::is_value(value) || (may_be_empty && value.is_empty());
+        fields.require(is_value, "labels", || {
+            format!("the value {value:?} of {key:?} must be {}", label::VALUE_RULE)
+        });
+    }
+    labels.into_iter().collect()
+}
+
+/// The labels of a new volume.
+pub(super) fn new_labels(fields: &mut Fields, wanted: HashMap<String, String>) -> BTreeMap<String, String> {
+    let labels = labels(fields, wanted, false);
+    fields.require(labels.len() <= LABELS_MAX, "labels", || format!("must be at most {LABELS_MAX}"));
+    labels
+}
+
+pub(super) fn description(fields: &mut Fields, description: String) -> String {
+    let holds = description.len() <= DESCRIPTION_BYTES_MAX
+        && !description.chars().any(|c| c.is_control() && c != '\n');
+    fields.require(holds, "description", || {
+        format!("must be at most {DESCRIPTION_BYTES_MAX} bytes, without control characters but line feeds")
+    });
+    description
+}
+
+/// The volume that CreateVolume asks for: nobody has written to it.
+pub(super) fn new_volume(mut request: v1::CreateVolumeRequest) -> Result<NewVolume, Status> {
+    let mut fields = Fields::default();
+    let settings = new_settings(&mut fields, &mut request, Content::NeverWritten);
+    fields::new_volume(fields, settings, request)
+}
+
+/// The volume that CreateVolume asks for with something to adopt, which may be full of data.
+pub(super) fn adopt_wanted(mut request: v1::CreateVolumeRequest) -> Result<AdoptWanted, Status> {
+    let mut fields = Fields::default();
+    let settings = new_settings(&mut fields, &mut request, Content::Written);
+    fields::adopt_wanted(fields, settings, request)
+}
+
+fn new_settings(
+    fields: &mut Fields,
+    request: &mut v1::CreateVolumeRequest,
+    content: Content,
+) -> VolumeSettings {
+    VolumeSettings {
+        labels: new_labels(fields, std::mem::take(&mut request.labels)),
+        description: description(fields, std::mem::take(&mut request.description)),
+        is_protected: request.is_protected,
+        is_read_only: false,
+        is_shared: request.is_shared,
+        content,
+        limits: limits(fields, &request.limits.unwrap_or_default()),
+    }
+}
+
+/// The limits as they are kept.
+pub(super) fn limits(fields: &mut Fields, wanted: &v1::VolumeLimits) -> VolumeLimits {
+    for iops in [wanted.read_iops, wanted.write_iops] {
+        fields.require(iops <= IOPS_MAX, "limits", || {
+            format!("{iops} requests per second: must be at most {IOPS_MAX}; 0 is no limit")
+        });
+    }
+    for bytes in [wanted.read_bytes_per_second, wanted.write_bytes_per_second] {
+        let holds = bytes == 0 || (BANDWIDTH_MIN..=BANDWIDTH_MAX).contains(&bytes);
+        fields.require(holds, "limits", || {
+            format!("{bytes} bytes per second: must be {BANDWIDTH_MIN} to {BANDWIDTH_MAX}; 0 is no limit")
+        });
+    }
+    fields.require(wanted.burst_seconds <= BURST_SECONDS_MAX, "limits", || {
+        format!("burst_seconds must be at most {BURST_SECONDS_MAX}")
+    });
+    VolumeLimits {
+        read_iops: wanted.read_iops,
+        write_iops: wanted.write_iops,
+        read_bytes_per_second: wanted.read_bytes_per_second,
+        write_bytes_per_second: wanted.write_bytes_per_second,
+        burst_seconds: wanted.burst_seconds,
+    }
+}
+
+/// The labels that listed volumes have.
+pub(super) fn label_filter(fields: &mut Fields, wanted: HashMap<String, String>) -> BTreeMap<String, String> {
+    labels(fields, wanted, true)
+}
+
+/// How many of the first `limit` volumes fit into one message.
+pub(super) fn fit_on_page(found: &[VolumeRecord], limit: u32) -> u32 {
+    let mut bytes = 0;
+    let text_bytes = |volume: &VolumeRecord| {
+        let labels = volume.settings.labels.iter().map(|(key, value)| key.len() + value.len() + 16);
+        labels.sum::<usize>() + volume.settings.description.len()
+    };
+    let fit = found.iter().take(limit as usize).take_while(|volume| {
+        bytes += text_bytes(volume);
+        bytes <= PAGE_BYTES_MAX
+    });
+    (fit.count() as u32).max(1).min(limit)
+}
+
+/// The volume, and what UpdateVolume wants of it.
+pub(super) fn properties_wanted(
+    request: v1::UpdateVolumeRequest,
+) -> Result<(String, PropertiesWanted), Status> {
+    let mut fields = Fields::default();
+    let name = fields.volume("name", request.name);
+    let wanted = PropertiesWanted {
+        labels: labels(&mut fields, request.labels, true),
+        description: request.description.map(|text| description(&mut fields, text)),
+        is_protected: request.is_protected,
+        is_read_only: request.is_read_only,
+    };
+    fields.finish()?;
+    Ok((name, wanted))
+}
+
+/// The volume, and the limits that SetVolumeLimits wants of it.
+pub(super) fn limits_wanted(request: v1::SetVolumeLimitsRequest) -> Result<(String, VolumeLimits), Status> {
+    let mut fields = Fields::default();
+    let name = fields.volume("name", request.name);
+    let limits = limits(&mut fields, &request.limits.unwrap_or_default());
+    fields.finish()?;
+    Ok((name, limits))
+}
+
+/// The volume, the attachment that speaks, and what SetVolumeContent wants.
+pub(super) fn content_wanted(
+    request: v1::SetVolumeContentRequest,
+) -> Result<(String, Uuid, ContentWanted), Status> {
+    let mut fields = Fields::default();
+    let content = request.content();
+    let name = fields.volume("name", request.name);
+    let attachment_id = fields.attachment_id("attachment_id", &request.attachment_id);
+    let wanted = match content {
+        v1::VolumeContent::Initialising => Some(ContentWanted::Initialising),
+        v1::VolumeContent::Written => Some(ContentWanted::Written),
+        v1::VolumeContent::Unspecified | v1::VolumeContent::NeverWritten => None,
+    };
+    fields.require(wanted.is_some(), "content", || "must be INITIALISING or WRITTEN".to_owned());
+    fields.finish()?;
+    Ok((name, attachment_id, wanted.unwrap_or(ContentWanted::Written)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_as_kubernetes_has_them() {
+        let with = |value: &str, may_be_empty| {
+            let mut fields = Fields::default();
+            labels(&mut fields, HashMap::from([("k".to_owned(), value.to_owned())]), may_be_empty);
+            fields.finish().is_ok()
+        };
+        assert!(with("v1.2", false) && with("", true));
+        assert!(!with("", false) && !with("a/b", true) && !with("-", true));
+    }
+
+    #[test]
+    fn limits_are_none_or_in_their_range() {
+        let check = |wanted: v1::VolumeLimits| {
+            let mut fields = Fields::default();
+            limits(&mut fields, &wanted);
+            fields.finish().is_ok()
+        };
+        assert!(check(v1::VolumeLimits::default()));
+        assert!(check(v1::VolumeLimits {
+            read_iops: 1,
+            write_bytes_per_second: 1 << 20,
+            ..Default::default()
+        }));
+        assert!(!check(v1::VolumeLimits { read_bytes_per_second: 1000, ..Default::default() }));
+        assert!(!check(v1::VolumeLimits { write_iops: u64::MAX, ..Default::default() }));
+        assert!(!check(v1::VolumeLimits { burst_seconds: 3601, ..Default::default() }));
+    }
+
+    #[test]
+    fn a_description_is_a_kilobyte_of_text() {
+        let check = |text: String| {
+            let mut fields = Fields::default();
+            description(&mut fields, text);
+            fields.finish().is_ok()
+        };
+        assert!(check("x".repeat(1024)) && check("zwei\nZeilen".to_owned()));
+        assert!(!check("x".repeat(1025)) && !check("\u{1b}[31m".to_owned()));
+    }
+}
