@@ -3,8 +3,9 @@
 //! A bare Debian (`bootstrap`), copied for each run with the sources in another user's home (`tree`), gets namespaces of its own,
 //! the Rust toolchain, and the network of this machine (`machine`, `enter.sh`). In it a newcomer's umask and sysctls
 //! are set, both commands of the README are set up, and tests run (`steps.sh`): the host's, or what the command behind `--` says, as
-//! `.ci/run` has all of them run there. Anything that fails or is skipped there fails the run. Needs root and Debian. Of this machine only packages are changed (debootstrap, archive keys); what a run makes
-//! goes with it, but for the bare Debians in the lab's cache.
+//! `.ci/run` has all of them run there. Anything that fails there fails the run; which tests may be skipped, because an older kernel has
+//! nothing of what they are about, is that command's to say. Needs root and Debian. Of this machine only packages are changed (debootstrap,
+//! archive keys); what a run makes goes with it, but for the bare Debians in the lab's cache.
 //! Read in this order: here → `bootstrap` → `tree` → `network` → `machine` → `enter.sh` → `steps.sh`.
 
 mod bootstrap;
@@ -130,7 +131,7 @@ pub(crate) fn run(workspace: &Workspace, options: &FreshOptions) -> Result<bool>
     packages::ensure_debootstrap(workspace)?;
     let mut verdicts = Vec::new();
     let mut is_well = true;
-    let (mut passed, mut failed) = (0, 0);
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for combination in options.combinations() {
         interrupt::check()?;
         let (has_passed, counts, verdict) = prove(workspace, combination, &options.tests.join(" "))?;
@@ -138,6 +139,7 @@ pub(crate) fn run(workspace: &Workspace, options: &FreshOptions) -> Result<bool>
         passed += counts.passed;
         // A machine that did not come to its tests' end is no test, and fails as one.
         failed += if has_passed { 0 } else { counts.failed.max(1) };
+        skipped += counts.skipped;
         is_well &= has_passed;
         verdicts.push(verdict);
     }
@@ -145,7 +147,8 @@ pub(crate) fn run(workspace: &Workspace, options: &FreshOptions) -> Result<bool>
         println!();
         verdicts.iter().for_each(|verdict| println!("{verdict}"));
     }
-    println!("{passed} passed, {failed} failed");
+    let skipped = if skipped == 0 { String::new() } else { format!(", {skipped} skipped") };
+    println!("{passed} passed, {failed} failed{skipped}");
     Ok(is_well)
 }
 
@@ -175,8 +178,8 @@ fn judge(outcome: &Outcome) -> (bool, String) {
     let Some(counts) = outcome.counts else {
         return (false, format!(": FAILED in `{}` ({})", outcome.step, outcome.status));
     };
-    // Whatever is skipped there is skipped on every newcomer's machine, and nobody would know.
-    let has_passed = outcome.has_succeeded && counts.failed == 0 && counts.skipped == 0 && counts.passed > 0;
+    // `cargo lab test` fails where a test is left out that a newcomer's machine could run.
+    let has_passed = outcome.has_succeeded && counts.failed == 0 && counts.passed > 0;
     let sysctls = outcome.sysctls.as_deref().map(|sysctls| format!(" ({sysctls})")).unwrap_or_default();
     let skipped = if counts.skipped == 0 { String::new() } else { format!(", {} skipped", counts.skipped) };
     let end = if outcome.has_succeeded || counts.failed > 0 {
@@ -249,12 +252,13 @@ mod tests {
     }
 
     #[test]
-    fn only_a_run_in_which_all_tests_ran_and_passed_is_well() {
+    fn only_a_run_that_came_to_its_end_without_a_failure_is_well() {
         assert_eq!(judge(&outcome(Some((9, 0, 0)), true)), (true, ": 9 passed, 0 failed".to_owned()));
         assert_eq!(
             judge(&outcome(Some((9, 0, 1)), true)),
-            (false, ": 9 passed, 0 failed, 1 skipped".to_owned())
+            (true, ": 9 passed, 0 failed, 1 skipped".to_owned())
         );
+        assert!(!judge(&outcome(Some((9, 0, 1)), false)).0, "the tests' own command has the last word");
         assert_eq!(judge(&outcome(Some((9, 1, 0)), false)), (false, ": 9 passed, 1 failed".to_owned()));
         assert!(!judge(&outcome(Some((0, 0, 0)), true)).0);
         let (has_passed, said) = judge(&outcome(Some((9, 0, 0)), false));
