@@ -23,6 +23,12 @@ pub const VOLUME_RENAMED: &str = "VOLUME_RENAMED";
 pub const NAME_FIXED: &str = "NAME_FIXED";
 /// FAILED_PRECONDITION: the volume is attached (metadata `node_id`: where).
 pub const VOLUME_ATTACHED: &str = "VOLUME_ATTACHED";
+/// FAILED_PRECONDITION: the attach was to be under a grant, and the node has none of the volume, or one to read only.
+pub const VOLUME_NOT_GRANTED: &str = "VOLUME_NOT_GRANTED";
+/// FAILED_PRECONDITION: the volume is granted to a node (metadata `node_id`: which; several with commas between them).
+pub const VOLUME_GRANTED: &str = "VOLUME_GRANTED";
+/// ALREADY_EXISTS: the node has a grant of the volume, to read only or not, which is the other way round than was asked for.
+pub const GRANTED_DIFFERENTLY: &str = "GRANTED_DIFFERENTLY";
 /// FAILED_PRECONDITION: another machine of the same node id has the volume, or this machine before its reboot, and is connected.
 pub const OTHER_BOOT: &str = "OTHER_BOOT";
 /// UNAVAILABLE: another boot of the node has the volume, and had no time yet to come back; repeating the call goes on waiting.
@@ -97,6 +103,8 @@ pub const NODE_NOT_FOUND: &str = "NODE_NOT_FOUND";
 pub const TOO_MANY_NODES: &str = "TOO_MANY_NODES";
 /// FAILED_PRECONDITION: something is attached to the node.
 pub const NODE_ATTACHED: &str = "NODE_ATTACHED";
+/// FAILED_PRECONDITION: something is granted to the node.
+pub const NODE_GRANTED: &str = "NODE_GRANTED";
 /// UNAVAILABLE: former connections are closed, but their I/O has not finished; repeating the call goes on from there.
 pub const FENCE_UNFINISHED: &str = "FENCE_UNFINISHED";
 /// UNAVAILABLE: another program has the lock of the server's catalog; repeating the call goes on where this one stopped.

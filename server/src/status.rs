@@ -14,11 +14,12 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
 use crate::backend::device::AdoptError;
 use crate::backend::lvm::LvmError;
-use crate::lifecycle::{LifecycleError, NodesError, SettingsError, SnapshotError};
+use crate::lifecycle::{GrantsError, LifecycleError, NodesError, SettingsError, SnapshotError};
 use crate::volume::copying::CopyError;
 
 const NEXT_OF_OTHER_BOOT: &str = "give every machine an id of its own (rm /etc/machine-id && systemd-machine-id-setup, or volclient serve \
      --node-id); if this machine was rebooted, repeat the call in a minute; or take the volume with force";
+const NEXT_OF_UNFENCED: &str = "repeat the call: it goes on where this one stopped";
 const NEXT_OF_NO_MEMORY: &str = "delete volumes in memory, lower the server's --memory-max, or raise what it may have, then repeat the call";
 
 const NEXT_OF_RESERVE: &str =
@@ -115,6 +116,7 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
         ),
         LifecycleError::Settings(error) => of_settings(error),
         LifecycleError::Nodes(error) => of_nodes(error),
+        LifecycleError::Grants(error) => of_grants(error),
         LifecycleError::NoThinPool(_) => told(
             Code::FailedPrecondition,
             reason::NO_THIN_POOL,
@@ -133,11 +135,9 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
             told(Code::ResourceExhausted, reason::NO_SPACE, "free space on the server, then repeat the call")
         }
         LifecycleError::NoMemory { .. } => told(Code::ResourceExhausted, reason::NO_SPACE, NEXT_OF_NO_MEMORY),
-        LifecycleError::Unfenced { .. } => told(
-            Code::Unavailable,
-            reason::FENCE_UNFINISHED,
-            "repeat the call: it goes on where this one stopped",
-        ),
+        LifecycleError::Unfenced { .. } => {
+            told(Code::Unavailable, reason::FENCE_UNFINISHED, NEXT_OF_UNFENCED)
+        }
         LifecycleError::Snapshot(error) => return of_snapshot(error, message),
         LifecycleError::CatalogHeld { .. } => told(
             Code::Unavailable,
@@ -179,6 +179,41 @@ fn of_nodes(error: &NodesError) -> (Code, ErrorDetails) {
             Code::FailedPrecondition,
             reason::NODE_ATTACHED,
             "detach what is attached to it: list the attachments of the node",
+        ),
+        NodesError::Granted(_) => told(
+            Code::FailedPrecondition,
+            reason::NODE_GRANTED,
+            "take its grants away (volctl grant delete): list the grants of the node",
+        ),
+    }
+}
+
+/// What is told with an error about a grant.
+fn of_grants(error: &GrantsError) -> (Code, ErrorDetails) {
+    match error {
+        GrantsError::NotGranted { node_id, .. } => of_node(
+            Code::FailedPrecondition,
+            reason::VOLUME_NOT_GRANTED,
+            "grant the volume to the node first (volctl grant create)",
+            node_id,
+        ),
+        GrantsError::GrantedToRead { node_id, .. } => of_node(
+            Code::FailedPrecondition,
+            reason::VOLUME_NOT_GRANTED,
+            "attach it read-only, or take the grant away and make another (volctl grant)",
+            node_id,
+        ),
+        GrantsError::Granted { node_ids, .. } => of_node(
+            Code::FailedPrecondition,
+            reason::VOLUME_GRANTED,
+            "take it from there first (volctl grant delete): that ends what the node has attached of it",
+            node_ids,
+        ),
+        GrantsError::Differently { node_id, .. } => of_node(
+            Code::AlreadyExists,
+            reason::GRANTED_DIFFERENTLY,
+            "take the grant away first (volctl grant delete), which ends what the node has attached of it",
+            node_id,
         ),
     }
 }

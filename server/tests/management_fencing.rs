@@ -181,6 +181,37 @@ async fn detach_cuts_the_holder_off_before_it_is_answered() {
 }
 
 #[tokio::test]
+async fn a_grant_that_is_taken_away_cuts_the_node_off_before_it_is_answered() {
+    let mut bench = Bench::with_volume(&[]).await;
+    let grant = v1::CreateGrantRequest {
+        volume_name: "vol-1".to_owned(),
+        node_id: "node-a".to_owned(),
+        ..Default::default()
+    };
+    bench.client.create_grant(grant.clone()).await.unwrap();
+    let request =
+        v1::AttachVolumeRequest { only_if_granted: true, ..attach_request("vol-1", "node-a", false) };
+    let attached = bench.client.attach_volume(request.clone()).await.unwrap().into_inner();
+    let mut export = bench.open(&attached, 1).unwrap();
+    assert_eq!(export.write_block().unwrap().error, 0);
+    // One grant more or less at another node changes nothing here.
+    let other = v1::CreateGrantRequest { node_id: "node-b".to_owned(), ..grant };
+    let refused = bench.client.create_grant(other).await.unwrap_err();
+    assert_eq!(reason_of(&refused), reason::VOLUME_GRANTED);
+    let withdraw = |node_id: &str| v1::DeleteGrantRequest {
+        volume_name: "vol-1".to_owned(),
+        node_id: node_id.to_owned(),
+    };
+    assert!(!bench.client.delete_grant(withdraw("node-b")).await.unwrap().into_inner().was_attached);
+    assert_eq!(export.write_block().unwrap().error, 0);
+    assert!(bench.client.delete_grant(withdraw("node-a")).await.unwrap().into_inner().was_attached);
+    assert!(export.is_closed() && export.write_block().is_err());
+    assert!(matches!(bench.open(&attached, 2), Err(ClientHandshakeError::Refused { .. })));
+    let late = bench.client.attach_volume(request).await.unwrap_err();
+    assert_eq!(reason_of(&late), reason::VOLUME_NOT_GRANTED);
+}
+
+#[tokio::test]
 async fn an_attachment_that_is_asked_for_again_is_not_disturbed() {
     let mut bench = Bench::with_volume(&[]).await;
     let attached = bench.attach("node-a", false).await;

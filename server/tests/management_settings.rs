@@ -132,7 +132,7 @@ async fn a_page_of_long_labels_is_a_message_that_callers_take() {
     let mut client = server.client().await;
     let long = |number: usize| (format!("{}/k{number}", "d".repeat(60)), "v".repeat(63));
     let labels: HashMap<String, String> = (0..64).map(long).collect();
-    for number in 0..300 {
+    for number in 0..400 {
         let request = v1::CreateVolumeRequest {
             labels: labels.clone(),
             description: "x".repeat(1024),
@@ -152,7 +152,7 @@ async fn a_page_of_long_labels_is_a_message_that_callers_take() {
         }
         request.page_token = page.next_page_token;
     }
-    assert!(found == 300 && pages > 1, "{found} in {pages}");
+    assert!(found == 400 && pages > 1, "{found} in {pages}");
 }
 
 #[tokio::test]
@@ -167,6 +167,9 @@ async fn an_attachment_tells_what_becomes_of_the_content() {
         attachment_id: attachment_id.to_owned(),
         content: content.into(),
     };
+    let question = request(&holder.attachment_id, v1::VolumeContent::Unspecified);
+    let told = client.set_volume_content(question.clone()).await.unwrap().into_inner();
+    assert_eq!(told.content(), v1::VolumeContent::NeverWritten);
     let initialising = request(&holder.attachment_id, v1::VolumeContent::Initialising);
     let volume = client.set_volume_content(initialising.clone()).await.unwrap().into_inner();
     assert_eq!(volume.content(), v1::VolumeContent::Initialising);
@@ -176,6 +179,12 @@ async fn an_attachment_tells_what_becomes_of_the_content() {
     assert_eq!(reason_of(&status), (Code::NotFound, reason::ATTACHMENT_NOT_FOUND.to_owned()));
     let written = request(&holder.attachment_id, v1::VolumeContent::Written);
     client.set_volume_content(written).await.unwrap();
+    let told = client.set_volume_content(question.clone()).await.unwrap().into_inner();
+    assert_eq!(told.content(), v1::VolumeContent::Written);
+    let strangers =
+        v1::SetVolumeContentRequest { attachment_id: uuid::Uuid::new_v4().to_string(), ..question };
+    let status = client.set_volume_content(strangers).await.unwrap_err();
+    assert_eq!(reason_of(&status), (Code::NotFound, reason::ATTACHMENT_NOT_FOUND.to_owned()));
     let status = client.set_volume_content(initialising).await.unwrap_err();
     assert_eq!(reason_of(&status), refused(reason::CONTENT_REFUSED));
     let nothing = request(&holder.attachment_id, v1::VolumeContent::NeverWritten);

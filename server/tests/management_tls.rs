@@ -143,6 +143,14 @@ async fn each_certificate_may_call_what_it_names() {
             .await
             .unwrap_err(),
         node.get_node(v1::GetNodeRequest { node_id: "node-2".into() }).await.unwrap_err(),
+        node.create_grant(granted("vol-1", "node-1")).await.unwrap_err(),
+        node.delete_grant(v1::DeleteGrantRequest { volume_name: "vol-1".into(), node_id: "node-1".into() })
+            .await
+            .unwrap_err(),
+        node.list_grants(v1::ListGrantsRequest::default()).await.unwrap_err(),
+        node.list_grants(v1::ListGrantsRequest { node_id: "node-2".into(), ..Default::default() })
+            .await
+            .unwrap_err(),
         node.list_nodes(v1::ListNodesRequest::default()).await.unwrap_err(),
         node.delete_node(v1::DeleteNodeRequest { node_id: "node-1".into() }).await.unwrap_err(),
         node.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".into(), ..Default::default() })
@@ -160,6 +168,57 @@ async fn each_certificate_may_call_what_it_names() {
     let mut other = connect(server.management, &other).await.unwrap();
     let refused = other.attach_volume(attach_request("vol-1", "node-1", false)).await.unwrap_err();
     assert!(is_forbidden(&refused), "{refused:?}");
+}
+
+fn granted(volume_name: &str, node_id: &str) -> v1::CreateGrantRequest {
+    v1::CreateGrantRequest {
+        volume_name: volume_name.into(),
+        node_id: node_id.into(),
+        ..v1::CreateGrantRequest::default()
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_for_what_is_granted_attaches_nothing_else() {
+    let rig = Rig::new();
+    let server = rig.start("required");
+    let manager = rig.client("manager", &["volnode:manage"]);
+    let mut manager = connect(server.management, &manager).await.unwrap();
+    for name in ["vol-1", "vol-2"] {
+        manager.create_volume(create_request(name)).await.unwrap();
+    }
+    manager.create_grant(granted("vol-1", "node-1")).await.unwrap();
+    manager.create_grant(granted("vol-2", "node-2")).await.unwrap();
+    let node = rig.client("node", &["volnode:granted/node-1"]);
+    let mut node = connect(server.management, &node).await.unwrap();
+    let registration = v1::RegisterNodeRequest { node_id: "node-1".into(), ..Default::default() };
+    node.register_node(registration).await.unwrap();
+    // Whatever it asks for.
+    for only_if_granted in [false, true] {
+        let request = v1::AttachVolumeRequest { only_if_granted, ..attach_request("vol-2", "node-1", false) };
+        let refused = node.attach_volume(request).await.unwrap_err();
+        let reason = refused.get_details_error_info().map(|info| info.reason);
+        assert_eq!(reason.as_deref(), Some(reason::VOLUME_NOT_GRANTED), "{refused:?}");
+    }
+    let attached = node.attach_volume(attach_request("vol-1", "node-1", false)).await.unwrap().into_inner();
+    assert!(!attached.secret.is_empty());
+    let mine = v1::ListGrantsRequest { node_id: "node-1".into(), ..Default::default() };
+    let listed = node.list_grants(mine).await.unwrap().into_inner().grants;
+    assert_eq!(listed.iter().map(|one| one.volume_name.as_str()).collect::<Vec<_>>(), ["vol-1"]);
+    for refused in [
+        node.attach_volume(attach_request("vol-1", "node-1", true)).await.unwrap_err(),
+        node.attach_volume(attach_request("vol-2", "node-2", false)).await.unwrap_err(),
+        node.create_grant(granted("vol-2", "node-1")).await.unwrap_err(),
+        node.list_volumes(v1::ListVolumesRequest::default()).await.unwrap_err(),
+    ] {
+        assert!(is_forbidden(&refused), "{refused:?}");
+    }
+    let detach = v1::DetachVolumeRequest {
+        volume_name: "vol-1".into(),
+        node_id: "node-1".into(),
+        ..Default::default()
+    };
+    assert!(node.detach_volume(detach).await.unwrap().into_inner().existed);
 }
 
 #[tokio::test]

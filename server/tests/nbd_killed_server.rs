@@ -70,6 +70,7 @@ fn a_killed_servers_last_write_lands_before_its_lock_is_free() {
         read_only: false,
         boot_id: String::new(),
         is_shared: false,
+        only_if_granted: false,
     };
     let attachment = catalog.add_attachment(&new).unwrap();
     drop(catalog);

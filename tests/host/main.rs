@@ -3,8 +3,11 @@
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
 mod api_examples;
+mod apply;
 mod bench_server;
 mod crowd;
+mod csi_controller;
+mod csi_sanity;
 mod images;
 mod programs;
 mod silent;

@@ -8,6 +8,8 @@ mod allocations;
 mod bad_input;
 mod clones;
 mod counting_allocator;
+mod csi;
+mod csi_sanity;
 mod daemons;
 mod direct;
 mod file_systems;
@@ -15,6 +17,7 @@ mod fio;
 mod foreign;
 mod freeze;
 mod fsx;
+mod grants;
 mod hostile_server;
 mod idle;
 mod in_use;
@@ -54,10 +57,13 @@ fn main() -> ExitCode {
         ride_through::TESTS,
         recovery::TESTS,
         network::TESTS,
+        grants::TESTS,
         clones::TESTS,
+        csi::TESTS,
         send_zc::TESTS,
         fsx::TESTS,
         snapshots::TESTS,
+        csi_sanity::TESTS,
         freeze::TESTS,
         shutdown::TESTS,
         soak::TESTS,

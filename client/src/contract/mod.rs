@@ -15,6 +15,7 @@
 mod encryption;
 mod policy;
 mod send_zc;
+pub mod state_reasons;
 
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -197,6 +198,9 @@ pub struct DeviceSpec {
     /// The same, for those that do; `None` in a spec of one that did not. To be read by [`DeviceSpec::send_zc_mode`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub send_zc_mode: Option<SendZcMode>,
+    /// It was attached under a grant of the server's, and is not attached anew without one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub only_if_granted: bool,
     /// The device of a process that died, to go on with; `None`: make one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recover: Option<RecoverSpec>,
@@ -227,6 +231,7 @@ impl DeviceSpec {
             busy_poll_us: 0,
             send_zc: false,
             send_zc_mode: None,
+            only_if_granted: false,
             recover: None,
             tls: None,
         }

@@ -11,6 +11,8 @@
 //!   nothing                    make, if both ends   make                             refuse
 //!                              are zeros
 //!   what is asked for          refuse               take                             take, if written or unknown
+//!   the same, and its mkfs     refuse               make again                       refuse
+//!   did not get to its end
 //!   anything else              refuse               refuse                           refuse
 //! ```
 
@@ -38,6 +40,8 @@ pub enum Found {
     Nothing,
     /// A file system of this name.
     FileSystem(String),
+    /// What a mkfs that was killed leaves of a file system of this name.
+    Unfinished(String),
     /// Something else of this name: a partition table, LUKS, a member of a RAID.
     Other(String),
     /// Several things at once, or no end of the search: why.
@@ -58,6 +62,8 @@ pub enum Ends {
 pub enum Decision {
     /// A file system is made.
     Make,
+    /// What a killed mkfs left is erased, and a file system is made.
+    MakeAgain,
     /// There is one; it is checked and mounted.
     Take,
     /// Neither: why.
@@ -111,18 +117,22 @@ pub fn decide(content: Content, found: &Found, ends: Ends, asked: FsType) -> Dec
     }
     match (found, content) {
         (Found::Unclear(why), _) => refuse(Refusal::Unclear(why.clone())),
+        (Found::Unfinished(name), Content::InitialisingHere) if name == asked.name() => Decision::MakeAgain,
+        (Found::Unfinished(name), Content::Written | Content::Unknown) => refuse(Refusal::Unclear(format!(
+            "an {name} that was never finished, on a volume that was written to"
+        ))),
         (Found::Nothing, Content::NeverWritten) => match ends {
             Ends::Zeros => Decision::Make,
             Ends::Data => refuse(Refusal::NotBlank { found: "data".to_owned() }),
         },
-        (Found::FileSystem(name) | Found::Other(name), Content::NeverWritten) => {
+        (Found::FileSystem(name) | Found::Unfinished(name) | Found::Other(name), Content::NeverWritten) => {
             refuse(Refusal::NotBlank { found: name.clone() })
         }
         (Found::Nothing, Content::InitialisingHere) => Decision::Make,
         (Found::Nothing, Content::Unknown) => refuse(Refusal::ContentUnknown),
         (Found::Nothing, _) => refuse(Refusal::NothingFound),
         (Found::FileSystem(name), _) if name == asked.name() => Decision::Take,
-        (Found::FileSystem(name) | Found::Other(name), _) => {
+        (Found::FileSystem(name) | Found::Unfinished(name) | Found::Other(name), _) => {
             refuse(Refusal::OtherType { found: name.clone(), asked: asked.name() })
         }
     }
@@ -140,20 +150,23 @@ mod tests {
         Content::Unknown,
     ];
 
-    fn findings() -> [Found; 5] {
+    fn findings() -> [Found; 7] {
         [
             Found::Nothing,
             Found::FileSystem("ext4".to_owned()),
             Found::FileSystem("xfs".to_owned()),
             Found::Other("crypto_LUKS".to_owned()),
             Found::Unclear("several".to_owned()),
+            Found::Unfinished("ext4".to_owned()),
+            Found::Unfinished("xfs".to_owned()),
         ]
     }
 
-    /// One letter a finding, in their order: make, take or refuse; for ext4.
+    /// One letter a finding, in their order: make, make again, take or refuse; for ext4.
     fn row(content: Content, ends: Ends) -> String {
         let letter = |found: &Found| match decide(content, found, ends, FsType::Ext4) {
             Decision::Make => 'M',
+            Decision::MakeAgain => 'A',
             Decision::Take => 'T',
             Decision::Refuse(_) => '-',
         };
@@ -163,9 +176,9 @@ mod tests {
     #[test]
     fn a_file_system_is_made_on_what_is_blank_and_taken_where_it_may_be() {
         let rows = |ends| CONTENTS.map(|content| row(content, ends));
-        assert_eq!(rows(Ends::Zeros), ["M----", "MT---", "-----", "-T---", "-T---"]);
+        assert_eq!(rows(Ends::Zeros), ["M------", "MT---A-", "-------", "-T-----", "-T-----"]);
         // Half a file system of ours may lie at the ends.
-        assert_eq!(rows(Ends::Data), ["-----", "MT---", "-----", "-T---", "-T---"]);
+        assert_eq!(rows(Ends::Data), ["-------", "MT---A-", "-------", "-T-----", "-T-----"]);
     }
 
     #[test]

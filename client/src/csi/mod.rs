@@ -1,18 +1,23 @@
 //! The CSI driver, `volcsi`: the plugin that kubelet calls, and what its paths, mounts and file systems need.
 //!
 //! - [`serve`]: the plugin's sockets, and its end. [`services`]: what it answers. [`socket`]: how a socket comes and goes.
+//! - [`controller`]: volumes and snapshots on the storage server, and which node has them.
 //! - [`targets`]: paths below kubelet's directory, which nobody can lead elsewhere.
 //! - [`mount_options`]: which mount options are taken. [`mounts`]: mounting and unmounting. [`mountinfo`]: what is mounted.
 //! - [`blank`]: whether a file system is made, from what [`probe`] finds on the device and what the server knows.
-//! - [`jobs`]: programs that outlive the call that started them. [`usage`]: how full a file system is.
+//! - [`jobs`]: what outlives the call that started it. [`lock_file`]: what others are not to do meanwhile.
+//! - [`usage`]: how full a file system is. [`node`]: the Node service, over all of these.
 //!
 //! Never here: state of its own. What is mounted the kernel knows, and what is attached the node daemon.
 
 pub mod blank;
+pub mod controller;
 pub mod jobs;
+pub mod lock_file;
 pub mod mount_options;
 pub mod mountinfo;
 pub mod mounts;
+pub mod node;
 pub mod probe;
 pub mod serve;
 pub mod services;

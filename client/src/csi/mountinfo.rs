@@ -2,15 +2,19 @@
 //!
 //! Owns: reading `mountinfo`, of which every mount point, source and label may hold any byte. Never: keeps anything; the file is read
 //! anew for each question. Called by: `mounts`.
-//! Source: proc_pid_mountinfo(5).
+//! Source: proc_pid_mountinfo(5), proc_pid_fdinfo(5).
 
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 /// Of the calling thread: its mount namespace is the one in which it mounts.
 const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
+
+/// What the kernel tells of this thread's descriptors.
+const FDINFO: &str = "/proc/thread-self/fdinfo";
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,9 +33,11 @@ pub struct MountEntry {
     pub is_file_system_read_only: bool,
     /// The kernel's name of the file system.
     pub fs_type: String,
+    /// Whether what is mounted below it is seen in other mount namespaces as well: its propagation is `shared`.
+    pub is_shared: bool,
 }
 
-/// All mounts of this thread's namespace, in the kernel's order: what is mounted over something else comes after it.
+/// All mounts of this thread's namespace.
 ///
 /// # Errors
 /// The system's. `InvalidData`: a line cannot be read, which is no reason to take a mount for gone.
@@ -39,7 +45,7 @@ pub fn read() -> io::Result<Vec<MountEntry>> {
     parse(&std::fs::read(MOUNTINFO)?)
 }
 
-/// The mounts at this path, the uppermost one last.
+/// The mounts at this path, in the kernel's order, which says nothing of which one is the uppermost.
 ///
 /// # Errors
 /// As for [`read`].
@@ -47,6 +53,27 @@ pub fn at(path: &Path) -> io::Result<Vec<MountEntry>> {
     let mut entries = read()?;
     entries.retain(|entry| entry.mount_point == path);
     Ok(entries)
+}
+
+/// The id of the mount that an open file or directory is on; it may be open by its path alone. The file system is not asked: one that
+/// does not answer, or answers with errors alone, has mounts that are to be unmounted all the same.
+///
+/// # Errors
+/// The system's. `InvalidData`: the kernel tells no id.
+pub fn mount_id(descriptor: impl AsFd) -> io::Result<u64> {
+    let told = std::fs::read_to_string(format!("{FDINFO}/{}", descriptor.as_fd().as_raw_fd()))?;
+    let id = told.lines().find_map(|line| line.strip_prefix("mnt_id:")).and_then(|id| id.trim().parse().ok());
+    id.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{FDINFO}: no mnt_id")))
+}
+
+/// The mount that an open file or directory is on.
+///
+/// # Errors
+/// As for [`read`] and [`mount_id`]; `NotFound`: it is no mount of this thread's namespace.
+pub fn containing(descriptor: impl AsFd) -> io::Result<MountEntry> {
+    let id = mount_id(descriptor)?;
+    let found = read()?.into_iter().find(|entry| entry.mount_id == id);
+    found.ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 fn parse(text: &[u8]) -> io::Result<Vec<MountEntry>> {
@@ -66,6 +93,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let (major, minor) = text(2)?.split_once(':')?;
     // After optional fields, any number of them.
     let dash = 6 + fields.get(6..)?.iter().position(|field| *field == b"-")?;
+    let is_shared = fields.get(6..dash)?.iter().any(|field| field.starts_with(b"shared:"));
     let is_read_only = |options: &[u8]| options.split(|byte| *byte == b',').any(|option| option == b"ro");
     Some(MountEntry {
         mount_id: text(0)?.parse().ok()?,
@@ -76,6 +104,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
         is_file_system_read_only: is_read_only(fields.get(dash + 3)?),
         // A user may mount by FUSE, and calls that what they like: no reason to know nothing of all other mounts.
         fs_type: String::from_utf8_lossy(fields.get(dash + 1)?).into_owned(),
+        is_shared,
     })
 }
 
@@ -113,6 +142,7 @@ mod tests {
         assert_eq!(first.root, Path::new("/a b"));
         assert_eq!(first.mount_point, Path::new(OsStr::from_bytes(b"/mnt/\\x\n\xff")));
         assert!(!first.is_read_only && first.is_file_system_read_only);
+        assert_eq!(entries.iter().map(|entry| entry.is_shared).collect::<Vec<_>>(), [true, false, false]);
         assert!(entries[1].is_read_only && !entries[1].is_file_system_read_only);
     }
 
@@ -133,5 +163,10 @@ mod tests {
         // Where this file is; a root that was changed into is no mount.
         assert!(at(Path::new("/proc")).unwrap().last().is_some_and(|mount| mount.fs_type == "proc"));
         assert_eq!(at(Path::new("/no/such/mount")).unwrap(), []);
+        let proc = containing(std::fs::File::open("/proc/self").unwrap()).unwrap();
+        assert_eq!((proc.fs_type.as_str(), proc.mount_point.as_path()), ("proc", Path::new("/proc")));
+        let by_path_alone = rustix::fs::OFlags::PATH;
+        let by_path = rustix::fs::open("/proc/self", by_path_alone, rustix::fs::Mode::empty()).unwrap();
+        assert_eq!(mount_id(by_path).unwrap(), proc.mount_id);
     }
 }

@@ -24,6 +24,8 @@ use super::targets::{Target, TargetError};
 
 /// More than anybody stacks at one place; a loop that somebody feeds ends.
 const STACKED_MAX: usize = 64;
+/// How often it is looked again where a mount comes or goes meanwhile.
+const LOOKS_MAX: usize = 5;
 /// How much the kernel's own words are shown, in bytes.
 const SAID_BYTES_MAX: usize = 1000;
 
@@ -39,6 +41,11 @@ pub enum MountError {
         /// Its name.
         device: String,
     },
+    /// The file system was not unmounted in order, and its journal cannot be replayed.
+    #[error(
+        "the file system has writes in its journal that are to be replayed, and the volume is read-only; stage it once for writing"
+    )]
+    DirtyJournal,
     /// The kernel refuses.
     #[error("cannot {what}: {source}{said}")]
     Kernel {
@@ -54,21 +61,64 @@ pub enum MountError {
         "{0:?} is still mounted though its unmount succeeded; look in /proc/self/mountinfo who mounts it again"
     )]
     StillMounted(String),
+    /// Something else lies over what is mounted there.
+    #[error(
+        "what is mounted at {0:?} cannot be reached: another mount lies over a directory on the way; unmount that"
+    )]
+    Hidden(String),
     /// What is mounted cannot be read.
     #[error("cannot read what is mounted: {0}")]
     Mountinfo(#[source] io::Error),
+}
+
+impl From<MountError> for io::Error {
+    /// With the kind of the kernel's own error.
+    fn from(error: MountError) -> Self {
+        let kind = match &error {
+            MountError::Kernel { source, .. } | MountError::Mountinfo(source) => source.kind(),
+            MountError::DirtyJournal => io::ErrorKind::ReadOnlyFilesystem,
+            _ => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
 }
 
 fn kernel(what: &'static str) -> impl FnOnce(Errno) -> MountError {
     move |errno| MountError::Kernel { what, source: errno.into(), said: String::new() }
 }
 
-/// What is mounted at a target, the uppermost one last.
+/// What is mounted at a target, the uppermost one last: the one that a walk along the path ends on.
 ///
 /// # Errors
-/// [`MountError::Mountinfo`], [`MountError::Target`]
+/// [`MountError::Mountinfo`], [`MountError::Target`]; [`MountError::Hidden`]
 pub fn mounts_at(target: &Target) -> Result<Vec<MountEntry>, MountError> {
-    mountinfo::at(&target.kernel_path()?).map_err(MountError::Mountinfo)
+    for _ in 0..LOOKS_MAX {
+        let mut entries = mountinfo::at(&target.kernel_path()?).map_err(MountError::Mountinfo)?;
+        if entries.is_empty() {
+            return Ok(entries);
+        }
+        let uppermost = mountinfo::mount_id(target.open()?).map_err(MountError::Mountinfo)?;
+        if let Some(at) = entries.iter().position(|entry| entry.mount_id == uppermost) {
+            let entry = entries.remove(at);
+            entries.push(entry);
+            return Ok(entries);
+        }
+        // It was mounted or unmounted between the two looks, or something lies over a directory on the way.
+    }
+    Err(MountError::Hidden(shown(target)))
+}
+
+/// Whether what is mounted in the target's directory is seen by kubelet and the workloads as well: in a container, only where the
+/// directory is shared with the host.
+///
+/// # Errors
+/// [`MountError::Mountinfo`]
+pub fn is_seen_outside(directory: impl AsFd) -> Result<bool, MountError> {
+    mountinfo::containing(directory).map(|mount| mount.is_shared).map_err(MountError::Mountinfo)
+}
+
+fn shown(target: &Target) -> String {
+    target.path().chars().take(SAID_BYTES_MAX).collect()
 }
 
 /// Mounts the file system on `device`, a block device that is held open and known as `device_path`.
@@ -94,10 +144,14 @@ pub fn mount_file_system(
     }
     let context = fsopen(options.fs_type.name(), FsOpenFlags::FSOPEN_CLOEXEC);
     let context = context.map_err(kernel("use the file system; its kernel module may be missing"))?;
-    configure(context.as_fd(), device_path, options).map_err(|errno| MountError::Kernel {
-        what: "mount the file system",
-        source: errno.into(),
-        said: said(context.as_fd()),
+    configure(context.as_fd(), device_path, options).map_err(|errno| match errno {
+        // Without the kernel's own words: they are of an option that is refused, because it shows what is half written.
+        Errno::ROFS if options.is_read_only() => MountError::DirtyJournal,
+        errno => MountError::Kernel {
+            what: "mount the file system",
+            source: errno.into(),
+            said: said(context.as_fd()),
+        },
     })?;
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, options.attributes);
     let mount = mount.map_err(kernel("make the mount"))?;
@@ -199,7 +253,7 @@ pub fn unmount_all(target: &Target) -> Result<usize, MountError> {
     }
     match mounts_at(target)?.is_empty() {
         true => Ok(STACKED_MAX),
-        false => Err(MountError::StillMounted(target.path().chars().take(SAID_BYTES_MAX).collect())),
+        false => Err(MountError::StillMounted(shown(target))),
     }
 }
 

@@ -3,6 +3,7 @@
 //! Owns: the order. Kubelet finds the plugin when it can be called, and loses sight of it before it ends. Never: keeps state: it may be killed
 //! at any time. Called by: `volcsi`.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -14,6 +15,8 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto::csi::registration::registration_server::RegistrationServer;
 use proto::csi::v1::GetPluginInfoRequest;
+use proto::csi::v1::controller_server::ControllerServer;
+use proto::csi::v1::group_controller_server::GroupControllerServer;
 use proto::csi::v1::identity_client::IdentityClient;
 use proto::csi::v1::identity_server::IdentityServer;
 use proto::csi::v1::node_server::NodeServer;
@@ -22,14 +25,20 @@ use tokio::sync::{Semaphore, watch};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Channel, Server};
 
+use super::controller::Controller;
+use super::node::service::{NodeError, NodeOptions, NodeService};
 use super::services::{DRIVER_NAME, Plugin, Registrar};
 use super::socket::{SocketError, listen};
 use crate::api_channel::{self, ChannelError};
 use crate::causes::with_sources;
-use crate::end_signal::ended_by_signal;
+use crate::end_signal::EndSignals;
+use crate::tls_spec::ClientFiles;
 
 /// How long calls in progress may go on once the plugin is told to end. Their repeats go on with what is cut off.
 const LAST_CALLS_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a mkfs, fsck or mount may go on after that; all in all less than the 300 s that docs/kubernetes.md has as the pod's
+/// `terminationGracePeriodSeconds`. In a container programs are killed with the plugin, and an fsck is better not cut off.
+const LAST_JOBS_DEADLINE: Duration = Duration::from_secs(280);
 /// Health checks at once; kubelet makes one at a time.
 const HEALTH_CHECKS_MAX: usize = 16;
 /// What one may take, request and all.
@@ -44,6 +53,14 @@ pub struct ServeOptions {
     pub endpoint: PathBuf,
     /// The node daemon's socket.
     pub node_socket: PathBuf,
+    /// The storage server's management API: `unix:/path`, `http://host[:port]` or `https://host[:port]`.
+    pub server: String,
+    /// For `https://`.
+    pub tls_files: Option<ClientFiles>,
+    /// What the Node service is told; `None`: it is not served.
+    pub node: Option<NodeOptions>,
+    /// Whether the Controller service is served, and then from where the server's volumes can be reached: of no keys, everywhere.
+    pub controller: Option<BTreeMap<String, String>>,
     /// Where kubelet looks for plugins, and where it reaches this one.
     pub registration: Option<RegistrationOptions>,
     /// Where `/healthz` is answered.
@@ -68,6 +85,15 @@ pub enum ServeError {
     /// The path of the node daemon's socket.
     #[error("--socket: {0}")]
     NodeSocket(#[from] ChannelError),
+    /// The server's address, or the files of TLS.
+    #[error("--server: {0}")]
+    Server(#[source] ChannelError),
+    /// The Node service.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// The signals that end it.
+    #[error("cannot take SIGTERM and SIGINT: {0}")]
+    Signals(#[source] io::Error),
     /// The address of the health check.
     #[error("--healthz {address}: {source}")]
     Healthz {
@@ -81,12 +107,26 @@ pub enum ServeError {
     Grpc(String),
 }
 
-/// Serves until SIGTERM or SIGINT; calls in progress are finished first, if they end in time.
+/// Serves until SIGTERM or SIGINT; calls in progress, and what they have started, are finished first, if they end in time.
 ///
 /// # Errors
 /// [`ServeError`], by cause.
 pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
-    let node = api_channel::connect_lazy(&format!("unix:{}", options.node_socket.display()), None)?;
+    // From here on a signal ends it in order, also before anybody is told that it is ready.
+    let ended_by_signal = EndSignals::take().map_err(ServeError::Signals)?;
+    let daemon = api_channel::connect_lazy(&format!("unix:{}", options.node_socket.display()), None)?;
+    let server = api_channel::connect_lazy(&options.server, options.tls_files.as_ref());
+    let server = server.map_err(ServeError::Server)?;
+    let mut plugin = Plugin::new(daemon.clone(), options.node.is_some());
+    let mut services = Services { node: None, controller: None };
+    if let Some(topology) = options.controller {
+        let controller = Controller::new(server.clone(), api_channel::with_port(&options.server), topology);
+        plugin = plugin.with_controller(server.clone(), controller.plugin_capabilities());
+        services.controller = Some(controller);
+    }
+    if let Some(told) = options.node {
+        services.node = Some(NodeService::new(told, daemon, server)?);
+    }
     let (listener, _socket) = listen(&options.endpoint)?;
     let healthz = match options.healthz {
         None => None,
@@ -111,33 +151,46 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     daemon_log::announce(format!("volcsi ready: {}", options.endpoint.display()))
         .map_err(|source| SocketError::Io { path: options.endpoint.clone(), source })?;
     let (ending, ended) = watch::channel(false);
-    let plugin = Plugin::new(node);
-    let serving = run_grpc(listener, plugin, ended);
+    let node = services.node.clone();
+    let serving = run_grpc(listener, plugin, services, ended);
     let registering = register(registration);
     let out_of_time = async {
-        ended_by_signal().await;
+        ended_by_signal.come().await;
         ending.send_replace(true);
         tokio::time::sleep(LAST_CALLS_DEADLINE).await;
     };
-    tokio::select! {
+    let outcome = tokio::select! {
         served = serving => served,
         failed = registering => Err(failed),
         () = out_of_time => {
             tracing::warn!("calls are cut off after {} s", LAST_CALLS_DEADLINE.as_secs());
             Ok(())
         }
+    };
+    if let Some(node) = node {
+        node.end(LAST_JOBS_DEADLINE).await;
     }
+    outcome
+}
+
+/// What is served beside Identity.
+struct Services {
+    node: Option<NodeService>,
+    controller: Option<Controller>,
 }
 
 async fn run_grpc(
     listener: UnixListener,
     plugin: Plugin,
+    Services { node, controller }: Services,
     mut ended: watch::Receiver<bool>,
 ) -> Result<(), ServeError> {
     let shutdown = async move { drop(ended.wait_for(|is_ending| *is_ending).await) };
     let serving = Server::builder()
-        .add_service(IdentityServer::new(plugin.clone()))
-        .add_service(NodeServer::new(plugin))
+        .add_service(IdentityServer::new(plugin))
+        .add_optional_service(node.map(NodeServer::new))
+        .add_optional_service(controller.clone().map(ControllerServer::new))
+        .add_optional_service(controller.map(GroupControllerServer::new))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
     serving.await.map_err(|error| ServeError::Grpc(with_sources(&error)))
 }

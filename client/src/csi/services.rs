@@ -1,15 +1,16 @@
-//! The gRPC services of the plugin: Identity, what there is of Node, and kubelet's registration.
+//! Identity of the plugin, and kubelet's registration; `node` has the Node service.
 //!
 //! Owns: what is answered. Never: logs a request; of a call its name and its outcome are logged. What is not answered here is
-//! UNIMPLEMENTED, and declared nowhere. Called by: `serve`.
+//! UNIMPLEMENTED, and declared nowhere. Called by: `serve`, `node`.
 
 use std::time::{Duration, Instant};
 
 use proto::csi::registration::registration_server::Registration;
 use proto::csi::registration::{InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse};
 use proto::csi::v1;
+use proto::v1::management_client::ManagementClient;
 use proto::v1::node_client::NodeClient;
-use proto::v1::{GetNodeInfoRequest, GetNodeInfoResponse};
+use proto::v1::{GetNodeInfoRequest, GetNodeInfoResponse, GetServerInfoRequest};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
@@ -17,6 +18,8 @@ use tonic::{Request, Response, Status};
 pub const DRIVER_NAME: &str = "csi.volnode.io";
 /// What the node daemon may take to say who it is; it does so without a look at any disk.
 const NODE_INFO_DEADLINE: Duration = Duration::from_secs(2);
+/// The same of the storage server.
+const SERVER_INFO_DEADLINE: Duration = Duration::from_secs(2);
 /// The kind of plugin, in kubelet's words.
 const PLUGIN_TYPE: &str = "CSIPlugin";
 /// Kubelet's interface to CSI drivers; it looks at the first number.
@@ -24,16 +27,36 @@ const SUPPORTED_VERSION: &str = "1.0.0";
 /// How much of what kubelet says is logged, in characters.
 const SAID_CHARACTERS_MAX: usize = 500;
 
-/// Identity and Node, over the API of this machine's node daemon.
+/// Identity, over the API of this machine's node daemon.
 #[derive(Debug, Clone)]
 pub struct Plugin {
     node: NodeClient<Channel>,
+    is_node: bool,
+    /// For the controller.
+    server: Option<ManagementClient<Channel>>,
+    capabilities: Vec<v1::PluginCapability>,
 }
 
 impl Plugin {
-    /// Over a channel to the node daemon, which need not be there yet.
-    pub fn new(node: Channel) -> Self {
-        Self { node: NodeClient::new(node) }
+    /// Over a channel to the node daemon, which need not be there yet; without `is_node` it is not asked whether it is.
+    pub fn new(node: Channel, is_node: bool) -> Self {
+        Self { node: NodeClient::new(node), is_node, server: None, capabilities: Vec::new() }
+    }
+
+    /// With the controller beside it, which needs the server behind this channel and has these capabilities.
+    pub fn with_controller(self, server: Channel, capabilities: Vec<v1::PluginCapability>) -> Self {
+        Self { server: Some(ManagementClient::new(server)), capabilities, ..self }
+    }
+
+    /// Whether all that is needed answers.
+    async fn is_ready(&self) -> bool {
+        (!self.is_node || self.node_info().await.is_ok()) && self.server_answers().await
+    }
+
+    async fn server_answers(&self) -> bool {
+        let Some(mut server) = self.server.clone() else { return true };
+        let asked = server.get_server_info(GetServerInfoRequest {});
+        tokio::time::timeout(SERVER_INFO_DEADLINE, asked).await.is_ok_and(|answer| answer.is_ok())
     }
 
     async fn node_info(&self) -> Result<GetNodeInfoResponse, Status> {
@@ -54,7 +77,7 @@ impl Plugin {
 }
 
 /// Logs a call by its name and outcome.
-async fn logged<T>(
+pub(super) async fn logged<T>(
     call: &'static str,
     answer: impl Future<Output = Result<T, Status>>,
 ) -> Result<Response<T>, Status> {
@@ -89,37 +112,16 @@ impl v1::identity_server::Identity for Plugin {
         _: Request<v1::GetPluginCapabilitiesRequest>,
     ) -> Result<Response<v1::GetPluginCapabilitiesResponse>, Status> {
         logged("GetPluginCapabilities", async {
-            // None: there is no controller service, and nothing depends on a place.
-            Ok(v1::GetPluginCapabilitiesResponse::default())
+            // The controller's.
+            Ok(v1::GetPluginCapabilitiesResponse { capabilities: self.capabilities.clone() })
         })
         .await
     }
 
-    /// Ready: the node daemon answers. While it does not the plugin is well, and cannot do anything.
+    /// Ready: the node daemon answers, and with a controller the storage server. While they do not the plugin is well, and cannot do
+    /// anything.
     async fn probe(&self, _: Request<v1::ProbeRequest>) -> Result<Response<v1::ProbeResponse>, Status> {
-        logged("Probe", async { Ok(v1::ProbeResponse { ready: Some(self.node_info().await.is_ok()) }) }).await
-    }
-}
-
-#[tonic::async_trait]
-impl v1::node_server::Node for Plugin {
-    async fn node_get_capabilities(
-        &self,
-        _: Request<v1::NodeGetCapabilitiesRequest>,
-    ) -> Result<Response<v1::NodeGetCapabilitiesResponse>, Status> {
-        logged("NodeGetCapabilities", async { Ok(v1::NodeGetCapabilitiesResponse::default()) }).await
-    }
-
-    /// The name under which the node daemon attaches volumes at the server.
-    async fn node_get_info(
-        &self,
-        _: Request<v1::NodeGetInfoRequest>,
-    ) -> Result<Response<v1::NodeGetInfoResponse>, Status> {
-        logged("NodeGetInfo", async {
-            let node_id = self.node_info().await?.node_id;
-            Ok(v1::NodeGetInfoResponse { node_id, ..Default::default() })
-        })
-        .await
+        logged("Probe", async { Ok(v1::ProbeResponse { ready: Some(self.is_ready().await) }) }).await
     }
 }
 

@@ -1,7 +1,8 @@
 //! The sockets of the plugin: its own, and the one by which kubelet finds it.
 //!
 //! Owns: how an endpoint is written, and how a socket comes and goes. A socket that a killed process left is replaced, one that somebody
-//! listens at is not. Never: is there for others, or before it can be connected to.
+//! listens at is not: a lock beside it tells the two apart, and lets one of two that start at once through. Never: is there for others, or
+//! before it can be connected to.
 
 use std::fs;
 use std::io;
@@ -10,6 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
+
+use super::lock_file::LockFile;
 
 /// Longest path of a Unix socket, in bytes: `sun_path` less its final zero.
 const PATH_BYTES_MAX: usize = 107;
@@ -54,6 +57,8 @@ pub fn path_of_endpoint(endpoint: &str) -> Result<PathBuf, SocketError> {
 pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
+    /// Dropped behind the socket.
+    _lock: LockFile,
 }
 
 impl Drop for SocketFile {
@@ -75,24 +80,37 @@ impl Drop for SocketFile {
 pub fn listen(path: &Path) -> Result<(UnixListener, SocketFile), SocketError> {
     let failed = |source| SocketError::Io { path: path.to_owned(), source };
     // Made under another name and closed to others, then given its own. Kubelet passes over what begins with a dot.
-    let name = path.file_name().unwrap_or_default();
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    let hidden = path.with_file_name(hidden);
+    let beside = |end: &str| {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(path.file_name().unwrap_or_default());
+        name.push(end);
+        path.with_file_name(name)
+    };
+    let hidden = beside("");
     if hidden.as_os_str().len() > PATH_BYTES_MAX {
         return Err(SocketError::TooLong(path.to_owned()));
     }
+    let taken = || SocketError::Taken(path.to_owned());
+    let lock = LockFile::take(&beside(".lock")).map_err(failed)?.ok_or_else(taken)?;
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NoSocket(path.to_owned())),
-        Ok(_) if UnixStream::connect(path).is_ok() => return Err(SocketError::Taken(path.to_owned())),
-        _ => {}
+        Ok(_) => match UnixStream::connect(path) {
+            Ok(_) => return Err(taken()),
+            // Nobody listens: left by a process that was killed.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Somebody may well listen who does not let us in, or has no time.
+            Err(error) => return Err(failed(error)),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
     }
     fs::remove_file(&hidden).ok();
     let listener = UnixListener::bind(&hidden).map_err(failed)?;
     fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600)).map_err(failed)?;
     let made = fs::symlink_metadata(&hidden).map_err(failed)?;
     fs::rename(&hidden, path).map_err(failed)?;
-    Ok((listener, SocketFile { path: path.to_owned(), identity: (made.dev(), made.ino()) }))
+    Ok((listener, SocketFile { path: path.to_owned(), identity: (made.dev(), made.ino()), _lock: lock }))
 }
 
 #[cfg(test)]
@@ -126,12 +144,43 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert!(matches!(listen(&path), Err(SocketError::Taken(_))));
         drop(listener);
-        let (_listener, new_file) = listen(&path).unwrap();
-        // The end of the former process leaves the new one's.
+        assert!(matches!(listen(&path), Err(SocketError::Taken(_))), "it is about to end");
         drop(file);
-        assert!(path.exists());
-        drop(new_file);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        // As a killed process leaves them.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        fs::write(dir.path().join(".csi.sock.lock"), "").unwrap();
+        let (_listener, file) = listen(&path).unwrap();
+        drop(file);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_socket_of_a_program_without_a_lock_is_not_replaced() {
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        let path = dir.path().join("csi.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(matches!(listen(&path), Err(SocketError::Taken(_))));
+        drop(listener);
+        listen(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn of_two_that_start_at_once_one_listens() {
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        let path = dir.path().join("csi.sock");
+        let runtime = tokio::runtime::Handle::current();
+        let start = || {
+            let _entered = runtime.enter();
+            listen(&path)
+        };
+        for _ in 0..50 {
+            let outcomes = std::thread::scope(|scope| {
+                let threads = [scope.spawn(start), scope.spawn(start)];
+                threads.map(|thread| thread.join().unwrap())
+            });
+            assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1, "{outcomes:?}");
+        }
     }
 
     #[tokio::test]

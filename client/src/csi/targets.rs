@@ -7,7 +7,7 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
@@ -141,6 +141,24 @@ impl KubeletDir {
         Ok(Target { parent, name, path: path.to_owned() })
     }
 
+    /// A directory below it, such as `pods`; `None`: there is none.
+    ///
+    /// # Errors
+    /// [`TargetError::Link`], [`TargetError::Io`]
+    pub fn directory(&self, below: &str) -> Result<Option<OwnedFd>, TargetError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match rustix::fs::openat2(&self.descriptor, below, flags, Mode::empty(), RESOLVE) {
+            Ok(directory) => Ok(Some(directory)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(failure(below, errno)),
+        }
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// What the text alone tells; the way from the directory to the target.
     fn check<'a>(&self, path: &'a str) -> Result<&'a Path, TargetError> {
         let malformed = |why| Err(TargetError::Malformed { path: shorten(path), why });
@@ -181,6 +199,11 @@ impl Target {
     /// The path as kubelet gave it.
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// The directory that holds it.
+    pub fn parent(&self) -> BorrowedFd<'_> {
+        self.parent.as_fd()
     }
 
     /// The path under which the kernel knows it, in `mountinfo`: links on the way to kubelet's directory resolved.
@@ -243,13 +266,15 @@ impl Target {
         };
         match made {
             Ok(()) => Ok(()),
-            Err(Errno::EXIST) => match self.kind()? {
-                Some(found) if found != wanted => Err(TargetError::OtherKind {
+            Err(Errno::EXIST) => match self.kind() {
+                Ok(Some(found)) if found != wanted => Err(TargetError::OtherKind {
                     path: shorten(&self.path),
                     found: found.words(),
                     wanted: wanted.words(),
                 }),
-                _ => Ok(()),
+                // The root of a file system that has shut down answers nobody. What is mounted there, the mounts tell.
+                Ok(_) | Err(TargetError::Io { .. }) => Ok(()),
+                Err(error) => Err(error),
             },
             Err(errno) => Err(failure(&self.path, errno)),
         }

@@ -34,6 +34,7 @@ use super::liveness::{OutageClock, Probes, Silence};
 use super::queue::link::Lost;
 use super::queue::quiet::QueueSilence;
 use crate::contract::StallPolicy;
+use crate::contract::state_reasons::WRITES_LOST;
 
 /// Whoever sets a policy later does not wait for longer than this for a silent server to be called lost, foreign or not.
 const TOLD_SILENCE: Duration = Duration::from_secs(20);
@@ -392,9 +393,8 @@ impl<S> Reconnect<S> {
         });
         if let Some(new) = new {
             if has_unflushed() {
-                let reason = "the storage server came back without writes that it had acknowledged: I/O gets EIO until \
-                              the disk is detached; check its contents after that";
-                self.lose(reason.to_owned(), outputs);
+                let next = "I/O gets EIO until the disk is detached; check its contents after that";
+                self.lose(format!("{WRITES_LOST}: {next}"), outputs);
                 return;
             }
             // Two storage machines may take turns: what is left now may come back, and what comes back is no former one any more.

@@ -17,8 +17,8 @@ use super::device_process;
 use super::error::NodeError;
 use super::target::{DetachSelector, Target};
 use crate::contract::{
-    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, SendZcMode, SessionRecord,
-    StallPolicy,
+    self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec, SendZcMode,
+    SessionRecord, StallPolicy,
 };
 
 /// One attachment of this node.
@@ -174,7 +174,12 @@ impl AttachmentRecord {
             send_zc_mode: told_send_zc_mode(spec.send_zc_mode()).into(),
             on_stall: stall_action(spec.on_stall).0.into(),
             stall_fail_after_ms: stall_action(spec.on_stall).1,
+            volume_uid: match &spec.export {
+                ExportSpec::Attachment { volume_uid, .. } => volume_uid.to_string(),
+                ExportSpec::Nbd { .. } => String::new(),
+            },
             pid: self.pid.map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
+            only_if_granted: spec.only_if_granted,
             ..Default::default()
         };
         if let Some(status) = &self.status {
@@ -260,7 +265,7 @@ pub(crate) mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::contract::{CONTRACT_VERSION, Encryption, ExportSpec, SendZc, write_file};
+    use crate::contract::{CONTRACT_VERSION, Encryption, SendZc, write_file};
 
     /// A spec for a volume, as the supervisor would write it.
     pub(crate) fn spec(attachment_id: Uuid, target: &str) -> DeviceSpec {

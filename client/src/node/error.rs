@@ -56,6 +56,16 @@ pub enum NodeError {
         /// What is wrong with the answer.
         what: &'static str,
     },
+    /// The attach was to be under a grant, and there is none.
+    #[error("{target} {why}")]
+    NotGranted {
+        /// What was to be attached.
+        target: String,
+        /// What is missing.
+        why: &'static str,
+        /// What to do.
+        next: &'static str,
+    },
     /// The device is gone; the server could not be told.
     #[error("the device of {target} is gone, but the storage server still holds the attachment: {cause}")]
     DetachUnfinished {
@@ -205,6 +215,7 @@ impl NodeError {
             Self::ServerUnreachable { .. } | Self::DataUnreachable { .. } => {
                 (Code::Unavailable, reason::SERVER_UNREACHABLE)
             }
+            Self::NotGranted { .. } => (Code::FailedPrecondition, reason::VOLUME_NOT_GRANTED),
             Self::DetachUnfinished { .. } => (Code::Unavailable, reason::DETACH_UNFINISHED),
             Self::DataPathUnsupported { .. } => (Code::FailedPrecondition, reason::DATA_PATH_UNSUPPORTED),
             Self::Ublk(ControlError::NoDriver) => (Code::FailedPrecondition, reason::NO_UBLK_DRIVER),
@@ -248,6 +259,7 @@ impl NodeError {
             Self::DataUnreachable { addresses, .. } => {
                 format!("check that the NBD server runs and listens at {}", addresses.join(" or "))
             }
+            Self::NotGranted { next, .. } => (*next).to_owned(),
             Self::DetachUnfinished { .. } => "repeat the detach once the server can be reached".to_owned(),
             Self::DataPathUnsupported { .. } => {
                 "leave the choice to the program (--data-path auto), or see `volctl doctor`".to_owned()

@@ -12,8 +12,9 @@ use std::time::Duration;
 use proto::export_name::Secret;
 use proto::v1::management_client::ManagementClient as Stub;
 use proto::v1::{
-    AccessMode, AttachVolumeRequest, Backend, DetachVolumeRequest, GetServerInfoRequest,
-    GetServerInfoResponse, HeartbeatRequest, HeartbeatResponse, ListAttachmentsRequest, RegisterNodeRequest,
+    AccessMode, AttachVolumeRequest, Attachment, Backend, DetachVolumeRequest, GetServerInfoRequest,
+    GetServerInfoResponse, Grant, HeartbeatRequest, HeartbeatResponse, ListAttachmentsRequest,
+    ListGrantsRequest, RegisterNodeRequest,
 };
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
@@ -84,6 +85,7 @@ impl ManagementClient {
         node_id: &str,
         access_mode: AccessMode,
         force: bool,
+        only_if_granted: bool,
     ) -> Result<GrantedAttachment, NodeError> {
         let request = AttachVolumeRequest {
             volume_name: volume_name.to_owned(),
@@ -91,6 +93,7 @@ impl ManagementClient {
             access_mode: access_mode.into(),
             force,
             boot_id: contract::boot_id().unwrap_or_default(),
+            only_if_granted,
             ..Default::default()
         };
         let mut stub = self.stub.clone();
@@ -115,6 +118,20 @@ impl ManagementClient {
             data_addresses: answer.data_addresses,
             existed: answer.existed,
         })
+    }
+
+    /// The node's grant of a volume; `None`: there is none.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`] (UNIMPLEMENTED: the server knows no grants), [`NodeError::ServerUnreachable`]
+    pub async fn grant_of(&self, volume_name: &str, node_id: &str) -> Result<Option<Grant>, NodeError> {
+        let request = ListGrantsRequest {
+            volume_name: volume_name.to_owned(),
+            node_id: node_id.to_owned(),
+            ..Default::default()
+        };
+        let mut stub = self.stub.clone();
+        Ok(self.call(stub.list_grants(request)).await?.grants.pop())
     }
 
     /// Ends an attachment; tells whether there was one.
@@ -172,15 +189,27 @@ impl ManagementClient {
     /// # Errors
     /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`]
     pub async fn idle_attachments(&self, volume_name: &str, node_id: &str) -> Result<Vec<String>, NodeError> {
+        let held = self.attachments_of(volume_name, node_id).await?;
+        let idle = held.into_iter().filter(|attachment| attachment.connections == 0);
+        Ok(idle.map(|attachment| attachment.attachment_id).collect())
+    }
+
+    /// This node's attachments of a volume: one, or none.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`]
+    pub async fn attachments_of(
+        &self,
+        volume_name: &str,
+        node_id: &str,
+    ) -> Result<Vec<Attachment>, NodeError> {
         let request = ListAttachmentsRequest {
             volume_name: volume_name.to_owned(),
             node_id: node_id.to_owned(),
             ..Default::default()
         };
         let mut stub = self.stub.clone();
-        let answer = self.call(stub.list_attachments(request)).await?;
-        let idle = answer.attachments.into_iter().filter(|attachment| attachment.connections == 0);
-        Ok(idle.map(|attachment| attachment.attachment_id).collect())
+        Ok(self.call(stub.list_attachments(request)).await?.attachments)
     }
 
     async fn call<T>(

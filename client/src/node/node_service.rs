@@ -4,6 +4,7 @@
 //! so that a client that hangs up cannot leave an attachment half made.
 //! Called by: tonic, for `volctl` and other users of the node socket.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -26,12 +27,17 @@ pub struct NodeService {
     supervisor: Arc<Supervisor>,
     freezes: Arc<Freezes>,
     ended: watch::Receiver<bool>,
+    labels: BTreeMap<String, String>,
 }
 
 impl NodeService {
-    /// Over this supervisor; whoever watches does so until `ended` turns true.
-    pub fn new(supervisor: Arc<Supervisor>, ended: watch::Receiver<bool>) -> Self {
-        Self { freezes: Arc::new(Freezes::new(Arc::clone(&supervisor))), supervisor, ended }
+    /// Over this supervisor, of a node with these labels; whoever watches does so until `ended` turns true.
+    pub fn new(
+        supervisor: Arc<Supervisor>,
+        ended: watch::Receiver<bool>,
+        labels: BTreeMap<String, String>,
+    ) -> Self {
+        Self { freezes: Arc::new(Freezes::new(Arc::clone(&supervisor))), supervisor, ended, labels }
     }
 }
 
@@ -75,6 +81,7 @@ impl Node for NodeService {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             server: self.supervisor.server().to_owned(),
             data_paths,
+            labels: self.labels.clone().into_iter().collect(),
         }))
     }
 

@@ -123,7 +123,7 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     announce(&options.socket).map_err(ServeError::io(&options.socket))?;
     let moves = tokio::spawn(Arc::clone(&supervisor).follow_moved_servers());
     let registration = tokio::spawn(keep_registered(Arc::clone(&supervisor), options.labels.clone()));
-    let served = run_grpc(listener, supervisor).await;
+    let served = run_grpc(listener, supervisor, options.labels).await;
     moves.abort();
     registration.abort();
     fs::remove_file(&options.socket).ok();
@@ -147,7 +147,11 @@ pub(super) fn supervisor(options: &ServeOptions) -> Result<Arc<Supervisor>, Serv
     Ok(Arc::new(Supervisor::new(config, management)))
 }
 
-async fn run_grpc(listener: UnixListener, supervisor: Arc<Supervisor>) -> Result<(), ServeError> {
+async fn run_grpc(
+    listener: UnixListener,
+    supervisor: Arc<Supervisor>,
+    labels: BTreeMap<String, String>,
+) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<NodeServer<NodeService>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -164,7 +168,7 @@ async fn run_grpc(listener: UnixListener, supervisor: Arc<Supervisor>) -> Result
     let serving = Server::builder()
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(NodeServer::new(NodeService::new(supervisor, ended.clone())))
+        .add_service(NodeServer::new(NodeService::new(supervisor, ended.clone(), labels)))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
     let out_of_time = async {
         ended_by_signal().await;

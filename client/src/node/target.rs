@@ -4,11 +4,12 @@
 //! A URI is `nbd://host[:port]/export`, `nbds://` for the same over TLS, or `nbd+unix:///export?socket=/path`: port 10809 unless
 //! given, one `/` after the authority removed, the rest percent-decoded; an empty export name is the server's default export. A
 //! link-local host has a zone: `[fe80::1%25eth0]`, or `%eth0` as people write it. Two spellings of one URI are one target.
-//! A snapshot is `VOLUME@SNAPSHOT`, or `@UID` of one whose volume is gone; it has one `@`.
-//! Link names: a volume's is its name, a snapshot's `VOLUME@SNAPSHOT` or `@UID`; an NBD URI's is `nbd@<host>@<port>@<export>` (or `nbds@`…), or `nbd+unix@<path>@<export>`,
-//! percent-encoded but for letters, digits, `-`, `_` and `.`. `@` is in no volume's name, so that no two targets share a link (of
-//! snapshots of volumes called `nbd` and `nbds` it is encoded); nor does an export or a snapshot share one with another's partition: the
-//! `-` of a `-part1` at its end is encoded, too.
+//! A volume is its name, or `uid:UUID`: never another one that got the name later. A snapshot is `VOLUME@SNAPSHOT`, or `@UID` of one
+//! whose volume is gone; it has one `@`.
+//! Link names: a volume's is its name or `uid:UUID`, as it was attached; a snapshot's `VOLUME@SNAPSHOT` or `@UID`; an NBD URI's is
+//! `nbd@<host>@<port>@<export>` (or `nbds@`…), or `nbd+unix@<path>@<export>`, percent-encoded but for letters, digits, `-`, `_` and
+//! `.`. `@` is in no volume's name, so that no two targets share a link (of snapshots of volumes called `nbd` and `nbds` it is
+//! encoded); nor does an export or a snapshot share one with another's partition: the `-` of a `-part1` at its end is encoded, too.
 //! In the name of a systemd unit a URI is written as systemd-escape(1) writes it: `nbd:--host-export`.
 //! Called by: `supervisor`.
 //! Source: the NBD project's doc/uri.md; RFC 6874 (zones).
@@ -37,6 +38,8 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Longest link name, in bytes; `NAME_MAX` is 255.
 const LINK_NAME_BYTES_MAX: usize = 200;
 
+/// Before the uid of a volume that is named by it.
+const UID_PREFIX: &str = "uid:";
 /// Of a URI's query.
 const SOCKET_PARAMETER: &str = "socket=";
 
@@ -46,7 +49,7 @@ const URI_PATH_ESCAPED: &AsciiSet = &LINK_NAME_ESCAPED.remove(b'~').remove(b'/')
 /// What can be attached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
-    /// A volume of the configured storage server.
+    /// A volume of the configured storage server, by its name or as `uid:UUID`.
     Volume(String),
     /// A snapshot of the configured storage server, as that names it: `VOLUME@SNAPSHOT` or `@UID`.
     Snapshot(String),
@@ -200,6 +203,12 @@ fn snapshot_name(text: &str) -> Result<String, String> {
 }
 
 fn volume_name(text: &str) -> Result<String, String> {
+    if let Some(uid) = text.strip_prefix(UID_PREFIX) {
+        // In the one spelling that the server has.
+        let uid =
+            Uuid::try_parse(uid).map_err(|_| format!("{text:?} is no volume's uid, which is uid:UUID"))?;
+        return Ok(format!("{UID_PREFIX}{uid}"));
+    }
     if is_name(text, VOLUME_NAME_LEN_MAX) {
         return Ok(text.to_owned());
     }
@@ -394,6 +403,19 @@ mod tests {
         assert!(Target::parse(&"a".repeat(128)).is_ok());
         for bad in ["", "-a", ".a", "a/b", "a b", "ä", &"a".repeat(129)] {
             assert!(refusal(bad).contains("neither a volume's name"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_volume_may_be_named_by_its_uid() {
+        let uid = "0a9c3186-7725-43ec-9e11-8be9a559724c";
+        let named = format!("uid:{uid}");
+        for spelling in [named.clone(), format!("uid:{}", uid.to_uppercase())] {
+            assert_eq!(Target::parse(&spelling).unwrap(), Target::Volume(named.clone()));
+        }
+        assert_eq!(Target::parse(&named).unwrap().link_name(Uuid::from_u128(7)), named);
+        for bad in ["uid:", "uid:x", "uid:x@s", "UID:0a9c3186-7725-43ec-9e11-8be9a559724c"] {
+            assert!(Target::parse(bad).is_err(), "{bad}");
         }
     }
 

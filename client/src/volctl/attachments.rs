@@ -16,7 +16,7 @@ use crate::cli::{Access, AttachArgs, OnStall, SendZcArg, StallArgs};
 use crate::connect::{self, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
-use crate::report::{Report, node_attachment_json, state_word, table};
+use crate::report::{Report, Tables, node_attachment_json, or_dash, stall_word, state_word, tables};
 use crate::size::human_size;
 
 /// Between two tries to attach.
@@ -53,6 +53,7 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
         force: args.force,
         on_stall: stall_action(args.stall).into(),
         stall_fail_after_ms: stall_fail_after_ms(args.stall),
+        only_if_granted: args.only_if_granted,
     };
     let give_up = Instant::now() + args.retry_for.unwrap_or_default();
     let answer = loop {
@@ -69,6 +70,16 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
     };
     spinner.finish_and_clear();
     let attachment = answer?.attachment.ok_or_else(|| Failure::incomplete_answer("attachment"))?;
+    if args.only_if_granted && !attachment.only_if_granted {
+        return Err(Failure::new(
+            ExitCode::Other,
+            format!(
+                "{} is attached, but no grant was asked for: the node daemon is of a version that knows none",
+                args.target
+            ),
+            "detach it, upgrade volclient, and attach it again",
+        ));
+    }
     let report = Report::new(format!("{}\n", attachment.device_path), node_attachment_json(&attachment));
     Ok(report.with_note(tail_note(&attachment)))
 }
@@ -222,13 +233,17 @@ fn stall_fail_after_ms(stall: StallArgs) -> u64 {
 pub(crate) async fn list(socket: &Path) -> Result<Report, Failure> {
     let request = v1::ListNodeAttachmentsRequest {};
     let attachments = call(connect::node(socket).await?.list_node_attachments(request)).await?.attachments;
+    let tables = node_attachment_tables(&attachments);
+    Ok(Report::of_tables(tables, attachments.iter().map(node_attachment_json).collect()))
+}
+
+fn node_attachment_tables(attachments: &[v1::NodeAttachment]) -> Tables {
     let rows = attachments.iter().map(|attachment| {
-        let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
         let state = match attachment.state_reason.as_str() {
             "" => state_word(attachment.state()).to_owned(),
             reason => format!("{} ({reason})", state_word(attachment.state())),
         };
-        [
+        let row = [
             attachment.target.clone(),
             or_dash(&attachment.device_path),
             human_size(attachment.capacity_bytes),
@@ -239,9 +254,26 @@ pub(crate) async fn list(socket: &Path) -> Result<Report, Failure> {
             attachment.queue_depth.to_string(),
             or_dash(&attachment.server_address),
             state,
-        ]
+        ];
+        let on_stall = match attachment.on_stall() {
+            v1::StallAction::Fail => {
+                format!("fail after {:?}", Duration::from_millis(attachment.stall_fail_after_ms))
+            }
+            action => stall_word(action).to_owned(),
+        };
+        let further = [
+            or_dash(&attachment.attachment_id),
+            or_dash(&attachment.device_link),
+            attachment.block_size_bytes.to_string(),
+            or_dash(&attachment.encryption),
+            attachment.pid.to_string(),
+            on_stall,
+            attachment.reconnects.to_string(),
+            or_dash(&attachment.program_version),
+        ];
+        (row, further)
     });
-    let text = table(
+    tables(
         [
             "TARGET",
             "DEVICE",
@@ -254,9 +286,9 @@ pub(crate) async fn list(socket: &Path) -> Result<Report, Failure> {
             "SERVER",
             "STATE",
         ],
+        ["ID", "LINK", "BLOCK", "ENCRYPTION", "PID", "ON-STALL", "RECONNECTS", "VERSION"],
         rows,
-    );
-    Ok(Report::new(text, attachments.iter().map(node_attachment_json).collect()))
+    )
 }
 
 /// Shown on stderr while something takes its time, if that is a terminal.

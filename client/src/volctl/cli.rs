@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::duration::parse_duration;
 use crate::exit_code::EXIT_CODES_HELP;
 use crate::image::{ExportArgs, ImageProgramArgs, ImportArgs};
+use crate::output::OutputFormat;
 use crate::settings::{LimitArgs, SetArgs, parse_label, parse_label_filter};
 use crate::size::parse_size;
 use crate::watch::WatchArgs;
@@ -45,24 +46,25 @@ pub(crate) struct Cli {
         value_name = "PATH"
     )]
     pub(crate) socket: PathBuf,
-    /// How to print the result; JSON has the field names of the volnode.v1 API, bytes and milliseconds
+    /// How to print the result; JSON and YAML have the field names of the volnode.v1 API, bytes and milliseconds
     #[arg(long, global = true, value_enum, default_value_t = OutputFormat::Table, value_name = "FORMAT")]
     pub(crate) output: OutputFormat,
-}
-
-/// How a result is printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum OutputFormat {
-    /// For people.
-    Table,
-    /// For programs.
-    Json,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Make a volume, or find that it is there with the same properties
     Create(CreateArgs),
+    /// Make and change volumes until they are as a file declares them; deletes nothing, and a second time changes nothing
+    ///
+    /// The file is YAML: a list of volumes, or a document for each. `name` and what `create`, `clone`, `set` and `limit` take: `size`,
+    /// `block_size`, `backend`, `write_cache`, `adopt`, `source` (VOLUME, VOLUME@SNAPSHOT or @UID: a clone), `labels` (KEY: VALUE, or
+    /// KEY: ~ to take it away), `description`, `protected`, `read_only`, `shared`, and `limits` with `read_iops`, `write_iops`,
+    /// `read_bandwidth`, `write_bandwidth` and `burst`. What is left out stays as it is; of a new volume it is as `create` has it.
+    ///
+    /// Where something is declared that cannot be changed (a smaller size, another block size), nothing is changed at all. What
+    /// fails on the way ends it: what was done is told, and the next time goes on from there.
+    Apply(ApplyArgs),
     /// List all volumes
     List {
         /// Only those that have this label, as KEY=VALUE or KEY; may be given several times
@@ -140,6 +142,12 @@ pub(crate) enum Command {
     Node {
         #[command(subcommand)]
         command: NodeCommand,
+    },
+    /// Say which node may attach which volume, apart from the attach: who asks for a grant (`attach --only-if-granted`, Kubernetes) gets
+    /// nothing without one
+    Grant {
+        #[command(subcommand)]
+        command: GrantCommand,
     },
     /// Make a volume, a snapshot, or an export of any NBD server, a local disk; prints its path
     Attach(AttachArgs),
@@ -277,6 +285,54 @@ pub(crate) enum NodeCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum GrantCommand {
+    /// Let a node attach a volume; one that may already is a success
+    ///
+    /// Several nodes may have one volume if all of them only read, or if it was made with --shared and all of them write.
+    Create {
+        /// The volume's name, or uid:UUID
+        volume: String,
+        /// The node's name, as `volctl node list` has it
+        #[arg(value_name = "NODE")]
+        node_id: String,
+        /// It may not write
+        #[arg(long)]
+        read_only: bool,
+        /// Also to a node that has not registered at the storage server
+        #[arg(long)]
+        unregistered: bool,
+    },
+    /// Take a grant away, and the volume from the node: its I/O has ended, and fails from then on, when this returns
+    ///
+    /// A grant that is not there is a success; what the node has attached without one is ended all the same.
+    Delete {
+        /// The volume's name, or uid:UUID
+        volume: String,
+        /// The node's name
+        #[arg(value_name = "NODE")]
+        node_id: String,
+    },
+    /// List the grants of all volumes, or of one
+    List {
+        /// The volume's name, or uid:UUID
+        volume: Option<String>,
+        /// Only those of this node
+        #[arg(long = "node", value_name = "NODE")]
+        node_id: Option<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ApplyArgs {
+    /// Where the volumes are declared; - is stdin
+    #[arg(short = 'f', long = "file", value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Tell what would be changed, and change nothing; ends with exit code 10 where there is something
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct CloneArgs {
     /// What to clone: a volume's name, VOLUME@SNAPSHOT, or @UID for a snapshot by its uid
@@ -404,6 +460,9 @@ pub(crate) struct AttachArgs {
     /// Take the volume from the node that holds it; that node's I/O fails from then on
     #[arg(long)]
     pub(crate) force: bool,
+    /// Only if the volume is granted to this node (volctl grant); what was attached so is not attached anew without a grant either
+    #[arg(long)]
+    pub(crate) only_if_granted: bool,
     #[command(flatten)]
     pub(crate) stall: StallArgs,
     /// While the storage server cannot be reached, or takes this machine's former boot for alive, go on trying for so long, such as

@@ -1,17 +1,17 @@
 //! `diff`: what changed between two snapshots, or between a snapshot and a volume, printed as it is told.
 //!
-//! However many ranges there are, none is kept: the table's lines and the JSON's elements go out as they come. A comparison that fails on
-//! the way leaves the JSON without its end, so that no program takes a part for the whole.
+//! However many ranges there are, none is kept: the table's lines and the JSON's or YAML's elements go out as they come. A comparison that
+//! fails on the way leaves the value without its end, so that no program takes a part for the whole.
 
 use std::io::{self, BufWriter, Write};
 
 use proto::v1;
 use serde_json::json;
 
-use crate::cli::OutputFormat;
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
+use crate::output::OutputFormat;
 use crate::report::Report;
 use crate::size::human_size;
 use crate::snapshots::Named;
@@ -72,10 +72,11 @@ impl<W: Write> Printer<W> {
         }
         let kind = kind_word(range.kind());
         match self.output {
-            OutputFormat::Table => {
+            OutputFormat::Table | OutputFormat::Wide => {
                 writeln!(self.out, "{:<15}  {:<13}  {kind}", range.offset_bytes, range.length_bytes)?;
             }
-            OutputFormat::Json => {
+            // Within the brackets YAML may be written as JSON is.
+            OutputFormat::Json | OutputFormat::Yaml => {
                 let separator = if self.printed == 0 { "\n" } else { ",\n" };
                 let range = json!({
                     "offset_bytes": range.offset_bytes,
@@ -91,8 +92,11 @@ impl<W: Write> Printer<W> {
 
     fn begin(&mut self) -> io::Result<()> {
         match self.output {
-            OutputFormat::Table => writeln!(self.out, "{:<15}  {:<13}  KIND", "OFFSET", "LENGTH"),
+            OutputFormat::Table | OutputFormat::Wide => {
+                writeln!(self.out, "{:<15}  {:<13}  KIND", "OFFSET", "LENGTH")
+            }
             OutputFormat::Json => write!(self.out, "{{\n  \"ranges\": ["),
+            OutputFormat::Yaml => write!(self.out, "ranges: ["),
         }
     }
 
@@ -101,12 +105,12 @@ impl<W: Write> Printer<W> {
             self.begin()?;
         }
         match self.output {
-            OutputFormat::Table => {
+            OutputFormat::Table | OutputFormat::Wide => {
                 let (data, zeroes) = (human_size(total.data_bytes), human_size(total.zero_bytes));
                 let ranges = total.ranges;
                 writeln!(self.out, "{data} of data and {zeroes} of zeroes changed, in {ranges} ranges")?;
             }
-            OutputFormat::Json => {
+            OutputFormat::Json | OutputFormat::Yaml => {
                 let line_end = if self.printed == 0 { "" } else { "\n  " };
                 let rest = [
                     ("base_capacity_bytes", total.base_capacity_bytes),
@@ -115,8 +119,13 @@ impl<W: Write> Printer<W> {
                     ("zero_bytes", total.zero_bytes),
                 ];
                 write!(self.out, "{line_end}]")?;
-                rest.iter().try_for_each(|(name, bytes)| write!(self.out, ",\n  \"{name}\": {bytes}"))?;
-                writeln!(self.out, "\n}}")?;
+                if self.output == OutputFormat::Yaml {
+                    rest.iter().try_for_each(|(name, bytes)| write!(self.out, "\n{name}: {bytes}"))?;
+                    writeln!(self.out)?;
+                } else {
+                    rest.iter().try_for_each(|(name, bytes)| write!(self.out, ",\n  \"{name}\": {bytes}"))?;
+                    writeln!(self.out, "\n}}")?;
+                }
             }
         }
         self.out.flush()
@@ -172,6 +181,17 @@ mod tests {
         let json: Value = serde_json::from_str(&printed(&RANGES, OutputFormat::Json)).unwrap();
         let second = json!({ "offset_bytes": 1 << 20, "length_bytes": 65536, "kind": "zero" });
         assert_eq!(json["ranges"][1], second);
+    }
+
+    #[test]
+    fn the_yaml_is_the_json_and_a_part_of_it_is_none() {
+        for ranges in [&RANGES[..], &[]] {
+            let (json, yaml) = (printed(ranges, OutputFormat::Json), printed(ranges, OutputFormat::Yaml));
+            let json: Value = serde_json::from_str(&json).unwrap();
+            assert_eq!(yaml_serde::from_str::<Value>(&yaml).unwrap(), json, "{yaml}");
+            let end = yaml.find(']').unwrap();
+            assert!(yaml_serde::from_str::<Value>(&yaml[..end]).is_err(), "cut off: {yaml}");
+        }
     }
 
     #[test]

@@ -49,13 +49,9 @@ pub(crate) async fn doctor(server: &ServerAddress, socket: &Path) -> Report {
     ];
     let exit_code =
         checks.iter().find_map(|check| check.outcome.as_ref().err()).map(|failure| failure.exit_code);
-    Report {
-        text: checks.iter().map(Check::text).collect(),
-        json: checks.iter().map(Check::json).collect(),
-        exit_code: exit_code.unwrap_or(ExitCode::Done),
-        note: String::new(),
-        is_printed: false,
-    }
+    let text: String = checks.iter().map(Check::text).collect();
+    let exit_code = exit_code.unwrap_or(ExitCode::Done);
+    Report { exit_code, ..Report::new(text, checks.iter().map(Check::json).collect()) }
 }
 
 impl Check {

@@ -7,12 +7,12 @@ use proto::v1;
 use proto::v1::AttachmentEventKind as Kind;
 use serde_json::json;
 
-use crate::cli::OutputFormat;
 use crate::connect::{self, call};
 use crate::failure::Failure;
+use crate::output::OutputFormat;
 use crate::report::{Report, node_attachment_json, state_word};
 
-/// One line for each event: for people, or one JSON object.
+/// One line for each event, for people or one JSON object; or a document of YAML.
 pub(crate) async fn events(socket: &Path, follow: bool, output: OutputFormat) -> Result<Report, Failure> {
     let mut client = connect::node(socket).await?;
     let mut stream = call(client.watch_attachments(v1::WatchAttachmentsRequest {})).await?;
@@ -23,31 +23,28 @@ pub(crate) async fn events(socket: &Path, follow: bool, output: OutputFormat) ->
             }
             break;
         }
-        if !print(&line(&event, output))? {
+        if !print(&line(&event, output)?)? {
             break;
         }
     }
     Ok(Report::new("", json!([])).printed())
 }
 
-fn line(event: &v1::AttachmentEvent, output: OutputFormat) -> String {
+fn line(event: &v1::AttachmentEvent, output: OutputFormat) -> Result<String, Failure> {
     let attachment = event.attachment.clone().unwrap_or_default();
-    match output {
-        OutputFormat::Json => json!({
+    if !output.is_for_people() {
+        return output.piece(&json!({
             "time_ms": event.time_ms,
             "kind": kind_word(event.kind()),
             "attachment": node_attachment_json(&attachment),
-        })
-        .to_string(),
-        OutputFormat::Table => {
-            let reason = match attachment.state_reason.as_str() {
-                "" => String::new(),
-                reason => format!(" ({reason})"),
-            };
-            let (kind, state) = (kind_word(event.kind()), state_word(attachment.state()));
-            format!("{} {} {kind}: {state}{reason}", event.time_ms, attachment.target)
-        }
+        }));
     }
+    let reason = match attachment.state_reason.as_str() {
+        "" => String::new(),
+        reason => format!(" ({reason})"),
+    };
+    let (kind, state) = (kind_word(event.kind()), state_word(attachment.state()));
+    Ok(format!("{} {} {kind}: {state}{reason}", event.time_ms, attachment.target))
 }
 
 /// Whether anybody reads it.

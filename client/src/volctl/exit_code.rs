@@ -15,7 +15,8 @@ Exit codes:
   6  the storage server or the node daemon cannot be reached
   7  this machine cannot: not root, no ublk driver, or a data path that its kernel lacks
   8  no space left on the storage server, or for a file
-  9  not done in time";
+  9  not done in time
+  10 apply --dry-run: something would be changed";
 
 /// How volctl ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub(crate) enum ExitCode {
     MachineCannot = 7,
     NoSpace = 8,
     TimedOut = 9,
+    /// Of a dry run alone.
+    WouldChange = 10,
 }
 
 impl ExitCode {
@@ -87,6 +90,7 @@ mod tests {
             ExitCode::MachineCannot,
             ExitCode::NoSpace,
             ExitCode::TimedOut,
+            ExitCode::WouldChange,
         ];
         let documented: Vec<u8> = EXIT_CODES_HELP
             .lines()

@@ -4,6 +4,7 @@
 //! Never: state; secrets (the programs it talks to give it none). stdout carries the result and nothing else, so that it
 //! can be piped; a reader that stops reading is no error.
 
+mod apply;
 mod attachments;
 mod cli;
 mod connect;
@@ -14,9 +15,11 @@ mod events;
 mod exit_code;
 mod failure;
 mod frozen_snapshot;
+mod grants;
 mod image;
 mod nodes;
 mod operations;
+mod output;
 mod report;
 mod settings;
 mod size;
@@ -30,7 +33,7 @@ use std::process::ExitCode as ProcessExitCode;
 use clap::Parser as _;
 use client::tls_spec::ClientFiles;
 
-use crate::cli::{Cli, Command, OutputFormat, SnapshotCommand};
+use crate::cli::{Cli, Command, SnapshotCommand};
 use crate::connect::ServerAddress;
 use crate::failure::Failure;
 use crate::report::Report;
@@ -51,7 +54,7 @@ fn main() -> ProcessExitCode {
         }
         Err(error) => Err(Failure::other(format!("cannot start: {error}"))),
     };
-    let outcome = outcome.and_then(|report| print(&report, output).map(|()| report.exit_code));
+    let outcome = outcome.and_then(|report| report.print(output).map(|()| report.exit_code));
     match outcome {
         Ok(exit_code) => exit_code.into(),
         Err(failure) => {
@@ -68,6 +71,7 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
     let (server, socket) = (&ServerAddress { uri: cli.server, tls_files }, cli.socket.as_path());
     match cli.command {
         Command::Create(args) => volumes::create(server, args).await,
+        Command::Apply(args) => apply::apply(server, args, cli.output).await,
         Command::List { labels } => volumes::list(server, labels).await,
         Command::Show { name } => volumes::show(server, name).await,
         Command::Set(args) => settings::set(server, args).await,
@@ -81,6 +85,7 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
         Command::Snapshot { command } => snapshots::snapshot(server, command).await,
         Command::Operation { command } => operations::operation(server, command).await,
         Command::Node { command } => nodes::node(server, command).await,
+        Command::Grant { command } => grants::grant(server, command).await,
         Command::Clone(args) => snapshots::clone(server, args).await,
         Command::Diff { base, target } => diff::diff(server, base, target, cli.output).await,
         Command::Import(args) => image::import(server, args).await,
@@ -95,24 +100,5 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
         Command::Attachments => attachments::list(socket).await,
         Command::Version => Ok(doctor::version(server, socket).await),
         Command::Doctor => Ok(doctor::doctor(server, socket).await),
-    }
-}
-
-fn print(report: &Report, output: OutputFormat) -> Result<(), Failure> {
-    if report.is_printed {
-        return Ok(());
-    }
-    // Whoever closed stderr does not want to know.
-    io::stderr().write_all(report.note.as_bytes()).ok();
-    let text = match output {
-        OutputFormat::Table => report.text.clone(),
-        OutputFormat::Json => format!("{:#}\n", report.json),
-    };
-    let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::other(format!("cannot write the result: {error}")))
-        }
-        _ => Ok(()),
     }
 }

@@ -1,6 +1,5 @@
 //! `node …`: the machines that have registered at the storage server, and when they were heard of.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use client::contract::now_ms;
@@ -12,7 +11,8 @@ use tonic::transport::Channel;
 use crate::cli::NodeCommand;
 use crate::connect::{self, ServerAddress, call};
 use crate::failure::Failure;
-use crate::report::{Report, properties, table};
+use crate::report::{Report, or_dash, properties, table, tables};
+use crate::settings::label_words;
 use crate::snapshots::utc;
 
 /// Nodes in one page: each may have 24 KiB of labels, and a message takes 4 MiB.
@@ -54,17 +54,20 @@ async fn list(client: &mut ManagementClient<Channel>) -> Result<Report, Failure>
     }
     let now_ms = now_ms();
     let rows = nodes.iter().map(|node| {
-        [
+        let row = [
             node.node_id.clone(),
             or_dash(&node.boot_id),
             or_dash(&node.version),
             last_seen(node, now_ms),
             disk_count(node),
-            or_dash(&labels(node)),
-        ]
+            or_dash(&label_words(&node.labels)),
+        ];
+        let seen = if node.last_seen_at_ms == 0 { "-".to_owned() } else { utc(node.last_seen_at_ms) };
+        (row, [utc(node.registered_at_ms), seen])
     });
-    let text = table(["NAME", "BOOT", "VERSION", "LAST-SEEN", "DISKS", "LABELS"], rows);
-    Ok(Report::new(text, nodes.iter().map(|node| node_json(node, now_ms)).collect()))
+    let tables =
+        tables(["NAME", "BOOT", "VERSION", "LAST-SEEN", "DISKS", "LABELS"], ["REGISTERED", "SEEN-AT"], rows);
+    Ok(Report::of_tables(tables, nodes.iter().map(|node| node_json(node, now_ms)).collect()))
 }
 
 fn shown(node: &v1::RegisteredNode, now_ms: i64) -> Report {
@@ -75,7 +78,7 @@ fn shown(node: &v1::RegisteredNode, now_ms: i64) -> Report {
         ("registered", utc(node.registered_at_ms)),
         ("last seen", last_seen(node, now_ms)),
         ("disks", disk_count(node)),
-        ("labels", or_dash(&labels(node))),
+        ("labels", or_dash(&label_words(&node.labels))),
     ];
     let mut text = properties(rows);
     if !node.disks.is_empty() {
@@ -132,16 +135,6 @@ fn age(seconds: u64) -> String {
         3600..86_400 => format!("{}h", seconds / 3600),
         _ => format!("{}d", seconds / 86_400),
     }
-}
-
-fn labels(node: &v1::RegisteredNode) -> String {
-    let in_order: BTreeMap<&String, &String> = node.labels.iter().collect();
-    let words: Vec<String> = in_order.into_iter().map(|(key, value)| format!("{key}={value}")).collect();
-    words.join(" ")
-}
-
-fn or_dash(text: &str) -> String {
-    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
 /// A node, without what is not in a list.

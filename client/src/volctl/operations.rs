@@ -11,7 +11,7 @@ use crate::cli::OperationCommand;
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
-use crate::report::{Report, properties, table};
+use crate::report::{Report, or_dash, properties, tables};
 use crate::size::human_size;
 use crate::snapshots::utc;
 
@@ -33,17 +33,20 @@ pub(crate) async fn operation(server: &ServerAddress, command: OperationCommand)
 async fn list(client: &mut ManagementClient<Channel>) -> Result<Report, Failure> {
     let operations = call(client.list_operations(v1::ListOperationsRequest {})).await?.operations;
     let rows = operations.iter().map(|operation| {
-        [
+        let row = [
             operation.operation_id.clone(),
             operation.kind.clone(),
             operation.targets.join(","),
             state_word(operation.state()).to_owned(),
             progress(operation),
             utc(operation.started_at_ms),
-        ]
+        ];
+        let ended = if operation.ended_at_ms == 0 { "-".to_owned() } else { utc(operation.ended_at_ms) };
+        (row, [ended, or_dash(&operation.error_reason), or_dash(&operation.error_message)])
     });
-    let text = table(["ID", "KIND", "TARGETS", "STATE", "DONE", "STARTED"], rows);
-    Ok(Report::new(text, operations.iter().map(operation_json).collect()))
+    let tables =
+        tables(["ID", "KIND", "TARGETS", "STATE", "DONE", "STARTED"], ["ENDED", "REASON", "ERROR"], rows);
+    Ok(Report::of_tables(tables, operations.iter().map(operation_json).collect()))
 }
 
 fn shown(operation: &v1::Operation) -> Report {

@@ -1,8 +1,10 @@
-//! What a command has to say: as text for people and as JSON for programs.
+//! What a command has to say: as text for people, also a longer one, and as a value for programs.
 //!
 //! The JSON field names are those of the volnode.v1 messages; sizes are bytes, times milliseconds since the Unix epoch,
 //! enumerations lower-case words (`file`, `single_node_writer`, `live`). They are stable: fields may be added, none is
 //! renamed or removed.
+
+use std::io::{self, Write as _};
 
 pub(crate) use client::node::attachment_record::state_word;
 use comfy_table::Table;
@@ -11,12 +13,16 @@ use proto::v1;
 use serde_json::{Value, json};
 
 use crate::exit_code::ExitCode;
+use crate::failure::Failure;
+use crate::output::OutputFormat;
 
 /// The result of a command that did what it could.
 #[derive(Debug)]
 pub(crate) struct Report {
     /// Ends with a line feed, or is empty.
     pub(crate) text: String,
+    /// The same with more in it, if there is more.
+    pub(crate) wide: Option<String>,
     pub(crate) json: Value,
     pub(crate) exit_code: ExitCode,
     /// For people, on stderr; ends with a line feed, or is empty.
@@ -28,7 +34,18 @@ pub(crate) struct Report {
 impl Report {
     /// A success.
     pub(crate) fn new(text: impl Into<String>, json: Value) -> Self {
-        Self { text: text.into(), json, exit_code: ExitCode::Done, note: String::new(), is_printed: false }
+        let (text, note) = (text.into(), String::new());
+        Self { text, wide: None, json, exit_code: ExitCode::Done, note, is_printed: false }
+    }
+
+    /// A success that is told by a table.
+    pub(crate) fn of_tables(tables: Tables, json: Value) -> Self {
+        Self::new(tables.text, json).with_wide(tables.wide)
+    }
+
+    /// The same, with a text for those who want to read more.
+    pub(crate) fn with_wide(self, wide: String) -> Self {
+        Self { wide: Some(wide), ..self }
     }
 
     /// The same, with something that is to be known besides.
@@ -40,6 +57,53 @@ impl Report {
     pub(crate) fn printed(self) -> Self {
         Self { is_printed: true, ..self }
     }
+
+    /// The note on stderr and the result on stdout. A reader that stops reading is no error.
+    ///
+    /// # Errors
+    /// Nothing can be written.
+    pub(crate) fn print(&self, output: OutputFormat) -> Result<(), Failure> {
+        if self.is_printed {
+            return Ok(());
+        }
+        // Whoever closed stderr does not want to know.
+        io::stderr().write_all(self.note.as_bytes()).ok();
+        let text = match output {
+            OutputFormat::Table => self.text.clone(),
+            OutputFormat::Wide => self.wide.as_ref().unwrap_or(&self.text).clone(),
+            OutputFormat::Json | OutputFormat::Yaml => output.whole(&self.json)?,
+        };
+        let mut stdout = io::stdout().lock();
+        match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                Err(Failure::other(format!("cannot write the result: {error}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A table, and the same with further columns.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Tables {
+    pub(crate) text: String,
+    pub(crate) wide: String,
+}
+
+/// A table as [`table`] has it, with columns that only the wide one has.
+pub(crate) fn tables<const COLUMNS: usize, const FURTHER: usize>(
+    header: [&str; COLUMNS],
+    further: [&str; FURTHER],
+    rows: impl IntoIterator<Item = ([String; COLUMNS], [String; FURTHER])>,
+) -> Tables {
+    let mut wide = Table::new();
+    wide.load_style(NOTHING).set_header(header.into_iter().chain(further));
+    let mut narrow_rows = Vec::new();
+    for (row, rest) in rows {
+        wide.add_row(row.iter().chain(&rest));
+        narrow_rows.push(row);
+    }
+    Tables { text: table(header, narrow_rows), wide: lines_of(&mut wide) }
 }
 
 /// A table without lines; nothing at all where there are no rows, but for the header.
@@ -69,16 +133,23 @@ fn lines_of(table: &mut Table) -> String {
 }
 
 /// Who has a volume or a snapshot.
-pub(crate) fn attachment_table(attachments: &[v1::Attachment]) -> String {
+pub(crate) fn attachment_tables(attachments: &[v1::Attachment]) -> Tables {
     let rows = attachments.iter().map(|attachment| {
-        [
+        let row = [
             attachment.attachment_id.clone(),
             attachment.node_id.clone(),
             access_mode_word(attachment.access_mode()).to_owned(),
             attachment.connections.to_string(),
-        ]
+        ];
+        let (generation, epoch) = (attachment.generation.to_string(), attachment.session_epoch.to_string());
+        (row, [generation, epoch, or_dash(&attachment.boot_id)])
     });
-    table(["ATTACHMENT", "NODE", "ACCESS", "CONNECTIONS"], rows)
+    tables(["ATTACHMENT", "NODE", "ACCESS", "CONNECTIONS"], ["GENERATION", "EPOCH", "BOOT"], rows)
+}
+
+/// What stands in a table where there is nothing.
+pub(crate) fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
 /// The nodes that have it, with commas between them.
@@ -87,8 +158,23 @@ pub(crate) fn nodes_of(attachments: &[v1::Attachment]) -> String {
     if nodes.is_empty() { "-".to_owned() } else { nodes.join(",") }
 }
 
-/// A volume, with its attachments.
+/// A volume, with its attachments: what a watch tells of it, and how it is just now.
 pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
+    let mut json = watched_volume_json(&as_watched(volume));
+    json["allocated_bytes"] = volume.allocated_bytes.into();
+    json["storage_incarnation"] = volume.storage_incarnation.clone().into();
+    json["adopted_path"] = volume.adopted_path.clone().into();
+    json["adopted_identity"] = volume.adopted_identity.clone().into();
+    json["adopted_problem"] = volume.adopted_problem.clone().into();
+    json["attachments"] = volume.attachments.iter().map(attachment_json).collect();
+    json["grants"] = volume.grants.iter().map(grant_json).collect();
+    json["throttled_ms"] = volume.throttled_ms.into();
+    json["snapshot_count"] = volume.snapshot_count.into();
+    json
+}
+
+/// What a watch tells of a volume.
+pub(crate) fn watched_volume_json(volume: &v1::WatchedVolume) -> Value {
     json!({
         "name": volume.name,
         "volume_uid": volume.volume_uid,
@@ -96,25 +182,49 @@ pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
         "block_size_bytes": volume.block_size_bytes,
         "backend": backend_word(volume.backend()),
         "write_cache": write_cache_word(volume.write_cache()),
-        "allocated_bytes": volume.allocated_bytes,
-        "storage_incarnation": volume.storage_incarnation,
         "created_at_ms": volume.created_at_ms,
-        "adopted_path": volume.adopted_path,
-        "adopted_identity": volume.adopted_identity,
-        "adopted_problem": volume.adopted_problem,
-        "attachments": volume.attachments.iter().map(attachment_json).collect::<Vec<_>>(),
         "labels": volume.labels,
         "description": volume.description,
         "is_protected": volume.is_protected,
         "is_read_only": volume.is_read_only,
+        "is_shared": volume.is_shared,
         "content": content_word(volume.content()),
         "initialising_attachment_id": volume.initialising_attachment_id,
         "limits": limits_json(&volume.limits.unwrap_or_default()),
-        "throttled_ms": volume.throttled_ms,
-        "snapshot_count": volume.snapshot_count,
         "source_uid": volume.source_uid,
-        "is_shared": volume.is_shared,
     })
+}
+
+/// A grant.
+pub(crate) fn grant_json(grant: &v1::Grant) -> Value {
+    json!({
+        "volume_name": grant.volume_name,
+        "volume_uid": grant.volume_uid,
+        "node_id": grant.node_id,
+        "read_only": grant.read_only,
+        "created_at_ms": grant.created_at_ms,
+    })
+}
+
+fn as_watched(volume: &v1::Volume) -> v1::WatchedVolume {
+    v1::WatchedVolume {
+        name: volume.name.clone(),
+        volume_uid: volume.volume_uid.clone(),
+        capacity_bytes: volume.capacity_bytes,
+        block_size_bytes: volume.block_size_bytes,
+        backend: volume.backend,
+        write_cache: volume.write_cache,
+        created_at_ms: volume.created_at_ms,
+        labels: volume.labels.clone(),
+        description: volume.description.clone(),
+        is_protected: volume.is_protected,
+        is_read_only: volume.is_read_only,
+        is_shared: volume.is_shared,
+        content: volume.content,
+        initialising_attachment_id: volume.initialising_attachment_id.clone(),
+        limits: volume.limits,
+        source_uid: volume.source_uid.clone(),
+    }
 }
 
 /// The limits of a volume.
@@ -184,6 +294,7 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "reconnects": attachment.reconnects,
         "program_version": attachment.program_version,
         "tail_bytes": attachment.tail_bytes,
+        "only_if_granted": attachment.only_if_granted,
     })
 }
 
@@ -198,7 +309,7 @@ fn send_zc_word(mode: v1::SendZcMode) -> &'static str {
 }
 
 /// `wait` or `fail`.
-fn stall_word(action: v1::StallAction) -> &'static str {
+pub(crate) fn stall_word(action: v1::StallAction) -> &'static str {
     match action {
         v1::StallAction::Unspecified => "unknown",
         v1::StallAction::Wait => "wait",
@@ -254,5 +365,36 @@ mod tests {
         let json = volume_json(&volume);
         assert_eq!((json["name"].as_str(), json["backend"].as_str()), (Some("vol-1"), Some("file")));
         assert_eq!(json["capacity_bytes"], 0);
+    }
+
+    #[test]
+    fn a_wide_table_has_the_narrow_one_as_its_beginning() {
+        let row = |name: &str, uid: &str| ([name.to_owned(), "2G".to_owned()], [uid.to_owned()]);
+        let Tables { text, wide } = tables(["NAME", "SIZE"], ["UID"], [row("vol-123", "u1"), row("b", "-")]);
+        assert_eq!(text, "NAME     SIZE\nvol-123  2G\nb        2G\n");
+        assert_eq!(wide, "NAME     SIZE  UID\nvol-123  2G    u1\nb        2G    -\n");
+    }
+
+    #[test]
+    fn a_watch_tells_a_part_of_what_a_volume_is_by_the_same_names() {
+        let labels = [("app".to_owned(), "shop".to_owned())].into();
+        let volume = v1::Volume {
+            name: "v".into(),
+            capacity_bytes: 7,
+            labels,
+            is_shared: true,
+            adopted_path: "/dev/sdb".into(),
+            throttled_ms: 3,
+            ..Default::default()
+        };
+        let (all, watched) = (volume_json(&volume), watched_volume_json(&as_watched(&volume)));
+        let watched = watched.as_object().unwrap();
+        assert!(watched.iter().all(|(name, value)| all[name] == *value), "{all}");
+        assert_eq!(
+            (watched["is_shared"].as_bool(), watched["labels"]["app"].as_str()),
+            (Some(true), Some("shop"))
+        );
+        assert!(!watched.contains_key("adopted_path"), "a watch does not tell it");
+        assert_eq!((&all["adopted_path"], &all["throttled_ms"]), (&"/dev/sdb".into(), &3.into()));
     }
 }

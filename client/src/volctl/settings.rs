@@ -1,6 +1,6 @@
 //! `set`, `limit`, `rename`: what is set of a volume beside its size, and how it is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use clap::Args;
 use proto::v1;
@@ -78,14 +78,22 @@ impl LimitArgs {
     }
 }
 
-fn parse_rate(text: &str) -> Result<u64, String> {
+/// Reads a number of requests per second; `none` is 0, which takes the limit away.
+///
+/// # Errors
+/// Why it is none, for people.
+pub(crate) fn parse_rate(text: &str) -> Result<u64, String> {
     match text {
         "none" => Ok(0),
         number => number.parse().map_err(|_| "write a whole number, or none".to_owned()),
     }
 }
 
-fn parse_bandwidth(text: &str) -> Result<u64, String> {
+/// Reads bytes per second in the same way.
+///
+/// # Errors
+/// The same.
+pub(crate) fn parse_bandwidth(text: &str) -> Result<u64, String> {
     if text == "none" { Ok(0) } else { parse_size(text) }
 }
 
@@ -166,10 +174,8 @@ fn told(volume: &v1::Volume) -> Report {
 /// What is set of a volume, a property to a row.
 pub(crate) fn rows(volume: &v1::Volume) -> Vec<(&'static str, String)> {
     let mut rows = vec![("content", content_word(volume.content()).replace('_', "-"))];
-    let labels: BTreeMap<&String, &String> = volume.labels.iter().collect();
-    if !labels.is_empty() {
-        let labels: Vec<String> = labels.into_iter().map(|(key, value)| format!("{key}={value}")).collect();
-        rows.push(("labels", labels.join(" ")));
+    if !volume.labels.is_empty() {
+        rows.push(("labels", label_words(&volume.labels)));
     }
     if !volume.description.is_empty() {
         rows.push(("description", volume.description.replace('\n', " ")));
@@ -192,6 +198,13 @@ pub(crate) fn rows(volume: &v1::Volume) -> Vec<(&'static str, String)> {
         rows.push(("held back", format!("{:.1} s", volume.throttled_ms as f64 / 1000.0)));
     }
     rows
+}
+
+/// Labels in order of their keys.
+pub(crate) fn label_words(labels: &HashMap<String, String>) -> String {
+    let in_order: BTreeMap<&String, &String> = labels.iter().collect();
+    let words: Vec<String> = in_order.into_iter().map(|(key, value)| format!("{key}={value}")).collect();
+    words.join(" ")
 }
 
 /// The limits that there are, as people read them.

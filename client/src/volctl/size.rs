@@ -44,6 +44,12 @@ pub(crate) fn human_size(bytes: u64) -> String {
     if tenths == 0 { format!("{whole}{letter}") } else { format!("{whole}.{tenths}{letter}") }
 }
 
+/// The same where nothing is lost by it, or else bytes, so that two sizes never look alike.
+pub(crate) fn exact_size(bytes: u64) -> String {
+    let short = human_size(bytes);
+    if parse_size(&short) == Ok(bytes) { short } else { format!("{bytes} bytes") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,5 +79,9 @@ mod tests {
         assert_eq!(human_size((3 << 30) / 2), "1.5G");
         assert_eq!(human_size((2 << 30) - 1), "1.9G");
         assert_eq!(human_size(u64::MAX), "16383.9P");
+        assert_eq!(
+            [exact_size(2 << 30), exact_size((2 << 30) + 1), exact_size(512)],
+            ["2G", "2147483649 bytes", "512"]
+        );
     }
 }

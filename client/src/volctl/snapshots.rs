@@ -14,7 +14,10 @@ use crate::cli::{CloneArgs, SnapshotCommand};
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
-use crate::report::{Report, attachment_json, attachment_table, nodes_of, properties, table, volume_json};
+use crate::report::{
+    Report, attachment_json, attachment_tables, content_word, nodes_of, or_dash, properties, tables,
+    volume_json,
+};
 use crate::size::human_size;
 
 /// The most that the server gives in one page.
@@ -116,8 +119,8 @@ async fn list(server: &ServerAddress, volume_name: String) -> Result<Report, Fai
         page_token = page.next_page_token;
     }
     let rows = snapshots.iter().map(|snapshot| {
-        [
-            if snapshot.volume_name.is_empty() { "-".to_owned() } else { snapshot.volume_name.clone() },
+        let row = [
+            or_dash(&snapshot.volume_name),
             snapshot.name.clone(),
             human_size(snapshot.capacity_bytes),
             human_size(snapshot.allocated_bytes),
@@ -125,18 +128,29 @@ async fn list(server: &ServerAddress, volume_name: String) -> Result<Report, Fai
             utc(snapshot.created_at_ms),
             nodes_of(&snapshot.attachments),
             snapshot.snapshot_uid.clone(),
-        ]
+        ];
+        let further = [
+            snapshot.block_size_bytes.to_string(),
+            content_word(snapshot.content()).replace('_', "-"),
+            if snapshot.frozen { "yes" } else { "no" }.to_owned(),
+            snapshot.volume_uid.clone(),
+            snapshot.group_uid.clone(),
+        ];
+        (row, further)
     });
-    let text = table(["VOLUME", "NAME", "SIZE", "USED", "STATE", "CREATED", "ATTACHED-TO", "UID"], rows);
-    Ok(Report::new(text, snapshots.iter().map(snapshot_json).collect()))
+    let tables = tables(
+        ["VOLUME", "NAME", "SIZE", "USED", "STATE", "CREATED", "ATTACHED-TO", "UID"],
+        ["BLOCK", "CONTENT", "FROZEN", "VOLUME-UID", "GROUP-UID"],
+        rows,
+    );
+    Ok(Report::of_tables(tables, snapshots.iter().map(snapshot_json).collect()))
 }
 
 async fn show(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
     let Named { volume_name, name, snapshot_uid } = named;
     let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid };
     let snapshot = call(connect::server(server).await?.get_snapshot(request)).await?;
-    let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
-    let rows = vec![
+    let mut rows = vec![
         ("name", snapshot.name.clone()),
         ("volume", or_dash(&snapshot.volume_name)),
         ("snapshot uid", snapshot.snapshot_uid.clone()),
@@ -149,12 +163,15 @@ async fn show(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
         ("frozen", if snapshot.frozen { "yes" } else { "no" }.to_owned()),
         ("created", utc(snapshot.created_at_ms)),
     ];
-    let mut text = properties(rows);
+    let mut text = properties(rows.clone());
+    rows.push(("content", content_word(snapshot.content()).replace('_', "-")));
+    let mut wide = properties(rows);
     if !snapshot.attachments.is_empty() {
-        text.push('\n');
-        text.push_str(&attachment_table(&snapshot.attachments));
+        let attachments = attachment_tables(&snapshot.attachments);
+        text += &format!("\n{}", attachments.text);
+        wide += &format!("\n{}", attachments.wide);
     }
-    Ok(Report::new(text, snapshot_json(&snapshot)))
+    Ok(Report::new(text, snapshot_json(&snapshot)).with_wide(wide))
 }
 
 async fn delete(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
@@ -183,24 +200,33 @@ pub(crate) async fn clone(server: &ServerAddress, args: CloneArgs) -> Result<Rep
     let source = Named::of_source(args.source)?
         .unwrap_or_else(|volume_name| Named { volume_name, ..Named::default() });
     let request = v1::CloneVolumeRequest {
-        name: args.name.clone(),
+        name: args.name,
         source_volume_name: source.volume_name,
         source_snapshot_name: source.name,
         source_snapshot_uid: source.snapshot_uid,
         capacity_bytes: args.size.unwrap_or_default(),
         ..Default::default()
     };
-    let answer = call(client.clone_volume(request)).await?;
-    let volume = match (answer.volume, answer.operation) {
-        (_, Some(operation)) => {
-            finish(&mut client, operation).await?;
-            call(client.get_volume(v1::GetVolumeRequest { name: args.name })).await?
-        }
-        (Some(volume), None) => volume,
-        (None, None) => return Err(Failure::incomplete_answer("volume")),
-    };
+    let volume = clone_to_its_end(&mut client, request).await?;
     let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
     Ok(Report::new(text, volume_json(&volume)))
+}
+
+/// The clone, when it is there.
+pub(crate) async fn clone_to_its_end(
+    client: &mut ManagementClient<Channel>,
+    request: v1::CloneVolumeRequest,
+) -> Result<v1::Volume, Failure> {
+    let name = request.name.clone();
+    let answer = call(client.clone_volume(request)).await?;
+    match (answer.volume, answer.operation) {
+        (_, Some(operation)) => {
+            finish(client, operation).await?;
+            call(client.get_volume(v1::GetVolumeRequest { name })).await
+        }
+        (Some(volume), None) => Ok(volume),
+        (None, None) => Err(Failure::incomplete_answer("volume")),
+    }
 }
 
 /// A volume with the bytes of a snapshot, `VOLUME@NAME` or `@UID`; the same each time, until it is deleted.

@@ -10,9 +10,14 @@ use tonic::transport::Channel;
 use crate::cli::{Backend, CreateArgs, Switch};
 use crate::connect::{self, ServerAddress, call};
 use crate::failure::Failure;
-use crate::report::{self, Report, backend_word, properties, table, volume_json, write_cache_word};
+use crate::grants;
+use crate::report::{
+    self, Report, Tables, backend_word, content_word, or_dash, properties, tables, volume_json,
+    write_cache_word,
+};
 use crate::settings;
 use crate::size::human_size;
+use crate::snapshots::utc;
 
 /// Of a volume for which none is asked.
 const BLOCK_SIZE_BYTES: u32 = 4096;
@@ -21,38 +26,58 @@ const PAGE_SIZE: u32 = 1000;
 
 pub(crate) async fn create(server: &ServerAddress, args: CreateArgs) -> Result<Report, Failure> {
     let request = v1::CreateVolumeRequest {
-        name: args.name,
-        capacity_bytes: args.size.unwrap_or_default(),
+        labels: args.labels.into_iter().collect(),
+        description: args.description,
+        is_protected: args.protect,
+        is_shared: args.shared,
+        limits: Some(args.limits.applied_to(v1::VolumeLimits::default())),
+        ..new_volume(args.name, args.size, args.block_size, args.backend, args.adopt, args.write_cache)
+    };
+    let volume = call(connect::server(server).await?.create_volume(request)).await?;
+    let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
+    Ok(Report::new(text, volume_json(&volume)).with_note(notes_on_new(&volume)))
+}
+
+/// A request for a volume of which nothing is set beside what it is for good.
+pub(crate) fn new_volume(
+    name: String,
+    size: Option<u64>,
+    block_size: Option<u32>,
+    backend: Backend,
+    adopt: Option<String>,
+    write_cache: Switch,
+) -> v1::CreateVolumeRequest {
+    v1::CreateVolumeRequest {
+        name,
+        capacity_bytes: size.unwrap_or_default(),
         // 0 is that of what is adopted.
-        block_size_bytes: args.block_size.unwrap_or(if args.adopt.is_some() { 0 } else { BLOCK_SIZE_BYTES }),
-        backend: match (&args.adopt, args.backend) {
+        block_size_bytes: block_size.unwrap_or(if adopt.is_some() { 0 } else { BLOCK_SIZE_BYTES }),
+        backend: match (&adopt, backend) {
             (Some(_), _) => v1::Backend::Device,
             (None, Backend::File) => v1::Backend::File,
             (None, Backend::Memory) => v1::Backend::Memory,
             (None, Backend::Lvm) => v1::Backend::Lvm,
         }
         .into(),
-        adopt_path: args.adopt.unwrap_or_default(),
-        write_cache: match args.write_cache {
+        adopt_path: adopt.unwrap_or_default(),
+        write_cache: match write_cache {
             Switch::On => v1::WriteCache::On,
             Switch::Off => v1::WriteCache::Off,
         }
         .into(),
-        labels: args.labels.into_iter().collect(),
-        description: args.description,
-        is_protected: args.protect,
-        is_shared: args.shared,
-        limits: Some(args.limits.applied_to(v1::VolumeLimits::default())),
-    };
-    let volume = call(connect::server(server).await?.create_volume(request)).await?;
-    let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
-    let mut note = problem(&volume);
+        ..Default::default()
+    }
+}
+
+/// What is to be known of a volume that was made just now, a line each.
+pub(crate) fn notes_on_new(volume: &v1::Volume) -> String {
+    let mut notes = problem(volume);
     if !volume.adopted_path.is_empty() && volume.adopted_identity.is_empty() {
-        note.push_str(
+        notes.push_str(
             "warning: it has no WWID, serial, UUID or PARTUUID; after a restart it is found by its path and size alone\n",
         );
     }
-    Ok(Report::new(text, volume_json(&volume)).with_note(note))
+    notes
 }
 
 /// Why what a volume adopted cannot be served, a line; empty where it can.
@@ -85,8 +110,13 @@ pub(crate) async fn list(server: &ServerAddress, labels: Vec<(String, String)>) 
         }
         page_token = page.next_page_token;
     }
+    let tables = volume_tables(&volumes);
+    Ok(Report::of_tables(tables, volumes.iter().map(volume_json).collect()))
+}
+
+fn volume_tables(volumes: &[v1::Volume]) -> Tables {
     let rows = volumes.iter().map(|volume| {
-        [
+        let row = [
             volume.name.clone(),
             human_size(volume.capacity_bytes),
             human_size(volume.allocated_bytes),
@@ -95,11 +125,31 @@ pub(crate) async fn list(server: &ServerAddress, labels: Vec<(String, String)>) 
             write_cache_word(volume.write_cache()).to_owned(),
             volume.snapshot_count.to_string(),
             report::nodes_of(&volume.attachments),
-        ]
+        ];
+        let marks = [
+            (volume.is_protected, "protected"),
+            (volume.is_read_only, "read-only"),
+            (volume.is_shared, "shared"),
+        ];
+        let marks: Vec<&str> =
+            marks.into_iter().filter_map(|(is_set, word)| is_set.then_some(word)).collect();
+        let further = [
+            volume.volume_uid.clone(),
+            utc(volume.created_at_ms),
+            content_word(volume.content()).replace('_', "-"),
+            or_dash(&marks.join(",")),
+            or_dash(&volume.source_uid),
+            or_dash(&settings::limit_words(&volume.limits.unwrap_or_default()).join(", ")),
+            or_dash(&settings::label_words(&volume.labels)),
+            or_dash(&volume.description.replace('\n', " ")),
+        ];
+        (row, further)
     });
-    let text =
-        table(["NAME", "SIZE", "USED", "BLOCK", "BACKEND", "WRITE-CACHE", "SNAPSHOTS", "ATTACHED-TO"], rows);
-    Ok(Report::new(text, volumes.iter().map(volume_json).collect()))
+    tables(
+        ["NAME", "SIZE", "USED", "BLOCK", "BACKEND", "WRITE-CACHE", "SNAPSHOTS", "ATTACHED-TO"],
+        ["UID", "CREATED", "CONTENT", "MARKS", "CLONE-OF", "LIMITS", "LABELS", "DESCRIPTION"],
+        rows,
+    )
 }
 
 pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report, Failure> {
@@ -135,13 +185,22 @@ pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report,
         };
         rows.extend([("adopted", volume.adopted_path.clone()), ("identity", identity)]);
     }
-    rows.extend(settings::rows(&volume));
-    let mut text = properties(rows);
-    if !volume.attachments.is_empty() {
-        text.push('\n');
-        text.push_str(&report::attachment_table(&volume.attachments));
+    for grant in &volume.grants {
+        rows.push(("granted to", grants::holder(grant)));
     }
-    Ok(Report::new(text, volume_json(&volume)).with_note(problem(&volume)))
+    rows.extend(settings::rows(&volume));
+    let mut text = properties(rows.clone());
+    rows.push(("created", utc(volume.created_at_ms)));
+    if !volume.initialising_attachment_id.is_empty() {
+        rows.push(("initialised by", volume.initialising_attachment_id.clone()));
+    }
+    let mut wide = properties(rows);
+    if !volume.attachments.is_empty() {
+        let attachments = report::attachment_tables(&volume.attachments);
+        text += &format!("\n{}", attachments.text);
+        wide += &format!("\n{}", attachments.wide);
+    }
+    Ok(Report::new(text, volume_json(&volume)).with_wide(wide).with_note(problem(&volume)))
 }
 
 /// The snapshots of a volume that are disks somewhere, each with its nodes.

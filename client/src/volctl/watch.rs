@@ -1,6 +1,6 @@
 //! `watch`: what happens to volumes, attachments, snapshots and nodes of the storage server, printed as it happens.
 //!
-//! As JSON each event is an object in a line of its own, with the token behind which `--resume` goes on. For people there are no tokens;
+//! As JSON each event is an object in a line of its own (as YAML a document), with the token behind which `--resume` goes on. For people there are no tokens;
 //! they are told the last one when the connection is lost, with the options that they gave.
 
 use clap::{Args, ValueEnum};
@@ -10,12 +10,12 @@ use proto::v1::WatchChange as Change;
 use proto::v1::watch_event::Object;
 use serde_json::{Value, json};
 
-use crate::cli::OutputFormat;
 use crate::connect::{self, ServerAddress, call, next};
 use crate::events::print;
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
-use crate::report::{Report, access_mode_word, backend_word, content_word, limits_json, write_cache_word};
+use crate::output::OutputFormat;
+use crate::report::{Report, access_mode_word, content_word, watched_volume_json};
 use crate::settings::limit_words;
 use crate::size::human_size;
 
@@ -69,7 +69,7 @@ pub(crate) async fn watch(
         // The server says something twice a minute.
         match next(stream.message()).await {
             Ok(Some(event)) => {
-                if let Some(line) = line(&event, output)
+                if let Some(line) = line(&event, output)?
                     && !print(&line)?
                 {
                     return Ok(Report::new("", json!([])).printed());
@@ -110,8 +110,8 @@ fn said_again(server: &ServerAddress, args: &WatchArgs, output: OutputFormat) ->
             options.push(("tls-key", pair.key.display().to_string()));
         }
     }
-    if output == OutputFormat::Json {
-        options.push(("output", "json".to_owned()));
+    if output != OutputFormat::Table {
+        options.push(("output", output.word()));
     }
     let words = args.kinds.iter().filter_map(ValueEnum::to_possible_value);
     let kinds: Vec<String> = words.map(|word| word.get_name().to_owned()).collect();
@@ -131,26 +131,24 @@ fn in_shell(word: &str) -> String {
 }
 
 /// What is printed of an event; `None`: nothing, for people.
-fn line(event: &v1::WatchEvent, output: OutputFormat) -> Option<String> {
+fn line(event: &v1::WatchEvent, output: OutputFormat) -> Result<Option<String>, Failure> {
     let object = event.object.as_ref();
-    match output {
-        OutputFormat::Json => {
-            let (kind, told) = object
-                .map_or((Value::Null, Value::Null), |object| (kind_word(object).into(), object_json(object)));
-            let line = json!({
-                "resume_token": event.resume_token,
-                "time_ms": event.time_ms,
-                "change": change_word(event.change()),
-                "kind": kind,
-                "object": told,
-            });
-            Some(line.to_string())
-        }
-        OutputFormat::Table => object.map(|object| {
+    if output.is_for_people() {
+        return Ok(object.map(|object| {
             let (kind, word) = (kind_word(object), change_word(event.change()));
             format!("{} {kind} {} {word}{}", event.time_ms, name_of(object), details(object))
-        }),
+        }));
     }
+    let (kind, told) =
+        object.map_or((Value::Null, Value::Null), |object| (kind_word(object).into(), object_json(object)));
+    let told = json!({
+        "resume_token": event.resume_token,
+        "time_ms": event.time_ms,
+        "change": change_word(event.change()),
+        "kind": kind,
+        "object": told,
+    });
+    output.piece(&told).map(Some)
 }
 
 fn change_word(change: Change) -> &'static str {
@@ -210,7 +208,7 @@ fn details(object: &Object) -> String {
 
 fn object_json(object: &Object) -> Value {
     match object {
-        Object::Volume(volume) => volume_json(volume),
+        Object::Volume(volume) => watched_volume_json(volume),
         Object::Attachment(attachment) => json!({
             "attachment_id": attachment.attachment_id,
             "volume_name": attachment.volume_name,
@@ -245,27 +243,6 @@ fn object_json(object: &Object) -> Value {
     }
 }
 
-fn volume_json(volume: &v1::WatchedVolume) -> Value {
-    json!({
-        "name": volume.name,
-        "volume_uid": volume.volume_uid,
-        "capacity_bytes": volume.capacity_bytes,
-        "block_size_bytes": volume.block_size_bytes,
-        "backend": backend_word(volume.backend()),
-        "write_cache": write_cache_word(volume.write_cache()),
-        "created_at_ms": volume.created_at_ms,
-        "labels": volume.labels,
-        "description": volume.description,
-        "is_protected": volume.is_protected,
-        "is_read_only": volume.is_read_only,
-        "is_shared": volume.is_shared,
-        "content": content_word(volume.content()),
-        "initialising_attachment_id": volume.initialising_attachment_id,
-        "limits": limits_json(&volume.limits.unwrap_or_default()),
-        "source_uid": volume.source_uid,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use client::tls_spec::{CertificateAndKey, ClientFiles};
@@ -278,7 +255,7 @@ mod tests {
 
     #[test]
     fn people_read_what_happened_and_to_what() {
-        let line = |change, object| line(&event(change, object), OutputFormat::Table);
+        let line = |change, object| line(&event(change, object), OutputFormat::Table).unwrap();
         let volume = v1::WatchedVolume {
             name: "vol-1".to_owned(),
             capacity_bytes: 1 << 30,
@@ -298,7 +275,7 @@ mod tests {
 
     #[test]
     fn programs_read_every_event_with_its_token() {
-        let line = |change, object| line(&event(change, object), OutputFormat::Json).unwrap();
+        let line = |change, object| line(&event(change, object), OutputFormat::Json).unwrap().unwrap();
         let node = v1::WatchedNode { node_id: "n".to_owned(), ..Default::default() };
         let json: Value = serde_json::from_str(&line(Change::Created, Some(Object::Node(node)))).unwrap();
         assert_eq!(

@@ -33,7 +33,10 @@ impl Plugin {
     fn command(dir: &Path, node_socket: &Path) -> Command {
         let mut command = program(env!("CARGO_BIN_EXE_volcsi"));
         command.env_remove("CSI_ENDPOINT").env_remove("VOLCSI_LOG").arg("--socket").arg(node_socket);
+        // The controller, over a real server: `tests/host/csi_controller`.
+        command.arg("--node");
         command.arg("--endpoint").arg(format!("unix://{}", dir.join("csi.sock").display()));
+        command.arg("--kubelet-dir").arg(dir).arg("--private-mounts");
         command.arg("--register").arg(dir).args(["--healthz", "127.0.0.1:0", "--log", "trace"]);
         command
     }
@@ -147,21 +150,33 @@ async fn what_is_not_there_is_not_declared_and_no_secret_is_logged() {
     assert_eq!(capabilities.into_inner().capabilities, []);
     let mut node = NodeClient::new(plugin.channel("csi.sock").await);
     let capabilities = node.node_get_capabilities(v1::NodeGetCapabilitiesRequest {}).await.unwrap();
-    assert_eq!(capabilities.into_inner().capabilities, []);
+    assert_eq!(capabilities.into_inner().capabilities.len(), 6);
 
+    let volume_id = || "0a9c3186-7725-43ec-9e11-8be9a559724c".to_owned();
     let secrets = || [("passphrase".to_owned(), SECRET.to_owned())].into();
-    let stage =
-        v1::NodeStageVolumeRequest { volume_id: "v".to_owned(), secrets: secrets(), ..Default::default() };
-    let publish = v1::NodePublishVolumeRequest { secrets: secrets(), ..Default::default() };
+    let stage = v1::NodeStageVolumeRequest {
+        volume_id: volume_id(),
+        staging_target_path: dir.path().join("staging").display().to_string(),
+        secrets: secrets(),
+        ..Default::default()
+    };
+    let publish = v1::NodePublishVolumeRequest {
+        volume_id: volume_id(),
+        target_path: dir.path().join("target").display().to_string(),
+        secrets: secrets(),
+        ..Default::default()
+    };
     let create = v1::CreateVolumeRequest { secrets: secrets(), ..Default::default() };
     let mut controller = ControllerClient::new(plugin.channel("csi.sock").await);
-    for code in [
-        node.node_stage_volume(stage).await.unwrap_err().code(),
-        node.node_publish_volume(publish).await.unwrap_err().code(),
-        controller.create_volume(create).await.unwrap_err().code(),
+    for refused in [
+        node.node_stage_volume(stage).await.unwrap_err(),
+        node.node_publish_volume(publish).await.unwrap_err(),
     ] {
-        assert_eq!(code, Code::Unimplemented);
+        assert_eq!(refused.code(), Code::InvalidArgument);
+        assert!(refused.message().contains("not supported yet"), "{refused}");
+        assert!(!refused.message().contains(SECRET));
     }
+    assert_eq!(controller.create_volume(create).await.unwrap_err().code(), Code::Unimplemented);
     // Logged last, and so after all that could have had the secret.
     let mut registration = RegistrationClient::new(plugin.channel("csi.volnode.io-reg.sock").await);
     let last = RegistrationStatus { plugin_registered: false, error: "the last".to_owned() };
@@ -207,9 +222,19 @@ fn an_option_that_cannot_be_is_told_with_its_name() {
             &["--endpoint", "tcp://127.0.0.1:1"][..],
             "--endpoint: \"tcp://127.0.0.1:1\" is not of the form unix:///path",
         ),
-        (&["--endpoint", "unix:///no/such/dir/csi.sock"], "/no/such/dir"),
+        (
+            &["--kubelet-dir", "/", "--private-mounts", "--endpoint", "unix:///no/such/dir/csi.sock"],
+            "/no/such/dir",
+        ),
+        (&["--kubelet-dir", "/no/such/dir"], "--kubelet-dir: \"/no/such/dir\""),
         (&["--healthz", "9808"], "--healthz"),
         (&["--kubelet-endpoint", "/x"], "--register"),
+        (
+            &["--controller", "--server", "storage-1:10810"],
+            "--server: \"storage-1:10810\" is not of the form",
+        ),
+        (&["--server", "https://storage-1"], "--server: https://storage-1 needs the certificate"),
+        (&["--tls-cert", "/x"], "--tls-key"),
     ] {
         let mut command = program(env!("CARGO_BIN_EXE_volcsi"));
         let output = command.env_remove("CSI_ENDPOINT").args(arguments).output().unwrap();

@@ -17,6 +17,8 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use uuid::Uuid;
 
 use crate::fake_copies::Copies;
+use crate::fake_grants::Grants;
+use crate::fake_node::Trap;
 use crate::fake_nodes::Nodes;
 
 /// Volumes that a page of the list holds: fewer than asked for, so that paging shows.
@@ -35,12 +37,46 @@ pub(crate) struct State {
     pub(crate) attachments: BTreeMap<String, v1::Attachment>,
     pub(crate) copies: Copies,
     pub(crate) nodes: Nodes,
+    pub(crate) grants: Grants,
     /// As it tells.
     pub(crate) snapshots_unsupported_reason: String,
     pub(crate) storage_space: Option<v1::StorageSpace>,
+    /// Passed by calls about a volume's content.
+    pub(crate) trap: Option<Arc<Mutex<Trap>>>,
 }
 
 impl State {
+    /// By the rules of SetVolumeContent.
+    fn set_content(&mut self, request: &v1::SetVolumeContentRequest) -> Result<v1::Volume, Status> {
+        use v1::VolumeContent::{Initialising, NeverWritten, Unspecified, Written};
+        let is_meant = |volume: &&mut v1::Volume| {
+            volume.name == request.name || format!("uid:{}", volume.volume_uid) == request.name
+        };
+        let volume = self.volumes.values_mut().find(is_meant).ok_or_else(|| not_found(&request.name))?;
+        if !self.attachments.contains_key(&request.attachment_id) {
+            let message = "the volume has no such attachment".to_owned();
+            return Err(refuse(Code::NotFound, reason::ATTACHMENT_NOT_FOUND, message, "attach it"));
+        }
+        let by = volume.initialising_attachment_id.clone();
+        let is_others = volume.content() == Initialising && by != request.attachment_id;
+        let is_over = !self.attachments.contains_key(&by);
+        let is_allowed = match request.content() {
+            Unspecified => return Ok(volume.clone()),
+            Initialising => volume.content() != Written && (!is_others || is_over),
+            Written => !is_others,
+            NeverWritten => false,
+        };
+        if !is_allowed {
+            let message = "the content cannot become that".to_owned();
+            return Err(refuse(Code::FailedPrecondition, reason::CONTENT_REFUSED, message, "look at it"));
+        }
+        volume.content = request.content;
+        let is_initialising = request.content() == Initialising;
+        volume.initialising_attachment_id =
+            if is_initialising { request.attachment_id.clone() } else { String::new() };
+        Ok(volume.clone())
+    }
+
     /// An attachment as if a node had made it.
     pub(crate) fn add_attachment(&mut self, volume_name: &str, node_id: &str, connections: u32) -> Uuid {
         let attachment_id = Uuid::new_v4();
@@ -259,6 +295,8 @@ impl Management for Service {
         let mut volume = state.volumes.get(&name).cloned().ok_or_else(|| not_found(&name))?;
         let attachments = state.attachments.values().filter(|one| one.volume_name == name);
         volume.attachments = attachments.cloned().collect();
+        let grants = state.grants.granted.values().filter(|grant| grant.volume_name == name);
+        volume.grants = grants.cloned().collect();
         Ok(Response::new(volume))
     }
 
@@ -327,6 +365,9 @@ impl Management for Service {
             .get(&request.volume_name)
             .cloned()
             .ok_or_else(|| not_found(&request.volume_name))?;
+        if request.only_if_granted {
+            state.grants.require(&request.volume_name, &request.node_id)?;
+        }
         let attachment_id = state.add_attachment(&request.volume_name, &request.node_id, 0);
         let mut attachment = state.attachments[&attachment_id.to_string()].clone();
         attachment.volume_uid = volume.volume_uid;
@@ -424,9 +465,18 @@ impl Management for Service {
 
     async fn set_volume_content(
         &self,
-        _: Request<v1::SetVolumeContentRequest>,
+        request: Request<v1::SetVolumeContentRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        Err(Status::unimplemented(""))
+        let trap = self.0.lock().unwrap().trap.clone();
+        let pass = || {
+            if let Some(trap) = &trap {
+                trap.lock().unwrap().pass();
+            }
+        };
+        pass();
+        let answer = self.0.lock().unwrap().set_content(request.get_ref());
+        pass();
+        answer.map(Response::new)
     }
 
     async fn create_snapshot(
@@ -583,6 +633,40 @@ impl Management for Service {
     ) -> Result<Response<v1::ListOperationsResponse>, Status> {
         let operations = self.0.lock().unwrap().copies.operations.values().cloned().collect();
         Ok(Response::new(v1::ListOperationsResponse { operations }))
+    }
+
+    async fn create_grant(
+        &self,
+        request: Request<v1::CreateGrantRequest>,
+    ) -> Result<Response<v1::Grant>, Status> {
+        let request = request.into_inner();
+        let mut state = self.0.lock().unwrap();
+        if !state.volumes.contains_key(&request.volume_name) {
+            return Err(not_found(&request.volume_name));
+        }
+        state.grants.create(request).map(Response::new)
+    }
+
+    async fn delete_grant(
+        &self,
+        request: Request<v1::DeleteGrantRequest>,
+    ) -> Result<Response<v1::DeleteGrantResponse>, Status> {
+        let request = request.into_inner();
+        let mut state = self.0.lock().unwrap();
+        let is_held =
+            |one: &v1::Attachment| one.volume_name == request.volume_name && one.node_id == request.node_id;
+        let attached = state.attachments.len();
+        state.attachments.retain(|_, one| !is_held(one));
+        let was_attached = state.attachments.len() < attached;
+        let existed = state.grants.delete(request)?;
+        Ok(Response::new(v1::DeleteGrantResponse { existed, was_attached }))
+    }
+
+    async fn list_grants(
+        &self,
+        request: Request<v1::ListGrantsRequest>,
+    ) -> Result<Response<v1::ListGrantsResponse>, Status> {
+        self.0.lock().unwrap().grants.page(request.get_ref()).map(Response::new)
     }
 
     async fn register_node(

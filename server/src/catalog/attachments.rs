@@ -14,18 +14,19 @@
 //! Those of a snapshot, which all share it, are in `snapshot_attachments`; what their `volume_uid` names is the snapshot.
 
 use proto::export_name::Secret;
-use rusqlite::{Connection, OptionalExtension as _, Params, Row, TransactionBehavior};
+use rusqlite::{Connection, OptionalExtension as _, Row, TransactionBehavior};
 use uuid::Uuid;
 
+use super::attachment_tables::{TABLES, execute_on_all};
 use super::records::{
     self, AttachmentFilter, AttachmentRecord, AttachmentState, ListedAttachment, NewAttachment,
 };
-use super::{Catalog, CatalogError, State, now_ms, to_db};
+use super::{Catalog, CatalogError, State, grants, now_ms, to_db};
 
 const COLUMNS: &str = "attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, created_at_ms, boot_id, is_shared, knows_content";
 
-/// Where attachments are; see the module's text.
-const TABLES: [&str; 3] = ["attachments", "shared_attachments", "snapshot_attachments"];
+/// An attachment, and whether it is ending.
+type Held = (AttachmentRecord, AttachmentState);
 
 /// Nobody takes a snapshot from anybody: its attachments are all of this generation.
 const SNAPSHOT_GENERATION: i64 = 1;
@@ -34,13 +35,6 @@ const SNAPSHOT_GENERATION: i64 = 1;
 fn all() -> String {
     let selected = TABLES.map(|table| format!("SELECT {COLUMNS} FROM {table}"));
     format!("({})", selected.join(" UNION ALL "))
-}
-
-/// Executes a statement of each table in turn, its name written `TABLE`; how many rows it changed.
-fn execute_on_all(db: &Connection, sql: &str, values: impl Params + Copy) -> rusqlite::Result<usize> {
-    TABLES
-        .iter()
-        .try_fold(0, |changed, table| Ok(changed + db.execute(&sql.replace("TABLE", table), values)?))
 }
 
 /// Where the attachment of a volume has gone that was in the first table, one of those that share the volume takes its place.
@@ -185,7 +179,7 @@ impl Catalog {
         filter: &AttachmentFilter,
         after: &ListedAttachment,
         limit: u32,
-    ) -> Result<Vec<(String, AttachmentRecord)>, CatalogError> {
+    ) -> Result<Vec<(String, Held)>, CatalogError> {
         let state = self.state();
         let columns = COLUMNS.replace(", ", ", held.");
         let mut query = state.db.prepare_cached(&format!(
@@ -200,7 +194,7 @@ impl Catalog {
             (volume_name, attachment_id, filter.volume_name.as_deref(), filter.node_id.as_deref(), limit);
         let rows = query.query_map(values, |row: &Row<'_>| {
             let name: String = row.get("volume_name")?;
-            Ok(records::attachment(row).map(|(attachment, _)| (name, attachment)))
+            Ok(records::attachment(row).map(|held| (name, held)))
         })?;
         rows.map(|row| row?).collect()
     }
@@ -209,7 +203,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`CatalogError::VolumeNotFound`] where the volume is not ready; [`CatalogError::VolumeAttached`] where it has an
-    /// attachment, unless all share it; the random source's; SQLite's.
+    /// attachment, unless all share it; [`CatalogError::NotGranted`]; the random source's; SQLite's.
     pub fn add_attachment(&self, new: &NewAttachment) -> Result<AttachmentRecord, CatalogError> {
         let mut state = self.state();
         let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -221,6 +215,9 @@ impl Catalog {
             )
             .optional()?
             .ok_or(CatalogError::VolumeNotFound(new.volume_uid))?;
+        if new.only_if_granted {
+            grants::require(&transaction, new.volume_uid, &new.node_id, new.read_only)?;
+        }
         let attachment = new_attachment(new, generation)?;
         // Who shares it does so to read, or to write, as all the others.
         let shares: Option<bool> = transaction
@@ -243,8 +240,12 @@ impl Catalog {
     /// Makes an attachment of a snapshot, whose uid is in `new.volume_uid`; others may have it as well.
     ///
     /// # Errors
-    /// [`CatalogError::SnapshotNotFound`] where it is not ready; the random source's; SQLite's.
+    /// [`CatalogError::SnapshotNotFound`] where it is not ready; [`CatalogError::NotGranted`]: there are no grants of snapshots; the random
+    /// source's; SQLite's.
     pub fn add_snapshot_attachment(&self, new: &NewAttachment) -> Result<AttachmentRecord, CatalogError> {
+        if new.only_if_granted {
+            return Err(CatalogError::NotGranted(new.volume_uid));
+        }
         let attachment = new_attachment(new, SNAPSHOT_GENERATION)?;
         let mut state = self.state();
         let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;

@@ -1,4 +1,4 @@
-//! The catalog: which volumes and attachments there are, kept in `<data-dir>/catalog.sqlite`.
+//! The catalog: which volumes, attachments and grants there are, kept in `<data-dir>/catalog.sqlite`.
 //!
 //! Owns the SQLite database, the data directory's lock, and the formats of both. It holds identities, states, secrets,
 //! generations, epochs and incarnations; it never touches a volume's data and never talks to a peer.
@@ -13,10 +13,12 @@
 //! - No error and no `Debug` text of this module holds a secret.
 
 mod adopted;
+mod attachment_tables;
 mod attachments;
 mod changes;
 mod columns;
 mod data_dir;
+mod grants;
 mod held;
 mod nodes;
 mod records;
@@ -46,6 +48,7 @@ pub use changes::{
     SnapshotFacts, Told, VolumeFacts, WatchedKind,
 };
 pub use data_dir::{DataDirError, SNAPSHOTS_DIR_NAME, VOLUMES_DIR_NAME};
+pub use grants::{GrantFilter, GrantRecord, Withdrawn};
 pub use nodes::{NodeFacts, NodeRecord};
 pub use records::{
     AttachmentFilter, AttachmentRecord, AttachmentState, BackendKind, ListedAttachment, NewAttachment,
@@ -148,6 +151,9 @@ pub enum CatalogError {
     /// The volume has an attachment already.
     #[error("volume {0} is attached")]
     VolumeAttached(Uuid),
+    /// The attachment was to be made under a grant, and the node has none of the volume, or one to read only.
+    #[error("volume {0} is not granted to the node")]
+    NotGranted(Uuid),
     /// No attachment has that identity, or it is ending.
     #[error("no attachment {0}")]
     AttachmentNotFound(Uuid),
@@ -296,6 +302,7 @@ impl Catalog {
         db.execute_batch(adopted::TABLE)?;
         db.execute_batch(thin::TABLE)?;
         db.execute_batch(nodes::TABLE)?;
+        db.execute_batch(grants::TABLE)?;
         changes::prepare(&mut db)?;
         let changes = changes::notify(&mut db)?;
         let server_id = schema::server_id(&db)?;

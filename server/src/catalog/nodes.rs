@@ -105,7 +105,7 @@ impl Catalog {
         rows.map(|row| row?).collect()
     }
 
-    /// Forgets the node, unless something is attached to it; true where it was known and is not any more.
+    /// Forgets the node, unless something is attached or granted to it; true where it was known and is not any more.
     ///
     /// # Errors
     /// SQLite's.
@@ -114,7 +114,8 @@ impl Catalog {
             "DELETE FROM nodes WHERE node_id = ?1 \
              AND NOT EXISTS (SELECT 1 FROM attachments WHERE node_id = ?1) \
              AND NOT EXISTS (SELECT 1 FROM shared_attachments WHERE node_id = ?1) \
-             AND NOT EXISTS (SELECT 1 FROM snapshot_attachments WHERE node_id = ?1)",
+             AND NOT EXISTS (SELECT 1 FROM snapshot_attachments WHERE node_id = ?1) \
+             AND NOT EXISTS (SELECT 1 FROM grants WHERE node_id = ?1)",
             [node_id],
         )?;
         Ok(forgotten > 0)

@@ -251,6 +251,8 @@ pub struct NewAttachment {
     pub boot_id: String,
     /// As in [`AttachmentRecord`].
     pub is_shared: bool,
+    /// Not without a grant of the volume for the node.
+    pub only_if_granted: bool,
 }
 
 /// Which attachments [`super::Catalog::list_attachments`] gives; `None` is all.

@@ -1,6 +1,7 @@
 //! What the catalog promises, on a real database in a temporary directory.
 
 mod adopted;
+mod grants;
 
 use std::collections::BTreeSet;
 
@@ -34,6 +35,7 @@ fn attach(catalog: &Catalog, volume: &VolumeRecord, node_id: &str) -> Attachment
         read_only: false,
         boot_id: String::new(),
         is_shared: false,
+        only_if_granted: false,
     };
     catalog.add_attachment(&new).unwrap()
 }
@@ -225,6 +227,7 @@ fn share(catalog: &Catalog, volume: &VolumeRecord, node_id: &str) -> Result<Atta
         read_only: true,
         boot_id: String::new(),
         is_shared: true,
+        only_if_granted: false,
     })
 }
 
@@ -241,6 +244,7 @@ fn several_share_a_volume_and_one_of_them_is_always_where_older_programs_look() 
         read_only: false,
         boot_id: String::new(),
         is_shared: false,
+        only_if_granted: false,
     };
     while let Some(reader) = readers.first().cloned() {
         assert!(matches!(catalog.add_attachment(&writer), Err(CatalogError::VolumeAttached(_))));
@@ -254,7 +258,7 @@ fn several_share_a_volume_and_one_of_them_is_always_where_older_programs_look() 
         assert_eq!(listed.len(), readers.len());
         let first = ListedAttachment {
             volume_name: "vol-1".to_owned(),
-            attachment_id: listed[0].1.attachment_id.to_string(),
+            attachment_id: listed[0].1.0.attachment_id.to_string(),
         };
         let rest = catalog.list_attachments(&AttachmentFilter::default(), &first, 9).unwrap();
         assert_eq!(rest, listed[1..]);
@@ -401,6 +405,7 @@ fn an_attached_volume_is_neither_deleted_nor_attached_again() {
         read_only: false,
         boot_id: String::new(),
         is_shared: false,
+        only_if_granted: false,
     };
     assert!(matches!(catalog.add_attachment(&other), Err(CatalogError::VolumeAttached(_))));
     // An ending attachment still counts: its I/O may not have finished.

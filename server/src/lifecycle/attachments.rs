@@ -12,11 +12,11 @@ use uuid::Uuid;
 use super::claims::{self, Claim};
 use super::volumes::nodes_of;
 use super::{
-    DataSide, Lifecycle, LifecycleError, NameLock, SettingsError, SnapshotError, SyncError,
+    DataSide, GrantsError, Lifecycle, LifecycleError, NameLock, SettingsError, SnapshotError, SyncError,
     snapshot_lock_name,
 };
 use crate::catalog::{
-    AttachmentRecord, AttachmentState, NewAttachment, SnapshotState, VolumeRecord, VolumeState,
+    AttachmentRecord, AttachmentState, CatalogError, NewAttachment, SnapshotState, VolumeRecord, VolumeState,
 };
 
 /// An attachment as it is answered.
@@ -47,6 +47,8 @@ pub struct AttachWanted {
     pub is_shared: bool,
     /// A node that has not registered gets nothing.
     pub node_must_be_registered: bool,
+    /// Neither does one that the volume is not granted to, whoever asks; what it holds already is not told either.
+    pub only_if_granted: bool,
 }
 
 impl AttachWanted {
@@ -95,14 +97,19 @@ impl<D: DataSide> Lifecycle<D> {
     /// # Errors
     /// [`LifecycleError::VolumeNotFound`]; without force [`LifecycleError::VolumeAttached`] (another node),
     /// [`LifecycleError::OtherBoot`] and [`LifecycleError::OtherBootMayReturn`] (another boot of this node, see `claims.rs`) and
-    /// [`LifecycleError::AttachedDifferently`] (this node, another mode); [`SettingsError::ReadOnly`], [`SettingsError::NotShared`]; [`SnapshotError::InProgress`]:
-    /// it is being restored; [`NodesError::NotFound`]: the node has to be registered; [`LifecycleError::Unfenced`]: repeat the call;
+    /// [`LifecycleError::AttachedDifferently`] (this node, another mode); [`SettingsError::ReadOnly`],
+    /// [`SettingsError::NotShared`]; [`GrantsError::NotGranted`], [`GrantsError::GrantedToRead`] where a grant is asked for;
+    /// [`SnapshotError::InProgress`]: it is being restored; [`NodesError::NotFound`]: the node has to be registered;
+    /// [`LifecycleError::Unfenced`]: repeat the call;
     /// [`LifecycleError::Storage`]: what was written before may be lost; the catalog's failure.
     ///
     /// [`SnapshotError::InProgress`]: super::SnapshotError::InProgress
     /// [`NodesError::NotFound`]: super::NodesError::NotFound
     pub fn attach_volume(&self, lock: &NameLock, wanted: &AttachWanted) -> Result<Attached, LifecycleError> {
         let volume = self.volume(lock.name())?;
+        if wanted.only_if_granted {
+            self.require_granted(&volume, &wanted.node_id, wanted.read_only)?;
+        }
         if volume.settings.is_read_only && !wanted.read_only {
             return Err(SettingsError::ReadOnly(volume.name).into());
         }
@@ -119,7 +126,8 @@ impl<D: DataSide> Lifecycle<D> {
     ///
     /// # Errors
     /// [`SnapshotError::NotFound`], [`SnapshotError::InProgress`] (it is being made), [`SnapshotError::NeverChanges`] (to write is
-    /// wanted); as of [`Self::attach_volume`] where another boot of this node has it, or its I/O has not finished.
+    /// wanted), [`GrantsError::NotGranted`] (nobody is granted a snapshot); as of
+    /// [`Self::attach_volume`] where another boot of this node has it, or its I/O has not finished.
     pub fn attach_snapshot(
         &self,
         lock: &NameLock,
@@ -128,6 +136,10 @@ impl<D: DataSide> Lifecycle<D> {
     ) -> Result<Attached, LifecycleError> {
         assert_eq!(lock.name(), snapshot_lock_name(snapshot_uid), "the lock is of the snapshot");
         let snapshot = self.ready_snapshot(snapshot_uid)?;
+        if wanted.only_if_granted {
+            let (name, node_id) = (snapshot.export_name(), wanted.node_id.clone());
+            return Err(GrantsError::NotGranted { name, node_id }.into());
+        }
         if !wanted.read_only {
             return Err(SnapshotError::NeverChanges(snapshot.export_name()).into());
         }
@@ -168,13 +180,21 @@ impl<D: DataSide> Lifecycle<D> {
                 }
             }
         }
-        let AttachWanted { node_id, boot_id, read_only, is_shared, .. } = wanted.clone();
-        let new = NewAttachment { volume_uid: volume.volume_uid, node_id, read_only, boot_id, is_shared };
+        let AttachWanted { node_id, boot_id, read_only, is_shared, only_if_granted, .. } = wanted.clone();
+        let volume_uid = volume.volume_uid;
+        let new = NewAttachment { volume_uid, node_id, read_only, boot_id, is_shared, only_if_granted };
         let add = || match is_snapshot {
             true => self.catalog.add_snapshot_attachment(&new),
             false => self.catalog.add_attachment(&new),
         };
-        let attachment = self.while_registered(&new.node_id, wanted.node_must_be_registered, add)?;
+        let added = self.while_registered(&new.node_id, wanted.node_must_be_registered, add);
+        let attachment = added.map_err(|error| match error {
+            LifecycleError::Catalog(CatalogError::NotGranted(_)) => {
+                let (name, node_id) = (volume.name.clone(), new.node_id.clone());
+                GrantsError::NotGranted { name, node_id }.into()
+            }
+            error => error,
+        })?;
         // With the row there, no new writer by name gets in; those that are in end before anybody is told the secret.
         if let Err(error) = settle() {
             self.catalog.end_attachment(attachment.attachment_id, false)?;
@@ -285,7 +305,7 @@ impl<D: DataSide> Lifecycle<D> {
     }
 
     /// Refused from now on, then fenced, then gone.
-    fn end(
+    pub(super) fn end(
         &self,
         volume: &VolumeRecord,
         held: &AttachmentRecord,

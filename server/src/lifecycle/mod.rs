@@ -13,6 +13,8 @@
 //! restore:  hidden, nobody has it open → copy durable beside it → incarnation raised → copy put in its place → shown → answer
 //! attach:   (former holder: row ending → fenced → row gone) → row active → writers by name fenced → storage durable → answer
 //! detach:   row ending → connections closed and their I/O finished → row gone → answer
+//! grant:    row → answer
+//! withdraw: row gone and the node's attachment ending, at once → connections closed and their I/O finished → attachment's row gone → answer
 //! rename:   hidden, nobody has it open → row changed → shown → answer
 //! set:      row changed → clients held to it → answer
 //! diff:     (copy without a name begun: the instant → durable →) extent maps compared → ranges answered; no row
@@ -27,6 +29,7 @@ mod claims;
 mod clones;
 mod copies;
 mod diffs;
+mod grants;
 mod name_locks;
 mod nodes;
 mod operations;
@@ -51,6 +54,7 @@ pub use claims::{HOLDER_TIMEOUT, Holder};
 pub use clones::{CloneOf, CloneWanted};
 pub use copies::Started;
 pub use diffs::{DiffPart, DiffTotal, DiffWanted, NotTaken};
+pub use grants::{GrantEnded, GrantWanted, GrantsError};
 pub use name_locks::{NameLock, NameLocks};
 pub use nodes::{NodeCondition, NodeDisk, NodeSeen, NodesError};
 pub use operations::{Operation, OperationEnd, OperationKind, Operations};
@@ -402,6 +406,9 @@ pub enum LifecycleError {
     /// A node is not known, or is needed.
     #[error(transparent)]
     Nodes(#[from] NodesError),
+    /// What is granted to nodes does not allow it.
+    #[error(transparent)]
+    Grants(#[from] GrantsError),
     /// There is no snapshot, clone or restored volume.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),

@@ -85,6 +85,9 @@ pub enum NodesError {
     /// It is to be deleted.
     #[error("something is attached to the node {0}")]
     Attached(String),
+    /// The same.
+    #[error("something is granted to the node {0}")]
+    Granted(String),
 }
 
 impl<D: DataSide> Lifecycle<D> {
@@ -155,12 +158,15 @@ impl<D: DataSide> Lifecycle<D> {
     /// Forgets a node; false where it was not known.
     ///
     /// # Errors
-    /// [`NodesError::Attached`]; the catalog's failure.
+    /// [`NodesError::Attached`], [`NodesError::Granted`]; the catalog's failure.
     pub fn delete_node(&self, node_id: &str) -> Result<bool, LifecycleError> {
         let mut nodes = self.nodes_seen();
         let existed = self.catalog.forget_node(node_id)?;
         if !existed && self.catalog.node(node_id)?.is_some() {
-            return Err(NodesError::Attached(node_id.to_owned()).into());
+            let node_id = node_id.to_owned();
+            let is_granted = self.catalog.node_has_grants(&node_id)?;
+            let why = if is_granted { NodesError::Granted(node_id) } else { NodesError::Attached(node_id) };
+            return Err(why.into());
         }
         nodes.remove(node_id);
         if existed {

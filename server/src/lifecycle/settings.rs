@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 
 use super::{DataSide, Lifecycle, LifecycleError, NameLock};
-use crate::catalog::{Content, VolumeLimits, VolumeRecord, VolumeSettings};
+use crate::catalog::{AttachmentRecord, Content, VolumeLimits, VolumeRecord, VolumeSettings};
 
 /// Labels that a volume has at most.
 pub const LABELS_MAX: usize = proto::label::LABELS_MAX;
@@ -221,6 +221,32 @@ impl<D: DataSide> Lifecycle<D> {
         }
     }
 
+    /// The volume, for one of its attachments, which nothing is changed by.
+    ///
+    /// # Errors
+    /// [`LifecycleError::VolumeNotFound`], [`SettingsError::NoSuchAttachment`]; the catalog's failure.
+    pub fn volume_of_attachment(
+        &self,
+        lock: &NameLock,
+        attachment_id: Uuid,
+    ) -> Result<VolumeRecord, LifecycleError> {
+        let volume = self.volume(lock.name())?;
+        self.attachment_of(&volume, attachment_id)?;
+        Ok(volume)
+    }
+
+    fn attachment_of(
+        &self,
+        volume: &VolumeRecord,
+        attachment_id: Uuid,
+    ) -> Result<AttachmentRecord, LifecycleError> {
+        let found = self.catalog.attachment(attachment_id)?;
+        let name = volume.name.clone();
+        found
+            .filter(|found| found.volume_uid == volume.volume_uid)
+            .ok_or_else(|| SettingsError::NoSuchAttachment { name, attachment_id }.into())
+    }
+
     fn next_content(
         &self,
         volume: &VolumeRecord,
@@ -228,10 +254,7 @@ impl<D: DataSide> Lifecycle<D> {
         wanted: ContentWanted,
     ) -> Result<Content, LifecycleError> {
         let name = volume.name.clone();
-        let found = self.catalog.attachment(attachment_id)?;
-        let Some(attachment) = found.filter(|found| found.volume_uid == volume.volume_uid) else {
-            return Err(SettingsError::NoSuchAttachment { name, attachment_id }.into());
-        };
+        let attachment = self.attachment_of(volume, attachment_id)?;
         let content = volume.settings.content;
         let refused =
             |why: String| Err(SettingsError::ContentRefused { name, content: content.as_str(), why }.into());

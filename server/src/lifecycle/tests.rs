@@ -2,6 +2,7 @@
 
 mod adopted;
 mod attachments;
+mod grants;
 mod names;
 mod nodes;
 mod settings;

@@ -66,8 +66,9 @@ impl<D: DataSide> Lifecycle<D> {
     ///
     /// # Errors
     /// [`SettingsError::Protected`](super::SettingsError::Protected), [`LifecycleError::VolumeAttached`],
-    /// [`LifecycleError::VolumeOpen`], [`LifecycleError::Unfenced`] (the I/O of an attachment that was ended has not finished),
-    /// [`SnapshotError::VolumeHasSnapshots`], [`SnapshotError::InProgress`], [`SnapshotError::Attached`] (one that is to be kept); the
+    /// [`GrantsError::Granted`](super::GrantsError::Granted), [`LifecycleError::VolumeOpen`],
+    /// [`LifecycleError::Unfenced`] (the I/O of an attachment that was ended has not finished), [`SnapshotError::VolumeHasSnapshots`],
+    /// [`SnapshotError::InProgress`], [`SnapshotError::Attached`] (one that is to be kept); the
     /// catalog's or the storage's failure.
     pub fn delete_volume(&self, lock: &NameLock, keep_snapshots: bool) -> Result<bool, LifecycleError> {
         let name = lock.name();
@@ -84,6 +85,7 @@ impl<D: DataSide> Lifecycle<D> {
         let uid = volume.volume_uid;
         self.refuse_while(name, |operation| operation.makes(uid) || operation.reads(uid))?;
         self.refuse_attached(&volume)?;
+        self.refuse_granted(&volume)?;
         let count = self.catalog.snapshot_count(uid)?;
         if count > 0 && !keep_snapshots {
             return Err(SnapshotError::VolumeHasSnapshots { name: name.to_owned(), count }.into());
@@ -220,10 +222,35 @@ impl<D: DataSide> Lifecycle<D> {
     }
 }
 
-/// The nodes that hold a volume, for people.
+/// So many nodes an error names, and so many bytes of their names: it is told in the headers of its answer, twice, of which clients take
+/// 16 KiB.
+const NODES_TOLD_MAX: usize = 16;
+const NODES_TOLD_BYTES_MAX: usize = 2048;
+
+/// The nodes that hold a volume, for people; of many the first.
 pub(super) fn nodes_of(held: &[(AttachmentRecord, AttachmentState)]) -> String {
-    let nodes: Vec<&str> = held.iter().map(|(held, _)| held.node_id.as_str()).collect();
-    nodes.join(", ")
+    nodes_told(held.iter().map(|(held, _)| held.node_id.as_str()))
+}
+
+/// Nodes for people: the first of them, and how many others there are.
+pub(super) fn nodes_told<'a>(nodes: impl Iterator<Item = &'a str>) -> String {
+    let (mut told, mut others) = (String::new(), 0);
+    for (index, node_id) in nodes.enumerate() {
+        let fits = index < NODES_TOLD_MAX && told.len() + node_id.len() <= NODES_TOLD_BYTES_MAX;
+        match index {
+            0 => told.push_str(node_id),
+            _ if fits && others == 0 => {
+                told.push_str(", ");
+                told.push_str(node_id);
+            }
+            _ => others += 1,
+        }
+    }
+    match others {
+        0 => told,
+        1 => format!("{told} and 1 other"),
+        others => format!("{told} and {others} others"),
+    }
 }
 
 /// What the system's error means for a volume whose storage was to be made or to grow.

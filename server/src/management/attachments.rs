@@ -53,8 +53,17 @@ impl<D: DataSide> ManagementService<D> {
         if force {
             caller.require_force()?;
         }
+        let only_if_granted = request.only_if_granted || caller.needs_grant(&node_id);
         let node_must_be_registered = request.node_must_be_registered;
-        let wanted = AttachWanted { node_id, boot_id, read_only, force, is_shared, node_must_be_registered };
+        let wanted = AttachWanted {
+            node_id,
+            boot_id,
+            read_only,
+            force,
+            is_shared,
+            node_must_be_registered,
+            only_if_granted,
+        };
         let give_up = Instant::now() + ATTACH_WAIT_MAX;
         loop {
             let outcome = self.try_give(&attachable, &wanted, data_addresses.clone()).await?;
@@ -187,12 +196,12 @@ impl<D: DataSide> ManagementService<D> {
         let limit = page_limit(request.page_size);
         let page = self.looking(move |lifecycle| {
             let mut found = lifecycle.catalog().list_attachments(&filter, &after, limit + 1)?;
-            let next_page_token = token.next_pair(&mut found, limit, |(volume_name, attachment)| {
-                format!("{volume_name}/{}", attachment.attachment_id)
+            let next_page_token = token.next_pair(&mut found, limit, |(volume_name, (held, _))| {
+                format!("{volume_name}/{}", held.attachment_id)
             });
             let attachments = found
                 .iter()
-                .map(|(name, attachment)| messages::attachment(lifecycle, name, attachment))
+                .map(|(name, (held, state))| messages::attachment(lifecycle, name, held, *state))
                 .collect();
             Ok(v1::ListAttachmentsResponse { attachments, next_page_token })
         });

@@ -88,9 +88,12 @@ audited! { calls {
     set_volume_content(SetVolumeContentRequest) -> Volume, "SetVolumeContent": name, attachment_id;
     delete_volume(DeleteVolumeRequest) -> DeleteVolumeResponse, "DeleteVolume": name, keep_snapshots;
     resize_volume(ResizeVolumeRequest) -> Volume, "ResizeVolume": name, capacity_bytes;
-    attach_volume(AttachVolumeRequest) -> AttachVolumeResponse, "AttachVolume": volume_name, node_id, force;
+    attach_volume(AttachVolumeRequest) -> AttachVolumeResponse, "AttachVolume": volume_name, node_id, force, only_if_granted;
     detach_volume(DetachVolumeRequest) -> DetachVolumeResponse, "DetachVolume": volume_name, node_id, attachment_id;
     list_attachments(ListAttachmentsRequest) -> ListAttachmentsResponse, "ListAttachments": volume_name, node_id;
+    create_grant(CreateGrantRequest) -> Grant, "CreateGrant": volume_name, node_id, read_only;
+    delete_grant(DeleteGrantRequest) -> DeleteGrantResponse, "DeleteGrant": volume_name, node_id;
+    list_grants(ListGrantsRequest) -> ListGrantsResponse, "ListGrants": volume_name, node_id;
     register_node(RegisterNodeRequest) -> RegisteredNode, "RegisterNode": node_id, boot_id, version;
     get_node(GetNodeRequest) -> RegisteredNode, "GetNode": node_id;
     list_nodes(ListNodesRequest) -> ListNodesResponse, "ListNodes": ;

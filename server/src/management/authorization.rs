@@ -4,12 +4,13 @@
 //! than whose attachment it is about. Called first in every method of `management/mod.rs`.
 //! A call without rights beside it did not come through `listener.rs`: it may do nothing.
 //!
-//! | call | a holder of `volnode:manage` | a holder of `volnode:node/N` | any other certificate |
-//! | --- | --- | --- | --- |
-//! | GetServerInfo | yes | yes | yes |
-//! | AttachVolume, DetachVolume, ListAttachments, SetVolumeContent | yes | for N; by force never | no |
-//! | RegisterNode, Heartbeat, GetNode | yes | for N | no |
-//! | all others | yes | no | no |
+//! | call | a holder of `volnode:manage` | a holder of `volnode:node/N` | a holder of `volnode:granted/N` | any other certificate |
+//! | --- | --- | --- | --- | --- |
+//! | GetServerInfo | yes | yes | yes | yes |
+//! | AttachVolume | yes | for N; by force never | for N what is granted to it; by force never | no |
+//! | DetachVolume, ListAttachments, ListGrants, SetVolumeContent | yes | for N | for N | no |
+//! | RegisterNode, Heartbeat, GetNode | yes | for N | for N | no |
+//! | all others | yes | no | no | no |
 
 use std::sync::Arc;
 
@@ -44,6 +45,11 @@ impl Caller {
         allow(self.0.may_attach_to(node_id), "speak for this node (volnode:node/<node_id>)")
     }
 
+    /// Whether it attaches to this node, to which it may, only what is granted.
+    pub(super) fn needs_grant(&self, node_id: &str) -> bool {
+        !self.0.may_attach_ungranted_to(node_id)
+    }
+
     /// For an attach that may end another node's attachment.
     pub(super) fn require_force(&self) -> Result<(), Status> {
         allow(self.may_manage(), "take volumes by force (volnode:manage)")
@@ -67,6 +73,7 @@ mod tests {
         for refused in [caller.require_manage(), caller.require_node("n"), caller.require_force()] {
             assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
         }
+        assert!(caller.needs_grant("n"));
     }
 
     #[test]
@@ -79,6 +86,7 @@ mod tests {
             caller.require_manage().is_ok()
                 && caller.require_node("").is_ok()
                 && caller.require_force().is_ok()
+                && !caller.needs_grant("n")
         );
     }
 }

@@ -6,8 +6,8 @@ use proto::v1;
 use tonic_types::StatusExt as _;
 
 use crate::catalog::{
-    AdoptedKind, AttachmentRecord, BackendKind, Content, SnapshotRecord, SnapshotState, Space, VolumeLimits,
-    VolumeRecord,
+    AdoptedKind, AttachmentRecord, AttachmentState, BackendKind, Content, GrantRecord, SnapshotRecord,
+    SnapshotState, Space, VolumeLimits, VolumeRecord,
 };
 use crate::lifecycle::{
     Attached, DataSide, Lifecycle, LifecycleError, Operation, SnapshotError, SpaceLevel, StorageSpace,
@@ -15,13 +15,14 @@ use crate::lifecycle::{
 use crate::status;
 use crate::volume::copying::CopyError;
 
-/// A volume with its attachments.
+/// A volume with its attachments and grants.
 pub(super) fn volume<D: DataSide>(
     lifecycle: &Lifecycle<D>,
     volume: &VolumeRecord,
 ) -> Result<v1::Volume, LifecycleError> {
     let data_side = lifecycle.data_side();
     let held = lifecycle.catalog().attachments_of_volume(volume.volume_uid)?;
+    let granted = lifecycle.catalog().grants_of_volume(volume.volume_uid)?;
     let settings = &volume.settings;
     let snapshot_count = lifecycle.catalog().snapshot_count(volume.volume_uid)?;
     let source_uid = lifecycle.catalog().source_of(volume.volume_uid)?;
@@ -40,7 +41,10 @@ pub(super) fn volume<D: DataSide>(
         allocated_bytes: data_side.allocated_bytes(volume),
         storage_incarnation: data_side.storage_incarnation(volume),
         created_at_ms: volume.created_at_ms,
-        attachments: held.iter().map(|(held, _)| attachment(lifecycle, &volume.name, held)).collect(),
+        attachments: held
+            .iter()
+            .map(|(held, state)| attachment(lifecycle, &volume.name, held, *state))
+            .collect(),
         labels: settings.labels.clone().into_iter().collect(),
         description: settings.description.clone(),
         is_protected: settings.is_protected,
@@ -59,6 +63,7 @@ pub(super) fn volume<D: DataSide>(
         adopted_identity,
         // Whoever asks for one volume looks; see `followed`.
         adopted_problem: String::new(),
+        grants: granted.iter().map(|granted| grant(&volume.name, granted)).collect(),
     })
 }
 
@@ -103,9 +108,10 @@ pub(super) fn snapshot<D: DataSide>(
         group_uid: snapshot.group_uid.to_string(),
         content: content(snapshot.content).into(),
         allocated_bytes: lifecycle.data_side().snapshot_allocated_bytes(snapshot),
-        attachments: held.iter().map(|(held, _)| attachment(lifecycle, &name, held)).collect(),
+        attachments: held.iter().map(|(held, state)| attachment(lifecycle, &name, held, *state)).collect(),
         frozen: snapshot.is_frozen,
         freeze_id: snapshot.freeze_id.map(|id| id.to_string()).unwrap_or_default(),
+        backend: backend(snapshot.backend).into(),
     })
 }
 
@@ -176,6 +182,7 @@ pub(super) fn attachment<D: DataSide>(
     lifecycle: &Lifecycle<D>,
     volume_name: &str,
     attachment: &AttachmentRecord,
+    state: AttachmentState,
 ) -> v1::Attachment {
     let access_mode = match (attachment.read_only, attachment.is_shared) {
         (false, false) => v1::AccessMode::SingleNodeWriter,
@@ -199,6 +206,18 @@ pub(super) fn attachment<D: DataSide>(
             true => attachment.volume_uid.to_string(),
             false => String::new(),
         },
+        is_ending: state == AttachmentState::Ending,
+    }
+}
+
+/// A grant.
+pub(super) fn grant(volume_name: &str, grant: &GrantRecord) -> v1::Grant {
+    v1::Grant {
+        volume_name: volume_name.to_owned(),
+        volume_uid: grant.volume_uid.to_string(),
+        node_id: grant.node_id.clone(),
+        read_only: grant.read_only,
+        created_at_ms: grant.created_at_ms,
     }
 }
 
@@ -209,7 +228,12 @@ pub(super) fn attached<D: DataSide>(
     data_addresses: Vec<String>,
 ) -> v1::AttachVolumeResponse {
     v1::AttachVolumeResponse {
-        attachment: Some(attachment(lifecycle, &attached.volume.name, &attached.attachment)),
+        attachment: Some(attachment(
+            lifecycle,
+            &attached.volume.name,
+            &attached.attachment,
+            AttachmentState::Active,
+        )),
         secret: if attached.hides_secret {
             String::new()
         } else {

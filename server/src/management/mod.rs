@@ -14,6 +14,7 @@ mod audited;
 mod authorization;
 mod diffs;
 mod fields;
+mod grants;
 pub mod listener;
 mod messages;
 mod named;
@@ -216,10 +217,9 @@ impl<D: DataSide> Management for ManagementService<D> {
         self.looking(move |lifecycle| {
             // One more than the page tells whether there is another.
             let mut found = lifecycle.catalog().list_volumes(&labels, &after, limit + 1)?;
-            let limit = settings_fields::fit_on_page(&found, limit);
-            let next_page_token = token.next(&mut found, limit, |volume| &volume.name);
             let volumes =
-                found.iter().map(|volume| messages::volume(lifecycle, volume)).collect::<Result<_, _>>()?;
+                settings_fields::fit_on_page(&found, limit, |volume| messages::volume(lifecycle, volume))?;
+            let next_page_token = token.next(&mut found, volumes.len() as u32, |volume| &volume.name);
             Ok(v1::ListVolumesResponse { volumes, next_page_token })
         })
         .await
@@ -335,10 +335,37 @@ impl<D: DataSide> Management for ManagementService<D> {
         }
         let lock = self.locked(name).await?;
         self.blocking(move |lifecycle| {
-            let volume = lifecycle.set_content(&lock, attachment_id, wanted)?;
+            let volume = match wanted {
+                Some(wanted) => lifecycle.set_content(&lock, attachment_id, wanted)?,
+                None => lifecycle.volume_of_attachment(&lock, attachment_id)?,
+            };
             messages::volume(lifecycle, &volume)
         })
         .await
+    }
+
+    async fn create_grant(
+        &self,
+        request: Request<v1::CreateGrantRequest>,
+    ) -> Result<Response<v1::Grant>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.make_grant(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_grant(
+        &self,
+        request: Request<v1::DeleteGrantRequest>,
+    ) -> Result<Response<v1::DeleteGrantResponse>, Status> {
+        Caller::of(request.extensions()).require_manage()?;
+        self.end_grant(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_grants(
+        &self,
+        request: Request<v1::ListGrantsRequest>,
+    ) -> Result<Response<v1::ListGrantsResponse>, Status> {
+        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
+        self.page_of_grants(request.into_inner()).await.map(Response::new)
     }
 
     async fn register_node(

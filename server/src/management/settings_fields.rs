@@ -4,12 +4,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use prost::Message;
 use proto::{label, v1};
 use tonic::Status;
 use uuid::Uuid;
 
 use super::fields::{self, Fields};
-use crate::catalog::{Content, NewVolume, VolumeLimits, VolumeRecord, VolumeSettings};
+use crate::catalog::{Content, NewVolume, VolumeLimits, VolumeSettings};
 use crate::lifecycle::{AdoptWanted, ContentWanted, LABELS_MAX, PropertiesWanted};
 
 /// Bytes of a description at most.
@@ -23,8 +24,8 @@ const BANDWIDTH_MIN: u64 = 1 << 20;
 const BANDWIDTH_MAX: u64 = 1 << 40;
 /// Seconds of unused limit at most.
 const BURST_SECONDS_MAX: u32 = 3600;
-/// What the labels and descriptions of one page may take, in bytes: a caller takes messages of 4 MB.
-const PAGE_BYTES_MAX: usize = 2 << 20;
+/// What the volumes of one page may take, in bytes, with their labels, grants and attachments: a caller takes messages of 4 MiB.
+const PAGE_BYTES_MAX: usize = 3 << 20;
 
 /// Labels; with `may_be_empty`, of which the value is not there.
 fn labels(
@@ -119,18 +120,22 @@ pub(super) fn label_filter(fields: &mut Fields, wanted: HashMap<String, String>)
     labels(fields, wanted, true)
 }
 
-/// How many of the first `limit` volumes fit into one message.
-pub(super) fn fit_on_page(found: &[VolumeRecord], limit: u32) -> u32 {
-    let mut bytes = 0;
-    let text_bytes = |volume: &VolumeRecord| {
-        let labels = volume.settings.labels.iter().map(|(key, value)| key.len() + value.len() + 16);
-        labels.sum::<usize>() + volume.settings.description.len()
-    };
-    let fit = found.iter().take(limit as usize).take_while(|volume| {
-        bytes += text_bytes(volume);
-        bytes <= PAGE_BYTES_MAX
-    });
-    (fit.count() as u32).max(1).min(limit)
+/// The messages of the first `limit` that were found, as far as they fit into one answer; of any the first.
+pub(super) fn fit_on_page<T, M: Message, E>(
+    found: &[T],
+    limit: u32,
+    mut message: impl FnMut(&T) -> Result<M, E>,
+) -> Result<Vec<M>, E> {
+    let (mut page, mut bytes) = (Vec::new(), 0);
+    for one in found.iter().take(limit as usize) {
+        let one = message(one)?;
+        bytes += one.encoded_len();
+        if bytes > PAGE_BYTES_MAX && !page.is_empty() {
+            break;
+        }
+        page.push(one);
+    }
+    Ok(page)
 }
 
 /// The volume, and what UpdateVolume wants of it.
@@ -158,12 +163,12 @@ pub(super) fn limits_wanted(request: v1::SetVolumeLimitsRequest) -> Result<(Stri
     Ok((name, limits))
 }
 
-/// The volume, the attachment that speaks, and what SetVolumeContent wants.
+/// The volume, the attachment that speaks, and what SetVolumeContent wants; `None`: to know what there is.
 pub(super) fn content_wanted(
     request: v1::SetVolumeContentRequest,
-) -> Result<(String, Uuid, ContentWanted), Status> {
+) -> Result<(String, Uuid, Option<ContentWanted>), Status> {
     let mut fields = Fields::default();
-    let content = request.content();
+    let (content, is_question) = (request.content(), request.content == 0);
     let name = fields.volume("name", request.name);
     let attachment_id = fields.attachment_id("attachment_id", &request.attachment_id);
     let wanted = match content {
@@ -171,9 +176,12 @@ pub(super) fn content_wanted(
         v1::VolumeContent::Written => Some(ContentWanted::Written),
         v1::VolumeContent::Unspecified | v1::VolumeContent::NeverWritten => None,
     };
-    fields.require(wanted.is_some(), "content", || "must be INITIALISING or WRITTEN".to_owned());
+    // A number that this version does not know is no question.
+    fields.require(is_question || wanted.is_some(), "content", || {
+        "must be INITIALISING or WRITTEN, or nothing to learn what it is".to_owned()
+    });
     fields.finish()?;
-    Ok((name, attachment_id, wanted.unwrap_or(ContentWanted::Written)))
+    Ok((name, attachment_id, wanted))
 }
 
 #[cfg(test)]
@@ -207,6 +215,43 @@ mod tests {
         assert!(!check(v1::VolumeLimits { read_bytes_per_second: 1000, ..Default::default() }));
         assert!(!check(v1::VolumeLimits { write_iops: u64::MAX, ..Default::default() }));
         assert!(!check(v1::VolumeLimits { burst_seconds: 3601, ..Default::default() }));
+    }
+
+    #[test]
+    fn what_a_volume_may_be_told_to_contain_is_known_and_only_nothing_is_a_question() {
+        let wanted = |content: i32| {
+            let attachment_id = Uuid::from_u128(7).to_string();
+            let name = "vol-1".to_owned();
+            content_wanted(v1::SetVolumeContentRequest { name, attachment_id, content })
+                .map(|(_, _, wanted)| wanted)
+                .map_err(|refused| refused.code())
+        };
+        assert_eq!(wanted(0), Ok(None));
+        assert_eq!(wanted(v1::VolumeContent::Written.into()), Ok(Some(ContentWanted::Written)));
+        for refused in [v1::VolumeContent::NeverWritten.into(), 99, -1] {
+            assert_eq!(wanted(refused), Err(tonic::Code::InvalidArgument), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_page_has_what_fits_with_all_that_belongs_to_it() {
+        let page = |grants: &[usize], limit| -> Vec<usize> {
+            let message = |count: &usize| {
+                let grant = v1::Grant { node_id: "n".repeat(256), ..Default::default() };
+                Ok::<_, std::convert::Infallible>(v1::Volume {
+                    grants: vec![grant; *count],
+                    ..Default::default()
+                })
+            };
+            let page = fit_on_page(grants, limit, message).unwrap();
+            let bytes: usize = page.iter().map(Message::encoded_len).sum();
+            assert!(page.len() == 1 || bytes < 4 << 20, "{bytes}");
+            page.iter().map(|volume| volume.grants.len()).collect()
+        };
+        assert_eq!(page(&[1, 2, 3], 2), [1, 2]);
+        assert_eq!(page(&[5000, 5000, 5000], 9), [5000, 5000]);
+        assert_eq!(page(&[50_000, 1], 9), [50_000], "one at least, or no list would go on");
+        assert_eq!(page(&[], 9), [0; 0]);
     }
 
     #[test]

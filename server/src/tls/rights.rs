@@ -10,6 +10,7 @@
 //! | --- | --- |
 //! | `volnode:volume/<name>` | open the volume of this name, by its name or through any attachment of it |
 //! | `volnode:node/<node_id>` | open what is attached to this node; and over the API attach to it, detach from it, and list |
+//! | `volnode:granted/<node_id>` | the same, but for what it attaches: only volumes that are granted to this node |
 //! | `volnode:manage` | call everything of the API |
 //! | `volnode:*` | all of it |
 //!
@@ -26,6 +27,7 @@ enum Grant {
     Manage,
     Volume(String),
     Node(String),
+    GrantedNode(String),
 }
 
 /// What a client may do.
@@ -54,7 +56,7 @@ impl Rights {
             Grant::Everything => true,
             Grant::Manage => false,
             Grant::Volume(name) => name == volume_name,
-            Grant::Node(id) => node_id == Some(id),
+            Grant::Node(id) | Grant::GrantedNode(id) => node_id == Some(id),
         })
     }
 
@@ -63,8 +65,15 @@ impl Rights {
         self.0.iter().any(|grant| matches!(grant, Grant::Everything | Grant::Manage))
     }
 
-    /// Whether volumes may be attached to this node and detached from it.
+    /// Whether volumes may be attached to this node and detached from it; some or all of them, as
+    /// [`Self::may_attach_ungranted_to`] says.
     pub fn may_attach_to(&self, node_id: &str) -> bool {
+        let is_granted_node = |grant: &Grant| matches!(grant, Grant::GrantedNode(id) if id == node_id);
+        self.may_attach_ungranted_to(node_id) || self.0.iter().any(is_granted_node)
+    }
+
+    /// Whether also those that are not granted to it.
+    pub fn may_attach_ungranted_to(&self, node_id: &str) -> bool {
         self.may_manage() || self.0.iter().any(|grant| matches!(grant, Grant::Node(id) if id == node_id))
     }
 }
@@ -76,6 +85,7 @@ fn grant(name: &str) -> Option<Grant> {
         name => match name.split_once('/')? {
             ("volume", volume) if !volume.is_empty() => Some(Grant::Volume(volume.to_owned())),
             ("node", node_id) if !node_id.is_empty() => Some(Grant::Node(node_id.to_owned())),
+            ("granted", node_id) if !node_id.is_empty() => Some(Grant::GrantedNode(node_id.to_owned())),
             _ => None,
         },
     }
@@ -103,6 +113,20 @@ mod tests {
         assert!(node.may_open("a", Some("node-1")));
         assert!(!node.may_open("a", Some("node-2")) && !node.may_open("node-1", None));
         assert!(node.may_attach_to("node-1") && !node.may_attach_to("node-2") && !node.may_manage());
+    }
+
+    #[test]
+    fn a_granted_node_opens_the_same_and_attaches_only_what_is_granted() {
+        let node = rights(&["volnode:granted/node-1"]);
+        assert!(node.may_open("a", Some("node-1")) && node.may_attach_to("node-1"));
+        assert!(!node.may_open("a", Some("node-2")) && !node.may_open("a", None));
+        assert!(
+            !node.may_attach_ungranted_to("node-1") && !node.may_attach_to("node-2") && !node.may_manage()
+        );
+        // Rights add up.
+        let both = rights(&["volnode:granted/node-1", "volnode:node/node-1"]);
+        assert!(both.may_attach_ungranted_to("node-1"));
+        assert_eq!(rights(&["volnode:granted/", "volnode:granted"]), Rights::nothing());
     }
 
     #[test]

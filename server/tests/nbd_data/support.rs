@@ -175,6 +175,7 @@ impl Server {
             read_only,
             boot_id: String::new(),
             is_shared: false,
+            only_if_granted: false,
         };
         self.catalog.add_attachment(&new).unwrap()
     }

@@ -1,4 +1,4 @@
-//! The node API as a test asks it: what is attached, without starting a program.
+//! The node API as a test asks it: what is attached, without starting a program; and starting the daemon with options.
 //!
 //! Tests ask for the state of an attachment far more often than users do, many times in a wait, and on an emulated processor
 //! volctl takes a third of a second to say what the daemon says in some milliseconds. That volctl shows the same, name by
@@ -46,6 +46,15 @@ fn ask<T>(
 }
 
 impl StorageNode {
+    /// Starts the node daemon with these options, which its later starts have as well.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_client_with(&mut self, options: &[&str]) -> Result<()> {
+        self.client_options = options.iter().map(|&option| option.to_owned()).collect();
+        self.start_client()
+    }
+
     /// Freezes what is mounted of the volumes, as volctl does before a snapshot; gives the freeze's id.
     ///
     /// # Errors
@@ -110,6 +119,7 @@ fn shown(attachment: &v1::NodeAttachment) -> Value {
         "stall_fail_after_ms": attachment.stall_fail_after_ms,
         "reconnects": attachment.reconnects,
         "program_version": attachment.program_version,
+        "only_if_granted": attachment.only_if_granted,
     })
 }
 

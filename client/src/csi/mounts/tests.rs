@@ -213,6 +213,35 @@ fn all_that_is_stacked_goes() {
 }
 
 #[test]
+fn the_uppermost_mount_is_the_one_that_the_path_ends_on() {
+    in_own_namespace(|place| {
+        let target = place.target("target", TargetKind::Directory);
+        let sources = ["first", "second"].map(|name| place.target(name, TargetKind::Directory));
+        for source in &sources {
+            bind(source.open().unwrap(), MountAttrFlags::empty(), &target).unwrap();
+        }
+        let mounts = mounts_at(&target).unwrap();
+        assert_eq!(mounts.len(), 2);
+        assert_eq!(mounts[1].mount_id, mountinfo::mount_id(target.open().unwrap()).unwrap());
+        assert!(mounts[1].root.ends_with("second"), "{mounts:?}");
+        assert_eq!(unmount_all(&target).unwrap(), 2);
+    });
+}
+
+#[test]
+fn a_mount_below_a_shared_directory_is_seen_outside() {
+    in_own_namespace(|place| {
+        let source = place.target("source", TargetKind::Directory);
+        let directory = place.target("pods", TargetKind::Directory);
+        bind(source.open().unwrap(), MountAttrFlags::empty(), &directory).unwrap();
+        assert!(!is_seen_outside(directory.open().unwrap()).unwrap());
+        mount_change(place.root.join("pods"), MountPropagationFlags::SHARED).unwrap();
+        assert!(is_seen_outside(directory.open().unwrap()).unwrap());
+        assert_eq!(unmount_all(&directory).unwrap(), 1);
+    });
+}
+
+#[test]
 fn what_is_in_use_stays_mounted_and_is_told() {
     in_own_namespace(|place| {
         let source = place.target("source", TargetKind::Directory);

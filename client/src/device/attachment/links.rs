@@ -11,6 +11,7 @@ use daemon_log::THREAD_LIMITS;
 
 use super::made::Made;
 use crate::causes::with_sources;
+use crate::contract::state_reasons::{IO_FAILS, IO_WAITS};
 use crate::contract::{DeviceSpec, DeviceState, ExportSpec, SendZc, StallPolicy};
 use crate::device::connect::data_socket::DataSocket;
 use crate::device::connect::redial::Attempt;
@@ -225,10 +226,8 @@ impl Links {
         let (state, reason) = match self.reconnect.condition() {
             Condition::Live => (DeviceState::Live, String::new()),
             Condition::Slow(reason) => (DeviceState::Live, reason),
-            Condition::Stalled(reason) => (DeviceState::Stalled, format!("I/O waits: {reason}")),
-            Condition::Failing(reason) => {
-                (DeviceState::Stalled, format!("I/O fails until the server is back: {reason}"))
-            }
+            Condition::Stalled(reason) => (DeviceState::Stalled, format!("{IO_WAITS}: {reason}")),
+            Condition::Failing(reason) => (DeviceState::Stalled, format!("{IO_FAILS}: {reason}")),
             Condition::Lost(reason) => (DeviceState::Failed, reason),
         };
         let is = status.status();

@@ -275,5 +275,6 @@ mod tests {
         let ended = SlotError::Ended { address: "server:1".to_owned(), reason: "fenced".to_owned() };
         let Some(Attempt::Refused(reason)) = world.dialled(Err(ended)) else { panic!("it goes on") };
         assert!(reason.contains("fenced"), "{reason}");
+        assert!(crate::contract::state_reasons::is_the_servers(&reason), "{reason}");
     }
 }

@@ -10,6 +10,7 @@ use proto::v1;
 use proto::volume_name::partition_of;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
+use tonic::Code;
 use ublk_core::DataPath;
 use uuid::Uuid;
 
@@ -46,14 +47,22 @@ impl Supervisor {
         request: v1::AttachRequest,
     ) -> Result<v1::AttachResponse, NodeError> {
         let target = Target::parse(&request.target)?;
-        let wishes = Wishes::of(&request, &target)?;
+        let mut wishes = Wishes::of(&request, &target)?;
         let _guard = self.locks.lock(&target.to_string()).await;
         let (found, attached): (Vec<_>, Vec<_>) = AttachmentRecord::read_all(&self.config.run_dir)?
             .into_iter()
             .partition(|record| record.target().as_ref() == Some(&target));
         let found = found.into_iter().next();
+        // What was made under a grant is not made anew without one, whoever asks.
+        wishes.only_if_granted |= found.as_ref().is_some_and(|record| record.spec.only_if_granted);
+        if wishes.only_if_granted {
+            self.require_grant(&target, &wishes).await?;
+        }
         if let Some(record) = &found {
-            if let Some(attachment) = self.reuse(record, &wishes).await? {
+            if let Some(mut attachment) = self.reuse(record, &wishes).await? {
+                if wishes.only_if_granted {
+                    attachment = self.hold_under_grant(&target, record).await?;
+                }
                 return Ok(v1::AttachResponse { attachment: Some(attachment), existed: true });
             }
             remove_device_and_link(&record.spec, false).await?;
@@ -86,6 +95,51 @@ impl Supervisor {
         Ok(v1::AttachResponse { attachment: Some(attachment), existed: false })
     }
 
+    /// Makes sure that the volume is granted to this node. The server looks again when it is attached; but what is a disk here already
+    /// is not attached again, and a server that knows no grants would attach without one.
+    async fn require_grant(&self, target: &Target, wishes: &Wishes) -> Result<(), NodeError> {
+        let name = target.to_string();
+        let (why, next) = match self.management.grant_of(&name, &self.config.node_id).await {
+            Ok(None) => ("is not granted to this node", "grant it to this node first (volctl grant create)"),
+            Ok(Some(grant)) if grant.read_only && !wishes.read_only => {
+                let next = "attach it read-only, or take the grant away and make another (volctl grant)";
+                ("is granted to this node read-only", next)
+            }
+            Ok(Some(_)) => return Ok(()),
+            Err(NodeError::Refused(status)) if status.code() == Code::Unimplemented => {
+                let why = "cannot be granted: the storage server is of a version that knows no grants";
+                (why, "upgrade volserver, or attach it without asking for a grant")
+            }
+            Err(error) => return Err(error),
+        };
+        Err(NodeError::NotGranted { target: name, why, next })
+    }
+
+    /// Makes sure that the server has not ended the attachment of a disk that is there, which may not have noticed yet; and notes
+    /// that whoever asks for it has a grant.
+    async fn hold_under_grant(
+        &self,
+        target: &Target,
+        found: &AttachmentRecord,
+    ) -> Result<v1::NodeAttachment, NodeError> {
+        let target = target.to_string();
+        let held = self.management.attachments_of(&target, &self.config.node_id).await?;
+        let attachment_id = found.spec.attachment_id.to_string();
+        let is_held = |attachment: &v1::Attachment| attachment.attachment_id == attachment_id;
+        if !held.iter().any(|attachment| is_held(attachment) && !attachment.is_ending) {
+            let why = "the storage server has ended its attachment".to_owned();
+            return Err(NodeError::DeviceFailed { target, why });
+        }
+        // Another process may have taken the device on, by another spec.
+        let record = AttachmentRecord::read(found.dir.clone())?;
+        let mut record = record.ok_or(NodeError::NotAttached { target })?;
+        if !record.spec.only_if_granted {
+            record.spec.only_if_granted = true;
+            write_file(&record.dir.spec(), &record.spec)?;
+        }
+        Ok(record.to_proto())
+    }
+
     /// The attachment that is there, if it serves; `None` if it is dead.
     async fn reuse(
         self: &Arc<Self>,
@@ -107,7 +161,15 @@ impl Supervisor {
                 return Err(NodeError::DeviceFailed { target: target.clone(), why });
             }
             // It is there, and its I/O waits or fails as it was asked to.
-            v1::DeviceState::Stalled => return Ok(Some(record.to_proto())),
+            v1::DeviceState::Stalled => {
+                return match wishes.other_access(&record.spec) {
+                    None => Ok(Some(record.to_proto())),
+                    Some(difference) => {
+                        let (target, differences) = (target.clone(), vec![difference]);
+                        Err(NodeError::AttachedDifferently { target, differences })
+                    }
+                };
+            }
             v1::DeviceState::Starting | v1::DeviceState::Live => {}
         }
         let status = match device_process::wait_until_live(&record.dir, target, None).await? {
@@ -130,8 +192,9 @@ impl Supervisor {
         previous: Option<&AttachmentRecord>,
     ) -> Result<NewAttachment, NodeError> {
         let name = &target.to_string();
+        let (node_id, mode) = (&self.config.node_id, wishes.access_mode());
         let granted =
-            self.management.attach_volume(name, &self.config.node_id, wishes.access_mode(), force).await?;
+            self.management.attach_volume(name, node_id, mode, force, wishes.only_if_granted).await?;
         let previous_epoch = previous.map_or(0, |record| match record.spec.export {
             ExportSpec::Attachment { session_epoch, .. } => session_epoch,
             ExportSpec::Nbd { .. } => 0,
@@ -202,6 +265,7 @@ impl Supervisor {
             busy_poll_us: wishes.busy_poll_us.unwrap_or(unasked.busy_poll_us),
             send_zc: wishes.send_zc_mode == SendZcMode::On,
             send_zc_mode: Some(wishes.send_zc_mode),
+            only_if_granted: wishes.only_if_granted,
             ..unasked
         }
     }

@@ -30,6 +30,8 @@ pub(super) struct Wishes {
     pub(super) on_stall: StallPolicy,
     pub(super) busy_poll_us: Option<u16>,
     pub(super) send_zc_mode: SendZcMode,
+    /// Not without a grant of the server's.
+    pub(super) only_if_granted: bool,
 }
 
 impl Wishes {
@@ -55,6 +57,10 @@ impl Wishes {
                 ),
             });
         }
+        if request.only_if_granted && !matches!(target, Target::Volume(_)) {
+            let message = "only volumes of the storage server are granted".to_owned();
+            return Err(NodeError::InvalidField { field: "only_if_granted", message });
+        }
         Ok(Self {
             read_only: request.read_only || is_snapshot,
             shared: request.shared || is_snapshot,
@@ -65,6 +71,7 @@ impl Wishes {
             on_stall: stall_policy(request.on_stall(), request.stall_fail_after_ms),
             busy_poll_us: limited("busy_poll_us", request.busy_poll_us, BUSY_POLL_US_MAX)?,
             send_zc_mode: send_zc_mode(request),
+            only_if_granted: request.only_if_granted,
         })
     }
 
@@ -78,16 +85,19 @@ impl Wishes {
         }
     }
 
+    /// That an attachment may write and is not to, or the other way round, for people; which is known of one without a device, too.
+    pub(super) fn other_access(&self, spec: &DeviceSpec) -> Option<String> {
+        let (is, wished) = (spec.read_only, self.read_only);
+        (is != wished).then(|| format!("read_only {is} instead of {wished}"))
+    }
+
     /// In what an attachment is otherwise than wished, for people. What was asked for and could not be had in full, such
     /// as more queues than there are processors, may be asked for again.
     pub(super) fn differences(&self, spec: &DeviceSpec, in_use: &DeviceStatus) -> Vec<String> {
-        let mut differences = Vec::new();
+        let mut differences: Vec<String> = self.other_access(spec).into_iter().collect();
         let mut differ = |name: &str, is: &dyn Display, wished: &dyn Display| {
             differences.push(format!("{name} {is} instead of {wished}"));
         };
-        if spec.read_only != self.read_only {
-            differ("read_only", &spec.read_only, &self.read_only);
-        }
         // `auto` leaves the choice.
         let is_sent_zc = spec.send_zc_mode();
         if self.send_zc_mode != SendZcMode::Auto && self.send_zc_mode != is_sent_zc {
@@ -142,6 +152,19 @@ mod tests {
             let asked = v1::AttachRequest { read_only, shared, ..request() };
             let wishes = Wishes::of(&asked, &Target::parse("vol-1@s").unwrap()).unwrap();
             assert_eq!(wishes.access_mode(), v1::AccessMode::MultiNodeReaderOnly);
+        }
+    }
+
+    #[test]
+    fn nothing_but_a_volume_is_asked_for_under_a_grant() {
+        let asked = v1::AttachRequest { only_if_granted: true, ..request() };
+        assert!(of(&asked).unwrap().only_if_granted && !of(&request()).unwrap().only_if_granted);
+        for other in ["vol-1@s", "nbd://h/vol-1"] {
+            let refused = Wishes::of(&asked, &Target::parse(other).unwrap());
+            assert!(
+                matches!(refused, Err(NodeError::InvalidField { field: "only_if_granted", .. })),
+                "{refused:?}"
+            );
         }
     }
 

@@ -36,7 +36,14 @@ fn create(catalog: &Catalog, name: &str) -> VolumeRecord {
 
 fn attach(catalog: &Catalog, volume_uid: Uuid, node_id: &str, is_shared: bool) -> AttachmentRecord {
     let node_id = node_id.to_owned();
-    let new = NewAttachment { volume_uid, node_id, read_only: is_shared, boot_id: String::new(), is_shared };
+    let new = NewAttachment {
+        volume_uid,
+        node_id,
+        read_only: is_shared,
+        boot_id: String::new(),
+        is_shared,
+        only_if_granted: false,
+    };
     catalog.add_attachment(&new).unwrap()
 }
 
@@ -158,6 +165,7 @@ fn snapshots_their_attachments_and_nodes_are_told() {
         read_only: true,
         boot_id: "b".to_owned(),
         is_shared: true,
+        only_if_granted: false,
     };
     let attachment = catalog.add_snapshot_attachment(&new).unwrap();
     let node = NodeFacts { node_id: "n".to_owned(), ..NodeFacts::default() };

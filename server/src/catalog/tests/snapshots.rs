@@ -15,6 +15,7 @@ fn a_snapshot_has_attachments_of_its_own_which_go_with_it() {
         read_only: true,
         boot_id: "boot".to_owned(),
         is_shared: true,
+        only_if_granted: false,
     };
     let readers = ["node-a", "node-b"].map(|node_id| catalog.add_snapshot_attachment(&new(node_id)).unwrap());
     let unknown = NewAttachment { volume_uid: volume.volume_uid, ..new("node-a") };
@@ -24,7 +25,7 @@ fn a_snapshot_has_attachments_of_its_own_which_go_with_it() {
     assert_eq!(catalog.attached_snapshot(volume.volume_uid).unwrap(), Some(snapshot_uid));
     let listed = |filter: &AttachmentFilter, after: &ListedAttachment| {
         let found = catalog.list_attachments(filter, after, 9).unwrap();
-        found.into_iter().map(|(name, held)| format!("{name} {}", held.node_id)).collect::<BTreeSet<_>>()
+        found.into_iter().map(|(name, (held, _))| format!("{name} {}", held.node_id)).collect::<BTreeSet<_>>()
     };
     let (all, first) = (AttachmentFilter::default(), ListedAttachment::default());
     let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
@@ -37,6 +38,10 @@ fn a_snapshot_has_attachments_of_its_own_which_go_with_it() {
 
     catalog.raise_session_epoch(readers[0].attachment_id, 3).unwrap();
     catalog.end_attachment(readers[0].attachment_id, true).unwrap();
+    let listed = catalog.list_attachments(&of_snapshot, &first, 9).unwrap();
+    let ending = listed.iter().filter(|(_, (_, state))| *state == AttachmentState::Ending);
+    let ending: Vec<Uuid> = ending.map(|(_, (held, _))| held.attachment_id).collect();
+    assert_eq!(ending, [readers[0].attachment_id]);
     assert_eq!(catalog.remove_ending_attachments().unwrap(), 1, "as at a start");
     assert!(catalog.attachment(readers[1].attachment_id).unwrap().is_some());
     drop(catalog);

@@ -100,9 +100,16 @@ fn content_goes_from_never_written_by_way_of_one_attachment_to_written() {
     create_never_written(&bench);
     let first = bench.attach("vol-1", "node-a", false).unwrap();
     let by = |attached: &Attached| Content::Initialising { attachment_id: attached.attachment.attachment_id };
+    let told = |attached: &Attached| {
+        let lock = bench.locks.blocking_lock("vol-1");
+        let volume = bench.lifecycle.volume_of_attachment(&lock, attached.attachment.attachment_id);
+        volume.map(|volume| volume.settings.content)
+    };
+    assert_eq!(told(&first).unwrap(), Content::NeverWritten);
     for _ in 0..2 {
         assert_eq!(set_content(&bench, &first, Initialising).unwrap(), by(&first), "it may start again");
     }
+    assert_eq!(told(&first).unwrap(), by(&first));
     // Taken away by force, before it is drained.
     bench.double().change(|state| state.fence_error = true);
     assert!(bench.attach("vol-1", "node-b", true).is_err());
@@ -112,6 +119,7 @@ fn content_goes_from_never_written_by_way_of_one_attachment_to_written() {
         is_refused(set_content(&bench, &first, Written)),
         SettingsError::NoSuchAttachment { .. }
     ));
+    assert!(told(&first).is_err(), "it is over");
     assert!(matches!(
         is_refused(set_content(&bench, &second, Written)),
         SettingsError::ContentRefused { .. }

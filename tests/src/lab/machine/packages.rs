@@ -88,6 +88,14 @@ const PACKAGES: [Package; 28] = [
 const GRPCURL: GoProgram =
     GoProgram { name: "grpcurl", package: "github.com/fullstorydev/grpcurl/cmd/grpcurl", version: "v1.9.3" };
 
+/// The CSI conformance suite, the same. Older ones know nothing of CSI 1.13's health calls.
+const CSI_SANITY: GoProgram = GoProgram {
+    name: "csi-sanity",
+    package: "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity",
+    version: "v5.6.0",
+};
+const GO_PROGRAMS: [&GoProgram; 2] = [&GRPCURL, &CSI_SANITY];
+
 /// A program that is built of a Go module.
 struct GoProgram {
     name: &'static str,
@@ -110,7 +118,7 @@ const VERSION_DEADLINE: Duration = Duration::from_secs(20);
 /// Something is missing or too old and cannot be installed: not Debian, not root, no network. The error names it.
 pub(crate) fn ensure_installed(workspace: &Workspace) -> Result<()> {
     ensure(workspace, PACKAGES.iter().chain(&QEMU_PACKAGES))?;
-    ensure_go_program(workspace, &GRPCURL)?;
+    GO_PROGRAMS.iter().try_for_each(|program| ensure_go_program(workspace, program))?;
     // A newer one is somebody's own: it serves, but the ruler's figures may be others.
     let found = version_of(QEMU, "--version").context("QEMU is installed but does not run")?;
     if found > QEMU_SERIES {
@@ -126,7 +134,7 @@ pub(crate) fn ensure_installed(workspace: &Workspace) -> Result<()> {
 /// As [`ensure_installed`].
 pub(crate) fn ensure_tools(workspace: &Workspace) -> Result<()> {
     ensure(workspace, PACKAGES.iter().chain(&QEMU_PACKAGES[1..]))?;
-    ensure_go_program(workspace, &GRPCURL)
+    GO_PROGRAMS.iter().try_for_each(|program| ensure_go_program(workspace, program))
 }
 
 fn ensure<'a>(workspace: &Workspace, packages: impl Iterator<Item = &'a Package>) -> Result<()> {

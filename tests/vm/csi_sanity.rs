@@ -1,0 +1,133 @@
+//! The CSI plugin with real disks, as csi-sanity, the conformance suite of the Kubernetes project, drives it.
+//!
+//! The suite plays an orchestrator and kubelet. Every spec that the plugin's capabilities ask for runs: one that is left out fails the
+//! test, since a capability that is not declared would leave out its specs without a word.
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use testlab::harness::{Env, Test};
+use testlab::seed;
+use testlab::shell::{run, wait_for};
+use testlab::storage_node::StorageNode;
+
+pub(crate) const TESTS: &[Test] = &[
+    Test::new("csi_sanity::the_conformance_suite_passes_with_ext4", passes_with_ext4).within(600).once(),
+    Test::new("csi_sanity::the_conformance_suite_passes_with_block_volumes", passes_with_block_volumes)
+        .within(600)
+        .once(),
+    Test::new("csi_sanity::the_conformance_suite_passes_with_xfs", passes_with_xfs).within(600).once().long(),
+];
+
+/// The suite's closing line: one spec is pending in the suite itself, and stays so. The one that is skipped asks for a limit of volumes by
+/// node, which nobody enforces yet.
+const CLOSING: &str = "101 Passed | 0 Failed | 1 Pending | 1 Skipped";
+/// Where the node is, and the server's volumes.
+const PLACE: &str = "topology.volnode.io/zone=z1";
+/// The suite takes so many seeds.
+const SUITE_SEEDS: u64 = 1 << 31;
+/// A plugin that is not ready by then is not coming.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The plugin with a kubelet's directory; killed, and what it mounted unmounted, when dropped.
+struct Plugin {
+    child: Child,
+    kubelet: PathBuf,
+    log: PathBuf,
+}
+
+impl Plugin {
+    /// Starts it once the server knows the node.
+    fn start(env: &Env, node: &StorageNode) -> Result<Self> {
+        let kubelet = env.directory.join("kubelet");
+        fs::create_dir(&kubelet)?;
+        // What is mounted below is seen outside the pod, as kubelet's DaemonSets ask for.
+        run("mount", &["--bind".as_ref(), kubelet.as_os_str(), kubelet.as_os_str()])?;
+        run("mount", &["--make-shared".as_ref(), kubelet.as_os_str()])?;
+        let log = env.directory.join("volcsi.log");
+        let mut command = node.program("volcsi");
+        command
+            .args(["--topology", PLACE])
+            .arg("--endpoint")
+            .arg(endpoint(&kubelet))
+            .arg("--kubelet-dir")
+            .arg(&kubelet);
+        let child = command.stdout(Stdio::piped()).stderr(File::create(&log)?).spawn().context("volcsi")?;
+        let mut plugin = Self { child, kubelet, log };
+        let mut ready = String::new();
+        let stdout = plugin.child.stdout.take().context("its stdout")?;
+        BufReader::new(stdout).read_line(&mut ready)?;
+        ensure!(ready.starts_with("volcsi ready: "), "not ready: {ready:?}, {}", plugin.logged());
+        wait_for("the server to know the node", READY_DEADLINE, || {
+            let listed = node.volctl(&["node", "list", "--output", "json"])?.succeeded()?;
+            let nodes: serde_json::Value = serde_json::from_str(&listed)?;
+            Ok(nodes.as_array().is_some_and(|nodes| !nodes.is_empty()).then_some(()))
+        })?;
+        Ok(plugin)
+    }
+
+    fn logged(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Plugin {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+        run("umount", &["--recursive".as_ref(), "--lazy".as_ref(), self.kubelet.as_os_str()]).ok();
+    }
+}
+
+fn endpoint(kubelet: &Path) -> String {
+    format!("unix://{}", kubelet.join("csi.sock").display())
+}
+
+fn passes_with_ext4(env: &Env) -> Result<()> {
+    passes(env, "mount", "ext4", 64)
+}
+
+fn passes_with_xfs(env: &Env) -> Result<()> {
+    // Smaller ones mkfs.xfs refuses.
+    passes(env, "mount", "xfs", 300)
+}
+
+fn passes_with_block_volumes(env: &Env) -> Result<()> {
+    passes(env, "block", "ext4", 16)
+}
+
+/// Runs the suite with volumes of so many MiB, in an order of the seed's.
+fn passes(env: &Env, access_type: &str, fs_type: &str, mebibytes: u64) -> Result<()> {
+    // Snapshots and clones want a file system that shares blocks.
+    let mut node = StorageNode::start_on_xfs(env)?;
+    node.kill_client()?;
+    node.start_client_with(&["--label", PLACE])?;
+    let plugin = Plugin::start(env, &node)?;
+    let parameters = env.directory.join("parameters.yaml");
+    fs::write(&parameters, format!("csi.storage.k8s.io/fstype: {fs_type}\n"))?;
+    let mutable = env.directory.join("mutable.yaml");
+    fs::write(&mutable, "readIops: \"100000\"\n")?;
+    let mut suite = Command::new("csi-sanity");
+    suite.arg("--csi.endpoint").arg(endpoint(&plugin.kubelet));
+    for (option, place) in [("--csi.stagingdir", "staging"), ("--csi.mountdir", "target")] {
+        suite.arg(option).arg(plugin.kubelet.join(place));
+    }
+    suite.args(["--csi.testvolumeaccesstype", access_type]);
+    suite.arg("--csi.testvolumesize").arg((mebibytes << 20).to_string());
+    suite.arg("--csi.testvolumeexpandsize").arg((mebibytes << 21).to_string());
+    suite.arg("--csi.testvolumeparameters").arg(&parameters);
+    suite.arg("--csi.testvolumemutableparameters").arg(&mutable);
+    suite.args(["--ginkgo.no-color", "--ginkgo.randomize-all", "--ginkgo.seed"]);
+    suite.arg((seed::choose()? % SUITE_SEEDS).to_string()).stdin(Stdio::null());
+    let output = suite.output().context("cannot run csi-sanity, which the lab builds")?;
+    let told = String::from_utf8_lossy(&output.stdout);
+    println!("{}", told.lines().rfind(|line| line.contains("Passed")).unwrap_or("no closing line"));
+    if !output.status.success() || !told.contains(CLOSING) {
+        bail!("{}\n{told}\n---- volcsi ----\n{}", output.status, plugin.logged());
+    }
+    Ok(())
+}
