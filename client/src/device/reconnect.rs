@@ -17,11 +17,17 @@
 //! still be in the hands of the server, on the connection that was lost; were another queue served meanwhile, it could land on
 //! top of what was written there later. The server grants a slot only when the I/O of the one before it has ended.
 //!
+//! A server that tells no incarnation (a foreign one) may be another process at each dial. There the loss of one queue's connections is
+//! the loss of all: what another queue's tell may be the word of a process that is gone, and a FLUSH through new ones covers nothing of
+//! it. No queue is connected before all have dropped theirs, and then all together. But such servers may grant fewer connections than
+//! there are queues: who cannot get one is not waited for long. When it has one later, all come together once more.
+//!
 //! Invariants:
 //! - a queue gets connections only of the incarnation that all others have;
 //! - after a request was given up no queue has a connection until every queue can have one;
 //! - whether the server forgot anything is judged only when no queue has a connection: an acknowledgement of the former
 //!   incarnation could still arrive on one;
+//! - of a server that tells no incarnation, no queue gets connections while another has some that were dialled earlier;
 //! - after `lost for good` no queue gets a connection again.
 //!
 //! A server that owes replies and sends nothing is not left, and does not use up the time after which requests fail, while it
@@ -39,6 +45,16 @@ use crate::contract::StallPolicy;
 const TOLD_SILENCE: Duration = Duration::from_secs(20);
 /// Until a dial that could not be begun is tried again.
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
+
+/// So many attempts of a queue to get connections are waited for before the others are connected without it, where a server may grant
+/// too few. More than one: it may still count those that it has just lost. Twice as many whenever the others were connected too soon.
+const ATTEMPTS_AWAITED: u32 = 3;
+const ATTEMPTS_AWAITED_MAX: u32 = 48;
+/// Why a queue drops connections to a server that tells no incarnation.
+const GO_TOGETHER: &str =
+    "another queue's connections were lost, and the server does not say whether it is the same";
+const COME_TOGETHER: &str =
+    "another queue is connected anew, and the server does not say whether it is the same";
 
 /// What is to be done, in this order.
 #[derive(Debug, PartialEq, Eq)]
@@ -86,6 +102,12 @@ pub enum Condition {
 pub struct Reconnect<S> {
     queues: Vec<QueueState<S>>,
     incarnation: String,
+    /// The server tells no incarnation.
+    is_untold: bool,
+    /// By queue: attempts to get connections that have failed since it lost the last.
+    failed_attempts: Vec<u32>,
+    /// How many of them others wait for.
+    attempts_awaited: u32,
     /// Left for good: who comes with one of these was dialled before its server went.
     former_incarnations: Vec<String>,
     /// By queue: the former incarnation that its last dial told, which may have begun before the present one was known.
@@ -112,11 +134,14 @@ pub struct Reconnect<S> {
 }
 
 impl<S> Reconnect<S> {
-    /// All queues have connections of this incarnation.
+    /// All queues have connections of this incarnation; empty for a server that tells none.
     pub fn new(nr_hw_queues: u16, incarnation: String, policy: StallPolicy, probes: Probes) -> Self {
         Self {
             queues: (0..nr_hw_queues).map(|_| QueueState::Up).collect(),
+            is_untold: incarnation.is_empty(),
             incarnation,
+            failed_attempts: vec![0; usize::from(nr_hw_queues)],
+            attempts_awaited: ATTEMPTS_AWAITED,
             former_incarnations: Vec::new(),
             doubted: vec![None; usize::from(nr_hw_queues)],
             not_begun: vec![None; usize::from(nr_hw_queues)],
@@ -150,13 +175,16 @@ impl<S> Reconnect<S> {
         has_unflushed: impl FnOnce() -> bool,
         outputs: &mut Vec<Output<S>>,
     ) {
-        if lost.served_nothing {
+        let index = usize::from(queue_id);
+        let goes_along = self.is_untold && matches!(self.queues[index], QueueState::Closing);
+        if lost.served_nothing && !goes_along {
             self.refusals = self.refusals.saturating_add(1);
-        } else {
+        } else if !goes_along {
             (self.former_outage, self.refusals) = (None, 0);
         }
-        self.queues[usize::from(queue_id)] = QueueState::Down;
-        self.silences[usize::from(queue_id)] = None;
+        self.queues[index] = QueueState::Down;
+        self.silences[index] = None;
+        self.failed_attempts[index] = 0;
         self.look_for_slowness(now);
         if self.lost.is_some() {
             outputs.push(Output::GiveUp(queue_id));
@@ -170,6 +198,9 @@ impl<S> Reconnect<S> {
                 self.outage = Some((clock, reason.to_owned()));
                 self.attempt.clear();
             }
+        }
+        if self.is_untold {
+            self.close_all(GO_TOGETHER, outputs);
         }
         self.give_up(outputs);
         outputs.push(Output::Dial(queue_id));
@@ -217,8 +248,16 @@ impl<S> Reconnect<S> {
     }
 
     /// An attempt to open a queue's connections failed; another follows.
-    pub fn dial_failed(&mut self, error: String) {
+    pub fn dial_failed(&mut self, queue_id: u16, error: String, outputs: &mut Vec<Output<S>>) {
         self.attempt = error;
+        self.attempt_failed(queue_id, outputs);
+    }
+
+    /// Others may have waited for this queue.
+    fn attempt_failed(&mut self, queue_id: u16, outputs: &mut Vec<Output<S>>) {
+        let failed = &mut self.failed_attempts[usize::from(queue_id)];
+        *failed = failed.saturating_add(1);
+        self.connect_dialled(outputs);
     }
 
     /// The queue's connections are not being opened, because this machine lacks something for it: that is tried again.
@@ -245,7 +284,7 @@ impl<S> Reconnect<S> {
         if self.lost.is_some() || !matches!(self.queues[index], QueueState::Down) {
             return;
         }
-        if incarnation == self.incarnation && !self.has_given_up {
+        if incarnation == self.incarnation && !self.has_given_up && !self.is_untold {
             self.connect(queue_id, sockets, outputs);
             return;
         }
@@ -258,17 +297,24 @@ impl<S> Reconnect<S> {
             return;
         }
         self.queues[index] = QueueState::Dialled(sockets, incarnation);
-        self.close_all("the server has another storage incarnation", outputs);
+        let others_came_too_soon = self.is_untold && self.is_served();
+        if others_came_too_soon {
+            self.attempts_awaited = ATTEMPTS_AWAITED_MAX.min(self.attempts_awaited * 2);
+        }
+        let why = if self.is_untold { COME_TOGETHER } else { "the server has another storage incarnation" };
+        self.close_all(why, outputs);
         self.settle(has_unflushed, outputs);
     }
 
     /// Time has passed.
     pub fn tick(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
-        for (queue_id, not_begun) in (0..).zip(&mut self.not_begun) {
+        for queue_id in 0..self.queues.len() as u16 {
+            let not_begun = &mut self.not_begun[usize::from(queue_id)];
             if not_begun.is_some_and(|again| now >= again) {
                 *not_begun = None;
                 if self.lost.is_none() {
                     outputs.push(Output::Dial(queue_id));
+                    self.attempt_failed(queue_id, outputs);
                 }
             }
         }
@@ -377,11 +423,11 @@ impl<S> Reconnect<S> {
         if self.queues.iter().all(|queue| matches!(queue, QueueState::Up)) {
             self.former_outage = self.outage.take().map(|(clock, _)| clock);
             self.has_given_up = false;
+            self.attempts_awaited = ATTEMPTS_AWAITED;
         }
     }
 
-    /// Once no queue has a connection any more: goes over to the server's incarnation, or cannot. After giving up, waits until
-    /// every queue can be connected.
+    /// Once no queue has a connection any more: goes over to the server's incarnation, or cannot.
     fn settle(&mut self, has_unflushed: impl FnOnce() -> bool, outputs: &mut Vec<Output<S>>) {
         if self.is_served() {
             return;
@@ -409,7 +455,12 @@ impl<S> Reconnect<S> {
                 }
             }
         }
-        if self.has_given_up && self.queues.iter().any(|queue| matches!(queue, QueueState::Down)) {
+        self.connect_dialled(outputs);
+    }
+
+    /// Gives the queues the connections that wait, once no queue has others and those are there that are waited for.
+    fn connect_dialled(&mut self, outputs: &mut Vec<Output<S>>) {
+        if self.is_served() || self.waits_for_others() {
             return;
         }
         for queue_id in 0..self.queues.len() as u16 {
@@ -419,6 +470,17 @@ impl<S> Reconnect<S> {
                 other => *queue = other,
             }
         }
+    }
+
+    /// After giving up, every queue has to have connections, because a server grants them only when what failed cannot land any more. One
+    /// that tells no incarnation promises nothing of the kind, and may grant too few.
+    fn waits_for_others(&self) -> bool {
+        let is_down = |queue: &QueueState<S>| matches!(queue, QueueState::Down);
+        if !self.is_untold {
+            return self.has_given_up && self.queues.iter().any(is_down);
+        }
+        let mut queues = self.queues.iter().zip(&self.failed_attempts);
+        queues.any(|(queue, failed)| is_down(queue) && *failed < self.attempts_awaited)
     }
 
     fn lose(&mut self, reason: String, outputs: &mut Vec<Output<S>>) {
@@ -470,6 +532,18 @@ mod tests {
             let probes = Probes::new(REPLY_TIMEOUT, is_possible);
             let reconnect = Reconnect::new(2, OLD.to_owned(), policy, probes);
             Self { reconnect, start: Instant::now(), now_ms: 0, has_unflushed: false, outputs: Vec::new() }
+        }
+
+        /// Of a server that tells no incarnation.
+        fn untold() -> Self {
+            let probes = Probes::new(REPLY_TIMEOUT, false);
+            let reconnect = Reconnect::new(2, String::new(), StallPolicy::Wait, probes);
+            Self { reconnect, ..Self::new(StallPolicy::Wait) }
+        }
+
+        fn dial_failed(&mut self, queue_id: u16) -> Vec<Output<u32>> {
+            self.reconnect.dial_failed(queue_id, "refused".into(), &mut self.outputs);
+            std::mem::take(&mut self.outputs)
         }
 
         fn now(&self) -> Instant {
@@ -530,7 +604,7 @@ mod tests {
         let mut world = World::new(StallPolicy::Wait);
         assert_eq!(world.disconnected(1), [Output::Dial(1)]);
         assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; connecting".into()));
-        world.reconnect.dial_failed("refused".into());
+        assert_eq!(world.dial_failed(1), []);
         assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; refused".into()));
         assert_eq!(world.tick_at(1 << 40), [], "it waits for ever");
         world.has_unflushed = true;
@@ -775,6 +849,77 @@ mod tests {
         world.lost(0, true);
         assert_eq!(disconnects(&world.tick_at(50_000)), [1]);
         assert!(world.disconnected(1).contains(&Output::GiveUp(0)));
+    }
+
+    /// Queue 0 was connected to the next process while an acknowledgement of the former one waited in queue 1's socket.
+    #[test]
+    fn of_a_server_that_tells_no_incarnation_all_queues_go_and_come_together() {
+        let mut world = World::untold();
+        assert_eq!(world.disconnected(0), [Output::Disconnect(1, GO_TOGETHER.into()), Output::Dial(0)]);
+        assert_eq!(world.dialled(0, 7, ""), [], "the other has connections to the former process");
+        assert_eq!(world.disconnected(1), [Output::Dial(1)], "the next process may be gone already");
+        assert_eq!(world.dialled(1, 8, ""), [Output::Connect(0, 7), Output::Connect(1, 8)]);
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+        // Both at once, and the second is dialled first.
+        world.disconnected(1);
+        assert_eq!(world.disconnected(0), [Output::Dial(0)]);
+        assert_eq!(world.dialled(0, 9, ""), []);
+        assert_eq!(world.dialled(1, 10, ""), [Output::Connect(0, 9), Output::Connect(1, 10)]);
+    }
+
+    #[test]
+    fn a_queue_that_gets_no_connection_holds_up_no_other_for_long() {
+        let mut world = World::untold();
+        world.disconnected(0);
+        world.disconnected(1);
+        assert_eq!(world.dial_failed(1), []);
+        assert_eq!(world.dialled(0, 7, ""), []);
+        assert_eq!(world.dial_failed(1), []);
+        assert_eq!(world.dial_failed(1), [Output::Connect(0, 7)]);
+        assert!(matches!(world.reconnect.condition(), Condition::Stalled(_)));
+        // It has one at last, perhaps of another process: all begin anew, and wait for longer.
+        assert_eq!(world.dialled(1, 8, ""), [Output::Disconnect(0, COME_TOGETHER.into())]);
+        assert_eq!(world.disconnected(0), [Output::Dial(0)]);
+        for attempt in 0..5 {
+            assert_eq!(world.dial_failed(0), [], "attempt {attempt}");
+        }
+        assert_eq!(world.dialled(0, 9, ""), [Output::Connect(0, 9), Output::Connect(1, 8)]);
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+        // A dial that cannot be begun is one that failed.
+        world.disconnected(0);
+        world.disconnected(1);
+        world.dialled(0, 10, "");
+        for second in 1..=3 {
+            world.reconnect.dial_not_begun(1, "no thread".into(), world.now());
+            let outputs = world.tick_at(second * 1_000);
+            assert_eq!(outputs.contains(&Output::Connect(0, 10)), second == 3, "{outputs:?}");
+        }
+    }
+
+    #[test]
+    fn who_goes_along_with_another_queue_says_nothing_of_the_server() {
+        let mut world = World::untold();
+        for refusals in 1..4 {
+            world.lost(0, true);
+            world.lost(1, false);
+            assert_eq!(world.reconnect.refusals(), refusals, "each dial after it comes later");
+            world.dialled(0, 7, "");
+            world.dialled(1, 8, "");
+        }
+    }
+
+    #[test]
+    fn requests_that_failed_do_not_keep_a_server_that_grants_too_few_from_being_used() {
+        let mut world = World::untold();
+        world.reconnect.set_policy(StallPolicy::FailAfterMs(5_000));
+        world.disconnected(0);
+        world.disconnected(1);
+        assert_eq!(world.tick_at(5_000), [Output::GiveUp(0), Output::GiveUp(1)]);
+        world.dialled(0, 7, "");
+        world.dial_failed(1);
+        world.dial_failed(1);
+        assert_eq!(world.dial_failed(1), [Output::Connect(0, 7)]);
+        assert!(matches!(world.reconnect.condition(), Condition::Failing(_)), "of the other they still fail");
     }
 
     /// A fail-over to another storage machine and back.

@@ -147,7 +147,9 @@ impl Links {
                 self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
                 self.note_address(address, status);
             }
-            Event::Attempt(_, Attempt::Failed(error)) => self.reconnect.dial_failed(error),
+            Event::Attempt(queue_id, Attempt::Failed(error)) => {
+                self.reconnect.dial_failed(queue_id, error, &mut outputs);
+            }
             Event::Attempt(_, Attempt::Refused(reason)) => {
                 self.reconnect.refused_for_good(reason, &mut outputs);
             }

@@ -36,6 +36,7 @@ use proto::nbd::transmission::{Command, CommandFlags};
 use ublk_core::{TagError, TagTable};
 
 use super::balance::Balance;
+use super::begun_after::BegunAfter;
 use super::block_request::{self, BlockRequest};
 use super::connection::{Connection, Follows, Says};
 use super::io::QueueIo;
@@ -106,6 +107,7 @@ pub struct QueueCore {
     resend: Resend,
     patience: Patience,
     unflushed: Arc<Unflushed>,
+    begun_after: BegunAfter,
     tags: TagTable,
     requests: Requests,
     lanes: Box<[Lane]>,
@@ -142,7 +144,8 @@ impl QueueCore {
             resend: spec.resend,
             patience: Patience::new(spec.reply_timeout, spec.resend == Resend::Everything),
             tags: TagTable::new(queue_depth),
-            requests: Requests::new(tags, nr_connections, spec.unflushed.nr_queues()),
+            requests: Requests::new(tags, nr_connections, spec.unflushed.nr_counters()),
+            begun_after: BegunAfter::new(queue_depth),
             unflushed: spec.unflushed,
             lanes: (0..nr_connections).map(|index| Lane::new(index, tags, small_bytes_max)).collect(),
             balance: Balance::new(nr_connections),
@@ -192,9 +195,10 @@ impl QueueCore {
         self.lanes.iter().any(|lane| lane.connection.in_flight() > 0)
     }
 
-    /// Whether ended requests are held back, because the next payload has begun to arrive: look again, without waiting.
-    pub fn holds_back(&self) -> bool {
-        self.held_read_bytes > 0
+    /// Whether to look again, without waiting: ended requests are held back, because the next payload has begun to arrive; or
+    /// connections were lost, and requests may have begun before that of which the kernel has not told yet.
+    pub fn looks_again(&self) -> bool {
+        self.held_read_bytes > 0 || self.begun_after.needs_pass()
     }
 
     /// The cookie of the tag's request, as the server last knew it; for those who look on.
@@ -215,15 +219,17 @@ impl QueueCore {
     /// A tag brought a request; `Err`: one that this device does not know, by its positive errno.
     pub fn handle_request<Io: QueueIo>(&mut self, io: &mut Io, tag: u16, request: Result<BlockRequest, i32>) {
         assert_ours(self.tags.request_arrived(tag));
+        self.begun_after.request_came();
         let request = match request {
             Ok(request) => request,
             Err(errno) => return self.commit(io, tag, -errno),
         };
         if request.command == Command::Flush {
-            if self.unflushed.take_doubt() {
+            // First what it covers: of a loss that is noticed from here on it is told in the end.
+            self.unflushed.flush_begins(self.requests.covered_mut(tag));
+            if self.unflushed.fails_flush(self.begun_after.losses()) {
                 return self.commit(io, tag, -libc::EIO);
             }
-            self.unflushed.flush_begins(self.requests.covered_mut(tag));
         }
         let has_data = matches!(request.command, Command::Read | Command::Write);
         if has_data && io.needs_registration(tag) {
@@ -501,6 +507,9 @@ impl QueueCore {
             self.receive(io, connection);
             self.send(io, connection);
         }
+        if self.resend == Resend::ReadsOnly {
+            self.begun_after.end_of_pass(self.unflushed.losses());
+        }
     }
 
     /// Whether a reply whose payload is large has begun to arrive, and ended requests may wait for it.
@@ -519,9 +528,8 @@ impl QueueCore {
             // Without a connection, an error may be our own, of a request that the server may still be taking in.
             io.release(tag, result.is_ok() || self.is_up());
             let request = self.requests.of(tag).request;
-            if result.is_ok() {
-                self.note_durability(tag, &request);
-            }
+            let is_believed = result.is_err() || self.note_durability(tag, &request);
+            let result = if is_believed { result } else { Err(libc::EIO) };
             let mut result = block_request::commit_result(&request, result);
             if result > 0
                 && request.command == Command::Read
@@ -534,16 +542,18 @@ impl QueueCore {
         }
     }
 
-    /// Counts what a server without power would forget; before the commit, because a FLUSH may follow it at once.
-    fn note_durability(&self, tag: u16, request: &BlockRequest) {
+    /// Counts what a server without power would forget; before the commit, because a FLUSH may follow it at once. False: it is a FLUSH
+    /// that is not to be believed.
+    fn note_durability(&self, tag: u16, request: &BlockRequest) -> bool {
         match request.command {
             Command::Write | Command::WriteZeroes | Command::Trim
                 if self.volatile_cache && !request.flags.contains(CommandFlags::FUA) =>
             {
                 self.unflushed.acknowledged(self.queue_id);
+                true
             }
             Command::Flush => self.unflushed.flush_succeeded(self.requests.covered(tag)),
-            _ => {}
+            _ => true,
         }
     }
 

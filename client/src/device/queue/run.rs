@@ -96,7 +96,7 @@ impl<'a> QueueThread<'a> {
 
     /// One pass: submit and wait, reap, have the rules go on.
     fn pass(&mut self, timeout: Option<Timespec>) -> Result<(), QueueError> {
-        match self.core.holds_back() {
+        match self.core.looks_again() {
             true => self.ring.submit_and_look()?,
             false => self.wait(timeout)?,
         }

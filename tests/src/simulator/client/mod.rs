@@ -321,7 +321,9 @@ impl Client {
                     world.coverage.count("a server of another incarnation");
                 }
             }
-            Some(MainEvent::Attempt(_, Attempt::Failed(reason))) => self.reconnect.dial_failed(reason),
+            Some(MainEvent::Attempt(queue_id, Attempt::Failed(reason))) => {
+                self.reconnect.dial_failed(queue_id, reason, &mut outputs);
+            }
             Some(MainEvent::Attempt(_, Attempt::Refused(reason))) => {
                 self.reconnect.refused_for_good(reason, &mut outputs);
             }

@@ -452,3 +452,43 @@ fn what_was_answered_just_before_a_loss_counts_when_it_is_asked_what_a_server_ma
     world.request(1, Command::Flush);
     assert_eq!(world.commits(), [(1, EIO)], "the server may have forgotten the WRITE");
 }
+
+/// A loss that another queue has noticed, with something acknowledged that was not flushed.
+fn another_queue_is_lost(world: &World) {
+    world.core.unflushed.acknowledged(0);
+    world.core.unflushed.connection_lost();
+}
+
+#[test]
+fn the_failure_of_a_flush_that_may_have_begun_before_a_loss_does_not_tell_of_it() {
+    let mut world = World::new(1, Resend::ReadsOnly, false);
+    world.pass();
+    another_queue_is_lost(&world);
+    world.request(0, Command::Flush);
+    assert_eq!(world.commits(), [(0, EIO)], "nobody knows whether the loss was before it");
+    assert!(world.core.looks_again());
+    world.pass();
+    assert!(!world.core.looks_again());
+    world.request(0, Command::Flush);
+    assert_eq!(world.commits(), [(0, EIO)], "this one began after it");
+    world.request(0, Command::Flush);
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.commits(), [(0, 0)]);
+}
+
+#[test]
+fn a_flush_that_is_answered_after_a_loss_is_not_believed_and_tells_nobody() {
+    let mut world = World::new(1, Resend::ReadsOnly, false);
+    world.request(0, Command::Flush);
+    another_queue_is_lost(&world);
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.commits(), [(0, EIO)]);
+    world.pass();
+    world.request(0, Command::Flush);
+    assert_eq!(world.commits(), [(0, EIO)]);
+    assert_eq!(world.core.begin_final_flush(), Ok(true));
+    another_queue_is_lost(&world);
+    world.pass();
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.core.take_final_flush(), Some(Err(-EIO)));
+}
