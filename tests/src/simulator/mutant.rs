@@ -109,11 +109,23 @@ pub enum Mutant {
     MarkedEarly,
     /// Who waited for a copy is not told to go on.
     HeldForgotten,
+    /// Of a foreign server, each queue loses its connections and gets new ones on its own.
+    LostAlone,
+    /// The same, but for that all queues drop their connections when one has lost its.
+    ServedBeforeAllAreDown,
+    /// Nobody hears that a queue of a foreign server's disk could not get a connection.
+    DialFailureUntold,
+    /// Nobody counts that connections to a foreign server were lost.
+    LossUncounted,
+    /// A FLUSH that fails is taken to tell of every loss, also of those that came after it began.
+    FlushTellsOfAll,
+    /// A FLUSH that succeeds after a loss that came after it began is believed.
+    FlushBelieved,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 53] = [
+    pub const ALL: [Self; 59] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -167,5 +179,28 @@ impl Mutant {
         Self::CopiedBeforeHeld,
         Self::MarkedEarly,
         Self::HeldForgotten,
+        Self::LostAlone,
+        Self::ServedBeforeAllAreDown,
+        Self::DialFailureUntold,
+        Self::LossUncounted,
+        Self::FlushTellsOfAll,
+        Self::FlushBelieved,
     ];
+
+    /// Whether it is a rule of foreign servers' disks, which no other simulation has.
+    pub(super) fn is_of_foreign_servers(self) -> bool {
+        use Mutant::{
+            DialFailureUntold, FlushBelieved, FlushTellsOfAll, LossUncounted, LostAlone,
+            ServedBeforeAllAreDown,
+        };
+        matches!(
+            self,
+            LostAlone
+                | ServedBeforeAllAreDown
+                | DialFailureUntold
+                | LossUncounted
+                | FlushTellsOfAll
+                | FlushBelieved
+        )
+    }
 }

@@ -11,19 +11,20 @@ mod dial;
 mod ring;
 mod spec;
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use client::contract::{DeviceSpec, SessionRecord, StallPolicy};
 use client::device::connect::redial::Attempt;
+use client::device::connect::redial_thread::Redialler;
 use client::device::liveness::Probes;
 use client::device::queue::block_request::BlockRequest;
 use client::device::queue::core::{QueueCore, QueueSpec};
 use client::device::queue::io::Pages;
 use client::device::queue::link::{LinkEvent, Loss, Lost};
 use client::device::queue::quiet::{QueueSilence, TICK};
-use client::device::queue::requests::Resend;
 use client::device::queue::unflushed::Unflushed;
 use client::device::reconnect::{Condition, Output, Reconnect};
 use fastrand::Rng;
@@ -37,8 +38,6 @@ use super::server::choose;
 use dial::{Dial, Probe, Way};
 use ring::{Io, Wire, abandon};
 
-/// As in the product: how long replies may be due without a byte.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 /// With [`Mutant::CountedLate`], how many steps the main thread's look at the counters is late.
 const LATE_STEPS: usize = 600;
 
@@ -58,6 +57,8 @@ struct Queue {
     commands: VecDeque<QueueCommand>,
     /// Receives into pages that nobody waits for any more.
     forgotten: Vec<(LinkId, Pages)>,
+    /// Tags of replies that tell of success, for [`Mutant::FlushBelieved`].
+    believed: RefCell<Vec<u16>>,
     dial: Option<Dial>,
     ticked_at: Instant,
 }
@@ -96,7 +97,13 @@ impl Client {
         world: &mut Surroundings<'_>,
     ) -> Self {
         let is_recovered = former.is_some();
-        let incarnation = former.unwrap_or(incarnation_now);
+        let incarnation = match mutant {
+            // Any word will do, so that the server tells one.
+            Some(Mutant::LostAlone | Mutant::ServedBeforeAllAreDown) => "foreign".to_owned(),
+            _ => former.unwrap_or(incarnation_now),
+        };
+        let (resend, reply_timeout) = spec.ways();
+        let device_spec = spec.device_spec();
         let unflushed = Arc::new(Unflushed::new(spec.nr_queues));
         if is_recovered && spec.is_volatile_cache {
             unflushed.acknowledged(0);
@@ -109,8 +116,8 @@ impl Client {
                 nr_connections,
                 small_bytes_max: spec.small_bytes_max,
                 volatile_cache: spec.is_volatile_cache,
-                resend: Resend::Everything,
-                reply_timeout: REPLY_TIMEOUT,
+                resend,
+                reply_timeout,
                 unflushed: Arc::clone(&unflushed),
             };
             Queue {
@@ -119,6 +126,7 @@ impl Client {
                 arrivals: VecDeque::new(),
                 commands: VecDeque::new(),
                 forgotten: Vec::new(),
+                believed: RefCell::default(),
                 dial: None,
                 ticked_at: world.now,
             }
@@ -129,7 +137,7 @@ impl Client {
                 spec.nr_queues,
                 incarnation,
                 spec.policy,
-                Probes::new(REPLY_TIMEOUT, true),
+                Probes::new(reply_timeout, Redialler::can_probe(&device_spec, spec.nr_connections)),
             ),
             unflushed_then: VecDeque::new(),
             unflushed,
@@ -137,7 +145,7 @@ impl Client {
             probe: None,
             last_flushes: Vec::new(),
             mutant,
-            device_spec: spec.device_spec(),
+            device_spec,
             session: spec.session(),
             spec,
         };
@@ -178,6 +186,11 @@ impl Client {
     /// Whether every queue has its connections, and has heard of it.
     pub(super) fn is_connected(&self) -> bool {
         self.queues.iter().all(|queue| queue.commands.is_empty() && queue.core.is_up())
+    }
+
+    /// How many of its queues have connections.
+    pub(super) fn queues_up(&self) -> usize {
+        self.queues.iter().filter(|queue| queue.core.is_up()).count()
     }
 
     pub(super) fn incarnation(&self) -> &str {
@@ -291,6 +304,14 @@ impl Client {
         let has_unflushed = || then.unwrap_or_else(|| self.unflushed.any());
         match event {
             Some(MainEvent::Disconnected(queue_id, lost)) => {
+                let is_told = matches!(lost.loss, Loss::Told(_));
+                let others =
+                    self.queues.iter_mut().enumerate().filter(|(id, _)| *id != usize::from(queue_id));
+                for (_, other) in
+                    others.filter(|_| self.mutant == Some(Mutant::ServedBeforeAllAreDown) && !is_told)
+                {
+                    other.commands.push_back(QueueCommand::Disconnect("they go together".to_owned()));
+                }
                 self.reconnect.disconnected(queue_id, &lost, "cut", world.now, has_unflushed, &mut outputs);
             }
             Some(MainEvent::Silent(queue_id, silence)) => {
@@ -312,7 +333,9 @@ impl Client {
             }
             Some(MainEvent::Attempt(queue_id, Attempt::Opened { sockets, incarnation: told, .. })) => {
                 let incarnation = match self.mutant {
-                    Some(Mutant::IncarnationIgnored) => self.reconnect.incarnation().to_owned(),
+                    Some(Mutant::IncarnationIgnored | Mutant::LostAlone | Mutant::ServedBeforeAllAreDown) => {
+                        self.reconnect.incarnation().to_owned()
+                    }
                     _ => told,
                 };
                 let is_another = incarnation != self.reconnect.incarnation();
@@ -321,6 +344,8 @@ impl Client {
                     world.coverage.count("a server of another incarnation");
                 }
             }
+            Some(MainEvent::Attempt(_, Attempt::Failed(_)))
+                if self.mutant == Some(Mutant::DialFailureUntold) => {}
             Some(MainEvent::Attempt(queue_id, Attempt::Failed(reason))) => {
                 self.reconnect.dial_failed(queue_id, reason, &mut outputs);
             }
@@ -413,7 +438,7 @@ impl Client {
     ) -> (T, bool) {
         let (forgets_sequence, covers_too_much) =
             (self.is(Mutant::TagOnlyCookie), self.is(Mutant::FlushCoversTooMuch));
-        let nr_queues = usize::from(self.spec.nr_queues);
+        let nr_counters = self.unflushed.nr_counters();
         let queue = &mut self.queues[usize::from(queue_id)];
         // The queue's own FLUSH and the connections' pings included.
         let tags = 0..self.spec.queue_depth + 1 + queue.wires.len() as u16;
@@ -428,12 +453,17 @@ impl Client {
             room_bytes: world.room_bytes,
             origins: self.spec.origins,
             cookies: forgets_sequence.then(|| tags.map(|tag| queue.core.cookie(tag)).collect()),
-            covers_too_much: covers_too_much.then(|| (&*self.unflushed, vec![0; nr_queues])),
+            covers_too_much: covers_too_much.then(|| (&*self.unflushed, vec![0; nr_counters])),
+            tells_of_all: (self.mutant == Some(Mutant::FlushTellsOfAll)).then_some(&*self.unflushed),
+            believed: (self.mutant == Some(Mutant::FlushBelieved)).then_some(&queue.believed),
             has_sent: false,
         };
         let was_up = queue.core.is_up();
         let outcome = act(&mut queue.core, &mut io);
         let has_done = io.has_sent;
+        if self.mutant == Some(Mutant::LossUncounted) {
+            self.unflushed.fails_flush(self.unflushed.losses());
+        }
         if self.mutant == Some(Mutant::NoReaping) && was_up && !queue.core.is_up() {
             ring::forget_operations(&mut queue.core, &mut io);
         }

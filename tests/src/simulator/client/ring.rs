@@ -1,6 +1,7 @@
 //! What stands for a queue's ring: operations on sockets and pages, which are out until the world lets them go on, byte by byte if it
 //! likes. No rule is here: what to do, and what comes of it, `QueueCore` says.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
@@ -110,6 +111,10 @@ pub(super) struct Io<'a> {
     pub(super) cookies: Option<Vec<u64>>,
     /// The counters of the device, and of a FLUSH, for [`Mutant::FlushCoversTooMuch`].
     pub(super) covers_too_much: Option<(&'a Unflushed, Vec<u64>)>,
+    /// The counters of the device, for [`Mutant::FlushTellsOfAll`].
+    pub(super) tells_of_all: Option<&'a Unflushed>,
+    /// Tags of replies that tell of success, for [`Mutant::FlushBelieved`].
+    pub(super) believed: Option<&'a RefCell<Vec<u16>>>,
     pub(super) has_sent: bool,
 }
 
@@ -129,8 +134,19 @@ impl QueueIo for Io<'_> {
             && result == 0
         {
             unflushed.flush_begins(covered);
-            unflushed.flush_succeeded(covered);
+            let _ = unflushed.flush_succeeded(covered);
         }
+        let is_failed_flush = bio.request.command == Command::Flush && result < 0;
+        if let Some(unflushed) = self.tells_of_all.filter(|_| is_failed_flush) {
+            unflushed.fails_flush(unflushed.losses());
+        }
+        let is_believed = self.believed.is_some_and(|believed| {
+            let mut believed = believed.borrow_mut();
+            let before = believed.len();
+            believed.retain(|other| *other != tag);
+            believed.len() < before
+        });
+        let result = if is_failed_flush && is_believed { 0 } else { result };
         let result = if result < 0 { Err(-result) } else { Ok(()) };
         self.ended.push(EndedBio { bio, result });
         self.has_sent = true;
@@ -161,6 +177,9 @@ impl QueueIo for Io<'_> {
             let tag = usize::from(u16::from_be_bytes([header[14], header[15]]));
             let cookie = cookies.get(tag).copied().unwrap_or_default();
             header[8..].copy_from_slice(&cookie.to_be_bytes());
+        }
+        if let Some(believed) = self.believed.filter(|_| header[4..8] == [0; 4]) {
+            believed.borrow_mut().push(u16::from_be_bytes([header[14], header[15]]));
         }
         header
     }
