@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use client::contract::StallPolicy;
 use client::device::queue::connection::Origin;
+use client::device::reconnect::Condition;
 use fastrand::Rng;
 use proto::export_name::{SECRET_BYTES, Secret};
 use uuid::Uuid;
@@ -26,8 +27,9 @@ const REQUESTS: usize = 220;
 const STEPS_MAX: u64 = 400_000;
 /// Steps between two faults, on average.
 const STEPS_PER_FAULT: u64 = 300;
-/// So many FLUSHes may fail when nothing happens any more: those that cannot be known to have begun after the last loss, and one more.
-const LAST_FLUSHES_MAX: usize = 4;
+/// When nothing happens any more, so many FLUSHes are enough: some that cannot be known to have begun after the last loss, one that tells
+/// of it, and one that succeeds.
+const LAST_FLUSHES_MAX: usize = 6;
 
 pub(super) struct ForeignWorld<'a> {
     rng: Rng,
@@ -42,7 +44,7 @@ pub(super) struct ForeignWorld<'a> {
     connections_max: usize,
     /// It never grants more than one queue's.
     is_tight: bool,
-    /// Connections of processes that are gone with what was not stable: what still comes on them is the word of nobody.
+    /// Connections of processes that are gone: what still comes on them may be of what the storage has lost since.
     gone: Vec<LinkId>,
     spec: Spec,
     bios: Bios,
@@ -102,7 +104,8 @@ impl<'a> ForeignWorld<'a> {
             requests_left: REQUESTS,
             room_bytes: [700, 5_000, 100_000][rng.usize(..3)],
             has_faults: true,
-            may_fail: false,
+            // Whoever gets connections later has the others begin anew.
+            may_fail: is_tight,
             last_flush_succeeded: false,
             mutant,
             coverage,
@@ -120,6 +123,9 @@ impl<'a> ForeignWorld<'a> {
     pub(super) fn run(mut self) -> Result<(), Failure> {
         while self.requests_left > 0 || self.is_busy() {
             self.has_faults = self.requests_left > 0;
+            self.step()?;
+        }
+        while !self.is_quiet() {
             self.step()?;
         }
         self.flush_at_last()?;
@@ -157,6 +163,12 @@ impl<'a> ForeignWorld<'a> {
             self.step()?;
         }
         Ok(())
+    }
+
+    /// Whether nobody is to be told of the end of a connection any more, and all have others.
+    fn is_quiet(&self) -> bool {
+        let is_live = |client: &Client| client.is_connected() && client.condition() == Condition::Live;
+        self.stalled.is_empty() && self.untold.is_empty() && self.client.as_ref().is_some_and(is_live)
     }
 
     fn is_busy(&self) -> bool {
@@ -219,7 +231,7 @@ impl<'a> ForeignWorld<'a> {
         true
     }
 
-    /// A request has ended; `is_late`: perhaps by the word of a process that is gone with what was not stable.
+    /// A request has ended; `is_late`: perhaps by the word of a process that is gone.
     fn take_ended(&mut self, ended: EndedBio, is_late: bool) -> Result<(), Failure> {
         let EndedBio { bio, result } = ended;
         self.coverage.say(|| format!("ended {:?} {:?} {result:?}", bio.request, bio.note));
@@ -354,6 +366,7 @@ impl<'a> ForeignWorld<'a> {
             4 => self.kill_server(false),
             5 => self.kill_client(),
             6 if !self.is_tight => {
+                self.may_fail = true;
                 let most = usize::from(self.spec.nr_connections) + 1;
                 self.connections_max = if self.rng.bool() { usize::MAX } else { self.rng.usize(1..=most) };
             }
@@ -369,9 +382,9 @@ impl<'a> ForeignWorld<'a> {
     fn kill_server(&mut self, forgets: bool) {
         let Some(server) = self.server.take() else { return };
         self.may_fail = true;
+        self.gone.extend(server.links());
         if forgets {
             self.coverage.count("a foreign server dies with what was not flushed");
-            self.gone.extend(server.links());
             self.storage.forget(&mut self.rng);
             self.history.may_have_forgotten();
             // Reads under way may find what was there before, or after.

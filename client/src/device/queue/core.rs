@@ -507,9 +507,9 @@ impl QueueCore {
             self.receive(io, connection);
             self.send(io, connection);
         }
-        if self.resend == Resend::ReadsOnly {
-            self.begun_after.end_of_pass(self.unflushed.losses());
-        }
+        // Others have nothing to tell of: the counter that all queues share is left alone.
+        let losses = if self.resend == Resend::ReadsOnly { self.unflushed.losses() } else { 0 };
+        self.begun_after.end_of_pass(losses);
     }
 
     /// Whether a reply whose payload is large has begun to arrive, and ended requests may wait for it.

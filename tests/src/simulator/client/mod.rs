@@ -300,18 +300,13 @@ impl Client {
         let mut outputs = Vec::new();
         let event = self.events.pop_front();
         let has_event = event.is_some();
+        if let Some(MainEvent::Disconnected(queue_id, lost)) = &event {
+            self.have_others_go_along(*queue_id, lost);
+        }
         let then = self.unflushed_then.front().copied();
         let has_unflushed = || then.unwrap_or_else(|| self.unflushed.any());
         match event {
             Some(MainEvent::Disconnected(queue_id, lost)) => {
-                let is_told = matches!(lost.loss, Loss::Told(_));
-                let others =
-                    self.queues.iter_mut().enumerate().filter(|(id, _)| *id != usize::from(queue_id));
-                for (_, other) in
-                    others.filter(|_| self.mutant == Some(Mutant::ServedBeforeAllAreDown) && !is_told)
-                {
-                    other.commands.push_back(QueueCommand::Disconnect("they go together".to_owned()));
-                }
                 self.reconnect.disconnected(queue_id, &lost, "cut", world.now, has_unflushed, &mut outputs);
             }
             Some(MainEvent::Silent(queue_id, silence)) => {
@@ -371,6 +366,16 @@ impl Client {
             self.carry_out(output, gives_up_alone, world);
         }
         has_event || has_outputs
+    }
+
+    /// As [`Mutant::ServedBeforeAllAreDown`]: they are told to, in their own time.
+    fn have_others_go_along(&mut self, queue_id: u16, lost: &Lost) {
+        if self.is(Mutant::ServedBeforeAllAreDown) && !matches!(lost.loss, Loss::Told(_)) {
+            for (_, other) in (0..).zip(&mut self.queues).filter(|(id, _)| *id != queue_id) {
+                other.commands.push_back(QueueCommand::Idle(60));
+                other.commands.push_back(QueueCommand::Disconnect("they go together".to_owned()));
+            }
+        }
     }
 
     /// Does what `reconnect` wants; with `gives_up_alone` as [`Mutant::GivesUpAlone`].
