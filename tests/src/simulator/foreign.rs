@@ -125,6 +125,7 @@ impl<'a> ForeignWorld<'a> {
             self.has_faults = self.requests_left > 0;
             self.step()?;
         }
+        self.has_faults = false;
         while !self.is_quiet() {
             self.step()?;
         }
