@@ -14,7 +14,7 @@ const FIRST_SEED: u64 = 1;
 const SEEDS_OF_A_MUTANT: u64 = 3_000;
 
 /// What has to come up, or a rule was not tried.
-const SITUATIONS: [&str; 69] = [
+const SITUATIONS: [&str; 71] = [
     "a FLUSH of a foreign server's disk fails",
     "a change waits for a copy",
     "a device process of a foreign server's disk is killed",
@@ -45,12 +45,14 @@ const SITUATIONS: [&str; 69] = [
     "a copy is ready",
     "a device process is killed",
     "a new connection closes an older one",
+    "a payload is taken before its turn",
     "a power cut",
     "a read is checked",
     "a reply that came twice",
     "a reply to nothing",
     "a request fails",
     "a request that the next process gets again",
+    "a request waits for its turn",
     "a server is killed between two outputs of the gate",
     "a server is killed while it copies a volume",
     "a server is killed with I/O under way",

@@ -109,6 +109,10 @@ pub enum Mutant {
     MarkedEarly,
     /// Who waited for a copy is not told to go on.
     HeldForgotten,
+    /// The limits of a volume are not looked at.
+    LimitIgnored,
+    /// A WRITE that waits for its turn keeps what is behind it waiting for as long.
+    LookAheadLeft,
     /// Of a foreign server, each queue loses its connections and gets new ones on its own.
     LostAlone,
     /// The same, but for that all queues drop their connections when one has lost its.
@@ -125,7 +129,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 59] = [
+    pub const ALL: [Self; 61] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -179,6 +183,8 @@ impl Mutant {
         Self::CopiedBeforeHeld,
         Self::MarkedEarly,
         Self::HeldForgotten,
+        Self::LimitIgnored,
+        Self::LookAheadLeft,
         Self::LostAlone,
         Self::ServedBeforeAllAreDown,
         Self::DialFailureUntold,

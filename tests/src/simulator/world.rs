@@ -13,6 +13,7 @@ use ::client::contract::StallPolicy;
 use ::client::device::liveness::VOUCHED_FOR;
 use ::client::device::reconnect::Condition;
 use fastrand::Rng;
+use server::catalog::VolumeLimits;
 use uuid::Uuid;
 
 use super::client::{Bio, Client, EndedBio, Note};
@@ -81,6 +82,21 @@ pub(super) struct World<'a> {
     steps: u64,
 }
 
+/// Few volumes have limits; these are so low that requests wait for long, and hold for reads or for writes.
+fn limits(seed: u64, mutant: Option<Mutant>) -> VolumeLimits {
+    let mut rng = Rng::with_seed(!seed);
+    let is_looked_for = matches!(mutant, Some(Mutant::LimitIgnored | Mutant::LookAheadLeft));
+    if rng.u8(..12) > 0 && !is_looked_for {
+        return VolumeLimits::default();
+    }
+    match rng.u8(..4) {
+        0 => VolumeLimits { read_iops: rng.u64(1..4), ..VolumeLimits::default() },
+        1 => VolumeLimits { write_iops: rng.u64(1..4), ..VolumeLimits::default() },
+        2 => VolumeLimits { read_bytes_per_second: rng.u64(1_000..8_000), ..VolumeLimits::default() },
+        _ => VolumeLimits { write_bytes_per_second: rng.u64(500..4_000), ..VolumeLimits::default() },
+    }
+}
+
 impl<'a> World<'a> {
     pub(super) fn new(
         seed: u64,
@@ -95,6 +111,7 @@ impl<'a> World<'a> {
             volume_uid,
             capacity_bytes: CAPACITY_BYTES,
             write_cache_on: rng.u8(..4) > 0,
+            limits: limits(seed, mutant),
             boot: 1,
             incarnation: 0,
             record: Arc::default(),
@@ -108,7 +125,7 @@ impl<'a> World<'a> {
             [700, 5_000, 100_000][rng.usize(..if mutant == Some(Mutant::NoReaping) { 1 } else { 3 })];
         let lies = rng.u8(..8) == 0 || mutant == Some(Mutant::TagOnlyCookie);
         let may_fail_syncs = rng.u8(..6) == 0;
-        let is_slow = !lies && rng.u8(..40) == 0;
+        let is_slow = !lies && (rng.u8(..40) == 0 || mutant == Some(Mutant::LookAheadLeft));
         let mut world = Self {
             now: Instant::now(),
             links: Vec::new(),
