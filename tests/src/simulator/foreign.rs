@@ -25,8 +25,9 @@ use server::{ForeignServer, Storage};
 const BLOCKS: usize = 12;
 const REQUESTS: usize = 220;
 const STEPS_MAX: u64 = 400_000;
-/// Steps between two faults, on average.
-const STEPS_PER_FAULT: u64 = 300;
+/// Steps between two faults, on average: so many that all queues have come together again, mostly.
+const STEPS_PER_FAULT: u64 = 400;
+const STEPS_PER_CHANCE: u64 = 8;
 /// When nothing happens any more, so many FLUSHes are enough: some that cannot be known to have begun after the last loss, one that tells
 /// of it, and one that succeeds.
 const LAST_FLUSHES_MAX: usize = 6;
@@ -187,6 +188,7 @@ impl<'a> ForeignWorld<'a> {
             1..=5 => self.client_step(false)?,
             6..=9 => self.server_step(),
             10..=13 => network::traffic(&mut self.links, &mut self.rng),
+            // One step in [`STEPS_PER_CHANCE`].
             _ => {
                 self.storage.write_back(&mut self.rng);
                 self.chance();
@@ -359,7 +361,7 @@ impl<'a> ForeignWorld<'a> {
         if !self.has_faults && (is_served || !self.is_tight) {
             self.connections_max = usize::MAX;
         }
-        if !self.has_faults || self.rng.u64(..STEPS_PER_FAULT / 16) > 0 {
+        if !self.has_faults || self.rng.u64(..STEPS_PER_FAULT / STEPS_PER_CHANCE) > 0 {
             return;
         }
         match self.rng.u8(..12) {
