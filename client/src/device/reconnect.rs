@@ -20,7 +20,8 @@
 //! A server that tells no incarnation (a foreign one) may be another process at each dial. There the loss of one queue's connections is
 //! the loss of all: what another queue's tell may be the word of a process that is gone, and a FLUSH through new ones covers nothing of
 //! it. No queue is connected before all have dropped theirs, and then all together. But such servers may grant fewer connections than
-//! there are queues: who cannot get one is not waited for long. When it has one later, all come together once more.
+//! there are queues: who cannot get one is not waited for long. When it has one later, all come together once more. Where the server has
+//! said that it is shutting down, the other queues still wait for what it owes them.
 //!
 //! Invariants:
 //! - a queue gets connections only of the incarnation that all others have;
@@ -37,7 +38,7 @@
 use std::time::{Duration, Instant};
 
 use super::liveness::{OutageClock, Probes, Silence};
-use super::queue::link::Lost;
+use super::queue::link::{Loss, Lost};
 use super::queue::quiet::QueueSilence;
 use crate::contract::StallPolicy;
 
@@ -66,6 +67,8 @@ pub enum Output<S> {
     Connect(u16, S),
     /// Let the queue drop its connections, for this reason.
     Disconnect(u16, String),
+    /// Let the queue drop its connections once no reply is owed on them, and send nothing any more: the server is shutting down.
+    Leave(u16),
     /// Requests of the queue fail while it has no connections.
     GiveUp(u16),
     /// Ask the server for one block on a connection of its own, and tell [`Reconnect::probed`].
@@ -75,11 +78,20 @@ pub enum Output<S> {
 #[derive(Debug)]
 enum QueueState<S> {
     Up,
+    /// It was told to leave a server that is shutting down.
+    Leaving,
     /// It was told to drop its connections.
     Closing,
     Down,
     /// Connections of another incarnation wait until all queues are down.
     Dialled(S, String),
+}
+
+impl<S> QueueState<S> {
+    /// Whether it has some, and was not told to drop them at once.
+    fn has_connections(&self) -> bool {
+        matches!(self, Self::Up | Self::Leaving)
+    }
 }
 
 /// What is told of it.
@@ -176,7 +188,8 @@ impl<S> Reconnect<S> {
         outputs: &mut Vec<Output<S>>,
     ) {
         let index = usize::from(queue_id);
-        let goes_along = self.is_untold && matches!(self.queues[index], QueueState::Closing);
+        let is_told = matches!(self.queues[index], QueueState::Leaving | QueueState::Closing);
+        let goes_along = self.is_untold && is_told;
         if lost.served_nothing && !goes_along {
             self.refusals = self.refusals.saturating_add(1);
         } else if !goes_along {
@@ -199,8 +212,10 @@ impl<S> Reconnect<S> {
                 self.attempt.clear();
             }
         }
-        if self.is_untold {
-            self.close_all(GO_TOGETHER, outputs);
+        match lost.loss {
+            Loss::Leaving if self.is_untold => self.leave_all(outputs),
+            _ if self.is_untold => self.close_all(GO_TOGETHER, outputs),
+            _ => {}
         }
         self.give_up(outputs);
         outputs.push(Output::Dial(queue_id));
@@ -216,7 +231,7 @@ impl<S> Reconnect<S> {
         outputs: &mut Vec<Output<S>>,
     ) {
         let index = usize::from(queue_id);
-        let is_up = matches!(self.queues[index], QueueState::Up);
+        let is_up = self.queues[index].has_connections();
         let silence = silence.filter(|_| is_up);
         self.silences[index] = silence.and_then(|silence| Silence::until(now, silence));
         if let Some(silence) = self.silences[index] {
@@ -297,12 +312,13 @@ impl<S> Reconnect<S> {
             return;
         }
         self.queues[index] = QueueState::Dialled(sockets, incarnation);
-        let others_came_too_soon = self.is_untold && self.is_served();
-        if others_came_too_soon {
+        if !self.is_untold {
+            self.close_all("the server has another storage incarnation", outputs);
+        } else if self.queues.iter().any(|queue| matches!(queue, QueueState::Up)) {
+            // They were connected too soon. Who is leaving goes by itself.
             self.attempts_awaited = ATTEMPTS_AWAITED_MAX.min(self.attempts_awaited * 2);
+            self.close_all(COME_TOGETHER, outputs);
         }
-        let why = if self.is_untold { COME_TOGETHER } else { "the server has another storage incarnation" };
-        self.close_all(why, outputs);
         self.settle(has_unflushed, outputs);
     }
 
@@ -354,12 +370,21 @@ impl<S> Reconnect<S> {
     }
 
     fn is_served(&self) -> bool {
-        self.queues.iter().any(|queue| matches!(queue, QueueState::Up | QueueState::Closing))
+        self.queues.iter().any(|queue| queue.has_connections() || matches!(queue, QueueState::Closing))
+    }
+
+    fn leave_all(&mut self, outputs: &mut Vec<Output<S>>) {
+        for (queue_id, queue) in (0..).zip(&mut self.queues) {
+            if matches!(queue, QueueState::Up) {
+                *queue = QueueState::Leaving;
+                outputs.push(Output::Leave(queue_id));
+            }
+        }
     }
 
     fn close_all(&mut self, reason: &str, outputs: &mut Vec<Output<S>>) {
         for (queue_id, queue) in (0..).zip(&mut self.queues) {
-            if matches!(queue, QueueState::Up) {
+            if queue.has_connections() {
                 *queue = QueueState::Closing;
                 outputs.push(Output::Disconnect(queue_id, reason.to_owned()));
             }
@@ -486,7 +511,7 @@ impl<S> Reconnect<S> {
     fn lose(&mut self, reason: String, outputs: &mut Vec<Output<S>>) {
         for (queue_id, queue) in (0..).zip(&mut self.queues) {
             match queue {
-                QueueState::Up => {
+                QueueState::Up | QueueState::Leaving => {
                     *queue = QueueState::Closing;
                     outputs.push(Output::Disconnect(queue_id, reason.clone()));
                 }
@@ -507,7 +532,6 @@ fn no_reply(silence: Silence, now: Instant) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::queue::link::Loss;
 
     const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -555,9 +579,13 @@ mod tests {
         }
 
         fn lost(&mut self, queue_id: u16, served_nothing: bool) -> Vec<Output<u32>> {
+            self.lost_by(queue_id, Loss::Unacknowledged, served_nothing)
+        }
+
+        fn lost_by(&mut self, queue_id: u16, loss: Loss, served_nothing: bool) -> Vec<Output<u32>> {
             let (now, unflushed) = (self.now(), self.has_unflushed);
             let outputs = &mut self.outputs;
-            let lost = Lost { connection: 0, loss: Loss::Unacknowledged, served_nothing, oldest: None };
+            let lost = Lost { connection: 0, loss, served_nothing, oldest: None };
             self.reconnect.disconnected(queue_id, &lost, "cut", now, || unflushed, outputs);
             std::mem::take(&mut self.outputs)
         }
@@ -858,6 +886,7 @@ mod tests {
         assert_eq!(world.disconnected(0), [Output::Disconnect(1, GO_TOGETHER.into()), Output::Dial(0)]);
         assert_eq!(world.dialled(0, 7, ""), [], "the other has connections to the former process");
         assert_eq!(world.disconnected(1), [Output::Dial(1)], "the next process may be gone already");
+        assert_eq!(world.reconnect.attempts_awaited, ATTEMPTS_AWAITED, "nobody was too soon");
         assert_eq!(world.dialled(1, 8, ""), [Output::Connect(0, 7), Output::Connect(1, 8)]);
         assert_eq!(world.reconnect.condition(), Condition::Live);
         // Both at once, and the second is dialled first.
@@ -865,6 +894,26 @@ mod tests {
         assert_eq!(world.disconnected(0), [Output::Dial(0)]);
         assert_eq!(world.dialled(0, 9, ""), []);
         assert_eq!(world.dialled(1, 10, ""), [Output::Connect(0, 9), Output::Connect(1, 10)]);
+    }
+
+    #[test]
+    fn of_a_server_that_shuts_down_every_queue_waits_for_what_it_is_owed() {
+        let mut world = World::untold();
+        assert_eq!(world.lost_by(0, Loss::Leaving, false), [Output::Leave(1), Output::Dial(0)]);
+        assert_eq!(world.dialled(0, 7, ""), [], "the other is still served");
+        assert_eq!(world.lost_by(1, Loss::Leaving, false), [Output::Dial(1)]);
+        world.dialled(1, 8, "");
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+        // What it owes does not come.
+        world.lost_by(0, Loss::Leaving, false);
+        assert_eq!(disconnects(&world.silent_at(1, 0, 20_000)), [1]);
+        world.disconnected(1);
+        world.dialled(0, 9, "");
+        world.dialled(1, 10, "");
+        world.reconnect.set_policy(StallPolicy::FailAfterMs(5_000));
+        world.lost_by(0, Loss::Leaving, false);
+        assert_eq!(disconnects(&world.tick_at(25_000)), [1]);
+        assert!(world.disconnected(1).contains(&Output::GiveUp(1)));
     }
 
     #[test]

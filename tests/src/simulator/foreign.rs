@@ -343,6 +343,11 @@ impl<'a> ForeignWorld<'a> {
         if self.server.is_none() && (self.rng.u8(..8) == 0 || !self.has_faults) {
             self.server = Some(ForeignServer::new());
         }
+        if let Some(is_left) = self.server.as_ref().and_then(ForeignServer::is_left)
+            && (is_left || self.rng.u8(..32) == 0)
+        {
+            self.kill_server(!is_left);
+        }
         if self.client.is_none() && (self.rng.u8(..8) == 0 || !self.has_faults) {
             self.start_process();
         }
@@ -368,6 +373,7 @@ impl<'a> ForeignWorld<'a> {
             0..=3 => self.kill_server(true),
             4 => self.kill_server(false),
             5 => self.kill_client(),
+            8 => self.end_server(),
             6 if !self.is_tight => {
                 self.may_fail = true;
                 let most = usize::from(self.spec.nr_connections) + 1;
@@ -378,6 +384,14 @@ impl<'a> ForeignWorld<'a> {
                 self.may_fail = true;
             }
             _ => self.cut_link(),
+        }
+    }
+
+    fn end_server(&mut self) {
+        if let Some(server) = &mut self.server {
+            self.coverage.count("a foreign server ends in order");
+            self.may_fail = true;
+            server.begin_end();
         }
     }
 

@@ -198,6 +198,7 @@ impl Links {
                 }
                 Output::Connect(queue_id, sockets) => self.tell(queue_id, QueueCommand::Connect(sockets)),
                 Output::Disconnect(queue_id, why) => self.tell(queue_id, QueueCommand::Disconnect(why)),
+                Output::Leave(queue_id) => self.tell(queue_id, QueueCommand::Leave),
                 Output::GiveUp(queue_id) => self.tell(queue_id, QueueCommand::GiveUp),
                 Output::Probe => {
                     let sender = self.sender.clone();

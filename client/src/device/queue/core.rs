@@ -395,6 +395,12 @@ impl QueueCore {
         }
     }
 
+    /// The server is shutting down, as another queue was told: nothing more is sent, and the connections are dropped once no reply is owed.
+    pub fn leave<Io: QueueIo>(&mut self, io: &mut Io) {
+        self.link.leave(0);
+        self.leave_a_server_that_ends(io);
+    }
+
     /// Drops the connections, for this reason. Of silence the connection that was silent for longest is the cause.
     pub fn disconnect<Io: QueueIo>(&mut self, io: &mut Io, reason: String) {
         let longest = |connection: &u16| {

@@ -50,6 +50,8 @@ pub enum QueueCommand {
     Connect(Vec<DataSocket>),
     /// Drop the connections, for this reason.
     Disconnect(String),
+    /// The server is shutting down: send nothing more, and drop the connections once no reply is owed.
+    Leave,
     /// Without connections, requests end with EIO until there are some; with them, nothing changes.
     GiveUp,
 }

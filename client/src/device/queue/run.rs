@@ -175,6 +175,7 @@ impl<'a> QueueThread<'a> {
                 QueueCommand::Connect(sockets) => {
                     self.core.connect(&mut self.ring, sockets, Instant::now())?;
                 }
+                QueueCommand::Leave => self.core.leave(&mut self.ring),
                 QueueCommand::Disconnect(reason) => self.core.disconnect(&mut self.ring, reason),
                 QueueCommand::GiveUp => self.core.give_up(),
             }

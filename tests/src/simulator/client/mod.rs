@@ -44,6 +44,7 @@ const LATE_STEPS: usize = 600;
 enum QueueCommand {
     Connect(Vec<LinkId>),
     Disconnect(String),
+    Leave,
     GiveUp,
     /// The queue does not look for so many steps.
     Idle(u32),
@@ -395,6 +396,10 @@ impl Client {
                 }
                 commands.push_back(QueueCommand::Disconnect(why));
             }
+            Output::Leave(queue_id) => {
+                world.coverage.count("a queue leaves a foreign server that ends");
+                self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Leave);
+            }
             Output::GiveUp(_) if self.mutant == Some(Mutant::GiveUpForgotten) => {}
             Output::GiveUp(queue_id) => {
                 self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::GiveUp);
@@ -506,6 +511,9 @@ impl Client {
             }
             QueueCommand::Disconnect(why) => {
                 self.with_core(queue_id, world, |core, io| core.disconnect(io, why));
+            }
+            QueueCommand::Leave => {
+                self.with_core(queue_id, world, |core, io| core.leave(io));
             }
             QueueCommand::GiveUp => queue.core.give_up(),
             QueueCommand::Connect(links) => {

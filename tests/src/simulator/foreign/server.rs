@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use fastrand::Rng;
 use proto::nbd::replies::ReplyHead;
-use proto::nbd::transmission::{Command, CommandFlags};
+use proto::nbd::transmission::{Command, CommandFlags, NbdError};
 use proto::nbd::validate::RequestLimits;
 use proto::nbd::{BlockSizes, ExportInfo, Negotiated, TransmissionFlags};
 use server::data::session::{Action, Session};
@@ -92,16 +92,18 @@ struct Connection {
 /// A process of the server.
 pub(super) struct ForeignServer {
     connections: Vec<Connection>,
+    /// It refuses what it is asked for from now on.
+    is_ending: bool,
 }
 
 impl ForeignServer {
     pub(super) fn new() -> Self {
-        Self { connections: Vec::new() }
+        Self { connections: Vec::new(), is_ending: false }
     }
 
     /// Takes a connection, if it has fewer than that; false: it is refused.
     pub(super) fn accept(&mut self, link: LinkId, connections_max: usize, links: &mut [Link]) -> bool {
-        if self.connections.len() >= connections_max {
+        if self.connections.len() >= connections_max || self.is_ending {
             links[link].to_client.close(End::Reset);
             links[link].to_server.is_unread = true;
             return false;
@@ -115,6 +117,16 @@ impl ForeignServer {
         };
         self.connections.push(connection);
         true
+    }
+
+    /// It ends in order: whoever asks for something is told so.
+    pub(super) fn begin_end(&mut self) {
+        self.is_ending = true;
+    }
+
+    /// While it ends in order: whether all clients have left.
+    pub(super) fn is_left(&self) -> Option<bool> {
+        self.is_ending.then(|| self.connections.is_empty())
     }
 
     pub(super) fn links(&self) -> impl Iterator<Item = LinkId> {
@@ -151,7 +163,7 @@ impl ForeignServer {
         let index = world.rng.usize(..self.connections.len());
         let connection = &mut self.connections[index];
         let is_left = world.links[connection.link].to_client.is_unread;
-        let Some(has_parsed) = (if is_left { None } else { connection.parse(world) }) else {
+        let Some(has_parsed) = (if is_left { None } else { connection.parse(self.is_ending, world) }) else {
             let link = &mut world.links[connection.link];
             link.to_client.close(End::Reset);
             link.to_server.is_unread = true;
@@ -165,7 +177,7 @@ impl ForeignServer {
 
 impl Connection {
     /// Takes what has arrived; `None`: the connection is over.
-    fn parse(&mut self, world: &mut Surroundings<'_>) -> Option<bool> {
+    fn parse(&mut self, is_ending: bool, world: &mut Surroundings<'_>) -> Option<bool> {
         let mut has_parsed = false;
         loop {
             let pipe = &mut world.links[self.link].to_server;
@@ -179,7 +191,7 @@ impl Connection {
                 pipe.consume(bytes);
                 has_parsed = true;
                 if self.session.payload_received(bytes as u32) {
-                    self.begin(slot, world.storage);
+                    self.begin(slot, is_ending, world.storage);
                 }
                 continue;
             }
@@ -191,7 +203,7 @@ impl Connection {
                 Action::NeedsBytes if pipe.is_cut_off() => return None,
                 Action::NeedsBytes | Action::Paused => return Some(has_parsed),
                 Action::TakePayload(slot) => self.buffers[usize::from(slot.0)].clear(),
-                Action::Begin(slot) => self.begin(slot, world.storage),
+                Action::Begin(slot) => self.begin(slot, is_ending, world.storage),
                 Action::Open(_) => {
                     let (export, limits) = export(world.storage.cached.len());
                     let opened = self.session.opened(Ok((&export, limits)));
@@ -204,7 +216,10 @@ impl Connection {
     }
 
     /// Does what a request asks for. Its answer comes later.
-    fn begin(&mut self, slot: RequestSlot, storage: &mut Storage) {
+    fn begin(&mut self, slot: RequestSlot, is_ending: bool, storage: &mut Storage) {
+        if is_ending {
+            return self.session.fail(slot, NbdError::Eshutdown, None);
+        }
         let request = *self.session.request(slot);
         let (at, length) = (request.offset_bytes as usize, request.length_bytes as usize);
         let is_fua = request.flags.contains(CommandFlags::FUA);

@@ -277,6 +277,29 @@ fn a_server_that_leaves_gets_nothing_more_and_is_left_once_it_owes_nothing_on_an
 }
 
 #[test]
+fn a_queue_that_is_to_leave_waits_for_what_it_is_owed_and_no_longer() {
+    let mut world = World::new(2, Resend::ReadsOnly, false);
+    world.request(0, Command::Write);
+    let write = world.cookie(0);
+    world.core.leave(&mut world.io);
+    world.request(1, Command::Write);
+    assert!(world.core.is_up(), "a reply is owed");
+    world.reply(0, write, 0);
+    world.reap();
+    assert_eq!(world.commits(), [(0, LARGE_BYTES as i32)]);
+    assert!(matches!(world.lost().loss, Loss::Leaving));
+    world.core.leave(&mut world.io);
+    world.connect();
+    let sent: usize = world.io.wires.iter().map(|wire| wire.sent.len()).sum();
+    assert_eq!(sent, 2, "what came meanwhile is sent now");
+    world.core.disconnect(&mut world.io, "cut".to_owned());
+    world.reap();
+    world.connect();
+    world.core.leave(&mut world.io);
+    assert!(!world.core.is_up(), "nothing is owed");
+}
+
+#[test]
 fn a_server_that_only_refuses_soon_after_it_was_reached_served_nothing() {
     let mut world = World::new(1, Resend::Everything, false);
     world.now += Duration::from_secs(2);
