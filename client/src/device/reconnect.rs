@@ -48,7 +48,8 @@ const TOLD_SILENCE: Duration = Duration::from_secs(20);
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// So many attempts of a queue to get connections are waited for before the others are connected without it, where a server may grant
-/// too few. More than one: it may still count those that it has just lost. Twice as many whenever the others were connected too soon.
+/// too few. More than one: it may still count those that it has just lost. Twice as many whenever the others were connected too soon,
+/// until connections are lost for another reason.
 const ATTEMPTS_AWAITED: u32 = 3;
 const ATTEMPTS_AWAITED_MAX: u32 = 48;
 /// Why a queue drops connections to a server that tells no incarnation.
@@ -194,6 +195,10 @@ impl<S> Reconnect<S> {
             self.refusals = self.refusals.saturating_add(1);
         } else if !goes_along {
             (self.former_outage, self.refusals) = (None, 0);
+        }
+        if !goes_along {
+            // By itself, and not because another queue came later.
+            self.attempts_awaited = ATTEMPTS_AWAITED;
         }
         self.queues[index] = QueueState::Down;
         self.silences[index] = None;
