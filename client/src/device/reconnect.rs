@@ -17,11 +17,12 @@
 //! still be in the hands of the server, on the connection that was lost; were another queue served meanwhile, it could land on
 //! top of what was written there later. The server grants a slot only when the I/O of the one before it has ended.
 //!
-//! A server that tells no incarnation (a foreign one) may be another process at each dial. There the loss of one queue's connections is
-//! the loss of all: what another queue's tell may be the word of a process that is gone, and a FLUSH through new ones covers nothing of
-//! it. No queue is connected before all have dropped theirs, and then all together. But such servers may grant fewer connections than
-//! there are queues: who cannot get one is not waited for long. When it has one later, all come together once more. Where the server has
-//! said that it is shutting down, the other queues still wait for what it owes them.
+//! A server that tells no incarnation (a foreign one) may be another process at each dial. What another queue's connections tell may be
+//! the word of a process that is gone, and a FLUSH through new ones covers nothing of it. So when a queue has been given new ones, the
+//! others drop theirs; no queue is connected before all have, and then all together. Not before that: some servers end when the last
+//! connection does. But they may grant fewer connections than there are queues: who cannot get one is not waited for long
+//! (`together.rs`). When it has one later, all come together once more. Where the server has said that it is shutting down, the other
+//! queues leave it by themselves, and wait for what it owes them; not for long once another could be served.
 //!
 //! Invariants:
 //! - a queue gets connections only of the incarnation that all others have;
@@ -40,6 +41,7 @@ use std::time::{Duration, Instant};
 use super::liveness::{OutageClock, Probes, Silence};
 use super::queue::link::{Loss, Lost};
 use super::queue::quiet::QueueSilence;
+use super::together::Together;
 use crate::contract::StallPolicy;
 
 /// Whoever sets a policy later does not wait for longer than this for a silent server to be called lost, foreign or not.
@@ -47,16 +49,16 @@ const TOLD_SILENCE: Duration = Duration::from_secs(20);
 /// Until a dial that could not be begun is tried again.
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
 
-/// So many attempts of a queue to get connections are waited for before the others are connected without it, where a server may grant
-/// too few. More than one: it may still count those that it has just lost. Twice as many whenever the others were connected too soon,
-/// until connections are lost for another reason.
-const ATTEMPTS_AWAITED: u32 = 3;
-const ATTEMPTS_AWAITED_MAX: u32 = 48;
-/// Why a queue drops connections to a server that tells no incarnation.
+/// For so long a server that is shutting down is waited for while another could serve.
+const LEAVING_MAX: Duration = Duration::from_secs(10);
+/// Why a queue drops connections to a server that tells no incarnation: another was lost, and has others now.
 const GO_TOGETHER: &str =
     "another queue's connections were lost, and the server does not say whether it is the same";
-const COME_TOGETHER: &str =
+/// The same: it was connected without the other, which came too late.
+pub const COME_TOGETHER: &str =
     "another queue is connected anew, and the server does not say whether it is the same";
+/// Why a queue drops connections to a server that is shutting down.
+const OWES_FOR_LONG: &str = "the server is shutting down, and does not answer what it owes";
 
 /// What is to be done, in this order.
 #[derive(Debug, PartialEq, Eq)]
@@ -70,6 +72,8 @@ pub enum Output<S> {
     Disconnect(u16, String),
     /// Let the queue drop its connections once no reply is owed on them, and send nothing any more: the server is shutting down.
     Leave(u16),
+    /// Let the queue look at what the others have counted.
+    Wake(u16),
     /// Requests of the queue fail while it has no connections.
     GiveUp(u16),
     /// Ask the server for one block on a connection of its own, and tell [`Reconnect::probed`].
@@ -117,10 +121,10 @@ pub struct Reconnect<S> {
     incarnation: String,
     /// The server tells no incarnation.
     is_untold: bool,
-    /// By queue: attempts to get connections that have failed since it lost the last.
-    failed_attempts: Vec<u32>,
-    /// How many of them others wait for.
-    attempts_awaited: u32,
+    /// Then: how the queues come together.
+    together: Together,
+    /// Until when they wait for those that leave a server which is shutting down.
+    leaves_by: Option<Instant>,
     /// Left for good: who comes with one of these was dialled before its server went.
     former_incarnations: Vec<String>,
     /// By queue: the former incarnation that its last dial told, which may have begun before the present one was known.
@@ -143,6 +147,8 @@ pub struct Reconnect<S> {
     /// What the last attempt came to.
     attempt: String,
     has_given_up: bool,
+    /// Some queues were given up and cannot be connected, and all others are served. No outage lasts for those.
+    rest_fails: bool,
     lost: Option<String>,
 }
 
@@ -153,8 +159,8 @@ impl<S> Reconnect<S> {
             queues: (0..nr_hw_queues).map(|_| QueueState::Up).collect(),
             is_untold: incarnation.is_empty(),
             incarnation,
-            failed_attempts: vec![0; usize::from(nr_hw_queues)],
-            attempts_awaited: ATTEMPTS_AWAITED,
+            together: Together::new(),
+            leaves_by: None,
             former_incarnations: Vec::new(),
             doubted: vec![None; usize::from(nr_hw_queues)],
             not_begun: vec![None; usize::from(nr_hw_queues)],
@@ -168,6 +174,7 @@ impl<S> Reconnect<S> {
             refusals: 0,
             attempt: String::new(),
             has_given_up: false,
+            rest_fails: false,
             lost: None,
         }
     }
@@ -189,24 +196,26 @@ impl<S> Reconnect<S> {
         outputs: &mut Vec<Output<S>>,
     ) {
         let index = usize::from(queue_id);
-        let is_told = matches!(self.queues[index], QueueState::Leaving | QueueState::Closing);
-        let goes_along = self.is_untold && is_told;
-        if lost.served_nothing && !goes_along {
-            self.refusals = self.refusals.saturating_add(1);
-        } else if !goes_along {
-            (self.former_outage, self.refusals) = (None, 0);
-        }
+        // Who goes along with another queue says nothing of the server.
+        let goes_along =
+            matches!(&lost.loss, Loss::Told(why) if [GO_TOGETHER, COME_TOGETHER].contains(&why.as_str()));
         if !goes_along {
-            // By itself, and not because another queue came later.
-            self.attempts_awaited = ATTEMPTS_AWAITED;
+            self.together.lost_by_itself();
+            if lost.served_nothing {
+                self.refusals = self.refusals.saturating_add(1);
+            } else {
+                (self.former_outage, self.refusals) = (None, 0);
+            }
         }
         self.queues[index] = QueueState::Down;
         self.silences[index] = None;
-        self.failed_attempts[index] = 0;
         self.look_for_slowness(now);
         if self.lost.is_some() {
             outputs.push(Output::GiveUp(queue_id));
             return;
+        }
+        if std::mem::take(&mut self.rest_fails) {
+            self.outage = None;
         }
         let oldest_sent = lost.oldest.and_then(|oldest| now.checked_sub(oldest)).unwrap_or(now);
         match &mut self.outage {
@@ -217,14 +226,17 @@ impl<S> Reconnect<S> {
                 self.attempt.clear();
             }
         }
-        match lost.loss {
-            Loss::Leaving if self.is_untold => self.leave_all(outputs),
-            _ if self.is_untold => self.close_all(GO_TOGETHER, outputs),
-            _ => {}
+        if self.is_untold && matches!(lost.loss, Loss::Leaving) {
+            self.leave_all(outputs);
         }
         self.give_up(outputs);
         outputs.push(Output::Dial(queue_id));
-        self.settle(has_unflushed, outputs);
+        if self.is_untold {
+            // The loss was counted: a FLUSH that comes there from now on is to be known to have begun after it.
+            let others = (0..self.queues.len() as u16).filter(|other| *other != queue_id);
+            outputs.extend(others.map(Output::Wake));
+        }
+        self.settle(now, has_unflushed, outputs);
     }
 
     /// On a queue's connections replies are due and nothing comes; `None`: not any more. To be told about once a second.
@@ -268,16 +280,8 @@ impl<S> Reconnect<S> {
     }
 
     /// An attempt to open a queue's connections failed; another follows.
-    pub fn dial_failed(&mut self, queue_id: u16, error: String, outputs: &mut Vec<Output<S>>) {
+    pub fn dial_failed(&mut self, error: String) {
         self.attempt = error;
-        self.attempt_failed(queue_id, outputs);
-    }
-
-    /// Others may have waited for this queue.
-    fn attempt_failed(&mut self, queue_id: u16, outputs: &mut Vec<Output<S>>) {
-        let failed = &mut self.failed_attempts[usize::from(queue_id)];
-        *failed = failed.saturating_add(1);
-        self.connect_dialled(outputs);
     }
 
     /// The queue's connections are not being opened, because this machine lacks something for it: that is tried again.
@@ -297,6 +301,7 @@ impl<S> Reconnect<S> {
         queue_id: u16,
         sockets: S,
         incarnation: String,
+        now: Instant,
         has_unflushed: impl FnOnce() -> bool,
         outputs: &mut Vec<Output<S>>,
     ) {
@@ -319,12 +324,20 @@ impl<S> Reconnect<S> {
         self.queues[index] = QueueState::Dialled(sockets, incarnation);
         if !self.is_untold {
             self.close_all("the server has another storage incarnation", outputs);
-        } else if self.queues.iter().any(|queue| matches!(queue, QueueState::Up)) {
-            // They were connected too soon. Who is leaving goes by itself.
-            self.attempts_awaited = ATTEMPTS_AWAITED_MAX.min(self.attempts_awaited * 2);
-            self.close_all(COME_TOGETHER, outputs);
+        } else {
+            self.have_others_follow(now, outputs);
         }
-        self.settle(has_unflushed, outputs);
+        self.settle(now, has_unflushed, outputs);
+    }
+
+    /// A queue of a server that tells no incarnation could be served: the others drop what they have. Who is leaving goes by itself.
+    fn have_others_follow(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
+        if self.queues.iter().any(|queue| matches!(queue, QueueState::Up)) {
+            let why = if self.together.comes_late() { COME_TOGETHER } else { GO_TOGETHER };
+            self.close_all(why, outputs);
+        } else if self.queues.iter().any(|queue| matches!(queue, QueueState::Leaving)) {
+            self.leaves_by.get_or_insert(now + LEAVING_MAX);
+        }
     }
 
     /// Time has passed.
@@ -335,12 +348,18 @@ impl<S> Reconnect<S> {
                 *not_begun = None;
                 if self.lost.is_none() {
                     outputs.push(Output::Dial(queue_id));
-                    self.attempt_failed(queue_id, outputs);
                 }
             }
         }
+        if self.leaves_by.is_some_and(|by| now >= by) {
+            self.leaves_by = None;
+            self.close_all(OWES_FOR_LONG, outputs);
+        }
+        if self.company_due_at().is_some_and(|due| now >= due) {
+            self.connect_dialled(now, outputs);
+        }
         if self.give_up_at().is_some_and(|deadline| now >= deadline) {
-            self.has_given_up = true;
+            (self.has_given_up, self.rest_fails) = (true, false);
             let silence = self.silences.iter().flatten().min_by_key(|silence| silence.since);
             let reason = silence.map(|silence| no_reply(*silence, now));
             let begins = || (OutageClock::new(now, now), reason.clone().unwrap_or_default());
@@ -358,13 +377,19 @@ impl<S> Reconnect<S> {
     pub fn wakes_at(&self, now: Instant) -> Option<Instant> {
         let probe = self.probes.due_at(now).filter(|_| self.probes_matter());
         let not_begun = self.not_begun.iter().copied().flatten();
-        not_begun.chain(self.give_up_at()).chain(probe).min()
+        let together = self.leaves_by.into_iter().chain(self.company_due_at());
+        not_begun.chain(self.give_up_at()).chain(together).chain(probe).min()
+    }
+
+    /// When queues are connected without those that they wait for.
+    fn company_due_at(&self) -> Option<Instant> {
+        self.together.due_at().filter(|_| self.lost.is_none())
     }
 
     /// Whether requests would fail sooner without probes. While there are connections their silence asks for probes.
     fn probes_matter(&self) -> bool {
         let fails_later = matches!(self.policy, StallPolicy::FailAfterMs(_)) && !self.has_given_up;
-        fails_later && self.told_at.is_none() && self.lost.is_none() && self.outage.is_some()
+        fails_later && self.told_at.is_none() && self.lost.is_none() && self.outage_of_the_served().is_some()
     }
 
     /// Once no queue is served any more: whoever is told of an error may write again at once, through any of them.
@@ -403,13 +428,18 @@ impl<S> Reconnect<S> {
             return None;
         }
         let after = Duration::from_millis(after_ms);
-        let Some(told_at) = self.told_at else { return self.outage.as_ref()?.0.ends(after) };
+        let outage = self.outage_of_the_served();
+        let Some(told_at) = self.told_at else { return outage?.ends(after) };
         // Of a policy that somebody set: from then on, or from when the outage or the silence began.
         let silence = self.probes.reply_timeout().min(TOLD_SILENCE);
         let silent_for_long = self.silences.iter().flatten().filter_map(|it| it.since.checked_add(silence));
-        let outage = self.outage.as_ref().map(|(clock, _)| clock.began());
-        let began = silent_for_long.chain(outage).min()?;
+        let began = silent_for_long.chain(outage.map(OutageClock::began)).min()?;
         began.max(told_at).checked_add(after)
+    }
+
+    /// What lasts until requests fail that do not yet.
+    fn outage_of_the_served(&self) -> Option<&OutageClock> {
+        self.outage.as_ref().map(|(clock, _)| clock).filter(|_| !self.rest_fails)
     }
 
     /// The policy that the attachment was made with. Requests that failed stay failed; under `Wait` those that come wait again
@@ -444,7 +474,7 @@ impl<S> Reconnect<S> {
         };
         let attempt = if self.attempt.is_empty() { "connecting" } else { &self.attempt };
         let text = format!("{reason}; {attempt}");
-        if self.has_given_up { Condition::Failing(text) } else { Condition::Stalled(text) }
+        if self.has_given_up || self.rest_fails { Condition::Failing(text) } else { Condition::Stalled(text) }
     }
 
     fn connect(&mut self, queue_id: u16, sockets: S, outputs: &mut Vec<Output<S>>) {
@@ -452,16 +482,16 @@ impl<S> Reconnect<S> {
         outputs.push(Output::Connect(queue_id, sockets));
         if self.queues.iter().all(|queue| matches!(queue, QueueState::Up)) {
             self.former_outage = self.outage.take().map(|(clock, _)| clock);
-            self.has_given_up = false;
-            self.attempts_awaited = ATTEMPTS_AWAITED;
+            (self.has_given_up, self.rest_fails) = (false, false);
         }
     }
 
     /// Once no queue has a connection any more: goes over to the server's incarnation, or cannot.
-    fn settle(&mut self, has_unflushed: impl FnOnce() -> bool, outputs: &mut Vec<Output<S>>) {
+    fn settle(&mut self, now: Instant, has_unflushed: impl FnOnce() -> bool, outputs: &mut Vec<Output<S>>) {
         if self.is_served() {
             return;
         }
+        self.leaves_by = None;
         let new = self.queues.iter().find_map(|queue| match queue {
             QueueState::Dialled(_, told) if *told != self.incarnation => Some(told.clone()),
             _ => None,
@@ -485,12 +515,13 @@ impl<S> Reconnect<S> {
                 }
             }
         }
-        self.connect_dialled(outputs);
+        self.connect_dialled(now, outputs);
     }
 
     /// Gives the queues the connections that wait, once no queue has others and those are there that are waited for.
-    fn connect_dialled(&mut self, outputs: &mut Vec<Output<S>>) {
-        if self.is_served() || self.waits_for_others() {
+    fn connect_dialled(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
+        let could_be_served = self.queues.iter().any(|queue| matches!(queue, QueueState::Dialled(..)));
+        if self.is_served() || !could_be_served || self.waits_for_others(now) {
             return;
         }
         for queue_id in 0..self.queues.len() as u16 {
@@ -500,17 +531,19 @@ impl<S> Reconnect<S> {
                 other => *queue = other,
             }
         }
+        if self.is_untold {
+            let are_all = self.queues.iter().all(|queue| matches!(queue, QueueState::Up));
+            self.together.are_served(are_all);
+            // For those that are served the next outage begins when they lose their connections.
+            self.rest_fails = !are_all && std::mem::take(&mut self.has_given_up);
+        }
     }
 
     /// After giving up, every queue has to have connections, because a server grants them only when what failed cannot land any more. One
     /// that tells no incarnation promises nothing of the kind, and may grant too few.
-    fn waits_for_others(&self) -> bool {
-        let is_down = |queue: &QueueState<S>| matches!(queue, QueueState::Down);
-        if !self.is_untold {
-            return self.has_given_up && self.queues.iter().any(is_down);
-        }
-        let mut queues = self.queues.iter().zip(&self.failed_attempts);
-        queues.any(|(queue, failed)| is_down(queue) && *failed < self.attempts_awaited)
+    fn waits_for_others(&mut self, now: Instant) -> bool {
+        let is_any_down = self.queues.iter().any(|queue| matches!(queue, QueueState::Down));
+        is_any_down && if self.is_untold { self.together.waits(now) } else { self.has_given_up }
     }
 
     fn lose(&mut self, reason: String, outputs: &mut Vec<Output<S>>) {
@@ -537,6 +570,7 @@ fn no_reply(silence: Silence, now: Instant) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::together::WAIT_MIN;
 
     const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -570,9 +604,8 @@ mod tests {
             Self { reconnect, ..Self::new(StallPolicy::Wait) }
         }
 
-        fn dial_failed(&mut self, queue_id: u16) -> Vec<Output<u32>> {
-            self.reconnect.dial_failed(queue_id, "refused".into(), &mut self.outputs);
-            std::mem::take(&mut self.outputs)
+        fn dial_failed(&mut self) {
+            self.reconnect.dial_failed("refused".into());
         }
 
         fn now(&self) -> Instant {
@@ -611,9 +644,9 @@ mod tests {
         }
 
         fn dialled(&mut self, queue_id: u16, sockets: u32, incarnation: &str) -> Vec<Output<u32>> {
-            let unflushed = self.has_unflushed;
-            let incarnation = incarnation.to_owned();
-            self.reconnect.dialled(queue_id, sockets, incarnation, || unflushed, &mut self.outputs);
+            let (now, unflushed) = (self.now(), self.has_unflushed);
+            let (incarnation, outputs) = (incarnation.to_owned(), &mut self.outputs);
+            self.reconnect.dialled(queue_id, sockets, incarnation, now, || unflushed, outputs);
             std::mem::take(&mut self.outputs)
         }
 
@@ -637,7 +670,7 @@ mod tests {
         let mut world = World::new(StallPolicy::Wait);
         assert_eq!(world.disconnected(1), [Output::Dial(1)]);
         assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; connecting".into()));
-        assert_eq!(world.dial_failed(1), []);
+        world.dial_failed();
         assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; refused".into()));
         assert_eq!(world.tick_at(1 << 40), [], "it waits for ever");
         world.has_unflushed = true;
@@ -884,32 +917,62 @@ mod tests {
         assert!(world.disconnected(1).contains(&Output::GiveUp(0)));
     }
 
+    const WAIT_MS: u64 = WAIT_MIN.as_millis() as u64;
+
+    fn told(why: &str) -> Loss {
+        Loss::Told(why.to_owned())
+    }
+
     /// Queue 0 was connected to the next process while an acknowledgement of the former one waited in queue 1's socket.
     #[test]
     fn of_a_server_that_tells_no_incarnation_all_queues_go_and_come_together() {
         let mut world = World::untold();
-        assert_eq!(world.disconnected(0), [Output::Disconnect(1, GO_TOGETHER.into()), Output::Dial(0)]);
-        assert_eq!(world.dialled(0, 7, ""), [], "the other has connections to the former process");
-        assert_eq!(world.disconnected(1), [Output::Dial(1)], "the next process may be gone already");
-        assert_eq!(world.reconnect.attempts_awaited, ATTEMPTS_AWAITED, "nobody was too soon");
+        assert_eq!(
+            world.disconnected(0),
+            [Output::Dial(0), Output::Wake(1)],
+            "some end with the last client"
+        );
+        let outputs = world.dialled(0, 7, "");
+        assert_eq!(outputs, [Output::Disconnect(1, GO_TOGETHER.into())], "it may be of the former process");
+        let outputs = world.lost_by(1, told(GO_TOGETHER), false);
+        assert_eq!(outputs, [Output::Dial(1), Output::Wake(0)], "the next process may be gone already");
         assert_eq!(world.dialled(1, 8, ""), [Output::Connect(0, 7), Output::Connect(1, 8)]);
         assert_eq!(world.reconnect.condition(), Condition::Live);
         // Both at once, and the second is dialled first.
         world.disconnected(1);
-        assert_eq!(world.disconnected(0), [Output::Dial(0)]);
+        assert_eq!(world.disconnected(0), [Output::Dial(0), Output::Wake(1)]);
         assert_eq!(world.dialled(0, 9, ""), []);
         assert_eq!(world.dialled(1, 10, ""), [Output::Connect(0, 9), Output::Connect(1, 10)]);
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+    }
+
+    #[test]
+    fn after_a_restart_in_which_every_attempt_failed_queues_still_come_together() {
+        let mut world = World::untold();
+        world.disconnected(0);
+        world.disconnected(1);
+        for _ in 0..5 {
+            world.dial_failed();
+            world.dial_failed();
+        }
+        world.now_ms = 60_000;
+        assert_eq!(world.dialled(0, 7, ""), []);
+        assert_eq!(world.tick_at(60_000 + WAIT_MS - 1), []);
+        assert_eq!(world.dialled(1, 8, ""), [Output::Connect(0, 7), Output::Connect(1, 8)]);
+        assert_eq!(world.tick_at(60_000 + WAIT_MS), []);
     }
 
     #[test]
     fn of_a_server_that_shuts_down_every_queue_waits_for_what_it_is_owed() {
         let mut world = World::untold();
-        assert_eq!(world.lost_by(0, Loss::Leaving, false), [Output::Leave(1), Output::Dial(0)]);
+        let outputs = world.lost_by(0, Loss::Leaving, false);
+        assert_eq!(outputs, [Output::Leave(1), Output::Dial(0), Output::Wake(1)]);
         assert_eq!(world.dialled(0, 7, ""), [], "the other is still served");
-        assert_eq!(world.lost_by(1, Loss::Leaving, false), [Output::Dial(1)]);
+        assert_eq!(world.lost_by(1, Loss::Leaving, false), [Output::Dial(1), Output::Wake(0)]);
         world.dialled(1, 8, "");
         assert_eq!(world.reconnect.condition(), Condition::Live);
-        // What it owes does not come.
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        // What it owes does not come, and no other server does.
         world.lost_by(0, Loss::Leaving, false);
         assert_eq!(disconnects(&world.silent_at(1, 0, 20_000)), [1]);
         world.disconnected(1);
@@ -922,44 +985,79 @@ mod tests {
     }
 
     #[test]
+    fn what_a_server_owes_that_shuts_down_holds_up_nobody_for_long_whom_another_could_serve() {
+        let mut world = World::untold();
+        world.lost_by(0, Loss::Leaving, false);
+        assert_eq!(world.tick_at(15_000), [], "nobody could serve");
+        world.dialled(0, 7, "");
+        assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.now() + LEAVING_MAX));
+        assert_eq!(world.tick_at(24_999), []);
+        assert_eq!(world.tick_at(25_000), [Output::Disconnect(1, OWES_FOR_LONG.into())]);
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        world.lost_by(1, told(OWES_FOR_LONG), false);
+        assert_eq!(world.dialled(1, 8, ""), [Output::Connect(0, 7), Output::Connect(1, 8)]);
+        assert_eq!(world.tick_at(60_000), []);
+    }
+
+    #[test]
     fn a_queue_that_gets_no_connection_holds_up_no_other_for_long() {
         let mut world = World::untold();
         world.disconnected(0);
         world.disconnected(1);
-        assert_eq!(world.dial_failed(1), []);
         assert_eq!(world.dialled(0, 7, ""), []);
-        assert_eq!(world.dial_failed(1), []);
-        assert_eq!(world.dial_failed(1), [Output::Connect(0, 7)]);
+        assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.start + WAIT_MIN));
+        assert_eq!(world.tick_at(WAIT_MS - 1), []);
+        assert_eq!(world.tick_at(WAIT_MS), [Output::Connect(0, 7)]);
         assert!(matches!(world.reconnect.condition(), Condition::Stalled(_)));
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
         // It has one at last, perhaps of another process: all begin anew, and wait for longer.
         assert_eq!(world.dialled(1, 8, ""), [Output::Disconnect(0, COME_TOGETHER.into())]);
-        assert_eq!(world.disconnected(0), [Output::Dial(0)]);
-        for attempt in 0..5 {
-            assert_eq!(world.dial_failed(0), [], "attempt {attempt}");
-        }
+        let outputs = world.lost_by(0, told(COME_TOGETHER), false);
+        assert_eq!(outputs, [Output::Dial(0), Output::Wake(1)]);
+        assert_eq!(world.tick_at(3 * WAIT_MS - 1), []);
         assert_eq!(world.dialled(0, 9, ""), [Output::Connect(0, 9), Output::Connect(1, 8)]);
         assert_eq!(world.reconnect.condition(), Condition::Live);
-        // A dial that cannot be begun is one that failed.
+        // Nor does a dial that cannot be begun.
         world.disconnected(0);
         world.disconnected(1);
         world.dialled(0, 10, "");
-        for second in 1..=3 {
-            world.reconnect.dial_not_begun(1, "no thread".into(), world.now());
-            let outputs = world.tick_at(second * 1_000);
-            assert_eq!(outputs.contains(&Output::Connect(0, 10)), second == 3, "{outputs:?}");
-        }
+        world.reconnect.dial_not_begun(1, "no thread".into(), world.now());
+        assert_eq!(world.tick_at(4 * WAIT_MS), [Output::Dial(1), Output::Connect(0, 10)]);
+    }
+
+    #[test]
+    fn a_disk_that_is_lost_wakes_nobody_for_queues_that_wait_for_each_other() {
+        let mut world = World::untold();
+        world.disconnected(0);
+        world.disconnected(1);
+        world.dialled(0, 7, "");
+        world.reconnect.refused_for_good("fenced".into(), &mut world.outputs);
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        world.outputs.clear();
+        assert_eq!(world.tick_at(WAIT_MS), []);
     }
 
     #[test]
     fn who_goes_along_with_another_queue_says_nothing_of_the_server() {
         let mut world = World::untold();
         for refusals in 1..4 {
+            // Whoever is heard first.
             world.lost(0, true);
-            world.lost(1, false);
-            assert_eq!(world.reconnect.refusals(), refusals, "each dial after it comes later");
             world.dialled(0, 7, "");
+            world.lost_by(1, told(GO_TOGETHER), false);
             world.dialled(1, 8, "");
+            assert_eq!(world.reconnect.refusals(), 2 * refusals - 1, "each dial after it comes later");
+            world.lost(1, true);
+            world.lost_by(0, told(COME_TOGETHER), false);
+            assert_eq!(world.reconnect.refusals(), 2 * refusals);
+            world.dialled(0, 9, "");
+            world.dialled(1, 10, "");
         }
+        // It was to go along, and had lost its connections by itself before.
+        world.disconnected(0);
+        assert_eq!(disconnects(&world.dialled(0, 7, "")), [1]);
+        world.lost(1, true);
+        assert_eq!(world.reconnect.refusals(), 1);
     }
 
     #[test]
@@ -970,10 +1068,18 @@ mod tests {
         world.disconnected(1);
         assert_eq!(world.tick_at(5_000), [Output::GiveUp(0), Output::GiveUp(1)]);
         world.dialled(0, 7, "");
-        world.dial_failed(1);
-        world.dial_failed(1);
-        assert_eq!(world.dial_failed(1), [Output::Connect(0, 7)]);
+        assert_eq!(world.tick_at(5_000 + WAIT_MS), [Output::Connect(0, 7)]);
         assert!(matches!(world.reconnect.condition(), Condition::Failing(_)), "of the other they still fail");
+        assert_eq!(world.tick_at(60_000), [], "and who is served has no outage");
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        // Until it has one of its own.
+        assert_eq!(world.disconnected(0), [Output::Dial(0), Output::Wake(1)], "its requests wait");
+        assert!(matches!(world.reconnect.condition(), Condition::Stalled(_)));
+        assert_eq!(world.tick_at(64_999), []);
+        assert_eq!(world.tick_at(65_000), [Output::GiveUp(0), Output::GiveUp(1)]);
+        world.dialled(0, 8, "");
+        world.dialled(1, 9, "");
+        assert_eq!(world.reconnect.condition(), Condition::Live);
     }
 
     /// A fail-over to another storage machine and back.

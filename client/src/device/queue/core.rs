@@ -108,6 +108,8 @@ pub struct QueueCore {
     patience: Patience,
     unflushed: Arc<Unflushed>,
     begun_after: BegunAfter,
+    /// The next FLUSH may stand for users who began theirs while one was under way that has failed since.
+    flush_may_be_held: bool,
     tags: TagTable,
     requests: Requests,
     lanes: Box<[Lane]>,
@@ -145,7 +147,8 @@ impl QueueCore {
             patience: Patience::new(spec.reply_timeout, spec.resend == Resend::Everything),
             tags: TagTable::new(queue_depth),
             requests: Requests::new(tags, nr_connections, spec.unflushed.nr_counters()),
-            begun_after: BegunAfter::new(queue_depth),
+            begun_after: BegunAfter::new(queue_depth, nr_connections),
+            flush_may_be_held: false,
             unflushed: spec.unflushed,
             lanes: (0..nr_connections).map(|index| Lane::new(index, tags, small_bytes_max)).collect(),
             balance: Balance::new(nr_connections),
@@ -216,6 +219,11 @@ impl QueueCore {
 
     // -------------------------------------------------------------------------------------------- requests come
 
+    /// Something has completed, whatever it is: to be told before what it is.
+    pub fn completion_came(&mut self) {
+        self.begun_after.completion_came();
+    }
+
     /// A tag brought a request; `Err`: one that this device does not know, by its positive errno.
     pub fn handle_request<Io: QueueIo>(&mut self, io: &mut Io, tag: u16, request: Result<BlockRequest, i32>) {
         assert_ours(self.tags.request_arrived(tag));
@@ -227,7 +235,9 @@ impl QueueCore {
         if request.command == Command::Flush {
             // First what it covers: of a loss that is noticed from here on it is told in the end.
             self.unflushed.flush_begins(self.requests.covered_mut(tag));
-            if self.unflushed.fails_flush(self.begun_after.losses()) {
+            let is_held = std::mem::take(&mut self.flush_may_be_held);
+            let losses_before = if is_held { 0 } else { self.begun_after.losses() };
+            if self.unflushed.fails_flush(losses_before) {
                 return self.commit(io, tag, -libc::EIO);
             }
         }
@@ -450,7 +460,11 @@ impl QueueCore {
             return;
         }
         if self.resend == Resend::ReadsOnly {
-            self.unflushed.connection_lost();
+            // Nor before the users know of it: else a FLUSH that tells of the loss could begin before.
+            if let Err(error) = io.submit() {
+                tracing::error!(queue_id = self.queue_id, %error, "cannot give requests back");
+            }
+            self.unflushed.connection_lost(self.queue_id);
         }
         self.is_told_silent = false;
         let oldest = self.requests.oldest_ticks().map(|ticks| TICK * ticks);
@@ -536,6 +550,7 @@ impl QueueCore {
             let request = self.requests.of(tag).request;
             let is_believed = result.is_err() || self.note_durability(tag, &request);
             let result = if is_believed { result } else { Err(libc::EIO) };
+            self.flush_may_be_held |= request.command == Command::Flush && result.is_err();
             let mut result = block_request::commit_result(&request, result);
             if result > 0
                 && request.command == Command::Read

@@ -52,6 +52,8 @@ pub enum QueueCommand {
     Disconnect(String),
     /// The server is shutting down: send nothing more, and drop the connections once no reply is owed.
     Leave,
+    /// Nothing but a pass, at whose end it is read what other queues have counted.
+    Look,
     /// Without connections, requests end with EIO until there are some; with them, nothing changes.
     GiveUp,
 }

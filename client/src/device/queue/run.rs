@@ -101,6 +101,7 @@ impl<'a> QueueThread<'a> {
             false => self.wait(timeout)?,
         }
         while let Some(completed) = self.ring.reap() {
+            self.core.completion_came();
             self.advance(completed)?;
         }
         self.core.end_of_pass(&mut self.ring, Instant::now);
@@ -177,6 +178,7 @@ impl<'a> QueueThread<'a> {
                 }
                 QueueCommand::Leave => self.core.leave(&mut self.ring),
                 QueueCommand::Disconnect(reason) => self.core.disconnect(&mut self.ring, reason),
+                QueueCommand::Look => {}
                 QueueCommand::GiveUp => self.core.give_up(),
             }
         }

@@ -5,9 +5,10 @@
 //! completed. Called by `core.rs` before a completion is committed, and by `reconnect.rs`, which has to know whether anything
 //! was there to forget. Nothing here allocates after construction; a queue writes its own counter only.
 //!
-//! A server that does not say whether it forgets is doubted after each loss of connections to it, if anything was unflushed. The doubt
-//! ends when a FLUSH has failed that is known to have begun after the loss. One that began before covers less than what may be gone: it
-//! fails too, whatever the server says, and the doubt stays.
+//! A server that does not say whether it forgets is doubted after each loss of a queue's connections to it, if anything was unflushed that
+//! had been acknowledged on them. The doubt ends when a FLUSH has failed that is known to have begun after the loss. One that began before
+//! covers less than what may be gone: it fails too, whatever the server says, and the doubt stays. All queues lose their connections before
+//! any has others (`reconnect.rs`): each counts its own.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,6 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 struct Counter {
     acknowledged: AtomicU64,
     flushed: AtomicU64,
+    /// Of these a loss was counted.
+    lost: AtomicU64,
 }
 
 /// The counters of an attachment's queues.
@@ -72,10 +75,15 @@ impl Unflushed {
         true
     }
 
-    /// A queue has lost its connections to a server that does not say whether it forgets, and everything that was acknowledged on them
-    /// is counted: if there was anything to forget, a FLUSH that begins from now on has to fail, whichever queue it is on.
-    pub fn connection_lost(&self) {
-        if self.any() {
+    /// A queue has lost its connections to a server that does not say whether it forgets; everything that was acknowledged on them is
+    /// counted, and its users know of it: if there was anything to forget that no earlier loss was counted for, a FLUSH that begins from
+    /// now on has to fail, whichever queue it is on.
+    pub fn connection_lost(&self, queue_id: u16) {
+        let counter = &self.queues[usize::from(queue_id)];
+        let acknowledged = counter.acknowledged.load(Ordering::Acquire);
+        // The queue is the only one that writes it.
+        let lost = counter.lost.swap(acknowledged, Ordering::AcqRel);
+        if acknowledged > lost.max(counter.flushed.load(Ordering::Acquire)) {
             self.losses.fetch_add(1, Ordering::AcqRel);
         }
     }
@@ -127,22 +135,40 @@ mod tests {
     #[test]
     fn after_a_loss_one_flush_fails_if_there_was_anything_to_lose() {
         let unflushed = Unflushed::new(1);
-        unflushed.connection_lost();
+        unflushed.connection_lost(0);
         assert!(!unflushed.fails_flush(unflushed.losses()));
         unflushed.acknowledged(0);
-        unflushed.connection_lost();
+        unflushed.connection_lost(0);
         assert!(unflushed.fails_flush(1));
         assert!(!unflushed.fails_flush(1), "its user was told");
+    }
+
+    #[test]
+    fn what_one_loss_was_counted_for_is_not_lost_once_more() {
+        let unflushed = Unflushed::new(2);
+        unflushed.acknowledged(0);
+        unflushed.connection_lost(0);
+        unflushed.connection_lost(1);
+        assert_eq!(unflushed.losses(), 1, "the other has acknowledged nothing");
+        assert!(unflushed.fails_flush(1));
+        unflushed.connection_lost(0);
+        assert!(!unflushed.fails_flush(unflushed.losses()), "nothing was written since");
+        assert!(unflushed.any(), "the last FLUSH is to be sent all the same");
+        unflushed.acknowledged(1);
+        unflushed.connection_lost(0);
+        assert_eq!(unflushed.losses(), 1, "its own queue may still give it back");
+        unflushed.connection_lost(1);
+        assert!(unflushed.fails_flush(2));
     }
 
     #[test]
     fn the_failure_of_a_flush_that_may_have_begun_before_a_loss_does_not_tell_of_it() {
         let unflushed = Unflushed::new(2);
         unflushed.acknowledged(0);
-        unflushed.connection_lost();
+        unflushed.connection_lost(0);
         // Acknowledged when the FLUSH had begun, on a queue that is lost only now.
         unflushed.acknowledged(1);
-        unflushed.connection_lost();
+        unflushed.connection_lost(1);
         assert!(unflushed.fails_flush(1));
         assert!(unflushed.fails_flush(1), "whoever wrote last is not told yet");
         assert!(unflushed.fails_flush(2));
@@ -156,7 +182,7 @@ mod tests {
         let mut covered = [0; 3];
         unflushed.flush_begins(&mut covered);
         assert!(!unflushed.fails_flush(0));
-        unflushed.connection_lost();
+        unflushed.connection_lost(1);
         assert!(!unflushed.flush_succeeded(&covered), "another server's word");
         assert!(unflushed.any());
         assert!(unflushed.fails_flush(1));
