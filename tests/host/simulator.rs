@@ -14,13 +14,15 @@ const FIRST_SEED: u64 = 1;
 const SEEDS_OF_A_MUTANT: u64 = 3_000;
 
 /// What has to come up, or a rule was not tried.
-const SITUATIONS: [&str; 73] = [
+const SITUATIONS: [&str; 75] = [
     "a FLUSH of a foreign server's disk fails",
     "a change waits for a copy",
     "a device process of a foreign server's disk is killed",
     "a foreign server dies and leaves all to the next one",
     "a foreign server ends in order",
     "a queue leaves a foreign server that ends",
+    "a queue of a foreign server's disk comes late",
+    "a read of a foreign server's disk is given up",
     "a foreign server dies with what was not flushed",
     "a foreign server grants no more connections",
     "a foreign server's disk is flushed at last",

@@ -27,12 +27,16 @@ const REQUESTS: usize = 220;
 const STEPS_MAX: u64 = 400_000;
 /// Where few queues are served, and each has few requests, something happens too often: then nothing does any more, so that it ends.
 const FAULT_STEPS_MAX: u64 = 40_000;
+/// But requests end all the time, whatever happens: in so many steps some fifty things do, and between many of them somebody is served.
+const STARVED_STEPS: u64 = 20_000;
 /// Steps between two faults, on average: so many that all queues have come together again, mostly.
 const STEPS_PER_FAULT: u64 = 400;
 const STEPS_PER_CHANCE: u64 = 8;
-/// When nothing happens any more, so many FLUSHes are enough: some that cannot be known to have begun after the last loss, one that tells
+/// When nothing happens any more, so many FLUSHes are enough: one that may stand for users who asked before the last loss, one that tells
 /// of it, and one that succeeds.
-const LAST_FLUSHES_MAX: usize = 6;
+const LAST_FLUSHES_MAX: usize = 3;
+/// Requests that wait are given up after so long, where they are not to wait for ever.
+const FAIL_AFTER_MS: std::ops::Range<u64> = 2_000..30_000;
 
 pub(super) struct ForeignWorld<'a> {
     rng: Rng,
@@ -59,10 +63,14 @@ pub(super) struct ForeignWorld<'a> {
     has_faults: bool,
     /// Something has happened to a connection or a process.
     may_fail: bool,
+    /// Nothing happens any more, and all has come to rest.
+    is_at_rest: bool,
     last_flush_succeeded: bool,
     mutant: Option<Mutant>,
     coverage: &'a mut Coverage,
     steps: u64,
+    /// When the last request ended.
+    ended_at_step: u64,
 }
 
 impl<'a> ForeignWorld<'a> {
@@ -70,6 +78,8 @@ impl<'a> ForeignWorld<'a> {
         let mut rng = Rng::with_seed(seed);
         let nr_queues = rng.u16(1..=3);
         let nr_connections = nr_queues * rng.u16(1..=2);
+        let fails = rng.u8(..4) == 0;
+        let fail_after_ms = rng.u64(FAIL_AFTER_MS);
         let origins = [Origins::One(Origin::Pages), Origins::One(Origin::Staging), Origins::Both];
         let spec = Spec {
             attachment_id: Uuid::from_u128(1),
@@ -84,7 +94,7 @@ impl<'a> ForeignWorld<'a> {
             small_bytes_max: [0, 4096, 8192][rng.usize(..3)],
             origins: origins[rng.usize(..3)],
             is_volatile_cache: true,
-            policy: StallPolicy::Wait,
+            policy: if fails { StallPolicy::FailAfterMs(fail_after_ms) } else { StallPolicy::Wait },
             is_foreign: true,
         };
         let is_tight = rng.u8(..4) == 0;
@@ -107,12 +117,14 @@ impl<'a> ForeignWorld<'a> {
             requests_left: REQUESTS,
             room_bytes: [700, 5_000, 100_000][rng.usize(..3)],
             has_faults: true,
-            // Whoever gets connections later has the others begin anew.
-            may_fail: is_tight,
+            // Whoever gets connections later has the others begin anew; and the first take their time, too.
+            may_fail: is_tight || fails,
+            is_at_rest: false,
             last_flush_succeeded: false,
             mutant,
             coverage,
             steps: 0,
+            ended_at_step: 0,
             rng,
         };
         world.start_process();
@@ -132,6 +144,7 @@ impl<'a> ForeignWorld<'a> {
         while !self.is_quiet() {
             self.step()?;
         }
+        self.is_at_rest = true;
         self.flush_at_last()?;
         for first in 0..BLOCKS {
             let read = users::read(&self.history, Blocks { first, count: 1 }, self.now);
@@ -143,6 +156,10 @@ impl<'a> ForeignWorld<'a> {
 
     /// Nothing happens any more: a FLUSH succeeds, after those that tell of what happened.
     fn flush_at_last(&mut self) -> Result<(), Failure> {
+        // Every queue looks twice at what the others have counted.
+        for _ in 0..2 {
+            self.client_step(true)?;
+        }
         for _ in 0..LAST_FLUSHES_MAX {
             self.last_flush_succeeded = false;
             let flush = users::flush(&self.history, self.now);
@@ -169,10 +186,23 @@ impl<'a> ForeignWorld<'a> {
         Ok(())
     }
 
-    /// Whether nobody is to be told of the end of a connection any more, and all have others.
+    /// Whether nobody is to be told of the end of a connection any more, and all have others, to a server that stays.
     fn is_quiet(&self) -> bool {
-        let is_live = |client: &Client| client.is_connected() && client.condition() == Condition::Live;
-        self.stalled.is_empty() && self.untold.is_empty() && self.client.as_ref().is_some_and(is_live)
+        let is_open = |link: LinkId| self.links[link].to_client.is_open();
+        let is_live = |client: &Client| {
+            let is_connected = client.is_connected() && client.condition() == Condition::Live;
+            is_connected && client.links().into_iter().all(is_open)
+        };
+        let stays = self.server.as_ref().is_some_and(|server| server.is_left().is_none());
+        stays
+            && self.stalled.is_empty()
+            && self.untold.is_empty()
+            && self.client.as_ref().is_some_and(is_live)
+    }
+
+    /// Whether requests may fail because they have waited for too long.
+    fn may_give_up(&self) -> bool {
+        matches!(self.spec.policy, StallPolicy::FailAfterMs(_)) && !self.is_at_rest
     }
 
     fn is_busy(&self) -> bool {
@@ -184,6 +214,9 @@ impl<'a> ForeignWorld<'a> {
         if self.steps > STEPS_MAX {
             let condition = self.client.as_ref().map(Client::condition);
             return Err(Failure::Stuck(format!("a foreign server's disk: {condition:?}")));
+        }
+        if self.has_faults && self.steps - self.ended_at_step > STARVED_STEPS {
+            return Err(Failure::Stuck("nobody is served between two faults on a foreign server".to_owned()));
         }
         let has_done = match self.rng.u8(..16) {
             0 => self.submit(),
@@ -238,7 +271,8 @@ impl<'a> ForeignWorld<'a> {
 
     /// A request has ended; `is_late`: perhaps by the word of a process that is gone.
     fn take_ended(&mut self, ended: EndedBio, is_late: bool) -> Result<(), Failure> {
-        let EndedBio { bio, result } = ended;
+        let EndedBio { bio, result, was_lost } = ended;
+        self.ended_at_step = self.steps;
         self.coverage.say(|| format!("ended {:?} {:?} {result:?}", bio.request, bio.note));
         match (bio.note, result) {
             (Note::Gone, Ok(())) => {}
@@ -258,7 +292,12 @@ impl<'a> ForeignWorld<'a> {
                 self.history.flush_answered(flush);
                 self.history.check_stable(self.storage.stable())?;
             }
-            (Note::Write { write, .. }, Err(_)) if self.may_fail => self.history.write_failed(write),
+            (Note::Read(_) | Note::Gone, Err(_)) if self.may_give_up() => {
+                self.coverage.count("a read of a foreign server's disk is given up");
+            }
+            (Note::Write { write, .. }, Err(_)) if self.may_fail && (was_lost || self.may_give_up()) => {
+                self.history.write_failed(write);
+            }
             (Note::Flush(flush), Err(_)) if self.may_fail => {
                 self.coverage.count("a FLUSH of a foreign server's disk fails");
                 self.history.flush_failed(flush);
@@ -315,6 +354,9 @@ impl<'a> ForeignWorld<'a> {
         });
         for ended in ended {
             self.take_ended(ended, is_late)?;
+        }
+        if self.client.as_ref().is_some_and(Client::has_come_too_soon) {
+            return Err(Failure::Error("queues did not wait for one that came in time".to_owned()));
         }
         Ok(has_done)
     }

@@ -117,8 +117,8 @@ pub enum Mutant {
     LostAlone,
     /// The same, but for that all queues drop their connections when one has lost its.
     ServedBeforeAllAreDown,
-    /// Nobody hears that a queue of a foreign server's disk could not get a connection.
-    DialFailureUntold,
+    /// Queues of a foreign server's disk wait for ever for one that gets no connection.
+    OthersAwaitedForEver,
     /// Nobody counts that connections to a foreign server were lost.
     LossUncounted,
     /// A FLUSH that fails is taken to tell of every loss, also of those that came after it began.
@@ -187,7 +187,7 @@ impl Mutant {
         Self::LookAheadLeft,
         Self::LostAlone,
         Self::ServedBeforeAllAreDown,
-        Self::DialFailureUntold,
+        Self::OthersAwaitedForEver,
         Self::LossUncounted,
         Self::FlushTellsOfAll,
         Self::FlushBelieved,
@@ -196,14 +196,14 @@ impl Mutant {
     /// Whether it is a rule of foreign servers' disks, which no other simulation has.
     pub(super) fn is_of_foreign_servers(self) -> bool {
         use Mutant::{
-            DialFailureUntold, FlushBelieved, FlushTellsOfAll, LossUncounted, LostAlone,
+            FlushBelieved, FlushTellsOfAll, LossUncounted, LostAlone, OthersAwaitedForEver,
             ServedBeforeAllAreDown,
         };
         matches!(
             self,
             LostAlone
                 | ServedBeforeAllAreDown
-                | DialFailureUntold
+                | OthersAwaitedForEver
                 | LossUncounted
                 | FlushTellsOfAll
                 | FlushBelieved

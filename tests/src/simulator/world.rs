@@ -287,7 +287,7 @@ impl<'a> World<'a> {
     }
 
     fn take_ended(&mut self) -> Result<(), Failure> {
-        for (EndedBio { bio, result }, may_fail) in std::mem::take(&mut self.ended) {
+        for (EndedBio { bio, result, .. }, may_fail) in std::mem::take(&mut self.ended) {
             self.ended_at = self.now;
             self.coverage.say(|| format!("ended {:?} {:?} {result:?}", bio.request, bio.note));
             match (bio.note, result) {

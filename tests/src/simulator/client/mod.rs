@@ -8,10 +8,10 @@
 
 mod bio;
 mod dial;
+mod queue;
 mod ring;
 mod spec;
 
-use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,11 +22,11 @@ use client::device::connect::redial_thread::Redialler;
 use client::device::liveness::Probes;
 use client::device::queue::block_request::BlockRequest;
 use client::device::queue::core::{QueueCore, QueueSpec};
-use client::device::queue::io::Pages;
 use client::device::queue::link::{LinkEvent, Loss, Lost};
 use client::device::queue::quiet::{QueueSilence, TICK};
 use client::device::queue::unflushed::Unflushed;
-use client::device::reconnect::{Condition, Output, Reconnect};
+use client::device::reconnect::{COME_TOGETHER, Condition, Output, Reconnect};
+use client::device::together::WAIT_MIN;
 use fastrand::Rng;
 
 pub(super) use bio::{Bio, Bios, EndedBio, Note, Surroundings};
@@ -36,33 +36,11 @@ use super::Mutant;
 use super::network::{Link, LinkId};
 use super::server::choose;
 use dial::{Dial, Probe, Way};
-use ring::{Io, Wire, abandon};
+use queue::{Queue, QueueCommand};
+use ring::{Io, abandon};
 
 /// With [`Mutant::CountedLate`], how many steps the main thread's look at the counters is late.
 const LATE_STEPS: usize = 600;
-
-enum QueueCommand {
-    Connect(Vec<LinkId>),
-    Disconnect(String),
-    Leave,
-    GiveUp,
-    /// The queue does not look for so many steps.
-    Idle(u32),
-}
-
-struct Queue {
-    core: QueueCore,
-    wires: Vec<Wire>,
-    /// Requests that the kernel has brought, until the next pass.
-    arrivals: VecDeque<(u16, BlockRequest)>,
-    commands: VecDeque<QueueCommand>,
-    /// Receives into pages that nobody waits for any more.
-    forgotten: Vec<(LinkId, Pages)>,
-    /// Tags of replies that tell of success, for [`Mutant::FlushBelieved`].
-    believed: RefCell<Vec<u16>>,
-    dial: Option<Dial>,
-    ticked_at: Instant,
-}
 
 enum MainEvent {
     Disconnected(u16, Lost),
@@ -78,6 +56,11 @@ pub(super) struct Client {
     session: SessionRecord,
     queues: Vec<Queue>,
     reconnect: Reconnect<Vec<LinkId>>,
+    began: Instant,
+    /// From when on at the latest those that could be served wait for the other queues; for who counts how long.
+    together_since: Option<Instant>,
+    /// They did not wait for as long as they are to.
+    has_come_too_soon: bool,
     unflushed: Arc<Unflushed>,
     /// What [`Unflushed::any`] said in the last steps, for [`Mutant::CountedLate`].
     unflushed_then: VecDeque<bool>,
@@ -121,16 +104,7 @@ impl Client {
                 reply_timeout,
                 unflushed: Arc::clone(&unflushed),
             };
-            Queue {
-                core: QueueCore::new(queue_spec, world.now),
-                wires: (0..nr_connections).map(|_| Wire::default()).collect(),
-                arrivals: VecDeque::new(),
-                commands: VecDeque::new(),
-                forgotten: Vec::new(),
-                believed: RefCell::default(),
-                dial: None,
-                ticked_at: world.now,
-            }
+            Queue::new(queue_spec, world.now)
         };
         let mut client = Self {
             queues: (0..spec.nr_queues).map(queue).collect(),
@@ -140,6 +114,9 @@ impl Client {
                 spec.policy,
                 Probes::new(reply_timeout, Redialler::can_probe(&device_spec, spec.nr_connections)),
             ),
+            began: world.now,
+            together_since: None,
+            has_come_too_soon: false,
             unflushed_then: VecDeque::new(),
             unflushed,
             events: VecDeque::new(),
@@ -192,6 +169,11 @@ impl Client {
     /// How many of its queues have connections.
     pub(super) fn queues_up(&self) -> usize {
         self.queues.iter().filter(|queue| queue.core.is_up()).count()
+    }
+
+    /// Whether queues were served without one that could be served in time.
+    pub(super) fn has_come_too_soon(&self) -> bool {
+        self.has_come_too_soon
     }
 
     pub(super) fn incarnation(&self) -> &str {
@@ -274,6 +256,7 @@ impl Client {
         for queue_id in 0..self.spec.nr_queues {
             has_done |= self.dial_step(queue_id, world);
             has_done |= self.command_step(queue_id, world);
+            has_done |= self.enter_ring(queue_id, world);
             self.let_ticks_pass(queue_id, world);
             for connection in 0..self.queues[usize::from(queue_id)].wires.len() as u16 {
                 let act = |core: &mut QueueCore, io: &mut Io<'_>| {
@@ -301,8 +284,15 @@ impl Client {
         let mut outputs = Vec::new();
         let event = self.events.pop_front();
         let has_event = event.is_some();
-        if let Some(MainEvent::Disconnected(queue_id, lost)) = &event {
-            self.have_others_go_along(*queue_id, lost);
+        match &event {
+            Some(MainEvent::Disconnected(queue_id, lost)) => {
+                self.have_others_go_along(*queue_id, lost);
+                self.together_since = self.together_since.map(|_| world.now);
+            }
+            Some(MainEvent::Attempt(_, Attempt::Opened { .. })) => {
+                self.together_since.get_or_insert(world.now);
+            }
+            _ => {}
         }
         let then = self.unflushed_then.front().copied();
         let has_unflushed = || then.unwrap_or_else(|| self.unflushed.any());
@@ -335,23 +325,21 @@ impl Client {
                     _ => told,
                 };
                 let is_another = incarnation != self.reconnect.incarnation();
-                self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
+                let now = world.now;
+                self.reconnect.dialled(queue_id, sockets, incarnation, now, has_unflushed, &mut outputs);
                 if is_another {
                     world.coverage.count("a server of another incarnation");
                 }
             }
-            Some(MainEvent::Attempt(_, Attempt::Failed(_)))
-                if self.mutant == Some(Mutant::DialFailureUntold) => {}
-            Some(MainEvent::Attempt(queue_id, Attempt::Failed(reason))) => {
-                self.reconnect.dial_failed(queue_id, reason, &mut outputs);
-            }
+            Some(MainEvent::Attempt(_, Attempt::Failed(reason))) => self.reconnect.dial_failed(reason),
             Some(MainEvent::Attempt(_, Attempt::Refused(reason))) => {
                 self.reconnect.refused_for_good(reason, &mut outputs);
             }
             None => {}
         }
         let before = outputs.len();
-        self.reconnect.tick(world.now, &mut outputs);
+        let now = if self.is(Mutant::OthersAwaitedForEver) { self.began } else { world.now };
+        self.reconnect.tick(now, &mut outputs);
         let has_given_up = outputs[before..]
             .iter()
             .any(|output| matches!(output, Output::GiveUp(_) | Output::Disconnect(..)));
@@ -359,6 +347,7 @@ impl Client {
             world.coverage.count("requests are given up");
         }
         let has_outputs = !outputs.is_empty();
+        self.look_at_who_comes_late(&outputs, world);
         let gives_up_alone = self.is(Mutant::GivesUpAlone) && has_given_up;
         for queue in self.queues.iter_mut().filter(|queue| gives_up_alone && !queue.core.is_up()) {
             queue.commands.push_back(QueueCommand::GiveUp);
@@ -367,6 +356,20 @@ impl Client {
             self.carry_out(output, gives_up_alone, world);
         }
         has_event || has_outputs
+    }
+
+    /// Who was connected without a queue that comes now is to have waited for it.
+    fn look_at_who_comes_late(&mut self, outputs: &[Output<Vec<LinkId>>], world: &mut Surroundings<'_>) {
+        let says_so =
+            |output: &Output<_>| matches!(output, Output::Disconnect(_, why) if why == COME_TOGETHER);
+        if outputs.iter().any(says_so) {
+            world.coverage.count("a queue of a foreign server's disk comes late");
+            let since = self.together_since.unwrap_or(world.now);
+            self.has_come_too_soon |= world.now.duration_since(since) < WAIT_MIN;
+        }
+        if self.together_since.is_some() && self.condition() == Condition::Live {
+            self.together_since = None;
+        }
     }
 
     /// As [`Mutant::ServedBeforeAllAreDown`]: they are told to, in their own time.
@@ -399,6 +402,9 @@ impl Client {
             Output::Leave(queue_id) => {
                 world.coverage.count("a queue leaves a foreign server that ends");
                 self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Leave);
+            }
+            Output::Wake(queue_id) => {
+                self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Look);
             }
             Output::GiveUp(_) if self.mutant == Some(Mutant::GiveUpForgotten) => {}
             Output::GiveUp(queue_id) => {
@@ -457,6 +463,9 @@ impl Client {
             forgotten: &mut queue.forgotten,
             links: world.links,
             bios: &mut world.bios[usize::from(queue_id)],
+            given_back: &mut queue.given_back,
+            came_after: &mut queue.came_after,
+            losses: &mut queue.losses,
             ended: world.ended,
             rng: world.rng,
             coverage: world.coverage,
@@ -500,10 +509,17 @@ impl Client {
         (outcome, has_done)
     }
 
+    /// As [`Queue::enter_ring`].
+    fn enter_ring(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        self.queues[usize::from(queue_id)].enter_ring(&mut world.bios[usize::from(queue_id)], world.ended)
+    }
+
     fn command_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        let Some(command) = self.queues[usize::from(queue_id)].commands.pop_front() else { return false };
+        self.enter_ring(queue_id, world);
         let queue = &mut self.queues[usize::from(queue_id)];
-        let Some(command) = queue.commands.pop_front() else { return false };
         match command {
+            QueueCommand::Look => {}
             QueueCommand::Idle(steps) => {
                 if steps > 0 {
                     queue.commands.push_front(QueueCommand::Idle(steps - 1));
@@ -528,6 +544,7 @@ impl Client {
     }
 
     fn queue_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        let has_entered = self.enter_ring(queue_id, world);
         let queue = &mut self.queues[usize::from(queue_id)];
         let connection = choose(0..queue.wires.len() as u16, world.rng).expect("a queue has a connection");
         let which = world.rng.u8(..3);
@@ -538,7 +555,7 @@ impl Client {
         };
         let (has_done, _) = self.with_core(queue_id, world, act);
         self.let_ticks_pass(queue_id, world);
-        self.end_of_pass(queue_id, world) || has_done
+        self.end_of_pass(queue_id, world) || has_done || has_entered
     }
 
     fn let_ticks_pass(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
@@ -554,6 +571,7 @@ impl Client {
         let arrivals = std::mem::take(&mut self.queues[usize::from(queue_id)].arrivals);
         let act = |core: &mut QueueCore, io: &mut Io<'_>| {
             for (tag, request) in arrivals {
+                io.request_comes(tag);
                 core.handle_request(io, tag, Ok(request));
             }
             core.end_of_pass(io, || now);
