@@ -95,11 +95,7 @@ fn new_attachment(new: &NewAttachment, generation: i64) -> Result<AttachmentReco
 }
 
 impl State {
-    fn attachment_row(
-        &self,
-        condition: &str,
-        value: Uuid,
-    ) -> Result<Option<(AttachmentRecord, AttachmentState)>, CatalogError> {
+    fn attachment_row(&self, condition: &str, value: Uuid) -> Result<Option<Held>, CatalogError> {
         let mut query =
             self.db.prepare_cached(&format!("SELECT {COLUMNS} FROM {} WHERE {condition}", all()))?;
         query.query_row([value.to_string()], |row| Ok(records::attachment(row))).optional()?.transpose()
@@ -120,10 +116,7 @@ impl Catalog {
     ///
     /// # Errors
     /// SQLite's, or a damaged row.
-    pub fn attachment_in_any_state(
-        &self,
-        attachment_id: Uuid,
-    ) -> Result<Option<(AttachmentRecord, AttachmentState)>, CatalogError> {
+    pub fn attachment_in_any_state(&self, attachment_id: Uuid) -> Result<Option<Held>, CatalogError> {
         self.state().attachment_row("attachment_id = ?1", attachment_id)
     }
 
@@ -131,10 +124,7 @@ impl Catalog {
     ///
     /// # Errors
     /// SQLite's, or a damaged row.
-    pub fn attachments_of_volume(
-        &self,
-        volume_uid: Uuid,
-    ) -> Result<Vec<(AttachmentRecord, AttachmentState)>, CatalogError> {
+    pub fn attachments_of_volume(&self, volume_uid: Uuid) -> Result<Vec<Held>, CatalogError> {
         let state = self.state();
         let mut query = state.db.prepare_cached(&format!(
             "SELECT {COLUMNS} FROM {} WHERE volume_uid = ?1 ORDER BY attachment_id",
