@@ -373,7 +373,9 @@ impl<'a> World<'a> {
                 is_server_up: self.server.is_some(),
             };
             has_done |= if all { client.step_all(&mut world) } else { client.step(&mut world) };
-            if device.incarnation.as_deref() != Some(client.incarnation()) {
+            // A process that is not served yet has nothing to hand on: in the product there is no device before.
+            let is_known = device.incarnation.is_some() || client.queues_up() > 0;
+            if is_known && device.incarnation.as_deref() != Some(client.incarnation()) {
                 device.incarnation = Some(client.incarnation().to_owned());
             }
             match client.condition() {
