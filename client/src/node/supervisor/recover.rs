@@ -6,8 +6,9 @@
 //!        └──────────────────────────────── for as long as it takes, with pauses ──────────────────────────────┘
 //! ```
 //! The kernel issues what was in flight once more (`UBLK_F_USER_RECOVERY_REISSUE`), so users see a pause and no error. What
-//! the former process had sent cannot land late: the new epoch's first GO waits for it at the server. Live upgrade is the
-//! same on purpose: the process is ended, and the program that is installed now takes over.
+//! the former process had sent cannot land late: the new epoch's first GO waits for it at the server. A foreign server waits for nothing:
+//! on its disks what was in flight fails (`device/attachment/made.rs`). Live upgrade is the same on purpose: the process is ended, and the
+//! program that is installed now takes over.
 //! Called by: `supervisor` and `node_service`. Invariant: the target's lock is held while a device changes hands.
 
 use std::sync::Arc;
