@@ -14,7 +14,7 @@ const FIRST_SEED: u64 = 1;
 const SEEDS_OF_A_MUTANT: u64 = 3_000;
 
 /// What has to come up, or a rule was not tried.
-const SITUATIONS: [&str; 75] = [
+const SITUATIONS: [&str; 76] = [
     "a FLUSH of a foreign server's disk fails",
     "a change waits for a copy",
     "a device process of a foreign server's disk is killed",
@@ -55,6 +55,7 @@ const SITUATIONS: [&str; 75] = [
     "a reply that came twice",
     "a reply to nothing",
     "a request fails",
+    "a request fails with the process of a foreign server's disk",
     "a request that the next process gets again",
     "a request waits for its turn",
     "a server is killed between two outputs of the gate",

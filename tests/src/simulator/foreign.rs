@@ -15,7 +15,7 @@ use fastrand::Rng;
 use proto::export_name::{SECRET_BYTES, Secret};
 use uuid::Uuid;
 
-use super::client::{Bio, Bios, Client, EndedBio, Note, Origins, Spec, Surroundings};
+use super::client::{Bio, Bios, Client, EndedBio, Note, Origins, Spec, Surroundings, abandon};
 use super::coverage::Coverage;
 use super::network::{self, End, Link, LinkId, TCP_USER_TIMEOUT};
 use super::{Failure, Mutant, users};
@@ -56,6 +56,8 @@ pub(super) struct ForeignWorld<'a> {
     spec: Spec,
     bios: Bios,
     client: Option<Client>,
+    /// Connections that the device process has begun; some of them wait until the queues can have theirs together.
+    begun: Vec<LinkId>,
     has_had_process: bool,
     history: BlockHistory,
     requests_left: usize,
@@ -112,6 +114,7 @@ impl<'a> ForeignWorld<'a> {
             bios: (0..nr_queues).map(|_| tags()).collect(),
             spec,
             client: None,
+            begun: Vec::new(),
             has_had_process: false,
             history: BlockHistory::new(seed, BLOCKS),
             requests_left: REQUESTS,
@@ -333,6 +336,7 @@ impl<'a> ForeignWorld<'a> {
         };
         let outcome = act(&mut self.client, &self.spec, &mut world);
         for link in dialled {
+            self.begun.push(link);
             let Some(server) = &mut self.server else { continue };
             if !server.accept(link, self.connections_max, &mut self.links) {
                 self.coverage.count("a foreign server grants no more connections");
@@ -465,7 +469,28 @@ impl<'a> ForeignWorld<'a> {
         let Some(mut client) = self.client.take() else { return };
         self.may_fail = true;
         client.die(&mut self.links, &mut self.rng);
+        for link in self.begun.drain(..) {
+            if !self.links[link].to_client.is_unread {
+                abandon(&mut self.links[link], &mut self.rng);
+            }
+        }
         self.coverage.count("a device process of a foreign server's disk is killed");
+        // The kernel fails what the process had. The next one gets the others.
+        for (queue_id, bios) in (0..).zip(&mut self.bios) {
+            for (tag, place) in (0..).zip(bios) {
+                let Some(bio) = place.take_if(|_| client.has_request(queue_id, tag, &mut self.rng)) else {
+                    continue;
+                };
+                self.ended_at_step = self.steps;
+                self.coverage.say(|| format!("failed with its process {:?} {:?}", bio.request, bio.note));
+                self.coverage.count("a request fails with the process of a foreign server's disk");
+                match bio.note {
+                    Note::Write { write, .. } => self.history.write_failed(write),
+                    Note::Flush(flush) => self.history.flush_failed(flush),
+                    Note::Read(_) | Note::Gone => {}
+                }
+            }
+        }
     }
 
     fn cut_link(&mut self) {

@@ -30,6 +30,7 @@ use client::device::together::WAIT_MIN;
 use fastrand::Rng;
 
 pub(super) use bio::{Bio, Bios, EndedBio, Note, Surroundings};
+pub(super) use ring::abandon;
 pub(super) use spec::{Origins, Spec};
 
 use super::Mutant;
@@ -37,7 +38,7 @@ use super::network::{Link, LinkId};
 use super::server::choose;
 use dial::{Dial, Probe, Way};
 use queue::{Queue, QueueCommand};
-use ring::{Io, abandon};
+use ring::Io;
 
 /// With [`Mutant::CountedLate`], how many steps the main thread's look at the counters is late.
 const LATE_STEPS: usize = 600;
@@ -230,6 +231,12 @@ impl Client {
                 abandon(&mut links[link], rng);
             }
         }
+    }
+
+    /// Whether it knows of the tag's request, or could: what the kernel has brought and no pass has seen may be either.
+    pub(super) fn has_request(&self, queue_id: u16, tag: u16, rng: &mut Rng) -> bool {
+        let is_unseen = self.queues[usize::from(queue_id)].arrivals.iter().any(|(other, _)| *other == tag);
+        !is_unseen || rng.bool()
     }
 
     /// Links that it uses, for whoever cuts them.

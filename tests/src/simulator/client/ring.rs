@@ -464,7 +464,7 @@ pub(super) fn forgotten_step(io: &mut Io<'_>) -> bool {
 }
 
 /// This side is done with a connection: what it sent may arrive, at any time, or not.
-pub(super) fn abandon(link: &mut Link, rng: &mut Rng) {
+pub(in crate::simulator) fn abandon(link: &mut Link, rng: &mut Rng) {
     link.to_client.is_unread = true;
     link.delay = if rng.u8(..3) == 0 { rng.u32(..500) } else { 0 };
     if rng.bool() {
