@@ -148,7 +148,8 @@ impl QueueCore {
             tags: TagTable::new(queue_depth),
             requests: Requests::new(tags, nr_connections, spec.unflushed.nr_counters()),
             begun_after: BegunAfter::new(queue_depth, nr_connections),
-            flush_may_be_held: false,
+            // A process that takes a device on counts what the one before it was told, whose FLUSH has failed with it.
+            flush_may_be_held: spec.unflushed.any(),
             unflushed: spec.unflushed,
             lanes: (0..nr_connections).map(|index| Lane::new(index, tags, small_bytes_max)).collect(),
             balance: Balance::new(nr_connections),
@@ -236,8 +237,10 @@ impl QueueCore {
             // First what it covers: of a loss that is noticed from here on it is told in the end.
             self.unflushed.flush_begins(self.requests.covered_mut(tag));
             let is_held = std::mem::take(&mut self.flush_may_be_held);
-            let losses_before = if is_held { 0 } else { self.begun_after.losses() };
-            if self.unflushed.fails_flush(losses_before) {
+            let known_losses = self.begun_after.losses();
+            if self.unflushed.fails_flush(if is_held { 0 } else { known_losses }) {
+                // Whoever asked while this one was on its way may have asked before the loss.
+                self.flush_may_be_held = known_losses < self.unflushed.losses();
                 return self.commit(io, tag, -libc::EIO);
             }
         }

@@ -177,6 +177,10 @@ struct World {
 
 impl World {
     fn new(nr_connections: u16, resend: Resend, by_hand: bool) -> Self {
+        Self::with(Unflushed::new(1), nr_connections, resend, by_hand)
+    }
+
+    fn with(unflushed: Unflushed, nr_connections: u16, resend: Resend, by_hand: bool) -> Self {
         let now = Instant::now();
         let spec = QueueSpec {
             queue_id: 0,
@@ -186,7 +190,7 @@ impl World {
             volatile_cache: true,
             resend,
             reply_timeout: Duration::from_secs(20),
-            unflushed: Arc::new(Unflushed::new(1)),
+            unflushed: Arc::new(unflushed),
         };
         let unflushed = Some(Arc::clone(&spec.unflushed));
         let wire =
@@ -505,6 +509,8 @@ fn the_failure_of_a_flush_that_may_have_begun_before_a_loss_does_not_tell_of_it(
     world.pass();
     assert!(!world.core.looks_again());
     world.request(0, Command::Flush);
+    assert_eq!(world.commits(), [(0, EIO)], "its users may have asked while the first one was on its way");
+    world.request(0, Command::Flush);
     assert_eq!(world.commits(), [(0, EIO)], "this one began after it");
     world.request(0, Command::Flush);
     world.reply(0, world.cookie(0), 0);
@@ -550,6 +556,24 @@ fn the_flush_after_one_that_a_loss_has_ended_does_not_tell_of_it() {
     world.request(1, Command::Flush);
     world.reply(0, world.cookie(0), 0);
     assert_eq!(world.commits(), [(1, 0)]);
+}
+
+#[test]
+fn the_first_flush_after_the_end_of_a_device_process_does_not_tell_of_it() {
+    let unflushed = Unflushed::new(1);
+    unflushed.acknowledged(0);
+    let mut world = World::with(unflushed, 1, Resend::ReadsOnly, false);
+    world.core.disconnect(&mut world.io, "its sockets are nobody's".to_owned());
+    world.reap();
+    world.connect();
+    world.pass();
+    for what in ["it may have waited for one that failed with the process", "this one has not"] {
+        world.request(0, Command::Flush);
+        assert_eq!(world.commits(), [(0, EIO)], "{what}");
+    }
+    world.request(0, Command::Flush);
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.commits(), [(0, 0)]);
 }
 
 #[test]
