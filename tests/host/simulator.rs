@@ -14,8 +14,21 @@ const FIRST_SEED: u64 = 1;
 const SEEDS_OF_A_MUTANT: u64 = 3_000;
 
 /// What has to come up, or a rule was not tried.
-const SITUATIONS: [&str; 60] = [
+const SITUATIONS: [&str; 76] = [
+    "a FLUSH of a foreign server's disk fails",
     "a change waits for a copy",
+    "a device process of a foreign server's disk is killed",
+    "a foreign server dies and leaves all to the next one",
+    "a foreign server ends in order",
+    "a queue leaves a foreign server that ends",
+    "a queue of a foreign server's disk comes late",
+    "a read of a foreign server's disk is given up",
+    "a foreign server dies with what was not flushed",
+    "a foreign server grants no more connections",
+    "a foreign server's disk is flushed at last",
+    "a foreign server's disk is served by some of its queues",
+    "a read of a foreign server's disk is checked",
+    "an answer comes of a foreign server that is gone",
     "a device is detached with everything flushed",
     "a device is detached without its last FLUSH",
     "a loss of a volume that is not open",
@@ -36,12 +49,15 @@ const SITUATIONS: [&str; 60] = [
     "a copy is ready",
     "a device process is killed",
     "a new connection closes an older one",
+    "a payload is taken before its turn",
     "a power cut",
     "a read is checked",
     "a reply that came twice",
     "a reply to nothing",
     "a request fails",
+    "a request fails with the process of a foreign server's disk",
     "a request that the next process gets again",
+    "a request waits for its turn",
     "a server is killed between two outputs of the gate",
     "a server is killed while it copies a volume",
     "a server is killed with I/O under way",

@@ -14,7 +14,7 @@ const LINES_MAX: usize = 600;
 const LONG_FILES: &[(&str, usize)] = &[
     ("proto/src/nbd/handshake/server.rs", 643),
     ("server/src/data/io/session_io.rs", 738),
-    ("tests/src/simulator/world.rs", 772),
+    ("tests/src/simulator/world.rs", 663),
     ("tests/src/storage_node.rs", 706),
     ("ublk-core/src/abi.rs", 680),
 ];

@@ -295,10 +295,7 @@ impl BlockHistory {
     /// The volume lost what was not pinned, and its users were told: any of what is allowed after a power cut may be read.
     pub fn forgot(&mut self) {
         self.handed_over();
-        for (versions, live) in self.blocks.iter().zip(&mut self.live) {
-            let pinned = versions.first().map_or(0, |pinned| pinned.sequence);
-            live.shown = live.shown_from(pinned);
-        }
+        self.may_have_forgotten();
     }
 
     /// The volume was taken from its user, who has no claim any more on what is not pinned. It is there all the same, until a
@@ -316,6 +313,25 @@ impl BlockHistory {
             let answered = answered.map_or(0, |answered| answered.sequence);
             live.shown = live.shown_from(answered);
             live.timed.iter_mut().for_each(|timed| timed.may_be_lost = true);
+        }
+    }
+
+    /// The volume may have lost what is not pinned, and its users are told only by the next FLUSH: any of what is allowed after a power
+    /// cut may be read.
+    pub fn may_have_forgotten(&mut self) {
+        for (versions, live) in self.blocks.iter().zip(&mut self.live) {
+            let pinned = versions.first().map_or(0, |pinned| pinned.sequence);
+            live.shown = live.shown_from(pinned);
+        }
+    }
+
+    /// Notes that a FLUSH failed: who was told that has no claim any more on what was answered before it was sent, and is not pinned.
+    /// It is there or not.
+    pub fn flush_failed(&mut self, flush: SentFlush) {
+        for version in self.blocks.iter_mut().flat_map(|versions| versions.iter_mut().skip(1)) {
+            if version.answer.is_some_and(|answer| answer <= flush.answers_before) {
+                (version.answer, version.has_failed) = (None, true);
+            }
         }
     }
 
@@ -420,6 +436,23 @@ impl BlockHistory {
                 versions.drain(..newest_covered);
             }
         }
+    }
+
+    /// Checks what is on stable storage in all blocks.
+    ///
+    /// # Errors
+    /// Names the first sector that holds what it may not.
+    ///
+    /// # Panics
+    /// `found` is not as long as the blocks.
+    pub fn check_stable(&self, found: &[u8]) -> Result<(), Violation> {
+        assert_eq!(found.len(), self.blocks.len() * BLOCK_BYTES, "what was found");
+        for (block, bytes) in found.chunks(BLOCK_BYTES).enumerate() {
+            for (sector, bytes) in bytes.chunks(SECTOR_BYTES).enumerate() {
+                self.check_sector(block, sector, bytes)?;
+            }
+        }
+        Ok(())
     }
 
     /// Checks what was found in a range of blocks, and takes it as the pinned contents from now on.
@@ -603,6 +636,35 @@ mod tests {
         let mut damaged = payload;
         damaged[511] ^= 1;
         assert!(refused(&mut history, &damaged[..BLOCK_BYTES]).contains("does not belong to it"));
+    }
+
+    #[test]
+    fn a_flush_that_failed_ends_the_claim_on_what_was_answered_before_it_and_on_nothing_else() {
+        let mut history = history();
+        let (first, _) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(first, false);
+        let failed = history.send_flush();
+        let (other, payload) = history.send_write(Blocks { first: 1, count: 1 }, Pattern::Stamped);
+        history.write_answered(other, false);
+        history.flush_failed(failed);
+        let succeeded = history.send_flush();
+        history.flush_answered(succeeded);
+        let mut found = vec![0; 2 * BLOCK_BYTES];
+        let text = history.check_stable(&found).unwrap_err().to_string();
+        assert!(text.contains("block 1"), "of the first nobody was promised anything: {text}");
+        found[BLOCK_BYTES..].copy_from_slice(&payload);
+        history.check_stable(&found).unwrap();
+    }
+
+    #[test]
+    fn what_may_have_been_forgotten_may_be_read_as_it_was_before() {
+        let mut history = history();
+        let (write, payload) = history.send_write(ONE, Pattern::Stamped);
+        history.write_answered(write, false);
+        read(&mut history, &[0; BLOCK_BYTES]).unwrap_err();
+        history.may_have_forgotten();
+        read(&mut history, &[0; BLOCK_BYTES]).unwrap();
+        read(&mut history, &payload).unwrap_err();
     }
 
     fn read(history: &mut BlockHistory, found: &[u8]) -> Result<(), Violation> {

@@ -28,6 +28,9 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("foreign::a_dead_process_of_a_one_shot_servers_disk_is_replaced", a_dead_process)
         .once()
         .within(300),
+    Test::new("foreign::a_write_that_lands_late_was_told_to_have_failed", a_write_that_lands_late)
+        .once()
+        .within(300),
 ];
 
 /// Writes and verifies 16 MiB of checksummed blocks with fsyncs.
@@ -140,6 +143,15 @@ fn goes_on(device: &str, mount_point: &Path, before: &[u8]) -> Result<()> {
     run("umount", &[mount_point]).map(drop)
 }
 
+/// Nobody knows what the server kept while no process of ours looked. The first FLUSH may have waited for one that failed with the former
+/// process, and the second tells of it.
+fn is_told(device: &Path) -> Result<()> {
+    for which in ["first", "second"] {
+        ensure!(direct::flush(device).is_err(), "the {which} FLUSH tells nobody that something may be lost");
+    }
+    Ok(())
+}
+
 /// Servers that end with their last client, or take a single one: the disk has another process, or the upgrade is refused and
 /// says why; in either case it serves.
 fn a_one_shot_server(env: &Env) -> Result<()> {
@@ -164,7 +176,7 @@ fn a_one_shot_server(env: &Env) -> Result<()> {
         let mount_point = env.directory.join("mnt");
         let before = mount_with_file(&device, &mount_point)?;
         if can_upgrade {
-            // One FLUSH is going to fail, which would end the journal.
+            // FLUSHes are going to fail, which would end the journal.
             run("umount", &[&mount_point])?;
         }
         let pid = node.attachment(uri)?["pid"].clone();
@@ -178,8 +190,7 @@ fn a_one_shot_server(env: &Env) -> Result<()> {
         }
         ensure!((node.attachment(uri)?["pid"] != pid) == can_upgrade, "{}", node.attachment(uri)?);
         if can_upgrade {
-            // Nobody knows what the server kept while no process of ours looked.
-            ensure!(direct::flush(Path::new(&device)).is_err(), "nobody was told that something may be lost");
+            is_told(Path::new(&device))?;
             run("mount", &[device.as_ref(), mount_point.as_os_str()])?;
         }
         goes_on(&device, &mount_point, &before)?;
@@ -219,12 +230,57 @@ fn a_dead_process(env: &Env) -> Result<()> {
     let server = Server::start("qemu-nbd", &arguments)?;
     wait_for_state(&node, uri, "live", BOUND)?;
     ensure!(direct::read(&device, 0, before.len())?? == before, "it holds something else");
-    // What the dead process had been told, nobody knows: one FLUSH fails.
-    ensure!(direct::flush(&device).is_err(), "nobody was told that something may be lost");
+    is_told(&device)?;
     let after = direct::random_bytes(1 << 20);
     direct::write(&device, 1 << 20, &after)??;
     direct::flush(&device)?;
     ensure!(direct::read(&device, 1 << 20, after.len())?? == after, "it holds something else");
+    node.detach(uri)?;
+    drop(server);
+    Ok(())
+}
+
+/// A WRITE is in the server's hands when the device process dies, and lands after a later one has been answered. Whoever sent it was told
+/// that it failed: were it sent again, it would succeed, and the former copy would come on top of the later WRITE.
+fn a_write_that_lands_late(env: &Env) -> Result<()> {
+    let node = StorageNode::start(env)?;
+    let (directory, uri) = (env.directory.display(), "nbd://127.0.0.1:10992/");
+    let (hold, held, landed) =
+        (env.directory.join("hold"), env.directory.join("held"), env.directory.join("landed"));
+    let write = format!("dd of={directory}/image oflag=seek_bytes seek=$4 conv=notrunc status=none");
+    let pwrite = format!(
+        "pwrite=if rmdir {directory}/hold 2>/dev/null; then cat >{directory}/bytes; mkdir {directory}/held; \
+         while [ -d {directory}/held ]; do sleep 0.1; done; {write} <{directory}/bytes; mkdir {directory}/landed; \
+         else {write}; fi"
+    );
+    let pread =
+        format!("pread=dd if={directory}/image iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none");
+    sh(&format!("truncate -s 8M {directory}/image"))?;
+    let (size, threads) = ("get_size=echo 8388608", "thread_model=echo parallel");
+    let eval = ["-f", "-i", "127.0.0.1", "-p", "10992", "eval", size, threads, "flush=true", &pread, &pwrite];
+    let server = Server::start("nbdkit", &eval)?;
+    let device = PathBuf::from(attach_one_when_there(&node, uri)?);
+    let (former, later) = (direct::random_bytes(4096), direct::random_bytes(4096));
+    let pid = node.attachment(uri)?["pid"].as_u64().context("pid")?;
+    fs::create_dir(&hold)?;
+    let told = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| direct::write(&device, 0, &former));
+        wait_for("a WRITE in the server's hands", BOUND, || Ok(held.exists().then_some(())))?;
+        run("kill", &["-9", &pid.to_string()])?;
+        writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    direct::write(&device, 0, &later)??;
+    fs::remove_dir(&held)?;
+    wait_for("the former WRITE, late", BOUND, || Ok(landed.exists().then_some(())))?;
+    ensure!(direct::read(&device, 0, former.len())?? == former, "it did not land: nothing was tried");
+    ensure!(
+        direct::unless_eio(told)?.is_none(),
+        "nobody was told of a WRITE that came on top of a later one"
+    );
+    is_told(&device)?;
+    direct::write(&device, 0, &later)??;
+    direct::flush(&device)?;
+    ensure!(direct::read(&device, 0, later.len())?? == later, "it holds something else");
     node.detach(uri)?;
     drop(server);
     Ok(())

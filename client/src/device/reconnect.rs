@@ -17,11 +17,19 @@
 //! still be in the hands of the server, on the connection that was lost; were another queue served meanwhile, it could land on
 //! top of what was written there later. The server grants a slot only when the I/O of the one before it has ended.
 //!
+//! A server that tells no incarnation (a foreign one) may be another process at each dial. What another queue's connections tell may be
+//! the word of a process that is gone, and a FLUSH through new ones covers nothing of it. So when a queue has been given new ones, the
+//! others drop theirs; no queue is connected before all have, and then all together. Not before that: some servers end when the last
+//! connection does. But they may grant fewer connections than there are queues: who cannot get one is not waited for long
+//! (`together.rs`). When it has one later, all come together once more. Where the server has said that it is shutting down, the other
+//! queues leave it by themselves, and wait for what it owes them; not for long once another could be served.
+//!
 //! Invariants:
 //! - a queue gets connections only of the incarnation that all others have;
 //! - after a request was given up no queue has a connection until every queue can have one;
 //! - whether the server forgot anything is judged only when no queue has a connection: an acknowledgement of the former
 //!   incarnation could still arrive on one;
+//! - of a server that tells no incarnation, no queue gets connections while another has some that were dialled earlier;
 //! - after `lost for good` no queue gets a connection again.
 //!
 //! A server that owes replies and sends nothing is not left, and does not use up the time after which requests fail, while it
@@ -31,8 +39,9 @@
 use std::time::{Duration, Instant};
 
 use super::liveness::{OutageClock, Probes, Silence};
-use super::queue::link::Lost;
+use super::queue::link::{Loss, Lost};
 use super::queue::quiet::QueueSilence;
+use super::together::Together;
 use crate::contract::StallPolicy;
 use crate::contract::state_reasons::WRITES_LOST;
 
@@ -40,6 +49,17 @@ use crate::contract::state_reasons::WRITES_LOST;
 const TOLD_SILENCE: Duration = Duration::from_secs(20);
 /// Until a dial that could not be begun is tried again.
 const BEGIN_PAUSE: Duration = Duration::from_secs(1);
+
+/// For so long a server that is shutting down is waited for while another could serve.
+const LEAVING_MAX: Duration = Duration::from_secs(10);
+/// Why a queue drops connections to a server that tells no incarnation: another was lost, and has others now.
+const GO_TOGETHER: &str =
+    "another queue's connections were lost, and the server does not say whether it is the same";
+/// The same: it was connected without the other, which came too late.
+pub const COME_TOGETHER: &str =
+    "another queue is connected anew, and the server does not say whether it is the same";
+/// Why a queue drops connections to a server that is shutting down.
+const OWES_FOR_LONG: &str = "the server is shutting down, and does not answer what it owes";
 
 /// What is to be done, in this order.
 #[derive(Debug, PartialEq, Eq)]
@@ -51,6 +71,10 @@ pub enum Output<S> {
     Connect(u16, S),
     /// Let the queue drop its connections, for this reason.
     Disconnect(u16, String),
+    /// Let the queue drop its connections once no reply is owed on them, and send nothing any more: the server is shutting down.
+    Leave(u16),
+    /// Let the queue look at what the others have counted.
+    Wake(u16),
     /// Requests of the queue fail while it has no connections.
     GiveUp(u16),
     /// Ask the server for one block on a connection of its own, and tell [`Reconnect::probed`].
@@ -60,11 +84,20 @@ pub enum Output<S> {
 #[derive(Debug)]
 enum QueueState<S> {
     Up,
+    /// It was told to leave a server that is shutting down.
+    Leaving,
     /// It was told to drop its connections.
     Closing,
     Down,
     /// Connections of another incarnation wait until all queues are down.
     Dialled(S, String),
+}
+
+impl<S> QueueState<S> {
+    /// Whether it has some, and was not told to drop them at once.
+    fn has_connections(&self) -> bool {
+        matches!(self, Self::Up | Self::Leaving)
+    }
 }
 
 /// What is told of it.
@@ -87,6 +120,12 @@ pub enum Condition {
 pub struct Reconnect<S> {
     queues: Vec<QueueState<S>>,
     incarnation: String,
+    /// The server tells no incarnation.
+    is_untold: bool,
+    /// Then: how the queues come together.
+    together: Together,
+    /// Until when they wait for those that leave a server which is shutting down.
+    leaves_by: Option<Instant>,
     /// Left for good: who comes with one of these was dialled before its server went.
     former_incarnations: Vec<String>,
     /// By queue: the former incarnation that its last dial told, which may have begun before the present one was known.
@@ -109,15 +148,20 @@ pub struct Reconnect<S> {
     /// What the last attempt came to.
     attempt: String,
     has_given_up: bool,
+    /// Some queues were given up and cannot be connected, and all others are served. No outage lasts for those.
+    rest_fails: bool,
     lost: Option<String>,
 }
 
 impl<S> Reconnect<S> {
-    /// All queues have connections of this incarnation.
+    /// All queues have connections of this incarnation; empty for a server that tells none.
     pub fn new(nr_hw_queues: u16, incarnation: String, policy: StallPolicy, probes: Probes) -> Self {
         Self {
             queues: (0..nr_hw_queues).map(|_| QueueState::Up).collect(),
+            is_untold: incarnation.is_empty(),
             incarnation,
+            together: Together::new(),
+            leaves_by: None,
             former_incarnations: Vec::new(),
             doubted: vec![None; usize::from(nr_hw_queues)],
             not_begun: vec![None; usize::from(nr_hw_queues)],
@@ -131,6 +175,7 @@ impl<S> Reconnect<S> {
             refusals: 0,
             attempt: String::new(),
             has_given_up: false,
+            rest_fails: false,
             lost: None,
         }
     }
@@ -151,17 +196,27 @@ impl<S> Reconnect<S> {
         has_unflushed: impl FnOnce() -> bool,
         outputs: &mut Vec<Output<S>>,
     ) {
-        if lost.served_nothing {
-            self.refusals = self.refusals.saturating_add(1);
-        } else {
-            (self.former_outage, self.refusals) = (None, 0);
+        let index = usize::from(queue_id);
+        // Who goes along with another queue says nothing of the server.
+        let goes_along =
+            matches!(&lost.loss, Loss::Told(why) if [GO_TOGETHER, COME_TOGETHER].contains(&why.as_str()));
+        if !goes_along {
+            self.together.lost_by_itself();
+            if lost.served_nothing {
+                self.refusals = self.refusals.saturating_add(1);
+            } else {
+                (self.former_outage, self.refusals) = (None, 0);
+            }
         }
-        self.queues[usize::from(queue_id)] = QueueState::Down;
-        self.silences[usize::from(queue_id)] = None;
+        self.queues[index] = QueueState::Down;
+        self.silences[index] = None;
         self.look_for_slowness(now);
         if self.lost.is_some() {
             outputs.push(Output::GiveUp(queue_id));
             return;
+        }
+        if std::mem::take(&mut self.rest_fails) {
+            self.outage = None;
         }
         let oldest_sent = lost.oldest.and_then(|oldest| now.checked_sub(oldest)).unwrap_or(now);
         match &mut self.outage {
@@ -172,9 +227,17 @@ impl<S> Reconnect<S> {
                 self.attempt.clear();
             }
         }
+        if self.is_untold && matches!(lost.loss, Loss::Leaving) {
+            self.leave_all(outputs);
+        }
         self.give_up(outputs);
         outputs.push(Output::Dial(queue_id));
-        self.settle(has_unflushed, outputs);
+        if self.is_untold {
+            // The loss was counted: a FLUSH that comes there from now on is to be known to have begun after it.
+            let others = (0..self.queues.len() as u16).filter(|other| *other != queue_id);
+            outputs.extend(others.map(Output::Wake));
+        }
+        self.settle(now, has_unflushed, outputs);
     }
 
     /// On a queue's connections replies are due and nothing comes; `None`: not any more. To be told about once a second.
@@ -186,7 +249,7 @@ impl<S> Reconnect<S> {
         outputs: &mut Vec<Output<S>>,
     ) {
         let index = usize::from(queue_id);
-        let is_up = matches!(self.queues[index], QueueState::Up);
+        let is_up = self.queues[index].has_connections();
         let silence = silence.filter(|_| is_up);
         self.silences[index] = silence.and_then(|silence| Silence::until(now, silence));
         if let Some(silence) = self.silences[index] {
@@ -239,6 +302,7 @@ impl<S> Reconnect<S> {
         queue_id: u16,
         sockets: S,
         incarnation: String,
+        now: Instant,
         has_unflushed: impl FnOnce() -> bool,
         outputs: &mut Vec<Output<S>>,
     ) {
@@ -246,7 +310,7 @@ impl<S> Reconnect<S> {
         if self.lost.is_some() || !matches!(self.queues[index], QueueState::Down) {
             return;
         }
-        if incarnation == self.incarnation && !self.has_given_up {
+        if incarnation == self.incarnation && !self.has_given_up && !self.is_untold {
             self.connect(queue_id, sockets, outputs);
             return;
         }
@@ -259,13 +323,28 @@ impl<S> Reconnect<S> {
             return;
         }
         self.queues[index] = QueueState::Dialled(sockets, incarnation);
-        self.close_all("the server has another storage incarnation", outputs);
-        self.settle(has_unflushed, outputs);
+        if !self.is_untold {
+            self.close_all("the server has another storage incarnation", outputs);
+        } else {
+            self.have_others_follow(now, outputs);
+        }
+        self.settle(now, has_unflushed, outputs);
+    }
+
+    /// A queue of a server that tells no incarnation could be served: the others drop what they have. Who is leaving goes by itself.
+    fn have_others_follow(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
+        if self.queues.iter().any(|queue| matches!(queue, QueueState::Up)) {
+            let why = if self.together.comes_late() { COME_TOGETHER } else { GO_TOGETHER };
+            self.close_all(why, outputs);
+        } else if self.queues.iter().any(|queue| matches!(queue, QueueState::Leaving)) {
+            self.leaves_by.get_or_insert(now + LEAVING_MAX);
+        }
     }
 
     /// Time has passed.
     pub fn tick(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
-        for (queue_id, not_begun) in (0..).zip(&mut self.not_begun) {
+        for queue_id in 0..self.queues.len() as u16 {
+            let not_begun = &mut self.not_begun[usize::from(queue_id)];
             if not_begun.is_some_and(|again| now >= again) {
                 *not_begun = None;
                 if self.lost.is_none() {
@@ -273,8 +352,15 @@ impl<S> Reconnect<S> {
                 }
             }
         }
+        if self.leaves_by.is_some_and(|by| now >= by) {
+            self.leaves_by = None;
+            self.close_all(OWES_FOR_LONG, outputs);
+        }
+        if self.company_due_at().is_some_and(|due| now >= due) {
+            self.connect_dialled(now, outputs);
+        }
         if self.give_up_at().is_some_and(|deadline| now >= deadline) {
-            self.has_given_up = true;
+            (self.has_given_up, self.rest_fails) = (true, false);
             let silence = self.silences.iter().flatten().min_by_key(|silence| silence.since);
             let reason = silence.map(|silence| no_reply(*silence, now));
             let begins = || (OutageClock::new(now, now), reason.clone().unwrap_or_default());
@@ -292,13 +378,19 @@ impl<S> Reconnect<S> {
     pub fn wakes_at(&self, now: Instant) -> Option<Instant> {
         let probe = self.probes.due_at(now).filter(|_| self.probes_matter());
         let not_begun = self.not_begun.iter().copied().flatten();
-        not_begun.chain(self.give_up_at()).chain(probe).min()
+        let together = self.leaves_by.into_iter().chain(self.company_due_at());
+        not_begun.chain(self.give_up_at()).chain(together).chain(probe).min()
+    }
+
+    /// When queues are connected without those that they wait for.
+    fn company_due_at(&self) -> Option<Instant> {
+        self.together.due_at().filter(|_| self.lost.is_none())
     }
 
     /// Whether requests would fail sooner without probes. While there are connections their silence asks for probes.
     fn probes_matter(&self) -> bool {
         let fails_later = matches!(self.policy, StallPolicy::FailAfterMs(_)) && !self.has_given_up;
-        fails_later && self.told_at.is_none() && self.lost.is_none() && self.outage.is_some()
+        fails_later && self.told_at.is_none() && self.lost.is_none() && self.outage_of_the_served().is_some()
     }
 
     /// Once no queue is served any more: whoever is told of an error may write again at once, through any of them.
@@ -309,12 +401,21 @@ impl<S> Reconnect<S> {
     }
 
     fn is_served(&self) -> bool {
-        self.queues.iter().any(|queue| matches!(queue, QueueState::Up | QueueState::Closing))
+        self.queues.iter().any(|queue| queue.has_connections() || matches!(queue, QueueState::Closing))
+    }
+
+    fn leave_all(&mut self, outputs: &mut Vec<Output<S>>) {
+        for (queue_id, queue) in (0..).zip(&mut self.queues) {
+            if matches!(queue, QueueState::Up) {
+                *queue = QueueState::Leaving;
+                outputs.push(Output::Leave(queue_id));
+            }
+        }
     }
 
     fn close_all(&mut self, reason: &str, outputs: &mut Vec<Output<S>>) {
         for (queue_id, queue) in (0..).zip(&mut self.queues) {
-            if matches!(queue, QueueState::Up) {
+            if queue.has_connections() {
                 *queue = QueueState::Closing;
                 outputs.push(Output::Disconnect(queue_id, reason.to_owned()));
             }
@@ -328,13 +429,18 @@ impl<S> Reconnect<S> {
             return None;
         }
         let after = Duration::from_millis(after_ms);
-        let Some(told_at) = self.told_at else { return self.outage.as_ref()?.0.ends(after) };
+        let outage = self.outage_of_the_served();
+        let Some(told_at) = self.told_at else { return outage?.ends(after) };
         // Of a policy that somebody set: from then on, or from when the outage or the silence began.
         let silence = self.probes.reply_timeout().min(TOLD_SILENCE);
         let silent_for_long = self.silences.iter().flatten().filter_map(|it| it.since.checked_add(silence));
-        let outage = self.outage.as_ref().map(|(clock, _)| clock.began());
-        let began = silent_for_long.chain(outage).min()?;
+        let began = silent_for_long.chain(outage.map(OutageClock::began)).min()?;
         began.max(told_at).checked_add(after)
+    }
+
+    /// What lasts until requests fail that do not yet.
+    fn outage_of_the_served(&self) -> Option<&OutageClock> {
+        self.outage.as_ref().map(|(clock, _)| clock).filter(|_| !self.rest_fails)
     }
 
     /// The policy that the attachment was made with. Requests that failed stay failed; under `Wait` those that come wait again
@@ -369,7 +475,7 @@ impl<S> Reconnect<S> {
         };
         let attempt = if self.attempt.is_empty() { "connecting" } else { &self.attempt };
         let text = format!("{reason}; {attempt}");
-        if self.has_given_up { Condition::Failing(text) } else { Condition::Stalled(text) }
+        if self.has_given_up || self.rest_fails { Condition::Failing(text) } else { Condition::Stalled(text) }
     }
 
     fn connect(&mut self, queue_id: u16, sockets: S, outputs: &mut Vec<Output<S>>) {
@@ -377,16 +483,16 @@ impl<S> Reconnect<S> {
         outputs.push(Output::Connect(queue_id, sockets));
         if self.queues.iter().all(|queue| matches!(queue, QueueState::Up)) {
             self.former_outage = self.outage.take().map(|(clock, _)| clock);
-            self.has_given_up = false;
+            (self.has_given_up, self.rest_fails) = (false, false);
         }
     }
 
-    /// Once no queue has a connection any more: goes over to the server's incarnation, or cannot. After giving up, waits until
-    /// every queue can be connected.
-    fn settle(&mut self, has_unflushed: impl FnOnce() -> bool, outputs: &mut Vec<Output<S>>) {
+    /// Once no queue has a connection any more: goes over to the server's incarnation, or cannot.
+    fn settle(&mut self, now: Instant, has_unflushed: impl FnOnce() -> bool, outputs: &mut Vec<Output<S>>) {
         if self.is_served() {
             return;
         }
+        self.leaves_by = None;
         let new = self.queues.iter().find_map(|queue| match queue {
             QueueState::Dialled(_, told) if *told != self.incarnation => Some(told.clone()),
             _ => None,
@@ -409,7 +515,13 @@ impl<S> Reconnect<S> {
                 }
             }
         }
-        if self.has_given_up && self.queues.iter().any(|queue| matches!(queue, QueueState::Down)) {
+        self.connect_dialled(now, outputs);
+    }
+
+    /// Gives the queues the connections that wait, once no queue has others and those are there that are waited for.
+    fn connect_dialled(&mut self, now: Instant, outputs: &mut Vec<Output<S>>) {
+        let could_be_served = self.queues.iter().any(|queue| matches!(queue, QueueState::Dialled(..)));
+        if self.is_served() || !could_be_served || self.waits_for_others(now) {
             return;
         }
         for queue_id in 0..self.queues.len() as u16 {
@@ -419,12 +531,25 @@ impl<S> Reconnect<S> {
                 other => *queue = other,
             }
         }
+        if self.is_untold {
+            let are_all = self.queues.iter().all(|queue| matches!(queue, QueueState::Up));
+            self.together.are_served(are_all);
+            // For those that are served the next outage begins when they lose their connections.
+            self.rest_fails = !are_all && std::mem::take(&mut self.has_given_up);
+        }
+    }
+
+    /// After giving up, every queue has to have connections, because a server grants them only when what failed cannot land any more. One
+    /// that tells no incarnation promises nothing of the kind, and may grant too few.
+    fn waits_for_others(&mut self, now: Instant) -> bool {
+        let is_any_down = self.queues.iter().any(|queue| matches!(queue, QueueState::Down));
+        is_any_down && if self.is_untold { self.together.waits(now) } else { self.has_given_up }
     }
 
     fn lose(&mut self, reason: String, outputs: &mut Vec<Output<S>>) {
         for (queue_id, queue) in (0..).zip(&mut self.queues) {
             match queue {
-                QueueState::Up => {
+                QueueState::Up | QueueState::Leaving => {
                     *queue = QueueState::Closing;
                     outputs.push(Output::Disconnect(queue_id, reason.clone()));
                 }
@@ -445,7 +570,7 @@ fn no_reply(silence: Silence, now: Instant) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::queue::link::Loss;
+    use crate::device::together::WAIT_MIN;
 
     const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -472,6 +597,17 @@ mod tests {
             Self { reconnect, start: Instant::now(), now_ms: 0, has_unflushed: false, outputs: Vec::new() }
         }
 
+        /// Of a server that tells no incarnation.
+        fn untold() -> Self {
+            let probes = Probes::new(REPLY_TIMEOUT, false);
+            let reconnect = Reconnect::new(2, String::new(), StallPolicy::Wait, probes);
+            Self { reconnect, ..Self::new(StallPolicy::Wait) }
+        }
+
+        fn dial_failed(&mut self) {
+            self.reconnect.dial_failed("refused".into());
+        }
+
         fn now(&self) -> Instant {
             self.start + Duration::from_millis(self.now_ms)
         }
@@ -481,9 +617,13 @@ mod tests {
         }
 
         fn lost(&mut self, queue_id: u16, served_nothing: bool) -> Vec<Output<u32>> {
+            self.lost_by(queue_id, Loss::Unacknowledged, served_nothing)
+        }
+
+        fn lost_by(&mut self, queue_id: u16, loss: Loss, served_nothing: bool) -> Vec<Output<u32>> {
             let (now, unflushed) = (self.now(), self.has_unflushed);
             let outputs = &mut self.outputs;
-            let lost = Lost { connection: 0, loss: Loss::Unacknowledged, served_nothing, oldest: None };
+            let lost = Lost { connection: 0, loss, served_nothing, oldest: None };
             self.reconnect.disconnected(queue_id, &lost, "cut", now, || unflushed, outputs);
             std::mem::take(&mut self.outputs)
         }
@@ -504,9 +644,9 @@ mod tests {
         }
 
         fn dialled(&mut self, queue_id: u16, sockets: u32, incarnation: &str) -> Vec<Output<u32>> {
-            let unflushed = self.has_unflushed;
-            let incarnation = incarnation.to_owned();
-            self.reconnect.dialled(queue_id, sockets, incarnation, || unflushed, &mut self.outputs);
+            let (now, unflushed) = (self.now(), self.has_unflushed);
+            let (incarnation, outputs) = (incarnation.to_owned(), &mut self.outputs);
+            self.reconnect.dialled(queue_id, sockets, incarnation, now, || unflushed, outputs);
             std::mem::take(&mut self.outputs)
         }
 
@@ -530,7 +670,7 @@ mod tests {
         let mut world = World::new(StallPolicy::Wait);
         assert_eq!(world.disconnected(1), [Output::Dial(1)]);
         assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; connecting".into()));
-        world.reconnect.dial_failed("refused".into());
+        world.dial_failed();
         assert_eq!(world.reconnect.condition(), Condition::Stalled("cut; refused".into()));
         assert_eq!(world.tick_at(1 << 40), [], "it waits for ever");
         world.has_unflushed = true;
@@ -775,6 +915,171 @@ mod tests {
         world.lost(0, true);
         assert_eq!(disconnects(&world.tick_at(50_000)), [1]);
         assert!(world.disconnected(1).contains(&Output::GiveUp(0)));
+    }
+
+    const WAIT_MS: u64 = WAIT_MIN.as_millis() as u64;
+
+    fn told(why: &str) -> Loss {
+        Loss::Told(why.to_owned())
+    }
+
+    /// Queue 0 was connected to the next process while an acknowledgement of the former one waited in queue 1's socket.
+    #[test]
+    fn of_a_server_that_tells_no_incarnation_all_queues_go_and_come_together() {
+        let mut world = World::untold();
+        assert_eq!(
+            world.disconnected(0),
+            [Output::Dial(0), Output::Wake(1)],
+            "some end with the last client"
+        );
+        let outputs = world.dialled(0, 7, "");
+        assert_eq!(outputs, [Output::Disconnect(1, GO_TOGETHER.into())], "it may be of the former process");
+        let outputs = world.lost_by(1, told(GO_TOGETHER), false);
+        assert_eq!(outputs, [Output::Dial(1), Output::Wake(0)], "the next process may be gone already");
+        assert_eq!(world.dialled(1, 8, ""), [Output::Connect(0, 7), Output::Connect(1, 8)]);
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+        // Both at once, and the second is dialled first.
+        world.disconnected(1);
+        assert_eq!(world.disconnected(0), [Output::Dial(0), Output::Wake(1)]);
+        assert_eq!(world.dialled(0, 9, ""), []);
+        assert_eq!(world.dialled(1, 10, ""), [Output::Connect(0, 9), Output::Connect(1, 10)]);
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+    }
+
+    #[test]
+    fn after_a_restart_in_which_every_attempt_failed_queues_still_come_together() {
+        let mut world = World::untold();
+        world.disconnected(0);
+        world.disconnected(1);
+        for _ in 0..5 {
+            world.dial_failed();
+            world.dial_failed();
+        }
+        world.now_ms = 60_000;
+        assert_eq!(world.dialled(0, 7, ""), []);
+        assert_eq!(world.tick_at(60_000 + WAIT_MS - 1), []);
+        assert_eq!(world.dialled(1, 8, ""), [Output::Connect(0, 7), Output::Connect(1, 8)]);
+        assert_eq!(world.tick_at(60_000 + WAIT_MS), []);
+    }
+
+    #[test]
+    fn of_a_server_that_shuts_down_every_queue_waits_for_what_it_is_owed() {
+        let mut world = World::untold();
+        let outputs = world.lost_by(0, Loss::Leaving, false);
+        assert_eq!(outputs, [Output::Leave(1), Output::Dial(0), Output::Wake(1)]);
+        assert_eq!(world.dialled(0, 7, ""), [], "the other is still served");
+        assert_eq!(world.lost_by(1, Loss::Leaving, false), [Output::Dial(1), Output::Wake(0)]);
+        world.dialled(1, 8, "");
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        // What it owes does not come, and no other server does.
+        world.lost_by(0, Loss::Leaving, false);
+        assert_eq!(disconnects(&world.silent_at(1, 0, 20_000)), [1]);
+        world.disconnected(1);
+        world.dialled(0, 9, "");
+        world.dialled(1, 10, "");
+        world.reconnect.set_policy(StallPolicy::FailAfterMs(5_000));
+        world.lost_by(0, Loss::Leaving, false);
+        assert_eq!(disconnects(&world.tick_at(25_000)), [1]);
+        assert!(world.disconnected(1).contains(&Output::GiveUp(1)));
+    }
+
+    #[test]
+    fn what_a_server_owes_that_shuts_down_holds_up_nobody_for_long_whom_another_could_serve() {
+        let mut world = World::untold();
+        world.lost_by(0, Loss::Leaving, false);
+        assert_eq!(world.tick_at(15_000), [], "nobody could serve");
+        world.dialled(0, 7, "");
+        assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.now() + LEAVING_MAX));
+        assert_eq!(world.tick_at(24_999), []);
+        assert_eq!(world.tick_at(25_000), [Output::Disconnect(1, OWES_FOR_LONG.into())]);
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        world.lost_by(1, told(OWES_FOR_LONG), false);
+        assert_eq!(world.dialled(1, 8, ""), [Output::Connect(0, 7), Output::Connect(1, 8)]);
+        assert_eq!(world.tick_at(60_000), []);
+    }
+
+    #[test]
+    fn a_queue_that_gets_no_connection_holds_up_no_other_for_long() {
+        let mut world = World::untold();
+        world.disconnected(0);
+        world.disconnected(1);
+        assert_eq!(world.dialled(0, 7, ""), []);
+        assert_eq!(world.reconnect.wakes_at(world.now()), Some(world.start + WAIT_MIN));
+        assert_eq!(world.tick_at(WAIT_MS - 1), []);
+        assert_eq!(world.tick_at(WAIT_MS), [Output::Connect(0, 7)]);
+        assert!(matches!(world.reconnect.condition(), Condition::Stalled(_)));
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        // It has one at last, perhaps of another process: all begin anew, and wait for longer.
+        assert_eq!(world.dialled(1, 8, ""), [Output::Disconnect(0, COME_TOGETHER.into())]);
+        let outputs = world.lost_by(0, told(COME_TOGETHER), false);
+        assert_eq!(outputs, [Output::Dial(0), Output::Wake(1)]);
+        assert_eq!(world.tick_at(3 * WAIT_MS - 1), []);
+        assert_eq!(world.dialled(0, 9, ""), [Output::Connect(0, 9), Output::Connect(1, 8)]);
+        assert_eq!(world.reconnect.condition(), Condition::Live);
+        // Nor does a dial that cannot be begun.
+        world.disconnected(0);
+        world.disconnected(1);
+        world.dialled(0, 10, "");
+        world.reconnect.dial_not_begun(1, "no thread".into(), world.now());
+        assert_eq!(world.tick_at(4 * WAIT_MS), [Output::Dial(1), Output::Connect(0, 10)]);
+    }
+
+    #[test]
+    fn a_disk_that_is_lost_wakes_nobody_for_queues_that_wait_for_each_other() {
+        let mut world = World::untold();
+        world.disconnected(0);
+        world.disconnected(1);
+        world.dialled(0, 7, "");
+        world.reconnect.refused_for_good("fenced".into(), &mut world.outputs);
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        world.outputs.clear();
+        assert_eq!(world.tick_at(WAIT_MS), []);
+    }
+
+    #[test]
+    fn who_goes_along_with_another_queue_says_nothing_of_the_server() {
+        let mut world = World::untold();
+        for refusals in 1..4 {
+            // Whoever is heard first.
+            world.lost(0, true);
+            world.dialled(0, 7, "");
+            world.lost_by(1, told(GO_TOGETHER), false);
+            world.dialled(1, 8, "");
+            assert_eq!(world.reconnect.refusals(), 2 * refusals - 1, "each dial after it comes later");
+            world.lost(1, true);
+            world.lost_by(0, told(COME_TOGETHER), false);
+            assert_eq!(world.reconnect.refusals(), 2 * refusals);
+            world.dialled(0, 9, "");
+            world.dialled(1, 10, "");
+        }
+        // It was to go along, and had lost its connections by itself before.
+        world.disconnected(0);
+        assert_eq!(disconnects(&world.dialled(0, 7, "")), [1]);
+        world.lost(1, true);
+        assert_eq!(world.reconnect.refusals(), 1);
+    }
+
+    #[test]
+    fn requests_that_failed_do_not_keep_a_server_that_grants_too_few_from_being_used() {
+        let mut world = World::untold();
+        world.reconnect.set_policy(StallPolicy::FailAfterMs(5_000));
+        world.disconnected(0);
+        world.disconnected(1);
+        assert_eq!(world.tick_at(5_000), [Output::GiveUp(0), Output::GiveUp(1)]);
+        world.dialled(0, 7, "");
+        assert_eq!(world.tick_at(5_000 + WAIT_MS), [Output::Connect(0, 7)]);
+        assert!(matches!(world.reconnect.condition(), Condition::Failing(_)), "of the other they still fail");
+        assert_eq!(world.tick_at(60_000), [], "and who is served has no outage");
+        assert_eq!(world.reconnect.wakes_at(world.now()), None);
+        // Until it has one of its own.
+        assert_eq!(world.disconnected(0), [Output::Dial(0), Output::Wake(1)], "its requests wait");
+        assert!(matches!(world.reconnect.condition(), Condition::Stalled(_)));
+        assert_eq!(world.tick_at(64_999), []);
+        assert_eq!(world.tick_at(65_000), [Output::GiveUp(0), Output::GiveUp(1)]);
+        world.dialled(0, 8, "");
+        world.dialled(1, 9, "");
+        assert_eq!(world.reconnect.condition(), Condition::Live);
     }
 
     /// A fail-over to another storage machine and back.

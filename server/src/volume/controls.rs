@@ -39,11 +39,16 @@ struct State {
 impl Controls {
     /// Those of a volume with such limits and content.
     pub fn new(limits: VolumeLimits, content: Content) -> Self {
+        Self::counting_from(Instant::now(), limits, content)
+    }
+
+    /// The same, with the time at which nothing is used of the limits yet, and nothing saved up.
+    pub fn counting_from(began: Instant, limits: VolumeLimits, content: Content) -> Self {
         let controls = Self {
             heed: AtomicU8::new(0),
             limiter: RateLimiter::default(),
             state: Mutex::new(State { limits, content }),
-            began: Instant::now(),
+            began,
         };
         controls.limiter.set(&limits, 0);
         controls.notice(&controls.state());

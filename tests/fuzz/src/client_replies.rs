@@ -300,7 +300,7 @@ impl World {
             self.look_at_what_leaves();
             self.take_commits();
             self.take_events();
-            if !has_done && !self.core.holds_back() {
+            if !has_done && !self.core.looks_again() {
                 break;
             }
         }

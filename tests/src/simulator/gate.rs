@@ -15,12 +15,14 @@ use proto::nbd::PAYLOAD_BYTES_MAX_DEFAULT;
 use proto::nbd::handshake::server::{OpenKind, Refusal};
 use proto::nbd::validate::RequestLimits;
 use server::backend::file::{self, CacheMode};
+use server::catalog::{Content, VolumeLimits};
 use server::data::gate::fence::Reason;
 use server::data::gate::{
     Asked, Bounds, CallId, CatalogFailed, Core, Found, Granted, Input, NamedVolume, NotServed, Output,
 };
 use server::ids::ConnectionId;
 use server::tls::rights::Rights;
+use server::volume::controls::Controls;
 use server::volume::incarnation::admission::Step;
 use server::volume::{Backend, Faults, Volume};
 use uuid::Uuid;
@@ -70,6 +72,8 @@ pub(super) struct Gate {
     answers: Answers,
     opening: Vec<Uuid>,
     volume: Option<Rc<Volume>>,
+    /// Those of the volume, however often it is opened.
+    controls: Arc<Controls>,
     /// Whether requests know that the volume is marked as written.
     pub(super) is_marked: bool,
     calls: BTreeMap<CallId, Call>,
@@ -89,6 +93,10 @@ pub(super) const STRANGERS_RING: usize = 1;
 impl Gate {
     pub(super) fn new(process: u64, catalog: &Catalog, mutant: Option<Mutant>, now: Instant) -> Self {
         let open_timeout = Duration::from_secs(OPEN_TIMEOUTS_S[process as usize % OPEN_TIMEOUTS_S.len()]);
+        let limits = match mutant {
+            Some(Mutant::LimitIgnored) => VolumeLimits::default(),
+            _ => catalog.limits,
+        };
         let bounds = Bounds { open_timeout, fence_timeout: FENCE_TIMEOUT, export_by_name: true };
         Self {
             process,
@@ -103,6 +111,7 @@ impl Gate {
             answers: Answers::new(open_timeout),
             opening: Vec::new(),
             volume: None,
+            controls: Arc::new(Controls::counting_from(now, limits, Content::Written)),
             is_marked: false,
             calls: BTreeMap::new(),
             calls_made: 0,
@@ -548,7 +557,8 @@ impl Gate {
             catalog.write_cache_on,
             faults,
             recorder,
-        );
+        )
+        .with_controls(Arc::clone(&self.controls));
         self.answers.is_recorded = self.incarnations.is_recorded(catalog);
         self.volume = Some(Rc::new(volume));
         self.is_marked = world.catalog.is_written;

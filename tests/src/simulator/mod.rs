@@ -5,7 +5,8 @@
 //! server `Session`, the gate's `Core` with its fences, the incarnations' `Core`, `RequestProgress`, `SyncGroups`, `CopyPlan` and the
 //! handshake. What stands for the code between them (rings, threads) is in `client/` and in `server.rs`, `copier.rs`, `gate.rs`,
 //! `incarnations.rs` and `storage.rs`; `network.rs` and `disk.rs` are what they stand
-//! on, `world.rs` chooses what happens. Users' reads, and the disk after a last power cut, are checked by `block_history.rs`.
+//! on, `world.rs` chooses what happens. A foreign server, which is not ours and tells nothing of itself, is in `foreign/`, with a world of its
+//! own. Users' reads, and the disk after a last power cut, are checked by `block_history.rs`.
 //!
 //! [`Coverage`] counts which situations came up, [`Mutant`] breaks the rules one by one: see `tests/host/simulator.rs`.
 
@@ -16,6 +17,7 @@ mod copier;
 mod coverage;
 mod device;
 mod disk;
+mod foreign;
 mod gate;
 mod incarnations;
 mod mutant;
@@ -23,6 +25,7 @@ mod network;
 mod server;
 mod storage;
 mod strangers;
+mod users;
 mod world;
 
 use std::io;
@@ -39,7 +42,11 @@ pub use coverage::Coverage;
 pub use mutant::Mutant;
 
 use crate::block_history::{BLOCK_BYTES, Violation};
+use foreign::ForeignWorld;
 use world::World;
+
+/// Of so many simulations one is of a foreign server's disk.
+const SEEDS_PER_FOREIGN: u64 = 8;
 
 /// A simulation ended badly.
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +85,14 @@ impl Stage {
     /// # Errors
     /// [`Failure`], by cause.
     pub fn run(&self, seed: u64, mutant: Option<Mutant>, coverage: &mut Coverage) -> Result<(), Failure> {
-        World::new(seed, mutant, &self.dir, self.volume_uid, coverage).run()
+        let is_foreign = match mutant {
+            Some(mutant) => mutant.is_of_foreign_servers(),
+            None => seed.is_multiple_of(SEEDS_PER_FOREIGN),
+        };
+        match is_foreign {
+            true => ForeignWorld::new(seed, mutant, coverage).run(),
+            false => World::new(seed, mutant, &self.dir, self.volume_uid, coverage).run(),
+        }
     }
 
     /// Runs the simulations of many seeds, from `first_seed` on, on every processor that this process may use.

@@ -109,11 +109,27 @@ pub enum Mutant {
     MarkedEarly,
     /// Who waited for a copy is not told to go on.
     HeldForgotten,
+    /// The limits of a volume are not looked at.
+    LimitIgnored,
+    /// A WRITE that waits for its turn keeps what is behind it waiting for as long.
+    LookAheadLeft,
+    /// Of a foreign server, each queue loses its connections and gets new ones on its own.
+    LostAlone,
+    /// The same, but for that all queues drop their connections when one has lost its.
+    ServedBeforeAllAreDown,
+    /// Queues of a foreign server's disk wait for ever for one that gets no connection.
+    OthersAwaitedForEver,
+    /// Nobody counts that connections to a foreign server were lost.
+    LossUncounted,
+    /// A FLUSH that fails is taken to tell of every loss, also of those that came after it began.
+    FlushTellsOfAll,
+    /// A FLUSH that succeeds after a loss that came after it began is believed.
+    FlushBelieved,
 }
 
 impl Mutant {
     /// All there are.
-    pub const ALL: [Self; 53] = [
+    pub const ALL: [Self; 61] = [
         Self::NoDraining,
         Self::EpochIgnored,
         Self::SlotIgnored,
@@ -167,5 +183,30 @@ impl Mutant {
         Self::CopiedBeforeHeld,
         Self::MarkedEarly,
         Self::HeldForgotten,
+        Self::LimitIgnored,
+        Self::LookAheadLeft,
+        Self::LostAlone,
+        Self::ServedBeforeAllAreDown,
+        Self::OthersAwaitedForEver,
+        Self::LossUncounted,
+        Self::FlushTellsOfAll,
+        Self::FlushBelieved,
     ];
+
+    /// Whether it is a rule of foreign servers' disks, which no other simulation has.
+    pub(super) fn is_of_foreign_servers(self) -> bool {
+        use Mutant::{
+            FlushBelieved, FlushTellsOfAll, LossUncounted, LostAlone, OthersAwaitedForEver,
+            ServedBeforeAllAreDown,
+        };
+        matches!(
+            self,
+            LostAlone
+                | ServedBeforeAllAreDown
+                | OthersAwaitedForEver
+                | LossUncounted
+                | FlushTellsOfAll
+                | FlushBelieved
+        )
+    }
 }

@@ -1,9 +1,11 @@
 //! The simulated network: connections as two pipes of bytes, of which a part has arrived and the rest is on its way.
 //!
-//! Owns the bytes between a client and a server. Never decides what happens to them: `world.rs` lets bytes arrive, cuts
-//! connections and lets them stand still, until TCP gives them up. What a side sent before it closed may arrive long after, as on a real network.
+//! Owns the bytes between a client and a server. Never decides what happens to them: `world.rs` and `foreign.rs` let bytes arrive, cut
+//! connections and let them stand still, until TCP gives them up. What a side sent before it closed may arrive long after, as on a real network.
 
 use std::time::{Duration, Instant};
+
+use fastrand::Rng;
 
 /// As the product sets it: after so long without an acknowledgement TCP tells its user.
 pub(super) const TCP_USER_TIMEOUT: Duration = Duration::from_secs(15);
@@ -113,4 +115,47 @@ impl Link {
     pub(super) fn has_traffic(&self) -> bool {
         self.stalled_at.is_none() && self.to_server.on_the_way() + self.to_client.on_the_way() > 0
     }
+}
+
+/// Some of what is on its way arrives; false: nothing can.
+pub(super) fn traffic(links: &mut [Link], rng: &mut Rng) -> bool {
+    let from = rng.usize(..=links.len());
+    // The newest ones first: the older ones are mostly silent.
+    let candidates = (0..links.len()).rev().cycle().skip(from).take(links.len().min(32));
+    let mut has_done = false;
+    for index in candidates {
+        let link = &mut links[index];
+        if !link.has_traffic() {
+            continue;
+        }
+        if link.delay > 0 {
+            link.delay -= 1;
+            continue;
+        }
+        for pipe in [&mut link.to_server, &mut link.to_client] {
+            let on_the_way = pipe.on_the_way();
+            if on_the_way > 0 {
+                let bytes = if rng.u8(..4) > 0 { on_the_way } else { rng.usize(1..=on_the_way) };
+                pipe.arrive(bytes);
+                has_done = true;
+            }
+        }
+        if rng.bool() {
+            break;
+        }
+    }
+    has_done
+}
+
+/// TCP gives up those that have stood still for long.
+pub(super) fn give_up_stalled(stalled: &mut Vec<LinkId>, links: &mut [Link], now: Instant, rng: &mut Rng) {
+    stalled.retain(|id| {
+        let link = &mut links[*id];
+        let is_over = link.stalled_at.is_none_or(|since| now.duration_since(since) >= TCP_USER_TIMEOUT);
+        if is_over {
+            link.to_client.cut(rng.bool());
+            link.to_server.cut(rng.bool());
+        }
+        !is_over
+    });
 }

@@ -4,6 +4,7 @@
 //! request needs. The gate is in `gate.rs`, what survives the process in `storage.rs`.
 
 mod copies;
+mod turns;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -16,6 +17,7 @@ use proto::nbd::replies::ReplyHead;
 use proto::nbd::transmission::{Command, CommandFlags};
 use server::backend::VolumeOp;
 use server::data::io::sync_groups::{Begin, SyncGroups};
+use server::data::io::throttle::Throttle;
 use server::data::session::{Action, Session};
 use server::ids::{ConnectionId, RequestSlot};
 use server::limits::IN_FLIGHT_REQUESTS_MAX;
@@ -32,6 +34,7 @@ use super::network::{End, Link, LinkId};
 use super::storage::{Catalog, Surroundings};
 use super::strangers::Strangers;
 use crate::block_history::{BLOCK_BYTES, CopyCall};
+use turns::Begun;
 
 /// What all syncs are joined by: there is one volume.
 const SYNC_KEY: usize = 1;
@@ -55,6 +58,9 @@ struct Connection {
     /// What waits for a copy.
     held: Vec<Option<VolumeOp>>,
     answered_early: Vec<bool>,
+    /// What waits for its turn, and when it is to be asked again whose it is.
+    throttle: Throttle,
+    asks_at: Option<Instant>,
     /// The request that waits until the volume is marked as written.
     waits_for_mark: Option<RequestSlot>,
     /// Operations of the disk, and syncs that are waited for.
@@ -72,6 +78,7 @@ pub(super) struct Server {
     next_connection: u32,
     pub(super) gate: Gate,
     strangers: Strangers,
+    begun: Begun,
     syncs: SyncGroups,
     /// Who wants a copy, and waits for the volume to be open; with what is copied too early.
     copy_call: Option<(CopyCall, CopiedEarly)>,
@@ -91,6 +98,7 @@ impl Server {
             next_connection: 0,
             gate: Gate::new(process, catalog, mutant, now),
             strangers: Strangers::new(),
+            begun: Begun::new(catalog.limits),
             syncs: SyncGroups::default(),
             copy_call: None,
             copier: None,
@@ -116,6 +124,8 @@ impl Server {
             progress: idle(),
             held: vec![None; IN_FLIGHT_REQUESTS_MAX],
             answered_early: vec![false; IN_FLIGHT_REQUESTS_MAX],
+            throttle: Throttle::default(),
+            asks_at: None,
             waits_for_mark: None,
             operations: 0,
             output: VecDeque::new(),
@@ -179,6 +189,7 @@ impl Server {
             self.remove(id);
             return true;
         }
+        let has_begun = self.is_turn_due(id, world.now) && self.take_turns(id, world);
         let sent = self.send(id, world);
         let parsed = self.parse(id, world);
         let connection = self.connections.get_mut(&id).expect("it is there until it is closed");
@@ -188,7 +199,7 @@ impl Server {
         if is_finished {
             self.close(id, world);
         }
-        sent || parsed || is_finished
+        has_begun || sent || parsed || is_finished
     }
 
     fn send(&mut self, id: u32, world: &mut Surroundings<'_>) -> bool {
@@ -231,7 +242,8 @@ impl Server {
         let mut has_parsed = false;
         loop {
             let connection = self.connections.get_mut(&id).expect("it exists");
-            if connection.phase != Phase::Open || connection.waits_for_mark.is_some() {
+            let is_held = connection.waits_for_mark.is_some() || connection.throttle.holds_stream();
+            if connection.phase != Phase::Open || is_held {
                 return has_parsed;
             }
             let pipe = &mut world.links[connection.link].to_server;
@@ -249,7 +261,9 @@ impl Server {
                 connection.buffers[usize::from(slot.0)].extend_from_slice(&readable[..bytes]);
                 pipe.consume(bytes);
                 has_parsed = true;
-                if connection.session.payload_received(bytes as u32) {
+                if connection.session.payload_received(bytes as u32)
+                    && !self.waits_with_payload(id, slot, world)
+                {
                     self.begin(id, slot, world);
                 }
                 continue;
@@ -269,8 +283,7 @@ impl Server {
                     return true;
                 }
                 Action::NeedsBytes | Action::Paused => return has_parsed,
-                Action::TakePayload(slot) => connection.buffers[usize::from(slot.0)].clear(),
-                Action::Begin(slot) => self.begin(id, slot, world),
+                Action::TakePayload(slot) | Action::Begin(slot) => self.take_in(id, slot, world),
                 Action::End => self.finish(id),
                 Action::Open(open) => {
                     self.open(id, open.kind, open.name);
@@ -284,10 +297,13 @@ impl Server {
     fn finish(&mut self, id: u32) {
         let connection = self.connections.get_mut(&id).expect("it exists");
         connection.phase = Phase::Finishing;
-        connection.session.end_input();
+        if let Some(slot) = connection.session.end_input() {
+            self.waits_no_more(id, slot);
+        }
     }
 
     fn close(&mut self, id: u32, world: &mut Surroundings<'_>) {
+        self.forget_turn(id);
         let connection = self.connections.get_mut(&id).expect("it exists");
         connection.phase = Phase::Closing;
         let link = &mut world.links[connection.link];
@@ -479,7 +495,10 @@ impl Server {
                 let Some(slot) = connection.waits_for_mark.take() else { return };
                 match connection.phase {
                     Phase::Closing => {}
-                    _ if is_marked => self.begin_if(id, slot, true, world),
+                    _ if is_marked => {
+                        self.begin_if(id, slot, true, world);
+                        self.take_turns(id, world);
+                    }
                     _ => self.close(id, world),
                 }
             }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use fastrand::Rng;
 use proto::export_name::Secret;
 use proto::nbd::transmission::NbdError;
-use server::catalog::{AttachmentRecord, BackendKind, VolumeRecord};
+use server::catalog::{AttachmentRecord, BackendKind, VolumeLimits, VolumeRecord};
 use server::data::gate::{CatalogFailed, Found};
 use uuid::Uuid;
 
@@ -41,6 +41,8 @@ pub(super) struct Catalog {
     pub(super) volume_uid: Uuid,
     pub(super) capacity_bytes: usize,
     pub(super) write_cache_on: bool,
+    /// How much may be asked of the volume in a second.
+    pub(super) limits: VolumeLimits,
     pub(super) boot: u64,
     pub(super) incarnation: u64,
     /// What is remembered outside of it, for this boot.

@@ -11,27 +11,25 @@ use std::time::{Duration, Instant};
 
 use ::client::contract::StallPolicy;
 use ::client::device::liveness::VOUCHED_FOR;
-use ::client::device::queue::block_request::BlockRequest;
 use ::client::device::reconnect::Condition;
 use fastrand::Rng;
-use proto::nbd::transmission::{Command, CommandFlags};
+use server::catalog::VolumeLimits;
 use uuid::Uuid;
 
 use super::client::{Bio, Client, EndedBio, Note};
 use super::coverage::Coverage;
 use super::device::Device;
 use super::disk::{CONTROL, Disk};
-use super::network::{End, Link, LinkId, TCP_USER_TIMEOUT};
+use super::network::{self, End, Link, LinkId};
 use super::server::Server;
 use super::storage::{self, Catalog, EIO};
-use super::{Failure, Mutant, client};
-use crate::block_history::{BLOCK_BYTES, BlockHistory, Blocks, Pattern, SentFlush};
+use super::{Failure, Mutant, client, users};
+use crate::block_history::{BLOCK_BYTES, BlockHistory, Blocks, SentFlush};
 use attaching::Settling;
 
 /// Blocks of the volume.
 const BLOCKS: usize = 12;
 const CAPACITY_BYTES: usize = BLOCKS * BLOCK_BYTES;
-const BLOCKS_OF_A_REQUEST_MAX: usize = 3;
 /// Requests of one simulation.
 pub(super) const REQUESTS: usize = 220;
 /// A simulation that takes more is stuck.
@@ -84,6 +82,21 @@ pub(super) struct World<'a> {
     steps: u64,
 }
 
+/// Few volumes have limits; these are so low that requests wait for long, and hold for reads or for writes.
+fn limits(seed: u64, mutant: Option<Mutant>) -> VolumeLimits {
+    let mut rng = Rng::with_seed(!seed);
+    let is_looked_for = matches!(mutant, Some(Mutant::LimitIgnored | Mutant::LookAheadLeft));
+    if rng.u8(..12) > 0 && !is_looked_for {
+        return VolumeLimits::default();
+    }
+    match rng.u8(..4) {
+        0 => VolumeLimits { read_iops: rng.u64(1..4), ..VolumeLimits::default() },
+        1 => VolumeLimits { write_iops: rng.u64(1..4), ..VolumeLimits::default() },
+        2 => VolumeLimits { read_bytes_per_second: rng.u64(1_000..8_000), ..VolumeLimits::default() },
+        _ => VolumeLimits { write_bytes_per_second: rng.u64(500..4_000), ..VolumeLimits::default() },
+    }
+}
+
 impl<'a> World<'a> {
     pub(super) fn new(
         seed: u64,
@@ -98,6 +111,7 @@ impl<'a> World<'a> {
             volume_uid,
             capacity_bytes: CAPACITY_BYTES,
             write_cache_on: rng.u8(..4) > 0,
+            limits: limits(seed, mutant),
             boot: 1,
             incarnation: 0,
             record: Arc::default(),
@@ -111,7 +125,7 @@ impl<'a> World<'a> {
             [700, 5_000, 100_000][rng.usize(..if mutant == Some(Mutant::NoReaping) { 1 } else { 3 })];
         let lies = rng.u8(..8) == 0 || mutant == Some(Mutant::TagOnlyCookie);
         let may_fail_syncs = rng.u8(..6) == 0;
-        let is_slow = !lies && rng.u8(..40) == 0;
+        let is_slow = !lies && (rng.u8(..40) == 0 || mutant == Some(Mutant::LookAheadLeft));
         let mut world = Self {
             now: Instant::now(),
             links: Vec::new(),
@@ -258,45 +272,13 @@ impl<'a> World<'a> {
         if is_down || self.device().bios[usize::from(queue_id)][usize::from(tag)].is_some() {
             return false;
         }
-        let count = if self.rng.bool() { 1 } else { self.rng.usize(1..=BLOCKS_OF_A_REQUEST_MAX) };
-        let blocks = Blocks { first: self.rng.usize(..=BLOCKS - count), count };
-        let kind = self.rng.u8(..16);
-        let is_fua = has_cache && self.rng.u8(..4) == 0;
-        let (command, pattern) = match kind {
-            0..=5 => (Command::Read, None),
-            6..=11 => (Command::Write, Some(Pattern::Stamped)),
-            12 => (Command::WriteZeroes, Some(Pattern::Zeroes)),
-            13 => (Command::Trim, Some(Pattern::Zeroes)),
-            _ if !has_cache => return false,
-            _ => (Command::Flush, None),
-        };
-        if pattern.is_some() && !self.history.is_idle(blocks) {
-            return false;
-        }
-        let (note, data) = match (command, pattern) {
-            (Command::Flush, _) => (Note::Flush(self.history.send_flush()), Vec::new()),
-            (_, None) => {
-                let data = vec![0xee; blocks.length_bytes() as usize];
-                (Note::Read(self.history.send_read(blocks)), data)
-            }
-            (_, Some(pattern)) => {
-                let (write, payload) = self.history.send_write(blocks, pattern);
-                (Note::Write { write, is_durable: is_fua || !has_cache }, payload)
-            }
-        };
-        let flags = if is_fua && pattern.is_some() { CommandFlags::FUA } else { CommandFlags::NONE };
-        let is_flush = command == Command::Flush;
-        let request = BlockRequest {
-            command,
-            flags,
-            offset_bytes: if is_flush { 0 } else { blocks.offset_bytes() },
-            length_bytes: if is_flush { 0 } else { blocks.length_bytes() },
-        };
-        self.requests_left -= 1;
         let now = self.now;
-        self.coverage.say(|| format!("submitted to queue {queue_id} tag {tag}: {request:?} {note:?}"));
+        let bio = users::any_request(&mut self.history, has_cache, now, &mut self.rng);
+        let Some(bio) = bio else { return false };
+        self.requests_left -= 1;
+        let request = bio.request;
+        self.coverage.say(|| format!("submitted to queue {queue_id} tag {tag}: {request:?} {:?}", bio.note));
         let device = self.device();
-        let bio = Bio { request, data, note, submitted_at: now };
         device.bios[usize::from(queue_id)][usize::from(tag)] = Some(bio);
         if let Some(client) = &mut device.client {
             client.submit(queue_id, tag, request);
@@ -305,7 +287,7 @@ impl<'a> World<'a> {
     }
 
     fn take_ended(&mut self) -> Result<(), Failure> {
-        for (EndedBio { bio, result }, may_fail) in std::mem::take(&mut self.ended) {
+        for (EndedBio { bio, result, .. }, may_fail) in std::mem::take(&mut self.ended) {
             self.ended_at = self.now;
             self.coverage.say(|| format!("ended {:?} {:?} {result:?}", bio.request, bio.note));
             match (bio.note, result) {
@@ -336,14 +318,8 @@ impl<'a> World<'a> {
     fn read_everything(&mut self) -> Result<(), Failure> {
         for first in 0..BLOCKS {
             let blocks = Blocks { first, count: 1 };
-            let note = Note::Read(self.history.send_read(blocks));
-            let request = BlockRequest {
-                command: Command::Read,
-                flags: CommandFlags::NONE,
-                offset_bytes: blocks.offset_bytes(),
-                length_bytes: blocks.length_bytes(),
-            };
-            self.ask(Bio { request, data: vec![0xee; BLOCK_BYTES], note, submitted_at: self.now })?;
+            let read = users::read(&self.history, blocks, self.now);
+            self.ask(read)?;
         }
         Ok(())
     }
@@ -366,14 +342,8 @@ impl<'a> World<'a> {
     /// Without faults a last FLUSH is answered, and then the power goes.
     fn flush_and_look_at_the_disk(&mut self) -> Result<(), Failure> {
         if self.catalog.write_cache_on && self.rng.bool() {
-            let request = BlockRequest {
-                command: Command::Flush,
-                flags: CommandFlags::NONE,
-                offset_bytes: 0,
-                length_bytes: 0,
-            };
-            let note = Note::Flush(self.history.send_flush());
-            self.ask(Bio { request, data: Vec::new(), note, submitted_at: self.now })?;
+            let flush = users::flush(&self.history, self.now);
+            self.ask(flush)?;
         }
         self.disk.power_cut(&mut self.rng);
         let found = self.disk.contents();
@@ -403,7 +373,9 @@ impl<'a> World<'a> {
                 is_server_up: self.server.is_some(),
             };
             has_done |= if all { client.step_all(&mut world) } else { client.step(&mut world) };
-            if device.incarnation.as_deref() != Some(client.incarnation()) {
+            // A process that is not served yet has nothing to hand on: in the product there is no device before.
+            let is_known = device.incarnation.is_some() || client.queues_up() > 0;
+            if is_known && device.incarnation.as_deref() != Some(client.incarnation()) {
                 device.incarnation = Some(client.incarnation().to_owned());
             }
             match client.condition() {
@@ -488,33 +460,7 @@ impl<'a> World<'a> {
     }
 
     fn traffic(&mut self) -> bool {
-        let from = self.rng.usize(..=self.links.len());
-        // The newest ones first: the older ones are mostly silent.
-        let candidates = (0..self.links.len()).rev().cycle().skip(from).take(self.links.len().min(32));
-        let mut has_done = false;
-        for index in candidates {
-            let link = &mut self.links[index];
-            if !link.has_traffic() {
-                continue;
-            }
-            if link.delay > 0 {
-                link.delay -= 1;
-                continue;
-            }
-            for pipe in [&mut link.to_server, &mut link.to_client] {
-                let on_the_way = pipe.on_the_way();
-                if on_the_way > 0 {
-                    let bytes =
-                        if self.rng.u8(..4) > 0 { on_the_way } else { self.rng.usize(1..=on_the_way) };
-                    pipe.arrive(bytes);
-                    has_done = true;
-                }
-            }
-            if self.rng.bool() {
-                break;
-            }
-        }
-        has_done
+        network::traffic(&mut self.links, &mut self.rng)
     }
 
     fn disk_step(&mut self) -> bool {
@@ -568,7 +514,7 @@ impl<'a> World<'a> {
         }
         self.look_after_devices()?;
         self.change_hands()?;
-        self.give_up_stalled_links();
+        network::give_up_stalled(&mut self.stalled, &mut self.links, self.now, &mut self.rng);
         let faults_per_chance = STEPS_PER_FAULT / 16;
         self.perhaps_copy(faults_per_chance);
         if !self.has_faults || self.rng.u64(..faults_per_chance) > 0 {
@@ -684,19 +630,6 @@ impl<'a> World<'a> {
             self.links[id].stalled_at = Some(self.now);
             self.stalled.push(id);
         }
-    }
-
-    fn give_up_stalled_links(&mut self) {
-        let (now, links, rng) = (self.now, &mut self.links, &mut self.rng);
-        self.stalled.retain(|id| {
-            let link = &mut links[*id];
-            let is_over = link.stalled_at.is_none_or(|since| now.duration_since(since) >= TCP_USER_TIMEOUT);
-            if is_over {
-                link.to_client.cut(rng.bool());
-                link.to_server.cut(rng.bool());
-            }
-            !is_over
-        });
     }
 
     fn kill_server(&mut self) {

@@ -145,7 +145,8 @@ impl Links {
                 self.export_bytes = self.export_bytes.max(export_bytes);
                 let (is_volatile, unflushed) = (self.is_volatile, &self.unflushed);
                 let has_unflushed = || is_volatile || unflushed.any();
-                self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
+                let now = Instant::now();
+                self.reconnect.dialled(queue_id, sockets, incarnation, now, has_unflushed, &mut outputs);
                 self.note_address(address, status);
             }
             Event::Attempt(_, Attempt::Failed(error)) => self.reconnect.dial_failed(error),
@@ -197,6 +198,8 @@ impl Links {
                 }
                 Output::Connect(queue_id, sockets) => self.tell(queue_id, QueueCommand::Connect(sockets)),
                 Output::Disconnect(queue_id, why) => self.tell(queue_id, QueueCommand::Disconnect(why)),
+                Output::Leave(queue_id) => self.tell(queue_id, QueueCommand::Leave),
+                Output::Wake(queue_id) => self.tell(queue_id, QueueCommand::Look),
                 Output::GiveUp(queue_id) => self.tell(queue_id, QueueCommand::GiveUp),
                 Output::Probe => {
                     let sender = self.sender.clone();

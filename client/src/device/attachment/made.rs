@@ -8,7 +8,9 @@ use ublk_core::{
 };
 
 use super::error::AttachmentError;
-use crate::contract::{self, DeviceSpec, DeviceStatus, Encryption, RecoverSpec, SendZc, SessionRecord};
+use crate::contract::{
+    self, DeviceSpec, DeviceStatus, Encryption, ExportSpec, RecoverSpec, SendZc, SessionRecord,
+};
 use crate::device::connect::data_socket::DataSocket;
 use crate::device::connect::dial::OPEN_TIMEOUT;
 use crate::device::connect::slots::{self, Layout};
@@ -122,6 +124,20 @@ pub(super) fn send_zc_bytes_min(spec: &DeviceSpec, chosen: &Chosen, encryption: 
     spec.send_zc_mode().bytes_min().filter(|_| can)
 }
 
+/// Has the driver keep a device for another process; where it cannot, the device ends with its process.
+///
+/// What was in flight is issued again: our server opens the next process's connections only when nothing of the former one's can land any
+/// more. A foreign server promises nothing of the kind. A WRITE that it still has could land after a later one, so what was in flight fails,
+/// and users hear of it; but not on a disk that can only be read.
+fn recovery_flags(export: &ExportSpec, is_read_only: bool) -> u64 {
+    match export {
+        ExportSpec::Nbd { .. } if !is_read_only => UBLK_F_USER_RECOVERY,
+        ExportSpec::Nbd { .. } | ExportSpec::Attachment { .. } => {
+            UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE
+        }
+    }
+}
+
 fn add_device(
     control: &ControlDevice,
     spec: &DeviceSpec,
@@ -129,8 +145,7 @@ fn add_device(
     data_path: DataPath,
     nr_hw_queues: u16,
 ) -> Result<Device, DeviceError> {
-    // Where the driver cannot, a device ends with its process.
-    let recovery = UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE;
+    let recovery = recovery_flags(&spec.export, params.read_only);
     let ublk_spec = UblkSpec {
         dev_id: None,
         nr_hw_queues,
@@ -141,4 +156,20 @@ fn add_device(
         ublksrv_flags: contract::attachment_hash(spec.attachment_id),
     };
     Device::add(control, &ublk_spec, params)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_still_land_is_not_issued_again() {
+        let foreign = ExportSpec::Nbd { export_name: String::new() };
+        let (server_id, volume_uid) = (uuid::Uuid::nil(), uuid::Uuid::nil());
+        let ours = ExportSpec::Attachment { secret: String::new(), session_epoch: 1, server_id, volume_uid };
+        assert_eq!(recovery_flags(&foreign, false), UBLK_F_USER_RECOVERY);
+        for flags in [recovery_flags(&foreign, true), recovery_flags(&ours, false)] {
+            assert_eq!(flags, UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE);
+        }
+    }
 }

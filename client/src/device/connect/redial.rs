@@ -12,10 +12,11 @@ use super::slots::{self, SlotError};
 use crate::causes::with_sources;
 use crate::contract::{DeviceSpec, Encryption, SessionRecord};
 
-/// Between the first attempts, and at most. The pause grows by half each time and is cut by chance, so that many clients
-/// of a server that comes back do not come at once.
+/// Between the first attempts. The pause grows by half each time and is cut by chance, so that many clients of a server that comes back
+/// do not come at once.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// The longest.
+pub const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// What is to be done next.
 #[derive(Debug, Clone, Copy, PartialEq)]

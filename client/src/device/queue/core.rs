@@ -36,6 +36,7 @@ use proto::nbd::transmission::{Command, CommandFlags};
 use ublk_core::{TagError, TagTable};
 
 use super::balance::Balance;
+use super::begun_after::BegunAfter;
 use super::block_request::{self, BlockRequest};
 use super::connection::{Connection, Follows, Says};
 use super::io::QueueIo;
@@ -106,6 +107,9 @@ pub struct QueueCore {
     resend: Resend,
     patience: Patience,
     unflushed: Arc<Unflushed>,
+    begun_after: BegunAfter,
+    /// The next FLUSH may stand for users who began theirs while one was under way that has failed since.
+    flush_may_be_held: bool,
     tags: TagTable,
     requests: Requests,
     lanes: Box<[Lane]>,
@@ -142,7 +146,10 @@ impl QueueCore {
             resend: spec.resend,
             patience: Patience::new(spec.reply_timeout, spec.resend == Resend::Everything),
             tags: TagTable::new(queue_depth),
-            requests: Requests::new(tags, nr_connections, spec.unflushed.nr_queues()),
+            requests: Requests::new(tags, nr_connections, spec.unflushed.nr_counters()),
+            begun_after: BegunAfter::new(queue_depth, nr_connections),
+            // A process that takes a device on counts what the one before it was told, whose FLUSH has failed with it.
+            flush_may_be_held: spec.unflushed.any(),
             unflushed: spec.unflushed,
             lanes: (0..nr_connections).map(|index| Lane::new(index, tags, small_bytes_max)).collect(),
             balance: Balance::new(nr_connections),
@@ -192,9 +199,10 @@ impl QueueCore {
         self.lanes.iter().any(|lane| lane.connection.in_flight() > 0)
     }
 
-    /// Whether ended requests are held back, because the next payload has begun to arrive: look again, without waiting.
-    pub fn holds_back(&self) -> bool {
-        self.held_read_bytes > 0
+    /// Whether to look again, without waiting: ended requests are held back, because the next payload has begun to arrive; or
+    /// connections were lost, and requests may have begun before that of which the kernel has not told yet.
+    pub fn looks_again(&self) -> bool {
+        self.held_read_bytes > 0 || self.begun_after.needs_pass()
     }
 
     /// The cookie of the tag's request, as the server last knew it; for those who look on.
@@ -212,18 +220,29 @@ impl QueueCore {
 
     // -------------------------------------------------------------------------------------------- requests come
 
+    /// Something has completed, whatever it is: to be told before what it is.
+    pub fn completion_came(&mut self) {
+        self.begun_after.completion_came();
+    }
+
     /// A tag brought a request; `Err`: one that this device does not know, by its positive errno.
     pub fn handle_request<Io: QueueIo>(&mut self, io: &mut Io, tag: u16, request: Result<BlockRequest, i32>) {
         assert_ours(self.tags.request_arrived(tag));
+        self.begun_after.request_came();
         let request = match request {
             Ok(request) => request,
             Err(errno) => return self.commit(io, tag, -errno),
         };
         if request.command == Command::Flush {
-            if self.unflushed.take_doubt() {
+            // First what it covers: of a loss that is noticed from here on it is told in the end.
+            self.unflushed.flush_begins(self.requests.covered_mut(tag));
+            let is_held = std::mem::take(&mut self.flush_may_be_held);
+            let known_losses = self.begun_after.losses();
+            if self.unflushed.fails_flush(if is_held { 0 } else { known_losses }) {
+                // Whoever asked while this one was on its way may have asked before the loss.
+                self.flush_may_be_held = known_losses < self.unflushed.losses();
                 return self.commit(io, tag, -libc::EIO);
             }
-            self.unflushed.flush_begins(self.requests.covered_mut(tag));
         }
         let has_data = matches!(request.command, Command::Read | Command::Write);
         if has_data && io.needs_registration(tag) {
@@ -389,6 +408,12 @@ impl QueueCore {
         }
     }
 
+    /// The server is shutting down, as another queue was told: nothing more is sent, and the connections are dropped once no reply is owed.
+    pub fn leave<Io: QueueIo>(&mut self, io: &mut Io) {
+        self.link.leave(0);
+        self.leave_a_server_that_ends(io);
+    }
+
     /// Drops the connections, for this reason. Of silence the connection that was silent for longest is the cause.
     pub fn disconnect<Io: QueueIo>(&mut self, io: &mut Io, reason: String) {
         let longest = |connection: &u16| {
@@ -438,7 +463,11 @@ impl QueueCore {
             return;
         }
         if self.resend == Resend::ReadsOnly {
-            self.unflushed.connection_lost();
+            // Nor before the users know of it: else a FLUSH that tells of the loss could begin before.
+            if let Err(error) = io.submit() {
+                tracing::error!(queue_id = self.queue_id, %error, "cannot give requests back");
+            }
+            self.unflushed.connection_lost(self.queue_id);
         }
         self.is_told_silent = false;
         let oldest = self.requests.oldest_ticks().map(|ticks| TICK * ticks);
@@ -501,6 +530,9 @@ impl QueueCore {
             self.receive(io, connection);
             self.send(io, connection);
         }
+        // Others have nothing to tell of: the counter that all queues share is left alone.
+        let losses = if self.resend == Resend::ReadsOnly { self.unflushed.losses() } else { 0 };
+        self.begun_after.end_of_pass(losses);
     }
 
     /// Whether a reply whose payload is large has begun to arrive, and ended requests may wait for it.
@@ -519,9 +551,9 @@ impl QueueCore {
             // Without a connection, an error may be our own, of a request that the server may still be taking in.
             io.release(tag, result.is_ok() || self.is_up());
             let request = self.requests.of(tag).request;
-            if result.is_ok() {
-                self.note_durability(tag, &request);
-            }
+            let is_believed = result.is_err() || self.note_durability(tag, &request);
+            let result = if is_believed { result } else { Err(libc::EIO) };
+            self.flush_may_be_held |= request.command == Command::Flush && result.is_err();
             let mut result = block_request::commit_result(&request, result);
             if result > 0
                 && request.command == Command::Read
@@ -534,16 +566,18 @@ impl QueueCore {
         }
     }
 
-    /// Counts what a server without power would forget; before the commit, because a FLUSH may follow it at once.
-    fn note_durability(&self, tag: u16, request: &BlockRequest) {
+    /// Counts what a server without power would forget; before the commit, because a FLUSH may follow it at once. False: it is a FLUSH
+    /// that is not to be believed.
+    fn note_durability(&self, tag: u16, request: &BlockRequest) -> bool {
         match request.command {
             Command::Write | Command::WriteZeroes | Command::Trim
                 if self.volatile_cache && !request.flags.contains(CommandFlags::FUA) =>
             {
                 self.unflushed.acknowledged(self.queue_id);
+                true
             }
             Command::Flush => self.unflushed.flush_succeeded(self.requests.covered(tag)),
-            _ => {}
+            _ => true,
         }
     }
 

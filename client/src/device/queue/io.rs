@@ -26,6 +26,9 @@ pub trait QueueIo {
     fn fetch(&mut self, tag: u16);
     /// Gives the tag's request back with this result, bytes or a negative errno, and waits for the next.
     fn commit_and_fetch(&mut self, tag: u16, result: i32);
+    /// Has everything begin that was asked for: when this returns, who waits for requests that were given back may know of it. Errors:
+    /// not all of it has begun.
+    fn submit(&mut self) -> io::Result<()>;
     /// Whether the tag's pages, which hold a request with data, have to be put into the buffer table by
     /// [`QueueIo::register`].
     fn needs_registration(&self, tag: u16) -> bool;

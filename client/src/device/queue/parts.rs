@@ -50,6 +50,10 @@ pub enum QueueCommand {
     Connect(Vec<DataSocket>),
     /// Drop the connections, for this reason.
     Disconnect(String),
+    /// The server is shutting down: send nothing more, and drop the connections once no reply is owed.
+    Leave,
+    /// Nothing but a pass, at whose end it is read what other queues have counted.
+    Look,
     /// Without connections, requests end with EIO until there are some; with them, nothing changes.
     GiveUp,
 }

@@ -131,22 +131,22 @@ pub struct Requests {
     records: Box<[Record]>,
     /// How many are the caller's.
     tags: u16,
-    /// By tag: what its FLUSH covers, a counter for each queue of the device.
+    /// By tag: what its FLUSH covers, in the counters of `unflushed.rs`.
     covered: Box<[u64]>,
-    nr_queues: usize,
+    nr_counters: usize,
     sequence: u64,
     completions: VecDeque<Completion>,
 }
 
 impl Requests {
-    /// For tags `0..tags` and so many connections, on a device of `nr_queues` queues.
-    pub fn new(tags: u16, nr_connections: u16, nr_queues: usize) -> Self {
+    /// For tags `0..tags` and so many connections; a FLUSH remembers `nr_counters` counters.
+    pub fn new(tags: u16, nr_connections: u16, nr_counters: usize) -> Self {
         let idle = Record::new(BlockRequest::FLUSH, 0);
         Self {
             records: vec![idle; usize::from(tags) + usize::from(nr_connections)].into_boxed_slice(),
             tags,
-            covered: vec![0; usize::from(tags) * nr_queues].into_boxed_slice(),
-            nr_queues,
+            covered: vec![0; usize::from(tags) * nr_counters].into_boxed_slice(),
+            nr_counters,
             sequence: 0,
             completions: VecDeque::with_capacity(usize::from(tags)),
         }
@@ -244,11 +244,11 @@ impl Requests {
 
     /// The counters that the tag's FLUSH remembers.
     pub fn covered(&self, tag: u16) -> &[u64] {
-        &self.covered[usize::from(tag) * self.nr_queues..][..self.nr_queues]
+        &self.covered[usize::from(tag) * self.nr_counters..][..self.nr_counters]
     }
 
     /// The same, to change them.
     pub fn covered_mut(&mut self, tag: u16) -> &mut [u64] {
-        &mut self.covered[usize::from(tag) * self.nr_queues..][..self.nr_queues]
+        &mut self.covered[usize::from(tag) * self.nr_counters..][..self.nr_counters]
     }
 }

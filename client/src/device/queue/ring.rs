@@ -338,6 +338,14 @@ impl QueueIo for QueueRing {
         self.push(Operation::Tag(tag), sqe, false);
     }
 
+    fn submit(&mut self) -> io::Result<()> {
+        // The driver commits within the call. It may take fewer entries than there are.
+        while !self.ring.submission().is_empty() {
+            unless_interrupted(self.ring.submitter().submit())?;
+        }
+        Ok(())
+    }
+
     fn needs_registration(&self, tag: u16) -> bool {
         self.payloads.registers_by_hand() || self.queue.io_desc(tag).needs_buffer_registration()
     }

@@ -96,11 +96,12 @@ impl<'a> QueueThread<'a> {
 
     /// One pass: submit and wait, reap, have the rules go on.
     fn pass(&mut self, timeout: Option<Timespec>) -> Result<(), QueueError> {
-        match self.core.holds_back() {
+        match self.core.looks_again() {
             true => self.ring.submit_and_look()?,
             false => self.wait(timeout)?,
         }
         while let Some(completed) = self.ring.reap() {
+            self.core.completion_came();
             self.advance(completed)?;
         }
         self.core.end_of_pass(&mut self.ring, Instant::now);
@@ -175,7 +176,9 @@ impl<'a> QueueThread<'a> {
                 QueueCommand::Connect(sockets) => {
                     self.core.connect(&mut self.ring, sockets, Instant::now())?;
                 }
+                QueueCommand::Leave => self.core.leave(&mut self.ring),
                 QueueCommand::Disconnect(reason) => self.core.disconnect(&mut self.ring, reason),
+                QueueCommand::Look => {}
                 QueueCommand::GiveUp => self.core.give_up(),
             }
         }

@@ -6,8 +6,9 @@
 //!        └──────────────────────────────── for as long as it takes, with pauses ──────────────────────────────┘
 //! ```
 //! The kernel issues what was in flight once more (`UBLK_F_USER_RECOVERY_REISSUE`), so users see a pause and no error. What
-//! the former process had sent cannot land late: the new epoch's first GO waits for it at the server. Live upgrade is the
-//! same on purpose: the process is ended, and the program that is installed now takes over.
+//! the former process had sent cannot land late: the new epoch's first GO waits for it at the server. A foreign server waits for nothing:
+//! on its disks what was in flight fails (`device/attachment/made.rs`). Live upgrade is the same on purpose: the process is ended, and the
+//! program that is installed now takes over.
 //! Called by: `supervisor` and `node_service`. Invariant: the target's lock is held while a device changes hands.
 
 use std::sync::Arc;
@@ -40,6 +41,10 @@ fn longer(pause: Duration) -> Duration {
 }
 /// A process that has lived for so long did not die of being started.
 const LIVED: Duration = Duration::from_secs(3);
+/// For so long at most a connection to somebody else's server is held for a new device process, and so often it is looked whether the
+/// process has one of its own.
+const HELD_MAX: Duration = Duration::from_secs(60);
+const HELD_LOOK: Duration = Duration::from_millis(50);
 
 impl Supervisor {
     /// Waits for the end of an attachment's process, on a task of its own, and recovers the device if nobody asked for it.
@@ -161,7 +166,10 @@ impl Supervisor {
             why: "its state is not known".to_owned(),
         })?;
         let attachment = self.recover(&record, spec).await?;
-        drop(held);
+        // The process may be taken for started while it still dials.
+        if let Some(held) = held {
+            tokio::spawn(hold_until_connected(held, record.dir.clone()));
+        }
         Ok(v1::UpgradeResponse {
             stall_ms: u64::try_from(stalled.elapsed().as_millis()).unwrap_or(u64::MAX),
             from_version: from_version.unwrap_or_default(),
@@ -189,6 +197,22 @@ impl Supervisor {
             ),
         })
     }
+}
+
+/// Keeps the connection until the device process has been given one by the server, which might end before; and no longer, because a
+/// server that grants few lacks it for the other queues.
+async fn hold_until_connected(held: Dialled, dir: AttachmentDir) {
+    let until = Instant::now() + HELD_MAX;
+    while Instant::now() < until {
+        // A folder that cannot be read now may be readable in a moment; one that is gone needs no server.
+        if let Ok(record) = AttachmentRecord::read(dir.clone())
+            && record.is_none_or(|record| record.status.is_some_and(|status| status.reconnects > 0))
+        {
+            break;
+        }
+        tokio::time::sleep(HELD_LOOK).await;
+    }
+    drop(held);
 }
 
 /// Errors: this machine lacks something for now, so that nobody knows whether it has ended.

@@ -39,6 +39,8 @@ pub(in crate::simulator) type Bios = Vec<Vec<Option<Bio>>>;
 pub(in crate::simulator) struct EndedBio {
     pub(in crate::simulator) bio: Bio,
     pub(in crate::simulator) result: Result<(), i32>,
+    /// Its queue has lost its connections since it was given the request.
+    pub(in crate::simulator) was_lost: bool,
 }
 
 pub(in crate::simulator) struct Surroundings<'a> {

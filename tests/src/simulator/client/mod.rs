@@ -8,6 +8,7 @@
 
 mod bio;
 mod dial;
+mod queue;
 mod ring;
 mod spec;
 
@@ -17,50 +18,30 @@ use std::time::{Duration, Instant};
 
 use client::contract::{DeviceSpec, SessionRecord, StallPolicy};
 use client::device::connect::redial::Attempt;
+use client::device::connect::redial_thread::Redialler;
 use client::device::liveness::Probes;
 use client::device::queue::block_request::BlockRequest;
 use client::device::queue::core::{QueueCore, QueueSpec};
-use client::device::queue::io::Pages;
 use client::device::queue::link::{LinkEvent, Loss, Lost};
 use client::device::queue::quiet::{QueueSilence, TICK};
-use client::device::queue::requests::Resend;
 use client::device::queue::unflushed::Unflushed;
-use client::device::reconnect::{Condition, Output, Reconnect};
+use client::device::reconnect::{COME_TOGETHER, Condition, Output, Reconnect};
+use client::device::together::WAIT_MIN;
 use fastrand::Rng;
 
 pub(super) use bio::{Bio, Bios, EndedBio, Note, Surroundings};
+pub(super) use ring::abandon;
 pub(super) use spec::{Origins, Spec};
 
 use super::Mutant;
 use super::network::{Link, LinkId};
 use super::server::choose;
 use dial::{Dial, Probe, Way};
-use ring::{Io, Wire, abandon};
+use queue::{Queue, QueueCommand};
+use ring::Io;
 
-/// As in the product: how long replies may be due without a byte.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
 /// With [`Mutant::CountedLate`], how many steps the main thread's look at the counters is late.
 const LATE_STEPS: usize = 600;
-
-enum QueueCommand {
-    Connect(Vec<LinkId>),
-    Disconnect(String),
-    GiveUp,
-    /// The queue does not look for so many steps.
-    Idle(u32),
-}
-
-struct Queue {
-    core: QueueCore,
-    wires: Vec<Wire>,
-    /// Requests that the kernel has brought, until the next pass.
-    arrivals: VecDeque<(u16, BlockRequest)>,
-    commands: VecDeque<QueueCommand>,
-    /// Receives into pages that nobody waits for any more.
-    forgotten: Vec<(LinkId, Pages)>,
-    dial: Option<Dial>,
-    ticked_at: Instant,
-}
 
 enum MainEvent {
     Disconnected(u16, Lost),
@@ -76,6 +57,11 @@ pub(super) struct Client {
     session: SessionRecord,
     queues: Vec<Queue>,
     reconnect: Reconnect<Vec<LinkId>>,
+    began: Instant,
+    /// From when on at the latest those that could be served wait for the other queues; for who counts how long.
+    together_since: Option<Instant>,
+    /// They did not wait for as long as they are to.
+    has_come_too_soon: bool,
     unflushed: Arc<Unflushed>,
     /// What [`Unflushed::any`] said in the last steps, for [`Mutant::CountedLate`].
     unflushed_then: VecDeque<bool>,
@@ -96,7 +82,13 @@ impl Client {
         world: &mut Surroundings<'_>,
     ) -> Self {
         let is_recovered = former.is_some();
-        let incarnation = former.unwrap_or(incarnation_now);
+        let incarnation = match mutant {
+            // Any word will do, so that the server tells one.
+            Some(Mutant::LostAlone | Mutant::ServedBeforeAllAreDown) => "foreign".to_owned(),
+            _ => former.unwrap_or(incarnation_now),
+        };
+        let (resend, reply_timeout) = spec.ways();
+        let device_spec = spec.device_spec();
         let unflushed = Arc::new(Unflushed::new(spec.nr_queues));
         if is_recovered && spec.is_volatile_cache {
             unflushed.acknowledged(0);
@@ -109,19 +101,11 @@ impl Client {
                 nr_connections,
                 small_bytes_max: spec.small_bytes_max,
                 volatile_cache: spec.is_volatile_cache,
-                resend: Resend::Everything,
-                reply_timeout: REPLY_TIMEOUT,
+                resend,
+                reply_timeout,
                 unflushed: Arc::clone(&unflushed),
             };
-            Queue {
-                core: QueueCore::new(queue_spec, world.now),
-                wires: (0..nr_connections).map(|_| Wire::default()).collect(),
-                arrivals: VecDeque::new(),
-                commands: VecDeque::new(),
-                forgotten: Vec::new(),
-                dial: None,
-                ticked_at: world.now,
-            }
+            Queue::new(queue_spec, world.now)
         };
         let mut client = Self {
             queues: (0..spec.nr_queues).map(queue).collect(),
@@ -129,15 +113,18 @@ impl Client {
                 spec.nr_queues,
                 incarnation,
                 spec.policy,
-                Probes::new(REPLY_TIMEOUT, true),
+                Probes::new(reply_timeout, Redialler::can_probe(&device_spec, spec.nr_connections)),
             ),
+            began: world.now,
+            together_since: None,
+            has_come_too_soon: false,
             unflushed_then: VecDeque::new(),
             unflushed,
             events: VecDeque::new(),
             probe: None,
             last_flushes: Vec::new(),
             mutant,
-            device_spec: spec.device_spec(),
+            device_spec,
             session: spec.session(),
             spec,
         };
@@ -178,6 +165,16 @@ impl Client {
     /// Whether every queue has its connections, and has heard of it.
     pub(super) fn is_connected(&self) -> bool {
         self.queues.iter().all(|queue| queue.commands.is_empty() && queue.core.is_up())
+    }
+
+    /// How many of its queues have connections.
+    pub(super) fn queues_up(&self) -> usize {
+        self.queues.iter().filter(|queue| queue.core.is_up()).count()
+    }
+
+    /// Whether queues were served without one that could be served in time.
+    pub(super) fn has_come_too_soon(&self) -> bool {
+        self.has_come_too_soon
     }
 
     pub(super) fn incarnation(&self) -> &str {
@@ -236,6 +233,12 @@ impl Client {
         }
     }
 
+    /// Whether it knows of the tag's request, or could: what the kernel has brought and no pass has seen may be either.
+    pub(super) fn has_request(&self, queue_id: u16, tag: u16, rng: &mut Rng) -> bool {
+        let is_unseen = self.queues[usize::from(queue_id)].arrivals.iter().any(|(other, _)| *other == tag);
+        !is_unseen || rng.bool()
+    }
+
     /// Links that it uses, for whoever cuts them.
     pub(super) fn links(&self) -> Vec<LinkId> {
         self.queues.iter().flat_map(|queue| queue.wires.iter().filter_map(|wire| wire.link)).collect()
@@ -260,6 +263,7 @@ impl Client {
         for queue_id in 0..self.spec.nr_queues {
             has_done |= self.dial_step(queue_id, world);
             has_done |= self.command_step(queue_id, world);
+            has_done |= self.enter_ring(queue_id, world);
             self.let_ticks_pass(queue_id, world);
             for connection in 0..self.queues[usize::from(queue_id)].wires.len() as u16 {
                 let act = |core: &mut QueueCore, io: &mut Io<'_>| {
@@ -287,6 +291,16 @@ impl Client {
         let mut outputs = Vec::new();
         let event = self.events.pop_front();
         let has_event = event.is_some();
+        match &event {
+            Some(MainEvent::Disconnected(queue_id, lost)) => {
+                self.have_others_go_along(*queue_id, lost);
+                self.together_since = self.together_since.map(|_| world.now);
+            }
+            Some(MainEvent::Attempt(_, Attempt::Opened { .. })) => {
+                self.together_since.get_or_insert(world.now);
+            }
+            _ => {}
+        }
         let then = self.unflushed_then.front().copied();
         let has_unflushed = || then.unwrap_or_else(|| self.unflushed.any());
         match event {
@@ -312,11 +326,14 @@ impl Client {
             }
             Some(MainEvent::Attempt(queue_id, Attempt::Opened { sockets, incarnation: told, .. })) => {
                 let incarnation = match self.mutant {
-                    Some(Mutant::IncarnationIgnored) => self.reconnect.incarnation().to_owned(),
+                    Some(Mutant::IncarnationIgnored | Mutant::LostAlone | Mutant::ServedBeforeAllAreDown) => {
+                        self.reconnect.incarnation().to_owned()
+                    }
                     _ => told,
                 };
                 let is_another = incarnation != self.reconnect.incarnation();
-                self.reconnect.dialled(queue_id, sockets, incarnation, has_unflushed, &mut outputs);
+                let now = world.now;
+                self.reconnect.dialled(queue_id, sockets, incarnation, now, has_unflushed, &mut outputs);
                 if is_another {
                     world.coverage.count("a server of another incarnation");
                 }
@@ -328,7 +345,8 @@ impl Client {
             None => {}
         }
         let before = outputs.len();
-        self.reconnect.tick(world.now, &mut outputs);
+        let now = if self.is(Mutant::OthersAwaitedForEver) { self.began } else { world.now };
+        self.reconnect.tick(now, &mut outputs);
         let has_given_up = outputs[before..]
             .iter()
             .any(|output| matches!(output, Output::GiveUp(_) | Output::Disconnect(..)));
@@ -336,6 +354,7 @@ impl Client {
             world.coverage.count("requests are given up");
         }
         let has_outputs = !outputs.is_empty();
+        self.look_at_who_comes_late(&outputs, world);
         let gives_up_alone = self.is(Mutant::GivesUpAlone) && has_given_up;
         for queue in self.queues.iter_mut().filter(|queue| gives_up_alone && !queue.core.is_up()) {
             queue.commands.push_back(QueueCommand::GiveUp);
@@ -344,6 +363,30 @@ impl Client {
             self.carry_out(output, gives_up_alone, world);
         }
         has_event || has_outputs
+    }
+
+    /// Who was connected without a queue that comes now is to have waited for it.
+    fn look_at_who_comes_late(&mut self, outputs: &[Output<Vec<LinkId>>], world: &mut Surroundings<'_>) {
+        let says_so =
+            |output: &Output<_>| matches!(output, Output::Disconnect(_, why) if why == COME_TOGETHER);
+        if outputs.iter().any(says_so) {
+            world.coverage.count("a queue of a foreign server's disk comes late");
+            let since = self.together_since.unwrap_or(world.now);
+            self.has_come_too_soon |= world.now.duration_since(since) < WAIT_MIN;
+        }
+        if self.together_since.is_some() && self.condition() == Condition::Live {
+            self.together_since = None;
+        }
+    }
+
+    /// As [`Mutant::ServedBeforeAllAreDown`]: they are told to, in their own time.
+    fn have_others_go_along(&mut self, queue_id: u16, lost: &Lost) {
+        if self.is(Mutant::ServedBeforeAllAreDown) && !matches!(lost.loss, Loss::Told(_)) {
+            for (_, other) in (0..).zip(&mut self.queues).filter(|(id, _)| *id != queue_id) {
+                other.commands.push_back(QueueCommand::Idle(60));
+                other.commands.push_back(QueueCommand::Disconnect("they go together".to_owned()));
+            }
+        }
     }
 
     /// Does what `reconnect` wants; with `gives_up_alone` as [`Mutant::GivesUpAlone`].
@@ -362,6 +405,13 @@ impl Client {
                     commands.push_back(QueueCommand::Idle(400));
                 }
                 commands.push_back(QueueCommand::Disconnect(why));
+            }
+            Output::Leave(queue_id) => {
+                world.coverage.count("a queue leaves a foreign server that ends");
+                self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Leave);
+            }
+            Output::Wake(queue_id) => {
+                self.queues[usize::from(queue_id)].commands.push_back(QueueCommand::Look);
             }
             Output::GiveUp(_) if self.mutant == Some(Mutant::GiveUpForgotten) => {}
             Output::GiveUp(queue_id) => {
@@ -411,7 +461,7 @@ impl Client {
     ) -> (T, bool) {
         let (forgets_sequence, covers_too_much) =
             (self.is(Mutant::TagOnlyCookie), self.is(Mutant::FlushCoversTooMuch));
-        let nr_queues = usize::from(self.spec.nr_queues);
+        let nr_counters = self.unflushed.nr_counters();
         let queue = &mut self.queues[usize::from(queue_id)];
         // The queue's own FLUSH and the connections' pings included.
         let tags = 0..self.spec.queue_depth + 1 + queue.wires.len() as u16;
@@ -420,18 +470,26 @@ impl Client {
             forgotten: &mut queue.forgotten,
             links: world.links,
             bios: &mut world.bios[usize::from(queue_id)],
+            given_back: &mut queue.given_back,
+            came_after: &mut queue.came_after,
+            losses: &mut queue.losses,
             ended: world.ended,
             rng: world.rng,
             coverage: world.coverage,
             room_bytes: world.room_bytes,
             origins: self.spec.origins,
             cookies: forgets_sequence.then(|| tags.map(|tag| queue.core.cookie(tag)).collect()),
-            covers_too_much: covers_too_much.then(|| (&*self.unflushed, vec![0; nr_queues])),
+            covers_too_much: covers_too_much.then(|| (&*self.unflushed, vec![0; nr_counters])),
+            tells_of_all: (self.mutant == Some(Mutant::FlushTellsOfAll)).then_some(&*self.unflushed),
+            believed: (self.mutant == Some(Mutant::FlushBelieved)).then_some(&queue.believed),
             has_sent: false,
         };
         let was_up = queue.core.is_up();
         let outcome = act(&mut queue.core, &mut io);
         let has_done = io.has_sent;
+        if self.mutant == Some(Mutant::LossUncounted) {
+            self.unflushed.fails_flush(self.unflushed.losses());
+        }
         if self.mutant == Some(Mutant::NoReaping) && was_up && !queue.core.is_up() {
             ring::forget_operations(&mut queue.core, &mut io);
         }
@@ -458,10 +516,17 @@ impl Client {
         (outcome, has_done)
     }
 
+    /// As [`Queue::enter_ring`].
+    fn enter_ring(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        self.queues[usize::from(queue_id)].enter_ring(&mut world.bios[usize::from(queue_id)], world.ended)
+    }
+
     fn command_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        let Some(command) = self.queues[usize::from(queue_id)].commands.pop_front() else { return false };
+        self.enter_ring(queue_id, world);
         let queue = &mut self.queues[usize::from(queue_id)];
-        let Some(command) = queue.commands.pop_front() else { return false };
         match command {
+            QueueCommand::Look => {}
             QueueCommand::Idle(steps) => {
                 if steps > 0 {
                     queue.commands.push_front(QueueCommand::Idle(steps - 1));
@@ -469,6 +534,9 @@ impl Client {
             }
             QueueCommand::Disconnect(why) => {
                 self.with_core(queue_id, world, |core, io| core.disconnect(io, why));
+            }
+            QueueCommand::Leave => {
+                self.with_core(queue_id, world, |core, io| core.leave(io));
             }
             QueueCommand::GiveUp => queue.core.give_up(),
             QueueCommand::Connect(links) => {
@@ -483,6 +551,7 @@ impl Client {
     }
 
     fn queue_step(&mut self, queue_id: u16, world: &mut Surroundings<'_>) -> bool {
+        let has_entered = self.enter_ring(queue_id, world);
         let queue = &mut self.queues[usize::from(queue_id)];
         let connection = choose(0..queue.wires.len() as u16, world.rng).expect("a queue has a connection");
         let which = world.rng.u8(..3);
@@ -493,7 +562,7 @@ impl Client {
         };
         let (has_done, _) = self.with_core(queue_id, world, act);
         self.let_ticks_pass(queue_id, world);
-        self.end_of_pass(queue_id, world) || has_done
+        self.end_of_pass(queue_id, world) || has_done || has_entered
     }
 
     fn let_ticks_pass(&mut self, queue_id: u16, world: &mut Surroundings<'_>) {
@@ -509,6 +578,7 @@ impl Client {
         let arrivals = std::mem::take(&mut self.queues[usize::from(queue_id)].arrivals);
         let act = |core: &mut QueueCore, io: &mut Io<'_>| {
             for (tag, request) in arrivals {
+                io.request_comes(tag);
                 core.handle_request(io, tag, Ok(request));
             }
             core.end_of_pass(io, || now);

@@ -1,6 +1,7 @@
 //! What stands for a queue's ring: operations on sockets and pages, which are out until the world lets them go on, byte by byte if it
 //! likes. No rule is here: what to do, and what comes of it, `QueueCore` says.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
@@ -64,6 +65,14 @@ impl Send {
     }
 }
 
+/// A request that the queue has given back, and of which nobody knows before the ring is entered the next time.
+#[derive(Debug)]
+pub(super) struct GivenBack {
+    tag: u16,
+    result: Result<(), i32>,
+    was_lost: bool,
+}
+
 /// A connection's socket, its memory, and what is out on it.
 pub(super) struct Wire {
     pub(super) link: Option<LinkId>,
@@ -101,6 +110,11 @@ pub(super) struct Io<'a> {
     pub(super) links: &'a mut Vec<Link>,
     /// By tag.
     pub(super) bios: &'a mut [Option<Bio>],
+    pub(super) given_back: &'a mut Vec<GivenBack>,
+    /// By tag: how often the queue had lost its connections when the request came.
+    pub(super) came_after: &'a mut [u64],
+    /// How often it has.
+    pub(super) losses: &'a mut u64,
     pub(super) ended: &'a mut Vec<EndedBio>,
     pub(super) rng: &'a mut Rng,
     pub(super) coverage: &'a mut Coverage,
@@ -110,6 +124,10 @@ pub(super) struct Io<'a> {
     pub(super) cookies: Option<Vec<u64>>,
     /// The counters of the device, and of a FLUSH, for [`Mutant::FlushCoversTooMuch`].
     pub(super) covers_too_much: Option<(&'a Unflushed, Vec<u64>)>,
+    /// The counters of the device, for [`Mutant::FlushTellsOfAll`].
+    pub(super) tells_of_all: Option<&'a Unflushed>,
+    /// Tags of replies that tell of success, for [`Mutant::FlushBelieved`].
+    pub(super) believed: Option<&'a RefCell<Vec<u16>>>,
     pub(super) has_sent: bool,
 }
 
@@ -123,17 +141,34 @@ impl QueueIo for Io<'_> {
     fn fetch(&mut self, _: u16) {}
 
     fn commit_and_fetch(&mut self, tag: u16, result: i32) {
-        let bio = self.bios[usize::from(tag)].take().expect("it was in flight");
+        let command = self.bios[usize::from(tag)].as_ref().expect("it is in flight").request.command;
         if let Some((unflushed, covered)) = &mut self.covers_too_much
-            && bio.request.command == Command::Flush
+            && command == Command::Flush
             && result == 0
         {
             unflushed.flush_begins(covered);
-            unflushed.flush_succeeded(covered);
+            let _ = unflushed.flush_succeeded(covered);
         }
+        let is_failed_flush = command == Command::Flush && result < 0;
+        if let Some(unflushed) = self.tells_of_all.filter(|_| is_failed_flush) {
+            unflushed.fails_flush(unflushed.losses());
+        }
+        let is_believed = self.believed.is_some_and(|believed| {
+            let mut believed = believed.borrow_mut();
+            let before = believed.len();
+            believed.retain(|other| *other != tag);
+            believed.len() < before
+        });
+        let result = if is_failed_flush && is_believed { 0 } else { result };
         let result = if result < 0 { Err(-result) } else { Ok(()) };
-        self.ended.push(EndedBio { bio, result });
+        let was_lost = *self.losses > self.came_after[usize::from(tag)];
+        self.given_back.push(GivenBack { tag, result, was_lost });
         self.has_sent = true;
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        hand_over(self.given_back, self.bios, self.ended);
+        Ok(())
     }
 
     fn needs_registration(&self, _: u16) -> bool {
@@ -161,6 +196,9 @@ impl QueueIo for Io<'_> {
             let tag = usize::from(u16::from_be_bytes([header[14], header[15]]));
             let cookie = cookies.get(tag).copied().unwrap_or_default();
             header[8..].copy_from_slice(&cookie.to_be_bytes());
+        }
+        if let Some(believed) = self.believed.filter(|_| header[4..8] == [0; 4]) {
+            believed.borrow_mut().push(u16::from_be_bytes([header[14], header[15]]));
         }
         header
     }
@@ -211,6 +249,7 @@ impl QueueIo for Io<'_> {
     }
 
     fn shut_down(&mut self, connection: u16) {
+        *self.losses += 1;
         if let Some(link) = self.wires[usize::from(connection)].link {
             abandon(&mut self.links[link], self.rng);
         }
@@ -242,7 +281,26 @@ impl QueueIo for Io<'_> {
     }
 }
 
+/// The ring is entered: who waits for what was given back knows of it. False: there was nothing.
+pub(super) fn hand_over(
+    given_back: &mut Vec<GivenBack>,
+    bios: &mut [Option<Bio>],
+    ended: &mut Vec<EndedBio>,
+) -> bool {
+    let has_any = !given_back.is_empty();
+    for GivenBack { tag, result, was_lost } in given_back.drain(..) {
+        let bio = bios[usize::from(tag)].take().expect("it was in flight");
+        ended.push(EndedBio { bio, result, was_lost });
+    }
+    has_any
+}
+
 impl Io<'_> {
+    /// A request comes to the queue.
+    pub(super) fn request_comes(&mut self, tag: u16) {
+        self.came_after[usize::from(tag)] = *self.losses;
+    }
+
     /// What the socket takes at once.
     fn send_now(&mut self, connection: u16, send: Send) -> io::Result<u32> {
         let room = self.room(connection).ok_or(io::ErrorKind::BrokenPipe)?;
@@ -406,7 +464,7 @@ pub(super) fn forgotten_step(io: &mut Io<'_>) -> bool {
 }
 
 /// This side is done with a connection: what it sent may arrive, at any time, or not.
-pub(super) fn abandon(link: &mut Link, rng: &mut Rng) {
+pub(in crate::simulator) fn abandon(link: &mut Link, rng: &mut Rng) {
     link.to_client.is_unread = true;
     link.delay = if rng.u8(..3) == 0 { rng.u32(..500) } else { 0 };
     if rng.bool() {

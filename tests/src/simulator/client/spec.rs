@@ -1,7 +1,10 @@
 //! How a device is made, for all of its processes, in the simulator's words and in the product's.
 
+use std::time::Duration;
+
 use client::contract::{DeviceSpec, Encryption, ExportSpec, SessionRecord, StallPolicy};
 use client::device::queue::connection::Origin;
+use client::device::queue::requests::Resend;
 use proto::export_name::Secret;
 use uuid::Uuid;
 
@@ -43,9 +46,23 @@ pub(in crate::simulator) struct Spec {
     pub(in crate::simulator) origins: Origins,
     pub(in crate::simulator) is_volatile_cache: bool,
     pub(in crate::simulator) policy: StallPolicy,
+    /// The server is somebody else's, and tells nothing of itself.
+    pub(in crate::simulator) is_foreign: bool,
 }
 
+/// As in the product (`client/src/device/attachment/links.rs`): how long replies may be due without a byte.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+const REPLY_TIMEOUT_FOREIGN: Duration = Duration::from_secs(120);
+
 impl Spec {
+    /// As in the product: what becomes of requests on lost connections, and how long replies may be due.
+    pub(super) fn ways(&self) -> (Resend, Duration) {
+        match self.is_foreign {
+            false => (Resend::Everything, REPLY_TIMEOUT),
+            true => (Resend::ReadsOnly, REPLY_TIMEOUT_FOREIGN),
+        }
+    }
+
     /// The slots that a queue has.
     pub(super) fn slots_of(&self, queue_id: u16) -> impl Iterator<Item = u32> {
         (queue_id..self.nr_connections).step_by(usize::from(self.nr_queues)).map(u32::from)
@@ -53,11 +70,14 @@ impl Spec {
 
     /// As the product has it.
     pub(super) fn device_spec(&self) -> DeviceSpec {
-        let export = ExportSpec::Attachment {
-            server_id: self.server_id,
-            volume_uid: self.volume_uid,
-            secret: self.secret.expose().to_owned(),
-            session_epoch: self.session_epoch,
+        let export = match self.is_foreign {
+            true => ExportSpec::Nbd { export_name: "disk".to_owned() },
+            false => ExportSpec::Attachment {
+                server_id: self.server_id,
+                volume_uid: self.volume_uid,
+                secret: self.secret.expose().to_owned(),
+                session_epoch: self.session_epoch,
+            },
         };
         DeviceSpec {
             addresses: vec!["simulated:1".to_owned()],

@@ -19,6 +19,9 @@ impl Server {
         if self.copier.is_none() && self.connections.values().any(waits) {
             return Err(Failure::Error("a request waits for a copy that has ended".to_owned()));
         }
+        if let Some(words) = self.begun.fault.take() {
+            return Err(Failure::Error(words));
+        }
         self.gate.take_fault()
     }
 

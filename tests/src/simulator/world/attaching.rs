@@ -66,6 +66,7 @@ impl World<'_> {
             } else {
                 StallPolicy::Wait
             },
+            is_foreign: false,
         };
         self.catalog.attachment = Some(attachment);
         let tags = || (0..spec.queue_depth).map(|_| None).collect();

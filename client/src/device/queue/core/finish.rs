@@ -16,11 +16,12 @@ impl QueueCore {
         if !self.volatile_cache || !self.unflushed.any() || self.link.gives_up() {
             return Ok(false);
         }
-        if self.unflushed.take_doubt() {
-            return Err("the connection was lost meanwhile");
-        }
         let tag = self.flush_tag();
         self.unflushed.flush_begins(self.requests.covered_mut(tag));
+        // It begins here and now, after every loss that was noticed.
+        if self.unflushed.fails_flush(self.unflushed.losses()) {
+            return Err("the connection was lost meanwhile");
+        }
         self.put_on_connection(tag, BlockRequest::FLUSH);
         Ok(true)
     }
@@ -28,10 +29,9 @@ impl QueueCore {
     /// How that FLUSH ended, by a positive errno, once it has.
     pub fn take_final_flush(&mut self) -> Option<Result<(), i32>> {
         let outcome = self.final_flush.take()?;
-        if outcome.is_ok() {
-            self.unflushed.flush_succeeded(self.requests.covered(self.flush_tag()));
-        }
-        Some(outcome)
+        let is_believed =
+            outcome.is_err() || self.unflushed.flush_succeeded(self.requests.covered(self.flush_tag()));
+        Some(if is_believed { outcome } else { Err(libc::EIO) })
     }
 
     /// The device is gone: shuts down what is there, so that every operation ends, and tells nobody.

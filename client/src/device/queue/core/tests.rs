@@ -37,6 +37,9 @@ struct FakeIo {
     unacknowledged: Option<Duration>,
     /// Requests whose memory is free, or, without a reply, may still be read by a socket.
     released: Vec<(u16, bool)>,
+    /// What was asked for was submitted beside the passes: how many commits that were, and how many losses were counted then.
+    submitted: Vec<(usize, u64)>,
+    unflushed: Option<Arc<Unflushed>>,
 }
 
 struct NoPayload;
@@ -62,6 +65,12 @@ impl QueueIo for FakeIo {
     fn commit_and_fetch(&mut self, tag: u16, result: i32) {
         assert!(!self.registered.contains(&tag), "tag {tag} is given back while its pages are registered");
         self.commits.push((tag, result));
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        let losses = self.unflushed.as_ref().map_or(0, |unflushed| unflushed.losses());
+        self.submitted.push((self.commits.len(), losses));
+        Ok(())
     }
 
     fn needs_registration(&self, _: u16) -> bool {
@@ -168,6 +177,10 @@ struct World {
 
 impl World {
     fn new(nr_connections: u16, resend: Resend, by_hand: bool) -> Self {
+        Self::with(Unflushed::new(1), nr_connections, resend, by_hand)
+    }
+
+    fn with(unflushed: Unflushed, nr_connections: u16, resend: Resend, by_hand: bool) -> Self {
         let now = Instant::now();
         let spec = QueueSpec {
             queue_id: 0,
@@ -177,13 +190,14 @@ impl World {
             volatile_cache: true,
             resend,
             reply_timeout: Duration::from_secs(20),
-            unflushed: Arc::new(Unflushed::new(1)),
+            unflushed: Arc::new(unflushed),
         };
+        let unflushed = Some(Arc::clone(&spec.unflushed));
         let wire =
             || FakeWire { outbox: vec![0; BOX_BYTES], inbox: vec![0; BOX_BYTES], ..FakeWire::default() };
         let wires = (0..nr_connections).map(|_| wire()).collect();
-        let mut world =
-            Self { core: QueueCore::new(spec, now), io: FakeIo { wires, by_hand, ..FakeIo::default() }, now };
+        let io = FakeIo { wires, by_hand, unflushed, ..FakeIo::default() };
+        let mut world = Self { core: QueueCore::new(spec, now), io, now };
         world.core.start(&mut world.io);
         world
     }
@@ -274,6 +288,29 @@ fn a_server_that_leaves_gets_nothing_more_and_is_left_once_it_owes_nothing_on_an
     world.connect();
     let sent: usize = world.io.wires.iter().map(|wire| wire.sent.len()).sum();
     assert_eq!(sent, 2 + 3, "what was refused, and what waited");
+}
+
+#[test]
+fn a_queue_that_is_to_leave_waits_for_what_it_is_owed_and_no_longer() {
+    let mut world = World::new(2, Resend::ReadsOnly, false);
+    world.request(0, Command::Write);
+    let write = world.cookie(0);
+    world.core.leave(&mut world.io);
+    world.request(1, Command::Write);
+    assert!(world.core.is_up(), "a reply is owed");
+    world.reply(0, write, 0);
+    world.reap();
+    assert_eq!(world.commits(), [(0, LARGE_BYTES as i32)]);
+    assert!(matches!(world.lost().loss, Loss::Leaving));
+    world.core.leave(&mut world.io);
+    world.connect();
+    let sent: usize = world.io.wires.iter().map(|wire| wire.sent.len()).sum();
+    assert_eq!(sent, 2, "what came meanwhile is sent now");
+    world.core.disconnect(&mut world.io, "cut".to_owned());
+    world.reap();
+    world.connect();
+    world.core.leave(&mut world.io);
+    assert!(!world.core.is_up(), "nothing is owed");
 }
 
 #[test]
@@ -447,8 +484,111 @@ fn what_was_answered_just_before_a_loss_counts_when_it_is_asked_what_a_server_ma
     world.core.handle_inbox(&mut world.io, 0, SIMPLE_REPLY_BYTES as i32);
     world.core.disconnect(&mut world.io, "cut".to_owned());
     world.reap();
+    assert_eq!(world.io.submitted, [(1, 0)], "its user knows of it before the loss is counted");
+    assert_eq!(world.core.unflushed.losses(), 1);
     assert_eq!(world.commits(), [(0, LARGE_BYTES as i32)]);
     world.connect();
     world.request(1, Command::Flush);
     assert_eq!(world.commits(), [(1, EIO)], "the server may have forgotten the WRITE");
+}
+
+/// A loss that another queue has noticed, with something acknowledged that was not flushed.
+fn another_queue_is_lost(world: &World) {
+    world.core.unflushed.acknowledged(0);
+    world.core.unflushed.connection_lost(0);
+}
+
+#[test]
+fn the_failure_of_a_flush_that_may_have_begun_before_a_loss_does_not_tell_of_it() {
+    let mut world = World::new(1, Resend::ReadsOnly, false);
+    world.pass();
+    another_queue_is_lost(&world);
+    world.request(0, Command::Flush);
+    assert_eq!(world.commits(), [(0, EIO)], "nobody knows whether the loss was before it");
+    assert!(world.core.looks_again());
+    world.pass();
+    assert!(!world.core.looks_again());
+    world.request(0, Command::Flush);
+    assert_eq!(world.commits(), [(0, EIO)], "its users may have asked while the first one was on its way");
+    world.request(0, Command::Flush);
+    assert_eq!(world.commits(), [(0, EIO)], "this one began after it");
+    world.request(0, Command::Flush);
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.commits(), [(0, 0)]);
+}
+
+#[test]
+fn a_flush_that_is_answered_after_a_loss_is_not_believed_and_tells_nobody() {
+    let mut world = World::new(1, Resend::ReadsOnly, false);
+    world.request(0, Command::Flush);
+    another_queue_is_lost(&world);
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.commits(), [(0, EIO)]);
+    world.pass();
+    for _ in 0..2 {
+        world.request(0, Command::Flush);
+        assert_eq!(world.commits(), [(0, EIO)]);
+    }
+    assert_eq!(world.core.begin_final_flush(), Ok(true));
+    another_queue_is_lost(&world);
+    world.pass();
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.core.take_final_flush(), Some(Err(-EIO)));
+}
+
+/// The block layer has one FLUSH under way on a queue: whoever asks for one meanwhile waits for the next.
+#[test]
+fn the_flush_after_one_that_a_loss_has_ended_does_not_tell_of_it() {
+    let mut world = World::new(1, Resend::ReadsOnly, false);
+    world.request(0, Command::Write);
+    world.reply(0, world.cookie(0), 0);
+    world.commits();
+    world.request(1, Command::Flush);
+    world.core.disconnect(&mut world.io, "cut".to_owned());
+    world.reap();
+    assert_eq!(world.commits(), [(1, EIO)]);
+    world.connect();
+    world.pass();
+    for what in ["its users may have asked before the loss", "this one's have not"] {
+        world.request(1, Command::Flush);
+        assert_eq!(world.commits(), [(1, EIO)], "{what}");
+    }
+    world.request(1, Command::Flush);
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.commits(), [(1, 0)]);
+}
+
+#[test]
+fn the_first_flush_after_the_end_of_a_device_process_does_not_tell_of_it() {
+    let unflushed = Unflushed::new(1);
+    unflushed.acknowledged(0);
+    let mut world = World::with(unflushed, 1, Resend::ReadsOnly, false);
+    world.core.disconnect(&mut world.io, "its sockets are nobody's".to_owned());
+    world.reap();
+    world.connect();
+    world.pass();
+    for what in ["it may have waited for one that failed with the process", "this one has not"] {
+        world.request(0, Command::Flush);
+        assert_eq!(world.commits(), [(0, EIO)], "{what}");
+    }
+    world.request(0, Command::Flush);
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.commits(), [(0, 0)]);
+}
+
+#[test]
+fn a_queue_that_has_looked_after_a_loss_fails_one_flush() {
+    let mut world = World::new(1, Resend::ReadsOnly, false);
+    world.pass();
+    another_queue_is_lost(&world);
+    // Nothing but the main thread's word has it look.
+    world.core.completion_came();
+    world.pass();
+    assert!(world.core.looks_again());
+    world.pass();
+    world.request(0, Command::Flush);
+    assert_eq!(world.commits(), [(0, EIO)]);
+    world.request(0, Command::Flush);
+    world.reply(0, world.cookie(0), 0);
+    assert_eq!(world.commits(), [(0, 0)], "one is enough");
 }
