@@ -553,6 +553,21 @@ fn snapshots_of_one_instant_are_written_down_together_or_not_at_all() {
 }
 
 #[test]
+fn nodes_of_a_catalog_of_before_there_were_limits_have_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let facts = NodeFacts { node_id: "n".to_owned(), max_volumes: 7, ..NodeFacts::default() };
+    Catalog::open(dir.path()).unwrap().put_node(&facts).unwrap();
+    let kept = Catalog::open(dir.path()).unwrap().node("n").unwrap().unwrap();
+    assert_eq!(kept.facts, facts);
+    let db = Connection::open(dir.path().join(CATALOG_FILE_NAME)).unwrap();
+    db.execute_batch("ALTER TABLE nodes DROP COLUMN max_volumes").unwrap();
+    drop(db);
+    let catalog = Catalog::open(dir.path()).unwrap();
+    assert_eq!(catalog.node("n").unwrap().unwrap().facts.max_volumes, 0);
+    assert_eq!(catalog.put_node(&facts).unwrap().facts.max_volumes, 7);
+}
+
+#[test]
 fn snapshots_are_listed_in_order_and_go_on_behind_one() {
     let dir = tempfile::tempdir().unwrap();
     let catalog = Catalog::open(dir.path()).unwrap();
@@ -574,10 +589,15 @@ fn snapshots_are_listed_in_order_and_go_on_behind_one() {
         names.extend(page.iter().map(|(snapshot, _)| format!("{}@{}", snapshot.volume_name, snapshot.name)));
     }
     assert_eq!(names, ["@x", "@x", "a@x", "a@z", "b@x"]);
-    let filter = SnapshotFilter { volume_name: Some("b".to_owned()), group_uid: None };
+    let filter = SnapshotFilter { volume_name: Some("b".to_owned()), ..SnapshotFilter::default() };
     assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), 1);
     let group_uid = Some(catalog.snapshot_by_export_name("a@z").unwrap().unwrap().group_uid);
-    let filter = SnapshotFilter { volume_name: None, group_uid };
+    let filter = SnapshotFilter { group_uid, ..SnapshotFilter::default() };
     assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), 1);
+    for (name, volume_name, count) in [("x", None, 4), ("z", None, 1), ("y", None, 0), ("x", Some("a"), 1)] {
+        let (name, volume_name) = (Some(name.to_owned()), volume_name.map(str::to_owned));
+        let filter = SnapshotFilter { name, volume_name, ..SnapshotFilter::default() };
+        assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), count);
+    }
     assert_eq!(catalog.snapshot_count(a.volume_uid).unwrap(), 2);
 }
