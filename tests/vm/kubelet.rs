@@ -30,6 +30,8 @@ pub(crate) const TESTS: &[Test] = &[
 
 /// Kubelet repeats a call for ever; here it has succeeded by then, or the test has failed.
 const REPEAT_DEADLINE: Duration = Duration::from_secs(120);
+/// However slow the machine is: about two lives of a volume.
+const ROUNDS_MIN: u32 = 20;
 /// Between two repeats.
 const REPEAT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -49,7 +51,7 @@ fn lives(env: &Env, kinds: &[Kind], time: Duration) -> Result<()> {
     let mut world = World::new(env, storage, claims)?;
     let (began, mut rounds, mut kills) = (Instant::now(), 0, 0);
     let outcome = (|| {
-        while began.elapsed() < time {
+        while began.elapsed() < time || rounds < ROUNDS_MIN {
             let fault = Fault::choose(&mut rng);
             kills += u32::from(matches!(
                 fault,
@@ -76,7 +78,6 @@ fn lives(env: &Env, kinds: &[Kind], time: Duration) -> Result<()> {
     })();
     println!("{rounds} rounds, {kills} kills, {} s", began.elapsed().as_secs());
     outcome.with_context(|| world.logged())?;
-    ensure!(rounds > 5, "no more than {rounds} rounds in {} s", time.as_secs());
     world.end()
 }
 
