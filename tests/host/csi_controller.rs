@@ -33,6 +33,7 @@ use super::programs;
 
 const MIB: i64 = 1 << 20;
 const SECRET: &str = "correct-horse-battery-staple";
+const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
 const NO_SUCH_UID: &str = "0f0e0d0c-0b0a-4908-8706-050403020100";
 
 /// `volcsi --controller`, with its socket and its log in the directory.
@@ -796,6 +797,13 @@ async fn hostile_requests_are_refused_and_harm_nobody() {
     };
     let range = |required_bytes, limit_bytes| Some(csi::CapacityRange { required_bytes, limit_bytes });
     let key = |key: &str| map(&[(key, "1")]);
+    let of_fs_type = |fs_type: &str| csi::VolumeCapability {
+        access_type: Some(AccessType::Mount(MountVolume {
+            fs_type: fs_type.to_owned(),
+            ..Default::default()
+        })),
+        ..writer()
+    };
     for (request, code) in [
         (with(&|asked| asked.name.clear()), Code::InvalidArgument),
         (with(&|asked| asked.name.clone_from(&long)), Code::InvalidArgument),
@@ -803,6 +811,11 @@ async fn hostile_requests_are_refused_and_harm_nobody() {
         (with(&|asked| asked.volume_capabilities.clear()), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key(&long)), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key(escape)), Code::InvalidArgument),
+        (with(&|asked| asked.parameters = map(&[("passphrase", SECRET)])), Code::InvalidArgument),
+        (with(&|asked| asked.parameters = map(&[(FS_TYPE, "ext4 xfs")])), Code::InvalidArgument),
+        (with(&|asked| asked.parameters = map(&[(FS_TYPE, escape)])), Code::InvalidArgument),
+        (with(&|asked| asked.volume_capabilities = vec![of_fs_type(" ext4")]), Code::InvalidArgument),
+        (with(&|asked| asked.volume_capabilities = vec![of_fs_type(&long)]), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key("encrypted")), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key("tenant")), Code::InvalidArgument),
         (with(&|asked| asked.mutable_parameters = key("readBandwidth")), Code::InvalidArgument),
@@ -814,7 +827,8 @@ async fn hostile_requests_are_refused_and_harm_nobody() {
     ] {
         let (found, why) = bench.create_refused(request).await;
         assert_eq!(found, code, "{why}");
-        assert!(why.len() < 1000 && !why.chars().any(char::is_control), "{why}");
+        let is_plain = why.len() < 1000 && !why.chars().any(char::is_control) && !why.contains(SECRET);
+        assert!(is_plain, "{why}");
     }
     let mut controller = bench.controller().await;
     for id in [&long, escape, "../../etc", "uid:x", &NO_SUCH_UID.to_uppercase()] {

@@ -54,7 +54,7 @@ impl Nodes {
     ) -> Result<v1::RegisteredNode, Status> {
         self.registrations.push(request.clone());
         self.look()?;
-        let v1::RegisterNodeRequest { node_id, boot_id, version, labels, max_volumes } = request;
+        let v1::RegisterNodeRequest { node_id, boot_id, version, labels, max_volumes, .. } = request;
         let node = v1::RegisteredNode {
             node_id: node_id.clone(),
             boot_id,
