@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::builder::BoolishValueParser;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, value_parser};
 use client::contract::AttachmentDir;
 use client::daemon_process;
 use client::freezer::{self, Mount};
@@ -48,6 +48,10 @@ enum Command {
         /// As labels of volumes: at most 64, keys are [DOMAIN/]NAME. The variable has commas between them. `volctl node show` shows them.
         #[arg(long = "label", env = "VOLCLIENT_LABELS", value_name = "KEY=VALUE", value_parser = parse_labels)]
         labels: Vec<LabelList>,
+        /// How many volumes this machine can have: the storage server grants it no more, and kubelet is told the same. 0: no limit. Default:
+        /// 256, and up to Linux 6.14 no more than the ublk driver makes (/sys/module/ublk_drv/parameters/ublks_max, 64)
+        #[arg(long, env = "VOLCLIENT_MAX_VOLUMES", value_name = "N", value_parser = value_parser!(u32).range(..=256))]
+        max_volumes: Option<u32>,
     },
     /// Take every disk of this machine away, without the node daemon: the last step of a shutdown
     ///
@@ -150,7 +154,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     // Secrets of attachments and private keys are in this process's memory.
     daemon_process::begin(&cli.log)?;
     match cli.command {
-        Command::Serve { args, labels } => run_serve(args, labels, cli.log),
+        Command::Serve { args, labels, max_volumes } => run_serve(args, labels, max_volumes, cli.log),
         Command::TakeAway(args) => run_take_away(args, cli.log),
         Command::DeviceName { disk, run_dir } => run_device_name(&disk, &run_dir),
         // It starts the log's writer itself, when no mount is in its way any more.
@@ -163,9 +167,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-fn run_serve(args: ServeArgs, labels: Vec<LabelList>, log_filter: String) -> anyhow::Result<()> {
+fn run_serve(
+    args: ServeArgs,
+    labels: Vec<LabelList>,
+    max_volumes: Option<u32>,
+    log_filter: String,
+) -> anyhow::Result<()> {
     let labels = labels_of(labels).map_err(anyhow::Error::msg).context("--label")?;
-    run_on_tokio(serve(ServeOptions { labels, ..serve_options(args, log_filter)? }))
+    run_on_tokio(serve(ServeOptions { labels, max_volumes, ..serve_options(args, log_filter)? }))
 }
 
 fn run_take_away(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
@@ -191,6 +200,7 @@ fn serve_options(args: ServeArgs, log_filter: String) -> anyhow::Result<ServeOpt
         device_dir,
         log_filter,
         labels: BTreeMap::new(),
+        max_volumes: None,
     })
 }
 

@@ -58,8 +58,9 @@ struct Cli {
     /// the plugin's socket
     #[arg(long, value_name = "DIR")]
     job_locks: Option<PathBuf>,
-    /// How many volumes kubelet is told that this node can have; 0 leaves it to kubelet. The server takes news of 256 disks of a node
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    /// Tell kubelet that this node can have no more volumes than this. Without it, and with 0: as many as the node daemon says, its own
+    /// --max-volumes
+    #[arg(long, default_value_t = 0, value_name = "N")]
     max_volumes: u32,
     /// Register with kubelet, which looks in this directory: plugins_registry below its own. Without it, node-driver-registrar can do it
     #[arg(long, value_name = "DIR")]

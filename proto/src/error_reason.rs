@@ -105,6 +105,8 @@ pub const TOO_MANY_NODES: &str = "TOO_MANY_NODES";
 pub const NODE_ATTACHED: &str = "NODE_ATTACHED";
 /// FAILED_PRECONDITION: something is granted to the node.
 pub const NODE_GRANTED: &str = "NODE_GRANTED";
+/// RESOURCE_EXHAUSTED: the node has as many volumes as it can have.
+pub const NODE_FULL: &str = "NODE_FULL";
 /// UNAVAILABLE: former connections are closed, but their I/O has not finished; repeating the call goes on from there.
 pub const FENCE_UNFINISHED: &str = "FENCE_UNFINISHED";
 /// UNAVAILABLE: another program has the lock of the server's catalog; repeating the call goes on where this one stopped.

@@ -191,6 +191,13 @@ fn of_nodes(error: &NodesError) -> (Code, ErrorDetails) {
 /// What is told with an error about a grant.
 fn of_grants(error: &GrantsError) -> (Code, ErrorDetails) {
     match error {
+        GrantsError::NodeFull { node_id, .. } => of_node(
+            Code::ResourceExhausted,
+            reason::NODE_FULL,
+            "take a volume from the node first (volctl grant delete, volctl detach), or grant this one to another node; the limit is \
+             the node daemon's --max-volumes",
+            node_id,
+        ),
         GrantsError::NotGranted { node_id, .. } => of_node(
             Code::FailedPrecondition,
             reason::VOLUME_NOT_GRANTED,

@@ -215,6 +215,83 @@ async fn a_controller_grants_to_nodes_that_are_known_and_they_stay() {
     assert!(client.delete_node(delete).await.unwrap().into_inner().existed);
 }
 
+async fn register(client: &mut Client, node_id: &str, max_volumes: u32) {
+    let request = v1::RegisterNodeRequest { node_id: node_id.to_owned(), max_volumes, ..Default::default() };
+    assert_eq!(client.register_node(request).await.unwrap().into_inner().max_volumes, max_volumes);
+}
+
+#[tokio::test]
+async fn a_node_is_granted_as_many_volumes_as_it_can_have_and_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let data_dir = dir.path().join("data");
+    let server = Volserver::start(&data_dir);
+    let mut client = server.client().await;
+    for number in 1..=4 {
+        client.create_volume(create_request(&format!("vol-{number}"))).await.unwrap();
+    }
+    register(&mut client, "node-a", 3).await;
+    grant(&mut client, "vol-1", "node-a", false).await.unwrap();
+    // What it has without a grant is a disk there as well; and a volume that it has is not counted twice.
+    client.attach_volume(attach_request("vol-2", "node-a", false)).await.unwrap();
+    client.attach_volume(under_grant("vol-1", "node-a")).await.unwrap();
+    grant(&mut client, "vol-3", "node-a", false).await.unwrap();
+    grant(&mut client, "vol-2", "node-a", false).await.unwrap();
+    let full = is(Code::ResourceExhausted, reason::NODE_FULL, "node-a");
+    let refused = grant(&mut client, "vol-4", "node-a", false).await.unwrap_err();
+    assert_eq!(told(&refused), full);
+    assert!(refused.message().contains("node-a has 3 volumes, and can have 3"), "{refused}");
+    // What it was granted before is found again.
+    grant(&mut client, "vol-3", "node-a", false).await.unwrap();
+    // Other nodes are not bound: by a limit of their own, or by none, registered or not.
+    register(&mut client, "node-b", 0).await;
+    grant(&mut client, "vol-4", "node-b", false).await.unwrap();
+    withdraw(&mut client, "vol-4", "node-b").await.unwrap();
+    grant(&mut client, "vol-4", "node-c", false).await.unwrap();
+    withdraw(&mut client, "vol-4", "node-c").await.unwrap();
+    server.kill();
+
+    // It is kept; and what it says next holds from then on, also where it has more already.
+    let server = Volserver::start(&data_dir);
+    let mut client = server.client().await;
+    assert_eq!(told(&grant(&mut client, "vol-4", "node-a", false).await.unwrap_err()), full);
+    let listed = client.list_nodes(v1::ListNodesRequest::default()).await.unwrap().into_inner();
+    let limits: Vec<(String, u32)> =
+        listed.nodes.into_iter().map(|node| (node.node_id, node.max_volumes)).collect();
+    assert_eq!(limits, [("node-a".to_owned(), 3), ("node-b".to_owned(), 0)]);
+    register(&mut client, "node-a", 1).await;
+    let refused = grant(&mut client, "vol-4", "node-a", false).await.unwrap_err();
+    assert!(refused.message().contains("has 3 volumes, and can have 1"), "{refused}");
+    register(&mut client, "node-a", 4).await;
+    grant(&mut client, "vol-4", "node-a", false).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_grants_to_a_node_at_once_no_more_are_made_than_it_can_have() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Volserver::start(&dir.path().join("data"));
+    let mut client = server.client().await;
+    register(&mut client, "node-a", 3).await;
+    for number in 0..12 {
+        client.create_volume(create_request(&format!("vol-{number}"))).await.unwrap();
+    }
+    let granting: Vec<_> = (0..12)
+        .map(|number| {
+            let mut client = client.clone();
+            tokio::spawn(async move { grant(&mut client, &format!("vol-{number}"), "node-a", false).await })
+        })
+        .collect();
+    let mut given = 0;
+    for grant in granting {
+        match grant.await.unwrap() {
+            Ok(_) => given += 1,
+            Err(refused) => {
+                assert_eq!(told(&refused), is(Code::ResourceExhausted, reason::NODE_FULL, "node-a"))
+            }
+        }
+    }
+    assert_eq!(given, 3);
+}
+
 /// Whatever comes first: when the grant's deletion is answered, the node has nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_an_attach_and_the_deletion_of_its_grant_at_once_nothing_is_left() {

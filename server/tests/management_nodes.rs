@@ -22,6 +22,7 @@ fn registration(node_id: &str, boot_id: &str, zone: &str) -> v1::RegisterNodeReq
         boot_id: boot_id.to_owned(),
         version: "0.1.0".to_owned(),
         labels: HashMap::from([("topology.volnode.io/zone".to_owned(), zone.to_owned())]),
+        max_volumes: 0,
     }
 }
 

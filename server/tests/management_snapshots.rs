@@ -264,6 +264,18 @@ async fn a_group_is_of_one_instant_and_lists_go_through_every_page() {
         let listed = bench.client.list_snapshots(request).await.unwrap().into_inner();
         assert_eq!(listed.snapshots, other);
     }
+    // Of one name, through pages.
+    let mut of_name = v1::ListSnapshotsRequest { name: "s".to_owned(), page_size: 2, ..Default::default() };
+    let page = bench.client.list_snapshots(of_name.clone()).await.unwrap().into_inner();
+    let volumes = |page: &v1::ListSnapshotsResponse| -> Vec<String> {
+        page.snapshots.iter().map(|snapshot| snapshot.volume_name.clone()).collect()
+    };
+    assert_eq!(volumes(&page), ["a", "b"]);
+    of_name.page_token = page.next_page_token;
+    let page = bench.client.list_snapshots(of_name).await.unwrap().into_inner();
+    assert_eq!((volumes(&page), page.next_page_token.as_str()), (vec!["c".to_owned()], ""));
+    let off = v1::ListSnapshotsRequest { name: "a/b".to_owned(), ..Default::default() };
+    assert_eq!(bench.client.list_snapshots(off).await.unwrap_err().code(), Code::InvalidArgument);
     let foreign = v1::ListSnapshotsRequest { page_token: "1.volumes.x".to_owned(), ..Default::default() };
     assert_eq!(bench.client.list_snapshots(foreign).await.unwrap_err().code(), Code::InvalidArgument);
 }

@@ -5,10 +5,9 @@
 
 use std::collections::HashMap;
 use std::fmt::Debug;
-use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader};
+use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use proto::csi::v1::controller_client::ControllerClient;
@@ -24,8 +23,9 @@ use proto::v1::management_client::ManagementClient;
 use rustix::process::{Pid, Signal, kill_process};
 use testlab::management_api::export_of;
 use testlab::nbd_client::Client;
+use testlab::volcsi::Volcsi;
 use testlab::volserver::Volserver;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
 use super::images::Mounted;
@@ -33,42 +33,19 @@ use super::programs;
 
 const MIB: i64 = 1 << 20;
 const SECRET: &str = "correct-horse-battery-staple";
+const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
 const NO_SUCH_UID: &str = "0f0e0d0c-0b0a-4908-8706-050403020100";
-/// No call of ours takes longer on a machine that others use.
-const CALL_DEADLINE: Duration = Duration::from_secs(60);
 
-/// `volcsi --controller`. Killed when dropped.
-struct Plugin(Child);
-
-impl Plugin {
-    fn start(directory: &Path, server: &str, more: &[&str]) -> Self {
-        let mut command = Command::new(programs::directory().join("volcsi"));
-        for variable in
-            ["CSI_ENDPOINT", "VOLCSI_LOG", "VOLNODE_TLS_CA", "VOLNODE_TLS_CERT", "VOLNODE_TLS_KEY"]
-        {
-            command.env_remove(variable);
-        }
-        command.arg("--controller").args(["--server", server, "--log", "trace"]).args(more);
-        command.arg("--endpoint").arg(format!("unix://{}", directory.join("csi.sock").display()));
-        let log = File::options().create(true).append(true).open(directory.join("log")).unwrap();
-        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
-        let mut ready = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
-        assert!(ready.starts_with("volcsi ready: "), "{ready}");
-        Self(child)
-    }
-}
-
-impl Drop for Plugin {
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
+/// `volcsi --controller`, with its socket and its log in the directory.
+fn start_plugin(directory: &Path, server: &str, more: &[&str]) -> Volcsi {
+    let mut command = Command::new(programs::directory().join("volcsi"));
+    command.arg("--controller").args(["--server", server, "--log", "trace"]).args(more);
+    Volcsi::start(&mut command, &directory.join("csi.sock"), &directory.join("log")).unwrap()
 }
 
 /// A server, a plugin, and a directory for both.
 struct Bench {
-    plugin: Option<Plugin>,
+    plugin: Option<Volcsi>,
     uri: String,
     server: Option<Volserver>,
     directory: tempfile::TempDir,
@@ -84,19 +61,18 @@ impl Bench {
         command.args(["--threads", "2", "--memory-max", "1G", "--log", "error"]);
         let server = Volserver::start(&mut command, directory.path()).unwrap();
         let uri = server.management_uri();
-        let plugin = Some(Plugin::start(directory.path(), &uri, &[]));
+        let plugin = Some(start_plugin(directory.path(), &uri, &[]));
         Self { plugin, uri, server: Some(server), directory }
     }
 
     /// Kills the plugin, and starts another one.
     fn kill_plugin(&mut self) {
         self.plugin = None;
-        self.plugin = Some(Plugin::start(self.directory.path(), &self.uri, &[]));
+        self.plugin = Some(start_plugin(self.directory.path(), &self.uri, &[]));
     }
 
     async fn channel(&self) -> Channel {
-        let uri = format!("unix://{}", self.directory.path().join("csi.sock").display());
-        Endpoint::from_shared(uri).unwrap().timeout(CALL_DEADLINE).connect().await.unwrap()
+        self.plugin.as_ref().unwrap().channel().await.unwrap()
     }
 
     async fn controller(&self) -> ControllerClient<Channel> {
@@ -220,7 +196,7 @@ async fn a_volume_is_where_the_server_is() {
     let mut bench = Bench::new();
     bench.plugin = None;
     let zone = ["--topology", "topology.volnode.io/zone=z1"];
-    bench.plugin = Some(Plugin::start(bench.directory.path(), &bench.uri, &zone));
+    bench.plugin = Some(start_plugin(bench.directory.path(), &bench.uri, &zone));
     let mut identity = IdentityClient::new(bench.channel().await);
     let plugin = identity.get_plugin_capabilities(csi::GetPluginCapabilitiesRequest {}).await.unwrap();
     assert_eq!(plugin.into_inner().capabilities.len(), 5, "with places");
@@ -446,6 +422,30 @@ async fn a_volume_is_one_nodes_until_it_is_unpublished_which_fences_that_node() 
     assert!(
         log.contains("ControllerPublishVolume") && !log.contains(SECRET) && !log.contains(&attached.secret)
     );
+}
+
+#[tokio::test]
+async fn a_node_gets_no_more_volumes_than_it_can_have() {
+    let mut bench = Bench::new();
+    let node = v1::RegisterNodeRequest { node_id: "n1".to_owned(), max_volumes: 2, ..Default::default() };
+    bench.api().await.register_node(node).await.unwrap();
+    let mut ids = Vec::new();
+    for name in ["a", "b", "c"] {
+        ids.push(bench.create(wanted(name, MIB)).await.volume_id);
+    }
+    let publish = |mut csi: ControllerClient<Channel>, request: csi::ControllerPublishVolumeRequest| async move {
+        csi.controller_publish_volume(request).await
+    };
+    for id in &ids[..2] {
+        bench.twice(publication(id, "n1"), publish).await;
+    }
+    let (code, why) = publish_refused(&bench, publication(&ids[2], "n1")).await;
+    assert_eq!(code, Code::ResourceExhausted, "{why}");
+    assert!(why.contains("n1 has 2 volumes, and can have 2"), "{why}");
+    // It has what it has, and there is room once one of them is gone.
+    bench.twice(publication(&ids[0], "n1"), publish).await;
+    unpublish(&mut bench, &ids[1], "n1").await;
+    bench.twice(publication(&ids[2], "n1"), publish).await;
 }
 
 #[tokio::test]
@@ -797,6 +797,13 @@ async fn hostile_requests_are_refused_and_harm_nobody() {
     };
     let range = |required_bytes, limit_bytes| Some(csi::CapacityRange { required_bytes, limit_bytes });
     let key = |key: &str| map(&[(key, "1")]);
+    let of_fs_type = |fs_type: &str| csi::VolumeCapability {
+        access_type: Some(AccessType::Mount(MountVolume {
+            fs_type: fs_type.to_owned(),
+            ..Default::default()
+        })),
+        ..writer()
+    };
     for (request, code) in [
         (with(&|asked| asked.name.clear()), Code::InvalidArgument),
         (with(&|asked| asked.name.clone_from(&long)), Code::InvalidArgument),
@@ -804,6 +811,11 @@ async fn hostile_requests_are_refused_and_harm_nobody() {
         (with(&|asked| asked.volume_capabilities.clear()), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key(&long)), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key(escape)), Code::InvalidArgument),
+        (with(&|asked| asked.parameters = map(&[("passphrase", SECRET)])), Code::InvalidArgument),
+        (with(&|asked| asked.parameters = map(&[(FS_TYPE, "ext4 xfs")])), Code::InvalidArgument),
+        (with(&|asked| asked.parameters = map(&[(FS_TYPE, escape)])), Code::InvalidArgument),
+        (with(&|asked| asked.volume_capabilities = vec![of_fs_type(" ext4")]), Code::InvalidArgument),
+        (with(&|asked| asked.volume_capabilities = vec![of_fs_type(&long)]), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key("encrypted")), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key("tenant")), Code::InvalidArgument),
         (with(&|asked| asked.mutable_parameters = key("readBandwidth")), Code::InvalidArgument),
@@ -815,7 +827,8 @@ async fn hostile_requests_are_refused_and_harm_nobody() {
     ] {
         let (found, why) = bench.create_refused(request).await;
         assert_eq!(found, code, "{why}");
-        assert!(why.len() < 1000 && !why.chars().any(char::is_control), "{why}");
+        let is_plain = why.len() < 1000 && !why.chars().any(char::is_control) && !why.contains(SECRET);
+        assert!(is_plain, "{why}");
     }
     let mut controller = bench.controller().await;
     for id in [&long, escape, "../../etc", "uid:x", &NO_SUCH_UID.to_uppercase()] {

@@ -1,9 +1,8 @@
 //! A volume's life as kubelet has it, over real disks: staged, shown, grown and taken away by `volcsi`, fenced and lost in between.
 
-use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use proto::csi::v1 as csi;
@@ -13,9 +12,10 @@ use proto::csi::v1::volume_capability::{AccessMode, AccessType, BlockVolume, Mou
 use testlab::harness::{Env, Test};
 use testlab::shell::{sh, wait_for};
 use testlab::storage_node::StorageNode;
+use testlab::volcsi::Volcsi;
 use tokio::runtime::Runtime;
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::ride_through::BOUND;
 
@@ -31,11 +31,12 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("csi::a_fenced_xfs_goes_from_under_its_mounts", a_fenced_xfs_goes_from_under_its_mounts)
         .within(300)
         .once(),
+    Test::new("csi::a_hostile_image_harms_nobody", a_hostile_image_harms_nobody).within(300).once(),
 ];
 
 /// volcsi beside a node daemon, and a kubelet's directory that others would see as well.
 struct Plugin {
-    child: Child,
+    _volcsi: Volcsi,
     runtime: Runtime,
     kubelet: PathBuf,
     volume_id: String,
@@ -49,18 +50,13 @@ impl Plugin {
             fs::create_dir_all(kubelet.join("staging"))?;
             sh(&format!("mount --bind {0} {0}; mount --make-shared {0}", kubelet.display()))?;
         }
-        let socket = env.directory.join("csi.sock");
         let mut command = storage.program("volcsi");
-        command.arg("--endpoint").arg(format!("unix://{}", socket.display()));
         command.arg("--kubelet-dir").arg(&kubelet).args(["--log", "debug"]);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("volcsi")?;
-        let mut ready = String::new();
-        BufReader::new(child.stdout.take().context("stdout")?).read_line(&mut ready)?;
-        ensure!(ready.starts_with("volcsi ready"), "volcsi does not start");
+        let (socket, log) = (env.directory.join("csi.sock"), env.directory.join("volcsi.log"));
+        let volcsi = Volcsi::start(&mut command, &socket, &log)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))?;
-        let node = NodeClient::new(runtime.block_on(endpoint.connect())?);
-        Ok(Self { child, runtime, kubelet, volume_id, node })
+        let node = NodeClient::new(runtime.block_on(volcsi.channel())?);
+        Ok(Self { _volcsi: volcsi, runtime, kubelet, volume_id, node })
     }
 
     fn path(&self, name: &str) -> String {
@@ -124,13 +120,6 @@ impl Plugin {
         let health = self.runtime.block_on(self.node.node_get_volume_health(request))?.into_inner();
         let health = health.volume_health.context("volume_health")?;
         Ok(health.health_statuses.into_iter().map(|status| status.reason).collect())
-    }
-}
-
-impl Drop for Plugin {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
     }
 }
 
@@ -301,4 +290,58 @@ fn write_until_refused(directory: &Path) {
             break;
         }
     }
+}
+
+/// Fields of an ext4's superblock, with a value that makes no sense (Documentation/filesystems/ext4/super.rst): more blocks than the disk
+/// has, a block size of 2^73 bytes, groups without inodes.
+const WRONG_FIELDS: [(u64, u32); 3] = [(1024 + 0x4, u32::MAX), (1024 + 0x18, 63), (1024 + 0x28, 0)];
+
+/// Images made to crash whoever mounts them: whoever may write to a volume's device writes what they like there.
+fn a_hostile_image_harms_nobody(env: &Env) -> Result<()> {
+    let storage = StorageNode::start(env)?;
+    let volume_id = granted(&storage)?;
+    let mut plugin = Plugin::start(env, &storage, volume_id)?;
+    let capability = file_system("ext4");
+    plugin.stage(&capability)?;
+    plugin.publish("one", &capability)?;
+    fs::create_dir(plugin.kubelet.join("one/directory"))?;
+    plugin.unpublish("one")?;
+    plugin.unstage()?;
+    let path = storage.volume_file("vol-1")?;
+    let image = File::options().read(true).write(true).open(&path)?;
+    for (offset, value) in WRONG_FIELDS {
+        let mut right = [0; 4];
+        image.read_exact_at(&mut right, offset)?;
+        image.write_all_at(&value.to_le_bytes(), offset)?;
+        // Mended from a copy, or not mounted.
+        if let Err(status) = plugin.stage(&capability) {
+            let words = status.message();
+            ensure!(matches!(status.code(), Code::FailedPrecondition | Code::Internal), "{status}");
+            ensure!(words.len() < 2000 && !words.chars().any(char::is_control), "{words:?}");
+        }
+        plugin.unstage()?;
+        nothing_is_attached(&storage)?;
+        image.write_all_at(&right, offset)?;
+    }
+    let shown = path.display();
+    // Sound as far as a short check goes; its superblock wants the machine to end once a fault is found, and there is one.
+    sh(&format!(
+        "e2fsck -fy {shown} >&2 || [ $? -le 1 ]; tune2fs -e panic {shown} >&2; \
+         size=$(dumpe2fs -h {shown} 2>&1 | awk '/^Block size:/ {{ print $3 }}'); \
+         block=$(debugfs -R 'blocks /directory' {shown} 2>/dev/null | awk '{{ print $1 }}'); \
+         head -c $size /dev/zero | tr '\\0' '\\377' | dd of={shown} bs=$size seek=$block conv=notrunc status=none"
+    ))?;
+    plugin.stage(&capability)?;
+    plugin.publish("one", &capability)?;
+    let looked_up = fs::metadata(plugin.kubelet.join("one/directory/file"));
+    ensure!(
+        looked_up.as_ref().is_err_and(|error| error.kind() != std::io::ErrorKind::NotFound),
+        "the damage is not found: {looked_up:?}"
+    );
+    let health = plugin.health()?;
+    ensure!(health == ["FileSystemError"], "{health:?}");
+    plugin.unpublish("one")?;
+    plugin.unstage()?;
+    nothing_is_attached(&storage)?;
+    end(plugin)
 }

@@ -3,17 +3,17 @@
 //! The suite plays an orchestrator and kubelet. Every spec that the plugin's capabilities ask for runs: one that is left out fails the
 //! test, since a capability that is not declared would leave out its specs without a word.
 
-use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use testlab::harness::{Env, Test};
 use testlab::seed;
 use testlab::shell::{run, wait_for};
 use testlab::storage_node::StorageNode;
+use testlab::volcsi::Volcsi;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("csi_sanity::the_conformance_suite_passes_with_ext4", passes_with_ext4).within(600).once(),
@@ -23,21 +23,21 @@ pub(crate) const TESTS: &[Test] = &[
     Test::new("csi_sanity::the_conformance_suite_passes_with_xfs", passes_with_xfs).within(600).once().long(),
 ];
 
-/// The suite's closing line: one spec is pending in the suite itself, and stays so. The one that is skipped asks for a limit of volumes by
-/// node, which nobody enforces yet.
-const CLOSING: &str = "101 Passed | 0 Failed | 1 Pending | 1 Skipped";
+/// The suite's closing line: one spec is pending in the suite itself, and stays so.
+const CLOSING: &str = "102 Passed | 0 Failed | 1 Pending | 0 Skipped";
+/// Volumes of the node: the suite makes one more, and publishes all of them.
+const MAX_VOLUMES: &str = "4";
 /// Where the node is, and the server's volumes.
 const PLACE: &str = "topology.volnode.io/zone=z1";
 /// The suite takes so many seeds.
 const SUITE_SEEDS: u64 = 1 << 31;
-/// A plugin that is not ready by then is not coming.
+/// A node that has not registered by then is not coming.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The plugin with a kubelet's directory; killed, and what it mounted unmounted, when dropped.
 struct Plugin {
-    child: Child,
+    volcsi: Option<Volcsi>,
     kubelet: PathBuf,
-    log: PathBuf,
 }
 
 impl Plugin {
@@ -48,20 +48,11 @@ impl Plugin {
         // What is mounted below is seen outside the pod, as kubelet's DaemonSets ask for.
         run("mount", &["--bind".as_ref(), kubelet.as_os_str(), kubelet.as_os_str()])?;
         run("mount", &["--make-shared".as_ref(), kubelet.as_os_str()])?;
-        let log = env.directory.join("volcsi.log");
+        let mut plugin = Self { volcsi: None, kubelet };
         let mut command = node.program("volcsi");
-        command
-            .args(["--topology", PLACE])
-            .arg("--endpoint")
-            .arg(endpoint(&kubelet))
-            .arg("--kubelet-dir")
-            .arg(&kubelet);
-        let child = command.stdout(Stdio::piped()).stderr(File::create(&log)?).spawn().context("volcsi")?;
-        let mut plugin = Self { child, kubelet, log };
-        let mut ready = String::new();
-        let stdout = plugin.child.stdout.take().context("its stdout")?;
-        BufReader::new(stdout).read_line(&mut ready)?;
-        ensure!(ready.starts_with("volcsi ready: "), "not ready: {ready:?}, {}", plugin.logged());
+        command.args(["--topology", PLACE]).arg("--kubelet-dir").arg(&plugin.kubelet);
+        let log = env.directory.join("volcsi.log");
+        plugin.volcsi = Some(Volcsi::start(&mut command, &plugin.kubelet.join("csi.sock"), &log)?);
         wait_for("the server to know the node", READY_DEADLINE, || {
             let listed = node.volctl(&["node", "list", "--output", "json"])?.succeeded()?;
             let nodes: serde_json::Value = serde_json::from_str(&listed)?;
@@ -69,22 +60,13 @@ impl Plugin {
         })?;
         Ok(plugin)
     }
-
-    fn logged(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
-    }
 }
 
 impl Drop for Plugin {
     fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
+        self.volcsi = None;
         run("umount", &["--recursive".as_ref(), "--lazy".as_ref(), self.kubelet.as_os_str()]).ok();
     }
-}
-
-fn endpoint(kubelet: &Path) -> String {
-    format!("unix://{}", kubelet.join("csi.sock").display())
 }
 
 fn passes_with_ext4(env: &Env) -> Result<()> {
@@ -105,14 +87,15 @@ fn passes(env: &Env, access_type: &str, fs_type: &str, mebibytes: u64) -> Result
     // Snapshots and clones want a file system that shares blocks.
     let mut node = StorageNode::start_on_xfs(env)?;
     node.kill_client()?;
-    node.start_client_with(&["--label", PLACE])?;
+    node.start_client_with(&["--label", PLACE, "--max-volumes", MAX_VOLUMES])?;
     let plugin = Plugin::start(env, &node)?;
+    let volcsi = plugin.volcsi.as_ref().context("volcsi")?;
     let parameters = env.directory.join("parameters.yaml");
     fs::write(&parameters, format!("csi.storage.k8s.io/fstype: {fs_type}\n"))?;
     let mutable = env.directory.join("mutable.yaml");
     fs::write(&mutable, "readIops: \"100000\"\n")?;
     let mut suite = Command::new("csi-sanity");
-    suite.arg("--csi.endpoint").arg(endpoint(&plugin.kubelet));
+    suite.arg("--csi.endpoint").arg(volcsi.endpoint()).arg("--csi.testnodevolumeattachlimit");
     for (option, place) in [("--csi.stagingdir", "staging"), ("--csi.mountdir", "target")] {
         suite.arg(option).arg(plugin.kubelet.join(place));
     }
@@ -127,7 +110,7 @@ fn passes(env: &Env, access_type: &str, fs_type: &str, mebibytes: u64) -> Result
     let told = String::from_utf8_lossy(&output.stdout);
     println!("{}", told.lines().rfind(|line| line.contains("Passed")).unwrap_or("no closing line"));
     if !output.status.success() || !told.contains(CLOSING) {
-        bail!("{}\n{told}\n---- volcsi ----\n{}", output.status, plugin.logged());
+        bail!("{}\n{told}\n---- volcsi ----\n{}", output.status, volcsi.logged());
     }
     Ok(())
 }

@@ -21,6 +21,7 @@ mod grants;
 mod hostile_server;
 mod idle;
 mod in_use;
+mod kubelet;
 mod limits;
 mod lvm;
 mod lying_disk;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         grants::TESTS,
         clones::TESTS,
         csi::TESTS,
+        kubelet::TESTS,
         send_zc::TESTS,
         fsx::TESTS,
         snapshots::TESTS,

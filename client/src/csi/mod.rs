@@ -6,12 +6,14 @@
 //! - [`mount_options`]: which mount options are taken. [`mounts`]: mounting and unmounting. [`mountinfo`]: what is mounted.
 //! - [`blank`]: whether a file system is made, from what [`probe`] finds on the device and what the server knows.
 //! - [`jobs`]: what outlives the call that started it. [`lock_file`]: what others are not to do meanwhile.
+//! - [`disk_health`]: what a disk's state means for its volume, for both services.
 //! - [`usage`]: how full a file system is. [`node`]: the Node service, over all of these.
 //!
 //! Never here: state of its own. What is mounted the kernel knows, and what is attached the node daemon.
 
 pub mod blank;
 pub mod controller;
+pub mod disk_health;
 pub mod jobs;
 pub mod lock_file;
 pub mod mount_options;

@@ -113,7 +113,7 @@ const EXT4: &[Allowed] = &[
     ("grpquota", Value::Flag),
     ("prjquota", Value::Flag),
     // "panic" would end the machine.
-    ("errors", Value::OneOf(&["remount-ro", "continue"], "remount-ro or continue")),
+    (ERRORS, Value::OneOf(&["remount-ro", "continue"], "remount-ro or continue")),
     ("data", Value::OneOf(&["ordered", "journal"], "ordered or journal")),
 ];
 
@@ -146,6 +146,9 @@ const XFS: &[Allowed] = &[
 /// A clone has the UUID of what it is a clone of, and both may be used on one machine.
 const NOUUID: &str = "nouuid";
 
+/// What an ext4 does once it is found damaged. Without it its superblock decides, which whoever writes to the device writes.
+const ERRORS: &str = "errors";
+
 /// Of every file system, about the whole of it.
 const SUPERBLOCK_FLAGS: [&str; 4] = ["sync", "dirsync", "lazytime", "nolazytime"];
 
@@ -171,8 +174,10 @@ impl MountOptions {
         for option in flags.iter().flat_map(|flag| split(flag)) {
             options.add(&option)?;
         }
-        if fs_type == FsType::Xfs {
-            options.set(NOUUID, None);
+        match fs_type {
+            FsType::Xfs => options.set(NOUUID, None),
+            FsType::Ext4 if options.parameters.iter().any(|(key, _)| key == ERRORS) => {}
+            FsType::Ext4 => options.set(ERRORS, Some("remount-ro".to_owned())),
         }
         Ok(options)
     }
@@ -326,12 +331,15 @@ mod tests {
     #[test]
     fn a_label_of_selinux_keeps_its_commas_and_loses_its_quotes() {
         let value = "system_u:object_r:container_file_t:s0:c1,c2";
-        let expected = vec![with_value("context", value)];
+        let expected = vec![with_value("context", value), with_value("errors", "remount-ro")];
         for flag in [format!("context=\"{value}\""), format!("context={value}")] {
             assert_eq!(parameters(FsType::Ext4, &[&flag]), expected, "{flag}");
             let with_others = format!("noatime,{flag},lazytime");
             let options = parse(FsType::Ext4, &[&with_others]).unwrap();
-            assert_eq!(options.parameters, [with_value("context", value), ("lazytime".to_owned(), None)]);
+            assert_eq!(
+                options.parameters[..2],
+                [with_value("context", value), ("lazytime".to_owned(), None)]
+            );
             assert_eq!(options.attributes, MountAttrFlags::MOUNT_ATTR_NOATIME);
         }
         let range = "context=u:r:t:s0:c1.c3,c7.c9";
@@ -438,8 +446,18 @@ mod tests {
         let options =
             parse(FsType::Ext4, &["ro", "noatime", "commit=5", "rw", "strictatime", "commit=60"]).unwrap();
         assert_eq!(options.attributes, MountAttrFlags::MOUNT_ATTR_STRICTATIME);
-        assert_eq!(options.parameters, [with_value("commit", "60")]);
+        assert_eq!(options.parameters, [with_value("commit", "60"), with_value("errors", "remount-ro")]);
         assert!(!options.is_read_only() && parse(FsType::Ext4, &["rw,ro"]).unwrap().is_read_only());
+    }
+
+    #[test]
+    fn what_an_ext4_does_when_it_is_damaged_is_not_its_own_to_say() {
+        let remount = [with_value("errors", "remount-ro")];
+        for flags in [&[][..], &["noatime"], &["errors=continue,errors=remount-ro"]] {
+            assert_eq!(parameters(FsType::Ext4, flags), remount);
+        }
+        assert_eq!(parameters(FsType::Ext4, &["errors=continue"]), [with_value("errors", "continue")]);
+        assert!(parse(FsType::Ext4, &["errors=panic"]).is_err());
     }
 
     #[test]

@@ -16,6 +16,10 @@ const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 /// What the kernel tells of this thread's descriptors.
 const FDINFO: &str = "/proc/thread-self/fdinfo";
 
+/// Options of a file system that lets nobody write. An ext4 that found itself damaged is `emergency_ro` since Linux 6.15, and `ro` before;
+/// one that was shut down says so (fs/ext4/super.c).
+const NO_WRITES: [&[u8]; 3] = [b"ro", b"emergency_ro", b"shutdown"];
+
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountEntry {
@@ -29,7 +33,7 @@ pub struct MountEntry {
     pub mount_point: PathBuf,
     /// Whether the mount is read-only.
     pub is_read_only: bool,
-    /// Whether the file system is, whatever the mount says.
+    /// Whether the file system lets nobody write, whatever the mount says.
     pub is_file_system_read_only: bool,
     /// The kernel's name of the file system.
     pub fs_type: String,
@@ -94,14 +98,16 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     // After optional fields, any number of them.
     let dash = 6 + fields.get(6..)?.iter().position(|field| *field == b"-")?;
     let is_shared = fields.get(6..dash)?.iter().any(|field| field.starts_with(b"shared:"));
-    let is_read_only = |options: &[u8]| options.split(|byte| *byte == b',').any(|option| option == b"ro");
+    let has = |options: &[u8], wanted: &[&[u8]]| {
+        options.split(|byte| *byte == b',').any(|option| wanted.contains(&option))
+    };
     Some(MountEntry {
         mount_id: text(0)?.parse().ok()?,
         device: (major.parse().ok()?, minor.parse().ok()?),
         root: unescape(fields.get(3)?),
         mount_point: unescape(fields.get(4)?),
-        is_read_only: is_read_only(fields.get(5)?),
-        is_file_system_read_only: is_read_only(fields.get(dash + 3)?),
+        is_read_only: has(fields.get(5)?, &[b"ro"]),
+        is_file_system_read_only: has(fields.get(dash + 3)?, &NO_WRITES),
         // A user may mount by FUSE, and calls that what they like: no reason to know nothing of all other mounts.
         fs_type: String::from_utf8_lossy(fields.get(dash + 1)?).into_owned(),
         is_shared,
@@ -144,6 +150,21 @@ mod tests {
         assert!(!first.is_read_only && first.is_file_system_read_only);
         assert_eq!(entries.iter().map(|entry| entry.is_shared).collect::<Vec<_>>(), [true, false, false]);
         assert!(entries[1].is_read_only && !entries[1].is_file_system_read_only);
+    }
+
+    #[test]
+    fn a_file_system_that_gave_up_is_read_only_in_whichever_words() {
+        for (options, expected) in [
+            ("rw,errors=remount-ro", false),
+            ("ro,errors=remount-ro", true),
+            ("rw,errors=remount-ro,emergency_ro", true),
+            ("rw,shutdown,data=ordered", true),
+            ("rw,seclabel", false),
+        ] {
+            let line = format!("36 35 259:3 / /mnt rw,noatime - ext4 /dev/ublkb0 {options}");
+            let entry = &parse(line.as_bytes()).unwrap()[0];
+            assert_eq!((entry.is_file_system_read_only, entry.is_read_only), (expected, false), "{options}");
+        }
     }
 
     #[test]

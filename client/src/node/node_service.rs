@@ -4,7 +4,6 @@
 //! so that a client that hangs up cannot leave an attachment half made.
 //! Called by: tonic, for `volctl` and other users of the node socket.
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -18,6 +17,7 @@ use ublk_core::DataPath;
 use super::attachment_events;
 use super::error::NodeError;
 use super::freeze::Freezes;
+use super::registration::NodeProfile;
 use super::supervisor::{Supervisor, probe_data_paths};
 use crate::causes::with_sources;
 
@@ -27,17 +27,17 @@ pub struct NodeService {
     supervisor: Arc<Supervisor>,
     freezes: Arc<Freezes>,
     ended: watch::Receiver<bool>,
-    labels: BTreeMap<String, String>,
+    profile: NodeProfile,
 }
 
 impl NodeService {
-    /// Over this supervisor, of a node with these labels; whoever watches does so until `ended` turns true.
-    pub fn new(
+    /// Over this supervisor, of a node that says this of itself; whoever watches does so until `ended` turns true.
+    pub(super) fn new(
         supervisor: Arc<Supervisor>,
         ended: watch::Receiver<bool>,
-        labels: BTreeMap<String, String>,
+        profile: NodeProfile,
     ) -> Self {
-        Self { freezes: Arc::new(Freezes::new(Arc::clone(&supervisor))), supervisor, ended, labels }
+        Self { freezes: Arc::new(Freezes::new(Arc::clone(&supervisor))), supervisor, ended, profile }
     }
 }
 
@@ -81,7 +81,8 @@ impl Node for NodeService {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             server: self.supervisor.server().to_owned(),
             data_paths,
-            labels: self.labels.clone().into_iter().collect(),
+            labels: self.profile.labels.clone().into_iter().collect(),
+            max_volumes: self.profile.max_volumes,
         }))
     }
 

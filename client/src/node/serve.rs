@@ -26,7 +26,7 @@ use super::error::NodeError;
 use super::freeze;
 use super::management_client::ManagementClient;
 use super::node_service::NodeService;
-use super::registration::keep_registered;
+use super::registration::{NodeProfile, keep_registered, volume_limit};
 use super::supervisor::{Supervisor, SupervisorConfig};
 use crate::causes::with_sources;
 use crate::contract::AttachmentDir;
@@ -62,6 +62,8 @@ pub struct ServeOptions {
     pub log_filter: String,
     /// What this machine is and where, as the server is told.
     pub labels: BTreeMap<String, String>,
+    /// How many volumes it can have, as the server is told; 0: no limit; `None`: what the driver allows.
+    pub max_volumes: Option<u32>,
 }
 
 /// Why the daemon cannot start, or had to end.
@@ -122,8 +124,10 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let listener = listen(&options.socket)?;
     announce(&options.socket).map_err(ServeError::io(&options.socket))?;
     let moves = tokio::spawn(Arc::clone(&supervisor).follow_moved_servers());
-    let registration = tokio::spawn(keep_registered(Arc::clone(&supervisor), options.labels.clone()));
-    let served = run_grpc(listener, supervisor, options.labels).await;
+    let max_volumes = options.max_volumes.unwrap_or_else(volume_limit::of_this_machine);
+    let profile = NodeProfile { labels: options.labels, max_volumes };
+    let registration = tokio::spawn(keep_registered(Arc::clone(&supervisor), profile.clone()));
+    let served = run_grpc(listener, supervisor, profile).await;
     moves.abort();
     registration.abort();
     fs::remove_file(&options.socket).ok();
@@ -150,7 +154,7 @@ pub(super) fn supervisor(options: &ServeOptions) -> Result<Arc<Supervisor>, Serv
 async fn run_grpc(
     listener: UnixListener,
     supervisor: Arc<Supervisor>,
-    labels: BTreeMap<String, String>,
+    profile: NodeProfile,
 ) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<NodeServer<NodeService>>().await;
@@ -168,7 +172,7 @@ async fn run_grpc(
     let serving = Server::builder()
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(NodeServer::new(NodeService::new(supervisor, ended.clone(), labels)))
+        .add_service(NodeServer::new(NodeService::new(supervisor, ended.clone(), profile)))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
     let out_of_time = async {
         ended_by_signal().await;
@@ -290,6 +294,7 @@ mod tests {
             device_dir: PathBuf::new(),
             log_filter: String::new(),
             labels: BTreeMap::new(),
+            max_volumes: None,
         };
         assert!(matches!(check_path_lengths(&options), Err(ServeError::PathTooLong(_))));
     }

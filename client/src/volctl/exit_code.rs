@@ -46,8 +46,8 @@ impl ExitCode {
             reason::DEVICE_START_FAILED | reason::NEWER_FORMAT | reason::NOT_AUTHORIZED => {
                 return Self::Other;
             }
-            // Nothing is full.
-            reason::TOO_MANY_WATCHES => return Self::Precondition,
+            // No storage is full.
+            reason::TOO_MANY_WATCHES | reason::NODE_FULL => return Self::Precondition,
             _ => {}
         }
         match code {
@@ -109,6 +109,7 @@ mod tests {
         assert_eq!(ExitCode::of(Code::Unavailable, reason::CATALOG_HELD), ExitCode::Unreachable);
         assert_eq!(ExitCode::of(Code::ResourceExhausted, reason::NO_SPACE), ExitCode::NoSpace);
         assert_eq!(ExitCode::of(Code::ResourceExhausted, reason::TOO_MANY_WATCHES), ExitCode::Precondition);
+        assert_eq!(ExitCode::of(Code::ResourceExhausted, reason::NODE_FULL), ExitCode::Precondition);
         assert_eq!(ExitCode::of(Code::DeadlineExceeded, reason::DEVICE_TIMED_OUT), ExitCode::TimedOut);
         assert_eq!(ExitCode::of(Code::InvalidArgument, "A_REASON_OF_LATER"), ExitCode::Usage);
         assert_eq!(ExitCode::of(Code::Internal, ""), ExitCode::Other);

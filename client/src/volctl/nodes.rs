@@ -60,13 +60,14 @@ async fn list(client: &mut ManagementClient<Channel>) -> Result<Report, Failure>
             or_dash(&node.version),
             last_seen(node, now_ms),
             disk_count(node),
+            max_volumes(node),
             or_dash(&label_words(&node.labels)),
         ];
         let seen = if node.last_seen_at_ms == 0 { "-".to_owned() } else { utc(node.last_seen_at_ms) };
         (row, [utc(node.registered_at_ms), seen])
     });
-    let tables =
-        tables(["NAME", "BOOT", "VERSION", "LAST-SEEN", "DISKS", "LABELS"], ["REGISTERED", "SEEN-AT"], rows);
+    let columns = ["NAME", "BOOT", "VERSION", "LAST-SEEN", "DISKS", "MAX-VOLUMES", "LABELS"];
+    let tables = tables(columns, ["REGISTERED", "SEEN-AT"], rows);
     Ok(Report::of_tables(tables, nodes.iter().map(|node| node_json(node, now_ms)).collect()))
 }
 
@@ -78,6 +79,7 @@ fn shown(node: &v1::RegisteredNode, now_ms: i64) -> Report {
         ("registered", utc(node.registered_at_ms)),
         ("last seen", last_seen(node, now_ms)),
         ("disks", disk_count(node)),
+        ("max volumes", max_volumes(node)),
         ("labels", or_dash(&label_words(&node.labels))),
     ];
     let mut text = properties(rows);
@@ -127,6 +129,11 @@ fn disk_count(node: &v1::RegisteredNode) -> String {
     node.disk_count.map_or_else(|| "-".to_owned(), |count| count.to_string())
 }
 
+/// A dash: no limit is known.
+fn max_volumes(node: &v1::RegisteredNode) -> String {
+    if node.max_volumes == 0 { "-".to_owned() } else { node.max_volumes.to_string() }
+}
+
 /// In the largest unit of which there is one.
 fn age(seconds: u64) -> String {
     match seconds {
@@ -150,6 +157,7 @@ fn node_json(node: &v1::RegisteredNode, now_ms: i64) -> Value {
         "last_seen_age_ms": age_ms,
         "is_silent": is_silent(age_ms),
         "disk_count": node.disk_count,
+        "max_volumes": (node.max_volumes != 0).then_some(node.max_volumes),
     })
 }
 

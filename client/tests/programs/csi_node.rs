@@ -4,10 +4,9 @@
 
 use std::fs::{self, File};
 use std::future::Future;
-use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use proto::csi::v1 as csi;
@@ -25,7 +24,7 @@ use uuid::Uuid;
 
 use crate::fake_node::{FakeNode, Loop};
 use crate::fake_server::FakeServer;
-use crate::launch::{NodeDaemon, program};
+use crate::launch::{NodeDaemon, program, start_volcsi};
 
 const MIB: u64 = 1 << 20;
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -101,11 +100,7 @@ impl World {
         command.args(["--server", &self.server.uri(), "--private-mounts", "--log", "debug"]);
         command.arg("--kubelet-dir").arg(&self.kubelet);
         let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap());
-        let log = File::options().create(true).append(true).open(self.path("log")).unwrap();
-        let mut child = command.env("PATH", path).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
-        let mut ready = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
-        assert!(ready.starts_with("volcsi ready"), "{}", self.log());
+        let child = start_volcsi(command.env("PATH", path), &socket, &self.path("log"));
         let uri = format!("unix://{}", socket.display());
         let channel = Endpoint::from_shared(uri).unwrap().connect().await.unwrap();
         Plugin { child, node: NodeClient::new(channel) }
@@ -854,12 +849,115 @@ fn a_hostile_path_leads_nowhere_and_other_mounts_stay() {
 }
 
 #[test]
+fn a_hostile_request_is_refused_in_few_words_and_tells_no_secret() {
+    const SECRET: &str = "correct-horse-battery-staple";
+    in_own_namespace(|| async {
+        let Some(world) = World::new(16 * MIB) else { return };
+        let mut plugin = world.plugin().await;
+        let with_flags = |fs_type: &str, flags: &[&str]| {
+            let mount_flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+            let mount = MountVolume { fs_type: fs_type.to_owned(), mount_flags, ..Default::default() };
+            capability(AccessType::Mount(mount), Mode::SingleNodeWriter)
+        };
+        let (long, escape) = ("x".repeat(10_000), "\u{1b}[2J");
+        let secret_flag = format!("passphrase={SECRET}");
+        for asked in [
+            with_flags("ext4 xfs", &[]),
+            with_flags(" ext4", &[]),
+            with_flags("ext4\n", &[]),
+            with_flags("../ext4", &[]),
+            with_flags(&long, &[]),
+            with_flags(escape, &[]),
+            with_flags("ext4", &["noatime,suid"]),
+            with_flags("ext4", &["context=\"system_u:object_r:t:s0:c1,c2\",dev"]),
+            with_flags("ext4", &["context=\"system_u:object_r:t:s0:c1,c2"]),
+            with_flags("ext4", &["noatime\",\"loop"]),
+            with_flags("ext4", &["errors=panic"]),
+            with_flags("ext4", &[&long]),
+            with_flags("ext4", &[escape]),
+            with_flags("ext4", &[&secret_flag]),
+        ] {
+            let why = plugin.node.node_stage_volume(world.stage(&asked)).await.unwrap_err();
+            assert_eq!(why.code(), Code::InvalidArgument, "{why}");
+            let words = why.message();
+            assert!(words.len() < 1000 && !words.chars().any(char::is_control), "{words:?}");
+            assert!(!words.contains(SECRET), "{words}");
+        }
+        // Paths that are no paths of kubelet's.
+        for path in [
+            &*world.target(&long),
+            &*world.target("pods/../staging"),
+            &*world.target("a\u{1b}[2J"),
+            "/",
+            "staging",
+        ] {
+            let stage = csi::NodeStageVolumeRequest {
+                staging_target_path: path.to_owned(),
+                ..world.stage(&file_system("ext4"))
+            };
+            let why = plugin.node.node_stage_volume(stage).await.unwrap_err();
+            assert!(why.message().len() < 1000 && !why.message().chars().any(char::is_control), "{why:?}");
+        }
+        // Where nobody looks for one: whatever comes of the call, it is told nowhere.
+        let secret = || [("passphrase".to_owned(), SECRET.to_owned())];
+        let published = csi::NodePublishVolumeRequest {
+            secrets: secret().into(),
+            volume_context: secret().into(),
+            publish_context: secret().into(),
+            ..world.publish("pods/secret", &block())
+        };
+        let expand = csi::NodeExpandVolumeRequest {
+            volume_id: world.volume_id.clone(),
+            volume_path: world.target("pods/secret"),
+            secrets: secret().into(),
+            ..Default::default()
+        };
+        let by_id = csi::NodeUnstageVolumeRequest { volume_id: SECRET.to_owned(), ..world.unstage() };
+        let outcomes = [
+            plugin.node.node_publish_volume(published).await.map(drop),
+            plugin.node.node_expand_volume(expand).await.map(drop),
+            plugin.node.node_unstage_volume(by_id).await.map(drop),
+        ];
+        for why in outcomes.into_iter().filter_map(Result::err) {
+            assert!(!why.message().contains(SECRET), "{why}");
+        }
+        plugin.node.node_unpublish_volume(world.unpublish("pods/secret")).await.unwrap();
+        plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
+        assert!(world.node.state().attachments.is_empty(), "nothing of all this made a disk");
+        assert!(!world.path("kubelet/staging").exists() && world.mounts("staging").is_empty());
+        let log = world.log();
+        assert!(!log.contains(SECRET) && !log.contains(escape), "{log}");
+    });
+}
+
+/// What becomes of an image that a program crashes on.
+#[test]
+fn an_image_that_crashes_its_fsck_is_not_mounted() {
+    in_own_namespace(|| async {
+        let Some(bytes) = size_of("ext4") else { return };
+        let Some(world) = World::new(bytes) else { return };
+        let mut plugin = world.plugin().await;
+        plugin.node.node_stage_volume(world.stage(&file_system("ext4"))).await.unwrap();
+        plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
+        for signal in ["SEGV", "ABRT", "KILL"] {
+            world.wrap("e2fsck", &format!("kill -{signal} $$"));
+            let staged = plugin.node.node_stage_volume(world.stage(&file_system("ext4"))).await;
+            refused(staged, Code::FailedPrecondition, "signal");
+            assert_eq!(world.mounts("staging").len(), 0);
+        }
+        fs::remove_file(world.path("bin/e2fsck")).unwrap();
+        plugin.node.node_stage_volume(world.stage(&file_system("ext4"))).await.unwrap();
+        plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
+    });
+}
+
+#[test]
 fn kubelet_is_told_the_zone_and_a_private_directory_is_refused() {
     in_own_namespace(|| async {
         let Some(world) = World::new(16 * MIB) else { return };
         let mut plugin = world.plugin().await;
         let info = plugin.node.node_get_info(csi::NodeGetInfoRequest {}).await.unwrap().into_inner();
-        assert_eq!((info.node_id.as_str(), info.max_volumes_per_node), ("node-1", 256));
+        assert_eq!((info.node_id.as_str(), info.max_volumes_per_node), ("node-1", 64));
         assert_eq!(info.accessible_topology.unwrap().segments["topology.volnode.io/zone"], "z1");
         let storage = csi::NodeGetStorageHealthRequest::default();
         let health = plugin.node.node_get_storage_health(storage).await.unwrap().into_inner();

@@ -1,10 +1,10 @@
 //! `volcsi` as a process, as kubelet and its sidecars meet it: who it is, registration, the health check, starting and ending.
 
-use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::fs;
+use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use proto::csi::registration::registration_client::RegistrationClient;
@@ -18,7 +18,7 @@ use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::fake_server::FakeServer;
-use crate::launch::{NODE_ID, NodeDaemon, program};
+use crate::launch::{NODE_ID, NodeDaemon, program, start_volcsi};
 
 const SECRET: &str = "correct-horse-battery-staple";
 const HOST_SOCKET: &str = "/var/lib/kubelet/plugins/csi.volnode.io/csi.sock";
@@ -42,11 +42,10 @@ impl Plugin {
     }
 
     fn start(dir: &Path, node_socket: &Path) -> Self {
-        let log = File::create(dir.join("log")).unwrap();
-        let mut child = Self::command(dir, node_socket).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
-        let mut ready = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
-        assert_eq!(ready, format!("volcsi ready: {}\n", dir.join("csi.sock").display()));
+        // One log for each.
+        fs::remove_file(dir.join("log")).ok();
+        let mut command = Self::command(dir, node_socket);
+        let child = start_volcsi(&mut command, &dir.join("csi.sock"), &dir.join("log"));
         Self { child, dir: dir.to_owned() }
     }
 

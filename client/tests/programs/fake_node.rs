@@ -176,6 +176,7 @@ impl Node for Service {
         Ok(Response::new(v1::GetNodeInfoResponse {
             node_id: "node-1".to_owned(),
             labels: [("topology.volnode.io/zone".to_owned(), "z1".to_owned())].into(),
+            max_volumes: 64,
             ..Default::default()
         }))
     }
@@ -299,7 +300,13 @@ impl FakeNode {
 
     /// What the only disk is from now on.
     pub(crate) fn becomes(&self, state: v1::DeviceState) {
-        self.state().attachments[0].set_state(state);
+        let mut node = self.state();
+        let attachment = &mut node.attachments[0];
+        attachment.set_state(state);
+        attachment.state_reason = match state {
+            v1::DeviceState::Failed => "the server at 127.0.0.1:1 says: the attachment has ended".to_owned(),
+            _ => String::new(),
+        };
     }
 }
 

@@ -54,12 +54,13 @@ impl Nodes {
     ) -> Result<v1::RegisteredNode, Status> {
         self.registrations.push(request.clone());
         self.look()?;
-        let v1::RegisterNodeRequest { node_id, boot_id, version, labels } = request;
+        let v1::RegisterNodeRequest { node_id, boot_id, version, labels, max_volumes, .. } = request;
         let node = v1::RegisteredNode {
             node_id: node_id.clone(),
             boot_id,
             version,
             labels,
+            max_volumes,
             registered_at_ms: 1_772_366_399_000,
             last_seen_at_ms: 1_772_366_399_000,
             ..Default::default()

@@ -512,12 +512,13 @@ impl Management for Service {
         &self,
         request: Request<v1::ListSnapshotsRequest>,
     ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
-        let v1::ListSnapshotsRequest { volume_name, page_token, .. } = request.into_inner();
+        let v1::ListSnapshotsRequest { volume_name, page_token, name, .. } = request.into_inner();
         let state = self.0.lock().unwrap();
         let key = |one: &v1::Snapshot| format!("{}/{}", one.volume_name, one.name);
         let all = state.copies.snapshots.values();
         let mut rest = all
-            .filter(|one| (volume_name.is_empty() || one.volume_name == volume_name) && key(one) > page_token)
+            .filter(|one| volume_name.is_empty() || one.volume_name == volume_name)
+            .filter(|one| (name.is_empty() || one.name == name) && key(one) > page_token)
             .cloned();
         let snapshots: Vec<v1::Snapshot> = rest.by_ref().take(PAGE_VOLUMES).collect();
         let last = snapshots.last().map(key).unwrap_or_default();

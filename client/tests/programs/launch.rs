@@ -87,6 +87,19 @@ pub(crate) fn program(path: &str) -> Command {
     command
 }
 
+/// Starts volcsi, whose command has its options already, and waits until it is ready at its socket; its log is put behind what is in the
+/// file. Whoever has it ends it.
+#[track_caller]
+pub(crate) fn start_volcsi(command: &mut Command, socket: &Path, log: &Path) -> Child {
+    let file = File::options().create(true).append(true).open(log).unwrap();
+    let mut child = command.stdout(Stdio::piped()).stderr(file).spawn().unwrap();
+    let mut ready = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+    let logged = || fs::read_to_string(log).unwrap();
+    assert_eq!(ready, format!("volcsi ready: {}\n", socket.display()), "{}", logged());
+    child
+}
+
 /// A pipe with no room; its other end has to be kept.
 pub(crate) fn full_pipe() -> (OwnedFd, OwnedFd) {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();

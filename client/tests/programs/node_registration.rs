@@ -70,12 +70,12 @@ fn a_node_registers_with_its_labels_and_tells_of_its_disks_and_soon_of_their_cha
     let began = Instant::now();
     let _claim = client::node::device_process::claim(&folder.dir).unwrap();
     let mut command = NodeDaemon::command(run_dir.path(), &server.uri());
-    command.args(["--label", "topology.volnode.io/zone=z1", "--label", "rack=7"]);
+    command.args(["--label", "topology.volnode.io/zone=z1", "--label", "rack=7", "--max-volumes", "7"]);
     let daemon = start(command, run_dir.path(), &server);
 
     let node = wait_for(&server.state, "a registration", |nodes| nodes.registered.get(NODE_ID).cloned());
     assert_eq!((node.boot_id, node.version.as_str()), (boot_id().unwrap(), env!("CARGO_PKG_VERSION")));
-    assert_eq!(node.labels.len(), 2);
+    assert_eq!((node.labels.len(), node.max_volumes), (2, 7));
     assert_eq!((node.labels["topology.volnode.io/zone"].as_str(), node.labels["rack"].as_str()), ("z1", "7"));
     let first = wait_for(&server.state, "a heartbeat", |nodes| nodes.heartbeats.first().cloned());
     assert_eq!((first.node_id.as_str(), first.boot_id), (NODE_ID, boot_id().unwrap()));
@@ -257,5 +257,7 @@ fn a_variable_of_labels_may_have_empty_pieces() {
         let _daemon = start(command, run_dir.path(), &server);
         let node = wait_for(&server.state, "a registration", |nodes| nodes.registered.get(NODE_ID).cloned());
         assert_eq!(node.labels.len(), labels, "{variable:?}");
+        // What this machine's driver allows.
+        assert!((1..=256).contains(&node.max_volumes), "{}", node.max_volumes);
     }
 }

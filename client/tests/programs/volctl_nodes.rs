@@ -44,6 +44,7 @@ fn with_nodes() -> FakeServer {
         labels: labels.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
         disks: vec![disk],
         disk_count: Some(1),
+        max_volumes: 64,
         conditions: vec![condition],
         ..node("node-a", 1, Some(3_000))
     };
@@ -60,10 +61,10 @@ fn with_nodes() -> FakeServer {
 fn nodes_are_listed_through_every_page_and_silent_ones_marked() {
     let server = with_nodes();
     let listed = run(&server, &["node", "list"]).expect_success().stdout;
-    let lines = "NAME    BOOT    VERSION  LAST-SEEN                              DISKS  LABELS\n\
-                 node-a  boot-1  0.1.0    3s ago                                 1      rack=7 topology.volnode.io/zone=z1\n\
-                 node-b  -       -        2h ago (silent)                        -      -\n\
-                 node-c  -       -        not since the server started (silent)  0      -\n";
+    let lines = "NAME    BOOT    VERSION  LAST-SEEN                              DISKS  MAX-VOLUMES  LABELS\n\
+                 node-a  boot-1  0.1.0    3s ago                                 1      64           rack=7 topology.volnode.io/zone=z1\n\
+                 node-b  -       -        2h ago (silent)                        -      -            -\n\
+                 node-c  -       -        not since the server started (silent)  0      -            -\n";
     assert_eq!(listed, lines);
     let json = run(&server, &["node", "list", "--output", "json"]).expect_success().json();
     let silent: Vec<bool> =
@@ -71,6 +72,7 @@ fn nodes_are_listed_through_every_page_and_silent_ones_marked() {
     assert_eq!(silent, [false, true, true]);
     assert_eq!((&json[0]["disk_count"], &json[0]["labels"]["rack"]), (&1.into(), &"7".into()));
     assert_eq!((&json[1]["disk_count"], &json[2]["disk_count"]), (&serde_json::Value::Null, &0.into()));
+    assert_eq!((&json[0]["max_volumes"], &json[1]["max_volumes"]), (&64.into(), &serde_json::Value::Null));
     assert!(json[0].get("disks").is_none(), "{json}");
     let none = run(&FakeServer::start(), &["node", "list", "--output", "json"]).expect_success();
     assert_eq!(none.stdout, "[]\n");
@@ -81,9 +83,10 @@ fn a_node_is_shown_with_its_disks_and_what_is_wrong() {
     let server = with_nodes();
     let shown = run(&server, &["node", "show", "node-a"]).expect_success().stdout;
     for part in [
-        "name:        node-a\n",
-        "last seen:   3s ago\n",
-        "registered:  2026-03-01T11:59:59Z\n",
+        "name:         node-a\n",
+        "last seen:    3s ago\n",
+        "max volumes:  64\n",
+        "registered:   2026-03-01T11:59:59Z\n",
         "4c1ba8b2-3c5b-4f5d-9a3b-0d2d0a1f9f11  stalled  2026-03-01T11:59:59Z  no answer\n",
         "error     root   start it as root\n",
     ] {

@@ -2,8 +2,8 @@
 //!
 //! One row for a volume and a node, by the volume's uid: a rename keeps it. Never decides which of them go together;
 //! `lifecycle/grants.rs` does, with the volume's name locked. What has to be one with a grant is in one transaction here: that it goes
-//! with the end of what was attached under it ([`Catalog::withdraw_grant`]), and that it is there when an attachment is made under it
-//! (`require`, for `attachments.rs`).
+//! with the end of what was attached under it ([`Catalog::withdraw_grant`]), that it is there when an attachment is made under it
+//! (`require`, for `attachments.rs`), and that its node has room for one more volume ([`Catalog::add_grant`]).
 
 use rusqlite::{Connection, OptionalExtension as _, Row, TransactionBehavior};
 use uuid::Uuid;
@@ -82,11 +82,29 @@ pub(super) fn require(
     if is_granted { Ok(()) } else { Err(CatalogError::NotGranted(volume_uid)) }
 }
 
+/// Makes sure, in the transaction that makes a grant, that the node has room for the volume. What is attached to it counts, granted or
+/// not, and so does a snapshot: each is a disk there. A node that has not registered has no limit.
+fn require_room(db: &Connection, volume_uid: Uuid, node_id: &str) -> Result<(), CatalogError> {
+    let mut limit = db.prepare_cached("SELECT max_volumes FROM nodes WHERE node_id = ?1")?;
+    let max_volumes: u32 = limit.query_row([node_id], |row| row.get(0)).optional()?.unwrap_or(0);
+    if max_volumes == 0 {
+        return Ok(());
+    }
+    let mut count = db.prepare_cached(
+        "SELECT count(*) FROM (SELECT volume_uid FROM grants WHERE node_id = ?1 \
+         UNION SELECT volume_uid FROM attachments WHERE node_id = ?1 \
+         UNION SELECT volume_uid FROM shared_attachments WHERE node_id = ?1 \
+         UNION SELECT volume_uid FROM snapshot_attachments WHERE node_id = ?1) WHERE volume_uid <> ?2",
+    )?;
+    let volumes: u32 = count.query_row((node_id, volume_uid.to_string()), |row| row.get(0))?;
+    if volumes < max_volumes { Ok(()) } else { Err(CatalogError::NodeFull { volumes, max_volumes }) }
+}
+
 impl Catalog {
     /// Writes a grant down. The node has none of the volume.
     ///
     /// # Errors
-    /// [`CatalogError::VolumeNotFound`] where the volume is not ready; SQLite's.
+    /// [`CatalogError::VolumeNotFound`] where the volume is not ready; [`CatalogError::NodeFull`]; SQLite's.
     pub fn add_grant(
         &self,
         volume_uid: Uuid,
@@ -94,7 +112,10 @@ impl Catalog {
         read_only: bool,
     ) -> Result<GrantRecord, CatalogError> {
         let created_at_ms = now_ms();
-        let added = self.state().db.execute(
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        require_room(&transaction, volume_uid, node_id)?;
+        let added = transaction.execute(
             "INSERT INTO grants (volume_uid, node_id, read_only, created_at_ms) \
              SELECT volume_uid, ?2, ?3, ?4 FROM volumes WHERE volume_uid = ?1 AND state = 'ready'",
             (volume_uid.to_string(), node_id, read_only, created_at_ms),
@@ -102,6 +123,7 @@ impl Catalog {
         if added == 0 {
             return Err(CatalogError::VolumeNotFound(volume_uid));
         }
+        transaction.commit()?;
         Ok(GrantRecord { volume_uid, node_id: node_id.to_owned(), read_only, created_at_ms })
     }
 

@@ -154,6 +154,14 @@ pub enum CatalogError {
     /// The attachment was to be made under a grant, and the node has none of the volume, or one to read only.
     #[error("volume {0} is not granted to the node")]
     NotGranted(Uuid),
+    /// The node of a grant that was to be made has as many volumes as it can have.
+    #[error("the node has {volumes} volumes, and can have {max_volumes}")]
+    NodeFull {
+        /// Granted or attached to it.
+        volumes: u32,
+        /// As it registered.
+        max_volumes: u32,
+    },
     /// No attachment has that identity, or it is ending.
     #[error("no attachment {0}")]
     AttachmentNotFound(Uuid),
@@ -301,7 +309,7 @@ impl Catalog {
         schema::add_columns(&mut db)?;
         db.execute_batch(adopted::TABLE)?;
         db.execute_batch(thin::TABLE)?;
-        db.execute_batch(nodes::TABLE)?;
+        nodes::prepare(&db)?;
         db.execute_batch(grants::TABLE)?;
         changes::prepare(&mut db)?;
         let changes = changes::notify(&mut db)?;

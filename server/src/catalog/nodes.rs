@@ -4,12 +4,12 @@
 
 use std::collections::BTreeMap;
 
-use rusqlite::{OptionalExtension as _, Row};
+use rusqlite::{Connection, OptionalExtension as _, Row};
 
-use super::{Catalog, CatalogError, now_ms};
+use super::{Catalog, CatalogError, now_ms, schema};
 
 /// Table that came after the first format; older programs leave it alone.
-pub(super) const TABLE: &str = "
+const TABLE: &str = "
 CREATE TABLE IF NOT EXISTS nodes (
     node_id           TEXT    PRIMARY KEY NOT NULL,
     boot_id           TEXT    NOT NULL,
@@ -18,6 +18,12 @@ CREATE TABLE IF NOT EXISTS nodes (
     registered_at_ms  INTEGER NOT NULL
 ) STRICT;
 ";
+
+/// Makes the table, with what came to it later.
+pub(super) fn prepare(db: &Connection) -> Result<(), CatalogError> {
+    db.execute_batch(TABLE)?;
+    schema::add_column(db, "nodes", "max_volumes", "INTEGER NOT NULL DEFAULT 0")
+}
 
 /// What a node says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -30,6 +36,8 @@ pub struct NodeFacts {
     pub version: String,
     /// Where and what it is.
     pub labels: BTreeMap<String, String>,
+    /// How many volumes it can have; 0: no limit.
+    pub max_volumes: u32,
 }
 
 /// A node that has registered.
@@ -41,13 +49,14 @@ pub struct NodeRecord {
     pub registered_at_ms: i64,
 }
 
-const SELECT: &str = "SELECT node_id, boot_id, version, labels, registered_at_ms FROM nodes";
+const SELECT: &str = "SELECT node_id, boot_id, version, labels, registered_at_ms, max_volumes FROM nodes";
 
 fn record(row: &Row<'_>) -> Result<NodeRecord, CatalogError> {
     let labels: String = row.get(3)?;
     let damaged = |_| CatalogError::Damaged { table: "nodes", column: "labels" };
     let labels = serde_json::from_str(&labels).map_err(damaged)?;
-    let facts = NodeFacts { node_id: row.get(0)?, boot_id: row.get(1)?, version: row.get(2)?, labels };
+    let (node_id, boot_id, version, max_volumes) = (row.get(0)?, row.get(1)?, row.get(2)?, row.get(5)?);
+    let facts = NodeFacts { node_id, boot_id, version, labels, max_volumes };
     Ok(NodeRecord { facts, registered_at_ms: row.get(4)? })
 }
 
@@ -65,9 +74,17 @@ impl Catalog {
             facts.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         let registered_at_ms = known.map_or_else(now_ms, |known| known.registered_at_ms);
         self.state().db.execute(
-            "INSERT INTO nodes (node_id, boot_id, version, labels, registered_at_ms) VALUES (?1, ?2, ?3, ?4, ?5) \
-             ON CONFLICT (node_id) DO UPDATE SET boot_id = ?2, version = ?3, labels = ?4",
-            (&facts.node_id, &facts.boot_id, &facts.version, labels.to_string(), registered_at_ms),
+            "INSERT INTO nodes (node_id, boot_id, version, labels, registered_at_ms, max_volumes) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6) \
+             ON CONFLICT (node_id) DO UPDATE SET boot_id = ?2, version = ?3, labels = ?4, max_volumes = ?6",
+            (
+                &facts.node_id,
+                &facts.boot_id,
+                &facts.version,
+                labels.to_string(),
+                registered_at_ms,
+                facts.max_volumes,
+            ),
         )?;
         Ok(NodeRecord { facts: facts.clone(), registered_at_ms })
     }

@@ -153,6 +153,8 @@ pub struct SnapshotFilter {
     pub volume_name: Option<String>,
     /// Only of this group.
     pub group_uid: Option<Uuid>,
+    /// Only those of this name.
+    pub name: Option<String>,
 }
 
 /// Where a snapshot stands in lists.

@@ -97,6 +97,7 @@ CREATE TABLE IF NOT EXISTS snapshots (
     content           TEXT    NOT NULL,
     UNIQUE (volume_uid, name)
 ) STRICT;
+CREATE INDEX IF NOT EXISTS snapshots_of_name ON snapshots (name);
 ";
 
 /// A table that came later: who shares a volume with the one in `attachments`. A volume that an older program deletes takes its rows
@@ -149,18 +150,28 @@ END;
 pub(super) fn add_columns(db: &mut Connection) -> Result<(), CatalogError> {
     db.execute_batch(SNAPSHOTS)?;
     for (table, column, declaration) in ADDED_COLUMNS {
-        let is_there: bool = db.query_row(
-            "SELECT count(*) FROM pragma_table_info(?1) WHERE name = ?2",
-            (table, column),
-            |row| row.get(0),
-        )?;
-        if !is_there {
-            db.execute_batch(&format!("ALTER TABLE {table} ADD COLUMN {column} {declaration}"))?;
-        }
+        add_column(db, table, column, declaration)?;
     }
     db.execute_batch(SHARED_ATTACHMENTS)?;
     db.execute_batch(OLDER_PROGRAMS_WRITE)?;
     Ok(db.execute_batch(SNAPSHOT_ATTACHMENTS)?)
+}
+
+/// Adds a column to a table that is there, unless it has it.
+pub(super) fn add_column(
+    db: &Connection,
+    table: &str,
+    column: &str,
+    declaration: &str,
+) -> Result<(), CatalogError> {
+    let is_there: bool =
+        db.query_row("SELECT count(*) FROM pragma_table_info(?1) WHERE name = ?2", (table, column), |row| {
+            row.get(0)
+        })?;
+    if !is_there {
+        db.execute_batch(&format!("ALTER TABLE {table} ADD COLUMN {column} {declaration}"))?;
+    }
+    Ok(())
 }
 
 /// Makes the tables in an empty database, unless there are volumes already; or checks that the ones there can be used.

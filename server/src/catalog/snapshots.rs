@@ -143,9 +143,11 @@ impl Catalog {
         limit: u32,
     ) -> Result<Vec<(SnapshotRecord, SnapshotState)>, CatalogError> {
         let state = self.state();
+        // In words of its own, so that an index finds them.
+        let of_name = if filter.name.is_some() { "snapshots.name = ?7" } else { "?7 IS NULL" };
         let mut query = state.db.prepare_cached(&format!(
             "SELECT {COLUMNS} FROM {FROM} \
-             WHERE (coalesce(volumes.name, ''), snapshots.name, snapshot_uid) > (?1, ?2, ?3) \
+             WHERE {of_name} AND (coalesce(volumes.name, ''), snapshots.name, snapshot_uid) > (?1, ?2, ?3) \
              AND snapshots.state IN ('creating', 'ready') \
              AND (?4 IS NULL OR volumes.name = ?4 OR 'uid:' || volumes.volume_uid = ?4) AND (?5 IS NULL OR group_uid = ?5) \
              ORDER BY coalesce(volumes.name, ''), snapshots.name, snapshot_uid LIMIT ?6"
@@ -157,6 +159,7 @@ impl Catalog {
             filter.volume_name.as_deref(),
             filter.group_uid.map(|uid| uid.to_string()),
             limit,
+            filter.name.as_deref(),
         );
         let rows = query.query_map(values, |row: &Row<'_>| Ok(records::snapshot(row)))?;
         rows.map(|row| row?).collect()

@@ -2,6 +2,7 @@
 
 mod adopted;
 mod grants;
+mod nodes;
 
 use std::collections::BTreeSet;
 
@@ -574,10 +575,15 @@ fn snapshots_are_listed_in_order_and_go_on_behind_one() {
         names.extend(page.iter().map(|(snapshot, _)| format!("{}@{}", snapshot.volume_name, snapshot.name)));
     }
     assert_eq!(names, ["@x", "@x", "a@x", "a@z", "b@x"]);
-    let filter = SnapshotFilter { volume_name: Some("b".to_owned()), group_uid: None };
+    let filter = SnapshotFilter { volume_name: Some("b".to_owned()), ..SnapshotFilter::default() };
     assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), 1);
     let group_uid = Some(catalog.snapshot_by_export_name("a@z").unwrap().unwrap().group_uid);
-    let filter = SnapshotFilter { volume_name: None, group_uid };
+    let filter = SnapshotFilter { group_uid, ..SnapshotFilter::default() };
     assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), 1);
+    for (name, volume_name, count) in [("x", None, 4), ("z", None, 1), ("y", None, 0), ("x", Some("a"), 1)] {
+        let (name, volume_name) = (Some(name.to_owned()), volume_name.map(str::to_owned));
+        let filter = SnapshotFilter { name, volume_name, ..SnapshotFilter::default() };
+        assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), count);
+    }
     assert_eq!(catalog.snapshot_count(a.volume_uid).unwrap(), 2);
 }

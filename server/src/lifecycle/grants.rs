@@ -9,7 +9,7 @@
 
 use super::volumes::{nodes_of, nodes_told};
 use super::{DataSide, Lifecycle, LifecycleError, NameLock, SettingsError};
-use crate::catalog::{AttachmentRecord, GrantRecord, VolumeRecord, VolumeState};
+use crate::catalog::{AttachmentRecord, CatalogError, GrantRecord, VolumeRecord, VolumeState};
 
 /// Which node is to have a volume, and how.
 #[derive(Debug, Clone, Default)]
@@ -68,6 +68,20 @@ pub enum GrantsError {
         /// How it has it.
         read_only: bool,
     },
+    /// The node can have no more volumes.
+    #[error(
+        "node {node_id} has {volumes} volumes, and can have {max_volumes}: volume {name} is not granted to it"
+    )]
+    NodeFull {
+        /// The volume.
+        name: String,
+        /// The node.
+        node_id: String,
+        /// What is granted or attached to it.
+        volumes: u32,
+        /// As it registered.
+        max_volumes: u32,
+    },
 }
 
 fn mode(read_only: bool) -> &'static str {
@@ -113,7 +127,7 @@ impl<D: DataSide> Lifecycle<D> {
     /// # Errors
     /// [`LifecycleError::VolumeNotFound`]; [`NodesError::NotFound`]: the node has to be registered; [`GrantsError::Differently`];
     /// [`GrantsError::Granted`] and [`LifecycleError::VolumeAttached`]: another node is in the way, or what the node itself has attached
-    /// and writes to; [`SettingsError::ReadOnly`];
+    /// and writes to; [`SettingsError::ReadOnly`]; [`GrantsError::NodeFull`];
     /// [`LifecycleError::Unfenced`]: repeat the call; the catalog's failure.
     ///
     /// [`NodesError::NotFound`]: super::NodesError::NotFound
@@ -149,7 +163,13 @@ impl<D: DataSide> Lifecycle<D> {
             return Err(LifecycleError::VolumeAttached { name, node_id: nodes_of(&held) });
         }
         let add = || self.catalog.add_grant(volume.volume_uid, node_id, *read_only);
-        let grant = self.while_registered(node_id, *node_must_be_registered, add)?;
+        let grant = match self.while_registered(node_id, *node_must_be_registered, add) {
+            Err(LifecycleError::Catalog(CatalogError::NodeFull { volumes, max_volumes })) => {
+                let node_id = node_id.clone();
+                return Err(GrantsError::NodeFull { name, node_id, volumes, max_volumes }.into());
+            }
+            added => added?,
+        };
         tracing::info!(name, node_id, read_only, "volume granted");
         Ok((volume, grant))
     }

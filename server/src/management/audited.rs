@@ -101,7 +101,7 @@ audited! { calls {
     mark_snapshots_frozen(MarkSnapshotsFrozenRequest) -> MarkSnapshotsFrozenResponse, "MarkSnapshotsFrozen": freeze_id;
     create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse, "CreateSnapshot": volume_names, name;
     get_snapshot(GetSnapshotRequest) -> Snapshot, "GetSnapshot": volume_name, name, snapshot_uid;
-    list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse, "ListSnapshots": volume_name, group_uid;
+    list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse, "ListSnapshots": volume_name, group_uid, name;
     delete_snapshot(DeleteSnapshotRequest) -> DeleteSnapshotResponse, "DeleteSnapshot": volume_name, name, snapshot_uid;
     restore_volume(RestoreVolumeRequest) -> RestoreVolumeResponse, "RestoreVolume": volume_name, snapshot_name;
     clone_volume(CloneVolumeRequest) -> CloneVolumeResponse, "CloneVolume":

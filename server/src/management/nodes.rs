@@ -38,6 +38,7 @@ impl<D: DataSide> ManagementService<D> {
             boot_id: fields.boot_id("boot_id", request.boot_id),
             version: fields.word("version", request.version, WORD_BYTES_MAX),
             labels: settings_fields::new_labels(&mut fields, request.labels),
+            max_volumes: request.max_volumes,
         };
         fields.finish()?;
         let answer = self.blocking(move |lifecycle| {
@@ -143,7 +144,7 @@ impl Fields {
 }
 
 fn message(record: NodeRecord, seen: NodeSeen) -> v1::RegisteredNode {
-    let NodeFacts { node_id, boot_id, version, labels } = record.facts;
+    let NodeFacts { node_id, boot_id, version, labels, max_volumes } = record.facts;
     let disk = |disk: NodeDisk| v1::NodeDisk {
         attachment_id: disk.attachment_id.to_string(),
         state: disk.state,
@@ -167,5 +168,6 @@ fn message(record: NodeRecord, seen: NodeSeen) -> v1::RegisteredNode {
         disks: seen.disks.into_iter().map(disk).collect(),
         conditions: seen.conditions.into_iter().map(condition).collect(),
         last_seen_age_ms,
+        max_volumes,
     }
 }

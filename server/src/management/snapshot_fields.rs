@@ -16,10 +16,16 @@ use crate::lifecycle::{CloneOf, CloneWanted, SnapshotNamed};
 const GROUP_VOLUMES_MAX: usize = 64;
 
 impl Fields {
-    pub(super) fn snapshot_filter(&mut self, volume_name: String, group_uid: &str) -> SnapshotFilter {
+    pub(super) fn snapshot_filter(
+        &mut self,
+        volume_name: String,
+        group_uid: &str,
+        name: String,
+    ) -> SnapshotFilter {
         SnapshotFilter {
             volume_name: (!volume_name.is_empty()).then(|| self.volume("volume_name", volume_name)),
             group_uid: (!group_uid.is_empty()).then(|| self.uuid("group_uid", group_uid)),
+            name: (!name.is_empty()).then(|| self.snapshot_name("name", name)),
         }
     }
 

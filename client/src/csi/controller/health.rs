@@ -1,20 +1,14 @@
 //! Health of volumes, from what the storage server knows and what the nodes' last heartbeats told it.
 //!
-//! Owns the mapping:
+//! Owns what the server knows of a volume itself, beside what its disks' states mean (`disk_health`):
 //!
 //! | what is known | status | reason |
 //! | --- | --- | --- |
-//! | a disk waits for the server | DEGRADED | `ServerUnreachable` |
-//! | a disk fails I/O until the server is back | INACCESSIBLE | `ServerUnreachable` |
-//! | a disk's server forgot writes that it had acknowledged | DATA_LOSS | `UnflushedWritesLost` |
-//! | the server lets a disk in no more, whose attachment it has still | INACCESSIBLE | `Fenced` |
-//! | a disk fails for another reason | INACCESSIBLE | `DeviceFailed` |
-//! | a disk's process is dead | INACCESSIBLE | `DeviceProcessDead` |
 //! | an adopted device cannot be served | INACCESSIBLE | `BackingDeviceUnusable` |
 //! | the server's file system is full, and the volume is in a file there | DEGRADED | `StorageFull` |
 //!
-//! A disk that is starting, stopping or live is well. What a node told last holds until it tells something else. A disk
-//! whose attachment has ended is no longer the volume's, and nothing is told of it. Called by the service.
+//! What a node told last holds until it tells something else. A disk whose attachment has ended is no longer the volume's, and nothing is
+//! told of it. Called by the service.
 
 use std::collections::BTreeMap;
 
@@ -29,7 +23,7 @@ use super::lists;
 use super::names;
 use super::refusal::Refusal;
 use super::volumes;
-use crate::contract::state_reasons;
+use crate::csi::disk_health::of_disk;
 
 /// Nodes by their id; `None`: the server knows no such node.
 type Nodes = BTreeMap<String, Option<v1::RegisteredNode>>;
@@ -103,7 +97,7 @@ fn of_volume(volume: &v1::Volume, nodes: &Nodes, space: Option<&v1::StorageSpace
         let Some(node) = nodes.get(&attachment.node_id).and_then(Option::as_ref) else { continue };
         let of_attachment = |disk: &&v1::NodeDisk| disk.attachment_id == attachment.attachment_id;
         if let Some(disk) = node.disks.iter().find(of_attachment)
-            && let Some(what) = of_disk(disk)
+            && let Some(what) = of_disk(&disk.state, &disk.state_reason)
         {
             let message = format!("node {}: {} ({})", node.node_id, disk.state_reason, disk.state);
             found.entry(what).or_default().push(message);
@@ -125,24 +119,6 @@ fn of_volume(volume: &v1::Volume, nodes: &Nodes, space: Option<&v1::StorageSpace
     };
     let health_statuses = found.into_iter().map(entry).collect();
     csi::VolumeHealth { volume_id: volume.volume_uid.clone(), health_statuses }
-}
-
-/// What a disk's state means for its volume.
-fn of_disk(disk: &v1::NodeDisk) -> Option<(Status, &'static str)> {
-    let reason = disk.state_reason.as_str();
-    match disk.state.as_str() {
-        "stalled" if reason.starts_with(state_reasons::IO_FAILS) => {
-            Some((Status::Inaccessible, "ServerUnreachable"))
-        }
-        "stalled" => Some((Status::Degraded, "ServerUnreachable")),
-        "failed" if reason.starts_with(state_reasons::WRITES_LOST) => {
-            Some((Status::DataLoss, "UnflushedWritesLost"))
-        }
-        "failed" if state_reasons::is_the_servers(reason) => Some((Status::Inaccessible, "Fenced")),
-        "failed" => Some((Status::Inaccessible, "DeviceFailed")),
-        "dead" => Some((Status::Inaccessible, "DeviceProcessDead")),
-        _ => None,
-    }
 }
 
 #[cfg(test)]
@@ -176,29 +152,6 @@ mod tests {
             backend: v1::Backend::File.into(),
             attachments: attachments.iter().map(attachment).collect(),
             ..Default::default()
-        }
-    }
-
-    #[test]
-    fn every_state_of_a_disk_means_what_the_table_says() {
-        let (waits, fails, lost) =
-            (state_reasons::IO_WAITS, state_reasons::IO_FAILS, state_reasons::WRITES_LOST);
-        for (state, reason, expected) in [
-            ("live", String::new(), None),
-            ("starting", String::new(), None),
-            ("stopping", String::new(), None),
-            ("stalled", format!("{waits}: no route"), Some((Status::Degraded, "ServerUnreachable"))),
-            ("stalled", format!("{fails}: no route"), Some((Status::Inaccessible, "ServerUnreachable"))),
-            ("failed", lost.to_owned(), Some((Status::DataLoss, "UnflushedWritesLost"))),
-            ("failed", "the server at s:1 says: ended".to_owned(), Some((Status::Inaccessible, "Fenced"))),
-            (
-                "failed",
-                "the disk was taken away by force".to_owned(),
-                Some((Status::Inaccessible, "DeviceFailed")),
-            ),
-            ("dead", "the device process died".to_owned(), Some((Status::Inaccessible, "DeviceProcessDead"))),
-        ] {
-            assert_eq!(of_disk(&disk("a", state, &reason)), expected, "{state} {reason}");
         }
     }
 

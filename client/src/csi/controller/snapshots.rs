@@ -55,9 +55,10 @@ pub(super) async fn create(
 
 /// Every snapshot of this name on the server, of whichever volume.
 pub(super) async fn named(call: &Call, name: &str) -> Result<Vec<v1::Snapshot>, Refusal> {
-    let (mut all, _) = lists::Wanted::of(0, String::new())?
-        .collect(|size, token| page(call, v1::ListSnapshotsRequest::default(), size, token))
-        .await?;
+    let of = v1::ListSnapshotsRequest { name: name.to_owned(), ..Default::default() };
+    let every = lists::Wanted::of(0, String::new())?;
+    let (mut all, _) = every.collect(|size, token| page(call, of.clone(), size, token)).await?;
+    // An older server gives those of other names as well.
     all.retain(|snapshot| snapshot.name == name);
     Ok(all)
 }

@@ -1,6 +1,6 @@
 //! How a volume is, and how much of it is used: NodeGetVolumeStats, NodeGetVolumeHealth, NodeGetStorageHealth.
 //!
-//! Owns: what of the node daemon's words is which condition of CSI. Never: asks a file system whose disk stalls, nor waits for one longer
+//! Owns: what of the node daemon's words is which condition of CSI, but for the states of disks (`disk_health`). Never: asks a file system whose disk stalls, nor waits for one longer
 //! than a second. Called by: `service`.
 
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use proto::csi::v1::volume_usage::Unit;
 use proto::csi::v1::{
     StorageHealthErrorType, VolumeCapability, VolumeHealth, VolumeHealthErrorType, VolumeUsage,
 };
-use proto::v1::{GetNodeInfoResponse, NodeAttachment, StallAction};
+use proto::v1::{GetNodeInfoResponse, NodeAttachment};
 use tonic::Status;
 
 use super::daemon::{Daemon, disk_of};
@@ -21,10 +21,11 @@ use super::inner::{Inner, blocking, look};
 use super::plan::{Disk, Place, Refusal};
 use super::request::{VolumeId, no_such_volume};
 use super::status;
-use crate::contract::state_reasons::WRITES_LOST;
+use crate::csi::disk_health::of_disk;
 use crate::csi::mountinfo::{self, MountEntry};
 use crate::csi::targets::TargetKind;
 use crate::csi::usage::{Amounts, Usage, UsageError, statfs};
+use crate::node::attachment_record::state_word;
 
 /// What a file system may take to tell how full it is.
 const USAGE_DEADLINE: Duration = Duration::from_secs(1);
@@ -115,7 +116,6 @@ fn told(usage: Usage) -> Vec<VolumeUsage> {
 
 /// What is wrong, by the node daemon's words and by what the kernel has mounted.
 fn conditions(attachment: &NodeAttachment, mounts: &[MountEntry]) -> Vec<VolumeHealthEntry> {
-    use VolumeHealthErrorType::{DataLoss, Degraded, Inaccessible};
     let why: String = attachment.state_reason.chars().take(SHOWN_CHARACTERS_MAX).collect();
     let entry = |status: VolumeHealthErrorType, reason: &str, message: String| VolumeHealthEntry {
         status: status.into(),
@@ -123,23 +123,14 @@ fn conditions(attachment: &NodeAttachment, mounts: &[MountEntry]) -> Vec<VolumeH
         message,
     };
     let mut found = Vec::new();
-    match disk_of(Some(attachment)) {
-        Disk::Stalled if attachment.on_stall() == StallAction::Fail => {
-            found.push(entry(Inaccessible, "ServerUnreachable", why));
-        }
-        Disk::Stalled => found.push(entry(Degraded, "ServerUnreachable", why)),
-        Disk::Failed if why.starts_with(WRITES_LOST) => {
-            found.push(entry(DataLoss, "UnflushedWritesLost", why));
-        }
-        Disk::Failed => found.push(entry(Inaccessible, "Fenced", why)),
-        Disk::Dead => found.push(entry(Inaccessible, "DeviceProcessDead", why)),
-        Disk::Serving | Disk::Leaving | Disk::Absent => {}
+    if let Some((status, reason)) = of_disk(state_word(attachment.state()), &attachment.state_reason) {
+        found.push(entry(status, reason, why));
     }
     // A file system that found itself damaged, or could not write, lets nobody write any more.
     let is_turned = |mount: &MountEntry| mount.is_file_system_read_only && mount.fs_type != "devtmpfs";
     if !attachment.read_only && mounts.iter().any(|mount| is_turned(mount) && !mount.is_read_only) {
         let message = "the file system has turned read-only after an error; see the kernel's log";
-        found.push(entry(Inaccessible, "FileSystemError", message.to_owned()));
+        found.push(entry(VolumeHealthErrorType::Inaccessible, "FileSystemError", message.to_owned()));
     }
     found
 }
@@ -169,7 +160,7 @@ fn storage_conditions(info: &GetNodeInfoResponse, reached: Result<(), String>) -
 mod tests {
     use std::path::PathBuf;
 
-    use proto::v1::{DataPathSupport, DeviceState};
+    use proto::v1::{DataPathSupport, DeviceState, StallAction};
 
     use super::*;
 
@@ -182,23 +173,17 @@ mod tests {
     }
 
     #[test]
-    fn each_state_is_a_condition_of_its_own() {
-        use VolumeHealthErrorType::{DataLoss, Degraded, Inaccessible};
-        let lost = format!("{WRITES_LOST}: I/O gets EIO");
-        let failing = NodeAttachment {
+    fn a_disk_that_is_not_well_is_told_in_the_daemons_words() {
+        let ended = "the server at s:1 says: the attachment has ended";
+        let failed = attachment(DeviceState::Failed, ended);
+        assert_eq!(words(&failed, &[]), [(VolumeHealthErrorType::Inaccessible, "Fenced".to_owned())]);
+        assert_eq!(conditions(&failed, &[])[0].message, ended);
+        // Its policy is to fail, and its time has not come.
+        let waits = NodeAttachment {
             on_stall: StallAction::Fail.into(),
-            ..attachment(DeviceState::Stalled, "no answer")
+            ..attachment(DeviceState::Stalled, "I/O waits: no route")
         };
-        for (attachment, status, reason) in [
-            (attachment(DeviceState::Stalled, "no answer"), Degraded, "ServerUnreachable"),
-            (failing, Inaccessible, "ServerUnreachable"),
-            (attachment(DeviceState::Failed, &lost), DataLoss, "UnflushedWritesLost"),
-            (attachment(DeviceState::Failed, "the attachment has ended"), Inaccessible, "Fenced"),
-            (attachment(DeviceState::Dead, "the device process died"), Inaccessible, "DeviceProcessDead"),
-        ] {
-            assert_eq!(words(&attachment, &[]), [(status, reason.to_owned())]);
-            assert_eq!(conditions(&attachment, &[])[0].message, attachment.state_reason);
-        }
+        assert_eq!(words(&waits, &[]), [(VolumeHealthErrorType::Degraded, "ServerUnreachable".to_owned())]);
         assert_eq!(words(&attachment(DeviceState::Live, ""), &[]), []);
     }
 

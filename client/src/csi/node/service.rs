@@ -49,7 +49,7 @@ pub struct NodeOptions {
     pub may_be_private: bool,
     /// Where the locks of jobs are: the same for every plugin of this machine.
     pub job_locks: PathBuf,
-    /// Told to kubelet; 0 leaves it to kubelet.
+    /// Kubelet is told no more; 0: what the node daemon says.
     pub max_volumes: u32,
 }
 
@@ -143,6 +143,14 @@ impl NodeService {
             outcome
         });
         finished.await.unwrap_or_else(|_| Err(Status::internal("the call has ended early; see volcsi's log")))
+    }
+}
+
+/// Of two limits the smaller one; 0 is none.
+fn smaller_limit(one: u32, other: u32) -> u32 {
+    match (one, other) {
+        (0, limit) | (limit, 0) => limit,
+        (one, other) => one.min(other),
     }
 }
 
@@ -338,7 +346,7 @@ impl v1::node_server::Node for NodeService {
                 zone.map(|zone| v1::Topology { segments: [(ZONE_KEY.to_owned(), zone.clone())].into() });
             Ok(v1::NodeGetInfoResponse {
                 node_id: info.node_id,
-                max_volumes_per_node: self.inner.max_volumes.into(),
+                max_volumes_per_node: smaller_limit(info.max_volumes, self.inner.max_volumes).into(),
                 accessible_topology,
             })
         })
@@ -349,6 +357,13 @@ impl v1::node_server::Node for NodeService {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_two_limits_the_smaller_one_is_told_and_none_is_no_number() {
+        for (one, other, expected) in [(0, 0, 0), (0, 5, 5), (5, 0, 5), (5, 3, 3), (3, 5, 3)] {
+            assert_eq!(smaller_limit(one, other), expected);
+        }
+    }
 
     #[test]
     fn a_private_directory_is_refused_by_name() {

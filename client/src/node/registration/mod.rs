@@ -7,6 +7,7 @@
 
 mod core;
 mod told;
+pub(super) mod volume_limit;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -37,14 +38,23 @@ const EXAMINE_INTERVAL: Duration = Duration::from_secs(300);
 /// What is to be done where the server does not take the caller for this node.
 const NEXT_OF_CERTIFICATE: &str = "issue the node daemon a certificate with the name volnode:node/NODE_ID";
 
+/// What a node is told to say of itself.
+#[derive(Debug, Clone, Default)]
+pub(super) struct NodeProfile {
+    /// What it is and where.
+    pub(super) labels: BTreeMap<String, String>,
+    /// How many volumes it can have; 0: no limit.
+    pub(super) max_volumes: u32,
+}
+
 /// Says who this node is and how it is, for as long as the daemon lives.
-pub(super) async fn keep_registered(supervisor: Arc<Supervisor>, labels: BTreeMap<String, String>) {
+pub(super) async fn keep_registered(supervisor: Arc<Supervisor>, profile: NodeProfile) {
     let (found, conditions) = watch::channel(Vec::new());
     let client = supervisor.management.clone();
     let reporter = Reporter {
         supervisor,
         client,
-        labels,
+        profile,
         // As for an attach: where it cannot be read, all boots are one.
         boot_id: contract::boot_id().unwrap_or_default(),
         conditions,
@@ -76,7 +86,7 @@ async fn keep_examined(found: watch::Sender<Vec<v1::NodeCondition>>) {
 struct Reporter {
     supervisor: Arc<Supervisor>,
     client: ManagementClient,
-    labels: BTreeMap<String, String>,
+    profile: NodeProfile,
     boot_id: String,
     /// What is wrong with this machine, as it was found last; nothing before somebody has looked.
     conditions: watch::Receiver<Vec<v1::NodeCondition>>,
@@ -120,7 +130,8 @@ impl Reporter {
             node_id: self.supervisor.config().node_id.clone(),
             boot_id: self.boot_id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            labels: self.labels.clone().into_iter().collect(),
+            labels: self.profile.labels.clone().into_iter().collect(),
+            max_volumes: self.profile.max_volumes,
         };
         let registered = async {
             // First, so that a server that comes in between is noticed by the first heartbeat.

@@ -12,7 +12,7 @@ use crate::node::attachment_record::{AttachmentRecord, state_word};
 use crate::node::error::NodeError;
 
 /// Disks in one heartbeat.
-const DISKS_MAX: usize = 256;
+pub(super) const DISKS_MAX: usize = 256;
 /// Bytes of a reason, and of what is wrong.
 const REASON_BYTES_MAX: usize = 512;
 /// Nothing can be attached here.
