@@ -74,7 +74,7 @@ impl Bench {
     }
 
     async fn get(&mut self, name: &str) -> v1::Volume {
-        let request = v1::GetVolumeRequest { name: name.to_owned() };
+        let request = v1::GetVolumeRequest { name: name.to_owned(), ..Default::default() };
         self.client.get_volume(request).await.unwrap().into_inner()
     }
 
@@ -784,7 +784,7 @@ async fn volumes_are_asked_for_by_uid() {
     let gone = bench.snapshot(&[&uid], "s").await.unwrap_err();
     assert_eq!(reason_of(&gone), (Code::NotFound, reason::VOLUME_NOT_FOUND.to_owned()));
     for off in ["uid:", "uid:7", "UID:7"] {
-        let request = v1::GetVolumeRequest { name: off.to_owned() };
+        let request = v1::GetVolumeRequest { name: off.to_owned(), ..Default::default() };
         assert_eq!(
             bench.client.get_volume(request).await.unwrap_err().code(),
             Code::InvalidArgument,

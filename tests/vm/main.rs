@@ -23,6 +23,8 @@ mod idle;
 mod in_use;
 mod limits;
 mod lvm;
+mod lvm_changes;
+mod lvm_failures;
 mod lying_disk;
 mod memory_pressure;
 mod network;
@@ -49,6 +51,8 @@ fn main() -> ExitCode {
         foreign::TESTS,
         adopted::TESTS,
         lvm::TESTS,
+        lvm_changes::TESTS,
+        lvm_failures::TESTS,
         tls_disks::TESTS,
         bad_input::TESTS,
         daemons::TESTS,

@@ -7,12 +7,14 @@ mod names;
 mod nodes;
 mod settings;
 mod thin;
+mod thin_kills;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
 use super::*;
+use crate::backend::lvm::{Lvm, Thin};
 use crate::catalog::{AttachmentState, BackendKind, CATALOG_FILE_NAME, NewVolume, VolumeState};
 use crate::machine_memory::{Allowed, BoundBy};
 use crate::volume::copying::{self, CopyError, CopyHandle, CopyReport, CopySource, CopyTarget, CopyWanted};
@@ -58,6 +60,8 @@ struct DoubleState {
     /// Where what a killed server leaves is to be kept, if it is.
     moments_dir: Option<PathBuf>,
     moments: Vec<Moment>,
+    /// Where volumes are, if not here.
+    lvm: Option<Arc<Lvm>>,
 }
 
 /// How copies end.
@@ -105,6 +109,10 @@ impl DoubleState {
 }
 
 impl Double {
+    fn lvm(&self) -> Option<Arc<Lvm>> {
+        self.state.lock().unwrap().lvm.clone()
+    }
+
     fn change(&self, change: impl FnOnce(&mut DoubleState)) {
         change(&mut self.state.lock().unwrap());
     }
@@ -155,6 +163,9 @@ impl Double {
 
 impl DataSide for Double {
     fn create_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.create(Thin::Volume(volume.volume_uid), volume.capacity_bytes).map_err(io::Error::other);
+        }
         let (_, row) = self.catalog.volume_in_any_state(&volume.name).unwrap().unwrap();
         let mut state = self.record(format!("create storage, row {row:?}"));
         if let Some(kind) = state.create_error {
@@ -165,6 +176,9 @@ impl DataSide for Double {
     }
 
     fn delete_storage(&self, volume_uid: Uuid) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.remove(Thin::Volume(volume_uid)).map_err(io::Error::other);
+        }
         let rows = self.catalog.all_volumes().unwrap();
         let row = rows.into_iter().find(|(volume, _)| volume.volume_uid == volume_uid).map(|(_, row)| row);
         let mut state = self.record(format!("delete storage, row {row:?}"));
@@ -181,10 +195,16 @@ impl DataSide for Double {
     }
 
     fn stored_volumes(&self) -> io::Result<Vec<Uuid>> {
+        if let Some(lvm) = self.lvm() {
+            return Ok(thin_kills::volumes(&lvm));
+        }
         Ok(self.state.lock().unwrap().stored.iter().copied().collect())
     }
 
-    fn grow_storage(&self, _volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
+    fn grow_storage(&self, volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.grow(Thin::Volume(volume.volume_uid), capacity_bytes).map_err(io::Error::other);
+        }
         let state = self.record(format!("grow storage to {capacity_bytes}"));
         state.create_error.map_or(Ok(()), |kind| Err(kind.into()))
     }
@@ -208,6 +228,9 @@ impl DataSide for Double {
     }
 
     fn begin_copies(&self, wanted: &[CopyWanted]) -> Result<CopyHandle, CopyError> {
+        if let Some(lvm) = self.lvm() {
+            return thin_kills::begin_copies(&lvm, wanted);
+        }
         self.moment();
         if self.state.lock().unwrap().writes_before_instant {
             for wanted in wanted {
@@ -255,6 +278,9 @@ impl DataSide for Double {
     }
 
     fn replace_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.replace(volume.volume_uid).map_err(io::Error::other);
+        }
         self.moment();
         let visible = self.catalog.volume_by_uid(volume.volume_uid).unwrap().is_some();
         let (row, _) = self.catalog.volume_in_any_state(&volume.name).unwrap().unwrap();
@@ -273,6 +299,9 @@ impl DataSide for Double {
     }
 
     fn delete_copy(&self, target: CopyTarget) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.remove(thin_kills::of(target)).map_err(io::Error::other);
+        }
         self.moment();
         let row = self.row_of(target);
         let mut state = self.record(format!("delete copy, row {row}"));
@@ -286,11 +315,18 @@ impl DataSide for Double {
     }
 
     fn stored_copies(&self) -> io::Result<Vec<CopyTarget>> {
+        if let Some(lvm) = self.lvm() {
+            return Ok(thin_kills::copies(&lvm));
+        }
         Ok(self.state.lock().unwrap().copies.iter().copied().collect())
     }
 
     fn snapshot_allocated_bytes(&self, _snapshot: &SnapshotRecord) -> u64 {
         0
+    }
+
+    fn exclusive_bytes(&self, _of: CopyTarget, _backend: BackendKind) -> Option<u64> {
+        None
     }
 
     fn reopen_attachments(&self, _volume_uid: Uuid) {
