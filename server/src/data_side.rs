@@ -389,9 +389,7 @@ impl DataSide for ServedData {
                 exclusive::of_file(&path, EXCLUSIVE_LIMIT)
             }
         };
-        looked
-            .inspect_err(|error| tracing::warn!(?of, %error, "how much it has alone is not known"))
-            .ok()
+        looked.inspect_err(|error| tracing::warn!(?of, %error, "how much it has alone is not known")).ok()
     }
 
     fn reopen_attachments(&self, volume_uid: Uuid) {

@@ -158,7 +158,10 @@ fn a_snapshot_is_one_instant(env: &Env) -> Result<()> {
         writers.into_iter().map(|writer| writer.join().expect("a writer")).collect::<Result<Vec<_>>>()?;
     let writes: usize = all.iter().map(Vec::len).sum();
     let took: Vec<Duration> = calls.iter().map(|(.., took)| *took).collect();
-    println!("{writes} writes beside {SNAPSHOTS} snapshots of {} volumes, which took {took:?}", VOLUMES.len());
+    println!(
+        "{writes} writes beside {SNAPSHOTS} snapshots of {} volumes, which took {took:?}",
+        VOLUMES.len()
+    );
     ensure!(writes > SNAPSHOTS, "{writes} writes: they stood still");
     for (number, (called, returned, _)) in calls.iter().enumerate().step_by(2) {
         let mut found = HashMap::new();

@@ -146,7 +146,8 @@ pub(crate) async fn limit(
         return Err(Failure::new(ExitCode::Usage, "no limit is named".to_owned(), next.to_owned()));
     }
     let mut client = connect::server(server).await?;
-    let before = call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() })).await?;
+    let before =
+        call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() })).await?;
     let limits = Some(wanted.applied_to(before.limits.unwrap_or_default()));
     let volume = call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits })).await?;
     Ok(told(&volume))

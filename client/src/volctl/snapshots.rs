@@ -193,7 +193,8 @@ async fn restore(server: &ServerAddress, volume: String, name: String) -> Result
     let mut restored = answer.volume.ok_or_else(|| Failure::incomplete_answer("volume"))?;
     if let Some(operation) = answer.operation {
         finish(&mut client, operation).await?;
-        restored = call(client.get_volume(v1::GetVolumeRequest { name: volume, ..Default::default() })).await?;
+        restored =
+            call(client.get_volume(v1::GetVolumeRequest { name: volume, ..Default::default() })).await?;
     }
     Ok(Report::new(format!("restored {} from {name}\n", restored.name), volume_json(&restored)))
 }

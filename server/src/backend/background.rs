@@ -32,7 +32,8 @@ fn start() -> Option<Sender<Work>> {
             work();
         }
     });
-    let spawned = spawned.inspect_err(|error| warn!(%error, "cannot start a thread; {}", daemon_log::THREAD_LIMITS));
+    let spawned =
+        spawned.inspect_err(|error| warn!(%error, "cannot start a thread; {}", daemon_log::THREAD_LIMITS));
     spawned.ok().map(|_| sender)
 }
 

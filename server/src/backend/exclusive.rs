@@ -56,7 +56,12 @@ mod tests {
 
     #[test]
     fn what_is_shared_is_not_alone_and_nothing_counts_twice() {
-        let extent = |logical_bytes, length_bytes, flags| Extent { logical_bytes, length_bytes, flags, ..Extent::default() };
+        let extent = |logical_bytes, length_bytes, flags| Extent {
+            logical_bytes,
+            length_bytes,
+            flags,
+            ..Extent::default()
+        };
         let told = [extent(0, 8192, 0), extent(8192, 4096, EXTENT_SHARED), extent(65536, 4096, EXTENT_LAST)];
         assert_eq!((alone(&told, 0), alone(&told, 4096), alone(&told, 1 << 30)), (12288, 8192, 0));
         assert_eq!(alone(&[], 0), 0);

@@ -132,7 +132,8 @@ impl Copies {
         open: impl Fn(Uuid) -> Result<Arc<Volume>, CopyError>,
     ) -> Result<HeldVolumes, CopyError> {
         // Opening may take its time, and is over before any of them holds.
-        let held = volumes.iter().map(|record| self.hold_open(record, &open)).collect::<Result<Vec<_>, _>>()?;
+        let held =
+            volumes.iter().map(|record| self.hold_open(record, &open)).collect::<Result<Vec<_>, _>>()?;
         let sources: Vec<_> =
             held.iter().map(|held| (held.volume().map(Arc::clone), Arc::clone(held.map()))).collect();
         self.begin_plan(&sources)?;

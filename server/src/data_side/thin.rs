@@ -196,7 +196,11 @@ impl ServedData {
     }
 
     /// The map of a snapshot in the pool.
-    pub(super) fn thin_snapshot_map(&self, snapshot_uid: Uuid, capacity_bytes: u64) -> Result<Map, CopyError> {
+    pub(super) fn thin_snapshot_map(
+        &self,
+        snapshot_uid: Uuid,
+        capacity_bytes: u64,
+    ) -> Result<Map, CopyError> {
         let recorded = self.pool_of(CopyTarget::Snapshot(snapshot_uid));
         let recorded = recorded.map_err(|error| CopyError::Failed(error.to_string()))?;
         let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured).map_err(failed)?;

@@ -164,7 +164,9 @@ impl Double {
 impl DataSide for Double {
     fn create_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
         if let Some(lvm) = self.lvm() {
-            return lvm.create(Thin::Volume(volume.volume_uid), volume.capacity_bytes).map_err(io::Error::other);
+            return lvm
+                .create(Thin::Volume(volume.volume_uid), volume.capacity_bytes)
+                .map_err(io::Error::other);
         }
         let (_, row) = self.catalog.volume_in_any_state(&volume.name).unwrap().unwrap();
         let mut state = self.record(format!("create storage, row {row:?}"));

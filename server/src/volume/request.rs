@@ -155,11 +155,9 @@ impl RequestProgress {
                 let mode = self.allocate_mode(volume);
                 VolumeOp::Allocate { mode, offset_bytes, length_bytes: remaining_bytes }
             }
-            Stage::Discarding => VolumeOp::Allocate {
-                mode: Allocation::Discard,
-                offset_bytes,
-                length_bytes: remaining_bytes,
-            },
+            Stage::Discarding => {
+                VolumeOp::Allocate { mode: Allocation::Discard, offset_bytes, length_bytes: remaining_bytes }
+            }
             Stage::Populating => {
                 VolumeOp::Allocate { mode: Allocation::Fill, offset_bytes, length_bytes: remaining_bytes }
             }

@@ -200,8 +200,7 @@ impl PoolName {
 
     /// All logical volumes of its group.
     pub fn list(&self) -> Call {
-        let options =
-            "lv_name,lv_uuid,vg_uuid,lv_size,pool_lv,lv_tags,thin_id,data_percent,lv_kernel_major,lv_kernel_minor";
+        let options = "lv_name,lv_uuid,vg_uuid,lv_size,pool_lv,lv_tags,thin_id,data_percent,lv_kernel_major,lv_kernel_minor";
         let [a, b, c, d] = REPORT;
         Call::new(LOOK_LIMIT, &["lvs", a, b, c, d, "--nosuffix", "--options", options, &self.group])
     }

@@ -43,8 +43,9 @@ impl ExtentMap for ThinMap {
 
     fn read(&self, range: &Range<u64>, runs: &mut Vec<Run>) -> io::Result<u64> {
         runs.clear();
-        let first =
-            self.mapped.partition_point(|mapped| (mapped.chunk + mapped.chunks) * self.chunk_bytes <= range.start);
+        let first = self
+            .mapped
+            .partition_point(|mapped| (mapped.chunk + mapped.chunks) * self.chunk_bytes <= range.start);
         for mapped in &self.mapped[first..] {
             let start = mapped.chunk * self.chunk_bytes;
             if start >= range.end {
@@ -94,7 +95,11 @@ impl MapReader {
             "device" if element.starts_with('/') => {}
             "device" if self.chunks.is_none() => self.chunks = Some(number("mapped_blocks")?),
             "single_mapping" => {
-                self.add(Mapped { chunk: number("origin_block")?, address: number("data_block")?, chunks: 1 })?;
+                self.add(Mapped {
+                    chunk: number("origin_block")?,
+                    address: number("data_block")?,
+                    chunks: 1,
+                })?;
             }
             "range_mapping" => {
                 let (chunk, address) = (number("origin_begin")?, number("data_begin")?);
@@ -200,10 +205,11 @@ mod tests {
     #[test]
     fn a_dump_is_read_with_neighbours_joined() {
         let map = read(DUMP).unwrap();
-        let all = [(0..4 * CHUNK, 4 * CHUNK), (4 * CHUNK..5 * CHUNK, 100 * CHUNK), (
-            16 * CHUNK..19 * CHUNK,
-            20 * CHUNK,
-        )];
+        let all = [
+            (0..4 * CHUNK, 4 * CHUNK),
+            (4 * CHUNK..5 * CHUNK, 100 * CHUNK),
+            (16 * CHUNK..19 * CHUNK, 20 * CHUNK),
+        ];
         assert_eq!(told(&map, 0..32 * CHUNK), (all.to_vec(), 32 * CHUNK));
         let part = [(2 * CHUNK + 512..3 * CHUNK, 6 * CHUNK + 512)];
         assert_eq!(told(&map, 2 * CHUNK + 512..3 * CHUNK), (part.to_vec(), 3 * CHUNK));

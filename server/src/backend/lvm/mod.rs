@@ -85,7 +85,9 @@ pub enum LvmError {
         pool: PoolName,
     },
     /// Copies of several volumes took longer than writes may wait.
-    #[error("LVM has not made the copies of all volumes within {0} s, and writes wait for them: try again, or take fewer at once")]
+    #[error(
+        "LVM has not made the copies of all volumes within {0} s, and writes wait for them: try again, or take fewer at once"
+    )]
     TooSlow(u64),
     /// The file that says whether the pool keeps its metadata.
     #[error("cannot use {path}: {source}")]

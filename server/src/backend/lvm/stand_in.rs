@@ -59,7 +59,11 @@ impl Pool {
         lock(&self.volumes).get_mut(name).expect("it is there").content = content.to_owned();
     }
 
-    fn change(&self, call: &Call, change: impl FnOnce(&mut Volumes) -> Result<(), String>) -> Result<(), ToolError> {
+    fn change(
+        &self,
+        call: &Call,
+        change: impl FnOnce(&mut Volumes) -> Result<(), String>,
+    ) -> Result<(), ToolError> {
         let what = call.args.join(" ").replace(&call.args[2], "…");
         let look = |when: &str| {
             let volumes = self.volumes();

@@ -114,7 +114,10 @@ impl RunTools for Tools {
             ("LC_ALL", "C"),
             ("LVM_SUPPRESS_FD_WARNINGS", "1"),
         ]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(said.try_clone().map_err(ToolError::Start)?);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(said.try_clone().map_err(ToolError::Start)?);
         let child = command.spawn().map_err(ToolError::Start)?;
         let process_id = child.id();
         // Of this very process, whatever becomes of its number.
