@@ -3,6 +3,7 @@
 mod adopted;
 mod attachments;
 mod grants;
+mod growth;
 mod names;
 mod nodes;
 mod settings;
@@ -492,47 +493,6 @@ fn creating_again_returns_the_same_volume_and_another_size_is_refused() {
     let error = bench.create("vol-1", 8192).unwrap_err();
     assert!(matches!(error, LifecycleError::VolumeDiffers { property: "size in bytes", .. }), "{error}");
     assert_eq!(bench.double().take_calls(), [""; 0]);
-}
-
-/// One that is there already, of a server up to 0.1.0, is still found, attached and deleted.
-#[test]
-fn a_new_volume_is_not_called_what_anothers_partition_is() {
-    let bench = Bench::new();
-    let error = bench.create("vol-1-part1", 4096).unwrap_err();
-    assert!(error.to_string().contains("partition 1 of the volume vol-1"), "{error}");
-    assert_eq!(bench.double().take_calls(), [""; 0]);
-    let new = NewVolume {
-        name: "vol-1-part1".to_owned(),
-        capacity_bytes: 4096,
-        block_size_bytes: 4096,
-        backend: BackendKind::File,
-        write_cache_on: true,
-        settings: Default::default(),
-    };
-    let old = bench.double().catalog.begin_creating(&new).unwrap();
-    bench.double().catalog.finish_creating(old.volume_uid).unwrap();
-    assert_eq!(bench.create("vol-1-part1", 4096).unwrap().volume_uid, old.volume_uid);
-    assert!(!bench.attach("vol-1-part1", "n", false).unwrap().existed);
-    assert!(bench.detach("vol-1-part1").unwrap() && bench.delete("vol-1-part1").unwrap());
-}
-
-#[test]
-fn a_volume_grows_in_its_storage_first_and_its_clients_are_told_last() {
-    let (bench, volume) = Bench::with_volume();
-    let resize =
-        |capacity_bytes| bench.lifecycle.resize_volume(&bench.locks.blocking_lock("vol-1"), capacity_bytes);
-    assert_eq!(resize(4096).unwrap(), volume, "it has that size");
-    assert!(matches!(resize(512), Err(LifecycleError::Shrink { capacity_bytes: 4096, .. })));
-    assert!(matches!(resize(4096 + 512), Err(LifecycleError::SizeUnaligned { unit_bytes: 4096 })));
-    assert_eq!(bench.double().take_calls(), [""; 0]);
-    bench.double().change(|state| state.create_error = Some(io::ErrorKind::StorageFull));
-    assert!(matches!(resize(8192), Err(LifecycleError::NoSpace(_))));
-    assert_eq!(bench.lifecycle.volume("vol-1").unwrap(), volume, "nothing was promised");
-    bench.double().change(|state| state.create_error = None);
-    bench.double().take_calls();
-    assert_eq!(resize(8192).unwrap().capacity_bytes, 8192);
-    assert_eq!(bench.double().take_calls(), ["grow storage to 8192", "reopen attachments"]);
-    assert_eq!(bench.lifecycle.volume("vol-1").unwrap().capacity_bytes, 8192);
 }
 
 #[test]

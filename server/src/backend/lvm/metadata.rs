@@ -2,7 +2,7 @@
 //!
 //! A pool keeps its metadata as they are at one moment, if it is told so, for others to read; once at a time, and until it is told
 //! otherwise, over restarts of the machine. So there is a file beside the catalog while this server has told it so: what a killed server
-//! left is released by the next ([`release_left`]), and what somebody else has the pool keep is left alone. What is kept has everything that
+//! left is released by the next ([`Metadata::release_left`]), and what somebody else has the pool keep is left alone. What is kept has everything that
 //! was answered before: device mapper commits first.
 //! Called by: `mod.rs`. Source: Documentation/admin-guide/device-mapper/thin-provisioning.rst (`reserve_metadata_snap`).
 
@@ -13,9 +13,10 @@ use std::sync::{Arc, Mutex};
 
 use tracing::{info, warn};
 
-use super::map::{MapReader, ThinMap};
-use super::tool::RunTools;
-use super::{LvmError, PoolName, lock};
+use super::command::PoolName;
+use super::error::LvmError;
+use super::map::{self, MapReader, ThinMap};
+use super::tool::{RunTools, lock};
 
 /// In the data directory, while the server has the pool keep its metadata. It has the pool's name.
 const MARK_FILE_NAME: &str = "thin-metadata-kept";
@@ -57,7 +58,7 @@ impl Metadata {
         thin_id: u32,
     ) -> Result<u64, LvmError> {
         let text = self.kept(tools, pool, || Ok(tools.run(&pool.list_exclusive())?))?;
-        Ok(super::map::exclusive(&text, thin_id)?)
+        Ok(map::exclusive(&text, thin_id)?)
     }
 
     /// Does something while the pool keeps its metadata.

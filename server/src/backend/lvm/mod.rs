@@ -13,6 +13,7 @@
 //! Source: lvmthin(7), Documentation/admin-guide/device-mapper/thin-provisioning.rst.
 
 mod command;
+mod error;
 mod map;
 mod metadata;
 mod report;
@@ -21,20 +22,21 @@ pub(crate) mod stand_in;
 mod tool;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
 pub use command::{Call, PoolName, Thin};
+pub use error::LvmError;
 pub use map::ThinMap;
 pub use report::{PoolFill, ThinState, Unreadable};
 pub use tool::{RunTools, TakeLine, ToolError};
 
 use self::metadata::Metadata;
 use self::report::PoolState;
-use self::tool::Tools;
+use self::tool::{Tools, lock};
 use super::device::{self, Adoptable, Sysfs};
 use crate::catalog::{Adopted, AdoptedKind};
 
@@ -47,65 +49,6 @@ const NEW_COPIES_PERCENT: f64 = 90.0;
 
 /// So long writes are held for copies of several volumes: each takes a call of LVM, of some tenths of a second.
 const HOLD_LIMIT: Duration = Duration::from_secs(10);
-
-/// Why something cannot be done with the pool.
-#[derive(Debug, thiserror::Error)]
-pub enum LvmError {
-    /// A tool did not do it.
-    #[error(transparent)]
-    Tool(#[from] ToolError),
-    /// The same, of a look a moment ago, which is not repeated yet.
-    #[error("{0}")]
-    Remembered(String),
-    /// A tool's answer cannot be read.
-    #[error(transparent)]
-    Unreadable(#[from] Unreadable),
-    /// It is something else.
-    #[error("{0} is no thin pool; make one with lvcreate --type thin-pool, or give another --lvm")]
-    NoPool(PoolName),
-    /// It lets writes wait when it is full, or shows what was another volume's, and cannot be told otherwise.
-    #[error("{pool} cannot be set to {what}; see lvchange(8)")]
-    Setting {
-        /// Which.
-        pool: PoolName,
-        /// To what.
-        what: &'static str,
-    },
-    /// The server has no pool.
-    #[error("this server has no thin pool; start volserver with --lvm VG/THINPOOL")]
-    NotConfigured,
-    /// A volume of another pool.
-    #[error(
-        "its volume is in the thin pool {recorded}, and this server has {pool}; start volserver with --lvm {recorded}"
-    )]
-    OtherPool {
-        /// Where it is.
-        recorded: String,
-        /// What the server has.
-        pool: PoolName,
-    },
-    /// Copies of several volumes took longer than writes may wait.
-    #[error(
-        "LVM has not made the copies of all volumes within {0} s, and writes wait for them: try again, or take fewer at once"
-    )]
-    TooSlow(u64),
-    /// The file that says whether the pool keeps its metadata.
-    #[error("cannot use {path}: {source}")]
-    Mark {
-        /// Which.
-        path: PathBuf,
-        /// The system's own error.
-        source: std::io::Error,
-    },
-    /// No such logical volume.
-    #[error("there is no logical volume {name} in {pool}")]
-    Missing {
-        /// Its name.
-        name: String,
-        /// Where it should be.
-        pool: PoolName,
-    },
-}
 
 /// The thin pool of one server.
 #[derive(Debug)]
@@ -485,10 +428,6 @@ impl Lvm {
         done?;
         Ok(())
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How many of [`WARN_PERCENT`] are passed.

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use super::lock;
-use super::tool::{RunTools, TakeLine, ToolError};
-use super::{Call, PoolName};
+use super::command::{Call, PoolName};
+use super::tool::{RunTools, TakeLine, ToolError, lock};
 
 /// A logical volume.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -192,7 +192,8 @@ fn read_said(mut said: File) -> String {
     said.join("; ").chars().take(SAID_CHARS_MAX).collect()
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// What is behind the mutex, whoever panicked with it.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
