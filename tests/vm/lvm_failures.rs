@@ -4,8 +4,10 @@
 //! (dm-error), and as one that takes writes and cannot keep them (dm-flakey, whose flushes fail as well).
 
 use std::path::Path;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use testlab::direct_io::open_direct;
 use testlab::harness::{Env, Test};
 use testlab::shell::run;
@@ -62,8 +64,7 @@ impl<'a> FailingPool<'a> {
             linear => format!("0 {sectors} {linear} {disk} {start}"),
         };
         run("dmsetup", &["load", DATA_NAME, "--table", &table])?;
-        run("dmsetup", &["suspend", "--nolockfs", DATA_NAME])?;
-        run("dmsetup", &["resume", DATA_NAME]).map(drop)
+        run("dmsetup", &["resume", "--nolockfs", DATA_NAME]).map(drop)
     }
 }
 
@@ -81,7 +82,7 @@ impl Drop for FailingPool<'_> {
 const BYTES: usize = 128 << 10;
 const FLUSHED_AT: u64 = 0;
 const UNFLUSHED_AT: u64 = 4 << 20;
-const NEW_AT: u64 = 8 << 20;
+const NEW_AT: u64 = 30 << 20;
 
 /// Whether the disk flushes; any other error than EIO is not its to give.
 fn flushes(device: &Path) -> Result<bool> {
@@ -92,6 +93,22 @@ fn writes(device: &Path, at: u64) -> Result<bool> {
     Ok(direct::unless_eio(direct::write(device, at, &vec![7; BYTES])?)?.is_some())
 }
 
+/// Takes new space, chunk by chunk, until that is refused. One that had all it may have before would find nothing to lose.
+fn write_until_it_fails(device: &Path) -> JoinHandle<Result<()>> {
+    const CHUNKS: u64 = 300;
+    let device = device.to_owned();
+    std::thread::spawn(move || {
+        for chunk in 0..CHUNKS {
+            let written = direct::write(&device, UNFLUSHED_AT + chunk * (64 << 10), &[7; 4096])?;
+            if direct::unless_eio(written)?.is_none() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        bail!("{} chunks were written, and the disk had not failed", CHUNKS)
+    })
+}
+
 fn incarnation(node: &StorageNode, name: &str) -> Result<String> {
     let shown = node.volctl(&["show", name, "--output", "json"])?.succeeded()?;
     let shown: serde_json::Value = serde_json::from_str(&shown)?;
@@ -99,12 +116,14 @@ fn incarnation(node: &StorageNode, name: &str) -> Result<String> {
 }
 
 fn a_failed_disk(env: &Env) -> Result<()> {
-    const NAMES: [&str; 2] = ["vol-1", "vol-2"];
+    // The first two have something that is not flushed when the disk fails; the third has not.
+    const NAMES: [&str; 3] = ["vol-1", "vol-2", "vol-3"];
+    const LOSERS: usize = 2;
     let pool = FailingPool::new(env.scratch_disk()?)?;
     let mut node = start(env)?;
     let (mut devices, mut flushed) = (Vec::new(), Vec::new());
     for name in NAMES {
-        let device = node.create_and_attach(name, "16M", &["--backend", "lvm"])?;
+        let device = node.create_and_attach(name, "32M", &["--backend", "lvm"])?;
         let bytes = direct::random_bytes(BYTES);
         direct::write(&device, FLUSHED_AT, &bytes)??;
         direct::flush(&device)?;
@@ -121,32 +140,40 @@ fn a_failed_disk(env: &Env) -> Result<()> {
     direct::write(&devices[0], FLUSHED_AT, &flushed[0])?.context("the disk is back")?;
     direct::flush(&devices[0])?;
 
-    // One that cannot keep what it took. Both volumes have something that is not flushed: one that may be lost has to hear of it.
+    // One that cannot keep what it took: each volume that may have lost something hears of it, also if another one's flush failed first.
     let before = NAMES.iter().map(|name| incarnation(&node, name)).collect::<Result<Vec<_>>>()?;
-    for device in &devices {
-        ensure!(writes(device, UNFLUSHED_AT)?);
-    }
+    // A pool records what is new once a second, so each writes something new up to the very moment.
+    let writers: Vec<_> = devices[..LOSERS].iter().map(|device| write_until_it_fails(device)).collect();
     pool.put_below("flakey")?;
-    for device in &devices {
+    for writer in writers {
+        writer.join().expect("a writer")?;
+    }
+    for device in &devices[..LOSERS] {
         ensure!(!flushes(device)?, "a flush that failed was answered: {}", device.display());
     }
     pool.put_below("linear")?;
-    for (name, device) in NAMES.iter().zip(&devices) {
+    for (name, device) in NAMES.iter().zip(&devices).take(LOSERS) {
         ensure!(!flushes(device)? && !writes(device, NEW_AT)?, "{name} goes on as if nothing had been lost");
     }
-    for (name, before) in NAMES.iter().zip(&before) {
+    for (name, before) in NAMES.iter().zip(&before).take(LOSERS) {
         ensure!(incarnation(&node, name)? != *before, "{name} is taken for what it was");
         node.detach(name)?;
+        // What it was before is lost as long as the pool is: its flush goes on failing.
+        let refused = node.volctl(&["attach", name])?;
+        ensure!(refused.exit_code != 0 && refused.stderr.contains("sync"), "{refused:?}");
     }
 
-    // The pool does not take anything new until it was repaired. What it has is read, and what has its space may be written.
+    // The pool gives nothing new until it was repaired. Whoever has lost nothing reads and writes what has its space.
     ensure!(lvs("pool", "lv_health_status")? == "metadata_read_only", "{}", lvs("pool", "lv_health_status")?);
-    let device = node.attach(&["vol-1"])?;
-    ensure!(direct::read(&device, FLUSHED_AT, BYTES)?? == flushed[0], "what was flushed is there");
-    ensure!(!writes(&device, NEW_AT)?, "new space of a pool that gives none");
-    node.detach("vol-1")?;
-    let refused = node.volctl(&["snapshot", "create", "vol-1", "s"])?;
+    let (name, device, flushed_bytes) = (NAMES[LOSERS], &devices[LOSERS], &flushed[LOSERS]);
+    ensure!(incarnation(&node, name)? == before[LOSERS], "{name} has lost nothing");
+    ensure!(direct::read(device, FLUSHED_AT, BYTES)?? == *flushed_bytes, "what was flushed is there");
+    direct::write(device, FLUSHED_AT, flushed_bytes)?.context("what has its space")?;
+    direct::flush(device)?;
+    ensure!(!writes(device, NEW_AT)?, "new space of a pool that gives none");
+    let refused = node.volctl(&["snapshot", "create", name, "s"])?;
     ensure!(refused.exit_code != 0 && refused.stderr.contains("read-only"), "{refused:?}");
+    node.detach(name)?;
 
     // As lvmthin(7) says, with the server stopped.
     node.kill_server()?;
