@@ -29,7 +29,8 @@ pub(crate) const TESTS: &[Test] = &[
 
 pub(crate) const GROUP: &str = "lab-thin";
 /// There is no udev here that makes names of devices; no daemon is to stay; and a disk that waits for its server is not to be looked at.
-const CONFIG: &str = "activation{verify_udev_operations=1 monitoring=0} devices{filter=[\"r|^/dev/ublkb|\"]}";
+pub(crate) const CONFIG: &str =
+    "activation{verify_udev_operations=1 monitoring=0} devices{filter=[\"r|^/dev/ublkb|\"]}";
 
 /// A thin pool on the scratch disk, until it is dropped.
 pub(crate) struct ThinPool<'a> {

@@ -14,7 +14,7 @@ use testlab::shell::run;
 use testlab::storage_node::StorageNode;
 
 use crate::direct;
-use crate::lvm::{GROUP, lvm, lvs, start};
+use crate::lvm::{CONFIG, GROUP, lvm, lvs, start};
 
 pub(crate) const TESTS: &[Test] = &[Test::new(
     "lvm_failures::what_was_flushed_survives_a_failed_disk_and_what_was_not_is_told",
@@ -175,10 +175,12 @@ fn a_failed_disk(env: &Env) -> Result<()> {
     ensure!(refused.exit_code != 0 && refused.stderr.contains("read-only"), "{refused:?}");
     node.detach(name)?;
 
-    // As lvmthin(7) says, with the server stopped.
+    // As `docs/operating.md` says, with the server stopped.
     node.kill_server()?;
     lvm("vgchange", &["--activate", "n", GROUP])?;
-    lvm("lvconvert", &["--yes", "--repair", &format!("{GROUP}/pool")])?;
+    // The tools take one `--config`.
+    let checked = format!(r#"{CONFIG} global{{thin_check_options=["-q","--clear-needs-check-flag"]}}"#);
+    run("lvchange", &["--config", &checked, "--yes", "--activate", "y", &format!("{GROUP}/pool")])?;
     node.start_server()?;
     for (name, flushed) in NAMES.iter().zip(&flushed) {
         let device = node.attach(&[name])?;
