@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::backend::device::{self, AdoptError, Adoptable, Found};
+use crate::backend::exclusive;
 use crate::backend::file::{self, FileError};
 use crate::backend::lvm::{Lvm, LvmError, PoolFill, Thin};
 use crate::catalog::{Adopted, BackendKind, Catalog, SnapshotRecord, VolumeRecord};
@@ -47,6 +48,9 @@ const SYNC_LIMIT: Duration = Duration::from_secs(25);
 const SYNCS_MAX: usize = 16;
 /// Storage on which no sync has finished for so long, while some are under way, is stuck: nobody waits for a turn there.
 const STUCK_AFTER: Duration = Duration::from_secs(10);
+
+/// So long a file's extents are looked at: some millions of them.
+const EXCLUSIVE_LIMIT: Duration = Duration::from_secs(20);
 
 /// The syncs of all volumes. Each has a thread of its own, which may be stuck.
 #[derive(Debug, Default)]
@@ -326,10 +330,17 @@ impl DataSide for ServedData {
     }
 
     fn snapshot_map(&self, snapshot_uid: Uuid, capacity_bytes: u64) -> Result<Map, CopyError> {
+        let is_thin = self.is_thin(CopyTarget::Snapshot(snapshot_uid));
+        if is_thin.map_err(|error| CopyError::Failed(error.to_string()))? {
+            return self.thin_snapshot_map(snapshot_uid, capacity_bytes);
+        }
         Ok(Box::new(self.server.snapshot_map(snapshot_uid, capacity_bytes)?))
     }
 
     fn begin_nameless_copy(&self, volume: &VolumeRecord) -> Result<(CopyHandle, Map), CopyError> {
+        if volume.backend == BackendKind::Lvm {
+            return self.thin_volume_map(volume);
+        }
         let (copy, map) = self.server.begin_nameless_copy(volume)?;
         Ok((copy, Box::new(map)))
     }
@@ -367,6 +378,18 @@ impl DataSide for ServedData {
             Some(lvm) => lvm.allocated_bytes(Thin::Snapshot(snapshot_uid)),
             None => 0,
         }
+    }
+
+    fn exclusive_bytes(&self, of: CopyTarget, backend: BackendKind) -> Option<u64> {
+        let looked = match backend {
+            BackendKind::Memory | BackendKind::Device => return None,
+            BackendKind::Lvm => self.thin_exclusive_bytes(of),
+            BackendKind::File => {
+                let path = self.server.copy_files().path(of);
+                exclusive::of_file(&path, EXCLUSIVE_LIMIT)
+            }
+        };
+        looked.inspect_err(|error| tracing::warn!(?of, %error, "how much it has alone is not known")).ok()
     }
 
     fn reopen_attachments(&self, volume_uid: Uuid) {

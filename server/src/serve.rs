@@ -361,7 +361,8 @@ async fn start_lvm(config: &Config, catalog: &Catalog) -> Result<Option<Arc<Lvm>
     let Some(pool) = config.lvm.clone() else { return Ok(None) };
     catalog.set_thin_pool(pool.to_string());
     let server_id = catalog.server_id();
-    let started = tokio::task::spawn_blocking(move || Lvm::start(pool, server_id)).await;
+    let data_dir = config.data_dir.clone();
+    let started = tokio::task::spawn_blocking(move || Lvm::start(pool, server_id, &data_dir)).await;
     let started = started.map_err(set_up("the thin pool"))?;
     Ok(Some(Arc::new(started.map_err(set_up("the thin pool"))?)))
 }

@@ -68,7 +68,7 @@ impl Node {
     }
 
     fn volume(&self, server: &Volserver, name: &str) -> v1::Volume {
-        let request = v1::GetVolumeRequest { name: name.to_owned() };
+        let request = v1::GetVolumeRequest { name: name.to_owned(), ..Default::default() };
         self.runtime.block_on(async { server.client().await.get_volume(request).await }).unwrap().into_inner()
     }
 

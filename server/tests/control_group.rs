@@ -193,7 +193,7 @@ async fn without_another_thread_the_api_answers_and_opens_are_refused_until_ther
     let current = std::fs::read_to_string(file("pids.current")).unwrap();
     std::fs::write(file("pids.max"), current.trim()).unwrap();
     for _ in 0..3 {
-        let request = v1::GetVolumeRequest { name: "vol".to_owned() };
+        let request = v1::GetVolumeRequest { name: "vol".to_owned(), ..Default::default() };
         server.client().await.get_volume(request).await.unwrap();
     }
     assert!(Client::open(server.data[0], "vol").is_err());

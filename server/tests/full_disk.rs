@@ -166,7 +166,7 @@ async fn a_server_that_cannot_start_says_which_file_system_is_full() {
         assert!(line.contains("no space left") && line.contains(data_dir.to_str().unwrap()), "{line}");
         std::fs::remove_file(&filler).unwrap();
         let server = start();
-        let request = v1::GetVolumeRequest { name: "vol-1".to_owned() };
+        let request = v1::GetVolumeRequest { name: "vol-1".to_owned(), ..Default::default() };
         server.client().await.get_volume(request).await.unwrap();
         assert!(server.stop(Signal::TERM).success());
     }

@@ -85,7 +85,7 @@ async fn whoever_holds_the_catalog_is_named_and_disks_go_on() {
             assert_eq!(status.code(), Code::Unavailable);
         }
         // Reading does not wait at all, nor does what is connected.
-        api.get_volume(v1::GetVolumeRequest { name: "vol".to_owned() }).await.unwrap();
+        api.get_volume(v1::GetVolumeRequest { name: "vol".to_owned(), ..Default::default() }).await.unwrap();
         disk.write(0, &[7; 4096]).unwrap();
         disk.flush().unwrap();
         assert_eq!(disk.read(0, 4096).unwrap(), [7; 4096]);

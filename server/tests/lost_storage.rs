@@ -87,7 +87,7 @@ impl Storage {
 
     /// As the API tells it.
     fn incarnation(&self, server: &Volserver) -> String {
-        let request = v1::GetVolumeRequest { name: "vol".to_owned() };
+        let request = v1::GetVolumeRequest { name: "vol".to_owned(), ..Default::default() };
         let volume =
             self.runtime.block_on(async { server.client().await.get_volume(request).await.unwrap() });
         volume.into_inner().storage_incarnation

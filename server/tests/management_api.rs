@@ -36,7 +36,7 @@ impl Bench {
     }
 
     async fn get(&mut self, name: &str) -> Result<v1::Volume, Status> {
-        let request = v1::GetVolumeRequest { name: name.to_owned() };
+        let request = v1::GetVolumeRequest { name: name.to_owned(), ..Default::default() };
         self.client.get_volume(request).await.map(tonic::Response::into_inner)
     }
 

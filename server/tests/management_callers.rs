@@ -192,7 +192,7 @@ async fn callers_that_say_nothing_or_stop_speaking_keep_nobody_out() {
         silent.push(socket);
     }
     let began = Instant::now();
-    let request = || v1::GetVolumeRequest { name: "vol-1".to_owned() };
+    let request = || v1::GetVolumeRequest { name: "vol-1".to_owned(), ..Default::default() };
     client.get_volume(request()).await.unwrap();
     server.client().await.get_volume(request()).await.unwrap();
     TcpStream::connect(server.data[0]).unwrap().read_exact(&mut [0; 8]).unwrap();

@@ -186,7 +186,10 @@ impl Worker {
     }
 
     async fn look(&self, client: &mut ManagementClient<Channel>) -> Known {
-        let volume = match client.get_volume(v1::GetVolumeRequest { name: self.name.clone() }).await {
+        let volume = match client
+            .get_volume(v1::GetVolumeRequest { name: self.name.clone(), ..Default::default() })
+            .await
+        {
             Ok(volume) => volume.into_inner(),
             Err(status) if status.code() == Code::NotFound => return Known::Absent,
             Err(status) => panic!("{}: {status}", self.name),

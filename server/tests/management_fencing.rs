@@ -138,7 +138,7 @@ async fn an_attachment_opens_its_volume_and_is_seen_to() {
     assert_eq!((attachment.connections, attachment.session_epoch), (1, 3));
     let volume = bench
         .client
-        .get_volume(v1::GetVolumeRequest { name: "vol-1".to_owned() })
+        .get_volume(v1::GetVolumeRequest { name: "vol-1".to_owned(), ..Default::default() })
         .await
         .unwrap()
         .into_inner();
@@ -419,7 +419,7 @@ async fn a_renamed_volume_has_its_bytes_and_its_uid_and_nobody_has_it_meanwhile(
     bench.client.create_volume(create_request("taken")).await.unwrap();
     let old = "vol-1";
     let new = format!("{old}-renamed");
-    let by_name = v1::GetVolumeRequest { name: old.to_owned() };
+    let by_name = v1::GetVolumeRequest { name: old.to_owned(), ..Default::default() };
     let before = bench.client.get_volume(by_name.clone()).await.unwrap().into_inner();
     let request =
         |name: &str, new_name: &str| v1::RenameVolumeRequest { name: name.into(), new_name: new_name.into() };
@@ -497,7 +497,7 @@ async fn a_renamed_volume_has_its_bytes_and_its_uid_and_nobody_has_it_meanwhile(
 #[tokio::test]
 async fn calls_by_uid_find_a_volume_that_is_renamed_meanwhile() {
     let bench = Bench::with_volume(&[]).await;
-    let by_name = v1::GetVolumeRequest { name: "vol-1".to_owned() };
+    let by_name = v1::GetVolumeRequest { name: "vol-1".to_owned(), ..Default::default() };
     let uid = bench.client.clone().get_volume(by_name).await.unwrap().into_inner().volume_uid;
     let name = format!("uid:{uid}");
     let calls = (0..96).map(|number| {

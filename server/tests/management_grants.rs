@@ -47,7 +47,11 @@ fn under_grant(volume_name: &str, node_id: &str) -> v1::AttachVolumeRequest {
 }
 
 async fn volume(client: &mut Client, name: &str) -> v1::Volume {
-    client.get_volume(v1::GetVolumeRequest { name: name.to_owned() }).await.unwrap().into_inner()
+    client
+        .get_volume(v1::GetVolumeRequest { name: name.to_owned(), ..Default::default() })
+        .await
+        .unwrap()
+        .into_inner()
 }
 
 /// Code, reason and, where it is told, the node.

@@ -32,7 +32,7 @@ async fn update(client: &mut Client, request: v1::UpdateVolumeRequest) -> Result
 }
 
 async fn get(client: &mut Client) -> v1::Volume {
-    let request = v1::GetVolumeRequest { name: "vol-1".to_owned() };
+    let request = v1::GetVolumeRequest { name: "vol-1".to_owned(), ..Default::default() };
     client.get_volume(request).await.unwrap().into_inner()
 }
 

@@ -74,8 +74,22 @@ impl Bench {
     }
 
     async fn get(&mut self, name: &str) -> v1::Volume {
-        let request = v1::GetVolumeRequest { name: name.to_owned() };
+        let request = v1::GetVolumeRequest { name: name.to_owned(), ..Default::default() };
         self.client.get_volume(request).await.unwrap().into_inner()
+    }
+
+    /// What a volume and a snapshot of it have alone.
+    async fn exclusive(&mut self, name: &str, snapshot: &str) -> (Option<u64>, Option<u64>) {
+        let request = v1::GetVolumeRequest { name: name.to_owned(), with_exclusive_bytes: true };
+        let volume = self.client.get_volume(request).await.unwrap().into_inner();
+        let request = v1::GetSnapshotRequest {
+            volume_name: name.to_owned(),
+            name: snapshot.to_owned(),
+            with_exclusive_bytes: true,
+            ..Default::default()
+        };
+        let snapshot = self.client.get_snapshot(request).await.unwrap().into_inner();
+        (volume.exclusive_bytes, snapshot.exclusive_bytes)
     }
 
     /// To its end.
@@ -213,8 +227,12 @@ async fn a_snapshot_keeps_what_was_there_and_is_read_by_name() {
     );
     assert_eq!((made[0].capacity_bytes, made[0].block_size_bytes), (1 << 20, 4096));
     assert!(made[0].allocated_bytes >= u64::from(BLOCK) && made[0].created_at_ms >= volume.created_at_ms);
+    assert_eq!(bench.exclusive("vol", "monday").await, (Some(0), Some(0)), "all is of both");
     bench.write("vol", 2);
     assert_eq!((bench.read("vol"), bench.read("vol@monday")), (2, 1));
+    let block = Some(u64::from(BLOCK));
+    assert_eq!(bench.exclusive("vol", "monday").await, (block, block), "each has a block of its own");
+    assert_eq!(bench.get("vol").await.exclusive_bytes, None, "nobody asked for it");
     let by_uid = format!("@{}", made[0].snapshot_uid);
     assert_eq!(bench.read(&by_uid), 1);
     let mut reader = bench.open("vol@monday");
@@ -796,7 +814,7 @@ async fn volumes_are_asked_for_by_uid() {
     let gone = bench.snapshot(&[&uid], "s").await.unwrap_err();
     assert_eq!(reason_of(&gone), (Code::NotFound, reason::VOLUME_NOT_FOUND.to_owned()));
     for off in ["uid:", "uid:7", "UID:7"] {
-        let request = v1::GetVolumeRequest { name: off.to_owned() };
+        let request = v1::GetVolumeRequest { name: off.to_owned(), ..Default::default() };
         assert_eq!(
             bench.client.get_volume(request).await.unwrap_err().code(),
             Code::InvalidArgument,

@@ -276,8 +276,12 @@ async fn snapshots_are_told_when_they_are_ready_with_their_attachments() {
     assert_eq!(narrow.lines(3).await, expected);
     assert_eq!(wide.lines(3).await, expected);
     // The volume is watched by its uid, whether it is there or not.
-    let uid =
-        api.get_volume(v1::GetVolumeRequest { name: "v".to_owned() }).await.unwrap().into_inner().volume_uid;
+    let uid = api
+        .get_volume(v1::GetVolumeRequest { name: "v".to_owned(), ..Default::default() })
+        .await
+        .unwrap()
+        .into_inner()
+        .volume_uid;
     self::delete(&mut api, "v").await;
     let by =
         |volume_name: String, resume_token| v1::WatchRequest { volume_name, resume_token, kinds: Vec::new() };

@@ -43,7 +43,7 @@ fn with_open_files(limit: u32, data_dir: &Path) -> Command {
 
 async fn get(server: &Volserver, name: &str) -> v1::Volume {
     // A connection of its own each time.
-    let request = v1::GetVolumeRequest { name: name.to_owned() };
+    let request = v1::GetVolumeRequest { name: name.to_owned(), ..Default::default() };
     server.client().await.get_volume(request).await.unwrap().into_inner()
 }
 

@@ -80,7 +80,7 @@ async fn syncs_that_do_not_return_hold_nobody_else_up() {
     tokio::time::sleep(Duration::from_millis(500)).await;
 
     let started = Instant::now();
-    api.get_volume(v1::GetVolumeRequest { name: "other".to_owned() }).await.unwrap();
+    api.get_volume(v1::GetVolumeRequest { name: "other".to_owned(), ..Default::default() }).await.unwrap();
     api.list_volumes(v1::ListVolumesRequest::default()).await.unwrap();
     api.list_attachments(v1::ListAttachmentsRequest::default()).await.unwrap();
     assert!(started.elapsed() < LOOK_BOUND, "looks took {:?}", started.elapsed());

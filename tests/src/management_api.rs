@@ -111,7 +111,7 @@ impl ManagementApi {
     /// # Errors
     /// The server's answer.
     pub fn volume(&mut self, name: &str) -> Result<Volume, Status> {
-        let request = GetVolumeRequest { name: name.to_owned() };
+        let request = GetVolumeRequest { name: name.to_owned(), ..Default::default() };
         Ok(self.runtime.block_on(self.client.get_volume(request))?.into_inner())
     }
 

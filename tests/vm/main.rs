@@ -24,6 +24,8 @@ mod in_use;
 mod kubelet;
 mod limits;
 mod lvm;
+mod lvm_changes;
+mod lvm_failures;
 mod lying_disk;
 mod memory_pressure;
 mod network;
@@ -50,6 +52,8 @@ fn main() -> ExitCode {
         foreign::TESTS,
         adopted::TESTS,
         lvm::TESTS,
+        lvm_changes::TESTS,
+        lvm_failures::TESTS,
         tls_disks::TESTS,
         bad_input::TESTS,
         daemons::TESTS,

@@ -146,7 +146,8 @@ pub(crate) async fn limit(
         return Err(Failure::new(ExitCode::Usage, "no limit is named".to_owned(), next.to_owned()));
     }
     let mut client = connect::server(server).await?;
-    let before = call(client.get_volume(v1::GetVolumeRequest { name: name.clone() })).await?;
+    let before =
+        call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() })).await?;
     let limits = Some(wanted.applied_to(before.limits.unwrap_or_default()));
     let volume = call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits })).await?;
     Ok(told(&volume))
@@ -159,7 +160,7 @@ pub(crate) async fn rename(
     new_name: String,
 ) -> Result<Report, Failure> {
     let mut client = connect::server(server).await?;
-    let found = call(client.get_volume(v1::GetVolumeRequest { name })).await?;
+    let found = call(client.get_volume(v1::GetVolumeRequest { name, ..Default::default() })).await?;
     let name = format!("uid:{}", found.volume_uid);
     let volume = call(client.rename_volume(v1::RenameVolumeRequest { name, new_name })).await?;
     let text = format!("volume {} renamed to {}\n", found.name, volume.name);

@@ -148,7 +148,7 @@ async fn list(server: &ServerAddress, volume_name: String) -> Result<Report, Fai
 
 async fn show(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
     let Named { volume_name, name, snapshot_uid } = named;
-    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid };
+    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid, with_exclusive_bytes: true };
     let snapshot = call(connect::server(server).await?.get_snapshot(request)).await?;
     let mut rows = vec![
         ("name", snapshot.name.clone()),
@@ -158,6 +158,7 @@ async fn show(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
         ("group uid", snapshot.group_uid.clone()),
         ("size", format!("{} ({} bytes)", human_size(snapshot.capacity_bytes), snapshot.capacity_bytes)),
         ("used", human_size(snapshot.allocated_bytes)),
+        ("exclusive", snapshot.exclusive_bytes.map_or_else(|| "-".to_owned(), human_size)),
         ("block size", snapshot.block_size_bytes.to_string()),
         ("state", state_word(snapshot.state()).to_owned()),
         ("frozen", if snapshot.frozen { "yes" } else { "no" }.to_owned()),
@@ -171,7 +172,9 @@ async fn show(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
         text += &format!("\n{}", attachments.text);
         wide += &format!("\n{}", attachments.wide);
     }
-    Ok(Report::new(text, snapshot_json(&snapshot)).with_wide(wide))
+    let mut json = snapshot_json(&snapshot);
+    json["exclusive_bytes"] = snapshot.exclusive_bytes.into();
+    Ok(Report::new(text, json).with_wide(wide))
 }
 
 async fn delete(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
@@ -190,7 +193,8 @@ async fn restore(server: &ServerAddress, volume: String, name: String) -> Result
     let mut restored = answer.volume.ok_or_else(|| Failure::incomplete_answer("volume"))?;
     if let Some(operation) = answer.operation {
         finish(&mut client, operation).await?;
-        restored = call(client.get_volume(v1::GetVolumeRequest { name: volume })).await?;
+        restored =
+            call(client.get_volume(v1::GetVolumeRequest { name: volume, ..Default::default() })).await?;
     }
     Ok(Report::new(format!("restored {} from {name}\n", restored.name), volume_json(&restored)))
 }
@@ -222,7 +226,7 @@ pub(crate) async fn clone_to_its_end(
     match (answer.volume, answer.operation) {
         (_, Some(operation)) => {
             finish(client, operation).await?;
-            call(client.get_volume(v1::GetVolumeRequest { name })).await
+            call(client.get_volume(v1::GetVolumeRequest { name, ..Default::default() })).await
         }
         (Some(volume), None) => Ok(volume),
         (None, None) => Err(Failure::incomplete_answer("volume")),
@@ -235,7 +239,7 @@ pub(crate) async fn temporary_clone(
     snapshot: &str,
 ) -> Result<v1::Volume, Failure> {
     let Named { volume_name, name, snapshot_uid } = Named::of(snapshot.to_owned(), None)?;
-    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid };
+    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid, ..Default::default() };
     let snapshot = call(client.get_snapshot(request)).await?;
     let name = format!("{EXPORT_PREFIX}{}", snapshot.snapshot_uid);
     let request = v1::CloneVolumeRequest {
@@ -248,7 +252,7 @@ pub(crate) async fn temporary_clone(
     if let Some(operation) = answer.operation {
         finish(client, operation).await?;
     }
-    call(client.get_volume(v1::GetVolumeRequest { name })).await
+    call(client.get_volume(v1::GetVolumeRequest { name, ..Default::default() })).await
 }
 
 /// Whether it is what [`temporary_clone`] makes, and not one that somebody has named like that.

@@ -153,7 +153,7 @@ fn volume_tables(volumes: &[v1::Volume]) -> Tables {
 }
 
 pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report, Failure> {
-    let request = v1::GetVolumeRequest { name };
+    let request = v1::GetVolumeRequest { name, with_exclusive_bytes: true };
     let mut client = connect::server(server).await?;
     let volume = call(client.get_volume(request)).await?;
     let attached_snapshots = match volume.snapshot_count {
@@ -165,6 +165,7 @@ pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report,
         ("volume uid", volume.volume_uid.clone()),
         ("size", format!("{} ({} bytes)", human_size(volume.capacity_bytes), volume.capacity_bytes)),
         ("used", human_size(volume.allocated_bytes)),
+        ("exclusive", volume.exclusive_bytes.map_or_else(|| "-".to_owned(), human_size)),
         ("block size", volume.block_size_bytes.to_string()),
         ("backend", backend_word(volume.backend()).to_owned()),
         ("write cache", write_cache_word(volume.write_cache()).to_owned()),
@@ -200,7 +201,9 @@ pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report,
         text += &format!("\n{}", attachments.text);
         wide += &format!("\n{}", attachments.wide);
     }
-    Ok(Report::new(text, volume_json(&volume)).with_wide(wide).with_note(problem(&volume)))
+    let mut json = volume_json(&volume);
+    json["exclusive_bytes"] = volume.exclusive_bytes.into();
+    Ok(Report::new(text, json).with_wide(wide).with_note(problem(&volume)))
 }
 
 /// The snapshots of a volume that are disks somewhere, each with its nodes.

@@ -18,6 +18,8 @@ use std::time::Duration;
 use rustix::fs::{Advice, AtFlags, FlockOperation, OFlags, SeekFrom, StatxFlags};
 use uuid::Uuid;
 
+use super::background::{Background, Work};
+use super::discard::discard;
 use super::marks::DeviceMarks;
 use super::page_cache::{PageCacheView, is_any_cached};
 use crate::backend::reflink;
@@ -92,6 +94,7 @@ struct AdoptedStorage {
 struct BlockDevice {
     marks: DeviceMarks,
     zeroes_fast: bool,
+    background: Background,
 }
 
 impl FileVolume {
@@ -136,7 +139,7 @@ impl FileVolume {
         let flags = rustix::fs::fcntl_getfl(&file)?;
         rustix::fs::fcntl_setfl(&file, flags | OFlags::DIRECT)?;
         let is_rotational = is_rotational(Path::new(BLOCK_DEVICES_DIR), file.metadata()?.rdev());
-        let device = Some(BlockDevice { marks, zeroes_fast });
+        let device = Some(BlockDevice { marks, zeroes_fast, background: Background::default() });
         let adopted = Some(AdoptedStorage { end_bytes: AtomicU64::new(size_bytes), device });
         let direct_alignment_bytes = Some(block_size_bytes);
         Ok(Self { file, sync_files, direct_alignment_bytes, page_cache: None, is_rotational, adopted })
@@ -156,6 +159,26 @@ impl FileVolume {
     pub fn zeroes_slowly(&self) -> bool {
         let device = self.adopted.as_ref().and_then(|adopted| adopted.device.as_ref());
         device.is_some_and(|device| !device.zeroes_fast)
+    }
+
+    /// Whether space is given back by discards: a device that zeroes by itself has holes.
+    pub fn discards(&self) -> bool {
+        self.zeroes_slowly()
+    }
+
+    /// Gives back what the device can of a range. Waits for it.
+    ///
+    /// # Errors
+    /// The system's; `EOPNOTSUPP`: it cannot.
+    pub fn discard(&self, offset_bytes: u64, length_bytes: u64) -> io::Result<()> {
+        discard(&self.file, offset_bytes, length_bytes)
+    }
+
+    /// Has something done on a thread of the device's own; dropped where there is none.
+    pub fn in_background(&self, work: Work) {
+        if let Some(device) = self.adopted.as_ref().and_then(|adopted| adopted.device.as_ref()) {
+            device.background.run(work);
+        }
     }
 
     /// Whether a range is in part behind the end of a device or file that has become smaller.

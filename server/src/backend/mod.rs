@@ -10,8 +10,11 @@
 //! Backends never touch a socket, and never wait on a ring's thread.
 //! Called by: `gate/opener.rs` (open) and `volume/request.rs`.
 
+mod background;
 pub mod callback;
 pub mod device;
+mod discard;
+pub mod exclusive;
 pub mod extent_map;
 mod fiemap;
 pub mod file;
@@ -33,6 +36,8 @@ pub enum Allocation {
     Zero,
     /// The range gets the space that it lacks, and keeps its bytes.
     Fill,
+    /// Of a device that has no holes: what of its space can be given back is. What the range reads as then is not told.
+    Discard,
 }
 
 /// One operation of a volume. Ranges are in bytes of the volume.

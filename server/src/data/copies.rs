@@ -2,7 +2,7 @@
 //!
 //! Owns: the threads of copies that are being made. Never: copies itself (`volume/snapshot/copier.rs` does), or decides which request
 //! waits (`volume/snapshot/copy_before_write.rs` does).
-//! Called by: `data/server.rs`. Invariant: everything that may fail or take long is done before the instant, so that no request waits
+//! Called by: `data/server.rs`. What holds for copies that LVM makes is [`HeldVolumes`]. Invariant: everything that may fail or take long is done before the instant, so that no request waits
 //! for it.
 
 use std::fs::File;
@@ -42,6 +42,28 @@ pub struct Copies {
     /// The volumes' bytes are in no files.
     is_elsewhere: bool,
     running: Mutex<Running>,
+}
+
+/// Volumes that hold every change, until this is dropped: then what waited goes on. They stay open until then.
+#[must_use = "they hold as long as this is there"]
+pub struct HeldVolumes(Vec<HeldVolume>);
+
+impl HeldVolumes {
+    /// Whether a sync of one of them failed since it was opened.
+    pub fn have_lost_writes(&self) -> bool {
+        self.0.iter().filter_map(HeldVolume::volume).any(|volume| volume.has_lost_writes())
+    }
+
+    /// Nothing waits any more.
+    pub fn release(&self) {
+        self.0.iter().for_each(HeldVolume::release);
+    }
+}
+
+impl std::fmt::Debug for HeldVolumes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("HeldVolumes").field(&self.0.len()).finish()
+    }
 }
 
 #[derive(Default)]
@@ -98,6 +120,24 @@ impl Copies {
     ) -> Result<CopyHandle, CopyError> {
         let (sources, descriptors) = self.prepare(wanted, open)?;
         self.go(sources, descriptors)
+    }
+
+    /// Has volumes hold every change until what this gives is dropped: the instant of copies that somebody else makes.
+    ///
+    /// # Errors
+    /// [`CopyError`]; none of them holds any more.
+    pub fn hold_all(
+        &self,
+        volumes: &[VolumeRecord],
+        open: impl Fn(Uuid) -> Result<Arc<Volume>, CopyError>,
+    ) -> Result<HeldVolumes, CopyError> {
+        // Opening may take its time, and is over before any of them holds.
+        let held =
+            volumes.iter().map(|record| self.hold_open(record, &open)).collect::<Result<Vec<_>, _>>()?;
+        let sources: Vec<_> =
+            held.iter().map(|held| (held.volume().map(Arc::clone), Arc::clone(held.map()))).collect();
+        self.begin_plan(&sources)?;
+        Ok(HeldVolumes(held))
     }
 
     /// Begins a copy of a volume that has no name: what is compared while the volume is written to. Its map tells all when the copy
@@ -220,14 +260,24 @@ impl Copies {
         wanted: &CopyWanted,
         open: &impl Fn(Uuid) -> Result<Arc<Volume>, CopyError>,
     ) -> Result<Option<HeldVolume>, CopyError> {
-        let CopySource::Volume(record) = &wanted.source else { return Ok(None) };
+        match &wanted.source {
+            CopySource::Volume(record) => self.hold_open(record, open).map(Some),
+            CopySource::Snapshot { .. } => Ok(None),
+        }
+    }
+
+    fn hold_open(
+        &self,
+        record: &VolumeRecord,
+        open: &impl Fn(Uuid) -> Result<Arc<Volume>, CopyError>,
+    ) -> Result<HeldVolume, CopyError> {
         let volume = open(record.volume_uid)?;
         let gate = self.gate.clone();
         let on_end = move |volume_uid| {
             // Without a gate the server has ended.
             let _ = gate.send(GateMessage::CopyEnded { volume_uid });
         };
-        Ok(Some(HeldVolume::new(volume, record.capacity_bytes, Arc::clone(&self.let_go), on_end)))
+        Ok(HeldVolume::new(volume, record.capacity_bytes, Arc::clone(&self.let_go), on_end))
     }
 
     fn source(&self, wanted: &CopyWanted, volume: Option<HeldVolume>) -> Result<Source, CopyError> {

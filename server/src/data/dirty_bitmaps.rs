@@ -1,6 +1,6 @@
 //! `qemu:dirty-bitmap:NAME` of a snapshot's export: which of its blocks may differ from another snapshot of the volume.
 //!
-//! Owns what an export offers, and the other snapshots' files once a client has asked. Never: touches a ring. Called by: `gate/run.rs`
+//! Owns what an export offers, and the other snapshots' files once a client has asked, or their maps in a thin pool. Never: touches a ring. Called by: `gate/run.rs`
 //! (offers), `io/session_io/` (selects), `block_status.rs` (asks, on a thread that may wait).
 //! Invariants: only of exports that nobody writes to; a file that was opened stays what it is until its connection ends, whether its
 //! snapshot is deleted meanwhile or not. Source: QEMU `docs/interop/nbd.rst`.
@@ -16,8 +16,10 @@ use tracing::warn;
 use uuid::Uuid;
 
 use crate::backend::extent_map::{ExtentMap, FileMap};
+use crate::backend::lvm::ThinMap;
 use crate::catalog::SnapshotRecord;
 use crate::data::maps::{Compared, Maps};
+use crate::volume::copying::CopyError;
 use crate::volume::diff::Walk;
 use crate::volume::{Backend, Volume};
 
@@ -58,8 +60,25 @@ pub struct OfferedBitmaps {
 /// theirs.
 #[derive(Debug)]
 pub struct SelectedBitmaps {
-    bases: Vec<Option<(BitmapBase, OnceLock<FileMap<Compared>>)>>,
+    bases: Vec<Option<(BitmapBase, OnceLock<BaseMap>)>>,
     maps: Maps,
+    /// Of the export itself, where it is in a thin pool: a snapshot's never changes.
+    target: OnceLock<ThinMap>,
+}
+
+#[derive(Debug)]
+enum BaseMap {
+    File(FileMap<Compared>),
+    Thin(ThinMap),
+}
+
+impl BaseMap {
+    fn as_map(&self) -> &dyn ExtentMap {
+        match self {
+            Self::File(map) => map,
+            Self::Thin(map) => map,
+        }
+    }
 }
 
 impl OfferedBitmaps {
@@ -67,7 +86,7 @@ impl OfferedBitmaps {
     pub fn select(self, names: &[String]) -> SelectedBitmaps {
         let of_name = |name: &String| self.bases.iter().find(|base| base.name == *name);
         let bases = names.iter().map(|name| of_name(name).map(|base| (base.clone(), OnceLock::new())));
-        SelectedBitmaps { bases: bases.collect(), maps: self.maps }
+        SelectedBitmaps { bases: bases.collect(), maps: self.maps, target: OnceLock::new() }
     }
 }
 
@@ -93,19 +112,39 @@ impl SelectedBitmaps {
         deadline: Instant,
     ) -> io::Result<StatusExtents> {
         let (base, opened) = self.bases.get(index).and_then(Option::as_ref).ok_or(io::ErrorKind::NotFound)?;
-        let map = match opened.get() {
+        let Backend::File(file) = &volume.backend else { return Err(io::ErrorKind::Unsupported.into()) };
+        // A snapshot on a device is one in a thin pool.
+        let is_thin = file.device_marks().is_some();
+        let cannot = |error: CopyError| {
+            warn!(name = base.name, %error, "a snapshot cannot be compared with");
+            io::Error::from(io::ErrorKind::NotFound)
+        };
+        let base_map = match opened.get() {
             Some(map) => map,
+            None if is_thin => {
+                let map = self.maps.of_thin_snapshot(base.snapshot_uid, base.capacity_bytes);
+                let map = map.map_err(cannot)?;
+                opened.get_or_init(|| BaseMap::Thin(map))
+            }
             None => {
-                let map = self.maps.of_snapshot(base.snapshot_uid, base.capacity_bytes).map_err(|error| {
-                    warn!(name = base.name, %error, "a snapshot cannot be compared with");
-                    io::ErrorKind::NotFound
-                })?;
-                opened.get_or_init(|| map)
+                let map = self.maps.of_snapshot(base.snapshot_uid, base.capacity_bytes).map_err(cannot)?;
+                opened.get_or_init(|| BaseMap::File(map))
             }
         };
-        let Backend::File(file) = &volume.backend else { return Err(io::ErrorKind::Unsupported.into()) };
-        let target = FileMap::new(Exported(file.file()), volume.capacity_bytes)?;
-        find(map, target, wanted, deadline)
+        if !is_thin {
+            let target = FileMap::new(Exported(file.file()), volume.capacity_bytes)?;
+            return find(&base_map.as_map(), target, wanted, deadline);
+        }
+        let target = match self.target.get() {
+            Some(map) => map,
+            None => {
+                let map = self.maps.of_thin_snapshot(volume.volume_uid, volume.capacity_bytes);
+                let map = map.map_err(cannot)?;
+                self.target.get_or_init(|| map)
+            }
+        };
+        // What it took to read the maps is not taken off the time of this question: a part is always answered.
+        find(&base_map.as_map(), target, wanted, deadline)
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::backend::extent_map::FileMap;
+use crate::backend::lvm::{Lvm, LvmError, Thin, ThinMap};
 use crate::descriptors::{Descriptors, Taken};
 use crate::volume::copying::{CopyError, CopyTarget};
 use crate::volume::snapshot::files::{CopyFiles, failed};
@@ -35,12 +36,29 @@ impl AsRef<File> for Compared {
 pub struct Maps {
     files: CopyFiles,
     descriptors: Arc<Descriptors>,
+    lvm: Option<Arc<Lvm>>,
 }
 
 impl Maps {
     /// Of a server whose copies are there.
     pub fn new(files: CopyFiles, descriptors: Arc<Descriptors>) -> Self {
-        Self { files, descriptors }
+        Self { files, descriptors, lvm: None }
+    }
+
+    /// The same, with the thin pool that snapshots may be in.
+    #[must_use]
+    pub fn with_pool(self, lvm: Option<Arc<Lvm>>) -> Self {
+        Self { lvm, ..self }
+    }
+
+    /// The map of a snapshot in the thin pool, which stays what it is when that is gone.
+    ///
+    /// # Errors
+    /// [`CopyError`]
+    pub fn of_thin_snapshot(&self, snapshot_uid: Uuid, capacity_bytes: u64) -> Result<ThinMap, CopyError> {
+        let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured);
+        let map = lvm.and_then(|lvm| lvm.map(Thin::Snapshot(snapshot_uid), capacity_bytes));
+        map.map_err(|error| CopyError::Failed(error.to_string()))
     }
 
     /// The map of a snapshot, which keeps its file open.

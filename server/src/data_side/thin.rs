@@ -2,7 +2,8 @@
 //!
 //! A snapshot, clone or copy to restore from is a thin snapshot: made in the call, durable and at one instant, for which device mapper
 //! stops the volume's device and flushes it. It has every write that was answered before, since they all go past the page cache; and none
-//! that begins after the call. What changed between two of them is in the pool's metadata: thin_delta(8).
+//! that begins after the call. Those of several volumes are made while none of them is written to. What changed between two of them is in
+//! the pool's metadata.
 
 use std::io;
 
@@ -11,8 +12,8 @@ use uuid::Uuid;
 
 use super::ServedData;
 use crate::backend::lvm::{Lvm, LvmError, Thin};
-use crate::catalog::{BackendKind, CatalogError};
-use crate::lifecycle::{DataSide as _, SyncError};
+use crate::catalog::{BackendKind, CatalogError, VolumeRecord};
+use crate::lifecycle::{DataSide as _, Map, SyncError};
 use crate::volume::copying::{self, CopyError, CopyHandle, CopySource, CopyTarget, CopyWanted};
 
 /// The logical volume of a copy; a pool has none without a name.
@@ -44,6 +45,15 @@ pub(super) fn copy(thin: Thin) -> Option<CopyTarget> {
 
 fn failed(error: LvmError) -> CopyError {
     CopyError::Failed(error.to_string())
+}
+
+/// A copy that was made in the call.
+fn ended(bytes: u64) -> CopyHandle {
+    let (handle, report) = copying::begin();
+    report.set_total(bytes);
+    report.add_done(bytes);
+    report.end(Ok(()));
+    handle
 }
 
 impl ServedData {
@@ -129,11 +139,97 @@ impl ServedData {
                 let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured).map_err(failed)?;
                 self.copy_one(lvm, one).map(Some)
             }
-            _ => Err(CopyError::Unsupported(
-                "LVM takes thin snapshots one after the other, and those of several volumes would be of several instants: take one of each volume"
-                    .to_owned(),
-            )),
+            several => {
+                let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured).map_err(failed)?;
+                self.copy_several(lvm, several).map(Some)
+            }
         }
+    }
+
+    /// Thin snapshots of several volumes, made one after the other while nobody writes to any of them.
+    ///
+    /// What was answered before the call has landed when the first is made, since writes go past the page cache, so it is in. What begins after
+    /// the call finds its volume held, and waits until the last is made, so it is in none. What had begun and was not answered may be in:
+    /// everything that had been answered before it began is in as well.
+    fn copy_several(&self, lvm: &Lvm, wanted: &[CopyWanted]) -> Result<CopyHandle, CopyError> {
+        let (mut volumes, mut copies) = (Vec::new(), Vec::new());
+        for wanted in wanted {
+            let of_volume = match &wanted.source {
+                CopySource::Volume(volume) if volume.backend == BackendKind::Lvm => Some(volume),
+                _ => None,
+            };
+            let (Some(volume), Some(target)) = (of_volume, of(wanted.target)) else {
+                let words = "volumes in the thin pool and volumes in files cannot be copied at one instant: take their snapshots apart";
+                return Err(CopyError::Unsupported(words.to_owned()));
+            };
+            self.sync_source(volume)?;
+            copies.push((Thin::Volume(volume.volume_uid), target));
+            volumes.push(volume.clone());
+        }
+        lvm.prepare_copies(&copies).map_err(failed)?;
+        let held = self.server.hold_volumes(&volumes)?;
+        let copied = lvm.copy_held(&copies);
+        held.release();
+        let copied = match copied {
+            Err(error) => Err(failed(error)),
+            Ok(()) if held.have_lost_writes() => Err(CopyError::SourceLostWrites),
+            Ok(()) => Ok(()),
+        };
+        drop(held);
+        if let Err(error) = copied {
+            for (_, target) in &copies {
+                if let Err(error) = lvm.remove(*target) {
+                    warn!(name = target.name(), %error, "a copy of a group that could not be made is still to be cleaned up");
+                }
+            }
+            return Err(error);
+        }
+        Ok(ended(wanted.iter().map(|wanted| wanted.capacity_bytes).sum()))
+    }
+
+    /// A volume that lost writes is found out here, and not by LVM, which would take a snapshot of what is left.
+    fn sync_source(&self, volume: &VolumeRecord) -> Result<(), CopyError> {
+        self.sync_storage(volume).map_err(|error| match error {
+            SyncError::Unfinished(words) => CopyError::Busy(words),
+            SyncError::Failed(_) => CopyError::SourceLostWrites,
+        })
+    }
+
+    /// The map of a snapshot in the pool.
+    pub(super) fn thin_snapshot_map(
+        &self,
+        snapshot_uid: Uuid,
+        capacity_bytes: u64,
+    ) -> Result<Map, CopyError> {
+        let recorded = self.pool_of(CopyTarget::Snapshot(snapshot_uid));
+        let recorded = recorded.map_err(|error| CopyError::Failed(error.to_string()))?;
+        let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured).map_err(failed)?;
+        lvm.check_pool(recorded).map_err(failed)?;
+        Ok(Box::new(lvm.map(Thin::Snapshot(snapshot_uid), capacity_bytes).map_err(failed)?))
+    }
+
+    /// The map of a volume at this instant. It needs no copy: what the pool keeps of its metadata is one, and nobody reads more of it.
+    pub(super) fn thin_volume_map(&self, volume: &VolumeRecord) -> Result<(CopyHandle, Map), CopyError> {
+        self.sync_source(volume)?;
+        let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured).map_err(failed)?;
+        let recorded = self.catalog.thin_pool_of(volume.volume_uid);
+        lvm.check_pool(recorded.map_err(|error| CopyError::Failed(error.to_string()))?).map_err(failed)?;
+        let map = lvm.map(Thin::Volume(volume.volume_uid), volume.capacity_bytes).map_err(failed)?;
+        if self.server.has_lost_writes(volume.volume_uid) {
+            return Err(CopyError::SourceLostWrites);
+        }
+        Ok((ended(volume.capacity_bytes), Box::new(map)))
+    }
+
+    /// What a volume or snapshot has alone in the pool.
+    pub(super) fn thin_exclusive_bytes(&self, of_copy: CopyTarget) -> io::Result<u64> {
+        let thin = of(of_copy).ok_or(io::ErrorKind::NotFound)?;
+        let mut exclusive_bytes = 0;
+        self.thin_in(self.pool_of(of_copy)?, |lvm| {
+            exclusive_bytes = lvm.exclusive_bytes(thin)?;
+            Ok(())
+        })?;
+        Ok(exclusive_bytes)
     }
 
     fn copy_one(&self, lvm: &Lvm, wanted: &CopyWanted) -> Result<CopyHandle, CopyError> {
@@ -143,11 +239,7 @@ impl ServedData {
         };
         let source = match &wanted.source {
             CopySource::Volume(volume) => {
-                // A volume that lost writes is found out here, and not by LVM, which would take a snapshot of what is left.
-                self.sync_storage(volume).map_err(|error| match error {
-                    SyncError::Unfinished(words) => CopyError::Busy(words),
-                    SyncError::Failed(_) => CopyError::SourceLostWrites,
-                })?;
+                self.sync_source(volume)?;
                 Thin::Volume(volume.volume_uid)
             }
             CopySource::Snapshot { snapshot_uid, .. } => Thin::Snapshot(*snapshot_uid),
@@ -159,11 +251,7 @@ impl ServedData {
             lvm.remove(target).map_err(failed)?;
             return Err(CopyError::SourceLostWrites);
         }
-        let (handle, report) = copying::begin();
-        report.set_total(wanted.capacity_bytes);
-        report.add_done(wanted.capacity_bytes);
-        report.end(Ok(()));
-        Ok(handle)
+        Ok(ended(wanted.capacity_bytes))
     }
 }
 

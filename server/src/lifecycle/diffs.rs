@@ -159,7 +159,6 @@ impl<D: DataSide> Lifecycle<D> {
 
     fn snapshot_to_compare(&self, snapshot_uid: Uuid) -> Result<(SnapshotRecord, Map), LifecycleError> {
         let snapshot = self.ready_snapshot(snapshot_uid)?;
-        refuse_uncomparable(&snapshot.export_name(), snapshot.backend)?;
         let map = self.data_side.snapshot_map(snapshot_uid, snapshot.capacity_bytes)?;
         Ok((snapshot, map))
     }
@@ -168,23 +167,13 @@ impl<D: DataSide> Lifecycle<D> {
     fn volume_to_compare(&self, name: &str) -> Result<Target, LifecycleError> {
         let volume = self.volume(name)?;
         refuse_initialising(&volume)?;
-        refuse_uncomparable(&volume.name, volume.backend)?;
         self.check_can_copy(&volume)?;
         self.refuse_while(&volume.name, |operation| operation.makes(volume.volume_uid))?;
-        self.check_reserve(volume.backend)?;
+        // In a thin pool it is read from the metadata, which takes no space.
+        if volume.backend != BackendKind::Lvm {
+            self.check_reserve(volume.backend)?;
+        }
         Ok(Target::Volume(volume, self.operations.try_turn()?))
-    }
-}
-
-/// What is in a thin pool has its map in the pool's metadata, which is not read here.
-fn refuse_uncomparable(name: &str, backend: BackendKind) -> Result<(), SnapshotError> {
-    match backend {
-        BackendKind::Lvm => Err(SnapshotError::Unsupported {
-            name: name.to_owned(),
-            reason: "it is in a thin pool, and what changed there is told by thin_delta(8)".to_owned(),
-        }),
-        // Of those that have no snapshots, the check of that says why.
-        BackendKind::File | BackendKind::Memory | BackendKind::Device => Ok(()),
     }
 }
 

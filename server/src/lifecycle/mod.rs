@@ -67,7 +67,7 @@ pub use space::{SpaceLevel, StorageSpace};
 use crate::backend::device::AdoptError;
 use crate::backend::extent_map::ExtentMap;
 use crate::backend::lvm::PoolFill;
-use crate::catalog::{Catalog, CatalogError, SnapshotRecord, VolumeRecord};
+use crate::catalog::{BackendKind, Catalog, CatalogError, SnapshotRecord, VolumeRecord};
 use crate::machine_memory::{ForVolumes, TooMuchMemory};
 use crate::volume::copying::{CopyError, CopyHandle, CopyTarget, CopyWanted};
 
@@ -178,6 +178,9 @@ pub trait DataSide: AdoptedData + Send + Sync + 'static {
 
     /// Bytes of storage that the snapshot takes now.
     fn snapshot_allocated_bytes(&self, snapshot: &SnapshotRecord) -> u64;
+
+    /// Bytes of storage that a volume or a snapshot has alone; `None`: it is not known. May wait.
+    fn exclusive_bytes(&self, of: CopyTarget, backend: BackendKind) -> Option<u64>;
 
     /// Closes the connections of the volume's attachments, which come again and are told what is new.
     fn reopen_attachments(&self, volume_uid: Uuid);

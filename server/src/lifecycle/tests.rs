@@ -3,16 +3,19 @@
 mod adopted;
 mod attachments;
 mod grants;
+mod growth;
 mod names;
 mod nodes;
 mod settings;
 mod thin;
+mod thin_kills;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
 use super::*;
+use crate::backend::lvm::{Lvm, Thin};
 use crate::catalog::{AttachmentState, BackendKind, CATALOG_FILE_NAME, NewVolume, VolumeState};
 use crate::machine_memory::{Allowed, BoundBy};
 use crate::volume::copying::{self, CopyError, CopyHandle, CopyReport, CopySource, CopyTarget, CopyWanted};
@@ -58,6 +61,8 @@ struct DoubleState {
     /// Where what a killed server leaves is to be kept, if it is.
     moments_dir: Option<PathBuf>,
     moments: Vec<Moment>,
+    /// Where volumes are, if not here.
+    lvm: Option<Arc<Lvm>>,
 }
 
 /// How copies end.
@@ -105,6 +110,10 @@ impl DoubleState {
 }
 
 impl Double {
+    fn lvm(&self) -> Option<Arc<Lvm>> {
+        self.state.lock().unwrap().lvm.clone()
+    }
+
     fn change(&self, change: impl FnOnce(&mut DoubleState)) {
         change(&mut self.state.lock().unwrap());
     }
@@ -155,6 +164,11 @@ impl Double {
 
 impl DataSide for Double {
     fn create_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm
+                .create(Thin::Volume(volume.volume_uid), volume.capacity_bytes)
+                .map_err(io::Error::other);
+        }
         let (_, row) = self.catalog.volume_in_any_state(&volume.name).unwrap().unwrap();
         let mut state = self.record(format!("create storage, row {row:?}"));
         if let Some(kind) = state.create_error {
@@ -165,6 +179,9 @@ impl DataSide for Double {
     }
 
     fn delete_storage(&self, volume_uid: Uuid) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.remove(Thin::Volume(volume_uid)).map_err(io::Error::other);
+        }
         let rows = self.catalog.all_volumes().unwrap();
         let row = rows.into_iter().find(|(volume, _)| volume.volume_uid == volume_uid).map(|(_, row)| row);
         let mut state = self.record(format!("delete storage, row {row:?}"));
@@ -181,10 +198,16 @@ impl DataSide for Double {
     }
 
     fn stored_volumes(&self) -> io::Result<Vec<Uuid>> {
+        if let Some(lvm) = self.lvm() {
+            return Ok(thin_kills::volumes(&lvm));
+        }
         Ok(self.state.lock().unwrap().stored.iter().copied().collect())
     }
 
-    fn grow_storage(&self, _volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
+    fn grow_storage(&self, volume: &VolumeRecord, capacity_bytes: u64) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.grow(Thin::Volume(volume.volume_uid), capacity_bytes).map_err(io::Error::other);
+        }
         let state = self.record(format!("grow storage to {capacity_bytes}"));
         state.create_error.map_or(Ok(()), |kind| Err(kind.into()))
     }
@@ -208,6 +231,9 @@ impl DataSide for Double {
     }
 
     fn begin_copies(&self, wanted: &[CopyWanted]) -> Result<CopyHandle, CopyError> {
+        if let Some(lvm) = self.lvm() {
+            return thin_kills::begin_copies(&lvm, wanted);
+        }
         self.moment();
         if self.state.lock().unwrap().writes_before_instant {
             for wanted in wanted {
@@ -255,6 +281,9 @@ impl DataSide for Double {
     }
 
     fn replace_storage(&self, volume: &VolumeRecord) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.replace(volume.volume_uid).map_err(io::Error::other);
+        }
         self.moment();
         let visible = self.catalog.volume_by_uid(volume.volume_uid).unwrap().is_some();
         let (row, _) = self.catalog.volume_in_any_state(&volume.name).unwrap().unwrap();
@@ -273,6 +302,9 @@ impl DataSide for Double {
     }
 
     fn delete_copy(&self, target: CopyTarget) -> io::Result<()> {
+        if let Some(lvm) = self.lvm() {
+            return lvm.remove(thin_kills::of(target)).map_err(io::Error::other);
+        }
         self.moment();
         let row = self.row_of(target);
         let mut state = self.record(format!("delete copy, row {row}"));
@@ -286,11 +318,18 @@ impl DataSide for Double {
     }
 
     fn stored_copies(&self) -> io::Result<Vec<CopyTarget>> {
+        if let Some(lvm) = self.lvm() {
+            return Ok(thin_kills::copies(&lvm));
+        }
         Ok(self.state.lock().unwrap().copies.iter().copied().collect())
     }
 
     fn snapshot_allocated_bytes(&self, _snapshot: &SnapshotRecord) -> u64 {
         0
+    }
+
+    fn exclusive_bytes(&self, _of: CopyTarget, _backend: BackendKind) -> Option<u64> {
+        None
     }
 
     fn reopen_attachments(&self, _volume_uid: Uuid) {
@@ -454,47 +493,6 @@ fn creating_again_returns_the_same_volume_and_another_size_is_refused() {
     let error = bench.create("vol-1", 8192).unwrap_err();
     assert!(matches!(error, LifecycleError::VolumeDiffers { property: "size in bytes", .. }), "{error}");
     assert_eq!(bench.double().take_calls(), [""; 0]);
-}
-
-/// One that is there already, of a server up to 0.1.0, is still found, attached and deleted.
-#[test]
-fn a_new_volume_is_not_called_what_anothers_partition_is() {
-    let bench = Bench::new();
-    let error = bench.create("vol-1-part1", 4096).unwrap_err();
-    assert!(error.to_string().contains("partition 1 of the volume vol-1"), "{error}");
-    assert_eq!(bench.double().take_calls(), [""; 0]);
-    let new = NewVolume {
-        name: "vol-1-part1".to_owned(),
-        capacity_bytes: 4096,
-        block_size_bytes: 4096,
-        backend: BackendKind::File,
-        write_cache_on: true,
-        settings: Default::default(),
-    };
-    let old = bench.double().catalog.begin_creating(&new).unwrap();
-    bench.double().catalog.finish_creating(old.volume_uid).unwrap();
-    assert_eq!(bench.create("vol-1-part1", 4096).unwrap().volume_uid, old.volume_uid);
-    assert!(!bench.attach("vol-1-part1", "n", false).unwrap().existed);
-    assert!(bench.detach("vol-1-part1").unwrap() && bench.delete("vol-1-part1").unwrap());
-}
-
-#[test]
-fn a_volume_grows_in_its_storage_first_and_its_clients_are_told_last() {
-    let (bench, volume) = Bench::with_volume();
-    let resize =
-        |capacity_bytes| bench.lifecycle.resize_volume(&bench.locks.blocking_lock("vol-1"), capacity_bytes);
-    assert_eq!(resize(4096).unwrap(), volume, "it has that size");
-    assert!(matches!(resize(512), Err(LifecycleError::Shrink { capacity_bytes: 4096, .. })));
-    assert!(matches!(resize(4096 + 512), Err(LifecycleError::SizeUnaligned { unit_bytes: 4096 })));
-    assert_eq!(bench.double().take_calls(), [""; 0]);
-    bench.double().change(|state| state.create_error = Some(io::ErrorKind::StorageFull));
-    assert!(matches!(resize(8192), Err(LifecycleError::NoSpace(_))));
-    assert_eq!(bench.lifecycle.volume("vol-1").unwrap(), volume, "nothing was promised");
-    bench.double().change(|state| state.create_error = None);
-    bench.double().take_calls();
-    assert_eq!(resize(8192).unwrap().capacity_bytes, 8192);
-    assert_eq!(bench.double().take_calls(), ["grow storage to 8192", "reopen attachments"]);
-    assert_eq!(bench.lifecycle.volume("vol-1").unwrap().capacity_bytes, 8192);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::lifecycle::{
     Attached, DataSide, Lifecycle, LifecycleError, Operation, SnapshotError, SpaceLevel, StorageSpace,
 };
 use crate::status;
-use crate::volume::copying::CopyError;
+use crate::volume::copying::{CopyError, CopyTarget};
 
 /// A volume with its attachments and grants.
 pub(super) fn volume<D: DataSide>(
@@ -64,7 +64,19 @@ pub(super) fn volume<D: DataSide>(
         // Whoever asks for one volume looks; see `followed`.
         adopted_problem: String::new(),
         grants: granted.iter().map(|granted| grant(&volume.name, granted)).collect(),
+        // Whoever asks for it looks; see `with_exclusive_bytes`.
+        exclusive_bytes: None,
     })
+}
+
+/// A volume with what it has alone, which may have to be waited for.
+pub(super) fn with_exclusive_bytes<D: DataSide>(
+    lifecycle: &Lifecycle<D>,
+    found: VolumeRecord,
+) -> Result<v1::Volume, LifecycleError> {
+    let (volume_uid, backend) = (found.volume_uid, found.backend);
+    let exclusive_bytes = lifecycle.data_side().exclusive_bytes(CopyTarget::Volume(volume_uid), backend);
+    Ok(v1::Volume { exclusive_bytes, ..followed(lifecycle, found)? })
 }
 
 fn content(content: Content) -> v1::VolumeContent {
@@ -112,6 +124,7 @@ pub(super) fn snapshot<D: DataSide>(
         frozen: snapshot.is_frozen,
         freeze_id: snapshot.freeze_id.map(|id| id.to_string()).unwrap_or_default(),
         backend: backend(snapshot.backend).into(),
+        exclusive_bytes: None,
     })
 }
 

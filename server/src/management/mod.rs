@@ -186,17 +186,21 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::GetVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         Caller::of(request.extensions()).require_manage()?;
+        let v1::GetVolumeRequest { name, with_exclusive_bytes } = request.into_inner();
         let mut fields = Fields::default();
-        let name = fields.volume("name", request.into_inner().name);
+        let name = fields.volume("name", name);
         fields.finish()?;
         let looked_up = self.looking(move |lifecycle| {
             let found = lifecycle.volume(&name)?;
-            let is_adopted = found.backend == BackendKind::Device;
-            let answer = if is_adopted { None } else { Some(messages::volume(lifecycle, &found)?) };
+            let waits = with_exclusive_bytes || found.backend == BackendKind::Device;
+            let answer = if waits { None } else { Some(messages::volume(lifecycle, &found)?) };
             Ok((found, answer))
         });
         match looked_up.await?.into_inner() {
             (_, Some(answer)) => Ok(Response::new(answer)),
+            (found, None) if with_exclusive_bytes => {
+                self.blocking(move |lifecycle| messages::with_exclusive_bytes(lifecycle, found)).await
+            }
             // What is not ours may have to be waited for.
             (found, None) => self.blocking(move |lifecycle| messages::followed(lifecycle, found)).await,
         }

@@ -21,7 +21,7 @@ use crate::lifecycle::{
     Started, snapshot_lock_name,
 };
 use crate::status;
-use crate::volume::copying::CopyError;
+use crate::volume::copying::{CopyError, CopyTarget};
 
 /// So long a call waits for the end of what it has begun, before it is answered with the operation.
 const ANSWER_LIMIT: Duration = Duration::from_secs(1);
@@ -140,6 +140,16 @@ impl<D: DataSide> ManagementService<D> {
     ) -> Result<v1::Snapshot, Status> {
         let named =
             fields::snapshot_named(OF_SNAPSHOT, request.volume_name, request.name, &request.snapshot_uid)?;
+        if request.with_exclusive_bytes {
+            // Which may have to be waited for.
+            let answer = self.blocking(move |lifecycle| {
+                let found = lifecycle.snapshot(&named)?;
+                let (snapshot, backend) = (CopyTarget::Snapshot(found.0.snapshot_uid), found.0.backend);
+                let exclusive_bytes = lifecycle.data_side().exclusive_bytes(snapshot, backend);
+                Ok(v1::Snapshot { exclusive_bytes, ..messages::snapshot(lifecycle, &found)? })
+            });
+            return Ok(answer.await?.into_inner());
+        }
         let answer =
             self.looking(move |lifecycle| messages::snapshot(lifecycle, &lifecycle.snapshot(&named)?));
         Ok(answer.await?.into_inner())

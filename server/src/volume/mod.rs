@@ -256,6 +256,10 @@ impl Volume {
         matches!(&self.backend, Backend::File(file) if file.zeroes_slowly())
     }
 
+    fn discards(&self) -> bool {
+        matches!(&self.backend, Backend::File(file) if file.discards())
+    }
+
     fn is_direct(&self) -> bool {
         matches!(&self.backend, Backend::File(file) if file.is_direct())
     }

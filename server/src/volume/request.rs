@@ -6,7 +6,7 @@
 //! ```text
 //!   READ            Read…                                          WRITE   Write… ─(FUA, buffered)─► Sync
 //!   FLUSH           Sync
-//!   TRIM            Allocate(punch) ─(FUA)─► Sync
+//!   TRIM            Allocate(punch, or discard on a device without holes) ─(FUA)─► Sync
 //!   WRITE_ZEROES    Allocate(punch or zero) ─(not supported)─► WriteZeroes… ─(FUA)─► Sync
 //!   CACHE           Prefetch, or nothing where there is no cache to read into
 //!   in memory       TRIM, WRITE_ZEROES: Allocate(punch) ─(NO_HOLE)─► Allocate(fill); the others: nothing is left to do
@@ -42,6 +42,7 @@ enum Stage {
     Reading,
     Writing,
     Allocating,
+    Discarding,
     Zeroing,
     Prefetching,
     Populating,
@@ -83,6 +84,7 @@ impl RequestProgress {
         match self.stage {
             Stage::Reading | Stage::Writing | Stage::Zeroing => self.transferred(volume, result as u32),
             Stage::Allocating => self.allocated(volume),
+            Stage::Discarding => self.data_done(volume),
             Stage::Populating | Stage::Prefetching => Next::Done(Ok(())),
             Stage::Syncing => durable_answer(volume),
         }
@@ -111,6 +113,7 @@ impl RequestProgress {
         self.stage = match self.request.command {
             Command::Read => Stage::Reading,
             Command::Write => Stage::Writing,
+            Command::Trim if volume.discards() => Stage::Discarding,
             Command::Trim | Command::WriteZeroes => Stage::Allocating,
             Command::Cache if volume.is_direct() => return Next::Done(Ok(())),
             Command::Cache => Stage::Prefetching,
@@ -151,6 +154,9 @@ impl RequestProgress {
             Stage::Allocating => {
                 let mode = self.allocate_mode(volume);
                 VolumeOp::Allocate { mode, offset_bytes, length_bytes: remaining_bytes }
+            }
+            Stage::Discarding => {
+                VolumeOp::Allocate { mode: Allocation::Discard, offset_bytes, length_bytes: remaining_bytes }
             }
             Stage::Populating => {
                 VolumeOp::Allocate { mode: Allocation::Fill, offset_bytes, length_bytes: remaining_bytes }
@@ -254,6 +260,7 @@ impl RequestProgress {
                 return self.repeat(volume);
             }
             Stage::Prefetching => return Next::Done(Ok(())), // Only advice as well.
+            Stage::Discarding if errno == libc::EOPNOTSUPP => return Next::Done(Ok(())), // The same.
             Stage::Syncing => has_lost_writes = true,
             Stage::Writing if self.durable && volume.is_direct() && !no_space => has_lost_writes = true,
             _ => {}

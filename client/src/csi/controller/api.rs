@@ -101,7 +101,7 @@ impl Call {
     /// # Errors
     /// The same.
     pub(super) async fn volume_named(&self, name: String) -> Result<v1::Volume, Refusal> {
-        let question = v1::GetVolumeRequest { name };
+        let question = v1::GetVolumeRequest { name, ..Default::default() };
         self.ask(question, |mut stub, request| async move { stub.get_volume(request).await }).await
     }
 

@@ -129,7 +129,8 @@ async fn planned(
 
 /// The volume of that name, if there is one.
 async fn volume(client: &mut ManagementClient<Channel>, name: &str) -> Result<Option<v1::Volume>, Failure> {
-    match call(client.get_volume(v1::GetVolumeRequest { name: name.to_owned() })).await {
+    match call(client.get_volume(v1::GetVolumeRequest { name: name.to_owned(), ..Default::default() })).await
+    {
         Ok(volume) => Ok(Some(volume)),
         Err(failure) if failure.reason == reason::VOLUME_NOT_FOUND => Ok(None),
         Err(failure) => Err(failure),
@@ -156,8 +157,13 @@ async fn source(
         }
     };
     let Named { volume_name, name, snapshot_uid } = named.clone();
-    let found = match call(client.get_snapshot(v1::GetSnapshotRequest { volume_name, name, snapshot_uid }))
-        .await
+    let found = match call(client.get_snapshot(v1::GetSnapshotRequest {
+        volume_name,
+        name,
+        snapshot_uid,
+        ..Default::default()
+    }))
+    .await
     {
         Ok(v1::Snapshot { snapshot_uid: uid, capacity_bytes, .. }) => Found::There { uid, capacity_bytes },
         Err(failure)
@@ -262,7 +268,9 @@ async fn do_step(
         }
         Action::Limit(declared) => {
             // What others have set since the plan was made stays.
-            let there = call(client.get_volume(v1::GetVolumeRequest { name: name.clone() })).await?;
+            let there =
+                call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() }))
+                    .await?;
             let limits = Some(LimitArgs::from(declared).applied_to(there.limits.unwrap_or_default()));
             call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits })).await?;
         }

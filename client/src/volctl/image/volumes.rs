@@ -62,7 +62,8 @@ impl<'a> Server<'a> {
     }
 
     pub(super) async fn volume(&mut self, name: &str) -> Result<v1::Volume, Failure> {
-        call(self.client.get_volume(v1::GetVolumeRequest { name: name.to_owned() })).await
+        call(self.client.get_volume(v1::GetVolumeRequest { name: name.to_owned(), ..Default::default() }))
+            .await
     }
 
     /// Attaches a volume to this copy, and opens it.

@@ -2,7 +2,7 @@
 //!
 //! Owns the names of logical volumes, which are built from uids alone, and what is said of the machine's settings (lvm.conf(5)): what we depend on
 //! is in `--config`, and comes out the same whatever that file says. Never: runs anything (`tool.rs` does).
-//! Source: lvm(8), lvcreate(8), lvs(8), lvm.conf(5).
+//! Source: lvm(8), lvcreate(8), lvs(8), lvm.conf(5), dmsetup(8), thin_dump(8), thin_ls(8).
 
 use std::time::Duration;
 
@@ -21,6 +21,9 @@ const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 const CONFIG: &str = "activation{monitoring=0 verify_udev_operations=1 auto_set_activation_skip=0 retry_deactivation=1} \
      global{use_lvmpolld=0 wait_for_locks=1} backup{backup=0 archive=0} log{report_command_log=0 prefix=\"\"} \
      allocation{wipe_signatures_when_zeroing_new_lvs=0} devices{scan_lvs=0 filter=[\"r|^/dev/ublkb|\"]}";
+
+/// Of one that reads a pool's metadata: some millions of mappings.
+const READ_LIMIT: Duration = Duration::from_secs(300);
 
 const VOLUME: &str = "volnode-v-";
 const SNAPSHOT: &str = "volnode-s-";
@@ -100,10 +103,12 @@ impl std::str::FromStr for PoolName {
     }
 }
 
-/// A call of `lvm`.
+/// A call of `lvm`, or of a tool beside it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Call {
-    /// All arguments, the name of the tool first.
+    /// What is run.
+    pub program: &'static str,
+    /// All arguments; of `lvm`, the name of the tool first.
     pub args: Vec<String>,
     /// How long it may take.
     pub limit: Duration,
@@ -111,10 +116,28 @@ pub struct Call {
 
 impl Call {
     fn new(limit: Duration, args: &[&str]) -> Self {
-        let [tool, rest @ ..] = args else { return Self { args: Vec::new(), limit } };
+        let program = "lvm";
+        let [tool, rest @ ..] = args else { return Self { program, args: Vec::new(), limit } };
         let config = ["--config", CONFIG];
         let args = std::iter::once(tool).chain(&config).chain(rest);
-        Self { args: args.map(|arg| (*arg).to_owned()).collect(), limit }
+        Self { program, args: args.map(|arg| (*arg).to_owned()).collect(), limit }
+    }
+
+    fn beside(program: &'static str, limit: Duration, args: &[&str]) -> Self {
+        Self { program, args: args.iter().map(|arg| (*arg).to_owned()).collect(), limit }
+    }
+
+    /// What it is called in messages.
+    pub(super) fn name(&self) -> String {
+        match self.args.first() {
+            Some(tool) if self.program == "lvm" => tool.clone(),
+            _ => self.program.to_owned(),
+        }
+    }
+
+    /// The same, which may take no longer than that.
+    pub(super) fn within(self, limit: Duration) -> Self {
+        Self { limit: self.limit.min(limit), ..self }
     }
 
     fn change(args: &[&str]) -> Self {
@@ -134,6 +157,39 @@ impl PoolName {
         format!("{}-{}", self.group.replace('-', "--"), thin.name().replace('-', "--"))
     }
 
+    /// What device mapper calls a part of the pool.
+    fn mapper_part(&self, part: &str) -> String {
+        format!("{}-{}{part}", self.group.replace('-', "--"), self.pool.replace('-', "--"))
+    }
+
+    /// Has the pool keep its metadata as they are now, to be read; or not any more.
+    pub fn keep_metadata(&self, keeps: bool) -> Call {
+        let message = if keeps { "reserve_metadata_snap" } else { "release_metadata_snap" };
+        Call::beside("dmsetup", LOOK_LIMIT, &["message", &self.mapper_part("-tpool"), "0", message])
+    }
+
+    /// Whether it keeps them, among much else.
+    pub fn status(&self) -> Call {
+        Call::beside("dmsetup", LOOK_LIMIT, &["status", "--noflush", &self.mapper_part("-tpool")])
+    }
+
+    fn metadata_path(&self) -> String {
+        format!("/dev/mapper/{}", self.mapper_part("_tmeta"))
+    }
+
+    /// The mappings of a thin volume, as XML, of the metadata that are kept.
+    pub fn dump(&self, thin_id: u32) -> Call {
+        let (thin_id, path) = (thin_id.to_string(), self.metadata_path());
+        Call::beside("thin_dump", READ_LIMIT, &["--metadata-snap", "--dev-id", &thin_id, &path])
+    }
+
+    /// What each thin volume has alone, in bytes, of the metadata that are kept.
+    pub fn list_exclusive(&self) -> Call {
+        let path = self.metadata_path();
+        let args = ["--metadata-snap", "--no-headers", "--format", "DEV,EXCLUSIVE_BYTES", &path];
+        Call::beside("thin_ls", READ_LIMIT, &args)
+    }
+
     /// What the pool is, and how full.
     pub fn look_at_pool(&self) -> Call {
         let options = "lv_name,lv_layout,lv_when_full,zero,data_percent,metadata_percent,lv_health_status";
@@ -144,8 +200,7 @@ impl PoolName {
 
     /// All logical volumes of its group.
     pub fn list(&self) -> Call {
-        let options =
-            "lv_name,lv_uuid,vg_uuid,lv_size,pool_lv,lv_tags,data_percent,lv_kernel_major,lv_kernel_minor";
+        let options = "lv_name,lv_uuid,vg_uuid,lv_size,pool_lv,lv_tags,thin_id,data_percent,lv_kernel_major,lv_kernel_minor";
         let [a, b, c, d] = REPORT;
         Call::new(LOOK_LIMIT, &["lvs", a, b, c, d, "--nosuffix", "--options", options, &self.group])
     }
@@ -260,6 +315,21 @@ mod tests {
         for bad in ["vg0", "/pool", "vg0/", "-vg/pool", "vg/--force", "vg/a/b", "vg/a b", "../a", "vg/a\n"] {
             assert!(bad.parse::<PoolName>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_pools_metadata_are_read_by_the_names_that_device_mapper_has() {
+        let pool: PoolName = "vg-a/pool-1".parse().unwrap();
+        let message = pool.keep_metadata(true);
+        assert_eq!(message.args, ["message", "vg--a-pool--1-tpool", "0", "reserve_metadata_snap"]);
+        assert_eq!((message.program, message.name().as_str()), ("dmsetup", "dmsetup"));
+        assert_eq!(pool.keep_metadata(false).args[3], "release_metadata_snap");
+        let dump = pool.dump(7);
+        assert_eq!(dump.args.last().unwrap(), "/dev/mapper/vg--a-pool--1_tmeta");
+        assert!(dump.args.windows(2).any(|pair| pair == ["--dev-id", "7"]), "{dump:?}");
+        assert_eq!(pool.list().name(), "lvs");
+        assert_eq!(pool.list().within(Duration::from_secs(1)).limit, Duration::from_secs(1));
+        assert_eq!(pool.list().within(Duration::MAX).limit, LOOK_LIMIT);
     }
 
     #[test]

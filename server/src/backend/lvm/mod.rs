@@ -4,7 +4,7 @@
 //!   volnode-v-<volume_uid>     a volume              volnode-r-<volume_uid>   what is to take its place
 //!   volnode-s-<snapshot_uid>   a snapshot            volnode-o-<volume_uid>   what was the volume until then
 //! ```
-//! Owns what is done with the pool ([`Lvm`]). Never: does a volume's I/O, or opens its device: that is `device/`'s, which finds it by
+//! Owns what is done with the pool ([`Lvm`]); `metadata.rs` reads where volumes have their bytes in it. Never: does a volume's I/O, or opens its device: that is `device/`'s, which finds it by
 //! the UUID that LVM gives to it and serves it past the page cache, alone. So whatever was acknowledged is in the device, and a
 //! thin snapshot, for which device mapper stops and flushes it, has all of it.
 //! Called by: `data_side.rs`, `gate/opener.rs` and `serve.rs`, on threads that may wait. Invariants: what returns is durable (LVM's
@@ -13,23 +13,30 @@
 //! Source: lvmthin(7), Documentation/admin-guide/device-mapper/thin-provisioning.rst.
 
 mod command;
+mod error;
+mod map;
+mod metadata;
 mod report;
+#[cfg(test)]
+pub(crate) mod stand_in;
 mod tool;
 
-use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-pub use command::{PoolName, Thin};
+pub use command::{Call, PoolName, Thin};
+pub use error::LvmError;
+pub use map::ThinMap;
 pub use report::{PoolFill, ThinState, Unreadable};
-pub use tool::ToolError;
+pub use tool::{RunTools, TakeLine, ToolError};
 
-use self::command::Call;
+use self::metadata::Metadata;
 use self::report::PoolState;
-use self::tool::Tools;
+use self::tool::{Tools, lock};
 use super::device::{self, Adoptable, Sysfs};
 use crate::catalog::{Adopted, AdoptedKind};
 
@@ -40,51 +47,8 @@ const WARN_PERCENT: [f64; 3] = [80.0, 90.0, 95.0];
 /// New snapshots and clones are refused from so many percent on, unless a reserve says otherwise.
 const NEW_COPIES_PERCENT: f64 = 90.0;
 
-/// Why something cannot be done with the pool.
-#[derive(Debug, thiserror::Error)]
-pub enum LvmError {
-    /// A tool did not do it.
-    #[error(transparent)]
-    Tool(#[from] ToolError),
-    /// The same, of a look a moment ago, which is not repeated yet.
-    #[error("{0}")]
-    Remembered(String),
-    /// A tool's answer cannot be read.
-    #[error(transparent)]
-    Unreadable(#[from] Unreadable),
-    /// It is something else.
-    #[error("{0} is no thin pool; make one with lvcreate --type thin-pool, or give another --lvm")]
-    NoPool(PoolName),
-    /// It lets writes wait when it is full, or shows what was another volume's, and cannot be told otherwise.
-    #[error("{pool} cannot be set to {what}; see lvchange(8)")]
-    Setting {
-        /// Which.
-        pool: PoolName,
-        /// To what.
-        what: &'static str,
-    },
-    /// The server has no pool.
-    #[error("this server has no thin pool; start volserver with --lvm VG/THINPOOL")]
-    NotConfigured,
-    /// A volume of another pool.
-    #[error(
-        "its volume is in the thin pool {recorded}, and this server has {pool}; start volserver with --lvm {recorded}"
-    )]
-    OtherPool {
-        /// Where it is.
-        recorded: String,
-        /// What the server has.
-        pool: PoolName,
-    },
-    /// No such logical volume.
-    #[error("there is no logical volume {name} in {pool}")]
-    Missing {
-        /// Its name.
-        name: String,
-        /// Where it should be.
-        pool: PoolName,
-    },
-}
+/// So long writes are held for copies of several volumes: each takes a call of LVM, of some tenths of a second.
+const HOLD_LIMIT: Duration = Duration::from_secs(10);
 
 /// The thin pool of one server.
 #[derive(Debug)]
@@ -100,7 +64,8 @@ pub struct Lvm {
     warned: Mutex<usize>,
     /// Held while LVM is looked at: once at a time. When the last look failed, and why.
     looking: Mutex<Option<(Instant, String)>>,
-    tools: Tools,
+    tools: Box<dyn RunTools>,
+    metadata: Metadata,
     /// Changes are made one after the other: each takes the group's lock anyway, with a limit of its own.
     changing: Mutex<()>,
 }
@@ -110,14 +75,27 @@ impl Lvm {
     ///
     /// # Errors
     /// [`LvmError`]
-    pub fn start(pool: PoolName, server_id: Uuid) -> Result<Self, LvmError> {
+    pub fn start(pool: PoolName, server_id: Uuid, data_dir: &Path) -> Result<Self, LvmError> {
+        Self::start_with(pool, server_id, data_dir, Box::<Tools>::default())
+    }
+
+    /// The same with other tools, for tests.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(
+        pool: PoolName,
+        server_id: Uuid,
+        data_dir: &Path,
+        tools: Box<dyn RunTools>,
+    ) -> Result<Self, LvmError> {
         let adoptable = Adoptable {
             allowed: vec![PathBuf::from("/dev")],
             data_dir: PathBuf::new(),
             sysfs: Sysfs::default(),
         };
         let tag = format!("volnode-{server_id}");
-        let lvm = Self::new(pool, tag, adoptable);
+        let lvm = Self::new(pool, tag, adoptable, tools, Metadata::new(data_dir));
         let mut state = match lvm.state() {
             // Of a pool that is not active, LVM does not tell how full it is.
             Err(LvmError::Unreadable(_)) => {
@@ -148,15 +126,24 @@ impl Lvm {
                 warn!(?calls, %error, "a restore cannot be finished: it is left to the next start");
             }
         }
+        if let Err(error) = lvm.metadata.release_left(lvm.tools.as_ref(), &lvm.pool) {
+            warn!(pool = %lvm.pool, %error, "the thin pool may still keep a copy of its metadata for a former process");
+        }
         let PoolFill { data_percent, metadata_percent } = state.fill;
         info!(pool = %lvm.pool, data_percent, metadata_percent, "thin pool in use");
         Ok(lvm)
     }
 
-    fn new(pool: PoolName, tag: String, adoptable: Adoptable) -> Self {
+    fn new(
+        pool: PoolName,
+        tag: String,
+        adoptable: Adoptable,
+        tools: Box<dyn RunTools>,
+        metadata: Metadata,
+    ) -> Self {
         let (listed, warned, looking) = (Mutex::default(), Mutex::default(), Mutex::default());
-        let (tools, changing) = (Tools::default(), Mutex::default());
-        Self { pool, tag, adoptable, listed, warned, looking, tools, changing }
+        let changing = Mutex::default();
+        Self { pool, tag, adoptable, listed, warned, looking, tools, metadata, changing }
     }
 
     /// Which pool it is.
@@ -232,6 +219,58 @@ impl Lvm {
                 warn!(name = thin.name(), %error, "a copy that could not be made is still to be cleaned up");
             }
         })
+    }
+
+    /// Makes ready for [`Self::copy_held`]: the sources are there, and nothing that a copy would be in the way of.
+    ///
+    /// # Errors
+    /// [`LvmError::Missing`]; a tool's.
+    pub fn prepare_copies(&self, copies: &[(Thin, Thin)]) -> Result<(), LvmError> {
+        for (of, thin) in copies {
+            self.find(*of)?;
+            self.remove(*thin)?;
+        }
+        Ok(())
+    }
+
+    /// Makes copies of volumes of which nobody writes to any meanwhile, each as large as its source: they are of one instant. After an error
+    /// there may be some of them.
+    ///
+    /// # Errors
+    /// [`LvmError::TooSlow`]; a tool's.
+    pub fn copy_held(&self, copies: &[(Thin, Thin)]) -> Result<(), LvmError> {
+        let began = Instant::now();
+        for (of, thin) in copies {
+            let left = HOLD_LIMIT.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return Err(LvmError::TooSlow(HOLD_LIMIT.as_secs()));
+            }
+            self.change(&self.pool.snapshot(*of, *thin, &self.tag).within(left))?;
+        }
+        info!(copies = copies.len(), held = ?began.elapsed(), "thin snapshots of one instant are made");
+        Ok(())
+    }
+
+    /// Where it has its bytes in the pool, of the first `capacity_bytes` of it; everything that was answered before is in.
+    ///
+    /// # Errors
+    /// [`LvmError::Missing`]; a tool's; its answer cannot be read.
+    pub fn map(&self, thin: Thin, capacity_bytes: u64) -> Result<ThinMap, LvmError> {
+        let thin_id = self.thin_id(thin)?;
+        self.metadata.map(self.tools.as_ref(), &self.pool, thin_id, capacity_bytes)
+    }
+
+    /// How much of the pool it has alone, in bytes: what is given back when it goes.
+    ///
+    /// # Errors
+    /// As of [`Self::map`].
+    pub fn exclusive_bytes(&self, thin: Thin) -> Result<u64, LvmError> {
+        let thin_id = self.thin_id(thin)?;
+        self.metadata.exclusive_bytes(self.tools.as_ref(), &self.pool, thin_id)
+    }
+
+    fn thin_id(&self, thin: Thin) -> Result<u32, LvmError> {
+        self.find(thin)?.thin_id.ok_or_else(|| self.missing(thin))
     }
 
     /// Makes it at least so large; one that is so is left.
@@ -391,10 +430,6 @@ impl Lvm {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// How many of [`WARN_PERCENT`] are passed.
 fn step_of(fill: PoolFill) -> usize {
     WARN_PERCENT.iter().filter(|step| fill.percent() >= **step).count()
@@ -451,7 +486,7 @@ mod tests {
     use super::*;
 
     fn state(thin: Thin) -> ThinState {
-        ThinState { thin, size_bytes: 1, allocated_bytes: 0, device: None }
+        ThinState { thin, size_bytes: 1, thin_id: None, allocated_bytes: 0, device: None }
     }
 
     #[test]

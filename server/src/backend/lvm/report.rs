@@ -6,8 +6,8 @@ use super::command::Thin;
 
 /// An answer that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("lvs answers what cannot be read: {0}")]
-pub struct Unreadable(String);
+#[error("LVM's tools answer what cannot be read: {0}")]
+pub struct Unreadable(pub(super) String);
 
 /// A thin pool, as it is now.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,6 +45,8 @@ pub struct ThinState {
     pub thin: Thin,
     /// Its size in bytes: whole extents of its group.
     pub size_bytes: u64,
+    /// What its pool knows it by.
+    pub thin_id: Option<u32>,
     /// How much of the pool it takes, what it shares among it.
     pub allocated_bytes: u64,
     /// Of its device, where the kernel has one: what it is known by, and its number.
@@ -75,6 +77,8 @@ struct Row {
     pool_lv: String,
     #[serde(default)]
     lv_tags: String,
+    #[serde(default)]
+    thin_id: String,
     #[serde(default)]
     lv_layout: String,
     #[serde(default)]
@@ -138,7 +142,8 @@ pub(super) fn thin_volumes(text: &str, pool: &str, tag: &str) -> Result<Vec<Thin
             _ => None,
         };
         let allocated_bytes = (size_bytes as f64 * percent / 100.0) as u64;
-        found.push(ThinState { thin, size_bytes, allocated_bytes, device });
+        let thin_id = row.thin_id.trim().parse().ok();
+        found.push(ThinState { thin, size_bytes, thin_id, allocated_bytes, device });
     }
     Ok(found)
 }
@@ -179,7 +184,7 @@ mod tests {
         let row = |name: &str, pool: &str, tags: &str, minor: &str| {
             format!(
                 r#"{{"lv_name":"{name}","lv_uuid":"aaaaaa-bbbb","vg_uuid":"cccccc-dddd","lv_size":"8388608","pool_lv":"{pool}",
-                   "lv_tags":"{tags}","data_percent":"50.00","lv_kernel_major":"{minor}","lv_kernel_minor":"{minor}"}}"#
+                   "lv_tags":"{tags}","thin_id":"17","data_percent":"50.00","lv_kernel_major":"{minor}","lv_kernel_minor":"{minor}"}}"#
             )
         };
         let uid = Uuid::from_u128(7);
@@ -195,6 +200,7 @@ mod tests {
         let found = thin_volumes(&text, "pool", "ours").unwrap();
         let [first, second] = found.as_slice() else { panic!("{found:?}") };
         assert_eq!((first.thin, first.size_bytes, first.allocated_bytes), (volume, 8 << 20, 4 << 20));
+        assert_eq!(first.thin_id, Some(17));
         assert_eq!(first.device, Some(("LVM-ccccccddddaaaaaabbbb".to_owned(), 253)));
         assert_eq!((second.thin, &second.device), (snapshot, &None), "not active");
     }

@@ -473,7 +473,7 @@ impl Gate {
         let description = self.description(&record);
         let (export, limits) = granted.export(volume, &record, request_bytes_max, description);
         let volume = (granted.kind != OpenKind::Info).then(|| Arc::clone(volume));
-        let has_map = is_snapshot && record.backend == BackendKind::File;
+        let has_map = is_snapshot && matches!(record.backend, BackendKind::File | BackendKind::Lvm);
         let bitmaps = if has_map { self.offered_bitmaps(granted.volume_uid)? } else { None };
         let opened = Opened { export, limits, volume, attachment_id, is_probe, bitmaps };
         self.post(ring, RingMessage::Opened { connection, answer: Ok(opened) });
@@ -486,7 +486,8 @@ impl Gate {
         let siblings = found(siblings.map(Some)).map_err(|CatalogFailed| NotServed::Catalog)?;
         Ok(siblings.map(|siblings| OfferedBitmaps {
             bases: siblings.iter().map(BitmapBase::from).collect(),
-            maps: Maps::new(CopyFiles::new(self.config.volumes_dir.clone()), Arc::clone(&self.descriptors)),
+            maps: Maps::new(CopyFiles::new(self.config.volumes_dir.clone()), Arc::clone(&self.descriptors))
+                .with_pool(self.config.lvm.clone()),
         }))
     }
 

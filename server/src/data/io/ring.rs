@@ -278,6 +278,10 @@ impl Ring {
             // Counted for the request from now on, whether its sync begins now or after the one that runs.
             return wire.begin_op();
         }
+        if let VolumeOp::Allocate { mode: Allocation::Discard, offset_bytes, length_bytes } = op {
+            let volume = Arc::clone(volume);
+            return self.discard(wire, slot, volume, offset_bytes, length_bytes);
+        }
         let file = match &volume.backend {
             Backend::File(file) => file.file(),
             Backend::Memory(memory) => memory.file(),
@@ -289,6 +293,34 @@ impl Ring {
         };
         let entry = self.file_op(types::Fd(file.as_raw_fd()), op, buffer);
         self.push(entry, OpKind::Volume, wire, slot);
+    }
+
+    /// Has a device give space back, for which io_uring has no operation before Linux 6.12, on a thread of the volume's own.
+    fn discard(
+        &mut self,
+        wire: &mut Wire,
+        slot: RequestSlot,
+        volume: Arc<Volume>,
+        offset_bytes: u64,
+        length_bytes: u64,
+    ) {
+        let op = VolumeOp::Allocate { mode: Allocation::Discard, offset_bytes, length_bytes };
+        let token = Completion::user_data(OpKind::Volume, wire.index(), slot);
+        let operation = self.operation(op, None, token);
+        wire.begin_op();
+        let on = Arc::clone(&volume);
+        let work = move || {
+            let result = match &volume.backend {
+                Backend::File(file) => file.discard(offset_bytes, length_bytes),
+                Backend::Memory(_) | Backend::Callback(_) => Ok(()),
+            };
+            // Let go of before the ring is told: it may be the last to hold the volume.
+            drop(volume);
+            operation.finish(result.map_or_else(|error| -error.raw_os_error().unwrap_or(libc::EIO), |()| 0));
+        };
+        if let Backend::File(file) = &on.backend {
+            file.in_background(Box::new(work));
+        }
     }
 
     /// An operation for a backend that completes by call-back; comes back to [`Self::reap_ended`].
@@ -446,6 +478,7 @@ impl Ring {
                     Allocation::Punch => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
                     Allocation::Zero => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
                     Allocation::Fill => 0,
+                    Allocation::Discard => panic!("a discard is done on a thread of its own"),
                 };
                 opcode::Fallocate::new(file, length_bytes).offset(offset_bytes).mode(mode).build()
             }

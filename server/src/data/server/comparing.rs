@@ -1,4 +1,4 @@
-//! What the control side asks for of bytes to be compared.
+//! What the control side asks for of bytes to be compared, or to be copied by somebody else.
 //!
 //! Called by: `data_side.rs`.
 
@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::DataServer;
 use crate::backend::extent_map::FileMap;
 use crate::catalog::VolumeRecord;
+use crate::data::copies::HeldVolumes;
 use crate::data::gate::{FenceError, GateMessage};
 use crate::data::maps::Compared;
 use crate::volume::Volume;
@@ -37,6 +38,15 @@ impl DataServer {
         capacity_bytes: u64,
     ) -> Result<FileMap<Compared>, CopyError> {
         self.copies.maps().of_snapshot(snapshot_uid, capacity_bytes)
+    }
+
+    /// Has volumes hold every change until what this gives is dropped: see
+    /// [`Copies::hold_all`](crate::data::copies::Copies::hold_all).
+    ///
+    /// # Errors
+    /// [`CopyError`]; none of them holds any more.
+    pub fn hold_volumes(&self, volumes: &[VolumeRecord]) -> Result<HeldVolumes, CopyError> {
+        self.copies.hold_all(volumes, |volume_uid| self.open_to_copy(volume_uid))
     }
 
     /// Has the gate open a volume to be copied.

@@ -22,7 +22,7 @@ impl Bench {
         finish(self.start_snapshot(volumes, name)?)
     }
 
-    fn start_clone(
+    pub(super) fn start_clone(
         &self,
         name: &str,
         source: CloneOf,
@@ -48,7 +48,7 @@ impl Bench {
         self.lifecycle.restore_volume(&locks, name, snapshot_uid)
     }
 
-    fn restore(&self, name: &str, snapshot_uid: Uuid) -> Result<Uuid, LifecycleError> {
+    pub(super) fn restore(&self, name: &str, snapshot_uid: Uuid) -> Result<Uuid, LifecycleError> {
         finish(self.start_restore(name, snapshot_uid)?)
     }
 
