@@ -72,7 +72,8 @@ struct Cli {
         requires = "register"
     )]
     kubelet_endpoint: String,
-    /// Answer HTTP GET /healthz here, such as 0.0.0.0:9808: 200 while the plugin's socket answers
+    /// Answer HTTP GET here, such as 0.0.0.0:9808: /healthz with 200 while the plugin's socket answers, /readyz while the node daemon and
+    /// the storage server do as well, else with 503
     #[arg(long, value_name = "ADDRESS")]
     healthz: Option<SocketAddr>,
     /// What to log on stderr: error, warn, info, debug or trace; or a filter such as client::csi=debug
