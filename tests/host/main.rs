@@ -5,6 +5,7 @@
 mod api_examples;
 mod apply;
 mod bench_server;
+mod chart;
 mod crowd;
 mod csi_controller;
 mod csi_sanity;
