@@ -27,6 +27,11 @@ const CHART: &str = "deploy/kubernetes/volnode";
 const RBAC: &str = include_str!("chart/rbac.txt");
 /// The oldest Kubernetes that the chart is for, and the newest whose schemas the lab has.
 const KUBERNETES: [&str; 2] = ["1.34", "1.37"];
+/// Of definitions that a cluster adds.
+const FOREIGN: [(&str, &str); 2] = [
+    ("VolumeSnapshotClass", "snapshot.storage.k8s.io/v1"),
+    ("VolumeGroupSnapshotClass", "groupsnapshot.storage.k8s.io/v1"),
+];
 /// Of images that have our programs.
 const OUR_IMAGES: &str = "volnode/";
 
@@ -200,6 +205,7 @@ fn values_that_cannot_be_are_refused_by_name() {
             "/volumeAttributesClasses/0",
         ),
         ("snapshots.deletionPolicy=Keep", "/snapshots/deletionPolicy"),
+        ("snapshots.enabled=false,snapshots.groups=true", "snapshots.groups needs snapshots.enabled"),
         ("volserver.enabled=true", "volserver.enabled needs volserver.clusterIP"),
         ("volserver.clusterIP=10.96.1", "/volserver/clusterIP"),
         (
@@ -230,21 +236,18 @@ fn manifests_are_of_kubernetes() {
     }
     for (file, documents) in committed() {
         // The schemas know nothing of what is a cluster's own: that is looked at below.
-        let foreign = of_kind(&documents, "VolumeSnapshotClass").len();
+        let foreign: Vec<&Value> = FOREIGN.iter().flat_map(|(kind, _)| of_kind(&documents, kind)).collect();
         for version in KUBERNETES {
             let output = validate(version, &root().join(file));
             let said = said(&output);
             assert!(output.status.success(), "{file}, {version}: {said}");
-            assert_eq!(
-                said.matches(" passed for ").count(),
-                documents.len() - foreign,
-                "{file}, {version}: {said}"
-            );
+            let passed = said.matches(" passed for ").count();
+            assert_eq!(passed, documents.len() - foreign.len(), "{file}, {version}: {said}");
         }
-        for class in of_kind(&documents, "VolumeSnapshotClass") {
+        for class in foreign {
             let keys: BTreeSet<&str> = class.as_object().unwrap().keys().map(String::as_str).collect();
             assert_eq!(keys, ["apiVersion", "deletionPolicy", "driver", "kind", "metadata"].into());
-            assert_eq!(class["apiVersion"], "snapshot.storage.k8s.io/v1");
+            assert!(FOREIGN.iter().any(|(kind, api)| class["kind"] == *kind && class["apiVersion"] == *api));
         }
     }
     // One that is wrong is found.
@@ -315,12 +318,16 @@ fn roles_have_each_verb_that_has_a_reason_and_no_other() {
         found
     };
     for (file, documents) in committed() {
+        // What is not asked for needs no rights.
         let mut wanted = reasons.clone();
-        if of_kind(&documents, "VolumeSnapshotClass").is_empty() {
-            wanted.retain(|[role, resource, _]| {
-                role != "volnode-snapshotter" && !resource.starts_with("snapshot.storage.k8s.io/")
-            });
-        }
+        let has = |kind: &str| !of_kind(&documents, kind).is_empty();
+        let (snapshots, groups) = (has("VolumeSnapshotClass"), has("VolumeGroupSnapshotClass"));
+        wanted.retain(|[role, resource, _]| {
+            let is_of_snapshots =
+                role == "volnode-snapshotter" || resource.starts_with("snapshot.storage.k8s.io/");
+            let is_of_groups = resource.starts_with("groupsnapshot.storage.k8s.io/");
+            (snapshots || !is_of_snapshots) && (groups || !is_of_groups)
+        });
         let found = rules(&documents);
         let (more, fewer) = (found.difference(&wanted), wanted.difference(&found));
         assert!(

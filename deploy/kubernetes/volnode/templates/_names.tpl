@@ -33,6 +33,9 @@ https://{{ .Values.volserver.clusterIP }}:10810
 {{- if and .Values.volserver.enabled (not .Values.tls.enabled) -}}
 {{- fail "volserver.enabled needs tls.enabled: the server of the chart serves nothing without TLS" -}}
 {{- end -}}
+{{- if and .Values.snapshots.groups (not .Values.snapshots.enabled) -}}
+{{- fail "snapshots.groups needs snapshots.enabled" -}}
+{{- end -}}
 {{- if gt (len (include "volnode.defaults" . | fromJsonArray)) 1 -}}
 {{- fail "more than one of storageClasses says default: true" -}}
 {{- end -}}

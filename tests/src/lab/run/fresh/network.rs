@@ -136,9 +136,14 @@ mod tests {
 
     #[test]
     fn variables_that_lead_to_a_registry_are_taken_and_no_secret_with_them() {
-        for name in
-            ["http_proxy", "HTTPS_PROXY", "CARGO_HTTP_CAINFO", "CARGO_REGISTRIES_MINE_INDEX", "GOPROXY", "PIP_INDEX_URL"]
-        {
+        for name in [
+            "http_proxy",
+            "HTTPS_PROXY",
+            "CARGO_HTTP_CAINFO",
+            "CARGO_REGISTRIES_MINE_INDEX",
+            "GOPROXY",
+            "PIP_INDEX_URL",
+        ] {
             assert!(is_wanted(name), "{name}");
         }
         for name in
