@@ -8,7 +8,7 @@ mod pods;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
 use serde::Deserialize as _;
@@ -62,7 +62,7 @@ fn helm(arguments: &[&str]) -> Output {
 }
 
 fn template(options: &[&str]) -> Output {
-    helm(&[&["template", "volnode", CHART, "--namespace", "volnode"], options].concat())
+    helm(&[&["template", "volnode", CHART, "--namespace", "volnode"][..], options].concat())
 }
 
 fn said(output: &Output) -> String {
@@ -153,7 +153,7 @@ fn helm_takes_the_chart_without_a_warning() {
         return;
     }
     for (options, _) in RENDERED {
-        let output = helm(&[&["lint", "--strict", "--quiet", CHART], options].concat());
+        let output = helm(&[&["lint", "--strict", "--quiet", CHART][..], options].concat());
         assert!(output.status.success(), "{options:?}: {}", said(&output));
     }
 }
@@ -341,13 +341,12 @@ fn roles_have_each_verb_that_has_a_reason_and_no_other() {
             [of_kind(&documents, "ClusterRoleBinding"), of_kind(&documents, "RoleBinding")].concat();
         let bound: BTreeSet<&str> =
             bindings.iter().map(|binding| text(&binding["roleRef"]["name"])).collect();
-        assert_eq!(bound, found.iter().map(|[role, ..]| role.as_str()).collect(), "{file}");
+        let roles: BTreeSet<&str> = found.iter().map(|[role, ..]| role.as_str()).collect();
+        assert_eq!(bound, roles, "{file}");
         for binding in bindings {
             let [subject] = list(&binding["subjects"]) else { panic!("{binding}") };
-            assert_eq!(
-                (&subject["kind"], &subject["name"]),
-                (&"ServiceAccount".into(), &"volnode-controller".into())
-            );
+            assert_eq!(subject["kind"], "ServiceAccount");
+            assert_eq!(subject["name"], "volnode-controller");
         }
     }
 }
@@ -417,8 +416,4 @@ fn probes<'a>(container: &Container<'a>) -> BTreeMap<&'a str, &'a str> {
         (name, text(&get["path"]))
     };
     ["livenessProbe", "readinessProbe"].map(probe).into()
-}
-
-fn path_of(folder: &str) -> PathBuf {
-    root().join(folder)
 }

@@ -26,13 +26,15 @@ use serde_json::Value;
 use tls::test_authority::Authority;
 use tonic::transport::{Channel, Endpoint};
 
-use super::{Container, are_there, committed, list, of_kind, path_of, probes, text};
+use super::{Container, are_there, committed, list, of_kind, probes, root, text};
 use crate::programs;
 
 /// Kubelet's default for `LimitMEMLOCK=` of the runtime, which is systemd's.
 const LOCKED_BYTES: &str = "8388608";
 /// Of what starts or answers on a machine that others use.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// What the server's pod may call.
+const PROFILE: &str = "deploy/kubernetes/seccomp/volserver.json";
 /// Names and numbers of this machine's system calls.
 const NUMBERS: &str = "/usr/include/x86_64-linux-gnu/asm/unistd_64.h";
 
@@ -224,7 +226,8 @@ fn filters(profile: &Value) -> Vec<BpfProgram> {
     let otherwise = errno(&profile["defaultAction"], &profile["defaultErrnoRet"]);
     let first = SeccompFilter::new(allowed, otherwise, SeccompAction::Allow, architecture).unwrap();
     let second = SeccompFilter::new(refused, SeccompAction::Allow, refusal, architecture).unwrap();
-    [first, second].map(|filter| filter.try_into().unwrap()).into()
+    let program = |filter: SeccompFilter| -> BpfProgram { filter.try_into().unwrap() };
+    vec![program(first), program(second)]
 }
 
 fn condition(argument: &Value) -> SeccompCondition {
@@ -236,7 +239,7 @@ fn condition(argument: &Value) -> SeccompCondition {
 
 /// Runs it on a thread of its own under the profile of the server's pod; what it starts is under it, too.
 fn under_profile<T: Send>(act: impl FnOnce() -> T + Send) -> T {
-    let profile = fs::read_to_string(path_of("deploy/kubernetes/seccomp/volserver.json")).unwrap();
+    let profile = fs::read_to_string(root().join(PROFILE)).unwrap();
     let filters = filters(&serde_json::from_str(&profile).unwrap());
     std::thread::scope(|scope| {
         let filtered = scope.spawn(|| {
@@ -392,12 +395,10 @@ async fn the_node_starts_as_it_is_rendered_and_tells_kubelet_where_it_is() {
 
 #[test]
 fn the_profile_lets_rings_through_and_no_way_out() {
-    let profile = fs::read_to_string(path_of("deploy/kubernetes/seccomp/volserver.json")).unwrap();
+    let profile = fs::read_to_string(root().join(PROFILE)).unwrap();
     let profile: Value = serde_json::from_str(&profile).unwrap();
-    assert_eq!(
-        (&profile["defaultAction"], &profile["defaultErrnoRet"]),
-        (&"SCMP_ACT_ERRNO".into(), &1.into())
-    );
+    assert_eq!(profile["defaultAction"], "SCMP_ACT_ERRNO");
+    assert_eq!(profile["defaultErrnoRet"], 1);
     let allowed = |name: &str| {
         let rules = list(&profile["syscalls"]).iter();
         rules
