@@ -18,7 +18,7 @@ use client::{api_channel, daemon_process};
 /// The CSI plugin csi.volnode.io: the controller makes volumes and snapshots on the storage server and says which node has them; the node
 /// stages and publishes volumes for kubelet
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "volcsi", version, max_term_width = 100)]
 struct Cli {
     /// The plugin's socket, unix:///path
     #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock", value_name = "URI")]

@@ -40,6 +40,8 @@ pub fn image(program: &str, programs: &Path) -> Result<Image> {
         ["dev", "proc", "run", "sys"].map(|directory| (directory.to_owned(), Entry::Directory(0o755))).into();
     entries.insert("tmp".to_owned(), Entry::Directory(0o1777));
     entries.insert("etc/passwd".to_owned(), Entry::Words(PASSWD.to_owned()));
+    // Where mke2fs and e2fsck look whether a device is mounted.
+    entries.insert("etc/mtab".to_owned(), Entry::Link("../proc/self/mounts".to_owned()));
     let entry_point = format!("/usr/local/bin/{program}");
     let mut found = vec![(entry_point.clone(), own)];
     if program == "volcsi" {
