@@ -356,7 +356,7 @@ fn the_nodes_pod_sees_kubelets_paths_as_kubelet_does() {
     for (file, documents) in committed() {
         let [set] = of_kind(&documents, "DaemonSet")[..] else { panic!("{file}") };
         let pod = &set["spec"]["template"]["spec"];
-        // Longer than volcsi waits for an fsck, `serve.rs`.
+        // Longer than volcsi waits for an fsck, `client/src/csi/serve.rs`.
         assert_eq!(pod["terminationGracePeriodSeconds"], 300);
         assert_eq!(pod["automountServiceAccountToken"], false);
         for alone in ["hostPID", "hostIPC", "hostNetwork"] {

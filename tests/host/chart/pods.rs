@@ -29,7 +29,7 @@ use tonic::transport::{Channel, Endpoint};
 use super::{Container, are_there, committed, list, of_kind, probes, root, text};
 use crate::programs;
 
-/// Kubelet's default for `LimitMEMLOCK=` of the runtime, which is systemd's.
+/// What a container may lock where its runtime's service says nothing of it, in bytes: systemd's default.
 const LOCKED_BYTES: &str = "8388608";
 /// Of what starts or answers on a machine that others use.
 const DEADLINE: Duration = Duration::from_secs(60);
