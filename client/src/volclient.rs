@@ -25,7 +25,7 @@ use client::tls_spec::ClientFiles;
 
 /// Turns network volumes into local disks (/dev/ublkbN).
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "volclient", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

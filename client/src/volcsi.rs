@@ -18,7 +18,7 @@ use client::{api_channel, daemon_process};
 /// The CSI plugin csi.volnode.io: the controller makes volumes and snapshots on the storage server and says which node has them; the node
 /// stages and publishes volumes for kubelet
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "volcsi", version, max_term_width = 100)]
 struct Cli {
     /// The plugin's socket, unix:///path
     #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock", value_name = "URI")]
@@ -73,7 +73,8 @@ struct Cli {
         requires = "register"
     )]
     kubelet_endpoint: String,
-    /// Answer HTTP GET /healthz here, such as 0.0.0.0:9808: 200 while the plugin's socket answers
+    /// Answer HTTP GET here, such as 0.0.0.0:9808: /healthz with 200 while the plugin's socket answers, /readyz while the node daemon and
+    /// the storage server do as well, else with 503
     #[arg(long, value_name = "ADDRESS")]
     healthz: Option<SocketAddr>,
     /// What to log on stderr: error, warn, info, debug or trace; or a filter such as client::csi=debug

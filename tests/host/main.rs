@@ -5,6 +5,8 @@
 mod api_examples;
 mod apply;
 mod bench_server;
+mod chart;
+mod container_images;
 mod crowd;
 mod csi_controller;
 mod csi_sanity;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use testlab::harness::Env;
+use testlab::image_contents::{self, IMAGES};
 use testlab::kernel_series::KernelSeries;
 use testlab::soak::Fault;
 
@@ -110,6 +111,24 @@ pub(crate) fn setup() -> Result<u8> {
 /// Measures what a large WRITE costs both ways; with `write`, keeps the results in the documentation.
 pub(crate) fn zero_copy(write: bool) -> Result<u8> {
     zero_copy::run(&Workspace::locate()?, write).map(|()| 0)
+}
+
+/// Makes the images of `deploy/kubernetes`.
+pub(crate) fn images(directory: Option<PathBuf>) -> Result<u8> {
+    let workspace = Workspace::locate()?;
+    programs::build(&workspace, "release", &IMAGES)?;
+    let directory = directory.unwrap_or_else(|| workspace.target.join("images"));
+    std::fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    for program in IMAGES {
+        let archive = directory.join(format!("{program}.tar"));
+        let image = image_contents::image(program, &workspace.target.join("release"))?;
+        image.write(&archive)?;
+        println!("{}: {}", image.name, archive.display());
+    }
+    println!(
+        "load them on each node: `ctr --namespace k8s.io images import FILE`, or `docker load --input FILE`"
+    );
+    Ok(0)
 }
 
 /// Sets the project up on a bare Debian, and runs the host's tests there.

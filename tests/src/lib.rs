@@ -12,6 +12,7 @@ pub mod dribbling_relay;
 pub mod events;
 pub mod fault_proxy;
 pub mod harness;
+pub mod image_contents;
 pub mod kernel_series;
 pub mod kubelet;
 mod left_behind;
@@ -21,6 +22,7 @@ pub mod management_api;
 #[path = "../../server/tests/nbd_data/client.rs"]
 pub mod nbd_client;
 pub mod nbd_load;
+pub mod oci_image;
 pub mod process_resources;
 pub mod seed;
 pub mod selection;

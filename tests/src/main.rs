@@ -87,6 +87,12 @@ enum LabCommand {
     },
     /// Install, fetch and build all that the demo and the tests need, and run nothing
     Setup,
+    /// Make the images of deploy/kubernetes, of the release's programs and what they run, without a registry
+    Images {
+        /// Where the archives go [default: images in the target directory]
+        #[arg(long, value_name = "DIR")]
+        directory: Option<PathBuf>,
+    },
     /// Prove on a bare Debian, made for it, that both commands of the README set themselves up and the host's tests pass
     Fresh(FreshOptions),
     /// Look for inputs that break the parsers which face the network
@@ -172,6 +178,7 @@ fn main() -> ExitCode {
         LabCommand::Soak(options) => commands::soak(&options),
         LabCommand::GuestSoak(guest) => commands::guest_soak(&guest),
         LabCommand::Setup => commands::setup(),
+        LabCommand::Images { directory } => commands::images(directory),
         LabCommand::Fresh(options) => commands::fresh(&options),
         LabCommand::Fuzz(options) => commands::fuzz(&options),
         LabCommand::Scale { write } => commands::scale(write),

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,12 +14,12 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto::csi::registration::registration_server::RegistrationServer;
-use proto::csi::v1::GetPluginInfoRequest;
 use proto::csi::v1::controller_server::ControllerServer;
 use proto::csi::v1::group_controller_server::GroupControllerServer;
 use proto::csi::v1::identity_client::IdentityClient;
 use proto::csi::v1::identity_server::IdentityServer;
 use proto::csi::v1::node_server::NodeServer;
+use proto::csi::v1::{GetPluginInfoRequest, ProbeRequest};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{Semaphore, watch};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -43,6 +43,9 @@ const LAST_JOBS_DEADLINE: Duration = Duration::from_secs(280);
 const HEALTH_CHECKS_MAX: usize = 16;
 /// What one may take, request and all.
 const HEALTH_CHECK_DEADLINE: Duration = Duration::from_secs(5);
+/// What a probe hears where nobody answers at the plugin's socket.
+const NO_ANSWER: (http::StatusCode, &str) =
+    (http::StatusCode::SERVICE_UNAVAILABLE, "the plugin does not answer at its socket\n");
 /// After an error of accepting, such as no free descriptor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -63,7 +66,7 @@ pub struct ServeOptions {
     pub controller: Option<BTreeMap<String, String>>,
     /// Where kubelet looks for plugins, and where it reaches this one.
     pub registration: Option<RegistrationOptions>,
-    /// Where `/healthz` is answered.
+    /// Where `/healthz` and `/readyz` are answered.
     pub healthz: Option<SocketAddr>,
 }
 
@@ -144,8 +147,7 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     };
     if let Some(healthz) = healthz {
         tracing::info!(address = ?healthz.local_addr().ok(), "answers /healthz");
-        let own = api_channel::connect_lazy(&format!("unix:{}", options.endpoint.display()), None)?;
-        tokio::spawn(answer_health_checks(healthz, own));
+        tokio::spawn(answer_health_checks(healthz, options.endpoint.clone()));
     }
     tracing::info!(endpoint = %options.endpoint.display(), version = env!("CARGO_PKG_VERSION"), "volcsi starts");
     daemon_log::announce(format!("volcsi ready: {}", options.endpoint.display()))
@@ -206,43 +208,67 @@ async fn register(registration: Option<(UnixListener, super::socket::SocketFile,
     }
 }
 
-/// For a liveness probe: the plugin's own socket is called, as kubelet does. Whether the node daemon is there is another question, for
-/// which no restart of the plugin helps.
-async fn answer_health_checks(listener: TcpListener, own: Channel) {
+/// For probes: the plugin's own socket is called anew, as kubelet does. Whether the node daemon and the server are there is another question,
+/// for which no restart of the plugin helps: `/healthz` does not ask it, and `/readyz` does.
+async fn answer_health_checks(listener: TcpListener, endpoint: PathBuf) {
     let at_once = Arc::new(Semaphore::new(HEALTH_CHECKS_MAX));
+    let endpoint: Arc<Path> = endpoint.into();
     loop {
         let Ok(permit) = Arc::clone(&at_once).acquire_owned().await else { return };
         let Ok((socket, _)) = listener.accept().await else {
             tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        let own = own.clone();
+        let endpoint = Arc::clone(&endpoint);
         tokio::spawn(async move {
-            tokio::time::timeout(HEALTH_CHECK_DEADLINE, answer_health_check(socket, own)).await.ok();
+            tokio::time::timeout(HEALTH_CHECK_DEADLINE, answer_health_check(socket, &endpoint)).await.ok();
             drop(permit);
         });
     }
 }
 
-async fn answer_health_check(socket: TcpStream, own: Channel) {
-    let answer = service_fn(|request: http::Request<Incoming>| {
-        let own = own.clone();
-        async move {
-            let (status, text) = match request.uri().path() {
-                "/healthz" => match IdentityClient::new(own).get_plugin_info(GetPluginInfoRequest {}).await {
-                    Ok(_) => (http::StatusCode::OK, "ok\n"),
-                    Err(_) => (http::StatusCode::SERVICE_UNAVAILABLE, "the plugin does not answer\n"),
-                },
-                _ => (http::StatusCode::NOT_FOUND, "there is /healthz, and nothing else\n"),
-            };
-            let mut response = http::Response::new(text.to_owned());
-            *response.status_mut() = status;
-            Ok::<_, std::convert::Infallible>(response)
-        }
+async fn answer_health_check(socket: TcpStream, endpoint: &Path) {
+    let answer = service_fn(|request: http::Request<Incoming>| async move {
+        let (status, text) = match request.uri().path() {
+            "/healthz" => health(endpoint).await,
+            "/readyz" => readiness(endpoint).await,
+            _ => (http::StatusCode::NOT_FOUND, "there are /healthz and /readyz, and nothing else\n"),
+        };
+        let mut response = http::Response::new(text.to_owned());
+        *response.status_mut() = status;
+        Ok::<_, std::convert::Infallible>(response)
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).keep_alive(false);
     if let Err(error) = http.serve_connection(TokioIo::new(socket), answer).await {
         tracing::debug!(%error, "a health check was cut off");
     }
+}
+
+/// Whether who connects to the plugin's socket now is answered.
+async fn health(endpoint: &Path) -> (http::StatusCode, &'static str) {
+    let Ok(mut own) = own_identity(endpoint) else { return NO_ANSWER };
+    match own.get_plugin_info(GetPluginInfoRequest {}).await {
+        Ok(_) => (http::StatusCode::OK, "ok\n"),
+        Err(_) => NO_ANSWER,
+    }
+}
+
+/// The same, and whether what the plugin needs answers.
+async fn readiness(endpoint: &Path) -> (http::StatusCode, &'static str) {
+    let Ok(mut own) = own_identity(endpoint) else { return NO_ANSWER };
+    match own.probe(ProbeRequest {}).await.map(|answer| answer.into_inner().ready) {
+        Ok(Some(true)) => (http::StatusCode::OK, "ok\n"),
+        Ok(_) => {
+            let text = "the node daemon or the storage server does not answer\n";
+            (http::StatusCode::SERVICE_UNAVAILABLE, text)
+        }
+        Err(_) => NO_ANSWER,
+    }
+}
+
+/// Connects at the first call.
+fn own_identity(endpoint: &Path) -> Result<IdentityClient<Channel>, ChannelError> {
+    let channel = api_channel::connect_lazy(&format!("unix:{}", endpoint.display()), None)?;
+    Ok(IdentityClient::new(channel))
 }

@@ -122,6 +122,10 @@ async fn kubelet_finds_the_plugin_and_learns_who_the_node_is() {
     let refused = RegistrationStatus { plugin_registered: false, error: "no such node".to_owned() };
     registration.notify_registration_status(refused).await.unwrap();
     plugin.log_with("no such node");
+    // It stays, for kubelet's next try.
+    let registered = RegistrationStatus { plugin_registered: true, error: String::new() };
+    registration.notify_registration_status(registered).await.unwrap();
+    plugin.log_with("kubelet has registered the plugin");
 
     let mut identity = IdentityClient::new(plugin.channel("csi.sock").await);
     let info = identity.get_plugin_info(v1::GetPluginInfoRequest {}).await.unwrap().into_inner();
@@ -130,6 +134,7 @@ async fn kubelet_finds_the_plugin_and_learns_who_the_node_is() {
         ("csi.volnode.io", env!("CARGO_PKG_VERSION"))
     );
     assert_eq!(is_ready(&plugin).await, Some(true));
+    assert_eq!(plugin.health("GET /readyz"), "HTTP/1.1 200 OK");
     let mut node = NodeClient::new(plugin.channel("csi.sock").await);
     let info = node.node_get_info(v1::NodeGetInfoRequest {}).await.unwrap().into_inner();
     assert_eq!(info.node_id, NODE_ID);
@@ -190,10 +195,14 @@ async fn the_plugin_is_healthy_whether_or_not_the_node_daemon_is_there() {
     let plugin = Plugin::start(dir.path(), &dir.path().join("nobody.sock"));
     assert_eq!(is_ready(&plugin).await, Some(false));
     assert_eq!(plugin.health("GET /healthz"), "HTTP/1.1 200 OK");
+    assert_eq!(plugin.health("GET /readyz"), "HTTP/1.1 503 Service Unavailable");
     assert_eq!(plugin.health("GET /"), "HTTP/1.1 404 Not Found");
     // Connections that say nothing are in nobody's way for long, however many.
     let _silent: Vec<TcpStream> = (0..20).map(|_| plugin.dial_healthz()).collect();
     assert_eq!(plugin.health("GET /healthz"), "HTTP/1.1 200 OK");
+    // Kubelet would reach it no more, whatever connections there are.
+    fs::remove_file(dir.path().join("csi.sock")).unwrap();
+    assert_eq!(plugin.health("GET /healthz"), "HTTP/1.1 503 Service Unavailable");
 }
 
 // Two threads: one of them closes the client's connections while the other waits for the end.

@@ -45,10 +45,10 @@ pub(crate) fn build_product(workspace: &Workspace, profile: &str) -> Result<()> 
 /// # Errors
 /// They do not build, or not in time; cargo has said why.
 pub(crate) fn build(workspace: &Workspace, profile: &str, programs: &[&str]) -> Result<()> {
-    let what = format!("compiling the programs to measure (profile {profile})");
+    let what = format!("compiling {} (profile {profile})", programs.join(", "));
     let mut cargo = build_command(workspace, profile, programs);
     let (status, _) = progress::cargo(&mut cargo, &what, Stdio::null(), MEASURED_DEADLINE)?;
-    ensure!(status.success(), "the programs to measure do not build");
+    ensure!(status.success(), "the programs do not build");
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::apt::{self, Apt};
+use super::python_tools::ensure_python_tools;
 use crate::lab::progress::{self, Step};
 use crate::lab::tool;
 use crate::lab::workspace::Workspace;
@@ -52,7 +53,7 @@ const QEMU_PACKAGES: [Package; 2] = [
 ];
 
 /// What else the lab and the tests call. The versions are Debian 12's, on which the tests were made.
-const PACKAGES: [Package; 28] = [
+const PACKAGES: [Package; 29] = [
     Package::any("g++", "g++"),
     Package::any("busybox-static", "busybox"),
     Package::any("cpio", "cpio"),
@@ -64,6 +65,7 @@ const PACKAGES: [Package; 28] = [
     Package::from("systemd", "systemd-analyze", "--version", (252, 0)),
     Package::any("procps", "ps"),
     Package::any("python3", "/usr/bin/python3"),
+    Package::any("python3-pip", "/usr/lib/python3/dist-packages/pip/__init__.py"),
     Package::any("openssl", "openssl"),
     Package::any("python3-grpcio", "/usr/lib/python3/dist-packages/grpc/__init__.py"),
     Package::any("protobuf-compiler", "protoc"),
@@ -119,6 +121,7 @@ const VERSION_DEADLINE: Duration = Duration::from_secs(20);
 pub(crate) fn ensure_installed(workspace: &Workspace) -> Result<()> {
     ensure(workspace, PACKAGES.iter().chain(&QEMU_PACKAGES))?;
     GO_PROGRAMS.iter().try_for_each(|program| ensure_go_program(workspace, program))?;
+    ensure_python_tools(workspace)?;
     // A newer one is somebody's own: it serves, but the ruler's figures may be others.
     let found = version_of(QEMU, "--version").context("QEMU is installed but does not run")?;
     if found > QEMU_SERIES {
@@ -134,7 +137,8 @@ pub(crate) fn ensure_installed(workspace: &Workspace) -> Result<()> {
 /// As [`ensure_installed`].
 pub(crate) fn ensure_tools(workspace: &Workspace) -> Result<()> {
     ensure(workspace, PACKAGES.iter().chain(&QEMU_PACKAGES[1..]))?;
-    GO_PROGRAMS.iter().try_for_each(|program| ensure_go_program(workspace, program))
+    GO_PROGRAMS.iter().try_for_each(|program| ensure_go_program(workspace, program))?;
+    ensure_python_tools(workspace)
 }
 
 fn ensure<'a>(workspace: &Workspace, packages: impl Iterator<Item = &'a Package>) -> Result<()> {

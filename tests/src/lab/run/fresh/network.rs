@@ -1,4 +1,4 @@
-//! How this machine reaches Debian's mirror, the crates' registry and Go's modules, for a machine that has to do the same: addresses of name
+//! How this machine reaches Debian's mirror, the crates' registry, Go's modules and Python's packages, for a machine that has to do the same: addresses of name
 //! servers, proxies, the authorities behind certificates, cargo's registries.
 //!
 //! All of it is read from where the programs themselves read it, and nothing else is: a fresh machine gets no other
@@ -30,6 +30,9 @@ const CARGO_VARIABLES: [&str; 4] = ["CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRI
 
 /// Variables of Go's that say where modules are (`go help environment`).
 const GO_VARIABLES: [&str; 6] = ["GOPROXY", "GONOPROXY", "GOSUMDB", "GONOSUMDB", "GOPRIVATE", "GOINSECURE"];
+
+/// Variables of pip's that say where packages are (`pip help install`).
+const PIP_VARIABLES: [&str; 4] = ["PIP_INDEX_URL", "PIP_PROXY", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT"];
 
 /// The lines of `apt.conf` that a machine beside this one needs.
 ///
@@ -92,7 +95,8 @@ fn is_wanted(name: &str) -> bool {
     let is_secret = ["_TOKEN", "_SECRET_KEY", "_CREDENTIAL_PROVIDER"].iter().any(|end| name.ends_with(end));
     let of_cargo = CARGO_VARIABLES.iter().any(|start| name.starts_with(start)) && name != "CARGO_NET_OFFLINE";
     let of_a_proxy = PROXY_VARIABLES.iter().any(|variable| name.eq_ignore_ascii_case(variable));
-    of_a_proxy || GO_VARIABLES.contains(&name) || (of_cargo && !is_secret)
+    let of_modules = GO_VARIABLES.contains(&name) || PIP_VARIABLES.contains(&name);
+    of_a_proxy || of_modules || (of_cargo && !is_secret)
 }
 
 /// Of cargo's configuration, the tables that say how registries are reached; no token, no compiler, no directory.
@@ -132,9 +136,14 @@ mod tests {
 
     #[test]
     fn variables_that_lead_to_a_registry_are_taken_and_no_secret_with_them() {
-        for name in
-            ["http_proxy", "HTTPS_PROXY", "CARGO_HTTP_CAINFO", "CARGO_REGISTRIES_MINE_INDEX", "GOPROXY"]
-        {
+        for name in [
+            "http_proxy",
+            "HTTPS_PROXY",
+            "CARGO_HTTP_CAINFO",
+            "CARGO_REGISTRIES_MINE_INDEX",
+            "GOPROXY",
+            "PIP_INDEX_URL",
+        ] {
             assert!(is_wanted(name), "{name}");
         }
         for name in
