@@ -14,12 +14,12 @@ use testlab::volserver::Volserver;
 
 use super::programs;
 
-const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 
 /// A server, a directory for images, and another one for what interrupted copies leave.
-struct Bench {
-    directory: tempfile::TempDir,
-    server: Volserver,
+pub(crate) struct Bench {
+    pub(crate) directory: tempfile::TempDir,
+    pub(crate) server: Volserver,
 }
 
 impl Bench {
@@ -27,19 +27,19 @@ impl Bench {
         Self::at(tempfile::tempdir().unwrap())
     }
 
-    fn at(directory: tempfile::TempDir) -> Self {
+    pub(crate) fn at(directory: tempfile::TempDir) -> Self {
         let mut command = Command::new(programs::directory().join("volserver"));
         command.args(["--threads", "2", "--memory-max", "1G", "--log", "error"]);
         let server = Volserver::start(&mut command, directory.path()).unwrap();
         Self { directory, server }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// volctl, at the server, with a state directory of its own.
-    fn volctl(&self, words: &[&str]) -> Command {
+    pub(crate) fn volctl(&self, words: &[&str]) -> Command {
         let mut command = Command::new(programs::directory().join("volctl"));
         command.env("VOLNODE_SERVER", self.server.management_uri());
         command.env("XDG_STATE_HOME", self.path("state")).current_dir(self.directory.path()).args(words);
@@ -51,14 +51,14 @@ impl Bench {
     }
 
     /// The JSON of a command that has to succeed.
-    fn done(&self, words: &[&str]) -> Value {
+    pub(crate) fn done(&self, words: &[&str]) -> Value {
         let output = self.run(&[words, &["--output", "json"]].concat());
         assert!(output.status.success(), "{words:?}: {}", told(&output));
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// A command that has to fail with this code, and say this and what to do next.
-    fn refused(&self, words: &[&str], code: i32, what: &str, next: &str) {
+    pub(crate) fn refused(&self, words: &[&str], code: i32, what: &str, next: &str) {
         let output = self.run(words);
         let told = told(&output);
         assert_eq!(output.status.code(), Some(code), "{words:?}: {told}");
@@ -67,7 +67,7 @@ impl Bench {
     }
 
     /// The bytes of a volume, through an export.
-    fn bytes_of(&self, volume: &str) -> Vec<u8> {
+    pub(crate) fn bytes_of(&self, volume: &str) -> Vec<u8> {
         let path = self.path(&format!("{volume}.bytes"));
         self.done(&["export", volume, path.to_str().unwrap(), "--no-verify", "--force", "--format", "raw"]);
         let bytes = fs::read(&path).unwrap();
@@ -76,7 +76,7 @@ impl Bench {
     }
 }
 
-fn told(output: &Output) -> String {
+pub(crate) fn told(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
@@ -103,11 +103,11 @@ fn image(path: &Path, size_bytes: usize, seed: u64) -> Vec<u8> {
 }
 
 /// An image that the user may read as whom root has it read, whatever this process's umask is.
-fn readable(path: &Path) {
+pub(crate) fn readable(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
 }
 
-fn run(program: &str, words: &[&str]) {
+pub(crate) fn run(program: &str, words: &[&str]) {
     let output =
         Command::new(program).args(words).output().unwrap_or_else(|error| panic!("{program}: {error}"));
     assert!(output.status.success(), "{program} {words:?}: {}", told(&output));
@@ -191,7 +191,7 @@ fn journal_bytes(directory: &Path) -> u64 {
 }
 
 /// Kills a copy so long after it has copied so many MiB more, as its journal tells; false: it had ended before.
-fn kill_after(mut command: Command, journals: &Path, more: u64, further: Duration) -> bool {
+pub(crate) fn kill_after(mut command: Command, journals: &Path, more: u64, further: Duration) -> bool {
     let begun = journal_bytes(journals);
     let until = if begun == 0 { 512 } else { begun } + more * 40;
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -210,7 +210,7 @@ fn kill_after(mut command: Command, journals: &Path, more: u64, further: Duratio
 }
 
 /// An image without a zero.
-fn dense(path: &Path, size_bytes: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn dense(path: &Path, size_bytes: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; size_bytes];
     fastrand::Rng::with_seed(seed).fill(&mut bytes);
     fs::write(path, &bytes).unwrap();

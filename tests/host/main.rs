@@ -9,6 +9,7 @@ mod crowd;
 mod csi_controller;
 mod csi_sanity;
 mod images;
+mod incremental_images;
 mod programs;
 mod silent;
 mod tidy;
