@@ -20,6 +20,8 @@ pub(crate) const MIB: usize = 1 << 20;
 pub(crate) struct Bench {
     pub(crate) directory: tempfile::TempDir,
     pub(crate) server: Volserver,
+    /// The server speaks nothing but TLS, with the certificates in the directory, and asks for them.
+    is_tls: bool,
 }
 
 impl Bench {
@@ -28,10 +30,22 @@ impl Bench {
     }
 
     pub(crate) fn at(directory: tempfile::TempDir) -> Self {
-        let mut command = Command::new(programs::directory().join("volserver"));
-        command.args(["--threads", "2", "--memory-max", "1G", "--log", "error"]);
-        let server = Volserver::start(&mut command, directory.path()).unwrap();
-        Self { directory, server }
+        let server =
+            Volserver::start(&mut server_command(directory.path(), false), directory.path()).unwrap();
+        Self { directory, server, is_tls: false }
+    }
+
+    pub(crate) fn over_tls() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        super::api_examples::certificates(directory.path());
+        let server = Volserver::start(&mut server_command(directory.path(), true), directory.path()).unwrap();
+        Self { directory, server, is_tls: true }
+    }
+
+    /// Kills the server, and starts it again where it was.
+    pub(crate) fn restart_server(&mut self) {
+        let directory = self.directory.path();
+        self.server.start_again(&mut server_command(directory, self.is_tls), directory).unwrap();
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -42,6 +56,16 @@ impl Bench {
     pub(crate) fn volctl(&self, words: &[&str]) -> Command {
         let mut command = Command::new(programs::directory().join("volctl"));
         command.env("VOLNODE_SERVER", self.server.management_uri());
+        if self.is_tls {
+            command.env("VOLNODE_SERVER", format!("https://localhost:{}", self.server.management.port()));
+            for (variable, file) in [
+                ("VOLNODE_TLS_CA", "ca-cert.pem"),
+                ("VOLNODE_TLS_CERT", "admin-cert.pem"),
+                ("VOLNODE_TLS_KEY", "admin-key.pem"),
+            ] {
+                command.env(variable, self.path(file));
+            }
+        }
         command.env("XDG_STATE_HOME", self.path("state")).current_dir(self.directory.path()).args(words);
         command
     }
@@ -74,6 +98,22 @@ impl Bench {
         fs::remove_file(path).unwrap();
         bytes
     }
+}
+
+fn server_command(directory: &Path, is_tls: bool) -> Command {
+    let mut command = Command::new(programs::directory().join("volserver"));
+    command.args(["--threads", "2", "--memory-max", "1G", "--log", "error"]);
+    if is_tls {
+        command.args(["--tls", "required"]);
+        for (option, file) in [
+            ("--tls-cert", "server-cert.pem"),
+            ("--tls-key", "server-key.pem"),
+            ("--tls-client-ca", "ca-cert.pem"),
+        ] {
+            command.arg(option).arg(directory.join(file));
+        }
+    }
+    command
 }
 
 pub(crate) fn told(output: &Output) -> String {
@@ -184,7 +224,7 @@ fn a_volume_that_was_written_to_is_overwritten_only_if_that_is_said_and_then_who
 
 /// Bytes of the journals in a directory: a first line of less than 512, and 40 for each MiB that is copied and differs from the one
 /// before.
-fn journal_bytes(directory: &Path) -> u64 {
+pub(crate) fn journal_bytes(directory: &Path) -> u64 {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let journals = entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".journal"));
     journals.filter_map(|entry| Some(entry.metadata().ok()?.len())).max().unwrap_or_default()

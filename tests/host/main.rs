@@ -8,6 +8,7 @@ mod bench_server;
 mod crowd;
 mod csi_controller;
 mod csi_sanity;
+mod image_connections;
 mod images;
 mod incremental_images;
 mod programs;

@@ -20,6 +20,7 @@ mod fsx;
 mod grants;
 mod hostile_server;
 mod idle;
+mod images;
 mod in_use;
 mod limits;
 mod lvm;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         snapshots::TESTS,
         csi_sanity::TESTS,
         freeze::TESTS,
+        images::TESTS,
         shutdown::TESTS,
         soak::TESTS,
         idle::TESTS,

@@ -24,7 +24,7 @@ use super::places::{PartFile, check_writable, nbd_uri, open_uri};
 use super::progress::Progress;
 use super::since::{Completed, Copied, Since, check_image_name};
 use super::volumes::{Attached, Server, machine_id};
-use super::{ExportArgs, copy_failure, qemu_failure, short_hash, state_directory};
+use super::{ExportArgs, Returning, copy_failure, qemu_failure, short_hash, state_directory, through_losses};
 use crate::connect::ServerAddress;
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
@@ -36,9 +36,13 @@ use crate::snapshots;
 const CLONE_ATTEMPTS: u32 = 5;
 
 pub(crate) async fn export(address: &ServerAddress, args: ExportArgs) -> Result<Report, Failure> {
+    through_losses(async || export_once(address, &args).await).await
+}
+
+async fn export_once(address: &ServerAddress, args: &ExportArgs) -> Result<Report, Failure> {
     let uri = nbd_uri(&args.destination)?;
-    check_since(&args, uri.as_ref())?;
-    let format = format_of(&args, uri.as_ref())?;
+    check_since(args, uri.as_ref())?;
+    let format = format_of(args, uri.as_ref())?;
     let destination = match &uri {
         Some(uri) => Destination::Uri(uri.clone()),
         None => Destination::File(PartFile::place(Path::new(&args.destination), args.force)?),
@@ -46,7 +50,7 @@ pub(crate) async fn export(address: &ServerAddress, args: ExportArgs) -> Result<
     let mut server = Server::connect(address).await?;
     if !args.source.contains('@') {
         let volume = server.volume(&args.source).await?;
-        let export = Export { args: &args, volume, destination: &destination, format, since: None };
+        let export = Export { args, volume, destination: &destination, format, since: None };
         return export.run(&mut server, address).await;
     }
     let mut attempts_left = CLONE_ATTEMPTS;
@@ -58,11 +62,11 @@ pub(crate) async fn export(address: &ServerAddress, args: ExportArgs) -> Result<
             let mut clones = vec![name];
             let report = async {
                 let since = match &args.since {
-                    Some(since) => Some(Since::begin(&mut server, &args, since, &volume).await?),
+                    Some(since) => Some(Since::begin(&mut server, args, since, &volume).await?),
                     None => None,
                 };
                 clones.extend(since.as_ref().map(|since| since.clone.name.clone()));
-                let export = Export { args: &args, volume, destination: &destination, format, since };
+                let export = Export { args, volume, destination: &destination, format, since };
                 export.run(&mut server, address).await
             };
             let report = report.await;
@@ -336,7 +340,8 @@ impl Export<'_> {
         go_on: &str,
     ) -> Result<(), Failure> {
         let size_bytes = self.volume.capacity_bytes;
-        let failed = |error| copy_failure(error, go_on);
+        let is_uri = matches!(self.destination, Destination::Uri(_));
+        let failed = |error| copy_failure(error, go_on, Returning { source: true, destination: is_uri });
         let changes = self.since.as_ref().map(|since| &since.changes);
         let pass = Pass {
             from: Readable::Store(&attached.store),

@@ -19,7 +19,7 @@ use serde_json::json;
 use super::places::{OwnBytes, STDIN, Source};
 use super::progress::Progress;
 use super::volumes::{Attached, NODE_PREFIX, Server, machine_id};
-use super::{ImportArgs, copy_failure, short_hash, state_directory};
+use super::{ImportArgs, Returning, copy_failure, short_hash, state_directory, through_losses};
 use crate::connect::{ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
@@ -36,6 +36,14 @@ pub(crate) async fn import(server: &ServerAddress, args: ImportArgs) -> Result<R
     if let Some(name) = &args.drop {
         return give_up(server, name).await;
     }
+    if args.source.as_deref() == Some(STDIN) {
+        // What has been read of it does not come again.
+        return import_once(server, &args).await;
+    }
+    through_losses(async || import_once(server, &args).await).await
+}
+
+async fn import_once(server: &ServerAddress, args: &ImportArgs) -> Result<Report, Failure> {
     let (Some(text), Some(name)) = (&args.source, &args.volume) else {
         return Err(Failure::new(ExitCode::Usage, "import what, and into which volume?", ""));
     };
@@ -53,20 +61,20 @@ pub(crate) async fn import(server: &ServerAddress, args: ImportArgs) -> Result<R
         (STDIN, false, _) => client.volume(name).await?.capacity_bytes,
         _ => 0,
     };
-    let source = Source::open(&args, text, size_bytes, server.tls_files.as_ref()).await?;
+    let source = Source::open(args, text, size_bytes, server.tls_files.as_ref()).await?;
     let mut server = client;
     if let Some(base) = &args.base {
-        return import_onto_clone(&mut server, &args, &source, base, name).await;
+        return import_onto_clone(&mut server, args, &source, base, name).await;
     }
     // Where an image begins says nothing if that is its base's.
     let table = if source.difference.is_some() { None } else { look_for_partitions(&source).await? };
     let volume = if args.create {
-        make_volume(&mut server, &args, name, &source, table).await?
+        make_volume(&mut server, args, name, &source, table).await?
     } else {
         server.volume(name).await?
     };
-    check_fit(&args, &source, &volume, table)?;
-    Import { args: &args, source: &source, volume }.run(&mut server).await
+    check_fit(args, &source, &volume, table)?;
+    Import { args, source: &source, volume }.run(&mut server).await
 }
 
 /// `--base`: the volume is made as a clone, unless an earlier run has made it, and does not stay where the base is the wrong one.
@@ -253,6 +261,10 @@ impl Import<'_> {
         }
     }
 
+    fn returning(&self) -> Returning {
+        Returning { source: self.source.is_remote(), destination: true }
+    }
+
     /// Finds out whether the copy goes on or begins, and whether it may. Gives a digest where the volume has it all already.
     async fn prepare(
         &self,
@@ -314,7 +326,7 @@ impl Import<'_> {
             return refused(what, "if volume and image surely belong together: --unchecked-base");
         };
         let size_bytes = self.source.size_bytes;
-        let failed = |error: CopyError| copy_failure(error, "repeat the command");
+        let failed = |error: CopyError| copy_failure(error, "repeat the command", self.returning());
         let found = {
             let progress = Progress::new("checking the base", size_bytes, 0);
             let at = |done| progress.at(done);
@@ -358,7 +370,7 @@ impl Import<'_> {
     ) -> Result<Option<String>, Failure> {
         let (source, size_bytes, store) = (self.source, self.source.size_bytes, &attached.store);
         let was_zero = journal.head().is_some_and(|head| head.was_zero);
-        let failed = |error| copy_failure(error, go_on);
+        let failed = |error| copy_failure(error, go_on, self.returning());
         let difference = source.difference.as_ref().map(|own| {
             let (base, above) = (Arc::clone(store), Arc::clone(&source.store));
             let overlay = Overlay::new(base, self.volume.capacity_bytes, above, own.changes.clone());

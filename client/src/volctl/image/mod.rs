@@ -13,6 +13,7 @@ mod volumes;
 use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use client::image::copy::CopyError;
@@ -27,6 +28,7 @@ pub(crate) use self::export::export;
 pub(crate) use self::import::import;
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
+use crate::report::Report;
 use crate::size::parse_size;
 
 #[derive(Debug, Args)]
@@ -251,8 +253,52 @@ async fn is_all_zeroes_from(store: &Store, mut at: u64, size_bytes: u64) -> Resu
     Ok(true)
 }
 
+/// Which sides of a copy may come back when their connection was lost: a server does, and a program that we have started does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Returning {
+    source: bool,
+    destination: bool,
+}
+
+/// Of a failure: the connection was lost after the copy had begun, and the same command goes on. No reason of the server's.
+const CONNECTION_LOST: &str = "CONNECTION_LOST";
+/// How long a server may be away, before its connection counts as lost for good. A restart takes seconds, a reboot minutes.
+const RETURN_PATIENCE: Duration = Duration::from_secs(300);
+/// Between two attempts.
+const RETURN_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Repeats a copy for as long as nothing but its connections fails, each time where it was.
+async fn through_losses(
+    mut attempt: impl AsyncFnMut() -> Result<Report, Failure>,
+) -> Result<Report, Failure> {
+    let mut lost_at: Option<Instant> = None;
+    loop {
+        let failure = match attempt().await {
+            Err(failure) if failure.exit_code == ExitCode::Unreachable => failure,
+            ended => return ended,
+        };
+        if failure.reason == CONNECTION_LOST {
+            lost_at = Some(Instant::now());
+            let line =
+                format!("{}; trying again for {} minutes\n", failure.what, RETURN_PATIENCE.as_secs() / 60);
+            // Whoever closed stderr does not want to know.
+            std::io::stderr().write_all(line.as_bytes()).ok();
+        }
+        if lost_at.is_none_or(|lost_at| lost_at.elapsed() >= RETURN_PATIENCE) {
+            return Err(failure);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(RETURN_INTERVAL) => {}
+            _ = tokio::signal::ctrl_c() => {
+                let next = "repeat the command: it goes on where it stopped";
+                return Err(Failure::new(ExitCode::Other, "interrupted", next));
+            }
+        }
+    }
+}
+
 /// A copy that failed; `next` is how it goes on.
-fn copy_failure(error: CopyError, next: &str) -> Failure {
+fn copy_failure(error: CopyError, next: &str, returning: Returning) -> Failure {
     let code = match &error {
         CopyError::Source(cause) | CopyError::Destination(cause) if cause.is_no_space() => ExitCode::NoSpace,
         CopyError::Source(cause) | CopyError::Destination(cause) if cause.is_lost_connection() => {
@@ -266,5 +312,14 @@ fn copy_failure(error: CopyError, next: &str) -> Failure {
         }
         _ => next,
     };
-    Failure::new(code, error.to_string(), next)
+    let comes_back = match &error {
+        CopyError::Source(_) => returning.source,
+        CopyError::Destination(_) => returning.destination,
+        _ => false,
+    };
+    let mut failure = Failure::new(code, error.to_string(), next);
+    if comes_back && code == ExitCode::Unreachable {
+        failure.reason = CONNECTION_LOST.to_owned();
+    }
+    failure
 }

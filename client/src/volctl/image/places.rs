@@ -157,6 +157,11 @@ impl Source {
         Ok(Self { store, difference, size_bytes, format, location, identity, file: None, _server: None })
     }
 
+    /// Whether a server has it that may come back, or a pipe that does not.
+    pub(super) fn is_remote(&self) -> bool {
+        self.file.is_none()
+    }
+
     /// What it begins with, as far as it matters for partitions.
     pub(super) async fn begin(&self) -> Result<Vec<u8>, StoreError> {
         match &*self.store {

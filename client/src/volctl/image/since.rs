@@ -19,7 +19,7 @@ use proto::v1;
 use super::places::PartFile;
 use super::progress::Progress;
 use super::volumes::Server;
-use super::{ExportArgs, copy_failure, qemu_failure};
+use super::{ExportArgs, Returning, copy_failure, qemu_failure};
 use crate::connect::{self, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
@@ -137,6 +137,8 @@ impl Since {
             Serving { path, file, format, writes: true, is_trusted: false, is_alone: true, context };
         let own = qemu::own_bytes(&serving).await.map_err(failed)?;
         let mut completed = Completed { own_bytes: own.total_bytes(), base_digest: None };
+        // Of the two that are read here the base is a server's.
+        let base_returns = Returning { source: true, destination: true };
         if is_verified {
             let access = v1::AccessMode::MultiNodeReaderOnly;
             let base = server.attach(&self.clone, copy_id, access).await?;
@@ -147,10 +149,10 @@ impl Since {
                 let progress = Progress::new("verifying", size_bytes, 0);
                 let at = |done| progress.at(done);
                 let verified = verify(Readable::Overlay(&overlay), size_bytes, journal, &at).await;
-                verified.map_err(|error| copy_failure(error, go_on))?;
+                verified.map_err(|error| copy_failure(error, go_on, base_returns))?;
             }
             let digest = base_digest(&overlay, journal.pieces(), size_bytes).await;
-            completed.base_digest = Some(digest.map_err(|error| copy_failure(error, go_on))?);
+            completed.base_digest = Some(digest.map_err(|error| copy_failure(error, go_on, base_returns))?);
             overlay.close().await;
             qemu.finish().map_err(failed)?;
             let attachment_id = base.close().await;

@@ -52,7 +52,7 @@ const QEMU_PACKAGES: [Package; 2] = [
 ];
 
 /// What else the lab and the tests call. The versions are Debian 12's, on which the tests were made.
-const PACKAGES: [Package; 28] = [
+const PACKAGES: [Package; 29] = [
     Package::any("g++", "g++"),
     Package::any("busybox-static", "busybox"),
     Package::any("cpio", "cpio"),
@@ -60,6 +60,7 @@ const PACKAGES: [Package; 28] = [
     Package::any("zstd", "zstd"),
     Package::any("kmod", "depmod"),
     Package::any("util-linux", "setpriv"),
+    Package::any("fdisk", "sfdisk"),
     Package::any("iproute2", "ip"),
     Package::from("systemd", "systemd-analyze", "--version", (252, 0)),
     Package::any("procps", "ps"),
