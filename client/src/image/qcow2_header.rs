@@ -187,6 +187,8 @@ mod tests {
         bytes
     }
 
+    type Change = fn(&mut Vec<u8>);
+
     fn difference(base_digest: &str) -> Difference {
         Difference {
             format_version: DIFFERENCE_VERSION,
@@ -216,20 +218,20 @@ mod tests {
         let long = with_base(&header(16), &"x".repeat(1024), Format::Raw, &difference("d"));
         assert_eq!(long, Err(HeaderError::Full));
         let whole = with_base(&header(16), "m", Format::Raw, &difference("d")).unwrap();
-        let odd = |change: &dyn Fn(&mut Vec<u8>)| {
+        let odd = |change: Change| {
             let mut bytes = whole.clone();
             change(&mut bytes);
             read(&bytes)
         };
-        let ways: [&dyn Fn(&mut Vec<u8>); 8] = [
-            &|bytes| bytes.truncate(100),
-            &|bytes| bytes.truncate(130),
-            &|bytes| bytes[23] = 64,
-            &|bytes| bytes[103] = 80,
-            &|bytes| bytes[100] = 0xff,
-            &|bytes| bytes[8..16].fill(0xff),
-            &|bytes| bytes[16..20].fill(0xff),
-            &|bytes| bytes[116..120].fill(0xff),
+        let ways: [Change; 8] = [
+            |bytes| bytes.truncate(100),
+            |bytes| bytes.truncate(130),
+            |bytes| bytes[23] = 64,
+            |bytes| bytes[103] = 80,
+            |bytes| bytes[100] = 0xff,
+            |bytes| bytes[8..16].fill(0xff),
+            |bytes| bytes[16..20].fill(0xff),
+            |bytes| bytes[116..120].fill(0xff),
         ];
         for (number, way) in ways.into_iter().enumerate() {
             assert!(matches!(odd(way), Err(HeaderError::Odd(_))), "{number}");

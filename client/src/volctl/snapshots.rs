@@ -230,7 +230,7 @@ pub(crate) async fn clone_to_its_end(
 }
 
 /// A snapshot, `VOLUME@NAME` or `@UID`.
-pub(crate) async fn snapshot(
+pub(crate) async fn find(
     client: &mut ManagementClient<Channel>,
     snapshot: &str,
 ) -> Result<v1::Snapshot, Failure> {
@@ -244,7 +244,7 @@ pub(crate) async fn temporary_clone(
     client: &mut ManagementClient<Channel>,
     snapshot: &str,
 ) -> Result<v1::Volume, Failure> {
-    let snapshot = self::snapshot(client, snapshot).await?;
+    let snapshot = find(client, snapshot).await?;
     let name = format!("{EXPORT_PREFIX}{}", snapshot.snapshot_uid);
     let request = v1::CloneVolumeRequest {
         name: name.clone(),

@@ -23,7 +23,7 @@ use super::{ExportArgs, Returning, copy_failure, qemu_failure};
 use crate::connect::{self, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
-use crate::snapshots::{self, Named};
+use crate::snapshots;
 
 /// The base of a difference, and where it differs.
 #[derive(Debug)]
@@ -103,7 +103,7 @@ impl Since {
         let image_name = args.base_image.clone().unwrap_or_default();
         let said = args.base_format.map(Format::from);
         let image_format = said.or_else(|| Format::of_name(&image_name)).unwrap_or(Format::Raw);
-        let snapshot = snapshots::snapshot(&mut server.client, &name).await?;
+        let snapshot = snapshots::find(&mut server.client, &name).await?;
         if snapshot.snapshot_uid == target.source_uid {
             let what = format!("{} and {name} are one snapshot", args.source);
             return Err(Failure::new(ExitCode::Usage, what, "name an earlier one: --since"));
