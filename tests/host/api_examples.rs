@@ -65,6 +65,14 @@ fn run(directory: &Path, script: &str) -> String {
     stdout
 }
 
+/// Makes the certificates of the page on TLS, by its own commands.
+pub(crate) fn certificates(directory: &Path) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let page = fs::read_to_string(root.join("docs/tls.md")).unwrap();
+    let certificates = blocks(&page).into_iter().find(|(words, _)| *words == "sh").unwrap().1;
+    run(directory, &format!("{{ {certificates} }} 2> openssl.log || {{ cat openssl.log; exit 1; }}"));
+}
+
 #[test]
 fn every_command_of_the_api_page_prints_what_it_shows() {
     let missing = ["grpcurl", "/usr/bin/protoc", "grpc_python_plugin"]
@@ -86,11 +94,7 @@ fn every_command_of_the_api_page_prints_what_it_shows() {
     for program in ["python3", "protoc"] {
         symlink(Path::new("/usr/bin").join(program), here.join("bin").join(program)).unwrap();
     }
-    // The certificates are those of the page on TLS, by its own commands.
-    let page = fs::read_to_string(root.join("docs/tls.md")).unwrap();
-    let certificates = blocks(&page).into_iter().find(|(words, _)| *words == "sh").unwrap().1;
-    run(here, &format!("{{ {certificates} }} 2> openssl.log || {{ cat openssl.log; exit 1; }}"));
-
+    certificates(here);
     let socket = here.join("m.sock");
     let mut volserver = Command::new(programs::directory().join("volserver"));
     volserver.args(["--threads", "1", "--memory-max", "2G", "--log", "error", "--tls", "required"]);

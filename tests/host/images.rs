@@ -14,12 +14,14 @@ use testlab::volserver::Volserver;
 
 use super::programs;
 
-const MIB: usize = 1 << 20;
+pub(crate) const MIB: usize = 1 << 20;
 
 /// A server, a directory for images, and another one for what interrupted copies leave.
-struct Bench {
-    directory: tempfile::TempDir,
-    server: Volserver,
+pub(crate) struct Bench {
+    pub(crate) directory: tempfile::TempDir,
+    pub(crate) server: Volserver,
+    /// The server speaks nothing but TLS, with the certificates in the directory, and asks for them.
+    is_tls: bool,
 }
 
 impl Bench {
@@ -27,21 +29,43 @@ impl Bench {
         Self::at(tempfile::tempdir().unwrap())
     }
 
-    fn at(directory: tempfile::TempDir) -> Self {
-        let mut command = Command::new(programs::directory().join("volserver"));
-        command.args(["--threads", "2", "--memory-max", "1G", "--log", "error"]);
-        let server = Volserver::start(&mut command, directory.path()).unwrap();
-        Self { directory, server }
+    pub(crate) fn at(directory: tempfile::TempDir) -> Self {
+        let server =
+            Volserver::start(&mut server_command(directory.path(), false), directory.path()).unwrap();
+        Self { directory, server, is_tls: false }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn over_tls() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        super::api_examples::certificates(directory.path());
+        let server = Volserver::start(&mut server_command(directory.path(), true), directory.path()).unwrap();
+        Self { directory, server, is_tls: true }
+    }
+
+    /// Kills the server, and starts it again where it was.
+    pub(crate) fn restart_server(&mut self) {
+        let directory = self.directory.path();
+        self.server.start_again(&mut server_command(directory, self.is_tls), directory).unwrap();
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// volctl, at the server, with a state directory of its own.
-    fn volctl(&self, words: &[&str]) -> Command {
+    pub(crate) fn volctl(&self, words: &[&str]) -> Command {
         let mut command = Command::new(programs::directory().join("volctl"));
         command.env("VOLNODE_SERVER", self.server.management_uri());
+        if self.is_tls {
+            command.env("VOLNODE_SERVER", format!("https://localhost:{}", self.server.management.port()));
+            for (variable, file) in [
+                ("VOLNODE_TLS_CA", "ca-cert.pem"),
+                ("VOLNODE_TLS_CERT", "admin-cert.pem"),
+                ("VOLNODE_TLS_KEY", "admin-key.pem"),
+            ] {
+                command.env(variable, self.path(file));
+            }
+        }
         command.env("XDG_STATE_HOME", self.path("state")).current_dir(self.directory.path()).args(words);
         command
     }
@@ -51,14 +75,14 @@ impl Bench {
     }
 
     /// The JSON of a command that has to succeed.
-    fn done(&self, words: &[&str]) -> Value {
+    pub(crate) fn done(&self, words: &[&str]) -> Value {
         let output = self.run(&[words, &["--output", "json"]].concat());
         assert!(output.status.success(), "{words:?}: {}", told(&output));
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// A command that has to fail with this code, and say this and what to do next.
-    fn refused(&self, words: &[&str], code: i32, what: &str, next: &str) {
+    pub(crate) fn refused(&self, words: &[&str], code: i32, what: &str, next: &str) {
         let output = self.run(words);
         let told = told(&output);
         assert_eq!(output.status.code(), Some(code), "{words:?}: {told}");
@@ -67,7 +91,7 @@ impl Bench {
     }
 
     /// The bytes of a volume, through an export.
-    fn bytes_of(&self, volume: &str) -> Vec<u8> {
+    pub(crate) fn bytes_of(&self, volume: &str) -> Vec<u8> {
         let path = self.path(&format!("{volume}.bytes"));
         self.done(&["export", volume, path.to_str().unwrap(), "--no-verify", "--force", "--format", "raw"]);
         let bytes = fs::read(&path).unwrap();
@@ -76,7 +100,23 @@ impl Bench {
     }
 }
 
-fn told(output: &Output) -> String {
+fn server_command(directory: &Path, is_tls: bool) -> Command {
+    let mut command = Command::new(programs::directory().join("volserver"));
+    command.args(["--threads", "2", "--memory-max", "1G", "--log", "error"]);
+    if is_tls {
+        command.args(["--tls", "required"]);
+        for (option, file) in [
+            ("--tls-cert", "server-cert.pem"),
+            ("--tls-key", "server-key.pem"),
+            ("--tls-client-ca", "ca-cert.pem"),
+        ] {
+            command.arg(option).arg(directory.join(file));
+        }
+    }
+    command
+}
+
+pub(crate) fn told(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
@@ -103,11 +143,11 @@ fn image(path: &Path, size_bytes: usize, seed: u64) -> Vec<u8> {
 }
 
 /// An image that the user may read as whom root has it read, whatever this process's umask is.
-fn readable(path: &Path) {
+pub(crate) fn readable(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
 }
 
-fn run(program: &str, words: &[&str]) {
+pub(crate) fn run(program: &str, words: &[&str]) {
     let output =
         Command::new(program).args(words).output().unwrap_or_else(|error| panic!("{program}: {error}"));
     assert!(output.status.success(), "{program} {words:?}: {}", told(&output));
@@ -184,14 +224,14 @@ fn a_volume_that_was_written_to_is_overwritten_only_if_that_is_said_and_then_who
 
 /// Bytes of the journals in a directory: a first line of less than 512, and 40 for each MiB that is copied and differs from the one
 /// before.
-fn journal_bytes(directory: &Path) -> u64 {
+pub(crate) fn journal_bytes(directory: &Path) -> u64 {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let journals = entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".journal"));
     journals.filter_map(|entry| Some(entry.metadata().ok()?.len())).max().unwrap_or_default()
 }
 
 /// Kills a copy so long after it has copied so many MiB more, as its journal tells; false: it had ended before.
-fn kill_after(mut command: Command, journals: &Path, more: u64, further: Duration) -> bool {
+pub(crate) fn kill_after(mut command: Command, journals: &Path, more: u64, further: Duration) -> bool {
     let begun = journal_bytes(journals);
     let until = if begun == 0 { 512 } else { begun } + more * 40;
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -210,7 +250,7 @@ fn kill_after(mut command: Command, journals: &Path, more: u64, further: Duratio
 }
 
 /// An image without a zero.
-fn dense(path: &Path, size_bytes: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn dense(path: &Path, size_bytes: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; size_bytes];
     fastrand::Rng::with_seed(seed).fill(&mut bytes);
     fs::write(path, &bytes).unwrap();

@@ -26,8 +26,29 @@ impl Volserver {
     /// # Errors
     /// It cannot be run, or does not get ready.
     pub fn start(command: &mut Command, directory: &Path) -> Result<Self> {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self::start_at(command, directory, any, any)
+    }
+
+    /// Kills it, and starts another at the same addresses, by a command like the one before.
+    ///
+    /// # Errors
+    /// It cannot be run, or does not get ready.
+    pub fn start_again(&mut self, command: &mut Command, directory: &Path) -> Result<()> {
+        self.process.kill()?;
+        self.process.wait()?;
+        *self = Self::start_at(command, directory, self.data, self.management)?;
+        Ok(())
+    }
+
+    fn start_at(
+        command: &mut Command,
+        directory: &Path,
+        data: SocketAddr,
+        management: SocketAddr,
+    ) -> Result<Self> {
         command.arg("--data-dir").arg(directory.join("data")).arg("--runtime-dir").arg(directory.join("run"));
-        command.args(["--listen", "127.0.0.1:0", "--management", "127.0.0.1:0", "--insecure"]);
+        command.args(["--listen", &data.to_string(), "--management", &management.to_string(), "--insecure"]);
         command.arg("--export-by-name").stdout(Stdio::piped());
         let process = command.spawn().with_context(|| format!("{command:?}"))?;
         let nowhere = SocketAddr::from(([0; 4], 0));

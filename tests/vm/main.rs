@@ -20,6 +20,7 @@ mod fsx;
 mod grants;
 mod hostile_server;
 mod idle;
+mod images;
 mod in_use;
 mod kubelet;
 mod limits;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         snapshots::TESTS,
         csi_sanity::TESTS,
         freeze::TESTS,
+        images::TESTS,
         shutdown::TESTS,
         soak::TESTS,
         idle::TESTS,

@@ -15,6 +15,9 @@ const RUN_BYTES: usize = 32 << 10;
 /// The BLAKE3 digest of a chunk.
 pub type Digest = [u8; 32];
 
+/// Stands for the digest of a chunk that nobody has read: one that has not changed.
+pub const UNREAD: Digest = [0; 32];
+
 static ZERO_CHUNK: LazyLock<Digest> = LazyLock::new(|| digest(&vec![0; CHUNK_BYTES as usize]));
 
 /// What was found in a chunk.
@@ -55,7 +58,8 @@ pub fn zero_digest(length_bytes: u64) -> Digest {
     if length_bytes == CHUNK_BYTES { *ZERO_CHUNK } else { digest(&vec![0; length_bytes as usize]) }
 }
 
-fn digest(bytes: &[u8]) -> Digest {
+/// The digest of a chunk's bytes.
+pub fn digest(bytes: &[u8]) -> Digest {
     *blake3::hash(bytes).as_bytes()
 }
 

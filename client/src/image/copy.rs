@@ -13,9 +13,11 @@ use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
 
 use super::CHUNK_BYTES;
-use super::content::{ChunkContent, look_at, zeroes_between};
+use super::changes::Changes;
+use super::content::{ChunkContent, Digest, ImageDigest, UNREAD, digest, look_at, zeroes_between};
 use super::journal::{Journal, JournalError};
-use super::plan::{Piece, Plan, Run, Step};
+use super::overlay::{Overlay, Readable};
+use super::plan::{IN_FLIGHT_MAX, Piece, Plan, Run, Step};
 use super::store::{Store, StoreError};
 
 /// What an interrupted copy does once more, at most, and how often a destination is asked to flush.
@@ -42,10 +44,10 @@ pub enum CopyError {
 }
 
 /// A pass over an image.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Pass<'a> {
     /// What is read.
-    pub from: &'a Store,
+    pub from: Readable<'a>,
     /// What is written; `None`: what is read is compared with the journal.
     pub to: Option<&'a Store>,
     /// The destination reads as zeroes where it was not written: zeroes are not written.
@@ -54,6 +56,10 @@ pub struct Pass<'a> {
     pub size_bytes: u64,
     /// After so many bytes they are made durable, if not for the time.
     pub checkpoint_bytes: u64,
+    /// Only there is anything written, zeroes as well, in whole clusters; `None`: everywhere.
+    pub changes: Option<&'a Changes>,
+    /// Chunks without changes are read as well, for their digests; else they have [`UNREAD`].
+    pub reads_all: bool,
 }
 
 enum Outcome {
@@ -67,36 +73,91 @@ enum Outcome {
 ///
 /// # Errors
 /// [`CopyError`], by cause.
-pub async fn copy(
-    source: &Store,
-    destination: &Store,
-    is_zero: bool,
-    size_bytes: u64,
-    journal: &mut Journal,
-    checkpoint_bytes: u64,
-    progress: &dyn Fn(u64),
-) -> Result<(), CopyError> {
-    let pass = Pass { from: source, to: Some(destination), is_zero, size_bytes, checkpoint_bytes };
-    let mut plan = Plan::new(size_bytes, journal.chunks());
+pub async fn copy(pass: &Pass<'_>, journal: &mut Journal, progress: &dyn Fn(u64)) -> Result<(), CopyError> {
+    let mut plan = Plan::new(pass.size_bytes, journal.chunks());
     pass.run(&mut plan, progress, |pieces| Ok(journal.append(pieces)?)).await
 }
 
-/// Reads the image back, and compares it with the digests in the journal.
+/// Reads the image back, and compares it with the digests in the journal. Tells the digest of all that was read.
 ///
 /// # Errors
 /// [`CopyError::Differs`], and those of reading.
 pub async fn verify(
-    destination: &Store,
+    destination: Readable<'_>,
     size_bytes: u64,
     journal: &Journal,
     progress: &dyn Fn(u64),
-) -> Result<(), CopyError> {
+) -> Result<String, CopyError> {
     destination.forget_cache().await;
-    let pass =
-        Pass { from: destination, to: None, is_zero: false, size_bytes, checkpoint_bytes: CHUNK_BYTES };
     let mut plan = Plan::new(size_bytes, 0);
     let mut expected = Expected { pieces: journal.pieces(), used: 0, chunk: 0 };
-    pass.run(&mut plan, progress, |pieces| expected.compare(pieces)).await
+    let mut found = ImageDigest::default();
+    let read = reading(destination, size_bytes);
+    read.run(&mut plan, progress, |pieces| {
+        expected.compare(pieces)?;
+        pieces.iter().for_each(|piece| found.add(piece.count, &piece.digest));
+        Ok(())
+    })
+    .await?;
+    Ok(found.finish())
+}
+
+/// The digest of what a store has.
+///
+/// # Errors
+/// Those of reading, as a destination's.
+pub async fn digest_of(
+    store: Readable<'_>,
+    size_bytes: u64,
+    progress: &dyn Fn(u64),
+) -> Result<String, CopyError> {
+    let mut plan = Plan::new(size_bytes, 0);
+    let mut found = ImageDigest::default();
+    let read = reading(store, size_bytes);
+    read.run(&mut plan, progress, |pieces| {
+        pieces.iter().for_each(|piece| found.add(piece.count, &piece.digest));
+        Ok(())
+    })
+    .await?;
+    Ok(found.finish())
+}
+
+/// The digest of an overlay's base, as far as the overlay goes. `pieces` are the overlay's own, of all chunks: where nothing lies above the
+/// base they are the base's, too, and it is not read.
+///
+/// # Errors
+/// Those of reading, as a source's.
+pub async fn base_digest(overlay: &Overlay, pieces: &[Piece], size_bytes: u64) -> Result<String, CopyError> {
+    let chunks = pieces.iter().flat_map(|piece| (0..piece.count).map(|_| piece.digest));
+    let of_chunk = |(chunk, of_overlay): (usize, Digest)| async move {
+        let start = chunk as u64 * CHUNK_BYTES;
+        let range = start..(start + CHUNK_BYTES).min(size_bytes);
+        if overlay.changes().touch(range.clone()) {
+            let bytes = overlay.read_base(range.start, range.end - range.start).await;
+            bytes.map(|bytes| digest(&bytes)).map_err(CopyError::Source)
+        } else {
+            Ok(of_overlay)
+        }
+    };
+    let mut digests = futures_util::stream::iter(chunks.enumerate()).map(of_chunk).buffered(IN_FLIGHT_MAX);
+    let mut found = ImageDigest::default();
+    while let Some(digest) = digests.next().await {
+        found.add(1, &digest?);
+    }
+    Ok(found.finish())
+}
+
+/// A pass that only reads.
+fn reading(store: Readable<'_>, size_bytes: u64) -> Pass<'_> {
+    Pass {
+        from: store,
+        to: None,
+        is_zero: false,
+        size_bytes,
+        checkpoint_bytes: CHUNK_BYTES,
+        changes: None,
+        reads_all: true,
+    }
 }
 
 /// The digests that are still to be found.
@@ -112,8 +173,8 @@ impl Expected<'_> {
         for piece in found {
             let mut left = piece.count;
             while left > 0 {
-                let Some(expected) = self.pieces.first().filter(|expected| expected.digest == piece.digest)
-                else {
+                let is_same = |expected: &&Piece| [piece.digest, UNREAD].contains(&expected.digest);
+                let Some(expected) = self.pieces.first().filter(is_same) else {
                     return Err(CopyError::Differs(self.chunk * CHUNK_BYTES));
                 };
                 let same = left.min(expected.count - self.used);
@@ -183,6 +244,12 @@ impl Pass<'_> {
             }),
             Step::Copy { chunk } => {
                 let length_bytes = plan.chunk_bytes(chunk);
+                let start = chunk * CHUNK_BYTES;
+                let is_changed = |changes: &Changes| changes.touch(start..start + length_bytes);
+                if !self.reads_all && !self.changes.is_none_or(is_changed) {
+                    let unread = Piece { count: 1, digest: UNREAD };
+                    return Box::pin(async move { Outcome::Ended(chunk, vec![unread]) });
+                }
                 Box::pin(async move {
                     match self.copy_chunk(chunk, length_bytes).await {
                         Ok(piece) => Outcome::Ended(chunk, vec![piece]),
@@ -194,7 +261,7 @@ impl Pass<'_> {
                 let pieces = plan.zero_pieces(first, count);
                 let length_bytes = (count - 1) * CHUNK_BYTES + plan.chunk_bytes(first + count - 1);
                 Box::pin(async move {
-                    match self.zero(first * CHUNK_BYTES, length_bytes).await {
+                    match self.zero_chunks(first * CHUNK_BYTES, length_bytes).await {
                         Ok(()) => Outcome::Ended(first, pieces),
                         Err(error) => Outcome::Failed(error),
                     }
@@ -218,19 +285,33 @@ impl Pass<'_> {
             })?
         };
         if let Some(to) = self.to {
-            for range in data.iter().cloned() {
+            let (data, zeroes) = match self.changes {
+                None => (data.clone(), zeroes_between(&data, bytes.len())),
+                Some(changes) => changes.split(offset_bytes, bytes.len(), &data),
+            };
+            for range in data {
                 to.write(offset_bytes, &bytes, range).await.map_err(CopyError::Destination)?;
             }
-            for range in zeroes_between(&data, bytes.len()) {
+            for range in zeroes {
                 self.zero(offset_bytes + range.start as u64, range.len() as u64).await?;
             }
         }
         Ok(Piece { count: 1, digest })
     }
 
+    /// The source has only zeroes there.
+    async fn zero_chunks(&self, offset_bytes: u64, length_bytes: u64) -> Result<(), CopyError> {
+        let Some(changes) = self.changes else { return self.zero(offset_bytes, length_bytes).await };
+        for range in changes.within(offset_bytes..offset_bytes + length_bytes) {
+            self.zero(range.start, range.end - range.start).await?;
+        }
+        Ok(())
+    }
+
     async fn zero(&self, offset_bytes: u64, length_bytes: u64) -> Result<(), CopyError> {
         match self.to {
-            Some(to) if !self.is_zero => {
+            // Above a base, zeroes hide what it has.
+            Some(to) if !self.is_zero || self.changes.is_some() => {
                 to.zero(offset_bytes, length_bytes).await.map_err(CopyError::Destination)
             }
             _ => Ok(()),

@@ -19,7 +19,8 @@ const VDI_SIGNATURE: [u8; 4] = 0xbeda_107f_u32.to_le_bytes();
 /// qcow2, version 3: the data is in another file.
 const QCOW2_EXTERNAL_DATA: u64 = 1 << 2;
 const QCOW2_EXTENSION_DATA_FILE: u32 = 0x4441_5441;
-const QCOW2_EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+/// Extension of a qcow2's header: the backing file's format.
+pub const QCOW2_EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 
 /// How an image is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -160,20 +161,20 @@ fn look_at(begin: &[u8]) -> Look {
 
 /// Why an image needs more than its own file, or cannot be read without a secret. `None`: it stands for itself.
 ///
-/// What is too odd to be judged is a reason as well.
-pub fn names_other_files(begin: &[u8], format: Format) -> Option<String> {
+/// What is too odd to be judged is a reason as well. `is_difference`: a backing file is none, because nobody will look for it.
+pub fn names_other_files(begin: &[u8], format: Format, is_difference: bool) -> Option<String> {
     match format {
-        Format::Qcow2 => qcow2_names(begin),
+        Format::Qcow2 => qcow2_names(begin, is_difference),
         Format::Vmdk => vmdk_names(begin),
         // Of these QEMU reads no differencing images.
         Format::Raw | Format::Vhdx | Format::Vdi => None,
     }
 }
 
-fn qcow2_names(begin: &[u8]) -> Option<String> {
+fn qcow2_names(begin: &[u8], is_difference: bool) -> Option<String> {
     let odd = || Some("its header is cut off".to_owned());
     let (Some(version), Some(backing)) = (number(begin, 4), long(begin, 8)) else { return odd() };
-    if backing != 0 {
+    if backing != 0 && !is_difference {
         let length = number(begin, 16).unwrap_or_default() as usize;
         let name = usize::try_from(backing).ok().and_then(|at| begin.get(at..at.checked_add(length)?));
         let name = name.map(String::from_utf8_lossy).unwrap_or_default();
@@ -199,7 +200,7 @@ fn qcow2_names(begin: &[u8]) -> Option<String> {
         match kind {
             0 => return None,
             QCOW2_EXTENSION_DATA_FILE => return Some("it names a file for its data".to_owned()),
-            QCOW2_EXTENSION_BACKING_FORMAT => {
+            QCOW2_EXTENSION_BACKING_FORMAT if !is_difference => {
                 return Some("it tells the format of a backing file".to_owned());
             }
             _ => at = (length as usize).checked_next_multiple_of(8)?.checked_add(at)?.checked_add(8)?,
@@ -310,13 +311,17 @@ mod tests {
 
     #[test]
     fn images_that_name_other_files_are_found() {
-        let judged = |bytes: &[u8]| names_other_files(bytes, Format::Qcow2);
+        let judged = |bytes: &[u8]| names_other_files(bytes, Format::Qcow2, false);
         assert_eq!(judged(&qcow2(|_| {})), None);
         let backed = qcow2(|bytes| {
             (bytes[14], bytes[15], bytes[19]) = (2, 0, 11);
             bytes[512..523].copy_from_slice(b"/etc/shadow");
         });
         assert!(judged(&backed).unwrap().contains("/etc/shadow"));
+        let of_difference = |bytes: &[u8]| names_other_files(bytes, Format::Qcow2, true);
+        assert_eq!(of_difference(&backed), None, "which is not looked for");
+        let external = qcow2(|bytes| (bytes[15], bytes[79]) = (1, 4));
+        assert!(of_difference(&external).unwrap().contains("another file"));
         assert!(judged(&qcow2(|bytes| bytes[15] = 1)).unwrap().contains("backing file"));
         assert!(judged(&qcow2(|bytes| bytes[79] = 4)).unwrap().contains("another file"));
         let extension = |kind: u32| {
@@ -338,7 +343,7 @@ mod tests {
 
     #[test]
     fn a_vmdk_stands_for_itself_if_it_is_one_file_without_a_parent() {
-        let judged = |bytes: &[u8]| names_other_files(bytes, Format::Vmdk);
+        let judged = |bytes: &[u8]| names_other_files(bytes, Format::Vmdk, false);
         assert_eq!(judged(&vmdk("RW 8 SPARSE \"a.vmdk\"\n")), None);
         assert!(judged(&vmdk("RW 8 SPARSE \"a.vmdk\"\nRW 8 FLAT \"/etc/shadow\" 0\n")).is_some());
         assert!(judged(&vmdk("parentFileNameHint=\"/etc/shadow\"\n")).is_some());

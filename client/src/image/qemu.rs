@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::changes::{CLUSTER_BYTES, Changes};
 use super::format::Format;
 use super::nbd::{NbdClient, Opening};
 use super::sandbox::NOBODY;
@@ -54,8 +55,16 @@ pub enum QemuError {
     },
 }
 
+/// A qcow2 with nothing but its own clusters: QEMU does not look for the backing file that it names.
+const STDIN_ALONE: &str =
+    r#"json:{"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"/proc/self/fd/0"}}"#;
+/// Tells of each byte how many images below lie between it and whoever has it: 0 where nobody has.
+const DEPTH_CONTEXT: &str = "qemu:allocation-depth";
+/// Longest question about that, in bytes: clusters divide it.
+const DEPTH_BYTES_MAX: u64 = 1 << 31;
+
 /// How an image is served.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Serving<'a> {
     /// Where it is.
     pub path: &'a Path,
@@ -67,6 +76,8 @@ pub struct Serving<'a> {
     pub writes: bool,
     /// It may name other files, which are opened as well.
     pub is_trusted: bool,
+    /// It is a qcow2 of which only its own clusters are meant: the rest reads as zeroes, and its backing file is not looked for.
+    pub is_alone: bool,
     /// What its extents tell of: `base:allocation`.
     pub context: &'a str,
 }
@@ -111,7 +122,12 @@ impl QemuNbd {
             // What it said, as far as it can be had.
             let _ = stderr.take(4096).read_to_string(&mut told);
         }
-        let why = told.lines().next().unwrap_or("it did not say why").replace(STDIN_PATH, "the image");
+        let why = told
+            .lines()
+            .next()
+            .unwrap_or("it did not say why")
+            .replace(STDIN_ALONE, "the image")
+            .replace(STDIN_PATH, "the image");
         QemuError::Failed { program: QEMU_NBD, why }
     }
 }
@@ -131,7 +147,10 @@ pub async fn serve(serving: &Serving<'_>) -> Result<(QemuNbd, NbdClient), QemuEr
     }
     let socket = directory.path().join("nbd");
     let mut command = sandboxed(serving, uid)?;
-    command.arg(program).arg(format!("--format={}", serving.format)).arg("--socket").arg(&socket);
+    command.arg(program).arg("--socket").arg(&socket);
+    if !serving.is_alone {
+        command.arg(format!("--format={}", serving.format));
+    }
     command.args(["--shared=1", "--cache=writeback", "--discard=unmap"]);
     if !serving.writes {
         command.arg("--read-only");
@@ -140,7 +159,11 @@ pub async fn serve(serving: &Serving<'_>) -> Result<(QemuNbd, NbdClient), QemuEr
         command.arg("--allocation-depth");
     }
     // A name that begins with a letter may be a protocol's to QEMU.
-    let path = if serving.is_trusted { serving.path } else { Path::new(STDIN_PATH) };
+    let path = match (serving.is_alone, serving.is_trusted) {
+        (true, _) => Path::new(STDIN_ALONE),
+        (false, true) => serving.path,
+        (false, false) => Path::new(STDIN_PATH),
+    };
     command.arg("--").arg(path);
     let stdin = reopened(serving).map_err(io_error("open the image"))?;
     command.stdin(stdin).stdout(Stdio::null()).stderr(Stdio::piped()).current_dir(directory.path());
@@ -148,6 +171,37 @@ pub async fn serve(serving: &Serving<'_>) -> Result<(QemuNbd, NbdClient), QemuEr
     let mut server = QemuNbd { process, _directory: directory };
     let client = connect(&mut server, &socket, serving.context).await?;
     Ok((server, client))
+}
+
+/// Which bytes a qcow2 has of its own, whatever it is based on.
+///
+/// # Errors
+/// [`QemuError`], by cause.
+pub async fn own_bytes(serving: &Serving<'_>) -> Result<Changes, QemuError> {
+    let failed = |why: String| QemuError::Failed { program: QEMU_NBD, why };
+    let (server, client) = serve(&Serving { is_alone: true, context: DEPTH_CONTEXT, ..*serving }).await?;
+    if !client.tells_extents() {
+        return Err(failed(format!("it does not know {DEPTH_CONTEXT}, as QEMU does from 5.2 on")));
+    }
+    let (mut own, mut at) = (Changes::default(), 0);
+    let size_bytes = client.export.size_bytes;
+    while at < size_bytes {
+        let asked = (size_bytes - at).min(DEPTH_BYTES_MAX);
+        let extents = client.extents(at, asked as u32).await.map_err(|error| failed(error.to_string()))?;
+        let begun = at;
+        for extent in extents {
+            let end = at.saturating_add(extent.length_bytes).min(size_bytes);
+            // They follow each other.
+            let _ = extent.state.0 != 0 && own.push(at..end);
+            at = end;
+        }
+        if at == begun {
+            return Err(failed("it does not tell what the image has".to_owned()));
+        }
+    }
+    client.disconnect().await;
+    server.finish()?;
+    Ok(own)
 }
 
 /// The image with a position, and with rights, of the process's own.
@@ -225,7 +279,12 @@ pub fn make_empty(file: &File, name: &Path, format: Format, size_bytes: u64) -> 
     let directory = tempfile::tempdir().map_err(io_error)?;
     let made = directory.path().join(name.file_name().unwrap_or_default());
     let mut command = Command::new(program);
-    command.args(["create", "-q", "-f", format.as_str()]).arg(&made).arg(size_bytes.to_string());
+    command.args(["create", "-q", "-f", format.as_str()]);
+    if format == Format::Qcow2 {
+        // What QEMU takes of itself, said for differences, which go by clusters.
+        command.args(["-o", &format!("compat=1.1,cluster_size={CLUSTER_BYTES}")]);
+    }
+    command.arg(&made).arg(size_bytes.to_string());
     run_qemu_img(command.stdin(Stdio::null()), "make the image")?;
     let copied = (|| {
         let mut into = file;
@@ -244,7 +303,11 @@ pub fn make_empty(file: &File, name: &Path, format: Format, size_bytes: u64) -> 
 pub fn give_back_leaks(serving: &Serving<'_>) -> Result<(), QemuError> {
     let io_error = |source| QemuError::Io { what: "repair the image", source };
     let mut command = Command::new(find(QEMU_IMG)?);
-    command.args(["check", "-q", "-r", "leaks", "-f", serving.format.as_str(), STDIN_PATH]);
+    command.args(["check", "-q", "-r", "leaks"]);
+    match serving.is_alone {
+        true => command.arg(STDIN_ALONE),
+        false => command.args(["-f", serving.format.as_str(), STDIN_PATH]),
+    };
     command.stdin(reopened(serving).map_err(io_error)?).stdout(Stdio::null());
     run_qemu_img(&mut command, "repair the image")
 }

@@ -233,14 +233,22 @@ pub(crate) async fn clone_to_its_end(
     }
 }
 
+/// A snapshot, `VOLUME@NAME` or `@UID`.
+pub(crate) async fn find(
+    client: &mut ManagementClient<Channel>,
+    snapshot: &str,
+) -> Result<v1::Snapshot, Failure> {
+    let Named { volume_name, name, snapshot_uid } = Named::of(snapshot.to_owned(), None)?;
+    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid };
+    call(client.get_snapshot(request)).await
+}
+
 /// A volume with the bytes of a snapshot, `VOLUME@NAME` or `@UID`; the same each time, until it is deleted.
 pub(crate) async fn temporary_clone(
     client: &mut ManagementClient<Channel>,
     snapshot: &str,
 ) -> Result<v1::Volume, Failure> {
-    let Named { volume_name, name, snapshot_uid } = Named::of(snapshot.to_owned(), None)?;
-    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid, ..Default::default() };
-    let snapshot = call(client.get_snapshot(request)).await?;
+    let snapshot = find(client, snapshot).await?;
     let name = format!("{EXPORT_PREFIX}{}", snapshot.snapshot_uid);
     let request = v1::CloneVolumeRequest {
         name: name.clone(),

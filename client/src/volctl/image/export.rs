@@ -7,9 +7,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use client::image::copy::{copy, verify};
+use client::image::copy::{Pass, copy, verify};
 use client::image::format::Format;
 use client::image::journal::{JOURNAL_VERSION, Journal, JournalHead};
+use client::image::overlay::Readable;
 use client::image::qemu::{self, QemuNbd, Serving};
 use client::image::store::Store;
 use client::node::target::NbdUri;
@@ -21,8 +22,9 @@ use serde_json::json;
 use super::import::delete;
 use super::places::{PartFile, check_writable, nbd_uri, open_uri};
 use super::progress::Progress;
+use super::since::{Completed, Copied, Since, check_image_name};
 use super::volumes::{Attached, Server, machine_id};
-use super::{ExportArgs, copy_failure, qemu_failure, short_hash, state_directory};
+use super::{ExportArgs, Returning, copy_failure, qemu_failure, short_hash, state_directory, through_losses};
 use crate::connect::ServerAddress;
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
@@ -34,8 +36,13 @@ use crate::snapshots;
 const CLONE_ATTEMPTS: u32 = 5;
 
 pub(crate) async fn export(address: &ServerAddress, args: ExportArgs) -> Result<Report, Failure> {
+    through_losses(async || export_once(address, &args).await).await
+}
+
+async fn export_once(address: &ServerAddress, args: &ExportArgs) -> Result<Report, Failure> {
     let uri = nbd_uri(&args.destination)?;
-    let format = format_of(&args, uri.as_ref())?;
+    check_since(args, uri.as_ref())?;
+    let format = format_of(args, uri.as_ref())?;
     let destination = match &uri {
         Some(uri) => Destination::Uri(uri.clone()),
         None => Destination::File(PartFile::place(Path::new(&args.destination), args.force)?),
@@ -43,7 +50,7 @@ pub(crate) async fn export(address: &ServerAddress, args: ExportArgs) -> Result<
     let mut server = Server::connect(address).await?;
     if !args.source.contains('@') {
         let volume = server.volume(&args.source).await?;
-        let export = Export { args: &args, volume, destination: &destination, format };
+        let export = Export { args, volume, destination: &destination, format, since: None };
         return export.run(&mut server, address).await;
     }
     let mut attempts_left = CLONE_ATTEMPTS;
@@ -52,9 +59,22 @@ pub(crate) async fn export(address: &ServerAddress, args: ExportArgs) -> Result<
         let exported = async {
             let volume = snapshots::temporary_clone(&mut server.client, &args.source).await?;
             let name = volume.name.clone();
-            let export = Export { args: &args, volume, destination: &destination, format };
-            let report = export.run(&mut server, address).await;
-            match (&report, delete_clone(&mut server, &name).await) {
+            let mut clones = vec![name];
+            let report = async {
+                let since = match &args.since {
+                    Some(since) => Some(Since::begin(&mut server, args, since, &volume).await?),
+                    None => None,
+                };
+                clones.extend(since.as_ref().map(|since| since.clone.name.clone()));
+                let export = Export { args, volume, destination: &destination, format, since };
+                export.run(&mut server, address).await
+            };
+            let report = report.await;
+            let mut deleted = Ok(());
+            for name in &clones {
+                deleted = deleted.and(delete_clone(&mut server, name).await);
+            }
+            match (&report, deleted) {
                 (Ok(_), Err(failure)) => Err(failure),
                 // What the export failed for is told.
                 _ => report,
@@ -90,6 +110,23 @@ async fn delete_clone(server: &mut Server<'_>, name: &str) -> Result<(), Failure
     }
 }
 
+/// Whether what is asked for can be a difference.
+fn check_since(args: &ExportArgs, uri: Option<&NbdUri>) -> Result<(), Failure> {
+    let Some(image_name) = args.base_image.as_ref().filter(|_| args.since.is_some()) else { return Ok(()) };
+    let usage = |what: &str, next: &str| Err(Failure::new(ExitCode::Usage, what, next));
+    if uri.is_some() {
+        return usage("an NBD export holds no difference", "export it to a file");
+    }
+    if args.format.is_some_and(|format| Format::from(format) != Format::Qcow2) {
+        return usage("only a qcow2 holds a difference", "leave --format out, or say --format qcow2");
+    }
+    if !args.source.contains('@') {
+        let next = format!("take one (volctl snapshot create {} NAME) and export that", args.source);
+        return usage("a difference is one between two snapshots", &next);
+    }
+    check_image_name(image_name)
+}
+
 fn format_of(args: &ExportArgs, uri: Option<&NbdUri>) -> Result<Format, Failure> {
     let said = args.format.map(Format::from);
     match uri {
@@ -98,6 +135,7 @@ fn format_of(args: &ExportArgs, uri: Option<&NbdUri>) -> Result<Format, Failure>
             Err(Failure::new(ExitCode::Usage, "--format is for files", next))
         }
         Some(_) => Ok(Format::Raw),
+        None if args.since.is_some() => Ok(Format::Qcow2),
         None => Ok(said.or_else(|| Format::of_name(&args.destination)).unwrap_or(Format::Raw)),
     }
 }
@@ -112,6 +150,7 @@ struct Export<'a> {
     volume: v1::Volume,
     destination: &'a Destination,
     format: Format,
+    since: Option<Since>,
 }
 
 impl Export<'_> {
@@ -119,8 +158,8 @@ impl Export<'_> {
         let begun = Instant::now();
         let location = self.location()?;
         let directory = state_directory()?;
-        let copy_id =
-            short_hash(&[&machine_id(), &directory.to_string_lossy(), &self.volume.volume_uid, &location]);
+        let identity = format!("{}{}", self.volume.volume_uid, self.since_identity());
+        let copy_id = short_hash(&[&machine_id(), &directory.to_string_lossy(), &identity, &location]);
         let mut journal = Journal::open(&match self.destination {
             Destination::File(part) => part.journal(),
             Destination::Uri(_) => {
@@ -145,29 +184,51 @@ impl Export<'_> {
         };
         let size_bytes = self.volume.capacity_bytes;
         let resumed_bytes = (journal.chunks() * client::image::CHUNK_BYTES).min(size_bytes);
-        let go_on = format!(
-            "repeat the command: it goes on where it stopped; or give it up: volctl import --drop {}",
-            self.volume.name
-        );
-        let copied = tokio::select! {
-            copied = self.copy(&attached, &store, &mut journal, &go_on) => copied,
-            _ = tokio::signal::ctrl_c() => Err(Failure::new(ExitCode::Other, "interrupted", go_on)),
+        let go_on = self.go_on();
+        let work = async {
+            self.copy(&attached, &store, &mut journal, &go_on).await?;
+            store.close().await;
+            if let Some(server) = server_of_image {
+                server.finish().map_err(|error| qemu_failure(&error))?;
+            }
+            let (Some(since), Destination::File(part)) = (&self.since, self.destination) else {
+                return Ok(None);
+            };
+            let (copy_id, journal, go_on) = (copy_id.as_str(), &journal, go_on.as_str());
+            let is_verified = !self.args.no_verify;
+            let copied = Copied { copy_id, part, journal, size_bytes, is_verified, go_on };
+            since.complete(server, &copied).await.map(Some)
         };
-        copied?;
-        store.close().await;
-        if let Some(server) = server_of_image {
-            server.finish().map_err(|error| qemu_failure(&error))?;
-        }
-        let Attached { attachment_id, store, .. } = attached;
-        store.close().await;
+        let completed = tokio::select! {
+            completed = work => completed,
+            _ = tokio::signal::ctrl_c() => Err(Failure::new(ExitCode::Other, "interrupted", go_on.clone())),
+        };
+        let completed = completed?;
+        let attachment_id = attached.close().await;
         // As long as the image does not have its name the command can be repeated: nothing stays attached for a file that is there.
         server.detach(&attachment_id).await?;
         if let Destination::File(part) = self.destination {
             part.finish()?;
         }
-        let digest = journal.digest();
+        let is_whole = self.since.is_none() || !self.args.no_verify;
+        let digest = is_whole.then(|| journal.digest());
         journal.remove()?;
-        Ok(self.report(&location, &digest, resumed_bytes, begun))
+        Ok(self.report(&location, digest, completed, resumed_bytes, begun))
+    }
+
+    fn since_identity(&self) -> String {
+        self.since.as_ref().map(Since::identity).unwrap_or_default()
+    }
+
+    /// What to do where it was interrupted.
+    fn go_on(&self) -> String {
+        let drop = |name: &str| format!("volctl import --drop {name}");
+        let base = self.since.as_ref().map(|since| format!(", and {}", drop(&since.clone.name)));
+        format!(
+            "repeat the command: it goes on where it stopped; or give it up: {}{}",
+            drop(&self.volume.name),
+            base.unwrap_or_default()
+        )
     }
 
     /// Leaves nothing of an export that has not begun, and as it is what an earlier run has left.
@@ -210,7 +271,12 @@ impl Export<'_> {
         };
         let head = JournalHead {
             format_version: JOURNAL_VERSION,
-            source: format!("volume {} attachment {}", self.volume.volume_uid, attached.attachment_id),
+            source: format!(
+                "volume {} attachment {}{}",
+                self.volume.volume_uid,
+                attached.attachment_id,
+                self.since_identity()
+            ),
             destination: format!("{identity} {}", self.format),
             size_bytes,
             was_zero: matches!(self.destination, Destination::File(_)),
@@ -241,8 +307,16 @@ impl Export<'_> {
             (Some(store), _) => (store, None),
             (None, Destination::File(part)) if self.format != Format::Raw => {
                 let (path, file, context) = (part.path.as_path(), part.file()?, ALLOCATION_CONTEXT);
-                let serving =
-                    Serving { path, file, format: self.format, writes: true, is_trusted: false, context };
+                let serving = Serving {
+                    path,
+                    file,
+                    format: self.format,
+                    writes: true,
+                    is_trusted: false,
+                    // What names a base already was whole but for its name.
+                    is_alone: self.since.is_some(),
+                    context,
+                };
                 if goes_on && self.format == Format::Qcow2 {
                     qemu::give_back_leaks(&serving).map_err(|error| qemu_failure(&error))?;
                 }
@@ -266,26 +340,40 @@ impl Export<'_> {
         go_on: &str,
     ) -> Result<(), Failure> {
         let size_bytes = self.volume.capacity_bytes;
-        let is_zero = journal.head().is_some_and(|head| head.was_zero);
-        let failed = |error| copy_failure(error, go_on);
+        let is_uri = matches!(self.destination, Destination::Uri(_));
+        let failed = |error| copy_failure(error, go_on, Returning { source: true, destination: is_uri });
+        let changes = self.since.as_ref().map(|since| &since.changes);
+        let pass = Pass {
+            from: Readable::Store(&attached.store),
+            to: Some(store),
+            is_zero: journal.head().is_some_and(|head| head.was_zero),
+            size_bytes,
+            checkpoint_bytes: self.args.checkpoint_bytes,
+            changes,
+            reads_all: changes.is_none() || !self.args.no_verify,
+        };
         {
             let progress =
                 Progress::new("copying", size_bytes, journal.chunks() * client::image::CHUNK_BYTES);
             let at = |done| progress.at(done);
-            let copied =
-                copy(&attached.store, store, is_zero, size_bytes, journal, self.args.checkpoint_bytes, &at);
-            copied.await.map_err(failed)?;
+            copy(&pass, journal, &at).await.map_err(failed)?;
         }
-        if !self.args.no_verify {
+        if !self.args.no_verify && changes.is_none() {
             let progress = Progress::new("verifying", size_bytes, 0);
             let at = |done| progress.at(done);
-            let verified = verify(store, size_bytes, journal, &at);
-            verified.await.map_err(failed)?;
+            verify(Readable::Store(store), size_bytes, journal, &at).await.map_err(failed)?;
         }
         Ok(())
     }
 
-    fn report(&self, location: &str, digest: &str, resumed_bytes: u64, begun: Instant) -> Report {
+    fn report(
+        &self,
+        location: &str,
+        digest: Option<String>,
+        completed: Option<Completed>,
+        resumed_bytes: u64,
+        begun: Instant,
+    ) -> Report {
         let (name, is_verified) = (&self.args.source, !self.args.no_verify);
         let seconds = begun.elapsed().as_secs_f64();
         let verified = if is_verified { "verified" } else { "not verified" };
@@ -294,11 +382,18 @@ impl Export<'_> {
             0 => String::new(),
             bytes => format!(", {} of them by an earlier run", human_size(bytes)),
         };
+        let since = match (&completed, &self.args.since) {
+            (Some(completed), Some(since)) => {
+                format!(" since {since}: {} of", human_size(completed.own_bytes))
+            }
+            _ => ":".to_owned(),
+        };
+        let digest_text = digest.as_ref().map(|digest| format!(", digest {digest}")).unwrap_or_default();
         let text = format!(
-            "exported {name} to {location}: {}{resumed}, in {seconds:.1} s; {verified}, digest {digest}\n",
+            "exported {name} to {location}{since} {}{resumed}, in {seconds:.1} s; {verified}{digest_text}\n",
             human_size(size_bytes),
         );
-        let json = json!({
+        let mut json = json!({
             "source": name,
             "destination": location,
             "format": self.format.as_str(),
@@ -308,6 +403,12 @@ impl Export<'_> {
             "verified": is_verified,
             "elapsed_ms": (seconds * 1000.0) as u64,
         });
+        if let Some(Completed { own_bytes, base_digest }) = completed {
+            json["since"] = json!(self.args.since);
+            json["base_image"] = json!(self.args.base_image);
+            json["difference_bytes"] = json!(own_bytes);
+            json["base_digest"] = json!(base_digest);
+        }
         Report::new(text, json)
     }
 }

@@ -1,22 +1,25 @@
 //! `import`, `export`: images are copied into volumes and out of them, from where volctl runs.
 //!
 //! Owns the options of both. `volumes.rs` attaches a volume to volctl itself, and gives its bytes as an NBD client has them; `import.rs`
-//! and `export.rs` are the two ways. What copies is `client/src/image/`.
+//! and `export.rs` are the two ways, and `since.rs` is what an export of a difference does besides. What copies is `client/src/image/`.
 
 mod export;
 mod import;
 mod places;
 mod progress;
+mod since;
 mod volumes;
 
 use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use client::image::copy::CopyError;
 use client::image::format::Format;
 use client::image::journal::JournalError;
+use client::image::qcow2_header::HeaderError;
 use client::image::qemu::QemuError;
 use client::image::sandbox::{self, Limits};
 use client::image::store::Store;
@@ -25,6 +28,7 @@ pub(crate) use self::export::export;
 pub(crate) use self::import::import;
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
+use crate::report::Report;
 use crate::size::parse_size;
 
 #[derive(Debug, Args)]
@@ -50,6 +54,16 @@ pub(crate) struct ImportArgs {
     /// The image's format [default: raw, or another where the file's beginning and its name agree on it]
     #[arg(long, value_enum)]
     pub(crate) format: Option<FormatArg>,
+    /// The image holds a difference (export --since), and the volume has the content of its base: write the difference onto that. The backing
+    /// file that the image names is not looked for
+    #[arg(long, conflicts_with_all = ["trusted", "overwrite", "create"])]
+    pub(crate) apply: bool,
+    /// With --create: make the volume as a clone of this, which has the content of the image's base, and apply the image to it
+    #[arg(long, value_name = "VOLUME[@SNAPSHOT]", requires = "create", conflicts_with_all = ["trusted", "size", "block_size"])]
+    pub(crate) base: Option<String>,
+    /// With --apply or --base: do not compare the volume with what the image says of its base
+    #[arg(long)]
+    pub(crate) unchecked_base: bool,
     /// Import an image that names other files: they become part of the volume, whatever they are
     #[arg(long)]
     pub(crate) trusted: bool,
@@ -78,10 +92,20 @@ pub(crate) struct ExportArgs {
     /// Replace a file that is there, or write to an export that has other bytes
     #[arg(long)]
     pub(crate) force: bool,
+    /// Only what is different since this snapshot, as a qcow2 with a backing file: its name in the same volume, VOLUME@SNAPSHOT or @UID
+    #[arg(long, value_name = "SNAPSHOT", requires = "base_image")]
+    pub(crate) since: Option<String>,
+    /// With --since: the image of that snapshot, as a path from the folder of FILE; it need not be there
+    #[arg(long, value_name = "FILE", requires = "since")]
+    pub(crate) base_image: Option<String>,
+    /// With --since: the format of that image [default: what its name says, or raw]
+    #[arg(long, value_enum, requires = "since")]
+    pub(crate) base_format: Option<FormatArg>,
     /// The image's format [default: what the file's name says, or raw]
     #[arg(long, value_enum)]
     pub(crate) format: Option<FormatArg>,
-    /// Do not read the image back to compare it with the volume
+    /// Do not read the image back to compare it with the volume. With --since only what is different is read then, and the image does not
+    /// say what its base has to be
     #[arg(long)]
     pub(crate) no_verify: bool,
     /// What a copy that is interrupted does once more, at most
@@ -200,9 +224,24 @@ impl From<JournalError> for Failure {
     }
 }
 
+impl From<HeaderError> for Failure {
+    fn from(error: HeaderError) -> Self {
+        let (code, next) = match &error {
+            HeaderError::Odd(_) => (ExitCode::Other, "look at the image with qemu-img info"),
+            HeaderError::Full => (ExitCode::Usage, "give the base's image a shorter name"),
+            HeaderError::Newer(_) => (ExitCode::Other, "use that volctl"),
+        };
+        Self::new(code, error.to_string(), next)
+    }
+}
+
 /// Whether nothing but zeroes is there, as far as it can be told without reading data.
 async fn is_all_zeroes(store: &Store, size_bytes: u64) -> Result<bool, Failure> {
-    let mut at = 0;
+    is_all_zeroes_from(store, 0, size_bytes).await
+}
+
+/// The same from an offset on.
+async fn is_all_zeroes_from(store: &Store, mut at: u64, size_bytes: u64) -> Result<bool, Failure> {
     while at < size_bytes {
         let runs =
             store.look(at, size_bytes - at).await.map_err(|error| Failure::other(error.to_string()))?;
@@ -214,8 +253,52 @@ async fn is_all_zeroes(store: &Store, size_bytes: u64) -> Result<bool, Failure> 
     Ok(true)
 }
 
+/// Which sides of a copy may come back when their connection was lost: a server does, and a program that we have started does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Returning {
+    source: bool,
+    destination: bool,
+}
+
+/// Of a failure: the connection was lost after the copy had begun, and the same command goes on. No reason of the server's.
+const CONNECTION_LOST: &str = "CONNECTION_LOST";
+/// How long a server may be away, before its connection counts as lost for good. A restart takes seconds, a reboot minutes.
+const RETURN_PATIENCE: Duration = Duration::from_secs(300);
+/// Between two attempts.
+const RETURN_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Repeats a copy for as long as nothing but its connections fails, each time where it was.
+async fn through_losses(
+    mut attempt: impl AsyncFnMut() -> Result<Report, Failure>,
+) -> Result<Report, Failure> {
+    let mut lost_at: Option<Instant> = None;
+    loop {
+        let failure = match attempt().await {
+            Err(failure) if failure.exit_code == ExitCode::Unreachable => failure,
+            ended => return ended,
+        };
+        if failure.reason == CONNECTION_LOST {
+            lost_at = Some(Instant::now());
+            let line =
+                format!("{}; trying again for {} minutes\n", failure.what, RETURN_PATIENCE.as_secs() / 60);
+            // Whoever closed stderr does not want to know.
+            std::io::stderr().write_all(line.as_bytes()).ok();
+        }
+        if lost_at.is_none_or(|lost_at| lost_at.elapsed() >= RETURN_PATIENCE) {
+            return Err(failure);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(RETURN_INTERVAL) => {}
+            _ = tokio::signal::ctrl_c() => {
+                let next = "repeat the command: it goes on where it stopped";
+                return Err(Failure::new(ExitCode::Other, "interrupted", next));
+            }
+        }
+    }
+}
+
 /// A copy that failed; `next` is how it goes on.
-fn copy_failure(error: CopyError, next: &str) -> Failure {
+fn copy_failure(error: CopyError, next: &str, returning: Returning) -> Failure {
     let code = match &error {
         CopyError::Source(cause) | CopyError::Destination(cause) if cause.is_no_space() => ExitCode::NoSpace,
         CopyError::Source(cause) | CopyError::Destination(cause) if cause.is_lost_connection() => {
@@ -229,5 +312,14 @@ fn copy_failure(error: CopyError, next: &str) -> Failure {
         }
         _ => next,
     };
-    Failure::new(code, error.to_string(), next)
+    let comes_back = match &error {
+        CopyError::Source(_) => returning.source,
+        CopyError::Destination(_) => returning.destination,
+        _ => false,
+    };
+    let mut failure = Failure::new(code, error.to_string(), next);
+    if comes_back && code == ExitCode::Unreachable {
+        failure.reason = CONNECTION_LOST.to_owned();
+    }
+    failure
 }

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::UNIX_EPOCH;
 
+use client::image::changes::Changes;
 use client::image::format::{self, Format, FormatError};
 use client::image::input_stream::InputStream;
 use client::image::nbd::{NbdClient, Opening};
 use client::image::own_file;
 use client::image::partition_table;
+use client::image::qcow2_header::{self, Difference};
 use client::image::qemu::{self, QemuNbd, Serving};
 use client::image::store::{Store, StoreError};
 use client::node::target::{NbdUri, Target};
@@ -31,7 +33,9 @@ pub(super) const STDIN: &str = "-";
 /// What is imported.
 #[derive(Debug)]
 pub(super) struct Source {
-    pub(super) store: Store,
+    pub(super) store: Arc<Store>,
+    /// It holds a difference only.
+    pub(super) difference: Option<OwnBytes>,
     pub(super) size_bytes: u64,
     pub(super) format: Format,
     /// Where it is: one image at a time.
@@ -41,6 +45,14 @@ pub(super) struct Source {
     file: Option<(PathBuf, Arc<File>)>,
     /// Ends with the value.
     _server: Option<QemuNbd>,
+}
+
+/// What an image of a difference has of its own.
+#[derive(Debug)]
+pub(super) struct OwnBytes {
+    pub(super) changes: Changes,
+    /// What it says of its base and of the whole; nothing, if it comes from elsewhere.
+    pub(super) said: Option<Difference>,
 }
 
 impl Source {
@@ -64,9 +76,10 @@ impl Source {
             let size_bytes = client.export.size_bytes;
             let location = uri.to_string();
             let identity = format!("{location} {size_bytes}");
-            let store = Store::Nbd(Box::new(client));
+            let store = Arc::new(Store::Nbd(Box::new(client)));
             return Ok(Self {
                 store,
+                difference: None,
                 size_bytes,
                 format: Format::Raw,
                 location,
@@ -75,10 +88,11 @@ impl Source {
                 _server: None,
             });
         }
-        Self::open_file(Path::new(text), said, args.trusted).await
+        Self::open_file(Path::new(text), said, args).await
     }
 
-    async fn open_file(path: &Path, said: Option<Format>, is_trusted: bool) -> Result<Self, Failure> {
+    async fn open_file(path: &Path, said: Option<Format>, args: &ImportArgs) -> Result<Self, Failure> {
+        let (is_trusted, is_difference) = (args.trusted, args.apply || args.base.is_some());
         let cannot = |error| Failure::other(format!("cannot read {}: {error}", path.display()));
         let file = File::open(path).map_err(cannot)?;
         let metadata = file.metadata().map_err(cannot)?;
@@ -89,27 +103,39 @@ impl Source {
         let begin = read_begin(&file, metadata.len()).map_err(cannot)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let format = format::settle(&begin, &name, said).map_err(|error| format_failure(path, &error))?;
-        if let Some(why) = format::names_other_files(&begin, format).filter(|_| !is_trusted) {
-            let next =
-                "if you know where it comes from, and that it names no secrets of this machine: --trusted";
+        if let Some(why) = format::names_other_files(&begin, format, is_difference).filter(|_| !is_trusted) {
+            let next = "if it holds a difference (export --since), give the volume that has its base's content, and --apply; \
+                 or, if you know where it comes from, and that it names no secrets of this machine: --trusted";
             let what = format!("{} does not stand for itself: {why}", path.display());
             return Err(Failure::new(ExitCode::Precondition, what, next));
         }
         let full = std::fs::canonicalize(path).map_err(cannot)?;
         let location = full.display().to_string();
-        let identity = format!("{location} {format} {}", signature(&metadata));
+        let applied = if is_difference { "applied " } else { "" };
+        let identity = format!("{location} {applied}{format} {}", signature(&metadata));
         let file = Arc::new(file);
-        if format == Format::Raw {
-            let (store, size_bytes) = (Store::File(Arc::clone(&file)), metadata.len());
-            let file = Some((full, file));
-            return Ok(Self { store, size_bytes, format, location, identity, file, _server: None });
+        if format == Format::Raw && !is_difference {
+            let (store, size_bytes) = (Arc::new(Store::File(Arc::clone(&file))), metadata.len());
+            let (file, difference) = (Some((full, file)), None);
+            return Ok(Self {
+                store,
+                difference,
+                size_bytes,
+                format,
+                location,
+                identity,
+                file,
+                _server: None,
+            });
         }
-        let context = ALLOCATION_CONTEXT;
-        let serving = Serving { path: &full, file: &file, format, writes: false, is_trusted, context };
+        let (context, is_alone) = (ALLOCATION_CONTEXT, is_difference);
+        let serving =
+            Serving { path: &full, file: &file, format, writes: false, is_trusted, is_alone, context };
+        let difference = if is_difference { Some(look_at_difference(&begin, &serving).await?) } else { None };
         let (server, client) = qemu::serve(&serving).await.map_err(|error| qemu_failure(&error))?;
         let size_bytes = client.export.size_bytes;
-        let (store, file) = (Store::Nbd(Box::new(client)), Some((full, file)));
-        Ok(Self { store, size_bytes, format, location, identity, file, _server: Some(server) })
+        let (store, file) = (Arc::new(Store::Nbd(Box::new(client))), Some((full, file)));
+        Ok(Self { store, difference, size_bytes, format, location, identity, file, _server: Some(server) })
     }
 
     /// As many bytes as the volume has; what does not come is zeroes.
@@ -127,13 +153,18 @@ impl Source {
         }
         // No two pipes are the same.
         let (location, identity) = ("stdin".to_owned(), format!("stdin {}", uuid::Uuid::new_v4()));
-        let store = Store::Stream(stream);
-        Ok(Self { store, size_bytes, format: Format::Raw, location, identity, file: None, _server: None })
+        let (store, difference, format) = (Arc::new(Store::Stream(stream)), None, Format::Raw);
+        Ok(Self { store, difference, size_bytes, format, location, identity, file: None, _server: None })
+    }
+
+    /// Whether a server has it that may come back, or a pipe that does not.
+    pub(super) fn is_remote(&self) -> bool {
+        self.file.is_none()
     }
 
     /// What it begins with, as far as it matters for partitions.
     pub(super) async fn begin(&self) -> Result<Vec<u8>, StoreError> {
-        match &self.store {
+        match &*self.store {
             Store::Stream(stream) => Ok(stream.begin()),
             store => store.read(0, self.size_bytes.min(partition_table::LOOK_BYTES as u64)).await,
         }
@@ -141,7 +172,7 @@ impl Source {
 
     /// Whether all of it was read.
     pub(super) async fn check_end(&self) -> Result<(), Failure> {
-        let Store::Stream(stream) = &self.store else { return Ok(()) };
+        let Store::Stream(stream) = &*self.store else { return Ok(()) };
         match stream.is_at_end().await {
             Ok(true) => Ok(()),
             Ok(false) => {
@@ -162,6 +193,26 @@ impl Source {
         let what = format!("{} was changed while it was read", path.display());
         Err(Failure::new(ExitCode::Precondition, what, "repeat the command when nobody writes to it"))
     }
+}
+
+/// What is applied of an image, and to what.
+async fn look_at_difference(begin: &[u8], serving: &Serving<'_>) -> Result<OwnBytes, Failure> {
+    let path = serving.path.display();
+    if serving.format != Format::Qcow2 {
+        let what = format!("{path} is {}, and only a qcow2 holds a difference", serving.format);
+        return Err(Failure::new(
+            ExitCode::Usage,
+            what,
+            "leave --apply and --base out, for an image that is whole",
+        ));
+    }
+    let (backing_name, said) = qcow2_header::read(begin)?;
+    if backing_name.is_none() && said.is_none() {
+        let what = format!("{path} names no base: it is whole");
+        return Err(Failure::new(ExitCode::Usage, what, "leave --apply and --base out"));
+    }
+    let changes = qemu::own_bytes(serving).await.map_err(|error| qemu_failure(&error))?;
+    Ok(OwnBytes { changes, said })
 }
 
 /// What changes when a file is written to.
@@ -334,6 +385,20 @@ impl PartFile {
             // It is in nobody's way.
             let _ = std::fs::remove_file(&self.path);
         }
+    }
+
+    /// Puts other bytes where the file begins.
+    pub(super) fn write_begin(&self, bytes: &[u8]) -> Result<(), Failure> {
+        self.file()?.write_all_at(bytes, 0).map_err(|error| self.failure(&error))
+    }
+
+    /// The file's first bytes, at most so many.
+    pub(super) fn read_begin(&self, bytes_max: usize) -> Result<Vec<u8>, Failure> {
+        let file = self.file()?;
+        let length_bytes = file.metadata().map_err(|error| self.failure(&error))?.len();
+        let mut begin = vec![0; length_bytes.min(bytes_max as u64) as usize];
+        file.read_exact_at(&mut begin, 0).map_err(|error| self.failure(&error))?;
+        Ok(begin)
     }
 
     /// The name that it will have.

@@ -4,6 +4,7 @@
 //! attachment's node is named after this copy, so that the next run of the same copy, and no other one, takes it over.
 
 use std::str::FromStr as _;
+use std::sync::Arc;
 
 use client::api_channel;
 use client::data_address::on_the_link_of;
@@ -39,7 +40,17 @@ pub(super) struct Attached {
     pub(super) attachment_id: String,
     /// It was attached by an earlier run of this copy.
     pub(super) existed: bool,
-    pub(super) store: Store,
+    pub(super) store: Arc<Store>,
+}
+
+impl Attached {
+    /// Ends the connection in good order, and says what is to be detached.
+    pub(super) async fn close(self) -> String {
+        if let Some(store) = Arc::into_inner(self.store) {
+            store.close().await;
+        }
+        self.attachment_id
+    }
 }
 
 /// The node whose attachments a copy has.
@@ -89,7 +100,7 @@ impl<'a> Server<'a> {
         let attachment = answer.attachment.clone().ok_or_else(|| Failure::incomplete_answer("attachment"))?;
         let attachment_id = attachment.attachment_id.clone();
         match self.open(&attachment, answer).await {
-            Ok(store) => Ok(Attached { attachment_id, existed, store }),
+            Ok(store) => Ok(Attached { attachment_id, existed, store: Arc::new(store) }),
             Err(failure) => {
                 if !existed {
                     // What the opening failed for is told.

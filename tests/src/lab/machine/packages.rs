@@ -61,6 +61,7 @@ const PACKAGES: [Package; 29] = [
     Package::any("zstd", "zstd"),
     Package::any("kmod", "depmod"),
     Package::any("util-linux", "setpriv"),
+    Package::any("fdisk", "sfdisk"),
     Package::any("iproute2", "ip"),
     Package::from("systemd", "systemd-analyze", "--version", (252, 0)),
     Package::any("procps", "ps"),
