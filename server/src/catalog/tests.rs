@@ -6,6 +6,7 @@ mod grants;
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::scope::Scope;
 
 mod snapshots;
 
@@ -308,7 +309,12 @@ fn settings_are_there_after_opening_again_and_labels_are_looked_for() {
     assert_eq!(catalog.volume_by_name("vol-1").unwrap().unwrap(), expected);
     let names = |labels: &[(&str, &str)]| -> Vec<String> {
         let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        catalog.list_volumes(&labels, "", 1).unwrap().into_iter().map(|volume| volume.name).collect()
+        catalog
+            .list_volumes(&Scope::All, &labels, "", 1)
+            .unwrap()
+            .into_iter()
+            .map(|volume| volume.name)
+            .collect()
     };
     assert_eq!(names(&[]), ["vol-0"]);
     assert_eq!(names(&[("app", "db"), ("a.b/tier", "")]), ["vol-1"], "not by what was left out before it");
@@ -487,7 +493,7 @@ fn lists_are_in_order_of_name_and_go_on_after_one() {
     catalog.begin_creating(&new_volume("bb")).unwrap();
     let names = |after: &str, limit| -> Vec<String> {
         catalog
-            .list_volumes(&Default::default(), after, limit)
+            .list_volumes(&Scope::All, &Default::default(), after, limit)
             .unwrap()
             .into_iter()
             .map(|volume| volume.name)
@@ -500,9 +506,9 @@ fn lists_are_in_order_of_name_and_go_on_after_one() {
         catalog.list_attachments(filter, &after, limit).unwrap().into_iter().map(|(name, _)| name).collect()
     };
     assert_eq!(attached(&AttachmentFilter::default(), "B", 3), ["a", "b", "c"]);
-    let of_node = AttachmentFilter { node_id: Some("node-2".to_owned()), volume_name: None };
+    let of_node = AttachmentFilter { node_id: Some("node-2".to_owned()), ..AttachmentFilter::default() };
     assert_eq!(attached(&of_node, "", 10), ["c"]);
-    let of_volume = AttachmentFilter { volume_name: Some("d".to_owned()), node_id: None };
+    let of_volume = AttachmentFilter { volume_name: Some("d".to_owned()), ..AttachmentFilter::default() };
     assert_eq!(attached(&of_volume, "", 10), ["d"]);
 }
 
@@ -574,10 +580,10 @@ fn snapshots_are_listed_in_order_and_go_on_behind_one() {
         names.extend(page.iter().map(|(snapshot, _)| format!("{}@{}", snapshot.volume_name, snapshot.name)));
     }
     assert_eq!(names, ["@x", "@x", "a@x", "a@z", "b@x"]);
-    let filter = SnapshotFilter { volume_name: Some("b".to_owned()), group_uid: None };
+    let filter = SnapshotFilter { volume_name: Some("b".to_owned()), ..SnapshotFilter::default() };
     assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), 1);
     let group_uid = Some(catalog.snapshot_by_export_name("a@z").unwrap().unwrap().group_uid);
-    let filter = SnapshotFilter { volume_name: None, group_uid };
+    let filter = SnapshotFilter { group_uid, ..SnapshotFilter::default() };
     assert_eq!(catalog.list_snapshots(&filter, &SnapshotKey::default(), 9).unwrap().len(), 1);
     assert_eq!(catalog.snapshot_count(a.volume_uid).unwrap(), 2);
 }
