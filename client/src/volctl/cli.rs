@@ -11,7 +11,7 @@ use crate::image::{ExportArgs, ImageProgramArgs, ImportArgs};
 use crate::output::OutputFormat;
 use crate::settings::{LimitArgs, SetArgs, parse_label, parse_label_filter};
 use crate::size::parse_size;
-use crate::tenants::TenantCommand;
+use crate::tenant_args::TenantCommand;
 use crate::watch::WatchArgs;
 
 /// Manage network volumes, and attach them to this machine as local disks.

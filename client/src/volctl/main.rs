@@ -24,6 +24,7 @@ mod report;
 mod settings;
 mod size;
 mod snapshots;
+mod tenant_args;
 mod tenants;
 mod volumes;
 mod watch;

@@ -1,6 +1,5 @@
 //! `tenant …`: how much each tenant may have, and has.
 
-use clap::{Args, Subcommand};
 use proto::v1;
 use serde_json::{Value, json};
 use tonic::Code;
@@ -9,86 +8,12 @@ use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
 use crate::report::{Report, tables};
-use crate::size::{exact_size, human_size, parse_size};
+use crate::size::{exact_size, human_size};
 use crate::snapshots::utc;
+use crate::tenant_args::{Most, QuotaArgs, TenantCommand};
 
 /// The most that the server gives in one page.
 const PAGE_SIZE: u32 = 1000;
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum TenantCommand {
-    /// Limit what a tenant may have; what is left out stays as it is
-    ///
-    /// A tenant's volumes are called TENANT+NAME. It needs no such command: without one there is no limit. What it has already stays.
-    Set {
-        /// The tenant's name
-        tenant: String,
-        #[command(flatten)]
-        quota: QuotaArgs,
-    },
-    /// List the tenants that have a limit, or a volume or snapshot
-    List,
-    /// Show what one tenant may have, and has
-    Show {
-        /// The tenant's name
-        tenant: String,
-    },
-    /// Take a tenant's limits away, when it has no volumes and snapshots any more; one that has none is a success
-    Delete {
-        /// The tenant's name
-        tenant: String,
-    },
-}
-
-/// A limit; `None` is none.
-type Most = Option<u64>;
-
-#[derive(Debug, Clone, Copy, Args)]
-pub(crate) struct QuotaArgs {
-    /// Volumes at most; none takes the limit away
-    #[arg(long, value_name = "NUMBER", value_parser = parse_number)]
-    max_volumes: Option<Limit>,
-    /// The sizes of all volumes together at most, such as 10T; none takes the limit away
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
-    max_bytes: Option<Limit>,
-    /// Snapshots at most; none takes the limit away
-    #[arg(long, value_name = "NUMBER", value_parser = parse_number)]
-    max_snapshots: Option<Limit>,
-}
-
-/// What a limit becomes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Limit(Most);
-
-impl QuotaArgs {
-    fn is_empty(self) -> bool {
-        [self.max_volumes, self.max_bytes, self.max_snapshots].iter().all(Option::is_none)
-    }
-
-    /// What comes of limits that are there.
-    fn applied_to(self, quota: v1::TenantQuota) -> v1::TenantQuota {
-        let of = |limit: Option<Limit>, before: Most| limit.map_or(before, |limit| limit.0);
-        v1::TenantQuota {
-            max_volumes: of(self.max_volumes, quota.max_volumes),
-            max_bytes: of(self.max_bytes, quota.max_bytes),
-            max_snapshots: of(self.max_snapshots, quota.max_snapshots),
-        }
-    }
-}
-
-fn parse_number(text: &str) -> Result<Limit, String> {
-    match text {
-        "none" => Ok(Limit(None)),
-        number => number
-            .parse()
-            .map(|number| Limit(Some(number)))
-            .map_err(|_| "write a whole number, or none".to_owned()),
-    }
-}
-
-fn parse_bytes(text: &str) -> Result<Limit, String> {
-    if text == "none" { Ok(Limit(None)) } else { parse_size(text).map(|bytes| Limit(Some(bytes))) }
-}
 
 pub(crate) async fn tenant(server: &ServerAddress, command: TenantCommand) -> Result<Report, Failure> {
     match command {
@@ -184,23 +109,4 @@ fn tenant_json(tenant: &v1::Tenant) -> Value {
         "snapshots": tenant.snapshots,
         "created_at_ms": tenant.created_at_ms,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_left_out_stays_and_none_takes_a_limit_away() {
-        let before = v1::TenantQuota { max_volumes: Some(5), max_bytes: Some(6), max_snapshots: None };
-        let wanted = QuotaArgs {
-            max_volumes: Some(parse_number("none").unwrap()),
-            max_bytes: None,
-            max_snapshots: Some(parse_number("0").unwrap()),
-        };
-        let after = wanted.applied_to(before);
-        assert_eq!((after.max_volumes, after.max_bytes, after.max_snapshots), (None, Some(6), Some(0)));
-        assert_eq!(parse_bytes("2K"), Ok(Limit(Some(2048))));
-        assert!(parse_number("-1").is_err() && parse_bytes("x").is_err() && !wanted.is_empty());
-    }
 }

@@ -9,6 +9,7 @@ use super::*;
 use crate::scope::Scope;
 
 mod snapshots;
+mod tenants;
 
 const FIXTURE_V1: &str = include_str!("../../tests/fixtures/catalog_v1.sql");
 
