@@ -74,6 +74,8 @@ pub async fn connect(
         let connector = connector.clone();
         async move {
             let socket = TcpStream::connect(address).await?;
+            // Or each call waits for the acknowledgement of its first half.
+            socket.set_nodelay(true)?;
             let name = ServerName::try_from("localhost").map_err(std::io::Error::other)?;
             Ok::<_, std::io::Error>(TokioIo::new(connector.connect(name, socket).await?))
         }
