@@ -113,6 +113,14 @@ pub const FENCE_UNFINISHED: &str = "FENCE_UNFINISHED";
 pub const CATALOG_HELD: &str = "CATALOG_HELD";
 /// UNAVAILABLE: the server is stopping; nothing was done.
 pub const SERVER_STOPPING: &str = "SERVER_STOPPING";
+/// NOT_FOUND: the tenant has no quota, and nothing is in its name space.
+pub const TENANT_NOT_FOUND: &str = "TENANT_NOT_FOUND";
+/// FAILED_PRECONDITION: something is in the tenant's name space.
+pub const TENANT_NOT_EMPTY: &str = "TENANT_NOT_EMPTY";
+/// FAILED_PRECONDITION: a volume stays in the name space that it was made in.
+pub const TENANT_FIXED: &str = "TENANT_FIXED";
+/// RESOURCE_EXHAUSTED: the tenant has as much as it may (metadata `tenant`, `quota`: which limit, `used`, `limit`).
+pub const TENANT_QUOTA: &str = "TENANT_QUOTA";
 /// PERMISSION_DENIED: the caller's certificate does not name what the call is about.
 pub const NOT_AUTHORIZED: &str = "NOT_AUTHORIZED";
 /// INTERNAL: the server failed; its log says why.

@@ -25,6 +25,7 @@ pub mod limits;
 pub mod machine_memory;
 pub mod management;
 mod region;
+pub mod scope;
 pub mod serve;
 mod status;
 pub mod tls;

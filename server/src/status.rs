@@ -14,7 +14,8 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
 use crate::backend::device::AdoptError;
 use crate::backend::lvm::LvmError;
-use crate::lifecycle::{GrantsError, LifecycleError, NodesError, SettingsError, SnapshotError};
+use crate::catalog::QuotaReached;
+use crate::lifecycle::{GrantsError, LifecycleError, NodesError, SettingsError, SnapshotError, TenantsError};
 use crate::volume::copying::CopyError;
 
 const NEXT_OF_OTHER_BOOT: &str = "give every machine an id of its own (rm /etc/machine-id && systemd-machine-id-setup, or volclient serve \
@@ -117,6 +118,7 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
         LifecycleError::Settings(error) => of_settings(error),
         LifecycleError::Nodes(error) => of_nodes(error),
         LifecycleError::Grants(error) => of_grants(error),
+        LifecycleError::Tenants(error) => of_tenants(error),
         LifecycleError::NoThinPool(_) => told(
             Code::FailedPrecondition,
             reason::NO_THIN_POOL,
@@ -185,6 +187,40 @@ fn of_nodes(error: &NodesError) -> (Code, ErrorDetails) {
             reason::NODE_GRANTED,
             "take its grants away (volctl grant delete): list the grants of the node",
         ),
+    }
+}
+
+/// What is told with an error about a tenant.
+fn of_tenants(error: &TenantsError) -> (Code, ErrorDetails) {
+    match error {
+        TenantsError::NotFound(_) => {
+            told(Code::NotFound, reason::TENANT_NOT_FOUND, "list the tenants to see which there are")
+        }
+        TenantsError::NotEmpty { .. } => told(
+            Code::FailedPrecondition,
+            reason::TENANT_NOT_EMPTY,
+            "delete its volumes and snapshots first, or set a quota of nothing",
+        ),
+        TenantsError::Fixed { .. } => told(
+            Code::FailedPrecondition,
+            reason::TENANT_FIXED,
+            "clone it into the other name space (volctl clone), and delete it",
+        ),
+        TenantsError::Quota(reached) => {
+            let QuotaReached { tenant, limited, used, limit, .. } = reached;
+            let next = format!(
+                "delete what is not needed, or have an administrator raise it (volctl tenant set {tenant} --{})",
+                limited.as_str().replace('_', "-")
+            );
+            let (used, limit) = (used.to_string(), limit.to_string());
+            let metadata = [
+                ("tenant", tenant.as_str()),
+                ("quota", limited.as_str()),
+                ("used", &used),
+                ("limit", &limit),
+            ];
+            (Code::ResourceExhausted, error_info(reason::TENANT_QUOTA, &next, metadata))
+        }
     }
 }
 
@@ -445,6 +481,14 @@ pub(crate) fn forbidden(what: &str) -> Status {
         format!("the caller's certificate does not allow to {what}"),
         details,
     )
+}
+
+/// PERMISSION_DENIED: what is to be made has a name outside of the tenants' name spaces that the caller's certificate is for.
+pub(crate) fn outside(name: &str) -> Status {
+    let next = "choose a name TENANT+NAME of the tenant that the certificate names, see docs/tls.md";
+    let details = error_info(reason::NOT_AUTHORIZED, next, []);
+    let message = format!("the caller's certificate does not allow to make anything by the name {name}");
+    Status::with_error_details(Code::PermissionDenied, message, details)
 }
 
 /// UNAVAILABLE: the call came after the server began to stop; nothing was done.

@@ -1,87 +1,29 @@
 //! The management API over TLS, spoken to the real volserver: who is let in, and to what.
 #![allow(clippy::unwrap_used)] // A test that cannot go on has failed.
 
+mod tls_rig;
 mod unit_filter;
 mod volserver;
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hyper_util::rt::TokioIo;
 use proto::error_reason as reason;
 use proto::v1;
 use proto::v1::management_client::ManagementClient;
 use rustix::process::{Pid, Signal, kill_process};
 use rustls::pki_types::ServerName;
 use tls::certificates::client_config;
-use tls::test_authority::{Authority, Issued};
+use tls::test_authority::Authority;
+use tls_rig::{Rig, connect, is_forbidden};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::transport::Endpoint;
 use tonic_types::StatusExt as _;
-use volserver::{Volserver, attach_request, command, create_request, refused};
-
-/// A volserver that checks clients.
-struct Rig {
-    authority: Authority,
-    dir: tempfile::TempDir,
-    files: Issued,
-}
-
-impl Rig {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::new();
-        let files = authority.issue(&dir.path().join("server"), &[]);
-        Self { authority, dir, files }
-    }
-
-    fn command(&self, mode: &str) -> Command {
-        let mut command = command(&self.dir.path().join("data"));
-        command.args(["--tls", mode, "--tls-cert"]).arg(self.files.pair().certificate);
-        command.arg("--tls-key").arg(self.files.pair().key);
-        command.arg("--tls-client-ca").arg(self.files.authority());
-        command
-    }
-
-    fn start(&self, mode: &str) -> Volserver {
-        Volserver::start_with(self.command(mode), &self.dir.path().join("log"))
-    }
-
-    fn client(&self, name: &str, uris: &[&str]) -> Issued {
-        self.authority.issue(&self.dir.path().join(name), uris)
-    }
-}
-
-/// A client of the API with this certificate.
-async fn connect(
-    address: SocketAddr,
-    client: &Issued,
-) -> Result<ManagementClient<Channel>, tonic::transport::Error> {
-    let mut config = client_config(&client.authority(), Some(&client.pair())).unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    let connector = TlsConnector::from(Arc::new(config));
-    let connect = tower::service_fn(move |_| {
-        let connector = connector.clone();
-        async move {
-            let socket = TcpStream::connect(address).await?;
-            let name = ServerName::try_from("localhost").map_err(std::io::Error::other)?;
-            Ok::<_, std::io::Error>(TokioIo::new(connector.connect(name, socket).await?))
-        }
-    });
-    let endpoint = Endpoint::from_shared(format!("https://{address}")).unwrap().timeout(volserver::DEADLINE);
-    Ok(ManagementClient::new(endpoint.connect_with_connector(connect).await?))
-}
-
-fn is_forbidden(status: &Status) -> bool {
-    let reason = status.get_details_error_info().map(|info| info.reason);
-    status.code() == Code::PermissionDenied && reason.as_deref() == Some(reason::NOT_AUTHORIZED)
-}
+use volserver::{Volserver, attach_request, create_request, refused};
 
 #[tokio::test]
 async fn each_certificate_may_call_what_it_names() {

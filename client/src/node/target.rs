@@ -19,14 +19,12 @@ use std::fmt;
 use std::path::PathBuf;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
-use proto::volume_name::partition_of;
+use proto::volume_name::{VOLUME_NAME_CHARS_MAX, is_plain_name, is_volume_name, partition_of};
 use uuid::Uuid;
 
 use super::error::NodeError;
 use crate::data_address::{self, host_and_zone};
 
-/// Longest volume name, in characters (all ASCII): the server's rule.
-const VOLUME_NAME_LEN_MAX: usize = 128;
 /// Longest name of a snapshot, in characters: the server's rule.
 const SNAPSHOT_NAME_LEN_MAX: usize = 64;
 /// Longest export name, in bytes: `NBD_MAX_STRING`.
@@ -177,13 +175,6 @@ fn beside_partitions(name: String) -> String {
     }
 }
 
-/// Whether it is a name by the server's rule, of at most so many characters.
-fn is_name(text: &str, len_max: usize) -> bool {
-    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    let begins_well = text.starts_with(|c: char| c.is_ascii_alphanumeric());
-    begins_well && text.len() <= len_max && text.chars().all(is_allowed)
-}
-
 fn snapshot_name(text: &str) -> Result<String, String> {
     match text.split_once('@') {
         // In the one spelling that the server has.
@@ -192,9 +183,7 @@ fn snapshot_name(text: &str) -> Result<String, String> {
                 return Ok(format!("@{uid}"));
             }
         }
-        Some((volume, name))
-            if is_name(volume, VOLUME_NAME_LEN_MAX) && is_name(name, SNAPSHOT_NAME_LEN_MAX) =>
-        {
+        Some((volume, name)) if is_volume_name(volume) && is_plain_name(name, SNAPSHOT_NAME_LEN_MAX) => {
             return Ok(text.to_owned());
         }
         _ => {}
@@ -209,12 +198,12 @@ fn volume_name(text: &str) -> Result<String, String> {
             Uuid::try_parse(uid).map_err(|_| format!("{text:?} is no volume's uid, which is uid:UUID"))?;
         return Ok(format!("{UID_PREFIX}{uid}"));
     }
-    if is_name(text, VOLUME_NAME_LEN_MAX) {
+    if is_volume_name(text) {
         return Ok(text.to_owned());
     }
     Err(format!(
-        "{text:?} is neither a volume's name (1 to {VOLUME_NAME_LEN_MAX} letters, digits, '-', '_' and '.', \
-         beginning with a letter or digit), nor a snapshot (VOLUME@SNAPSHOT), nor an NBD URI (nbd://host[:port]/export, \
+        "{text:?} is neither a volume's name (1 to {VOLUME_NAME_CHARS_MAX} letters, digits, '-', '_' and '.', \
+         beginning with a letter or digit; or TENANT+NAME), nor a snapshot (VOLUME@SNAPSHOT), nor an NBD URI (nbd://host[:port]/export, \
          nbds:// for TLS, or nbd+unix:///export?socket=/path)"
     ))
 }
@@ -401,7 +390,11 @@ mod tests {
     fn volume_names_are_taken_by_the_servers_rule() {
         assert_eq!(Target::parse("vol-123").unwrap(), Target::Volume("vol-123".into()));
         assert!(Target::parse(&"a".repeat(128)).is_ok());
-        for bad in ["", "-a", ".a", "a/b", "a b", "ä", &"a".repeat(129)] {
+        let of_tenant = Target::parse("acme+db").unwrap();
+        assert_eq!(of_tenant, Target::Volume("acme+db".into()));
+        assert_eq!(of_tenant.link_name(Uuid::from_u128(7)), "acme+db");
+        assert_eq!(Target::parse("acme+db@s").unwrap().link_name(Uuid::from_u128(7)), "acme+db@s");
+        for bad in ["", "-a", ".a", "a/b", "a b", "ä", "a+", "+a", "a+b+c", &"a".repeat(129)] {
             assert!(refusal(bad).contains("neither a volume's name"), "{bad}");
         }
     }

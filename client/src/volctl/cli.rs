@@ -11,6 +11,7 @@ use crate::image::{ExportArgs, ImageProgramArgs, ImportArgs};
 use crate::output::OutputFormat;
 use crate::settings::{LimitArgs, SetArgs, parse_label, parse_label_filter};
 use crate::size::parse_size;
+use crate::tenant_args::TenantCommand;
 use crate::watch::WatchArgs;
 
 /// Manage network volumes, and attach them to this machine as local disks.
@@ -148,6 +149,11 @@ pub(crate) enum Command {
     Grant {
         #[command(subcommand)]
         command: GrantCommand,
+    },
+    /// Limit how much each tenant may have, whose volumes are called TENANT+NAME
+    Tenant {
+        #[command(subcommand)]
+        command: TenantCommand,
     },
     /// Make a volume, a snapshot, or an export of any NBD server, a local disk; prints its path
     Attach(AttachArgs),

@@ -9,12 +9,12 @@ Exit codes:
   0  done (also: it was so already)
   1  failed for a reason without a code of its own; stderr tells it
   2  wrong usage, or a value that is not allowed
-  3  there is no such volume, snapshot, operation or node
+  3  there is no such volume, snapshot, operation, node or tenant
   4  it exists already, with other properties
   5  its state does not allow it: in use, attached elsewhere, or failed
   6  the storage server or the node daemon cannot be reached
   7  this machine cannot: not root, no ublk driver, or a data path that its kernel lacks
-  8  no space left on the storage server, or for a file
+  8  no space left on the storage server, in a tenant's quota, or for a file
   9  not done in time
   10 apply --dry-run: something would be changed";
 

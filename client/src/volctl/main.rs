@@ -24,6 +24,8 @@ mod report;
 mod settings;
 mod size;
 mod snapshots;
+mod tenant_args;
+mod tenants;
 mod volumes;
 mod watch;
 
@@ -86,6 +88,7 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
         Command::Operation { command } => operations::operation(server, command).await,
         Command::Node { command } => nodes::node(server, command).await,
         Command::Grant { command } => grants::grant(server, command).await,
+        Command::Tenant { command } => tenants::tenant(server, command).await,
         Command::Clone(args) => snapshots::clone(server, args).await,
         Command::Diff { base, target } => diff::diff(server, base, target, cli.output).await,
         Command::Import(args) => image::import(server, args).await,

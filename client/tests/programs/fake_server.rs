@@ -20,6 +20,7 @@ use crate::fake_copies::Copies;
 use crate::fake_grants::Grants;
 use crate::fake_node::Trap;
 use crate::fake_nodes::Nodes;
+use crate::fake_tenants::Tenants;
 
 /// Volumes that a page of the list holds: fewer than asked for, so that paging shows.
 const PAGE_VOLUMES: usize = 2;
@@ -38,6 +39,7 @@ pub(crate) struct State {
     pub(crate) copies: Copies,
     pub(crate) nodes: Nodes,
     pub(crate) grants: Grants,
+    pub(crate) tenants: Tenants,
     /// As it tells.
     pub(crate) snapshots_unsupported_reason: String,
     pub(crate) storage_space: Option<v1::StorageSpace>,
@@ -721,5 +723,36 @@ impl Management for Service {
             let message = format!("no operation {operation_id}");
             refuse(Code::NotFound, reason::OPERATION_NOT_FOUND, message, "list the operations")
         })
+    }
+    async fn set_tenant(
+        &self,
+        request: Request<v1::SetTenantRequest>,
+    ) -> Result<Response<v1::Tenant>, Status> {
+        let state = &mut *self.0.lock().unwrap();
+        Ok(Response::new(state.tenants.set(request.into_inner(), state.volumes.values())))
+    }
+
+    async fn get_tenant(
+        &self,
+        request: Request<v1::GetTenantRequest>,
+    ) -> Result<Response<v1::Tenant>, Status> {
+        let state = self.0.lock().unwrap();
+        state.tenants.get(&request.into_inner().name, state.volumes.values()).map(Response::new)
+    }
+
+    async fn list_tenants(
+        &self,
+        request: Request<v1::ListTenantsRequest>,
+    ) -> Result<Response<v1::ListTenantsResponse>, Status> {
+        let state = self.0.lock().unwrap();
+        Ok(Response::new(state.tenants.page(&request.into_inner().page_token, state.volumes.values())))
+    }
+
+    async fn delete_tenant(
+        &self,
+        request: Request<v1::DeleteTenantRequest>,
+    ) -> Result<Response<v1::DeleteTenantResponse>, Status> {
+        let state = &mut *self.0.lock().unwrap();
+        state.tenants.delete(&request.into_inner().name, state.volumes.values()).map(Response::new)
     }
 }

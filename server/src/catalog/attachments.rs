@@ -21,7 +21,7 @@ use super::attachment_tables::{TABLES, execute_on_all};
 use super::records::{
     self, AttachmentFilter, AttachmentRecord, AttachmentState, ListedAttachment, NewAttachment,
 };
-use super::{Catalog, CatalogError, State, grants, now_ms, to_db};
+use super::{Catalog, CatalogError, State, grants, now_ms, tenants, to_db};
 
 const COLUMNS: &str = "attachment_id, volume_uid, node_id, state, read_only, secret, generation, session_epoch, created_at_ms, boot_id, is_shared, knows_content";
 
@@ -51,8 +51,8 @@ fn move_up(db: &Connection) -> rusqlite::Result<()> {
 }
 
 /// What an attachment may be of, as a query takes it: its uid and its name.
-const ATTACHABLE: &str = "(SELECT volume_uid AS uid, name FROM volumes UNION ALL \
-     SELECT snapshot_uid, CASE WHEN volumes.name IS NULL THEN '@' || snapshot_uid ELSE volumes.name || '@' || snapshots.name END \
+const ATTACHABLE: &str = "(SELECT volume_uid AS uid, name, volume_uid AS of_volume FROM volumes UNION ALL \
+     SELECT snapshot_uid, CASE WHEN volumes.name IS NULL THEN '@' || snapshot_uid ELSE volumes.name || '@' || snapshots.name END, snapshots.volume_uid \
      FROM snapshots LEFT JOIN volumes ON volumes.volume_uid = snapshots.volume_uid AND volumes.state = 'ready')";
 
 /// Writes a new attachment down, in the table of that name.
@@ -176,12 +176,19 @@ impl Catalog {
             "SELECT attached.name AS volume_name, held.{columns} \
              FROM {} AS held JOIN {ATTACHABLE} AS attached ON attached.uid = held.volume_uid \
              WHERE (attached.name, attachment_id) > (?1, ?2) AND (?3 IS NULL OR attached.name = ?3) AND (?4 IS NULL OR node_id = ?4) \
-             ORDER BY attached.name, attachment_id LIMIT ?5",
-            all()
+             AND {} ORDER BY attached.name, attachment_id LIMIT ?5",
+            all(),
+            tenants::within("attached.of_volume", "?6")
         ))?;
         let ListedAttachment { volume_name, attachment_id } = after;
-        let values =
-            (volume_name, attachment_id, filter.volume_name.as_deref(), filter.node_id.as_deref(), limit);
+        let values = (
+            volume_name,
+            attachment_id,
+            filter.volume_name.as_deref(),
+            filter.node_id.as_deref(),
+            limit,
+            &filter.tenants,
+        );
         let rows = query.query_map(values, |row: &Row<'_>| {
             let name: String = row.get("volume_name")?;
             Ok(records::attachment(row).map(|held| (name, held)))

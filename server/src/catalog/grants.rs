@@ -10,7 +10,8 @@ use uuid::Uuid;
 
 use super::attachment_tables::execute_on_all;
 use super::columns::Columns;
-use super::{Catalog, CatalogError, now_ms};
+use super::{Catalog, CatalogError, now_ms, tenants};
+use crate::scope::Scope;
 
 /// Table that came after the first format; older programs leave it alone, and a volume that one of them deletes takes its rows along.
 pub(super) const TABLE: &str = "
@@ -53,6 +54,15 @@ pub struct GrantFilter {
     pub volume_name: Option<String>,
     /// Only of this node.
     pub node_id: Option<String>,
+    /// Only of these tenants, as a JSON array; [`GrantFilter::within`] says it.
+    pub tenants: Option<String>,
+}
+
+impl GrantFilter {
+    /// Only of volumes of this scope.
+    pub fn within(self, scope: &Scope) -> Self {
+        Self { tenants: scope.for_query(), ..self }
+    }
 }
 
 const COLUMNS: &str = "volume_uid, node_id, read_only, created_at_ms";
@@ -186,10 +196,12 @@ impl Catalog {
         let mut query = state.db.prepare_cached(&format!(
             "SELECT volumes.name AS volume_name, grants.{columns} FROM grants JOIN volumes USING (volume_uid) \
              WHERE (volumes.name, node_id) > (?1, ?2) AND (?3 IS NULL OR volumes.name = ?3) AND (?4 IS NULL OR node_id = ?4) \
-             AND volumes.state = 'ready' ORDER BY volumes.name, node_id LIMIT ?5"
+             AND volumes.state = 'ready' AND {} ORDER BY volumes.name, node_id LIMIT ?5",
+            tenants::within("volumes.volume_uid", "?6")
         ))?;
         let (name, node_id) = after;
-        let values = (name, node_id, filter.volume_name.as_deref(), filter.node_id.as_deref(), limit);
+        let values =
+            (name, node_id, filter.volume_name.as_deref(), filter.node_id.as_deref(), limit, &filter.tenants);
         let rows = query.query_map(values, |row: &Row<'_>| {
             let name: String = row.get("volume_name")?;
             Ok(record(row).map(|grant| (name, grant)))

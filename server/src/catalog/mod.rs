@@ -26,6 +26,7 @@ mod reserve;
 mod schema;
 mod settings;
 mod snapshots;
+mod tenants;
 mod thin;
 mod volumes;
 
@@ -57,6 +58,7 @@ pub use records::{
 };
 pub use schema::FORMAT_VERSION;
 pub use settings::{Content, VolumeLimits, VolumeSettings};
+pub use tenants::{Limited, Quota, QuotaReached, TenantRecord, Usage};
 pub use volumes::Concealed;
 
 /// File name of the database inside the data directory.
@@ -179,6 +181,9 @@ pub enum CatalogError {
     /// The operating system's random source failed, so no secret could be made.
     #[error("no random bytes for a secret: {0}")]
     Random(String),
+    /// The tenant in whose name space it is has as much as it may.
+    #[error(transparent)]
+    Quota(#[from] QuotaReached),
 }
 
 impl CatalogError {
@@ -311,7 +316,9 @@ impl Catalog {
         db.execute_batch(thin::TABLE)?;
         nodes::prepare(&db)?;
         db.execute_batch(grants::TABLE)?;
+        db.execute_batch(tenants::TABLES)?;
         changes::prepare(&mut db)?;
+        db.execute_batch(tenants::TIDY)?;
         let changes = changes::notify(&mut db)?;
         let server_id = schema::server_id(&db)?;
         // The entries of the directory (database, lock, volumes) are durable before anything is answered.

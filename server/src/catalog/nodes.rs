@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 
 use rusqlite::{Connection, OptionalExtension as _, Row};
 
-use super::{Catalog, CatalogError, now_ms, schema};
+use super::{Catalog, CatalogError, now_ms, schema, tenants};
+use crate::scope::Scope;
 
 /// Table that came after the first format; older programs leave it alone.
 const TABLE: &str = "
@@ -110,15 +111,23 @@ impl Catalog {
         Ok(count.unsigned_abs())
     }
 
-    /// At most `limit` nodes whose names come after `after`, in order of name (by bytes).
+    /// At most `limit` nodes whose names come after `after`, in order of name (by bytes); only those to which something of the scope is
+    /// attached or granted, unless it is all.
     ///
     /// # Errors
     /// SQLite's, or a damaged row.
-    pub fn list_nodes(&self, after: &str, limit: u32) -> Result<Vec<NodeRecord>, CatalogError> {
+    pub fn list_nodes(
+        &self,
+        scope: &Scope,
+        after: &str,
+        limit: u32,
+    ) -> Result<Vec<NodeRecord>, CatalogError> {
         let state = self.state();
-        let mut query =
-            state.db.prepare_cached(&format!("{SELECT} WHERE node_id > ?1 ORDER BY node_id LIMIT ?2"))?;
-        let rows = query.query_map((after, limit), |row| Ok(record(row)))?;
+        let mut query = state.db.prepare_cached(&format!(
+            "{SELECT} WHERE node_id > ?1 AND (?3 IS NULL OR node_id IN ({})) ORDER BY node_id LIMIT ?2",
+            tenants::nodes_within("?3")
+        ))?;
+        let rows = query.query_map((after, limit, scope.for_query()), |row| Ok(record(row)))?;
         rows.map(|row| row?).collect()
     }
 

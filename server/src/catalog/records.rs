@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::CatalogError;
 use super::columns::{Columns, damaged};
 use super::settings::{self, Content, VolumeSettings};
+use crate::scope::Scope;
 
 /// Where a volume's data lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +136,8 @@ pub struct SnapshotRecord {
     pub freeze_id: Option<Uuid>,
     /// They were found frozen when they were thawed after the instant.
     pub is_frozen: bool,
+    /// In whose name space its volume is or was; empty: in none.
+    pub tenant: String,
 }
 
 /// A snapshot that [`super::Catalog::begin_snapshots`] is to write down.
@@ -155,6 +158,15 @@ pub struct SnapshotFilter {
     pub group_uid: Option<Uuid>,
     /// Only those of this name.
     pub name: Option<String>,
+    /// Only of these tenants, as a JSON array; [`SnapshotFilter::within`] says it.
+    pub tenants: Option<String>,
+}
+
+impl SnapshotFilter {
+    /// Only of volumes of this scope.
+    pub fn within(self, scope: &Scope) -> Self {
+        Self { tenants: scope.for_query(), ..self }
+    }
 }
 
 /// Where a snapshot stands in lists.
@@ -264,6 +276,15 @@ pub struct AttachmentFilter {
     pub volume_name: Option<String>,
     /// Only of this node.
     pub node_id: Option<String>,
+    /// Only of these tenants, as a JSON array; [`AttachmentFilter::within`] says it.
+    pub tenants: Option<String>,
+}
+
+impl AttachmentFilter {
+    /// Only of volumes of this scope, and their snapshots.
+    pub fn within(self, scope: &Scope) -> Self {
+        Self { tenants: scope.for_query(), ..self }
+    }
 }
 
 /// An attachment's place in a list of all.
@@ -329,6 +350,7 @@ pub(super) fn snapshot(row: &Row<'_>) -> Result<(SnapshotRecord, SnapshotState),
             _ => Some(columns.uuid("freeze_id")?),
         },
         is_frozen: columns.flag("is_frozen")?,
+        tenant: columns.text("tenant")?,
     };
     Ok((record, state))
 }

@@ -13,14 +13,17 @@ use rusqlite::{OptionalExtension as _, Row, TransactionBehavior};
 use uuid::Uuid;
 
 use super::records::{self, NewSnapshot, SnapshotFilter, SnapshotKey, SnapshotRecord, SnapshotState};
+use super::tenants::{self, Usage};
 use super::{BackendKind, Catalog, CatalogError, State, now_ms, reserve, thin, to_db};
+use crate::scope::Scope;
 
 /// Of the rows that [`FROM`] joins.
 const COLUMNS: &str = "snapshots.snapshot_uid AS snapshot_uid, snapshots.volume_uid AS volume_uid, snapshots.name AS name, \
      coalesce(volumes.name, '') AS volume_name, group_uid, snapshots.state AS state, \
      snapshots.capacity_bytes AS capacity_bytes, snapshots.block_size_bytes AS block_size_bytes, \
      snapshots.backend AS backend, snapshots.write_cache_on AS write_cache_on, snapshots.content AS content, \
-     snapshots.created_at_ms AS created_at_ms, freeze_id, is_frozen";
+     snapshots.created_at_ms AS created_at_ms, freeze_id, is_frozen, \
+     coalesce((SELECT tenant FROM volume_tenants WHERE volume_tenants.volume_uid = snapshots.volume_uid), '') AS tenant";
 const FROM: &str =
     "snapshots LEFT JOIN volumes ON volumes.volume_uid = snapshots.volume_uid AND volumes.state = 'ready'";
 
@@ -149,8 +152,9 @@ impl Catalog {
             "SELECT {COLUMNS} FROM {FROM} \
              WHERE {of_name} AND (coalesce(volumes.name, ''), snapshots.name, snapshot_uid) > (?1, ?2, ?3) \
              AND snapshots.state IN ('creating', 'ready') \
-             AND (?4 IS NULL OR volumes.name = ?4 OR 'uid:' || volumes.volume_uid = ?4) AND (?5 IS NULL OR group_uid = ?5) \
-             ORDER BY coalesce(volumes.name, ''), snapshots.name, snapshot_uid LIMIT ?6"
+             AND (?4 IS NULL OR volumes.name = ?4 OR 'uid:' || volumes.volume_uid = ?4) AND (?5 IS NULL OR group_uid = ?5) AND {} \
+             ORDER BY coalesce(volumes.name, ''), snapshots.name, snapshot_uid LIMIT ?6",
+            tenants::within("snapshots.volume_uid", "?8")
         ))?;
         let values = (
             &after.volume_name,
@@ -160,6 +164,7 @@ impl Catalog {
             filter.group_uid.map(|uid| uid.to_string()),
             limit,
             filter.name.as_deref(),
+            &filter.tenants,
         );
         let rows = query.query_map(values, |row: &Row<'_>| Ok(records::snapshot(row)))?;
         rows.map(|row| row?).collect()
@@ -180,7 +185,7 @@ impl Catalog {
     /// Writes new snapshots of one name and one instant down in state `creating`; all of them or none.
     ///
     /// # Errors
-    /// [`CatalogError::SnapshotExists`] where one of the volumes has one of that name in any state; SQLite's.
+    /// [`CatalogError::SnapshotExists`] where one of the volumes has one of that name in any state; [`CatalogError::Quota`]; SQLite's.
     pub fn begin_snapshots(
         &self,
         name: &str,
@@ -192,6 +197,13 @@ impl Catalog {
         let mut state = self.state();
         let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         for NewSnapshot { snapshot_uid, volume } in new {
+            // Those before it are in the transaction already.
+            let more = Usage { snapshots: 1, ..Usage::default() };
+            tenants::check(
+                &transaction,
+                &tenants::of_volume(&transaction, &volume.volume_uid.to_string())?,
+                &more,
+            )?;
             let inserted = transaction.execute(
                 "INSERT INTO snapshots (snapshot_uid, volume_uid, name, group_uid, state, capacity_bytes, block_size_bytes, \
                                         backend, write_cache_on, created_at_ms, content, freeze_id) \
@@ -231,18 +243,20 @@ impl Catalog {
         if changed == 1 { Ok(()) } else { Err(CatalogError::SnapshotNotFound(snapshot_uid)) }
     }
 
-    /// Says of the snapshots of a freeze that it held; and which they are.
+    /// Says of the scope's snapshots of a freeze that it held; and which they are.
     ///
     /// # Errors
     /// SQLite's, or a damaged row.
-    pub fn mark_frozen(&self, freeze_id: Uuid) -> Result<Vec<Uuid>, CatalogError> {
+    pub fn mark_frozen(&self, scope: &Scope, freeze_id: Uuid) -> Result<Vec<Uuid>, CatalogError> {
         let mut state = self.state();
         let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let marked: Vec<String> = {
-            let mut query = transaction.prepare_cached(
-                "UPDATE snapshots SET is_frozen = 1 WHERE freeze_id = ?1 AND state IN ('creating', 'ready') RETURNING snapshot_uid",
-            )?;
-            let rows = query.query_map([freeze_id.to_string()], |row| row.get(0))?;
+            let is_within = tenants::within("volume_uid", "?2");
+            let mut query = transaction.prepare_cached(&format!(
+                "UPDATE snapshots SET is_frozen = 1 WHERE freeze_id = ?1 AND state IN ('creating', 'ready') AND {is_within} \
+                 RETURNING snapshot_uid"
+            ))?;
+            let rows = query.query_map((freeze_id.to_string(), scope.for_query()), |row| row.get(0))?;
             rows.collect::<Result<_, _>>()?
         };
         transaction.commit()?;

@@ -7,8 +7,10 @@ mod nodes;
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::scope::Scope;
 
 mod snapshots;
+mod tenants;
 
 const FIXTURE_V1: &str = include_str!("../../tests/fixtures/catalog_v1.sql");
 
@@ -309,7 +311,12 @@ fn settings_are_there_after_opening_again_and_labels_are_looked_for() {
     assert_eq!(catalog.volume_by_name("vol-1").unwrap().unwrap(), expected);
     let names = |labels: &[(&str, &str)]| -> Vec<String> {
         let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        catalog.list_volumes(&labels, "", 1).unwrap().into_iter().map(|volume| volume.name).collect()
+        catalog
+            .list_volumes(&Scope::All, &labels, "", 1)
+            .unwrap()
+            .into_iter()
+            .map(|volume| volume.name)
+            .collect()
     };
     assert_eq!(names(&[]), ["vol-0"]);
     assert_eq!(names(&[("app", "db"), ("a.b/tier", "")]), ["vol-1"], "not by what was left out before it");
@@ -488,7 +495,7 @@ fn lists_are_in_order_of_name_and_go_on_after_one() {
     catalog.begin_creating(&new_volume("bb")).unwrap();
     let names = |after: &str, limit| -> Vec<String> {
         catalog
-            .list_volumes(&Default::default(), after, limit)
+            .list_volumes(&Scope::All, &Default::default(), after, limit)
             .unwrap()
             .into_iter()
             .map(|volume| volume.name)
@@ -501,9 +508,9 @@ fn lists_are_in_order_of_name_and_go_on_after_one() {
         catalog.list_attachments(filter, &after, limit).unwrap().into_iter().map(|(name, _)| name).collect()
     };
     assert_eq!(attached(&AttachmentFilter::default(), "B", 3), ["a", "b", "c"]);
-    let of_node = AttachmentFilter { node_id: Some("node-2".to_owned()), volume_name: None };
+    let of_node = AttachmentFilter { node_id: Some("node-2".to_owned()), ..AttachmentFilter::default() };
     assert_eq!(attached(&of_node, "", 10), ["c"]);
-    let of_volume = AttachmentFilter { volume_name: Some("d".to_owned()), node_id: None };
+    let of_volume = AttachmentFilter { volume_name: Some("d".to_owned()), ..AttachmentFilter::default() };
     assert_eq!(attached(&of_volume, "", 10), ["d"]);
 }
 

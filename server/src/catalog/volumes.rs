@@ -11,11 +11,14 @@
 
 use std::collections::BTreeMap;
 
-use rusqlite::{OptionalExtension as _, Row, TransactionBehavior};
+use proto::volume_name::tenant_of;
+use rusqlite::{Connection, OptionalExtension as _, Row, TransactionBehavior};
 use uuid::Uuid;
 
 use super::records::{self, BackendKind, NewVolume, VolumeRecord, VolumeState};
-use super::{Catalog, CatalogError, State, now_ms, reserve, settings, thin, to_db};
+use super::tenants::Usage;
+use super::{Catalog, CatalogError, State, now_ms, reserve, settings, tenants, thin, to_db};
+use crate::scope::Scope;
 
 /// The backend is read as `device` where the volume has a row in `adopted_volumes`, and as `lvm` where it has one in `thin_volumes`;
 /// `adopted.rs` and `thin.rs` say why.
@@ -41,6 +44,15 @@ impl Drop for Concealed {
     fn drop(&mut self) {
         self.catalog.state().concealed.remove(&self.volume_uid);
     }
+}
+
+/// Whether the tenant of a volume may have it so large.
+fn check_growth(db: &Connection, volume_uid: &str, capacity_bytes: u64) -> Result<(), CatalogError> {
+    let mut query = db.prepare_cached("SELECT capacity_bytes FROM volumes WHERE volume_uid = ?1")?;
+    let before: Option<i64> = query.query_row([volume_uid], |row| row.get(0)).optional()?;
+    let before = before.unwrap_or_default().unsigned_abs();
+    let more = Usage { bytes: capacity_bytes.saturating_sub(before), ..Usage::default() };
+    tenants::check(db, &tenants::of_volume(db, volume_uid)?, &more)
 }
 
 impl State {
@@ -111,21 +123,24 @@ impl Catalog {
         self.state().volume_row("volume_uid = ?1", &volume_uid.to_string())
     }
 
-    /// At most `limit` ready volumes whose names come after `after`, in order of name (by bytes), of those that have all of the
+    /// At most `limit` ready volumes of the scope whose names come after `after`, in order of name (by bytes), of those that have all of the
     /// labels; an empty value is any.
     ///
     /// # Errors
     /// SQLite's, or a damaged row.
     pub fn list_volumes(
         &self,
+        scope: &Scope,
         labels: &BTreeMap<String, String>,
         after: &str,
         limit: u32,
     ) -> Result<Vec<VolumeRecord>, CatalogError> {
         let state = self.state();
-        let mut query =
-            state.db.prepare_cached(&select("WHERE state = 'ready' AND name > ?1 ORDER BY name"))?;
-        let rows = query.query_map([after], |row: &Row<'_>| Ok(records::volume(row)))?;
+        let is_within = tenants::within("volumes.volume_uid", "?2");
+        let mut query = state.db.prepare_cached(&select(&format!(
+            "WHERE state = 'ready' AND name > ?1 AND {is_within} ORDER BY name"
+        )))?;
+        let rows = query.query_map((after, scope.for_query()), |row: &Row<'_>| Ok(records::volume(row)))?;
         let mut found = Vec::new();
         for row in rows {
             let (volume, _) = row??;
@@ -171,7 +186,7 @@ impl Catalog {
     /// Writes a new volume down in state `creating`, with a new identity.
     ///
     /// # Errors
-    /// [`CatalogError::VolumeExists`] where the name is taken in any state; SQLite's.
+    /// [`CatalogError::VolumeExists`] where the name is taken in any state; [`CatalogError::Quota`]; SQLite's.
     pub fn begin_creating(&self, new: &NewVolume) -> Result<VolumeRecord, CatalogError> {
         self.begin_creating_of(new, Uuid::new_v4(), None)
     }
@@ -208,6 +223,8 @@ impl Catalog {
         };
         let mut state = self.state();
         let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let more = Usage { volumes: 1, bytes: volume.capacity_bytes, snapshots: 0 };
+        tenants::check(&transaction, tenant_of(&volume.name), &more)?;
         let inserted = transaction.execute(
             "INSERT INTO volumes (volume_uid, name, state, capacity_bytes, block_size_bytes, backend, write_cache_on, \
                                   incarnation, attach_generation, created_at_ms, source_uid) \
@@ -292,13 +309,26 @@ impl Catalog {
     /// Writes down how large a volume is now; its storage has that size.
     ///
     /// # Errors
-    /// [`CatalogError::VolumeNotFound`]; SQLite's.
+    /// [`CatalogError::VolumeNotFound`]; [`CatalogError::Quota`]; SQLite's.
     pub fn set_capacity(&self, volume_uid: Uuid, capacity_bytes: u64) -> Result<(), CatalogError> {
-        let changed = self.state().db.execute(
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let uid = volume_uid.to_string();
+        check_growth(&transaction, &uid, capacity_bytes)?;
+        let changed = transaction.execute(
             "UPDATE volumes SET capacity_bytes = ?2 WHERE volume_uid = ?1",
-            (volume_uid.to_string(), to_db(capacity_bytes, "capacity_bytes")?),
+            (&uid, to_db(capacity_bytes, "capacity_bytes")?),
         )?;
+        transaction.commit()?;
         if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+    }
+
+    /// Whether the volume may be that large. Asked before its storage grows; [`Catalog::set_capacity`] has the last word.
+    ///
+    /// # Errors
+    /// [`CatalogError::Quota`]; SQLite's.
+    pub fn may_grow(&self, volume_uid: Uuid, capacity_bytes: u64) -> Result<(), CatalogError> {
+        check_growth(&self.state().db, &volume_uid.to_string(), capacity_bytes)
     }
 
     /// Writes down that the volume is at least so large, and returns how large it is: whoever looks at a device may not be alone.

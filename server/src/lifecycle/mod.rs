@@ -40,6 +40,7 @@ mod settings;
 mod snapshot_error;
 mod snapshots;
 mod space;
+mod tenants;
 mod volumes;
 
 use std::io;
@@ -63,6 +64,7 @@ pub use settings::{ContentWanted, LABELS_MAX, PropertiesWanted, SettingsError};
 pub use snapshot_error::SnapshotError;
 pub use snapshots::{SnapshotNamed, snapshot_lock_name};
 pub use space::{SpaceLevel, StorageSpace};
+pub use tenants::TenantsError;
 
 use crate::backend::device::AdoptError;
 use crate::backend::extent_map::ExtentMap;
@@ -412,6 +414,9 @@ pub enum LifecycleError {
     /// What is granted to nodes does not allow it.
     #[error(transparent)]
     Grants(#[from] GrantsError),
+    /// What is wrong with a tenant, or what it may not have.
+    #[error(transparent)]
+    Tenants(#[from] TenantsError),
     /// There is no snapshot, clone or restored volume.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -432,6 +437,8 @@ impl From<CatalogError> for LifecycleError {
             Self::NoSpace("write the catalog")
         } else if error.is_held() {
             Self::CatalogHeld { by: String::new() }
+        } else if let CatalogError::Quota(reached) = error {
+            Self::Tenants(TenantsError::Quota(reached))
         } else {
             Self::Catalog(error)
         }

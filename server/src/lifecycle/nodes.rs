@@ -12,7 +12,8 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use super::{DataSide, Lifecycle, LifecycleError};
-use crate::catalog::{CatalogError, NodeFacts, NodeRecord, now_ms};
+use crate::catalog::{AttachmentFilter, CatalogError, ListedAttachment, NodeFacts, NodeRecord, now_ms};
+use crate::scope::Scope;
 
 /// Nodes that are known at most: each has some 24 KiB in the catalog and some 170 KiB in memory, where it says as much as it may. Where no
 /// certificates are asked for, anybody could make up names without end.
@@ -131,21 +132,37 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(())
     }
 
-    /// A node, and what was heard of it last.
+    /// A node, and what was heard of it last: of its disks those that are in the scope. One that has nothing of the scope is none.
     ///
     /// # Errors
     /// [`NodesError::NotFound`]; the catalog's failure.
-    pub fn node(&self, node_id: &str) -> Result<(NodeRecord, NodeSeen), LifecycleError> {
-        let known = self.catalog.node(node_id)?.ok_or_else(|| NodesError::NotFound(node_id.to_owned()))?;
-        Ok((known, self.seen_of(node_id)))
+    pub fn node(&self, scope: &Scope, node_id: &str) -> Result<(NodeRecord, NodeSeen), LifecycleError> {
+        let known = self.catalog.node(node_id)?;
+        let is_seen = scope.is_all() || self.catalog.node_has_of(scope, node_id)?;
+        let known = known.filter(|_| is_seen).ok_or_else(|| NodesError::NotFound(node_id.to_owned()))?;
+        let mut seen = self.seen_of(node_id);
+        if !scope.is_all() {
+            let of_node =
+                AttachmentFilter { node_id: Some(node_id.to_owned()), ..AttachmentFilter::default() };
+            let of_node = of_node.within(scope);
+            let held = self.catalog.list_attachments(&of_node, &ListedAttachment::default(), u32::MAX)?;
+            let is_held = |id| held.iter().any(|(_, (held, _))| held.attachment_id == id);
+            seen.disks.retain(|disk| is_held(disk.attachment_id));
+        }
+        Ok((known, seen))
     }
 
-    /// The same of at most `limit` nodes whose names come after `after`.
+    /// The same of at most `limit` nodes of the scope whose names come after `after`.
     ///
     /// # Errors
     /// The catalog's failure.
-    pub fn list_nodes(&self, after: &str, limit: u32) -> Result<Vec<(NodeRecord, NodeSeen)>, LifecycleError> {
-        let found = self.catalog.list_nodes(after, limit)?;
+    pub fn list_nodes(
+        &self,
+        scope: &Scope,
+        after: &str,
+        limit: u32,
+    ) -> Result<Vec<(NodeRecord, NodeSeen)>, LifecycleError> {
+        let found = self.catalog.list_nodes(scope, after, limit)?;
         Ok(found
             .into_iter()
             .map(|node| {

@@ -4,9 +4,11 @@
 //! name they were made with, and a daemon that comes back asks for that: so nobody has the volume, or a snapshot of it, meanwhile. Called
 //! by `management/` with both names locked.
 
+use proto::volume_name::tenant_of;
+
 use super::settings::SettingsError;
 use super::volumes::refuse_name_of_partition;
-use super::{DataSide, Lifecycle, LifecycleError, NameLock, SnapshotError};
+use super::{DataSide, Lifecycle, LifecycleError, NameLock, SnapshotError, TenantsError};
 use crate::catalog::{BackendKind, Concealed, SnapshotFilter, SnapshotKey, VolumeRecord, VolumeState};
 
 impl<D: DataSide> Lifecycle<D> {
@@ -14,6 +16,7 @@ impl<D: DataSide> Lifecycle<D> {
     ///
     /// # Errors
     /// [`LifecycleError::VolumeNotFound`], [`LifecycleError::PartitionName`], [`SettingsError::NameTaken`], [`SettingsError::NameFixed`],
+    /// [`TenantsError::Fixed`],
     /// [`LifecycleError::VolumeAttached`], [`LifecycleError::VolumeOpen`], [`LifecycleError::Unfenced`];
     /// [`SnapshotError::Attached`], [`SnapshotError::Open`], [`SnapshotError::InProgress`]; the catalog's or the storage's failure.
     pub fn rename_volume(
@@ -27,6 +30,10 @@ impl<D: DataSide> Lifecycle<D> {
         let volume = self.volume(name)?;
         if name == new_name {
             return Ok(volume);
+        }
+        if tenant_of(name) != tenant_of(new_name) {
+            let (name, new_name) = (volume.name, new_name.to_owned());
+            return Err(TenantsError::Fixed { name, new_name }.into());
         }
         refuse_name_of_partition(new_name)?;
         if volume.backend == BackendKind::Memory {

@@ -17,6 +17,7 @@ use crate::backend::lvm;
 use crate::catalog::{
     BackendKind, CatalogError, Content, NewSnapshot, SnapshotRecord, SnapshotState, VolumeRecord, VolumeState,
 };
+use crate::scope::Scope;
 use crate::volume::copying::{CopyError, CopySource, CopyTarget, CopyWanted};
 
 /// So long a deletion waits for the end of the operation that makes the snapshot, which it cancels.
@@ -138,12 +139,12 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(Started { made, operation: Some(operation) })
     }
 
-    /// Says of the snapshots of a freeze that it held to the end; and which they are.
+    /// Says of the scope's snapshots of a freeze that it held to the end; and which they are.
     ///
     /// # Errors
     /// [`SnapshotError::NotFound`]; the catalog's failure.
-    pub fn mark_frozen(&self, freeze_id: Uuid) -> Result<Vec<Uuid>, LifecycleError> {
-        let marked = self.catalog.mark_frozen(freeze_id)?;
+    pub fn mark_frozen(&self, scope: &Scope, freeze_id: Uuid) -> Result<Vec<Uuid>, LifecycleError> {
+        let marked = self.catalog.mark_frozen(scope, freeze_id)?;
         if marked.is_empty() {
             return Err(SnapshotError::NotFound(format!("of the freeze {freeze_id}")).into());
         }

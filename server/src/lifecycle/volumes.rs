@@ -154,6 +154,7 @@ impl<D: DataSide> Lifecycle<D> {
         if volume.backend == BackendKind::Memory {
             return Err(LifecycleError::SizeFixed { name: volume.name });
         }
+        self.catalog.may_grow(volume.volume_uid, capacity_bytes)?;
         let grown = self.data_side.grow_storage(&volume, capacity_bytes);
         grown.map_err(|source| storage_error(source, "grow", volume.volume_uid, capacity_bytes))?;
         self.catalog.set_capacity(volume.volume_uid, capacity_bytes)?;

@@ -6,9 +6,11 @@
 use std::time::{Duration, Instant};
 
 use proto::v1;
+use proto::volume_name::tenant_of;
 use tonic::Status;
+use uuid::Uuid;
 
-use super::authorization::Caller;
+use super::authorization::{Call, Caller};
 use super::fields::{self, Attachable, Fields};
 use super::page_token::{PageToken, page_limit};
 use super::{ManagementService, messages};
@@ -17,6 +19,7 @@ use crate::lifecycle::{
     AttachWanted, AttachedTo, DataSide, HOLDER_TIMEOUT, LifecycleError, SnapshotError, SnapshotNamed,
     snapshot_lock_name,
 };
+use crate::scope::Scope;
 use crate::status;
 
 /// So long an attach waits for a holder that may come back: longer than that has to, and shorter than clients wait for an answer.
@@ -48,12 +51,13 @@ impl<D: DataSide> ManagementService<D> {
             v1::AccessMode::SingleNodeReaderOnly => (true, false),
             v1::AccessMode::MultiNodeReaderOnly => (true, true),
         };
-        caller.require_node(&node_id)?;
+        let mut scope = caller.scope_at(Call::AttachVolume, &node_id)?;
         let force = request.force;
         if force {
-            caller.require_force()?;
+            scope = caller.scope_of_force()?;
         }
-        let only_if_granted = request.only_if_granted || caller.needs_grant(&node_id);
+        let only_if_granted =
+            request.only_if_granted || self.needs_grant(caller, &node_id, &attachable).await?;
         let node_must_be_registered = request.node_must_be_registered;
         let wanted = AttachWanted {
             node_id,
@@ -66,7 +70,7 @@ impl<D: DataSide> ManagementService<D> {
         };
         let give_up = Instant::now() + ATTACH_WAIT_MAX;
         loop {
-            let outcome = self.try_give(&attachable, &wanted, data_addresses.clone()).await?;
+            let outcome = self.try_give(&scope, &attachable, &wanted, data_addresses.clone()).await?;
             match outcome {
                 // Not with the lock held: others may detach it meanwhile, or the holder come back.
                 Err(LifecycleError::OtherBootMayReturn { after, .. }) if Instant::now() < give_up => {
@@ -77,8 +81,31 @@ impl<D: DataSide> ManagementService<D> {
         }
     }
 
+    /// Whether the caller attaches it to the node only if it is granted: where it does so for the node, and not for the volume's tenant.
+    async fn needs_grant(
+        &self,
+        caller: &Caller,
+        node_id: &str,
+        attachable: &Attachable,
+    ) -> Result<bool, Status> {
+        if !caller.needs_grant(node_id, "") {
+            return Ok(false);
+        }
+        let tenant = match attachable.clone() {
+            Attachable::Volume(asked) => {
+                self.named(&Scope::All, asked).await.map(|named| tenant_of(&named.name).to_owned())
+            }
+            Attachable::Snapshot(named) => {
+                self.look(move |lifecycle| Ok(lifecycle.snapshot(&named)?.0.tenant)).await
+            }
+        };
+        // What is not there is told by the attach.
+        Ok(tenant.map_or(true, |tenant| caller.needs_grant(node_id, &tenant)))
+    }
+
     async fn try_give(
         &self,
+        scope: &Scope,
         attachable: &Attachable,
         wanted: &AttachWanted,
         data_addresses: Vec<String>,
@@ -86,7 +113,7 @@ impl<D: DataSide> ManagementService<D> {
         let wanted = wanted.clone();
         match attachable {
             Attachable::Volume(name) => {
-                let lock = match self.lock_volume(name.clone()).await {
+                let lock = match self.lock_volume(scope, name.clone()).await {
                     Ok(lock) => lock,
                     Err(error) => return Ok(Err(error)),
                 };
@@ -97,14 +124,14 @@ impl<D: DataSide> ManagementService<D> {
                 .await
             }
             Attachable::Snapshot(named) => {
-                let snapshot_uid = match self.snapshot_uid(named.clone()).await {
+                let snapshot_uid = match self.snapshot_uid(scope, named.clone()).await {
                     Ok(snapshot_uid) => snapshot_uid,
                     Err(error) => return Ok(Err(error)),
                 };
                 // With the volume's name: its disk is called by it, and a volume that is deleted meanwhile has none any more.
                 let mut names = vec![snapshot_lock_name(snapshot_uid)];
                 if let SnapshotNamed::Name { volume_name, .. } = named {
-                    match self.named(volume_name.clone()).await {
+                    match self.named(scope, volume_name.clone()).await {
                         Ok(volume) => names.push(volume.name),
                         Err(error) => return Ok(Err(error)),
                     }
@@ -128,20 +155,21 @@ impl<D: DataSide> ManagementService<D> {
         request: v1::DetachVolumeRequest,
     ) -> Result<v1::DetachVolumeResponse, Status> {
         let (named, wanted) = fields::detach_wanted(request)?;
-        match (caller.may_manage(), &wanted.node_id, wanted.attachment_id) {
-            (true, ..) => {}
-            (false, None, Some(id)) => {
+        caller.require_any(Call::DetachVolume)?;
+        let scope = match (&wanted.node_id, wanted.attachment_id) {
+            (None, Some(id)) => {
                 let holder = self.looking(move |lifecycle| lifecycle.node_id_of(id)).await?.into_inner();
                 // One that is gone is nobody's, and detaching it does nothing.
-                if let Some(node_id) = holder {
-                    caller.require_node(&node_id)?;
+                match holder {
+                    Some(node_id) => caller.scope_at(Call::DetachVolume, &node_id)?,
+                    None => return Ok(v1::DetachVolumeResponse { existed: false }),
                 }
             }
-            (false, node_id, _) => caller.require_node(node_id.as_deref().unwrap_or_default())?,
-        }
+            (node_id, _) => caller.scope_at(Call::DetachVolume, node_id.as_deref().unwrap_or_default())?,
+        };
         let attached_to = match (named, wanted.attachment_id) {
             (Some(Attachable::Volume(asked)), _) => Some(AttachedTo::Volume(asked)),
-            (Some(Attachable::Snapshot(named)), _) => match self.snapshot_uid(named).await {
+            (Some(Attachable::Snapshot(named)), _) => match self.snapshot_uid(&scope, named).await {
                 Err(LifecycleError::Snapshot(SnapshotError::NotFound(_))) => None,
                 found => {
                     let found = found.map_err(|error| status::from_lifecycle(&error))?;
@@ -153,7 +181,7 @@ impl<D: DataSide> ManagementService<D> {
         };
         let existed = match attached_to {
             None => false,
-            Some(AttachedTo::Volume(asked)) => match self.lock_volume(asked).await {
+            Some(AttachedTo::Volume(asked)) => match self.lock_volume(&scope, asked).await {
                 Err(LifecycleError::VolumeNotFound(_)) => false,
                 lock => {
                     let lock = lock.map_err(|error| status::from_lifecycle(&error))?;
@@ -161,6 +189,7 @@ impl<D: DataSide> ManagementService<D> {
                     ended.await?.into_inner()
                 }
             },
+            Some(AttachedTo::Snapshot(uid)) if !self.has_snapshot(&scope, uid).await? => false,
             Some(AttachedTo::Snapshot(uid)) => {
                 let lock = self.locks.lock(&snapshot_lock_name(uid)).await;
                 let ended = self.blocking(move |lifecycle| lifecycle.detach_snapshot(&lock, uid, &wanted));
@@ -170,12 +199,21 @@ impl<D: DataSide> ManagementService<D> {
         Ok(v1::DetachVolumeResponse { existed })
     }
 
+    /// Whether a snapshot is in the scope; one that is gone is.
+    async fn has_snapshot(&self, scope: &Scope, uid: Uuid) -> Result<bool, Status> {
+        match self.snapshot_uid(scope, SnapshotNamed::Uid(uid)).await {
+            Err(LifecycleError::Snapshot(SnapshotError::NotFound(_))) => Ok(scope.is_all()),
+            found => found.map(|_| true).map_err(|error| status::from_lifecycle(&error)),
+        }
+    }
+
     pub(super) async fn page_of_attachments(
         &self,
+        scope: Scope,
         request: v1::ListAttachmentsRequest,
     ) -> Result<v1::ListAttachmentsResponse, Status> {
         let mut fields = Fields::default();
-        let mut filter = fields.attachment_filter(request.volume_name, request.node_id);
+        let mut filter = fields.attachment_filter(request.volume_name, request.node_id).within(&scope);
         let token = PageToken::new("attachments", self.lifecycle.catalog().server_id());
         let after = token.read_pair(&request.page_token);
         fields.require(after.is_some(), "page_token", || "is not a token of this list and server".to_owned());
@@ -183,7 +221,7 @@ impl<D: DataSide> ManagementService<D> {
         if let Some(asked) = filter.volume_name.take() {
             // Behind a volume's uid there may be a snapshot's name. Where there is no such volume, nothing has its attachments.
             let (volume, snapshot) = asked.split_once('@').map_or((asked.as_str(), ""), |parts| parts);
-            let named = match self.named(volume.to_owned()).await {
+            let named = match self.named(&scope, volume.to_owned()).await {
                 Ok(named) => named.name,
                 Err(LifecycleError::VolumeNotFound(asked)) => asked,
                 Err(error) => return Err(status::from_lifecycle(&error)),

@@ -156,6 +156,10 @@ impl Entry {
             Some(peer) => {
                 line.insert("caller".to_owned(), peer.identity.caller.clone());
                 line.insert("from".to_owned(), peer.identity.from.clone().into());
+                let tenants = peer.rights.tenants();
+                if !tenants.is_empty() {
+                    line.insert("tenants".to_owned(), tenants.into_iter().collect());
+                }
             }
             None => {
                 line.insert("caller".to_owned(), Value::Null);

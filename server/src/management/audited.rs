@@ -109,6 +109,10 @@ audited! { calls {
     get_operation(GetOperationRequest) -> Operation, "GetOperation": operation_id;
     list_operations(ListOperationsRequest) -> ListOperationsResponse, "ListOperations": ;
     cancel_operation(CancelOperationRequest) -> Operation, "CancelOperation": operation_id;
+    set_tenant(SetTenantRequest) -> Tenant, "SetTenant": name;
+    get_tenant(GetTenantRequest) -> Tenant, "GetTenant": name;
+    list_tenants(ListTenantsRequest) -> ListTenantsResponse, "ListTenants": ;
+    delete_tenant(DeleteTenantRequest) -> DeleteTenantResponse, "DeleteTenant": name;
 } refusals {
     heartbeat(HeartbeatRequest) -> HeartbeatResponse, "Heartbeat": node_id, boot_id;
 } streams {

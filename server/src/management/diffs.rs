@@ -20,6 +20,7 @@ use super::snapshots::TURN_WAIT_MAX;
 use crate::lifecycle::{
     DataSide, DiffPart, DiffWanted, Lifecycle, LifecycleError, NameLock, NotTaken, Operation, Started,
 };
+use crate::scope::Scope;
 use crate::status;
 use crate::volume::diff::{Change, Changed};
 
@@ -32,13 +33,17 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 pub(super) type DiffStream = Pin<Box<dyn Stream<Item = Result<v1::DiffSnapshotsResponse, Status>> + Send>>;
 
 impl<D: DataSide> ManagementService<D> {
-    pub(super) async fn begin_diff(&self, request: v1::DiffSnapshotsRequest) -> Result<DiffStream, Status> {
+    pub(super) async fn begin_diff(
+        &self,
+        scope: Scope,
+        request: v1::DiffSnapshotsRequest,
+    ) -> Result<DiffStream, Status> {
         let named = fields::diff_wanted(request)?;
         let base = match named.base {
-            Some(named) => Some(self.found_snapshot(named).await?),
+            Some(named) => Some(self.found_snapshot(&scope, named).await?),
             None => None,
         };
-        let (target, volume) = self.found_source(named.target).await?;
+        let (target, volume) = self.found_source(&scope, named.target).await?;
         let wanted = DiffWanted { base, target, offset_bytes: named.offset_bytes };
         let lock_names = wanted.lock_names();
         let begin = move |lifecycle: &Lifecycle<D>, locks: &[NameLock]| {

@@ -4,6 +4,9 @@
 //! of all of them at once. Looks at nothing but the request. Called by the service.
 
 use proto::v1;
+use proto::volume_name::{
+    TENANT_NAME_CHARS_MAX, VOLUME_NAME_CHARS_MAX, is_plain_name, is_tenant_name, is_volume_name,
+};
 use tonic::Status;
 use uuid::Uuid;
 
@@ -13,8 +16,6 @@ use crate::catalog::{AttachmentFilter, BackendKind, NewVolume, VolumeSettings};
 use crate::lifecycle::{AdoptWanted, DetachWanted, SnapshotNamed};
 use crate::status::{self, InvalidField};
 
-/// Characters of a volume's name at most.
-const VOLUME_NAME_CHARS_MAX: usize = 128;
 /// Characters of a snapshot's name at most.
 const SNAPSHOT_NAME_CHARS_MAX: usize = 64;
 /// Bytes of a node's name at most: the limit that CSI sets for `node_id`.
@@ -27,15 +28,6 @@ const BOOT_ID_BYTES_MAX: usize = 64;
 const BLOCK_SIZE_BYTES_DEFAULT: u32 = 4096;
 /// Capacity at most: the kernel's and the catalog's offsets are signed 64 bits.
 pub(super) const CAPACITY_BYTES_MAX: u64 = i64::MAX as u64;
-
-/// The rule for names of volumes: 1 to 128 letters, digits, '-', '_' and '.', beginning with a letter or digit.
-pub(super) fn is_volume_name(name: &str) -> bool {
-    let is_first = |byte: &u8| byte.is_ascii_alphanumeric();
-    let is_other = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    name.len() <= VOLUME_NAME_CHARS_MAX
-        && name.as_bytes().first().is_some_and(is_first)
-        && name.bytes().all(is_other)
-}
 
 /// What can be attached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,7 +66,17 @@ impl Fields {
     pub(super) fn volume_name(&mut self, field: &'static str, name: String) -> String {
         self.require(is_volume_name(&name), field, || {
             format!(
-                "must be 1 to {VOLUME_NAME_CHARS_MAX} letters, digits, '-', '_' or '.', beginning with a letter or digit"
+                "must be 1 to {VOLUME_NAME_CHARS_MAX} letters, digits, '-', '_' or '.', beginning with a letter or digit; or TENANT+NAME \
+                 of two such names"
+            )
+        });
+        name
+    }
+
+    pub(super) fn tenant(&mut self, field: &'static str, name: String) -> String {
+        self.require(is_tenant_name(&name), field, || {
+            format!(
+                "must be 1 to {TENANT_NAME_CHARS_MAX} letters, digits, '-', '_' or '.', beginning with a letter or digit"
             )
         });
         name
@@ -89,7 +91,7 @@ impl Fields {
     }
 
     pub(super) fn snapshot_name(&mut self, field: &'static str, name: String) -> String {
-        self.require(is_volume_name(&name) && name.len() <= SNAPSHOT_NAME_CHARS_MAX, field, || {
+        self.require(is_plain_name(&name, SNAPSHOT_NAME_CHARS_MAX), field, || {
             format!(
                 "must be 1 to {SNAPSHOT_NAME_CHARS_MAX} letters, digits, '-', '_' or '.', beginning with a letter or digit"
             )
@@ -149,6 +151,7 @@ impl Fields {
                 }
             }),
             node_id: (!node_id.is_empty()).then(|| self.node_id("node_id", node_id)),
+            ..AttachmentFilter::default()
         }
     }
 
@@ -284,7 +287,7 @@ mod tests {
     #[test]
     fn names_follow_the_rule() {
         let longest = "x".repeat(128);
-        for good in ["a", "7", "vol-123", "A_b.c-9", &longest] {
+        for good in ["a", "7", "vol-123", "A_b.c-9", "acme+db", &longest] {
             assert!(is_volume_name(good), "{good}");
         }
         let too_long = "x".repeat(129);

@@ -10,10 +10,15 @@ use super::page_token::{PageToken, page_limit};
 use super::{ManagementService, messages};
 use crate::catalog::GrantFilter;
 use crate::lifecycle::{DataSide, GrantWanted, LifecycleError};
+use crate::scope::Scope;
 use crate::status;
 
 impl<D: DataSide> ManagementService<D> {
-    pub(super) async fn make_grant(&self, request: v1::CreateGrantRequest) -> Result<v1::Grant, Status> {
+    pub(super) async fn make_grant(
+        &self,
+        scope: Scope,
+        request: v1::CreateGrantRequest,
+    ) -> Result<v1::Grant, Status> {
         let mut fields = Fields::default();
         let asked = fields.volume("volume_name", request.volume_name);
         let wanted = GrantWanted {
@@ -22,7 +27,7 @@ impl<D: DataSide> ManagementService<D> {
             node_must_be_registered: request.node_must_be_registered,
         };
         fields.finish()?;
-        let lock = self.locked(asked).await?;
+        let lock = self.locked(&scope, asked).await?;
         let granted = self.blocking(move |lifecycle| {
             let (volume, grant) = lifecycle.create_grant(&lock, &wanted)?;
             Ok(messages::grant(&volume.name, &grant))
@@ -32,13 +37,14 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn end_grant(
         &self,
+        scope: Scope,
         request: v1::DeleteGrantRequest,
     ) -> Result<v1::DeleteGrantResponse, Status> {
         let mut fields = Fields::default();
         let asked = fields.volume("volume_name", request.volume_name);
         let node_id = fields.node_id("node_id", request.node_id);
         fields.finish()?;
-        let lock = match self.lock_volume(asked).await {
+        let lock = match self.lock_volume(&scope, asked).await {
             Err(LifecycleError::VolumeNotFound(_)) => return Ok(v1::DeleteGrantResponse::default()),
             lock => lock.map_err(|error| status::from_lifecycle(&error))?,
         };
@@ -49,6 +55,7 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn page_of_grants(
         &self,
+        scope: Scope,
         request: v1::ListGrantsRequest,
     ) -> Result<v1::ListGrantsResponse, Status> {
         let v1::ListGrantsRequest { volume_name, node_id, page_size, page_token } = request;
@@ -61,14 +68,14 @@ impl<D: DataSide> ManagementService<D> {
         fields.finish()?;
         let volume_name = match asked {
             None => None,
-            Some(asked) => match self.named(asked).await {
+            Some(asked) => match self.named(&scope, asked).await {
                 Ok(named) => Some(named.name),
                 // Where there is no such volume, nobody has a grant of it.
                 Err(LifecycleError::VolumeNotFound(asked)) => Some(asked),
                 Err(error) => return Err(status::from_lifecycle(&error)),
             },
         };
-        let filter = GrantFilter { volume_name, node_id };
+        let filter = GrantFilter { volume_name, node_id, ..GrantFilter::default() }.within(&scope);
         let (after, limit) = (after.unwrap_or_default(), page_limit(page_size));
         let page = self.looking(move |lifecycle| {
             let mut found = lifecycle.catalog().list_grants(&filter, &after, limit + 1)?;

@@ -11,7 +11,7 @@
 mod attachments;
 pub mod audit;
 mod audited;
-mod authorization;
+pub mod authorization;
 mod diffs;
 mod fields;
 mod grants;
@@ -24,6 +24,7 @@ mod rename;
 mod settings_fields;
 mod snapshot_fields;
 mod snapshots;
+mod tenants;
 mod watch;
 
 use std::sync::Arc;
@@ -39,9 +40,10 @@ use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLocks};
 use crate::status;
 use audit::AuditLog;
 pub use audited::Audited;
-use authorization::Caller;
+use authorization::{Call, Caller, require_all, require_inside};
 use fields::Fields;
 use listener::ApiPeer;
+use named::volume_within;
 use page_token::PageToken;
 
 /// Blocking calls at once that change something; more wait. Each takes a thread, for one commit or one fence.
@@ -161,9 +163,10 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::CreateVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
+        let scope = Caller::of(request.extensions()).scope(Call::CreateVolume)?;
         let request = request.into_inner();
         if !request.adopt_path.is_empty() {
+            require_all(&scope)?;
             let wanted = settings_fields::adopt_wanted(request)?;
             let lock = self.locks.lock(&wanted.new.name).await;
             let adopt = move |lifecycle: &Lifecycle<D>| {
@@ -173,6 +176,7 @@ impl<D: DataSide> Management for ManagementService<D> {
             return self.blocking(adopt).await;
         }
         let new = settings_fields::new_volume(request)?;
+        require_inside(&scope, &new.name)?;
         let lock = self.locks.lock(&new.name).await;
         self.blocking(move |lifecycle| {
             let volume = lifecycle.create_volume(&lock, &new)?;
@@ -185,13 +189,13 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::GetVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
+        let scope = Caller::of(request.extensions()).scope(Call::GetVolume)?;
         let v1::GetVolumeRequest { name, with_exclusive_bytes } = request.into_inner();
         let mut fields = Fields::default();
         let name = fields.volume("name", name);
         fields.finish()?;
         let looked_up = self.looking(move |lifecycle| {
-            let found = lifecycle.volume(&name)?;
+            let found = volume_within(lifecycle, &scope, &name)?;
             let waits = with_exclusive_bytes || found.backend == BackendKind::Device;
             let answer = if waits { None } else { Some(messages::volume(lifecycle, &found)?) };
             Ok((found, answer))
@@ -210,7 +214,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::ListVolumesRequest>,
     ) -> Result<Response<v1::ListVolumesResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
+        let scope = Caller::of(request.extensions()).scope(Call::ListVolumes)?;
         let request = request.into_inner();
         let mut fields = Fields::default();
         let token = PageToken::new("volumes", self.lifecycle.catalog().server_id());
@@ -220,7 +224,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         let limit = page_token::page_limit(request.page_size);
         self.looking(move |lifecycle| {
             // One more than the page tells whether there is another.
-            let mut found = lifecycle.catalog().list_volumes(&labels, &after, limit + 1)?;
+            let mut found = lifecycle.catalog().list_volumes(&scope, &labels, &after, limit + 1)?;
             let volumes =
                 settings_fields::fit_on_page(&found, limit, |volume| messages::volume(lifecycle, volume))?;
             let next_page_token = token.next(&mut found, volumes.len() as u32, |volume| &volume.name);
@@ -233,9 +237,9 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::ResizeVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
+        let scope = Caller::of(request.extensions()).scope(Call::ResizeVolume)?;
         let (name, capacity_bytes) = fields::resize_wanted(request.into_inner())?;
-        let lock = self.locked(name).await?;
+        let lock = self.locked(&scope, name).await?;
         self.blocking(move |lifecycle| {
             let volume = lifecycle.resize_volume(&lock, capacity_bytes)?;
             messages::followed(lifecycle, volume)
@@ -247,12 +251,12 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::DeleteVolumeRequest>,
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
+        let scope = Caller::of(request.extensions()).scope(Call::DeleteVolume)?;
         let v1::DeleteVolumeRequest { name, keep_snapshots } = request.into_inner();
         let mut fields = Fields::default();
         let name = fields.volume("name", name);
         fields.finish()?;
-        let lock = match self.lock_volume(name).await {
+        let lock = match self.lock_volume(&scope, name).await {
             Err(LifecycleError::VolumeNotFound(_)) => {
                 return Ok(Response::new(v1::DeleteVolumeResponse { existed: false }));
             }
@@ -286,17 +290,18 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::ListAttachmentsRequest>,
     ) -> Result<Response<v1::ListAttachmentsResponse>, Status> {
-        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
-        self.page_of_attachments(request.into_inner()).await.map(Response::new)
+        let node_id = &request.get_ref().node_id;
+        let scope = Caller::of(request.extensions()).scope_at(Call::ListAttachments, node_id)?;
+        self.page_of_attachments(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn update_volume(
         &self,
         request: Request<v1::UpdateVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
+        let scope = Caller::of(request.extensions()).scope(Call::UpdateVolume)?;
         let (name, wanted) = settings_fields::properties_wanted(request.into_inner())?;
-        let lock = self.locked(name).await?;
+        let lock = self.locked(&scope, name).await?;
         self.blocking(move |lifecycle| {
             let volume = lifecycle.update_volume(&lock, &wanted)?;
             messages::volume(lifecycle, &volume)
@@ -308,17 +313,17 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::RenameVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.rename(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::RenameVolume)?;
+        self.rename(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn set_volume_limits(
         &self,
         request: Request<v1::SetVolumeLimitsRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
+        let scope = Caller::of(request.extensions()).scope(Call::SetVolumeLimits)?;
         let (name, limits) = settings_fields::limits_wanted(request.into_inner())?;
-        let lock = self.locked(name).await?;
+        let lock = self.locked(&scope, name).await?;
         self.blocking(move |lifecycle| {
             let volume = lifecycle.set_limits(&lock, limits)?;
             messages::volume(lifecycle, &volume)
@@ -332,12 +337,15 @@ impl<D: DataSide> Management for ManagementService<D> {
     ) -> Result<Response<v1::Volume>, Status> {
         let caller = Caller::of(request.extensions());
         let (name, attachment_id, wanted) = settings_fields::content_wanted(request.into_inner())?;
-        if !caller.may_manage() {
-            let holder =
-                self.looking(move |lifecycle| lifecycle.node_id_of(attachment_id)).await?.into_inner();
-            caller.require_node(holder.as_deref().unwrap_or_default())?;
-        }
-        let lock = self.locked(name).await?;
+        let scope = match caller.scope(Call::SetVolumeContent) {
+            Ok(scope) if scope.is_all() => scope,
+            _ => {
+                let holder =
+                    self.looking(move |lifecycle| lifecycle.node_id_of(attachment_id)).await?.into_inner();
+                caller.scope_at(Call::SetVolumeContent, holder.as_deref().unwrap_or_default())?
+            }
+        };
+        let lock = self.locked(&scope, name).await?;
         self.blocking(move |lifecycle| {
             let volume = match wanted {
                 Some(wanted) => lifecycle.set_content(&lock, attachment_id, wanted)?,
@@ -352,31 +360,33 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::CreateGrantRequest>,
     ) -> Result<Response<v1::Grant>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.make_grant(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::CreateGrant)?;
+        self.make_grant(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn delete_grant(
         &self,
         request: Request<v1::DeleteGrantRequest>,
     ) -> Result<Response<v1::DeleteGrantResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.end_grant(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::DeleteGrant)?;
+        self.end_grant(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_grants(
         &self,
         request: Request<v1::ListGrantsRequest>,
     ) -> Result<Response<v1::ListGrantsResponse>, Status> {
-        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
-        self.page_of_grants(request.into_inner()).await.map(Response::new)
+        let node_id = &request.get_ref().node_id;
+        let scope = Caller::of(request.extensions()).scope_at(Call::ListGrants, node_id)?;
+        self.page_of_grants(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn register_node(
         &self,
         request: Request<v1::RegisterNodeRequest>,
     ) -> Result<Response<v1::RegisteredNode>, Status> {
-        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
+        let node_id = &request.get_ref().node_id;
+        Caller::of(request.extensions()).scope_at(Call::RegisterNode, node_id)?;
         self.make_known(request.into_inner()).await.map(Response::new)
     }
 
@@ -384,7 +394,8 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::HeartbeatRequest>,
     ) -> Result<Response<v1::HeartbeatResponse>, Status> {
-        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
+        let node_id = &request.get_ref().node_id;
+        Caller::of(request.extensions()).scope_at(Call::Heartbeat, node_id)?;
         self.hear(request.into_inner()).await.map(Response::new)
     }
 
@@ -392,23 +403,24 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::GetNodeRequest>,
     ) -> Result<Response<v1::RegisteredNode>, Status> {
-        Caller::of(request.extensions()).require_node(&request.get_ref().node_id)?;
-        self.find_node(request.into_inner()).await.map(Response::new)
+        let node_id = &request.get_ref().node_id;
+        let scope = Caller::of(request.extensions()).scope_at(Call::GetNode, node_id)?;
+        self.find_node(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_nodes(
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.page_of_nodes(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::ListNodes)?;
+        self.page_of_nodes(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn delete_node(
         &self,
         request: Request<v1::DeleteNodeRequest>,
     ) -> Result<Response<v1::DeleteNodeResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
+        Caller::of(request.extensions()).scope(Call::DeleteNode)?;
         self.forget_node(request.into_inner()).await.map(Response::new)
     }
 
@@ -416,56 +428,56 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::CreateSnapshotRequest>,
     ) -> Result<Response<v1::CreateSnapshotResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.begin_snapshots(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::CreateSnapshot)?;
+        self.begin_snapshots(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn mark_snapshots_frozen(
         &self,
         request: Request<v1::MarkSnapshotsFrozenRequest>,
     ) -> Result<Response<v1::MarkSnapshotsFrozenResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.mark_frozen(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::MarkSnapshotsFrozen)?;
+        self.mark_frozen(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn get_snapshot(
         &self,
         request: Request<v1::GetSnapshotRequest>,
     ) -> Result<Response<v1::Snapshot>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.find_snapshot(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::GetSnapshot)?;
+        self.find_snapshot(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn list_snapshots(
         &self,
         request: Request<v1::ListSnapshotsRequest>,
     ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.page_of_snapshots(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::ListSnapshots)?;
+        self.page_of_snapshots(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn delete_snapshot(
         &self,
         request: Request<v1::DeleteSnapshotRequest>,
     ) -> Result<Response<v1::DeleteSnapshotResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.remove_snapshot(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::DeleteSnapshot)?;
+        self.remove_snapshot(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn restore_volume(
         &self,
         request: Request<v1::RestoreVolumeRequest>,
     ) -> Result<Response<v1::RestoreVolumeResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.begin_restore(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::RestoreVolume)?;
+        self.begin_restore(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn clone_volume(
         &self,
         request: Request<v1::CloneVolumeRequest>,
     ) -> Result<Response<v1::CloneVolumeResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.begin_clone(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::CloneVolume)?;
+        self.begin_clone(scope, request.into_inner()).await.map(Response::new)
     }
 
     type DiffSnapshotsStream = diffs::DiffStream;
@@ -474,38 +486,70 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::DiffSnapshotsRequest>,
     ) -> Result<Response<Self::DiffSnapshotsStream>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.begin_diff(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::DiffSnapshots)?;
+        self.begin_diff(scope, request.into_inner()).await.map(Response::new)
     }
 
     type WatchStream = watch::EventStream;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.begin_watch(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::Watch)?;
+        self.begin_watch(scope, request.into_inner()).await.map(Response::new)
     }
 
     async fn get_operation(
         &self,
         request: Request<v1::GetOperationRequest>,
     ) -> Result<Response<v1::Operation>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.find_operation(&request.into_inner().operation_id).map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::GetOperation)?;
+        self.find_operation(&scope, &request.into_inner().operation_id).map(Response::new)
     }
 
     async fn list_operations(
         &self,
         request: Request<v1::ListOperationsRequest>,
     ) -> Result<Response<v1::ListOperationsResponse>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        Ok(Response::new(self.list_all_operations()))
+        let scope = Caller::of(request.extensions()).scope(Call::ListOperations)?;
+        Ok(Response::new(self.list_all_operations(&scope)))
     }
 
     async fn cancel_operation(
         &self,
         request: Request<v1::CancelOperationRequest>,
     ) -> Result<Response<v1::Operation>, Status> {
-        Caller::of(request.extensions()).require_manage()?;
-        self.cancel(&request.into_inner().operation_id).map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::CancelOperation)?;
+        self.cancel(&scope, &request.into_inner().operation_id).map(Response::new)
+    }
+
+    async fn set_tenant(
+        &self,
+        request: Request<v1::SetTenantRequest>,
+    ) -> Result<Response<v1::Tenant>, Status> {
+        Caller::of(request.extensions()).scope(Call::SetTenant)?;
+        self.put_tenant(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn get_tenant(
+        &self,
+        request: Request<v1::GetTenantRequest>,
+    ) -> Result<Response<v1::Tenant>, Status> {
+        let scope = Caller::of(request.extensions()).scope(Call::GetTenant)?;
+        self.find_tenant(scope, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn list_tenants(
+        &self,
+        request: Request<v1::ListTenantsRequest>,
+    ) -> Result<Response<v1::ListTenantsResponse>, Status> {
+        let scope = Caller::of(request.extensions()).scope(Call::ListTenants)?;
+        self.page_of_tenants(scope, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_tenant(
+        &self,
+        request: Request<v1::DeleteTenantRequest>,
+    ) -> Result<Response<v1::DeleteTenantResponse>, Status> {
+        Caller::of(request.extensions()).scope(Call::DeleteTenant)?;
+        self.forget_tenant(request.into_inner()).await.map(Response::new)
     }
 }

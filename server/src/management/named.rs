@@ -1,12 +1,17 @@
 //! Which volume a call is about: callers give its name, or `uid:UUID`.
 //!
 //! Owns the step from what was asked to a name that is locked. A uid's name is looked at again once it is locked: by then
-//! the volume may be gone, or renamed, and its name another volume's. Called by the service.
+//! the volume may be gone, or renamed, and its name another volume's. What is outside of the caller's scope is not there, in the same
+//! words. Called by the service.
 
 use tonic::Status;
 
 use super::ManagementService;
-use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLock, SettingsError};
+use crate::catalog::{SnapshotRecord, SnapshotState, VolumeRecord};
+use crate::lifecycle::{
+    DataSide, Lifecycle, LifecycleError, NameLock, SettingsError, SnapshotError, SnapshotNamed,
+};
+use crate::scope::Scope;
 use crate::status;
 
 /// Before a volume's uid. No name has a colon.
@@ -28,23 +33,52 @@ impl Named {
     }
 }
 
+fn within(scope: &Scope, named: Named) -> Result<Named, LifecycleError> {
+    if scope.has_named(&named.name) { Ok(named) } else { Err(LifecycleError::VolumeNotFound(named.asked)) }
+}
+
+/// The ready volume, if it is in the scope.
+pub(super) fn volume_within<D: DataSide>(
+    lifecycle: &Lifecycle<D>,
+    scope: &Scope,
+    asked: &str,
+) -> Result<VolumeRecord, LifecycleError> {
+    let found = lifecycle.volume(asked)?;
+    if scope.has_named(&found.name) {
+        Ok(found)
+    } else {
+        Err(LifecycleError::VolumeNotFound(asked.to_owned()))
+    }
+}
+
+/// The snapshot, if it is in the scope.
+pub(super) fn snapshot_within<D: DataSide>(
+    lifecycle: &Lifecycle<D>,
+    scope: &Scope,
+    named: &SnapshotNamed,
+) -> Result<(SnapshotRecord, SnapshotState), LifecycleError> {
+    let found = lifecycle.snapshot(named)?;
+    let is_within = scope.has(&found.0.tenant);
+    if is_within { Ok(found) } else { Err(SnapshotError::NotFound(named.to_string()).into()) }
+}
+
 impl<D: DataSide> ManagementService<D> {
-    /// The volume's name, as it is now.
-    pub(super) async fn named(&self, asked: String) -> Result<Named, LifecycleError> {
+    /// The volume's name, as it is now; one outside of the scope is not there.
+    pub(super) async fn named(&self, scope: &Scope, asked: String) -> Result<Named, LifecycleError> {
         if !asked.starts_with(UID_PREFIX) {
-            return Ok(Named { name: asked.clone(), asked });
+            return within(scope, Named { name: asked.clone(), asked });
         }
         let name = {
             let asked = asked.clone();
             self.look(move |lifecycle| lifecycle.volume_name(&asked)).await?
         };
-        Ok(Named { asked, name })
+        within(scope, Named { asked, name })
     }
 
     /// Locks the volume's name.
-    pub(super) async fn lock_volume(&self, asked: String) -> Result<NameLock, LifecycleError> {
+    pub(super) async fn lock_volume(&self, scope: &Scope, asked: String) -> Result<NameLock, LifecycleError> {
         loop {
-            let named = self.named(asked.clone()).await?;
+            let named = self.named(scope, asked.clone()).await?;
             let lock = self.locks.lock(&named.name).await;
             if !asked.starts_with(UID_PREFIX) {
                 return Ok(lock);
@@ -58,8 +92,8 @@ impl<D: DataSide> ManagementService<D> {
     }
 
     /// The same, as the call is answered.
-    pub(super) async fn locked(&self, asked: String) -> Result<NameLock, Status> {
-        self.lock_volume(asked).await.map_err(|error| status::from_lifecycle(&error))
+    pub(super) async fn locked(&self, scope: &Scope, asked: String) -> Result<NameLock, Status> {
+        self.lock_volume(scope, asked).await.map_err(|error| status::from_lifecycle(&error))
     }
 
     /// Runs a short look; the answer is the lifecycle's own, or why it could not be asked.

@@ -13,6 +13,7 @@ use super::page_token::{PageToken, page_limit};
 use super::settings_fields;
 use crate::catalog::{NodeFacts, NodeRecord};
 use crate::lifecycle::{DataSide, NodeCondition, NodeDisk, NodeSeen};
+use crate::scope::Scope;
 
 /// Disks of one node at most, as it tells them: the kernel's `ublks_max` by default is 64. All of them, each with the longest reason, fit
 /// into one message.
@@ -76,12 +77,16 @@ impl<D: DataSide> ManagementService<D> {
         Ok(v1::HeartbeatResponse { server_id: self.lifecycle.catalog().server_id().to_string() })
     }
 
-    pub(super) async fn find_node(&self, request: v1::GetNodeRequest) -> Result<v1::RegisteredNode, Status> {
+    pub(super) async fn find_node(
+        &self,
+        scope: Scope,
+        request: v1::GetNodeRequest,
+    ) -> Result<v1::RegisteredNode, Status> {
         let mut fields = Fields::default();
         let node_id = fields.node_id("node_id", request.node_id);
         fields.finish()?;
         let found = self.looking(move |lifecycle| {
-            let (record, seen) = lifecycle.node(&node_id)?;
+            let (record, seen) = lifecycle.node(&scope, &node_id)?;
             Ok(message(record, seen))
         });
         Ok(found.await?.into_inner())
@@ -89,6 +94,7 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn page_of_nodes(
         &self,
+        scope: Scope,
         request: v1::ListNodesRequest,
     ) -> Result<v1::ListNodesResponse, Status> {
         let token = PageToken::new("nodes", self.lifecycle.catalog().server_id());
@@ -106,13 +112,17 @@ impl<D: DataSide> ManagementService<D> {
         fields.finish()?;
         let limit = page_limit(request.page_size);
         let page = self.looking(move |lifecycle| {
-            let mut found = lifecycle.list_nodes(&after, limit + 1)?;
+            let mut found = lifecycle.list_nodes(&scope, &after, limit + 1)?;
             let next_page_token = token.next(&mut found, limit, |(record, _)| &record.facts.node_id);
-            // Without what may be more than a message takes.
-            let node = |(record, seen)| v1::RegisteredNode {
-                disks: Vec::new(),
-                conditions: Vec::new(),
-                ..message(record, seen)
+            // Without what may be more than a message takes; and a tenant hears nothing of others' disks.
+            let node = |(record, seen)| {
+                let told = message(record, seen);
+                v1::RegisteredNode {
+                    disks: Vec::new(),
+                    conditions: Vec::new(),
+                    disk_count: told.disk_count.filter(|_| scope.is_all()),
+                    ..told
+                }
             };
             let nodes = found.into_iter().map(node).collect();
             Ok(v1::ListNodesResponse { nodes, next_page_token })

@@ -4,6 +4,7 @@
 //! or server is refused rather than misread. Callers must not look into it; nothing secret is in it. No state is kept:
 //! a list that changes between two pages shows each volume that was there all the time exactly once.
 
+use proto::volume_name::is_volume_name;
 use uuid::Uuid;
 
 /// Entries of a page where the caller asks for no number.
@@ -29,7 +30,7 @@ impl PageToken {
         if text.is_empty() {
             return Some(String::new());
         }
-        self.key(text).filter(|name| super::fields::is_volume_name(name)).map(str::to_owned)
+        self.key(text).filter(|name| is_volume_name(name)).map(str::to_owned)
     }
 
     /// What is behind the list and the server in a text that a caller gave, unchecked.

@@ -3,10 +3,11 @@
 //! Owns the rules for them. Looks at nothing but the request. Called by `snapshots.rs`.
 
 use proto::v1;
+use proto::volume_name::is_volume_name;
 use tonic::Status;
 use uuid::Uuid;
 
-use super::fields::{CAPACITY_BYTES_MAX, Fields, is_volume_name};
+use super::fields::{CAPACITY_BYTES_MAX, Fields};
 use super::page_token::PageToken;
 use super::settings_fields;
 use crate::catalog::{SnapshotFilter, SnapshotKey};
@@ -26,6 +27,7 @@ impl Fields {
             volume_name: (!volume_name.is_empty()).then(|| self.volume("volume_name", volume_name)),
             group_uid: (!group_uid.is_empty()).then(|| self.uuid("group_uid", group_uid)),
             name: (!name.is_empty()).then(|| self.snapshot_name("name", name)),
+            ..SnapshotFilter::default()
         }
     }
 

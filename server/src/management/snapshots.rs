@@ -4,22 +4,25 @@
 //! it has begun. Never: decides anything about a copy; the lifecycle does. Called by the service, which has looked at the caller's
 //! rights.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proto::v1;
 use tonic::Status;
 use uuid::Uuid;
 
+use super::authorization::require_inside;
 use super::fields::Fields;
-use super::named::{Named, UID_PREFIX};
+use super::named::{Named, UID_PREFIX, snapshot_within};
 use super::page_token::{PageToken, page_limit};
 use super::snapshot_fields::{self as fields, OF_RESTORE, OF_SNAPSHOT};
 use super::{ManagementService, messages};
 use crate::catalog::SnapshotKey;
 use crate::lifecycle::{
-    CloneOf, CloneWanted, DataSide, Lifecycle, LifecycleError, NameLock, SnapshotError, SnapshotNamed,
-    Started, snapshot_lock_name,
+    CloneOf, CloneWanted, DataSide, Lifecycle, LifecycleError, NameLock, Operation, SnapshotError,
+    SnapshotNamed, Started, snapshot_lock_name,
 };
+use crate::scope::Scope;
 use crate::status;
 use crate::volume::copying::{CopyError, CopyTarget};
 
@@ -89,12 +92,13 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn begin_snapshots(
         &self,
+        scope: Scope,
         request: v1::CreateSnapshotRequest,
     ) -> Result<v1::CreateSnapshotResponse, Status> {
         let (asked, name, freeze_id) = fields::snapshots_wanted(request)?;
         let mut volumes = Vec::with_capacity(asked.len());
         for asked in asked {
-            volumes.push(self.found_volume(asked).await?);
+            volumes.push(self.found_volume(&scope, asked).await?);
         }
         let volume_names: Vec<String> = volumes.iter().map(|volume| volume.name.clone()).collect();
         fields::each_once(&volume_names)?;
@@ -119,13 +123,14 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn mark_frozen(
         &self,
+        scope: Scope,
         request: v1::MarkSnapshotsFrozenRequest,
     ) -> Result<v1::MarkSnapshotsFrozenResponse, Status> {
         let mut fields = Fields::default();
         let freeze_id = fields.uuid("freeze_id", &request.freeze_id);
         fields.finish()?;
         let answer = self.blocking(move |lifecycle| {
-            let marked = lifecycle.mark_frozen(freeze_id)?;
+            let marked = lifecycle.mark_frozen(&scope, freeze_id)?;
             let message =
                 |uid: &Uuid| messages::snapshot(lifecycle, &lifecycle.snapshot(&SnapshotNamed::Uid(*uid))?);
             let snapshots = marked.iter().map(message).collect::<Result<_, _>>()?;
@@ -136,6 +141,7 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn find_snapshot(
         &self,
+        scope: Scope,
         request: v1::GetSnapshotRequest,
     ) -> Result<v1::Snapshot, Status> {
         let named =
@@ -143,24 +149,26 @@ impl<D: DataSide> ManagementService<D> {
         if request.with_exclusive_bytes {
             // Which may have to be waited for.
             let answer = self.blocking(move |lifecycle| {
-                let found = lifecycle.snapshot(&named)?;
+                let found = snapshot_within(lifecycle, &scope, &named)?;
                 let (snapshot, backend) = (CopyTarget::Snapshot(found.0.snapshot_uid), found.0.backend);
                 let exclusive_bytes = lifecycle.data_side().exclusive_bytes(snapshot, backend);
                 Ok(v1::Snapshot { exclusive_bytes, ..messages::snapshot(lifecycle, &found)? })
             });
             return Ok(answer.await?.into_inner());
         }
-        let answer =
-            self.looking(move |lifecycle| messages::snapshot(lifecycle, &lifecycle.snapshot(&named)?));
+        let answer = self.looking(move |lifecycle| {
+            messages::snapshot(lifecycle, &snapshot_within(lifecycle, &scope, &named)?)
+        });
         Ok(answer.await?.into_inner())
     }
 
     pub(super) async fn page_of_snapshots(
         &self,
+        scope: Scope,
         request: v1::ListSnapshotsRequest,
     ) -> Result<v1::ListSnapshotsResponse, Status> {
         let mut fields = Fields::default();
-        let filter = fields.snapshot_filter(request.volume_name, &request.group_uid, request.name);
+        let filter = fields.snapshot_filter(request.volume_name, &request.group_uid, request.name).within(&scope);
         let token = PageToken::new("snapshots", self.lifecycle.catalog().server_id());
         let after = fields.snapshot_page_token("page_token", &token, &request.page_token);
         fields.finish()?;
@@ -178,11 +186,12 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn remove_snapshot(
         &self,
+        scope: Scope,
         request: v1::DeleteSnapshotRequest,
     ) -> Result<v1::DeleteSnapshotResponse, Status> {
         let named =
             fields::snapshot_named(OF_SNAPSHOT, request.volume_name, request.name, &request.snapshot_uid)?;
-        let snapshot_uid = match self.snapshot_uid(named).await {
+        let snapshot_uid = match self.snapshot_uid(&scope, named).await {
             Err(LifecycleError::Snapshot(SnapshotError::NotFound(_))) => {
                 return Ok(v1::DeleteSnapshotResponse { existed: false });
             }
@@ -195,13 +204,14 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn begin_restore(
         &self,
+        scope: Scope,
         request: v1::RestoreVolumeRequest,
     ) -> Result<v1::RestoreVolumeResponse, Status> {
         let asked = request.volume_name.clone();
         let named = fields::snapshot_named(OF_RESTORE, request.volume_name, request.snapshot_name, "")?;
-        let volume = self.found_volume(asked).await?;
+        let volume = self.found_volume(&scope, asked).await?;
         let name = volume.name.clone();
-        let snapshot_uid = self.found_snapshot(named).await?;
+        let snapshot_uid = self.found_snapshot(&scope, named).await?;
         let lock_names = vec![name.clone(), snapshot_lock_name(snapshot_uid)];
         let begin = move |lifecycle: &Lifecycle<D>, locks: &[NameLock]| {
             volume.check(lifecycle)?;
@@ -218,10 +228,12 @@ impl<D: DataSide> ManagementService<D> {
 
     pub(super) async fn begin_clone(
         &self,
+        scope: Scope,
         request: v1::CloneVolumeRequest,
     ) -> Result<v1::CloneVolumeResponse, Status> {
         let (wanted, named) = fields::clone_wanted(request)?;
-        let (source, volume) = self.found_source(named).await?;
+        require_inside(&scope, &wanted.name)?;
+        let (source, volume) = self.found_source(&scope, named).await?;
         let wanted = CloneWanted { source, ..wanted };
         let lock_names = vec![wanted.name.clone(), wanted.source.lock_name()];
         let begin = move |lifecycle: &Lifecycle<D>, locks: &[NameLock]| {
@@ -243,61 +255,75 @@ impl<D: DataSide> ManagementService<D> {
     }
 
     /// Of the snapshot that is meant; the answer is the lifecycle's own, or why it could not be asked.
-    pub(super) async fn snapshot_uid(&self, named: SnapshotNamed) -> Result<Uuid, LifecycleError> {
-        self.look(move |lifecycle| lifecycle.snapshot_uid(&named)).await
+    pub(super) async fn snapshot_uid(
+        &self,
+        scope: &Scope,
+        named: SnapshotNamed,
+    ) -> Result<Uuid, LifecycleError> {
+        let scope = scope.clone();
+        let found = self.look(move |lifecycle| snapshot_within(lifecycle, &scope, &named)).await;
+        found.map(|(snapshot, _)| snapshot.snapshot_uid)
     }
 
     /// What is copied or compared; of a volume, also as it was asked for.
     pub(super) async fn found_source(
         &self,
+        scope: &Scope,
         named: fields::SourceNamed,
     ) -> Result<(CloneOf, Option<Named>), Status> {
         match named {
             fields::SourceNamed::Volume(asked) => {
-                let volume = self.found_volume(asked).await?;
+                let volume = self.found_volume(scope, asked).await?;
                 Ok((CloneOf::Volume(volume.name.clone()), Some(volume)))
             }
             fields::SourceNamed::Snapshot(named) => {
-                Ok((CloneOf::Snapshot(self.found_snapshot(named).await?), None))
+                Ok((CloneOf::Snapshot(self.found_snapshot(scope, named).await?), None))
             }
         }
     }
 
-    async fn found_volume(&self, asked: String) -> Result<Named, Status> {
-        self.named(asked).await.map_err(|error| status::from_lifecycle(&error))
+    async fn found_volume(&self, scope: &Scope, asked: String) -> Result<Named, Status> {
+        self.named(scope, asked).await.map_err(|error| status::from_lifecycle(&error))
     }
 
     /// The same, as the call is answered.
-    pub(super) async fn found_snapshot(&self, named: SnapshotNamed) -> Result<Uuid, Status> {
-        self.snapshot_uid(named).await.map_err(|error| status::from_lifecycle(&error))
+    pub(super) async fn found_snapshot(&self, scope: &Scope, named: SnapshotNamed) -> Result<Uuid, Status> {
+        self.snapshot_uid(scope, named).await.map_err(|error| status::from_lifecycle(&error))
     }
 
-    pub(super) fn find_operation(&self, text: &str) -> Result<v1::Operation, Status> {
-        Ok(messages::operation(&*self.operation(text)?))
+    pub(super) fn find_operation(&self, scope: &Scope, text: &str) -> Result<v1::Operation, Status> {
+        Ok(messages::operation(&*self.operation(scope, text)?))
     }
 
-    pub(super) fn list_all_operations(&self) -> v1::ListOperationsResponse {
-        let all = self.lifecycle.operations().list();
+    pub(super) fn list_all_operations(&self, scope: &Scope) -> v1::ListOperationsResponse {
+        let mut all = self.lifecycle.operations().list();
+        all.retain(|operation| is_within(scope, operation));
         v1::ListOperationsResponse {
             operations: all.iter().map(|operation| messages::operation(operation)).collect(),
         }
     }
 
-    pub(super) fn cancel(&self, text: &str) -> Result<v1::Operation, Status> {
-        let operation = self.operation(text)?;
+    pub(super) fn cancel(&self, scope: &Scope, text: &str) -> Result<v1::Operation, Status> {
+        let operation = self.operation(scope, text)?;
         operation.cancel();
         Ok(messages::operation(&operation))
     }
 
-    fn operation(&self, text: &str) -> Result<std::sync::Arc<crate::lifecycle::Operation>, Status> {
+    fn operation(&self, scope: &Scope, text: &str) -> Result<Arc<Operation>, Status> {
         let mut fields = Fields::default();
         let id = fields.uuid("operation_id", text);
         fields.finish()?;
-        self.lifecycle.operations().get(id).ok_or_else(|| {
+        let found = self.lifecycle.operations().get(id).filter(|operation| is_within(scope, operation));
+        found.ok_or_else(|| {
             let error = SnapshotError::OperationNotFound(text.to_owned());
             status::from_lifecycle(&error.into())
         })
     }
+}
+
+/// Whether all that an operation makes or compares is in the scope. What is left of a volume that is gone has no name, and is in none.
+fn is_within(scope: &Scope, operation: &Operation) -> bool {
+    operation.targets().iter().all(|target| scope.has_named(target))
 }
 
 /// Where a snapshot stands in lists, as a page token has it: no name has a '/'.

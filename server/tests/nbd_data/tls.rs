@@ -433,6 +433,41 @@ fn a_certificate_opens_the_volumes_it_names_and_no_others() {
 }
 
 #[test]
+fn a_tenant_opens_what_is_in_its_name_space_and_nothing_else() {
+    if !have(&["nbdinfo"]) {
+        return;
+    }
+    let rig = Rig::start();
+    let (_, own) = rig.volume("acme+db");
+    let (_, others) = rig.volume("rival+db");
+    rig.volume("db");
+    rig.server.create("acme+free", MIB as u64);
+    let size = |client: &Issued, name: &str| run("nbdinfo", &["--size", &rig.uri(client, name)]);
+    let refused = |client: &Issued, name: &str| {
+        let data = [&(name.len() as u32).to_be_bytes()[..], name.as_bytes(), &[0, 0]].concat();
+        rig.first_reply(Some(client), option::GO, &data).unwrap()
+    };
+    for (number, uri) in ["volnode:tenant/acme/attach", "volnode:tenant/acme/*"].into_iter().enumerate() {
+        let tenant = rig.client(&format!("tenant-{number}"), &[uri]);
+        assert_eq!(size(&tenant, "acme+free").trim(), "1048576");
+        assert_eq!(size(&tenant, &export_name(&own, number as u64 + 1, 0)).trim(), "20971520");
+        for outside in ["rival+db", "db", "acme", "acme+none", "rival+none", ""] {
+            assert_eq!(refused(&tenant, outside), reply::ERR_UNKNOWN, "{outside}");
+        }
+        assert_eq!(refused(&tenant, &export_name(&others, 1, 0)), reply::ERR_POLICY);
+        let listed = run("nbdinfo", &["--list", "--json", &rig.uri(&tenant, "")]);
+        assert!(listed.contains("\"acme+free\"") && listed.contains("\"acme+db\""), "{listed}");
+        assert!(!listed.contains("rival") && !listed.contains("\"db\""), "{listed}");
+    }
+    // Who manages or looks opens nothing.
+    for (number, role) in ["manage", "read"].into_iter().enumerate() {
+        let client = rig.client(&format!("role-{number}"), &[&format!("volnode:tenant/acme/{role}")]);
+        assert_eq!(refused(&client, "acme+free"), reply::ERR_UNKNOWN, "{role}");
+        assert_eq!(refused(&client, &export_name(&own, 9, 0)), reply::ERR_POLICY, "{role}");
+    }
+}
+
+#[test]
 fn new_certificates_are_taken_and_connections_stay() {
     if !has_python_module() {
         return;

@@ -4,6 +4,7 @@
 //! CSI's is never part of a name on the server: its hash is, and the name itself is in the volume's description. An id is the
 //! server's uid, in its one spelling. Never: does I/O.
 
+use proto::volume_name::TENANT_MARK;
 use uuid::Uuid;
 
 use super::refusal::{Refusal, given, shown};
@@ -64,6 +65,14 @@ pub(super) fn of_csi(name: &str) -> String {
     format!("{PREFIX}{}", hash(name))
 }
 
+/// The same of a volume in a tenant's name space, if it is to be in one.
+pub(super) fn of_csi_volume(tenant: Option<&str>, name: &str) -> String {
+    match tenant {
+        Some(tenant) => format!("{tenant}{TENANT_MARK}{}", of_csi(name)),
+        None => of_csi(name),
+    }
+}
+
 /// The name on the server of the snapshots of a group that CSI calls by `name`.
 pub(super) fn of_csi_group(name: &str) -> String {
     format!("{GROUP_PREFIX}{}", hash(name))
@@ -114,6 +123,10 @@ mod tests {
             );
             assert_eq!(proto::volume_name::partition_of(&name), None);
         }
+        let in_tenant = of_csi_volume(Some(&"t".repeat(63)), &longest);
+        assert!(proto::volume_name::is_volume_name(&in_tenant), "{in_tenant}");
+        assert_eq!(proto::volume_name::tenant_of(&in_tenant), "t".repeat(63));
+        assert_eq!(of_csi_volume(None, "x"), of_csi("x"));
         assert!(is_of_group(&of_csi_group(&longest)) && of_csi_group(&longest).len() <= 64);
         assert!(!is_of_group(&of_csi("group-")));
         assert!(label::is_value(&hash("")) && label::is_value(&hash(&longest)));

@@ -8,12 +8,14 @@
 //! | `csi.storage.k8s.io/fstype` | `ext4`, `xfs` | no |
 //! | `backend` | `file`, `lvm`, `memory` | no |
 //! | `shared` | `true`, `false` | no |
+//! | `tenant` | the tenant in whose name space volumes are made | no |
 //! | `readIops`, `writeIops` | requests per second; 0 is no limit | in a VolumeAttributesClass |
 //! | `readBandwidth`, `writeBandwidth` | bytes per second, as a quantity of Kubernetes: `104857600`, `100Mi`, `100M`; 0 is no limit | the same |
 
 use std::collections::{BTreeMap, HashMap};
 
 use proto::v1::{Backend, VolumeLimits};
+use proto::volume_name::{TENANT_NAME_CHARS_MAX, is_tenant_name};
 
 use super::names::hash;
 use super::refusal::{Refusal, shown};
@@ -23,12 +25,13 @@ use crate::csi::mount_options::FsType;
 pub(super) const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
 const BACKEND: &str = "backend";
 const SHARED: &str = "shared";
+const TENANT: &str = "tenant";
 const READ_IOPS: &str = "readIops";
 const WRITE_IOPS: &str = "writeIops";
 const READ_BANDWIDTH: &str = "readBandwidth";
 const WRITE_BANDWIDTH: &str = "writeBandwidth";
 /// What a StorageClass is to say one day.
-const NOT_THERE_YET: [&str; 2] = ["encrypted", "tenant"];
+const NOT_THERE_YET: [&str; 1] = ["encrypted"];
 /// Of external-provisioner's `--extra-create-metadata`: for whom the volume is.
 const CLAIM_NAME: &str = "csi.storage.k8s.io/pvc/name";
 const CLAIM_NAMESPACE: &str = "csi.storage.k8s.io/pvc/namespace";
@@ -56,6 +59,8 @@ pub(super) struct Class {
     pub(super) backend: Option<Backend>,
     /// Several nodes may write to its volumes at once.
     pub(super) is_shared: bool,
+    /// In whose name space its volumes are made.
+    pub(super) tenant: Option<String>,
     /// For every volume.
     pub(super) limits: Limits,
     /// Namespace and name of the claim, for people.
@@ -89,12 +94,13 @@ impl Class {
                 }
                 BACKEND => class.backend = Some(backend(value)?),
                 SHARED => class.is_shared = boolean(key, value)?,
+                TENANT => class.tenant = Some(tenant(value)?),
                 key if class.limits.set(key, value)? => {}
                 key if NOT_THERE_YET.contains(&key) => {
                     let next = "take the parameter out of the StorageClass";
                     return Err(Refusal::invalid(format!("parameter {key} is not supported yet; {next}")));
                 }
-                key => return Err(unknown(key, &[FS_TYPE, BACKEND, SHARED])),
+                key => return Err(unknown(key, &[FS_TYPE, BACKEND, SHARED, TENANT])),
             }
             ours.insert(key.as_str(), value.as_str());
         }
@@ -171,6 +177,16 @@ fn backend(value: &str) -> Result<Backend, Refusal> {
     }
 }
 
+fn tenant(value: &str) -> Result<String, Refusal> {
+    if is_tenant_name(value) {
+        return Ok(value.to_owned());
+    }
+    Err(Refusal::invalid(format!(
+        "{TENANT}: {} is no tenant, which is 1 to {TENANT_NAME_CHARS_MAX} letters, digits, '-', '_' and '.', beginning with a letter or digit",
+        shown(value)
+    )))
+}
+
 fn boolean(key: &str, value: &str) -> Result<bool, Refusal> {
     value.parse().map_err(|_| Refusal::invalid(format!("{key}: {} is not true or false", shown(value))))
 }
@@ -237,6 +253,7 @@ mod tests {
             ("csi.storage.k8s.io/fstype", "xfs"),
             ("backend", "lvm"),
             ("shared", "false"),
+            ("tenant", "acme"),
             ("readIops", "500"),
             ("writeBandwidth", "100Mi"),
             ("csi.storage.k8s.io/pvc/name", "data"),
@@ -247,7 +264,7 @@ mod tests {
             (class.fs_type, class.backend, class.is_shared),
             (Some(FsType::Xfs), Some(Backend::Lvm), false)
         );
-        assert_eq!(class.claim.as_deref(), Some("shop/data"));
+        assert_eq!((class.claim.as_deref(), class.tenant.as_deref()), (Some("shop/data"), Some("acme")));
         let has = VolumeLimits { read_iops: 1, write_iops: 7, burst_seconds: 5, ..Default::default() };
         let expected = VolumeLimits { read_iops: 500, write_bytes_per_second: 100 << 20, ..has };
         assert_eq!(class.limits.over(has), expected);
@@ -275,7 +292,8 @@ mod tests {
             (long.as_str(), "1", "xxx"),
             ("\u{1b}[2J", "", "\\u{1b}"),
             ("encrypted", "true", "encrypted is not supported yet"),
-            ("tenant", "a", "tenant is not supported yet"),
+            ("tenant", "", "no tenant"),
+            ("tenant", "a+b", "a+b"),
             ("backend", "device", "device"),
             ("shared", "yes", "yes"),
             ("readIops", "-1", "-1"),
@@ -299,7 +317,7 @@ mod tests {
         let limits = Limits::of(&map(&[("readBandwidth", "0"), ("writeIops", "100")])).unwrap();
         let has = VolumeLimits { read_bytes_per_second: 1 << 20, ..Default::default() };
         assert_eq!(limits.over(has), VolumeLimits { write_iops: 100, ..Default::default() });
-        for key in ["backend", "shared", "csi.storage.k8s.io/fstype", "no-such-key"] {
+        for key in ["backend", "shared", "tenant", "csi.storage.k8s.io/fstype", "no-such-key"] {
             let refusal = Limits::of(&map(&[(key, "true")])).unwrap_err();
             assert!(refusal.code == Code::InvalidArgument && refusal.message.contains(key));
         }

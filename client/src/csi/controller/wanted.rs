@@ -120,7 +120,7 @@ impl Wanted {
 
     /// Its name on the server, when it is made.
     pub(super) fn name(&self) -> String {
-        names::of_csi(&self.csi_name)
+        names::of_csi_volume(self.class.tenant.as_deref(), &self.csi_name)
     }
 
     /// The label that it is found by.

@@ -18,7 +18,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, TransactionBehavior};
 use tokio::sync::watch;
 
 use super::columns::damaged;
-use super::{Catalog, CatalogError, now_ms, reserve, space_bytes};
+use super::{Catalog, CatalogError, now_ms, reserve, space_bytes, tenants};
 pub use facts::{AttachmentFacts, Facts, NodeFacts, SnapshotFacts, VolumeFacts, WatchedKind};
 use triggers::{KEPT, Kept, SOURCES};
 
@@ -65,6 +65,8 @@ pub struct Told {
     pub uid: String,
     /// The volume that it is, or belongs to; empty of a node.
     pub volume_uid: String,
+    /// In whose name space that volume is or was; empty: in none, or it is a node.
+    pub tenant: String,
     /// What it is like.
     pub facts: Facts,
 }
@@ -231,9 +233,10 @@ fn changes_after(
     after: &ChangePoint,
     limit: u32,
 ) -> Result<Option<Vec<Change>>, CatalogError> {
-    let mut query = db.prepare_cached(
-        "SELECT seq, mark, time_ms, kind, change, uid, volume_uid, facts FROM changes WHERE seq >= ?1 ORDER BY seq LIMIT ?2",
-    )?;
+    let mut query = db.prepare_cached(&format!(
+        "SELECT seq, mark, time_ms, kind, change, uid, volume_uid, facts, {} FROM changes WHERE seq >= ?1 ORDER BY seq LIMIT ?2",
+        tenants::tenant_of("changes.volume_uid")
+    ))?;
     let mut rows = query.query((after.seq, limit.saturating_add(1)))?;
     // The change itself is kept as long as all that is behind it.
     let is_kept = match rows.next()? {
@@ -261,16 +264,23 @@ fn change(row: &Row<'_>) -> Result<Change, CatalogError> {
     };
     let told = match (WatchedKind::of(&kind), happened) {
         (Some(kind), Some(happened)) => {
-            Some((happened, told(kind, row.get(5)?, row.get(6)?, &row.get::<_, String>(7)?)?))
+            let told = told(kind, row.get(5)?, row.get(6)?, row.get(8)?, &row.get::<_, String>(7)?)?;
+            Some((happened, told))
         }
         _ => None,
     };
     Ok(Change { point, time_ms: row.get(2)?, told })
 }
 
-fn told(kind: WatchedKind, uid: String, volume_uid: String, facts: &str) -> Result<Told, CatalogError> {
+fn told(
+    kind: WatchedKind,
+    uid: String,
+    volume_uid: String,
+    tenant: String,
+    facts: &str,
+) -> Result<Told, CatalogError> {
     let facts = Facts::parse(kind, facts).map_err(|_| damaged("changes", "facts"))?;
-    Ok(Told { uid, volume_uid, facts })
+    Ok(Told { uid, volume_uid, tenant, facts })
 }
 
 fn present(
@@ -286,12 +296,14 @@ fn present(
     let all = tables.collect::<Vec<_>>().join(" UNION ALL ");
     // Another program may write between the two queries.
     let at_once = db.unchecked_transaction()?;
-    let mut query = at_once
-        .prepare_cached(&format!("SELECT uid, of_volume, facts FROM ({all}) ORDER BY uid LIMIT ?3"))?;
+    let mut query = at_once.prepare_cached(&format!(
+        "SELECT uid, of_volume, facts, {} FROM ({all}) AS present ORDER BY uid LIMIT ?3",
+        tenants::tenant_of("present.of_volume")
+    ))?;
     let mut rows = query.query((after, of_volume, limit))?;
     let mut objects = Vec::new();
     while let Some(row) = rows.next()? {
-        objects.push(told(kind, row.get(0)?, row.get(1)?, &row.get::<_, String>(2)?)?);
+        objects.push(told(kind, row.get(0)?, row.get(1)?, row.get(3)?, &row.get::<_, String>(2)?)?);
     }
     Ok(PresentPage { objects, as_of: newest(&at_once)? })
 }

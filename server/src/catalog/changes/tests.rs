@@ -7,6 +7,7 @@ use crate::catalog::{
     AttachmentRecord, BackendKind, CATALOG_FILE_NAME, NewAttachment, NewSnapshot, NewVolume, NodeFacts,
     VolumeRecord, VolumeSettings,
 };
+use crate::scope::Scope;
 use uuid::Uuid;
 
 const FIXTURE_V1: &str = include_str!("../../../tests/fixtures/catalog_v1.sql");
@@ -158,7 +159,7 @@ fn snapshots_their_attachments_and_nodes_are_told() {
     catalog.begin_snapshots("s", group_uid, Some(freeze_id), &new).unwrap();
     assert_eq!(behind(&catalog, &start), [], "it is being made");
     catalog.finish_snapshots(group_uid).unwrap();
-    catalog.mark_frozen(freeze_id).unwrap();
+    catalog.mark_frozen(&Scope::All, freeze_id).unwrap();
     let new = NewAttachment {
         volume_uid: snapshot_uid,
         node_id: "n".to_owned(),

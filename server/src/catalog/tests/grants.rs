@@ -78,7 +78,7 @@ fn grants_are_listed_in_order_and_go_on_behind_one() {
     let all = GrantFilter::default();
     assert_eq!(list(&all, ("", ""), 3), ["vol-a node-1", "vol-a node-2", "vol-b node-1"]);
     assert_eq!(list(&all, ("vol-a", "node-1"), 9), ["vol-a node-2", "vol-b node-1", "vol-b node-2"]);
-    let of_volume = GrantFilter { volume_name: Some("vol-b".to_owned()), node_id: None };
+    let of_volume = GrantFilter { volume_name: Some("vol-b".to_owned()), ..GrantFilter::default() };
     assert_eq!(list(&of_volume, ("", ""), 9), ["vol-b node-1", "vol-b node-2"]);
     let of_both = GrantFilter { node_id: Some("node-2".to_owned()), ..of_volume };
     assert_eq!(list(&of_both, ("", ""), 9), ["vol-b node-2"]);

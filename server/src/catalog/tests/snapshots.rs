@@ -33,7 +33,8 @@ fn a_snapshot_has_attachments_of_its_own_which_go_with_it() {
     let behind =
         ListedAttachment { volume_name: "vol-1".to_owned(), attachment_id: writer.attachment_id.to_string() };
     assert_eq!(listed(&all, &behind), names(&["vol-1@s node-a", "vol-1@s node-b"]));
-    let of_snapshot = AttachmentFilter { volume_name: Some("vol-1@s".to_owned()), node_id: None };
+    let of_snapshot =
+        AttachmentFilter { volume_name: Some("vol-1@s".to_owned()), ..AttachmentFilter::default() };
     assert_eq!(listed(&of_snapshot, &first).len(), 2);
 
     catalog.raise_session_epoch(readers[0].attachment_id, 3).unwrap();

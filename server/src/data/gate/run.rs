@@ -34,6 +34,7 @@ use crate::data::mailbox::{Mailbox, Opened, RingMessage};
 use crate::data::maps::Maps;
 use crate::descriptors::{self, Descriptors};
 use crate::ids::ConnectionId;
+use crate::scope::Scope;
 use crate::tls::rights::Rights;
 use crate::volume::controls::AllControls;
 use crate::volume::copying::CopyError;
@@ -366,7 +367,7 @@ impl Gate {
         if !self.config.export_by_name {
             return Vec::new();
         }
-        match self.named_volumes() {
+        match self.named_volumes(&rights.scope_of_exports()) {
             Ok(volumes) => volumes
                 .into_iter()
                 .filter(|volume| rights.may_open(&volume.name, None))
@@ -381,9 +382,9 @@ impl Gate {
     }
 
     /// The volumes, and behind them the snapshots, as they can be opened by name.
-    fn named_volumes(&self) -> Result<Vec<VolumeRecord>, CatalogError> {
-        let mut all = self.catalog.list_volumes(&BTreeMap::new(), "", LISTED_NAMES_MAX)?;
-        let (filter, first) = (SnapshotFilter::default(), SnapshotKey::default());
+    fn named_volumes(&self, scope: &Scope) -> Result<Vec<VolumeRecord>, CatalogError> {
+        let mut all = self.catalog.list_volumes(scope, &BTreeMap::new(), "", LISTED_NAMES_MAX)?;
+        let (filter, first) = (SnapshotFilter::default().within(scope), SnapshotKey::default());
         let snapshots = self.catalog.list_snapshots(&filter, &first, LISTED_NAMES_MAX)?;
         let ready = snapshots.iter().filter(|(_, state)| *state == SnapshotState::Ready);
         all.extend(ready.map(|(snapshot, _)| snapshot.as_volume()));

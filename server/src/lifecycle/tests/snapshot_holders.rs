@@ -2,6 +2,7 @@
 
 use super::copies::finish;
 use super::*;
+use crate::scope::Scope;
 
 #[test]
 fn a_snapshot_is_attached_beside_the_written_volume_and_stays_while_it_is() {
@@ -66,9 +67,9 @@ fn only_snapshots_of_a_freeze_that_held_are_called_frozen() {
     };
     let is_frozen = |uid: &Uuid| bench.lifecycle.snapshot(&SnapshotNamed::Uid(*uid)).unwrap().0.is_frozen;
     let (plain, first, second) = (take("p", 0).unwrap(), take("a", 1).unwrap(), take("b", 2).unwrap());
-    assert_eq!(bench.lifecycle.mark_frozen(Uuid::from_u128(1)).unwrap(), first);
+    assert_eq!(bench.lifecycle.mark_frozen(&Scope::All, Uuid::from_u128(1)).unwrap(), first);
     assert!(is_frozen(&first[0]) && !is_frozen(&second[0]) && !is_frozen(&plain[0]));
-    let refused = bench.lifecycle.mark_frozen(Uuid::from_u128(3));
+    let refused = bench.lifecycle.mark_frozen(&Scope::All, Uuid::from_u128(3));
     assert!(matches!(refused, Err(LifecycleError::Snapshot(SnapshotError::NotFound(_)))), "{refused:?}");
     // One that is there is what was asked for only if it was frozen, or is of the same freeze.
     assert_eq!(take("a", 9).unwrap(), first);

@@ -10,10 +10,13 @@ use crate::catalog::{
     AttachmentFacts, Change, ChangePoint, Facts, Happened, SnapshotFacts, Told, VolumeFacts, WatchedKind,
     WatchedNodeFacts,
 };
+use crate::scope::Scope;
 
 /// What a caller wants to hear of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Wanted {
+    /// Only of what is in it. Nodes are no tenant's.
+    pub(super) scope: Scope,
     /// In the order in which what is there is told.
     pub(super) kinds: Vec<WatchedKind>,
     /// Only of the volume with this uid.
@@ -24,7 +27,12 @@ impl Wanted {
     /// Whether an object is among them.
     pub(super) fn has(&self, told: &Told) -> bool {
         let is_of_volume = self.volume_uid.as_ref().is_none_or(|uid| *uid == told.volume_uid);
-        is_of_volume && self.kinds.contains(&told.facts.kind())
+        is_of_volume && self.kinds.contains(&told.facts.kind()) && self.scope_has(told)
+    }
+
+    /// Whether an object is in the scope.
+    pub(super) fn scope_has(&self, told: &Told) -> bool {
+        self.scope.has(&told.tenant)
     }
 }
 
@@ -166,10 +174,13 @@ fn node(node_id: &str, facts: &WatchedNodeFacts) -> v1::WatchedNode {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
     use super::*;
 
     fn told(facts: Facts, volume_uid: &str) -> Told {
-        Told { uid: "u".to_owned(), volume_uid: volume_uid.to_owned(), facts }
+        Told { uid: "u".to_owned(), volume_uid: volume_uid.to_owned(), tenant: String::new(), facts }
     }
 
     fn change(told: Option<(Happened, Told)>) -> Change {
@@ -212,9 +223,9 @@ mod tests {
 
     #[test]
     fn what_is_wanted_is_of_its_kind_and_its_volume() {
-        let all = Wanted { kinds: WatchedKind::ALL.to_vec(), volume_uid: None };
-        let of_volume =
-            Wanted { kinds: vec![WatchedKind::Volume, WatchedKind::Node], volume_uid: Some("a".to_owned()) };
+        let all = Wanted { scope: Scope::All, kinds: WatchedKind::ALL.to_vec(), volume_uid: None };
+        let kinds = vec![WatchedKind::Volume, WatchedKind::Node];
+        let of_volume = Wanted { scope: Scope::All, kinds, volume_uid: Some("a".to_owned()) };
         let volume = |uid| told(Facts::Volume(VolumeFacts::default()), uid);
         let snapshot = told(Facts::Snapshot(SnapshotFacts::default()), "a");
         let node = told(Facts::Node(WatchedNodeFacts::default()), "");
@@ -222,6 +233,12 @@ mod tests {
         assert!(of_volume.has(&volume("a")) && !of_volume.has(&volume("b")));
         assert!(!of_volume.has(&snapshot), "another kind");
         assert!(!of_volume.has(&node), "of no volume");
+
+        let scope = Scope::Tenants(Arc::new(BTreeSet::from(["acme".to_owned()])));
+        let of_tenant = Wanted { scope, ..all };
+        let of = |tenant: &str| Told { tenant: tenant.to_owned(), ..volume("a") };
+        assert!(of_tenant.has(&of("acme")) && !of_tenant.has(&of("other")) && !of_tenant.has(&of("")));
+        assert!(!of_tenant.has(&node), "of no tenant");
     }
 
     #[test]

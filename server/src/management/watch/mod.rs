@@ -24,9 +24,10 @@ use tonic::Status;
 
 use super::ManagementService;
 use super::fields::Fields;
-use super::named::UID_PREFIX;
+use super::named::{UID_PREFIX, volume_within};
 use crate::catalog::{ChangePoint, WatchedKind};
 use crate::lifecycle::DataSide;
+use crate::scope::Scope;
 use crate::status;
 use events::Wanted;
 use recent::Recent;
@@ -65,14 +66,18 @@ impl Watches {
 }
 
 impl<D: DataSide> ManagementService<D> {
-    pub(super) async fn begin_watch(&self, request: v1::WatchRequest) -> Result<EventStream, Status> {
+    pub(super) async fn begin_watch(
+        &self,
+        scope: Scope,
+        request: v1::WatchRequest,
+    ) -> Result<EventStream, Status> {
         let (kinds, volume, token) = wanted(request)?;
         let from = match token {
             Some(token) => Some(self.point_of(token).await?),
             None => None,
         };
         let volume_uid = match volume {
-            Some(volume) => Some(self.uid_of_watched(volume).await?),
+            Some(volume) => Some(self.uid_of_watched(scope.clone(), volume).await?),
             None => None,
         };
         let watches = &self.calls.watches;
@@ -86,7 +91,7 @@ impl<D: DataSide> ManagementService<D> {
             lifecycle: Arc::clone(&self.lifecycle),
             looks: Arc::clone(&self.calls.looks),
             recent: Arc::clone(&watches.recent),
-            wanted: Wanted { kinds, volume_uid },
+            wanted: Wanted { scope, kinds, volume_uid },
             events,
             count: self.lifecycle.catalog().changes_count(),
             is_stopping: watches.is_stopping.subscribe(),
@@ -113,12 +118,12 @@ impl<D: DataSide> ManagementService<D> {
     }
 
     /// The uid of a volume that is named; one that is given as such may be gone.
-    async fn uid_of_watched(&self, volume: String) -> Result<String, Status> {
+    async fn uid_of_watched(&self, scope: Scope, volume: String) -> Result<String, Status> {
         if let Some(uid) = volume.strip_prefix(UID_PREFIX) {
             return Ok(uid.to_owned());
         }
-        let found = self.looking(move |lifecycle| lifecycle.volume(&volume)).await?.into_inner();
-        Ok(found.volume_uid.to_string())
+        let found = self.looking(move |lifecycle| volume_within(lifecycle, &scope, &volume));
+        Ok(found.await?.into_inner().volume_uid.to_string())
     }
 }
 

@@ -78,7 +78,8 @@ impl<D: DataSide> Watcher<D> {
                 let last = page.objects.get(PAGE_MAX as usize - 1).map(|told: &Told| told.uid.clone());
                 covered.add(kind, last.clone(), page.as_of.seq);
                 end = page.as_of.seq;
-                for told in &page.objects {
+                for told in page.objects.iter().filter(|told| self.wanted.scope_has(told)).collect::<Vec<_>>()
+                {
                     self.tell(events::present(told, now_ms())).await?;
                 }
                 match last {
