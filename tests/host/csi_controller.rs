@@ -116,7 +116,7 @@ impl Bench {
 
     /// Of the server's volume with this uid.
     async fn volume(&self, uid: &str) -> v1::Volume {
-        let request = v1::GetVolumeRequest { name: format!("uid:{uid, ..Default::default() }") };
+        let request = v1::GetVolumeRequest { name: format!("uid:{uid}"), ..Default::default() };
         self.api().await.get_volume(request).await.unwrap().into_inner()
     }
 }
