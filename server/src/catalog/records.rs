@@ -135,6 +135,8 @@ pub struct SnapshotRecord {
     pub freeze_id: Option<Uuid>,
     /// They were found frozen when they were thawed after the instant.
     pub is_frozen: bool,
+    /// As the volume was.
+    pub is_encrypted: bool,
 }
 
 /// A snapshot that [`super::Catalog::begin_snapshots`] is to write down.
@@ -197,6 +199,7 @@ impl SnapshotRecord {
             created_at_ms: self.created_at_ms,
             settings: VolumeSettings {
                 is_read_only: true,
+                is_encrypted: self.is_encrypted,
                 content: self.content,
                 ..VolumeSettings::default()
             },
@@ -327,6 +330,7 @@ pub(super) fn snapshot(row: &Row<'_>) -> Result<(SnapshotRecord, SnapshotState),
             _ => Some(columns.uuid("freeze_id")?),
         },
         is_frozen: columns.flag("is_frozen")?,
+        is_encrypted: columns.flag("is_encrypted")?,
     };
     Ok((record, state))
 }

@@ -64,6 +64,7 @@ pub(super) fn volume<D: DataSide>(
         // Whoever asks for one volume looks; see `followed`.
         adopted_problem: String::new(),
         grants: granted.iter().map(|granted| grant(&volume.name, granted)).collect(),
+        is_encrypted: settings.is_encrypted,
     })
 }
 
@@ -112,6 +113,7 @@ pub(super) fn snapshot<D: DataSide>(
         frozen: snapshot.is_frozen,
         freeze_id: snapshot.freeze_id.map(|id| id.to_string()).unwrap_or_default(),
         backend: backend(snapshot.backend).into(),
+        is_encrypted: snapshot.is_encrypted,
     })
 }
 
@@ -245,6 +247,7 @@ pub(super) fn attached<D: DataSide>(
         block_size_bytes: attached.volume.block_size_bytes,
         existed: attached.existed,
         backend: backend(attached.volume.backend).into(),
+        is_encrypted: attached.volume.settings.is_encrypted,
     }
 }
 
