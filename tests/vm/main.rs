@@ -22,6 +22,7 @@ mod hostile_server;
 mod idle;
 mod in_use;
 mod limits;
+mod luks;
 mod lvm;
 mod lying_disk;
 mod memory_pressure;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         foreign::TESTS,
         adopted::TESTS,
         lvm::TESTS,
+        luks::TESTS,
         tls_disks::TESTS,
         bad_input::TESTS,
         daemons::TESTS,

@@ -52,7 +52,7 @@ const QEMU_PACKAGES: [Package; 2] = [
 ];
 
 /// What else the lab and the tests call. The versions are Debian 12's, on which the tests were made.
-const PACKAGES: [Package; 28] = [
+const PACKAGES: [Package; 29] = [
     Package::any("g++", "g++"),
     Package::any("busybox-static", "busybox"),
     Package::any("cpio", "cpio"),
@@ -74,6 +74,7 @@ const PACKAGES: [Package; 28] = [
     Package::any("xfsprogs", "mkfs.xfs"),
     Package::any("btrfs-progs", "mkfs.btrfs"),
     Package::any("dmsetup", "dmsetup"),
+    Package::from("cryptsetup-bin", "cryptsetup", "--version", (2, 6)),
     Package::any("lvm2", "lvcreate"),
     Package::any("thin-provisioning-tools", "thin_check"),
     Package::from("fio", "fio", "--version", (3, 33)),
