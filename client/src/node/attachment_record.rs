@@ -293,7 +293,7 @@ pub(crate) mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::contract::{CONTRACT_VERSION, Encryption, SendZc, write_file};
+    use crate::contract::{CONTRACT_VERSION, EncryptedSpec, Encryption, SendZc, write_file};
 
     /// A spec for a volume, as the supervisor would write it.
     pub(crate) fn spec(attachment_id: Uuid, target: &str) -> DeviceSpec {
@@ -364,6 +364,32 @@ pub(crate) mod tests {
         assert_eq!(attachment.state(), v1::DeviceState::Dead);
         assert_eq!(attachment.state_reason, "the device process died; detach cleans up");
         assert_eq!(attachment.device_path, "/dev/ublkb4000000");
+    }
+
+    #[test]
+    fn of_an_encrypted_volume_the_clear_disk_is_told() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let id = Uuid::from_u128(0xe11c);
+        let dir = AttachmentDir::new(run_dir.path(), id);
+        fs::create_dir_all(dir.path()).unwrap();
+        let clear_link = PathBuf::from("/dev/volnode/vault");
+        let encrypted = Some(EncryptedSpec { clear_link: clear_link.clone() });
+        let device_link = PathBuf::from("/dev/volnode/.encrypted.vault");
+        let spec = DeviceSpec { encrypted, device_link, ..spec(id, "vault") };
+        write_file(&dir.spec(), &spec).unwrap();
+        let boot_id = contract::boot_id().unwrap();
+        write_file(&dir.status(), &status(&spec, DeviceState::Live, &boot_id)).unwrap();
+        let record = AttachmentRecord::read(dir).unwrap().unwrap();
+        assert_eq!(record.spec, spec);
+        let told = record.to_proto();
+        assert!(told.is_encrypted && told.clear_device_path.is_empty(), "{told:?}");
+        assert_eq!(
+            (told.device_link.as_str(), told.capacity_bytes),
+            ("/dev/volnode/vault", (1 << 30) - (16 << 20))
+        );
+        for text in ["vault", "/dev/volnode/vault", &format!("/dev/mapper/volnode-{id}")] {
+            assert!(record.is_meant_by(&DetachSelector::parse(text).unwrap()), "{text}");
+        }
     }
 
     #[test]

@@ -43,10 +43,17 @@ const LOCK_PAUSE: Duration = Duration::from_millis(50);
 const SAID_BYTES_MAX: u64 = 1024;
 /// Where the data begins, in sectors of 512 bytes: behind the 16 MiB that a volume has more than it was asked for.
 const DATA_OFFSET_SECTORS: u64 = proto::passphrase::LUKS_HEADER_BYTES / 512;
+const CRYPTSETUP: &str = "cryptsetup";
 /// Of `cryptsetup`: no key slot opens with this passphrase.
 const NO_KEY: i32 = 2;
 /// A core of one byte: none is written, and none is piped to a program either (core(5)).
 const NO_CORE: u64 = 1;
+
+/// Whether cryptsetup is where this process looks for programs: asked before anything is begun that needs it.
+pub fn is_installed() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(CRYPTSETUP).is_file())
+}
 
 /// What runs are about.
 #[derive(Debug, Clone, Copy)]
@@ -306,7 +313,7 @@ fn lock_path(dir: &AttachmentDir) -> PathBuf {
 }
 
 fn cryptsetup(action: &str) -> Command {
-    let mut command = program("cryptsetup");
+    let mut command = program(CRYPTSETUP);
     command.arg(action);
     command
 }

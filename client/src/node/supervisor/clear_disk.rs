@@ -31,7 +31,7 @@ use crate::node::attachment_record::AttachmentRecord;
 use crate::node::error::NodeError;
 use crate::node::leftovers;
 use crate::node::luks::core::{self, ClearDisk, Content, Header, Refusal, Step, View};
-use crate::node::luks::cryptsetup::Subject;
+use crate::node::luks::cryptsetup::{self, Subject};
 use crate::node::luks::mapper::{self, Mapper};
 use crate::node::target::DetachSelector;
 
@@ -132,6 +132,9 @@ impl Supervisor {
         let status = record.status.as_ref();
         let (dev_id, disk) = (status.and_then(|status| status.dev_id), record.device_path());
         let disk = disk.ok_or_else(|| NodeError::NotAttached { target: target.clone() })?;
+        if !cryptsetup::is_installed() {
+            return Err(NodeError::NoCryptsetup);
+        }
         let subject = subject(record);
         let mut view = View {
             is_read_only: record.spec.read_only,
