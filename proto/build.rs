@@ -8,6 +8,8 @@ use prost_types::{DescriptorProto, FileDescriptorSet};
 
 /// A field of this name is secret.
 const SECRET: &str = "secrets";
+/// All of this message is; it shows itself as nothing.
+const PASSPHRASE: &str = ".volnode.v1.Passphrase";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
@@ -30,7 +32,8 @@ fn compile(
     let descriptors = protox::compile(files, ["."])?;
     std::fs::write(descriptors_file, descriptors.encode_to_vec())?;
     // Nobody can print such a message, or one that it is in.
-    let secret = secret_messages(&descriptors);
+    let mut secret = secret_messages(&descriptors);
+    secret.push(PASSPHRASE.to_owned());
     let builder = tonic_prost_build::configure().skip_debug(secret).generate_default_stubs(has_stubs);
     builder.compile_fds(descriptors)?;
     Ok(())

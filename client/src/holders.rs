@@ -80,12 +80,19 @@ impl Role {
 /// Who uses `/dev/ublkb<dev_id>` or a partition of it, for people: "mounted on /mnt/data", "used by dm-0 (vault)",
 /// "swap area /dev/ublkb0p2", "open by pid 123 (fio)". Empty when nobody is seen.
 pub fn holders(dev_id: u32) -> Vec<String> {
-    holders_below(Path::new("/proc"), Path::new("/sys"), dev_id)
+    holders_of_disk(&format!("ublkb{dev_id}"))
+}
+
+/// The same of any disk, by the kernel's name of it.
+pub fn holders_of_disk(disk: &str) -> Vec<String> {
+    holders_below(Path::new("/proc"), Path::new("/sys"), disk)
 }
 
 /// The mounts in this process's mount namespace that need `/dev/ublkb<dev_id>` or a partition of it, the last one first.
 pub(super) fn mounted_on(dev_id: u32) -> Vec<PathBuf> {
-    let devices = with_btrfs_members(Path::new("/sys"), &disk_and_partitions(Path::new("/sys"), dev_id));
+    let sys = Path::new("/sys");
+    // Of an encrypted disk they are of the one above it.
+    let devices = with_btrfs_members(sys, &kernel::with_stacked(sys, &disk_and_partitions(sys, dev_id)));
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mut points: Vec<PathBuf> =
         mount_points(&mountinfo, &devices).map(|(_, point)| PathBuf::from(point)).collect();
@@ -93,8 +100,8 @@ pub(super) fn mounted_on(dev_id: u32) -> Vec<PathBuf> {
     points
 }
 
-fn holders_below(proc: &Path, sys: &Path, dev_id: u32) -> Vec<String> {
-    let devices = disk_and_partitions(sys, dev_id);
+fn holders_below(proc: &Path, sys: &Path, disk: &str) -> Vec<String> {
+    let devices = disk_with_partitions(sys, disk);
     let mut found = mounts(proc, &with_btrfs_members(sys, &devices));
     found.extend(kernel::external_journals(proc, &devices));
     found.extend(kernel::stacked_devices(sys, &devices));
@@ -385,7 +392,7 @@ mod tests {
             std::os::unix::fs::symlink(namespace, process.join("ns/mnt")).unwrap();
         }
         write(proc.join("swaps"), "Filename\n");
-        let found = holders_below(&proc, &sys, 7);
+        let found = holders_below(&proc, &sys, "ublkb7");
         let expected = [
             "mounted on /srv",
             "mounted on /tree",

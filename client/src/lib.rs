@@ -22,6 +22,7 @@ pub mod csi;
 pub mod daemon_process;
 pub mod data_address;
 pub mod device;
+pub mod disk_ends;
 mod end_signal;
 pub mod freezer;
 pub mod holders;

@@ -13,6 +13,7 @@ use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, value_parser};
 use client::contract::AttachmentDir;
 use client::daemon_process;
+use client::disk_ends;
 use client::freezer::{self, Mount};
 use client::holders;
 use client::node::attachment_record::AttachmentRecord;
@@ -76,6 +77,18 @@ enum Command {
     StopDisk {
         /// The number in the disk's name
         dev_id: u32,
+    },
+    /// Tell by the exit code what lies at both ends of a disk; started by `volclient serve`
+    #[command(name = disk_ends::LOOK_SUBCOMMAND, hide = true)]
+    LookAtEnds {
+        /// Its path
+        disk: PathBuf,
+    },
+    /// Write zeros over both ends of a disk; started by `volclient serve`
+    #[command(name = disk_ends::ERASE_SUBCOMMAND, hide = true)]
+    EraseEnds {
+        /// Its path
+        disk: PathBuf,
     },
     /// Hold a mounted file system frozen for some seconds at most; started by `volclient serve`
     #[command(name = freezer::HOLD_SUBCOMMAND, hide = true)]
@@ -160,6 +173,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         // It starts the log's writer itself, when no mount is in its way any more.
         Command::Device(args) => run_device(args),
         Command::StopDisk { dev_id } => run_stop_disk(dev_id),
+        Command::LookAtEnds { disk } => std::process::exit(i32::from(disk_ends::look(&disk)?.exit_code())),
+        Command::EraseEnds { disk } => Ok(disk_ends::erase(&disk)?),
         Command::HoldFrozen { mounts, .. } => Ok(freezer::hold_frozen(&mounts)?),
         Command::ThawLeft { id, pids, mounts } => {
             Ok(freezer::thaw_left(&id, &pids, &mounts, holders::mounts_of_device)?)

@@ -152,6 +152,14 @@ pub const FREEZE_FAILED: &str = "FREEZE_FAILED";
 pub const ATTACHED_DIFFERENTLY: &str = "ATTACHED_DIFFERENTLY";
 /// FAILED_PRECONDITION: a partition of another disk of this machine has the stable name that the disk would have.
 pub const NAME_TAKEN: &str = "NAME_TAKEN";
+/// FAILED_PRECONDITION: the volume is encrypted, and no passphrase was given.
+pub const PASSPHRASE_MISSING: &str = "PASSPHRASE_MISSING";
+/// FAILED_PRECONDITION: the passphrase is not one of the encrypted volume's.
+pub const PASSPHRASE_WRONG: &str = "PASSPHRASE_WRONG";
+/// FAILED_PRECONDITION: what is on an encrypted volume's disk, or known of it, does not allow that it is made or opened.
+pub const ENCRYPTION_REFUSED: &str = "ENCRYPTION_REFUSED";
+/// FAILED_PRECONDITION: this machine has no cryptsetup, which opens encrypted volumes.
+pub const NO_CRYPTSETUP: &str = "NO_CRYPTSETUP";
 /// UNAVAILABLE: the storage server cannot be reached.
 pub const SERVER_UNREACHABLE: &str = "SERVER_UNREACHABLE";
 /// UNAVAILABLE: the device is gone, but the server could not be told; repeating the detach finishes it.

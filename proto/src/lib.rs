@@ -6,6 +6,7 @@
 //!   take bytes and give bytes.
 //! - [`error_reason`]: the stable reasons that gRPC errors carry.
 //! - [`label`]: what a label of a volume or node may be.
+//! - [`passphrase`]: of encrypted volumes: how large their header is, and a message that shows nothing of what it carries.
 //! - [`volume_name`]: names of volumes that look like those of partitions.
 //! - [`export_name`]: the name under which an attachment's export is opened; it carries identity, secret, epoch and slot.
 //!
@@ -16,6 +17,7 @@ pub mod error_reason;
 pub mod export_name;
 pub mod label;
 pub mod nbd;
+pub mod passphrase;
 pub mod volume_name;
 
 /// The gRPC API `volnode.v1`, generated from `proto/volnode/v1/*.proto`.

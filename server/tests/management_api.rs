@@ -120,6 +120,35 @@ async fn a_volume_is_created_shown_and_deleted() {
 }
 
 #[tokio::test]
+async fn whether_a_volume_is_encrypted_is_for_good_and_told_to_who_attaches_it() {
+    let mut bench = Bench::new().await;
+    let encrypted = |name: &str| v1::CreateVolumeRequest {
+        is_encrypted: true,
+        capacity_bytes: (16 << 20) + 4096,
+        ..create_request(name)
+    };
+    let volume = bench.create(encrypted("vol-1")).await.unwrap();
+    assert!(volume.is_encrypted && volume.capacity_bytes == (16 << 20) + 4096);
+    assert_eq!(bench.create(encrypted("vol-1")).await.unwrap(), volume);
+    let other = v1::CreateVolumeRequest { is_encrypted: false, ..encrypted("vol-1") };
+    let status = bench.create(other).await.unwrap_err();
+    assert_eq!(reason_of(&status), (Code::AlreadyExists, reason::VOLUME_DIFFERS.to_owned()));
+    assert!(status.message().contains("encryption"), "{status:?}");
+    for (field, bad) in [
+        ("is_encrypted", v1::CreateVolumeRequest { is_shared: true, ..encrypted("vol-2") }),
+        ("capacity_bytes", v1::CreateVolumeRequest { capacity_bytes: 16 << 20, ..encrypted("vol-2") }),
+    ] {
+        assert_eq!(fields_of(&bench.create(bad).await.unwrap_err()), [field]);
+    }
+    bench.create(create_request("plain")).await.unwrap();
+    for (name, is_encrypted) in [("vol-1", true), ("plain", false)] {
+        let request = volserver::attach_request(name, "node-a", false);
+        let attached = bench.client.attach_volume(request).await.unwrap().into_inner();
+        assert_eq!(attached.is_encrypted, is_encrypted, "{name}");
+    }
+}
+
+#[tokio::test]
 async fn a_deleted_name_makes_another_volume() {
     let mut bench = Bench::new().await;
     let first = bench.create(create_request("vol-1")).await.unwrap();

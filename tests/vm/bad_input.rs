@@ -28,6 +28,7 @@ pub(crate) mod exit_code {
     pub(crate) const PRECONDITION: i32 = 5;
     pub(crate) const UNREACHABLE: i32 = 6;
     pub(crate) const NO_SPACE: i32 = 8;
+    pub(crate) const PASSPHRASE: i32 = 11;
 }
 
 fn volumes_that_cannot_be_are_refused(env: &Env) -> Result<()> {

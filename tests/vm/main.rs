@@ -24,6 +24,7 @@ mod images;
 mod in_use;
 mod kubelet;
 mod limits;
+mod luks;
 mod lvm;
 mod lvm_changes;
 mod lvm_failures;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         lvm::TESTS,
         lvm_changes::TESTS,
         lvm_failures::TESTS,
+        luks::TESTS,
         tls_disks::TESTS,
         bad_input::TESTS,
         daemons::TESTS,

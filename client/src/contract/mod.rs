@@ -201,6 +201,9 @@ pub struct DeviceSpec {
     /// It was attached under a grant of the server's, and is not attached anew without one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub only_if_granted: bool,
+    /// What the disk holds is encrypted by this machine, and used through another disk; `None`: it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encrypted: Option<EncryptedSpec>,
     /// The device of a process that died, to go on with; `None`: make one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recover: Option<RecoverSpec>,
@@ -232,6 +235,7 @@ impl DeviceSpec {
             send_zc: false,
             send_zc_mode: None,
             only_if_granted: false,
+            encrypted: None,
             recover: None,
             tls: None,
         }
@@ -250,6 +254,14 @@ impl DeviceSpec {
     pub fn send_zc_mode(&self) -> SendZcMode {
         self.send_zc_mode.unwrap_or(if self.send_zc { SendZcMode::On } else { SendZcMode::Off })
     }
+}
+
+/// Of an encrypted volume's disk: what the node daemon has to know of its clear disk, which is called by the attachment's id. A device process
+/// knows nothing of it, and neither does a program from before there were any: to it the disk is in use until that one is closed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EncryptedSpec {
+    /// Stable name of the clear disk; [`DeviceSpec::device_link`] is another.
+    pub clear_link: PathBuf,
 }
 
 /// What a device process has to know of the one before it, whose device it takes on.

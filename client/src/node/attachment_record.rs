@@ -9,12 +9,14 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use proto::passphrase::LUKS_HEADER_BYTES;
 use proto::v1;
 use rustix::process::Pid;
 use ublk_core::control::block_device_path;
 
 use super::device_process;
 use super::error::NodeError;
+use super::luks::mapper;
 use super::target::{DetachSelector, Target};
 use crate::contract::{
     self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec, SendZcMode,
@@ -146,7 +148,13 @@ impl AttachmentRecord {
             }
             DetachSelector::Path(path) => {
                 let leads_to = fs::canonicalize(path).ok();
-                self.spec.device_link == *path || (leads_to.is_some() && leads_to == self.device_path())
+                let clear_link = self.spec.encrypted.as_ref().map(|encrypted| &encrypted.clear_link);
+                let is_clear_disk =
+                    || clear_link.is_some() && *path == mapper::path_of(self.spec.attachment_id);
+                self.spec.device_link == *path
+                    || clear_link == Some(path)
+                    || (leads_to.is_some() && leads_to == self.device_path())
+                    || is_clear_disk()
             }
             DetachSelector::Name { attachment_id, target } => {
                 *attachment_id == Some(self.spec.attachment_id) || self.target().as_ref() == Some(target)
@@ -208,7 +216,27 @@ impl AttachmentRecord {
                 if self.status.is_some() { "the device process died" } else { "left by an earlier boot" };
             attachment.state_reason = format!("{why}; detach cleans up");
         }
+        self.tell_clear_disk(&mut attachment);
         attachment
+    }
+
+    /// Of an encrypted volume it is the clear disk that is used.
+    fn tell_clear_disk(&self, attachment: &mut v1::NodeAttachment) {
+        let Some(encrypted) = &self.spec.encrypted else { return };
+        attachment.is_encrypted = true;
+        attachment.device_link = encrypted.clear_link.display().to_string();
+        attachment.capacity_bytes = attachment.capacity_bytes.saturating_sub(LUKS_HEADER_BYTES);
+        match mapper::find(self.spec.attachment_id) {
+            Some(mapper) => {
+                attachment.capacity_bytes = mapper.bytes;
+                attachment.clear_device_path = mapper::path_of(self.spec.attachment_id).display().to_string();
+            }
+            None if attachment.state() == v1::DeviceState::Live && attachment.state_reason.is_empty() => {
+                attachment.state_reason =
+                    "its clear disk is not open; attach it again, with its passphrase".to_owned();
+            }
+            None => {}
+        }
     }
 }
 
@@ -265,7 +293,7 @@ pub(crate) mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::contract::{CONTRACT_VERSION, Encryption, SendZc, write_file};
+    use crate::contract::{CONTRACT_VERSION, EncryptedSpec, Encryption, SendZc, write_file};
 
     /// A spec for a volume, as the supervisor would write it.
     pub(crate) fn spec(attachment_id: Uuid, target: &str) -> DeviceSpec {
@@ -336,6 +364,32 @@ pub(crate) mod tests {
         assert_eq!(attachment.state(), v1::DeviceState::Dead);
         assert_eq!(attachment.state_reason, "the device process died; detach cleans up");
         assert_eq!(attachment.device_path, "/dev/ublkb4000000");
+    }
+
+    #[test]
+    fn of_an_encrypted_volume_the_clear_disk_is_told() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let id = Uuid::from_u128(0xe11c);
+        let dir = AttachmentDir::new(run_dir.path(), id);
+        fs::create_dir_all(dir.path()).unwrap();
+        let clear_link = PathBuf::from("/dev/volnode/vault");
+        let encrypted = Some(EncryptedSpec { clear_link: clear_link.clone() });
+        let device_link = PathBuf::from("/dev/volnode/.encrypted.vault");
+        let spec = DeviceSpec { encrypted, device_link, ..spec(id, "vault") };
+        write_file(&dir.spec(), &spec).unwrap();
+        let boot_id = contract::boot_id().unwrap();
+        write_file(&dir.status(), &status(&spec, DeviceState::Live, &boot_id)).unwrap();
+        let record = AttachmentRecord::read(dir).unwrap().unwrap();
+        assert_eq!(record.spec, spec);
+        let told = record.to_proto();
+        assert!(told.is_encrypted && told.clear_device_path.is_empty(), "{told:?}");
+        assert_eq!(
+            (told.device_link.as_str(), told.capacity_bytes),
+            ("/dev/volnode/vault", (1 << 30) - (16 << 20))
+        );
+        for text in ["vault", "/dev/volnode/vault", &format!("/dev/mapper/volnode-{id}")] {
+            assert!(record.is_meant_by(&DetachSelector::parse(text).unwrap()), "{text}");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use ublk_core::ControlError;
 
+use super::luks::core::Refusal;
 use crate::causes::with_sources;
 use crate::contract::ContractError;
 
@@ -191,6 +192,31 @@ pub enum NodeError {
         /// Such as "read_only false instead of true".
         differences: Vec<String>,
     },
+    /// What is there does not allow that the encrypted disk is opened.
+    #[error("{target}: {why}")]
+    EncryptionRefused {
+        /// What was to be attached.
+        target: String,
+        /// Why.
+        why: Refusal,
+    },
+    /// No key slot of the LUKS header opens with it.
+    #[error("the passphrase of {target} is wrong")]
+    PassphraseWrong {
+        /// Whose.
+        target: String,
+    },
+    /// cryptsetup or the kernel refuses.
+    #[error("{target}: {why}")]
+    EncryptionFailed {
+        /// Whose disk.
+        target: String,
+        /// What was tried, and what was said.
+        why: String,
+    },
+    /// The programs are not there.
+    #[error("the volume is encrypted, and this machine has no cryptsetup")]
+    NoCryptsetup,
     /// A spec or a status cannot be read or written.
     #[error(transparent)]
     StateFile(#[from] ContractError),
@@ -236,6 +262,12 @@ impl NodeError {
             Self::AttachedDifferently { .. } | Self::AttachedAs { .. } => {
                 (Code::AlreadyExists, reason::ATTACHED_DIFFERENTLY)
             }
+            Self::EncryptionRefused { why: Refusal::NoPassphrase, .. } => {
+                (Code::FailedPrecondition, reason::PASSPHRASE_MISSING)
+            }
+            Self::EncryptionRefused { .. } => (Code::FailedPrecondition, reason::ENCRYPTION_REFUSED),
+            Self::PassphraseWrong { .. } => (Code::FailedPrecondition, reason::PASSPHRASE_WRONG),
+            Self::NoCryptsetup => (Code::FailedPrecondition, reason::NO_CRYPTSETUP),
             Self::StateFile(ContractError::Version { .. }) => {
                 (Code::FailedPrecondition, reason::NEWER_FORMAT)
             }
@@ -245,6 +277,7 @@ impl NodeError {
             | Self::PolicyRefused { .. }
             | Self::StateFile(_)
             | Self::Io { .. }
+            | Self::EncryptionFailed { .. }
             | Self::Panicked => (Code::Internal, reason::NODE_FAILED),
         }
     }
@@ -293,6 +326,16 @@ impl NodeError {
             }
             Self::AttachedDifferently { .. } => {
                 "detach it first, or ask for the properties it has".to_owned()
+            }
+            Self::EncryptionRefused { why, .. } => why.next().to_owned(),
+            Self::PassphraseWrong { .. } => {
+                "give another; a snapshot or clone has the passphrase that its volume had when it was taken".to_owned()
+            }
+            Self::NoCryptsetup => {
+                "install cryptsetup (Debian: cryptsetup-bin), then repeat the call".to_owned()
+            }
+            Self::EncryptionFailed { .. } => {
+                "mend what it says; the logs of `volclient serve` and of the kernel (dmesg) tell more".to_owned()
             }
             Self::StateFile(ContractError::Version { .. }) => "upgrade volclient on this machine".to_owned(),
             _ => String::new(),

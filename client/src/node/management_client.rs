@@ -14,7 +14,7 @@ use proto::v1::management_client::ManagementClient as Stub;
 use proto::v1::{
     AccessMode, AttachVolumeRequest, Attachment, Backend, DetachVolumeRequest, GetServerInfoRequest,
     GetServerInfoResponse, Grant, HeartbeatRequest, HeartbeatResponse, ListAttachmentsRequest,
-    ListGrantsRequest, RegisterNodeRequest,
+    ListGrantsRequest, RegisterNodeRequest, SetVolumeContentRequest, Volume, VolumeContent,
 };
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
@@ -49,6 +49,8 @@ pub struct GrantedAttachment {
     pub is_volatile: bool,
     /// This node held it before the call.
     pub existed: bool,
+    /// What is written to it is to be encrypted.
+    pub is_encrypted: bool,
 }
 
 /// A connection to one storage server, made when first used and again when lost.
@@ -117,6 +119,7 @@ impl ManagementClient {
             is_volatile,
             data_addresses: answer.data_addresses,
             existed: answer.existed,
+            is_encrypted: answer.is_encrypted,
         })
     }
 
@@ -142,6 +145,25 @@ impl ManagementClient {
         let request = DetachVolumeRequest { attachment_id: attachment_id.to_owned(), ..Default::default() };
         let mut stub = self.stub.clone();
         Ok(self.call(stub.detach_volume(request)).await?.existed)
+    }
+
+    /// Says what is known of a volume's content, by an attachment of this node's; unspecified changes nothing. The volume, with its content.
+    ///
+    /// # Errors
+    /// [`NodeError::Refused`], [`NodeError::ServerUnreachable`]
+    pub async fn set_volume_content(
+        &self,
+        volume_name: &str,
+        attachment_id: &str,
+        content: VolumeContent,
+    ) -> Result<Volume, NodeError> {
+        let request = SetVolumeContentRequest {
+            name: volume_name.to_owned(),
+            attachment_id: attachment_id.to_owned(),
+            content: content.into(),
+        };
+        let mut stub = self.stub.clone();
+        self.call(stub.set_volume_content(request)).await
     }
 
     /// Who the server is, and where it serves data now.

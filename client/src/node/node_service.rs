@@ -125,6 +125,18 @@ impl Node for NodeService {
         finish("Upgrade", request.target.clone(), async move { supervisor.upgrade(&request).await }).await
     }
 
+    async fn change_passphrase(
+        &self,
+        request: Request<v1::ChangePassphraseRequest>,
+    ) -> Result<Response<v1::ChangePassphraseResponse>, Status> {
+        let (supervisor, request) = (Arc::clone(&self.supervisor), request.into_inner());
+        finish("ChangePassphrase", request.target.clone(), async move {
+            let attachment = supervisor.change_passphrase(request).await?;
+            Ok(v1::ChangePassphraseResponse { attachment: Some(attachment) })
+        })
+        .await
+    }
+
     async fn freeze(
         &self,
         request: Request<v1::FreezeRequest>,

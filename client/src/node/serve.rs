@@ -16,6 +16,7 @@ use std::time::Duration;
 use file_lock::lock_alone;
 use proto::v1::FILE_DESCRIPTOR_SET;
 use proto::v1::node_server::NodeServer;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -117,6 +118,9 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
         make_private_folder(folder)?;
     }
     let _lock = lock_run_dir(&options.run_dir)?;
+    // Passphrases pass through its memory: no core has them.
+    let undumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    undumpable.map_err(|errno| ServeError::io(Path::new("/proc/self"))(errno.into()))?;
     let supervisor = supervisor(&options)?;
     tracing::info!(node_id = supervisor.config().node_id, server = options.server, "volclient starts");
     supervisor.adopt_found_attachments()?;
@@ -124,11 +128,13 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let listener = listen(&options.socket)?;
     announce(&options.socket).map_err(ServeError::io(&options.socket))?;
     let moves = tokio::spawn(Arc::clone(&supervisor).follow_moved_servers());
+    let growth = tokio::spawn(Arc::clone(&supervisor).follow_grown_disks());
     let max_volumes = options.max_volumes.unwrap_or_else(volume_limit::of_this_machine);
     let profile = NodeProfile { labels: options.labels, max_volumes };
     let registration = tokio::spawn(keep_registered(Arc::clone(&supervisor), profile.clone()));
     let served = run_grpc(listener, supervisor, profile).await;
     moves.abort();
+    growth.abort();
     registration.abort();
     fs::remove_file(&options.socket).ok();
     tracing::info!("volclient ends; device processes go on");

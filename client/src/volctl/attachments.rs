@@ -36,6 +36,8 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
             "leave --access away; or clone it and attach the clone (volctl clone)",
         ));
     }
+    let passphrase = args.passphrase.read()?;
+    let is_encrypted = passphrase.is_some();
     let mut client = connect::node(socket).await?;
     let spinner = spinner(format!("attaching {}", args.target));
     let request = v1::AttachRequest {
@@ -54,6 +56,8 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
         on_stall: stall_action(args.stall).into(),
         stall_fail_after_ms: stall_fail_after_ms(args.stall),
         only_if_granted: args.only_if_granted,
+        passphrase,
+        keep_initialising: false,
     };
     let give_up = Instant::now() + args.retry_for.unwrap_or_default();
     let answer = loop {
@@ -80,8 +84,26 @@ pub(crate) async fn attach(socket: &Path, args: AttachArgs) -> Result<Report, Fa
             "detach it, upgrade volclient, and attach it again",
         ));
     }
-    let report = Report::new(format!("{}\n", attachment.device_path), node_attachment_json(&attachment));
+    if is_encrypted && attachment.clear_device_path.is_empty() {
+        return Err(Failure::new(
+            ExitCode::Other,
+            format!(
+                "{} is attached, and not encrypted: the node daemon or the storage server is of a version that knows no encryption",
+                args.target
+            ),
+            "detach it, upgrade volclient and volserver, and attach it again",
+        ));
+    }
+    let report = Report::new(format!("{}\n", used_path(&attachment)), node_attachment_json(&attachment));
     Ok(report.with_note(tail_note(&attachment)))
+}
+
+/// The disk that is used: of an encrypted volume the clear one.
+fn used_path(attachment: &v1::NodeAttachment) -> &str {
+    match attachment.clear_device_path.as_str() {
+        "" => &attachment.device_path,
+        clear => clear,
+    }
 }
 
 /// What of the export the disk has not, if anything.
@@ -245,7 +267,7 @@ fn node_attachment_tables(attachments: &[v1::NodeAttachment]) -> Tables {
         };
         let row = [
             attachment.target.clone(),
-            or_dash(&attachment.device_path),
+            or_dash(used_path(attachment)),
             human_size(attachment.capacity_bytes),
             if attachment.read_only { "ro" } else { "rw" }.to_owned(),
             or_dash(&attachment.data_path),

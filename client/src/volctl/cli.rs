@@ -9,6 +9,7 @@ use crate::duration::parse_duration;
 use crate::exit_code::EXIT_CODES_HELP;
 use crate::image::{ExportArgs, ImageProgramArgs, ImportArgs};
 use crate::output::OutputFormat;
+use crate::passphrase::{ChangeArgs, PassphraseArgs};
 use crate::settings::{LimitArgs, SetArgs, parse_label, parse_label_filter};
 use crate::size::parse_size;
 use crate::tenant_args::TenantCommand;
@@ -60,7 +61,7 @@ pub(crate) enum Command {
     ///
     /// The file is YAML: a list of volumes, or a document for each. `name` and what `create`, `clone`, `set` and `limit` take: `size`,
     /// `block_size`, `backend`, `write_cache`, `adopt`, `source` (VOLUME, VOLUME@SNAPSHOT or @UID: a clone), `labels` (KEY: VALUE, or
-    /// KEY: ~ to take it away), `description`, `protected`, `read_only`, `shared`, and `limits` with `read_iops`, `write_iops`,
+    /// KEY: ~ to take it away), `description`, `protected`, `read_only`, `shared`, `encrypted`, and `limits` with `read_iops`, `write_iops`,
     /// `read_bandwidth`, `write_bandwidth` and `burst`. What is left out stays as it is; of a new volume it is as `create` has it.
     ///
     /// Where something is declared that cannot be changed (a smaller size, another block size), nothing is changed at all. What
@@ -99,7 +100,7 @@ pub(crate) enum Command {
     Resize {
         /// The volume's name
         name: String,
-        /// New capacity, as for create
+        /// New capacity, as for create; of an encrypted volume without its header
         #[arg(long, value_parser = parse_size)]
         size: u64,
     },
@@ -157,6 +158,10 @@ pub(crate) enum Command {
     },
     /// Make a volume, a snapshot, or an export of any NBD server, a local disk; prints its path
     Attach(AttachArgs),
+    /// Change the passphrase of an encrypted volume that is attached to this machine, while it is in use, too
+    ///
+    /// Snapshots and clones that there are keep the one that they have.
+    Passphrase(ChangeArgs),
     /// Take a local disk away; what is not attached is a success
     #[command(group = clap::ArgGroup::new("which").required(true).args(["target", "all"]))]
     Detach {
@@ -388,6 +393,11 @@ pub(crate) struct CreateArgs {
     /// sees to it who writes what.
     #[arg(long)]
     pub(crate) shared: bool,
+    /// Have whoever attaches it encrypt what is written (LUKS): attach asks for a passphrase
+    ///
+    /// The first attach makes the header with its passphrase. The header takes 16 MiB more than --size on the storage server.
+    #[arg(long, conflicts_with_all = ["shared", "adopt"])]
+    pub(crate) encrypted: bool,
     #[command(flatten)]
     pub(crate) limits: LimitArgs,
 }
@@ -469,6 +479,8 @@ pub(crate) struct AttachArgs {
     /// Only if the volume is granted to this node (volctl grant); what was attached so is not attached anew without a grant either
     #[arg(long)]
     pub(crate) only_if_granted: bool,
+    #[command(flatten)]
+    pub(crate) passphrase: PassphraseArgs,
     #[command(flatten)]
     pub(crate) stall: StallArgs,
     /// While the storage server cannot be reached, or takes this machine's former boot for alive, go on trying for so long, such as

@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use client::causes::with_sources;
+use client::node::luks::mapper;
 use client::node::target::Target;
 use proto::v1;
 use serde_json::{Value, json};
@@ -45,6 +46,7 @@ pub(crate) async fn doctor(server: &ServerAddress, socket: &Path) -> Report {
         Check::new("ublk driver", check_driver(&control)),
         check_data_paths(&control),
         Check::new("node daemon", check_node(socket).await),
+        Check::new("encrypted disks", check_clear_disks(socket).await),
         check_server(server).await,
     ];
     let exit_code =
@@ -228,6 +230,28 @@ async fn node_info(socket: &Path) -> Result<v1::GetNodeInfoResponse, Failure> {
 
 async fn server_info(server: &ServerAddress) -> Result<v1::GetServerInfoResponse, Failure> {
     call(connect::server(server).await?.get_server_info(v1::GetServerInfoRequest {})).await
+}
+
+/// Whether every clear disk that is open is an attachment's. Without the node daemon nobody knows.
+async fn check_clear_disks(socket: &Path) -> Result<String, Failure> {
+    let open = mapper::all();
+    if open.is_empty() {
+        return Ok("none is open".to_owned());
+    }
+    let request = v1::ListNodeAttachmentsRequest {};
+    let known = call(connect::node(socket).await?.list_node_attachments(request)).await?.attachments;
+    let is_forgotten = |mapper: &&mapper::Mapper| {
+        let id = mapper.attachment_id.to_string();
+        known.iter().all(|attachment| attachment.attachment_id != id)
+    };
+    match open.iter().find(is_forgotten) {
+        None => Ok(format!("{} open, each an attachment's", open.len())),
+        Some(mapper) => Err(Failure::new(
+            ExitCode::Precondition,
+            format!("{} is open, and no attachment has it", mapper::path_of(mapper.attachment_id).display()),
+            format!("close it: volctl detach {}", mapper.attachment_id),
+        )),
+    }
 }
 
 /// Prints what answers; a program that does not is told as such, and is no failure.

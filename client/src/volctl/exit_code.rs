@@ -16,7 +16,8 @@ Exit codes:
   7  this machine cannot: not root, no ublk driver, or a data path that its kernel lacks
   8  no space left on the storage server, in a tenant's quota, or for a file
   9  not done in time
-  10 apply --dry-run: something would be changed";
+  10 apply --dry-run: something would be changed
+  11 the volume is encrypted: its passphrase is wrong, or none was given";
 
 /// How volctl ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,15 +35,20 @@ pub(crate) enum ExitCode {
     TimedOut = 9,
     /// Of a dry run alone.
     WouldChange = 10,
+    Passphrase = 11,
 }
 
 impl ExitCode {
     /// For an answer of the storage server or the node daemon. The reason decides where it says more than the code.
     pub(crate) fn of(code: Code, error_reason: &str) -> Self {
         match error_reason {
-            reason::NO_UBLK_DRIVER | reason::NOT_PERMITTED | reason::DATA_PATH_UNSUPPORTED => {
+            reason::NO_UBLK_DRIVER
+            | reason::NOT_PERMITTED
+            | reason::DATA_PATH_UNSUPPORTED
+            | reason::NO_CRYPTSETUP => {
                 return Self::MachineCannot;
             }
+            reason::PASSPHRASE_MISSING | reason::PASSPHRASE_WRONG => return Self::Passphrase,
             reason::DEVICE_START_FAILED | reason::NEWER_FORMAT | reason::NOT_AUTHORIZED => {
                 return Self::Other;
             }
@@ -91,6 +97,7 @@ mod tests {
             ExitCode::NoSpace,
             ExitCode::TimedOut,
             ExitCode::WouldChange,
+            ExitCode::Passphrase,
         ];
         let documented: Vec<u8> = EXIT_CODES_HELP
             .lines()
@@ -112,6 +119,8 @@ mod tests {
         assert_eq!(ExitCode::of(Code::ResourceExhausted, reason::NODE_FULL), ExitCode::Precondition);
         assert_eq!(ExitCode::of(Code::DeadlineExceeded, reason::DEVICE_TIMED_OUT), ExitCode::TimedOut);
         assert_eq!(ExitCode::of(Code::InvalidArgument, "A_REASON_OF_LATER"), ExitCode::Usage);
+        assert_eq!(ExitCode::of(Code::FailedPrecondition, reason::PASSPHRASE_WRONG), ExitCode::Passphrase);
+        assert_eq!(ExitCode::of(Code::FailedPrecondition, reason::NO_CRYPTSETUP), ExitCode::MachineCannot);
         assert_eq!(ExitCode::of(Code::Internal, ""), ExitCode::Other);
     }
 }

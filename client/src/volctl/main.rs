@@ -1,7 +1,7 @@
 //! volctl: the command line of volnode.
 //!
 //! Owns: running one command, printing its report, and turning its failure into two lines on stderr and an exit code.
-//! Never: state; secrets (the programs it talks to give it none). stdout carries the result and nothing else, so that it
+//! Never: state; secrets (the programs it talks to give it none), but a passphrase on its way to the node daemon. stdout carries the result and nothing else, so that it
 //! can be piped; a reader that stops reading is no error.
 
 mod apply;
@@ -20,6 +20,7 @@ mod image;
 mod nodes;
 mod operations;
 mod output;
+mod passphrase;
 mod report;
 mod settings;
 mod size;
@@ -95,6 +96,7 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
         Command::Export(args) => image::export(server, args).await,
         Command::ImageProgram(_) => Err(Failure::other("it was to be another program")),
         Command::Attach(args) => attachments::attach(socket, args).await,
+        Command::Passphrase(args) => passphrase::change(socket, args).await,
         Command::Detach { target, force, .. } => attachments::detach(socket, target, force).await,
         Command::Policy { target, stall, .. } => attachments::set_policy(socket, target, stall).await,
         Command::Upgrade { target, .. } => attachments::upgrade(socket, target).await,

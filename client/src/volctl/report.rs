@@ -9,6 +9,7 @@ use std::io::{self, Write as _};
 pub(crate) use client::node::attachment_record::state_word;
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
+use proto::passphrase::LUKS_HEADER_BYTES;
 use proto::v1;
 use serde_json::{Value, json};
 
@@ -158,6 +159,16 @@ pub(crate) fn nodes_of(attachments: &[v1::Attachment]) -> String {
     if nodes.is_empty() { "-".to_owned() } else { nodes.join(",") }
 }
 
+/// How large a volume's disk is: of an encrypted one without the header, as it was asked for.
+pub(crate) fn disk_bytes(volume: &v1::Volume) -> u64 {
+    volume.capacity_bytes.saturating_sub(header_bytes(volume.is_encrypted))
+}
+
+/// What a volume has more than its disk, in bytes.
+pub(crate) fn header_bytes(is_encrypted: bool) -> u64 {
+    if is_encrypted { LUKS_HEADER_BYTES } else { 0 }
+}
+
 /// A volume, with its attachments: what a watch tells of it, and how it is just now.
 pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
     let mut json = watched_volume_json(&as_watched(volume));
@@ -188,6 +199,7 @@ pub(crate) fn watched_volume_json(volume: &v1::WatchedVolume) -> Value {
         "is_protected": volume.is_protected,
         "is_read_only": volume.is_read_only,
         "is_shared": volume.is_shared,
+        "is_encrypted": volume.is_encrypted,
         "content": content_word(volume.content()),
         "initialising_attachment_id": volume.initialising_attachment_id,
         "limits": limits_json(&volume.limits.unwrap_or_default()),
@@ -220,6 +232,7 @@ fn as_watched(volume: &v1::Volume) -> v1::WatchedVolume {
         is_protected: volume.is_protected,
         is_read_only: volume.is_read_only,
         is_shared: volume.is_shared,
+        is_encrypted: volume.is_encrypted,
         content: volume.content,
         initialising_attachment_id: volume.initialising_attachment_id.clone(),
         limits: volume.limits,
@@ -295,6 +308,8 @@ pub(crate) fn node_attachment_json(attachment: &v1::NodeAttachment) -> Value {
         "program_version": attachment.program_version,
         "tail_bytes": attachment.tail_bytes,
         "only_if_granted": attachment.only_if_granted,
+        "is_encrypted": attachment.is_encrypted,
+        "clear_device_path": attachment.clear_device_path,
     })
 }
 

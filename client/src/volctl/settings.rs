@@ -8,7 +8,7 @@ use proto::v1;
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
-use crate::report::{Report, content_word, volume_json};
+use crate::report::{Report, content_word, header_bytes, volume_json};
 use crate::size::{human_size, parse_size};
 
 /// Options of `set`.
@@ -186,6 +186,10 @@ pub(crate) fn rows(volume: &v1::Volume) -> Vec<(&'static str, String)> {
     }
     if volume.is_shared {
         rows.push(("shared", "yes: several machines may write to it at once".to_owned()));
+    }
+    if volume.is_encrypted {
+        let header = human_size(header_bytes(true));
+        rows.push(("encrypted", format!("yes, by whoever attaches it; {header} of header besides its size")));
     }
     if volume.is_read_only {
         rows.push(("read-only", "yes".to_owned()));

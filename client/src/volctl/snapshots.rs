@@ -15,8 +15,8 @@ use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
 use crate::report::{
-    Report, attachment_json, attachment_tables, content_word, nodes_of, or_dash, properties, tables,
-    volume_json,
+    Report, attachment_json, attachment_tables, content_word, disk_bytes, header_bytes, nodes_of, or_dash,
+    properties, tables, volume_json,
 };
 use crate::size::human_size;
 
@@ -93,7 +93,7 @@ async fn create(server: &ServerAddress, volumes: Vec<String>, name: String) -> R
 /// What is told of new snapshots.
 pub(crate) fn created(snapshots: &[v1::Snapshot]) -> Report {
     let line = |snapshot: &v1::Snapshot| {
-        let (name, size) = (export_name(snapshot), human_size(snapshot.capacity_bytes));
+        let (name, size) = (export_name(snapshot), human_size(disk_bytes_of(snapshot)));
         format!("snapshot {name} of {size}{}\n", if snapshot.frozen { ", frozen" } else { "" })
     };
     let text: String = snapshots.iter().map(line).collect();
@@ -122,7 +122,7 @@ async fn list(server: &ServerAddress, volume_name: String) -> Result<Report, Fai
         let row = [
             or_dash(&snapshot.volume_name),
             snapshot.name.clone(),
-            human_size(snapshot.capacity_bytes),
+            human_size(disk_bytes_of(snapshot)),
             human_size(snapshot.allocated_bytes),
             state_word(snapshot.state()).to_owned(),
             utc(snapshot.created_at_ms),
@@ -156,12 +156,13 @@ async fn show(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
         ("snapshot uid", snapshot.snapshot_uid.clone()),
         ("volume uid", snapshot.volume_uid.clone()),
         ("group uid", snapshot.group_uid.clone()),
-        ("size", format!("{} ({} bytes)", human_size(snapshot.capacity_bytes), snapshot.capacity_bytes)),
+        ("size", format!("{} ({} bytes)", human_size(disk_bytes_of(&snapshot)), disk_bytes_of(&snapshot))),
         ("used", human_size(snapshot.allocated_bytes)),
         ("exclusive", snapshot.exclusive_bytes.map_or_else(|| "-".to_owned(), human_size)),
         ("block size", snapshot.block_size_bytes.to_string()),
         ("state", state_word(snapshot.state()).to_owned()),
         ("frozen", if snapshot.frozen { "yes" } else { "no" }.to_owned()),
+        ("encrypted", if snapshot.is_encrypted { "yes" } else { "no" }.to_owned()),
         ("created", utc(snapshot.created_at_ms)),
     ];
     let mut text = properties(rows.clone());
@@ -203,17 +204,38 @@ pub(crate) async fn clone(server: &ServerAddress, args: CloneArgs) -> Result<Rep
     let mut client = connect::server(server).await?;
     let source = Named::of_source(args.source)?
         .unwrap_or_else(|volume_name| Named { volume_name, ..Named::default() });
+    let size = match args.size {
+        Some(size) => size.saturating_add(header_bytes(is_encrypted(&mut client, &source).await?)),
+        // The source's.
+        None => 0,
+    };
     let request = v1::CloneVolumeRequest {
         name: args.name,
         source_volume_name: source.volume_name,
         source_snapshot_name: source.name,
         source_snapshot_uid: source.snapshot_uid,
-        capacity_bytes: args.size.unwrap_or_default(),
+        capacity_bytes: size,
         ..Default::default()
     };
     let volume = clone_to_its_end(&mut client, request).await?;
-    let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
+    let text = format!("volume {} of {}\n", volume.name, human_size(disk_bytes(&volume)));
     Ok(Report::new(text, volume_json(&volume)))
+}
+
+/// How large a snapshot's disk is: of an encrypted one without the header.
+fn disk_bytes_of(snapshot: &v1::Snapshot) -> u64 {
+    snapshot.capacity_bytes.saturating_sub(header_bytes(snapshot.is_encrypted))
+}
+
+/// Whether what is to be cloned is encrypted, and so is its clone.
+async fn is_encrypted(client: &mut ManagementClient<Channel>, source: &Named) -> Result<bool, Failure> {
+    let Named { volume_name, name, snapshot_uid } = source.clone();
+    if name.is_empty() && snapshot_uid.is_empty() {
+        let volume = call(client.get_volume(v1::GetVolumeRequest { name: volume_name })).await?;
+        return Ok(volume.is_encrypted);
+    }
+    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid };
+    Ok(call(client.get_snapshot(request)).await?.is_encrypted)
 }
 
 /// The clone, when it is there.
@@ -358,6 +380,7 @@ fn snapshot_json(snapshot: &v1::Snapshot) -> Value {
         "group_uid": snapshot.group_uid,
         "allocated_bytes": snapshot.allocated_bytes,
         "frozen": snapshot.frozen,
+        "is_encrypted": snapshot.is_encrypted,
         "attachments": snapshot.attachments.iter().map(attachment_json).collect::<Vec<_>>(),
     })
 }

@@ -12,8 +12,8 @@ use crate::connect::{self, ServerAddress, call};
 use crate::failure::Failure;
 use crate::grants;
 use crate::report::{
-    self, Report, Tables, backend_word, content_word, or_dash, properties, tables, volume_json,
-    write_cache_word,
+    self, Report, Tables, backend_word, content_word, disk_bytes, header_bytes, or_dash, properties, tables,
+    volume_json, write_cache_word,
 };
 use crate::settings;
 use crate::size::human_size;
@@ -25,16 +25,18 @@ const BLOCK_SIZE_BYTES: u32 = 4096;
 const PAGE_SIZE: u32 = 1000;
 
 pub(crate) async fn create(server: &ServerAddress, args: CreateArgs) -> Result<Report, Failure> {
+    let size = args.size.map(|size| size.saturating_add(header_bytes(args.encrypted)));
     let request = v1::CreateVolumeRequest {
         labels: args.labels.into_iter().collect(),
         description: args.description,
         is_protected: args.protect,
         is_shared: args.shared,
+        is_encrypted: args.encrypted,
         limits: Some(args.limits.applied_to(v1::VolumeLimits::default())),
-        ..new_volume(args.name, args.size, args.block_size, args.backend, args.adopt, args.write_cache)
+        ..new_volume(args.name, size, args.block_size, args.backend, args.adopt, args.write_cache)
     };
     let volume = call(connect::server(server).await?.create_volume(request)).await?;
-    let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
+    let text = format!("volume {} of {}\n", volume.name, human_size(disk_bytes(&volume)));
     Ok(Report::new(text, volume_json(&volume)).with_note(notes_on_new(&volume)))
 }
 
@@ -90,9 +92,14 @@ fn problem(volume: &v1::Volume) -> String {
 }
 
 pub(crate) async fn resize(server: &ServerAddress, name: String, size: u64) -> Result<Report, Failure> {
-    let request = v1::ResizeVolumeRequest { name, capacity_bytes: size };
-    let volume = call(connect::server(server).await?.resize_volume(request)).await?;
-    let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
+    let mut client = connect::server(server).await?;
+    let found = call(client.get_volume(v1::GetVolumeRequest { name })).await?;
+    let request = v1::ResizeVolumeRequest {
+        name: found.name,
+        capacity_bytes: size.saturating_add(header_bytes(found.is_encrypted)),
+    };
+    let volume = call(client.resize_volume(request)).await?;
+    let text = format!("volume {} of {}\n", volume.name, human_size(disk_bytes(&volume)));
     Ok(Report::new(text, volume_json(&volume)))
 }
 
@@ -118,7 +125,7 @@ fn volume_tables(volumes: &[v1::Volume]) -> Tables {
     let rows = volumes.iter().map(|volume| {
         let row = [
             volume.name.clone(),
-            human_size(volume.capacity_bytes),
+            human_size(disk_bytes(volume)),
             human_size(volume.allocated_bytes),
             volume.block_size_bytes.to_string(),
             backend_word(volume.backend()).to_owned(),
@@ -130,6 +137,7 @@ fn volume_tables(volumes: &[v1::Volume]) -> Tables {
             (volume.is_protected, "protected"),
             (volume.is_read_only, "read-only"),
             (volume.is_shared, "shared"),
+            (volume.is_encrypted, "encrypted"),
         ];
         let marks: Vec<&str> =
             marks.into_iter().filter_map(|(is_set, word)| is_set.then_some(word)).collect();
@@ -163,7 +171,7 @@ pub(crate) async fn show(server: &ServerAddress, name: String) -> Result<Report,
     let mut rows = vec![
         ("name", volume.name.clone()),
         ("volume uid", volume.volume_uid.clone()),
-        ("size", format!("{} ({} bytes)", human_size(volume.capacity_bytes), volume.capacity_bytes)),
+        ("size", format!("{} ({} bytes)", human_size(disk_bytes(&volume)), disk_bytes(&volume))),
         ("used", human_size(volume.allocated_bytes)),
         ("exclusive", volume.exclusive_bytes.map_or_else(|| "-".to_owned(), human_size)),
         ("block size", volume.block_size_bytes.to_string()),

@@ -231,6 +231,7 @@ fn object_json(object: &Object) -> Value {
             "group_uid": snapshot.group_uid,
             "content": content_word(snapshot.content()),
             "frozen": snapshot.frozen,
+            "is_encrypted": snapshot.is_encrypted,
             "freeze_id": snapshot.freeze_id,
         }),
         Object::Node(node) => json!({

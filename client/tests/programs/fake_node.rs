@@ -219,6 +219,13 @@ impl Node for Service {
         Err(Status::unimplemented("the plugin upgrades nothing"))
     }
 
+    async fn change_passphrase(
+        &self,
+        _: Request<v1::ChangePassphraseRequest>,
+    ) -> Result<Response<v1::ChangePassphraseResponse>, Status> {
+        Err(Status::unimplemented("the plugin changes no passphrase"))
+    }
+
     async fn freeze(&self, _: Request<v1::FreezeRequest>) -> Result<Response<v1::FreezeResponse>, Status> {
         Err(Status::unimplemented("the plugin freezes nothing"))
     }

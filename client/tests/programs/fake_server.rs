@@ -279,6 +279,7 @@ impl Management for Service {
             is_protected: request.is_protected,
             limits: request.limits,
             adopted_path: request.adopt_path.clone(),
+            is_encrypted: request.is_encrypted,
             ..Default::default()
         });
         if volume.capacity_bytes != request.capacity_bytes {
@@ -324,9 +325,13 @@ impl Management for Service {
 
     async fn resize_volume(
         &self,
-        _: Request<v1::ResizeVolumeRequest>,
+        request: Request<v1::ResizeVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        Err(Status::unimplemented("no test of the client alone resizes"))
+        let v1::ResizeVolumeRequest { name, capacity_bytes } = request.into_inner();
+        let mut state = self.0.lock().unwrap();
+        let volume = state.volumes.get_mut(&name).ok_or_else(|| not_found(&name))?;
+        volume.capacity_bytes = capacity_bytes;
+        Ok(Response::new(volume.clone()))
     }
 
     async fn delete_volume(
@@ -382,6 +387,7 @@ impl Management for Service {
             block_size_bytes: volume.block_size_bytes,
             backend: v1::Backend::File.into(),
             existed: false,
+            is_encrypted: volume.is_encrypted,
         }))
     }
 

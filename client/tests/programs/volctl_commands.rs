@@ -151,6 +151,35 @@ fn create_is_idempotent_and_tells_a_conflict() {
 }
 
 #[test]
+fn an_encrypted_volume_has_the_size_that_was_asked_for_and_a_header_besides() {
+    let server = FakeServer::start();
+    let told = run(&server, &["create", "v", "--encrypted", "--size", "1G"]).expect_success();
+    assert_eq!(told.stdout, "volume v of 1GiB\n");
+    let listed = run(&server, &["list", "--output", "json"]).expect_success().stdout;
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    assert_eq!(listed[0]["capacity_bytes"], (1_u64 << 30) + (16 << 20));
+    assert_eq!(listed[0]["is_encrypted"], true);
+    let shown = run(&server, &["show", "v"]).expect_success().stdout;
+    assert!(shown.contains("1GiB (1073741824 bytes)") && shown.contains("16MiB of header"), "{shown}");
+    let told = run(&server, &["resize", "v", "--size", "2G"]).expect_success();
+    assert_eq!(told.stdout, "volume v of 2GiB\n");
+}
+
+#[test]
+fn a_passphrase_is_read_before_anybody_is_asked() {
+    for (args, what) in [
+        (&["attach", "v", "--passphrase-file", "/nonexistent"][..], "No such file"),
+        (&["attach", "v", "--passphrase-file", "-"], "the passphrase is empty"),
+        (&["attach", "v", "--passphrase-keyring", "volnode-no-such-key"], "cannot be read"),
+        (&["passphrase", "v", "--old-file", "-", "--new-file", "-"], "stdin is one file"),
+    ] {
+        let ended = volctl(NOBODY, Path::new(NO_SOCKET), args);
+        assert!(ended.exit_code.is_some_and(|code| code != 0 && code != 6), "{ended:?}");
+        assert!(ended.stderr.contains(what), "{ended:?}");
+    }
+}
+
+#[test]
 fn every_refusal_has_its_exit_code_and_advice() {
     let server = FakeServer::start();
     run(&server, &["show", "none"]).expect_failure(3, "there is no volume none", "list the volumes");
@@ -186,6 +215,8 @@ fn wrong_usage_ends_with_2() {
         &["create", "v", "--size", "2G", "--adopt", "/dev/sdb"],
         &["create", "v", "--adopt", "/dev/sdb", "--backend", "memory"],
         &["attach", "v", "--queues", "0"],
+        &["attach", "v", "--passphrase-file", "-", "--passphrase-keyring", "k"],
+        &["create", "v", "--size", "2G", "--encrypted", "--shared"],
         &["attach", "v", "--read-only", "--access", "multi-reader"],
         &["set", "v"],
         &["set", "v", "--protect", "--no-protect"],

@@ -138,6 +138,8 @@ pub struct SnapshotRecord {
     pub is_frozen: bool,
     /// In whose name space its volume is or was; empty: in none.
     pub tenant: String,
+    /// As the volume was.
+    pub is_encrypted: bool,
 }
 
 /// A snapshot that [`super::Catalog::begin_snapshots`] is to write down.
@@ -211,6 +213,7 @@ impl SnapshotRecord {
             created_at_ms: self.created_at_ms,
             settings: VolumeSettings {
                 is_read_only: true,
+                is_encrypted: self.is_encrypted,
                 content: self.content,
                 ..VolumeSettings::default()
             },
@@ -351,6 +354,7 @@ pub(super) fn snapshot(row: &Row<'_>) -> Result<(SnapshotRecord, SnapshotState),
         },
         is_frozen: columns.flag("is_frozen")?,
         tenant: columns.text("tenant")?,
+        is_encrypted: columns.flag("is_encrypted")?,
     };
     Ok((record, state))
 }

@@ -54,7 +54,7 @@ CREATE TABLE attachments (
 ";
 
 /// Columns that came later: table, column, and how it is declared. Older programs leave them alone.
-const ADDED_COLUMNS: [(&str, &str, &str); 18] = [
+const ADDED_COLUMNS: [(&str, &str, &str); 20] = [
     ("attachments", "boot_id", "TEXT NOT NULL DEFAULT ''"),
     ("attachments", "is_shared", "INTEGER NOT NULL DEFAULT 0"),
     // Whoever made the row heeds `volumes.content`.
@@ -76,6 +76,9 @@ const ADDED_COLUMNS: [(&str, &str, &str); 18] = [
     ("volumes", "source_uid", "TEXT NOT NULL DEFAULT ''"),
     // Several may write to it at once.
     ("volumes", "is_shared", "INTEGER NOT NULL DEFAULT 0"),
+    // Whoever writes to it encrypts; of a snapshot as of its volume.
+    ("volumes", "is_encrypted", "INTEGER NOT NULL DEFAULT 0"),
+    ("snapshots", "is_encrypted", "INTEGER NOT NULL DEFAULT 0"),
     // Of the call that took it, and whether the file systems were found frozen at its end.
     ("snapshots", "freeze_id", "TEXT NOT NULL DEFAULT ''"),
     ("snapshots", "is_frozen", "INTEGER NOT NULL DEFAULT 0"),

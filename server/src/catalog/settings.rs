@@ -13,7 +13,7 @@ use super::columns::{Columns, damaged};
 use super::{Catalog, CatalogError, to_db};
 
 /// The columns, as a query names them.
-pub(super) const COLUMNS: &str = "labels, description, is_protected, is_read_only, is_shared, content, initialising_attachment_id, read_iops, write_iops, \
+pub(super) const COLUMNS: &str = "labels, description, is_protected, is_read_only, is_shared, is_encrypted, content, initialising_attachment_id, read_iops, write_iops, \
      read_bytes_per_second, write_bytes_per_second, burst_seconds";
 
 /// Limits that all clients of a volume have together; 0 is none.
@@ -78,6 +78,8 @@ pub struct VolumeSettings {
     pub is_read_only: bool,
     /// Several may write to it at once; from its creation on.
     pub is_shared: bool,
+    /// Its clients encrypt what they write; from its creation on.
+    pub is_encrypted: bool,
     /// What is known of its bytes.
     pub content: Content,
     /// Of its clients.
@@ -100,6 +102,7 @@ pub(super) fn settings(columns: &Columns<'_>) -> Result<VolumeSettings, CatalogE
         is_protected: columns.flag("is_protected")?,
         is_read_only: columns.flag("is_read_only")?,
         is_shared: columns.flag("is_shared")?,
+        is_encrypted: columns.flag("is_encrypted")?,
         content,
         limits: VolumeLimits {
             read_iops: columns.number("read_iops")?,
@@ -136,8 +139,10 @@ fn write_properties(
         settings.is_protected,
         settings.is_read_only,
         settings.is_shared,
+        settings.is_encrypted,
     );
-    let sql = "UPDATE volumes SET labels = ?2, description = ?3, is_protected = ?4, is_read_only = ?5, is_shared = ?6 WHERE volume_uid = ?1";
+    let sql = "UPDATE volumes SET labels = ?2, description = ?3, is_protected = ?4, is_read_only = ?5, is_shared = ?6, \
+               is_encrypted = ?7 WHERE volume_uid = ?1";
     changed_one(db.execute(sql, values)?, volume_uid)
 }
 

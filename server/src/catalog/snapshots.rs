@@ -22,7 +22,7 @@ const COLUMNS: &str = "snapshots.snapshot_uid AS snapshot_uid, snapshots.volume_
      coalesce(volumes.name, '') AS volume_name, group_uid, snapshots.state AS state, \
      snapshots.capacity_bytes AS capacity_bytes, snapshots.block_size_bytes AS block_size_bytes, \
      snapshots.backend AS backend, snapshots.write_cache_on AS write_cache_on, snapshots.content AS content, \
-     snapshots.created_at_ms AS created_at_ms, freeze_id, is_frozen, \
+     snapshots.created_at_ms AS created_at_ms, freeze_id, is_frozen, snapshots.is_encrypted AS is_encrypted, \
      coalesce((SELECT tenant FROM volume_tenants WHERE volume_tenants.volume_uid = snapshots.volume_uid), '') AS tenant";
 const FROM: &str =
     "snapshots LEFT JOIN volumes ON volumes.volume_uid = snapshots.volume_uid AND volumes.state = 'ready'";
@@ -206,8 +206,8 @@ impl Catalog {
             )?;
             let inserted = transaction.execute(
                 "INSERT INTO snapshots (snapshot_uid, volume_uid, name, group_uid, state, capacity_bytes, block_size_bytes, \
-                                        backend, write_cache_on, created_at_ms, content, freeze_id) \
-                 VALUES (?1, ?2, ?3, ?4, 'creating', ?5, ?6, ?7, ?8, ?9, 'written', ?10) ON CONFLICT (volume_uid, name) DO NOTHING",
+                                        backend, write_cache_on, created_at_ms, content, freeze_id, is_encrypted) \
+                 VALUES (?1, ?2, ?3, ?4, 'creating', ?5, ?6, ?7, ?8, ?9, 'written', ?10, ?11) ON CONFLICT (volume_uid, name) DO NOTHING",
                 (
                     snapshot_uid.to_string(),
                     volume.volume_uid.to_string(),
@@ -219,6 +219,7 @@ impl Catalog {
                     volume.write_cache_on,
                     created_at_ms,
                     freeze_id.map(|id| id.to_string()).unwrap_or_default(),
+                    volume.settings.is_encrypted,
                 ),
             )?;
             if inserted == 0 {

@@ -148,6 +148,7 @@ fn the_fixture_has_the_tables_that_this_version_makes() {
         "volumes.content:TEXT",
         "volumes.description:TEXT",
         "volumes.initialising_attachment_id:TEXT",
+        "volumes.is_encrypted:INTEGER",
         "volumes.is_protected:INTEGER",
         "volumes.is_read_only:INTEGER",
         "volumes.is_shared:INTEGER",
@@ -289,6 +290,7 @@ fn settings_are_there_after_opening_again_and_labels_are_looked_for() {
         is_protected: true,
         is_read_only: true,
         is_shared: true,
+        is_encrypted: true,
         content: Content::NeverWritten,
         limits: VolumeLimits {
             read_iops: 1,

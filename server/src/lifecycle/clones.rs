@@ -297,6 +297,7 @@ fn new_volume(wanted: &CloneWanted, of: &VolumeRecord) -> Result<NewVolume, Snap
         settings: VolumeSettings {
             labels: wanted.labels.clone(),
             description: wanted.description.clone(),
+            is_encrypted: of.settings.is_encrypted,
             // Until more is known.
             content: Content::Written,
             ..VolumeSettings::default()

@@ -295,12 +295,14 @@ fn same_properties(volume: &VolumeRecord, new: &NewVolume) -> Result<(), Lifecyc
     let write_cache = |on: bool| if on { "on" } else { "off" }.to_owned();
     let backend = |kind: BackendKind| kind.as_str().to_owned();
     let writers = |is_shared: bool| if is_shared { "several" } else { "one" }.to_owned();
+    let encrypted = |is_encrypted: bool| if is_encrypted { "on" } else { "off" }.to_owned();
     let properties = [
         ("size in bytes", volume.capacity_bytes.to_string(), new.capacity_bytes.to_string()),
         ("block size", volume.block_size_bytes.to_string(), new.block_size_bytes.to_string()),
         ("backend", backend(volume.backend), backend(new.backend)),
         ("write cache", write_cache(volume.write_cache_on), write_cache(new.write_cache_on)),
         ("number of writers", writers(volume.settings.is_shared), writers(new.settings.is_shared)),
+        ("encryption", encrypted(volume.settings.is_encrypted), encrypted(new.settings.is_encrypted)),
     ];
     none_differs(&volume.name, properties)
 }

@@ -66,6 +66,7 @@ pub(super) fn volume<D: DataSide>(
         grants: granted.iter().map(|granted| grant(&volume.name, granted)).collect(),
         // Whoever asks for it looks; see `with_exclusive_bytes`.
         exclusive_bytes: None,
+        is_encrypted: settings.is_encrypted,
     })
 }
 
@@ -125,6 +126,7 @@ pub(super) fn snapshot<D: DataSide>(
         freeze_id: snapshot.freeze_id.map(|id| id.to_string()).unwrap_or_default(),
         backend: backend(snapshot.backend).into(),
         exclusive_bytes: None,
+        is_encrypted: snapshot.is_encrypted,
     })
 }
 
@@ -258,6 +260,7 @@ pub(super) fn attached<D: DataSide>(
         block_size_bytes: attached.volume.block_size_bytes,
         existed: attached.existed,
         backend: backend(attached.volume.backend).into(),
+        is_encrypted: attached.volume.settings.is_encrypted,
     }
 }
 

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use prost::Message;
+use proto::passphrase::LUKS_HEADER_BYTES;
 use proto::{label, v1};
 use tonic::Status;
 use uuid::Uuid;
@@ -85,9 +86,32 @@ fn new_settings(
         is_protected: request.is_protected,
         is_read_only: false,
         is_shared: request.is_shared,
+        is_encrypted: is_encrypted(fields, request),
         content,
         limits: limits(fields, &request.limits.unwrap_or_default()),
     }
+}
+
+/// Whether what is made is to be encrypted; how large it is was not looked at yet.
+fn is_encrypted(fields: &mut Fields, request: &v1::CreateVolumeRequest) -> bool {
+    let wanted = request.is_encrypted;
+    fields.require(!(wanted && request.is_shared), "is_encrypted", || {
+        "a volume that several nodes write to at once cannot be encrypted".to_owned()
+    });
+    fields.require(!(wanted && !request.adopt_path.is_empty()), "is_encrypted", || {
+        "what is adopted is served as it is: it cannot be encrypted".to_owned()
+    });
+    let is_adopted = !request.adopt_path.is_empty();
+    fields.require(
+        !wanted || is_adopted || request.capacity_bytes > LUKS_HEADER_BYTES,
+        "capacity_bytes",
+        || {
+            format!(
+                "an encrypted volume's first {LUKS_HEADER_BYTES} bytes are its header: must be more than that"
+            )
+        },
+    );
+    wanted
 }
 
 /// The limits as they are kept.

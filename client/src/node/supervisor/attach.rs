@@ -14,10 +14,13 @@ use tonic::Code;
 use ublk_core::DataPath;
 use uuid::Uuid;
 
+use super::clear_disk::Unlock;
 use super::wishes::Wishes;
 use super::{Supervisor, probe_data_paths, remove_device_and_link, remove_folder};
 use crate::api_channel;
-use crate::contract::{AttachmentDir, CONTRACT_VERSION_TLS, DeviceSpec, ExportSpec, SendZcMode, write_file};
+use crate::contract::{
+    AttachmentDir, CONTRACT_VERSION_TLS, DeviceSpec, EncryptedSpec, ExportSpec, SendZcMode, write_file,
+};
 use crate::data_address::{self, Place};
 use crate::node::attachment_record::AttachmentRecord;
 use crate::node::device_process::{self, Started};
@@ -44,10 +47,11 @@ impl Supervisor {
     /// [`NodeError`], by cause; nothing of a new attachment is left then.
     pub async fn attach(
         self: &Arc<Self>,
-        request: v1::AttachRequest,
+        mut request: v1::AttachRequest,
     ) -> Result<v1::AttachResponse, NodeError> {
         let target = Target::parse(&request.target)?;
         let mut wishes = Wishes::of(&request, &target)?;
+        let unlock = Unlock::of(&mut request)?;
         let _guard = self.locks.lock(&target.to_string()).await;
         let (found, attached): (Vec<_>, Vec<_>) = AttachmentRecord::read_all(&self.config.run_dir)?
             .into_iter()
@@ -59,12 +63,14 @@ impl Supervisor {
             self.require_grant(&target, &wishes).await?;
         }
         if let Some(record) = &found {
-            if let Some(mut attachment) = self.reuse(record, &wishes).await? {
+            if self.reuse(record, &wishes).await?.is_some() {
                 if wishes.only_if_granted {
-                    attachment = self.hold_under_grant(&target, record).await?;
+                    self.hold_under_grant(&target, record).await?;
                 }
+                let attachment = self.open_clear_disk(&record.dir, &record.spec.target, &unlock).await?;
                 return Ok(v1::AttachResponse { attachment: Some(attachment), existed: true });
             }
+            self.close(record).await?;
             remove_device_and_link(&record.spec, false).await?;
         }
         check_link(&target, &attached, has_partition)?;
@@ -72,9 +78,10 @@ impl Supervisor {
         check_machine(wishes.data_path).await?;
         let mut new = match &target {
             Target::Volume(_) | Target::Snapshot(_) => {
-                self.prepare_volume(&target, &wishes, request.force, found.as_ref()).await?
+                self.prepare_volume(&target, &wishes, &unlock, request.force, found.as_ref()).await?
             }
             Target::Nbd(uri) => {
+                unlock.fits(&request.target, false)?;
                 self.prepare_nbd(uri, &target::unescaped(&request.target), &wishes, found.as_ref())
             }
         };
@@ -91,7 +98,7 @@ impl Supervisor {
         if let Some(old) = found.filter(|old| old.spec.attachment_id != new.spec.attachment_id) {
             remove_folder(&old.dir)?;
         }
-        let attachment = self.start(new).await?;
+        let attachment = self.start(new, &unlock).await?;
         Ok(v1::AttachResponse { attachment: Some(attachment), existed: false })
     }
 
@@ -117,11 +124,7 @@ impl Supervisor {
 
     /// Makes sure that the server has not ended the attachment of a disk that is there, which may not have noticed yet; and notes
     /// that whoever asks for it has a grant.
-    async fn hold_under_grant(
-        &self,
-        target: &Target,
-        found: &AttachmentRecord,
-    ) -> Result<v1::NodeAttachment, NodeError> {
+    async fn hold_under_grant(&self, target: &Target, found: &AttachmentRecord) -> Result<(), NodeError> {
         let target = target.to_string();
         let held = self.management.attachments_of(&target, &self.config.node_id).await?;
         let attachment_id = found.spec.attachment_id.to_string();
@@ -137,7 +140,7 @@ impl Supervisor {
             record.spec.only_if_granted = true;
             write_file(&record.dir.spec(), &record.spec)?;
         }
-        Ok(record.to_proto())
+        Ok(())
     }
 
     /// The attachment that is there, if it serves; `None` if it is dead.
@@ -188,6 +191,7 @@ impl Supervisor {
         &self,
         target: &Target,
         wishes: &Wishes,
+        unlock: &Unlock,
         force: bool,
         previous: Option<&AttachmentRecord>,
     ) -> Result<NewAttachment, NodeError> {
@@ -195,6 +199,12 @@ impl Supervisor {
         let (node_id, mode) = (&self.config.node_id, wishes.access_mode());
         let granted =
             self.management.attach_volume(name, node_id, mode, force, wishes.only_if_granted).await?;
+        if let Err(error) = unlock.fits(name, granted.is_encrypted) {
+            if !granted.existed {
+                self.management.detach_volume(&granted.attachment_id.to_string()).await?;
+            }
+            return Err(error);
+        }
         let previous_epoch = previous.map_or(0, |record| match record.spec.export {
             ExportSpec::Attachment { session_epoch, .. } => session_epoch,
             ExportSpec::Nbd { .. } => 0,
@@ -209,6 +219,13 @@ impl Supervisor {
         spec.addresses = self.as_seen_from_here(granted.data_addresses);
         spec.block_size_bytes = granted.block_size_bytes;
         spec.is_volatile = granted.is_volatile;
+        if granted.is_encrypted {
+            // No volume's name, and no other link's, begins so.
+            let disk_link = format!(".encrypted.{}", target.link_name(granted.attachment_id));
+            let disk_link = self.config.device_dir.join(disk_link);
+            let clear_link = std::mem::replace(&mut spec.device_link, disk_link);
+            spec.encrypted = Some(EncryptedSpec { clear_link });
+        }
         Ok(NewAttachment { spec, is_granted_now: !granted.existed })
     }
 
@@ -271,9 +288,17 @@ impl Supervisor {
     }
 
     /// Writes the spec, starts the device process and waits for its device; undoes all of it on failure.
-    async fn start(self: &Arc<Self>, new: NewAttachment) -> Result<v1::NodeAttachment, NodeError> {
+    async fn start(
+        self: &Arc<Self>,
+        new: NewAttachment,
+        unlock: &Unlock,
+    ) -> Result<v1::NodeAttachment, NodeError> {
         let dir = AttachmentDir::new(&self.config.run_dir, new.spec.attachment_id);
-        match self.start_device(&dir, &new.spec).await {
+        let started = match self.start_device(&dir, &new.spec).await {
+            Ok(_) => self.open_clear_disk(&dir, &new.spec.target, unlock).await,
+            Err(error) => Err(error),
+        };
+        match started {
             Ok(attachment) => Ok(attachment),
             // The folder is a newer program's: not ours to undo.
             Err(error @ NodeError::StateFile(_)) => Err(error),
@@ -324,6 +349,9 @@ impl Supervisor {
     async fn undo(&self, dir: &AttachmentDir, new: &NewAttachment) {
         let spec = &new.spec;
         let undone = async {
+            if let Some(record) = AttachmentRecord::read(dir.clone())? {
+                self.close(&record).await?;
+            }
             device_process::kill(dir, &spec.target).await?;
             remove_device_and_link(spec, false).await?;
             if new.is_granted_now {

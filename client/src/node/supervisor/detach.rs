@@ -5,6 +5,7 @@
 //! | the device process takes its device away | [`device_process::FORCE_DEADLINE`] |
 //! | it ends, or is killed | [`device_process::EXIT_DEADLINE`] |
 //! | what it left is removed: the driver stops the device, and deletes it | twice [`STOP_DEADLINE`] |
+//! | an encrypted volume's clear disk is closed behind its last user | [`FORCE_CLOSE_DEADLINE`] |
 //! | the server says who it is, and is told | twice [`management_client::CALL_DEADLINE`] |
 //!
 //! In sum [`FORCE_DETACH_MAX`].
@@ -23,6 +24,7 @@ use crate::contract::{
 use crate::node::attachment_record::AttachmentRecord;
 use crate::node::device_process;
 use crate::node::error::NodeError;
+use crate::node::luks::cryptsetup::FORCE_CLOSE_DEADLINE;
 use crate::node::management_client;
 use crate::node::target::{DetachSelector, Target};
 
@@ -30,6 +32,7 @@ use crate::node::target::{DetachSelector, Target};
 pub const FORCE_DETACH_MAX: Duration = device_process::FORCE_DEADLINE
     .saturating_add(device_process::EXIT_DEADLINE)
     .saturating_add(STOP_DEADLINE.saturating_mul(2))
+    .saturating_add(FORCE_CLOSE_DEADLINE)
     .saturating_add(management_client::CALL_DEADLINE.saturating_mul(2));
 
 impl Supervisor {
@@ -56,7 +59,11 @@ impl Supervisor {
                 Ok(true)
             }
             (None, Some(Target::Volume(name) | Target::Snapshot(name))) => {
-                self.release_forgotten(&name).await
+                let is_closed = match &selector {
+                    DetachSelector::Name { attachment_id: Some(id), .. } => self.close_forgotten(*id).await?,
+                    _ => false,
+                };
+                Ok(self.release_forgotten(&name).await? | is_closed)
             }
             (None, _) => Ok(false),
         }
@@ -65,6 +72,9 @@ impl Supervisor {
     /// Has the device process take its device away, or removes what a dead one left.
     async fn stop_device(&self, record: &AttachmentRecord, by_force: bool) -> Result<(), NodeError> {
         let target = &record.spec.target;
+        if !by_force {
+            self.close(record).await?;
+        }
         if record.pid.is_some() && by_force {
             let asked = device_process::ask(&record.dir, target, ControlCommand::ForceStop).await;
             if !matches!(asked, Ok(Some(ControlResponse::Ok(_)) | None)) {
@@ -86,7 +96,8 @@ impl Supervisor {
             }
             device_process::wait_until_gone(&record.dir, target).await?;
         }
-        remove_device_and_link(&record.spec, by_force).await
+        remove_device_and_link(&record.spec, by_force).await?;
+        self.close_by_force(record).await
     }
 
     /// Tells the server that the volume is no longer used here.
@@ -128,6 +139,9 @@ impl Supervisor {
             id.is_ok_and(|id| AttachmentDir::new(&self.config.run_dir, id).path().exists())
         };
         for attachment_id in idle.into_iter().filter(|id| !is_disk(id)) {
+            if let Ok(id) = Uuid::try_parse(&attachment_id) {
+                self.close_forgotten(id).await?;
+            }
             existed |= self.management.detach_volume(&attachment_id).await?;
         }
         Ok(existed)

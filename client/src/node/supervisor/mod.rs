@@ -13,6 +13,7 @@
 //! Called by: `node_service`.
 
 mod attach;
+mod clear_disk;
 mod detach;
 mod recover;
 mod wishes;
@@ -106,7 +107,7 @@ impl Supervisor {
             }
             self.watch(&record.dir);
         }
-        Ok(())
+        self.tell_forgotten_clear_disks()
     }
 
     /// Data addresses that the server tells, with the zone of those that are of the link on which its API is.

@@ -45,6 +45,8 @@ pub(super) struct Declared {
     pub(super) read_only: Option<bool>,
     #[serde(default)]
     pub(super) shared: Option<bool>,
+    #[serde(default)]
+    pub(super) encrypted: Option<bool>,
     #[serde(default, deserialize_with = "limits")]
     pub(super) limits: Limits,
 }
@@ -89,12 +91,13 @@ impl Declared {
             ("adopt", self.adopt.is_some()),
             ("write_cache", self.write_cache.is_some()),
             ("shared", self.shared.is_some()),
+            ("encrypted", self.encrypted.is_some()),
         ];
         let (key, excluded, why): (_, &[&str], _) = if self.source.is_some() {
-            let excluded = &["block_size", "backend", "adopt", "write_cache", "shared"];
+            let excluded = &["block_size", "backend", "adopt", "write_cache", "shared", "encrypted"];
             ("source", excluded, "a clone takes it from its source")
         } else if self.adopt.is_some() {
-            ("adopt", &["size", "backend"], "what is adopted has its own")
+            ("adopt", &["size", "backend", "encrypted"], "what is adopted has its own")
         } else {
             ("", &[], "")
         };
@@ -366,6 +369,7 @@ mod tests {
             protected: true
             read_only: false
             shared: false
+            encrypted: true
             limits: { read_iops: 500, write_iops: none, read_bandwidth: 100M, write_bandwidth: 0, burst: 3 }
         ";
         let label = |key: &str, value: Option<&str>| (key.to_owned(), value.map(str::to_owned));
@@ -382,6 +386,7 @@ mod tests {
             protected: Some(true),
             read_only: Some(false),
             shared: Some(false),
+            encrypted: Some(true),
             limits: Limits {
                 read_iops: Some(500),
                 write_iops: Some(0),

@@ -8,7 +8,7 @@ mod change;
 mod declared;
 mod plan;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write as _};
 use std::path::Path;
@@ -26,7 +26,7 @@ use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
 use crate::output::OutputFormat;
-use crate::report::Report;
+use crate::report::{Report, disk_bytes, header_bytes};
 use crate::settings::LimitArgs;
 use crate::snapshots::{Named, clone_to_its_end};
 use crate::volumes::notes_on_new;
@@ -101,13 +101,16 @@ async fn planned(
     declared: &[Declared],
 ) -> Result<Vec<Volume>, Failure> {
     let (mut volumes, mut conflicts) = (Vec::new(), Vec::new());
-    let mut earlier = BTreeSet::new();
+    let mut earlier = BTreeMap::new();
     for one in declared {
         let there = volume(client, &one.name).await?;
         let source = match &one.source {
             Some(text) => Some(source(client, text, &earlier).await?),
             None => None,
         };
+        let is_encrypted = there.as_ref().is_some_and(|there| there.is_encrypted)
+            || source.as_ref().is_some_and(|source| source.is_encrypted)
+            || one.encrypted.unwrap_or_default();
         match plan::plan(one, there.as_ref(), source.as_ref()) {
             Ok(steps) => {
                 let uid = there.map(|there| there.volume_uid).unwrap_or_default();
@@ -115,7 +118,7 @@ async fn planned(
             }
             Err(found) => conflicts.extend(found),
         }
-        earlier.insert(one.name.as_str());
+        earlier.insert(one.name.as_str(), is_encrypted);
     }
     match conflicts.first() {
         None => Ok(volumes),
@@ -137,43 +140,44 @@ async fn volume(client: &mut ManagementClient<Channel>, name: &str) -> Result<Op
     }
 }
 
-/// What a clone is to be made of. `earlier` are the volumes that there will be before it.
+/// What a clone is to be made of. `earlier` are the volumes that there will be before it, and whether they are encrypted.
 async fn source(
     client: &mut ManagementClient<Channel>,
     text: &str,
-    earlier: &BTreeSet<&str>,
+    earlier: &BTreeMap<&str, bool>,
 ) -> Result<Source, Failure> {
     let named = match Named::of_source(text.to_owned())? {
         Ok(snapshot) => snapshot,
         Err(volume_name) => {
-            let found = match volume(client, &volume_name).await? {
-                Some(v1::Volume { volume_uid: uid, capacity_bytes, .. }) => {
-                    Found::There { uid, capacity_bytes }
+            let (found, is_encrypted) = match volume(client, &volume_name).await? {
+                Some(there) => {
+                    let capacity_bytes = disk_bytes(&there);
+                    (Found::There { uid: there.volume_uid, capacity_bytes }, there.is_encrypted)
                 }
-                None if earlier.contains(volume_name.as_str()) => Found::ToBeMade,
-                None => Found::Gone,
+                None => match earlier.get(volume_name.as_str()) {
+                    Some(is_encrypted) => (Found::ToBeMade, *is_encrypted),
+                    None => (Found::Gone, false),
+                },
             };
-            return Ok(Source { named: Named { volume_name, ..Named::default() }, found });
+            return Ok(Source { named: Named { volume_name, ..Named::default() }, found, is_encrypted });
         }
     };
     let Named { volume_name, name, snapshot_uid } = named.clone();
-    let found = match call(client.get_snapshot(v1::GetSnapshotRequest {
-        volume_name,
-        name,
-        snapshot_uid,
-        ..Default::default()
-    }))
-    .await
-    {
-        Ok(v1::Snapshot { snapshot_uid: uid, capacity_bytes, .. }) => Found::There { uid, capacity_bytes },
-        Err(failure)
-            if [reason::VOLUME_NOT_FOUND, reason::SNAPSHOT_NOT_FOUND].contains(&failure.reason.as_str()) =>
-        {
-            Found::Gone
-        }
-        Err(failure) => return Err(failure),
-    };
-    Ok(Source { named, found })
+    let (found, is_encrypted) =
+        match call(client.get_snapshot(v1::GetSnapshotRequest { volume_name, name, snapshot_uid, ..Default::default() })).await {
+            Ok(v1::Snapshot { snapshot_uid: uid, capacity_bytes, is_encrypted, .. }) => {
+                let capacity_bytes = capacity_bytes.saturating_sub(header_bytes(is_encrypted));
+                (Found::There { uid, capacity_bytes }, is_encrypted)
+            }
+            Err(failure)
+                if [reason::VOLUME_NOT_FOUND, reason::SNAPSHOT_NOT_FOUND]
+                    .contains(&failure.reason.as_str()) =>
+            {
+                (Found::Gone, false)
+            }
+            Err(failure) => return Err(failure),
+        };
+    Ok(Source { named, found, is_encrypted })
 }
 
 /// What a dry run has to say.

@@ -21,7 +21,7 @@ use super::change::Change;
 use super::declared::{Declared, Limits};
 use crate::cli::{Backend, Switch};
 use crate::exit_code::ExitCode;
-use crate::report::{backend_word, write_cache_word};
+use crate::report::{backend_word, disk_bytes, header_bytes, write_cache_word};
 use crate::settings::LimitArgs;
 use crate::size::exact_size;
 use crate::snapshots::Named;
@@ -40,7 +40,7 @@ pub(super) struct Step {
 pub(super) enum Action {
     Create(v1::CreateVolumeRequest),
     Clone(v1::CloneVolumeRequest),
-    /// To so many bytes.
+    /// To so many bytes, with a header where it has one.
     Resize(u64),
     /// To these, and for the rest to what there is by then: the server's call sets all of them.
     Limit(Limits),
@@ -52,6 +52,8 @@ pub(super) enum Action {
 pub(super) struct Source {
     pub(super) named: Named,
     pub(super) found: Found,
+    /// Its clone is encrypted as well.
+    pub(super) is_encrypted: bool,
 }
 
 /// What there is of a source.
@@ -59,6 +61,7 @@ pub(super) struct Source {
 pub(super) enum Found {
     There {
         uid: String,
+        /// Without a header.
         capacity_bytes: u64,
     },
     /// Not yet: the file declares it before.
@@ -139,15 +142,17 @@ fn label_changes(labels: &[(String, String)]) -> impl Iterator<Item = Change> {
 /// The step that makes a volume, and the volume that it makes.
 fn created(declared: &Declared) -> (Step, v1::Volume) {
     let limits = LimitArgs::from(declared.limits).applied_to(v1::VolumeLimits::default());
+    let is_encrypted = declared.encrypted.unwrap_or_default();
     let request = v1::CreateVolumeRequest {
         labels: new_labels(declared).into_iter().collect(),
         description: declared.description.clone().unwrap_or_default(),
         is_protected: declared.protected.unwrap_or_default(),
         is_shared: declared.shared.unwrap_or_default(),
+        is_encrypted,
         limits: Some(limits),
         ..new_volume(
             declared.name.clone(),
-            declared.size,
+            declared.size.map(|size| size.saturating_add(header_bytes(is_encrypted))),
             declared.block_size,
             declared.backend.unwrap_or(Backend::File),
             declared.adopt.clone(),
@@ -157,7 +162,7 @@ fn created(declared: &Declared) -> (Step, v1::Volume) {
     let mut changes = match &declared.adopt {
         Some(path) => vec![Change::word("adopted_path", "adopted path", "", path)],
         None => vec![
-            Change::size(0, request.capacity_bytes),
+            Change::size(0, declared.size.unwrap_or_default()),
             Change::word("backend", "backend", "", backend_word(request.backend())),
         ],
     };
@@ -169,14 +174,17 @@ fn created(declared: &Declared) -> (Step, v1::Volume) {
     if !request.description.is_empty() {
         changes.push(Change::description("", &request.description));
     }
-    for (field, word, is_set) in
-        [("is_protected", "protected", request.is_protected), ("is_shared", "shared", request.is_shared)]
-    {
+    for (field, word, is_set) in [
+        ("is_protected", "protected", request.is_protected),
+        ("is_shared", "shared", request.is_shared),
+        ("is_encrypted", "encrypted", request.is_encrypted),
+    ] {
         changes.extend(is_set.then(|| Change::flag(field, word, false, true)));
     }
     changes.extend(Change::limits(&v1::VolumeLimits::default(), &limits));
     let made = v1::Volume {
         capacity_bytes: request.capacity_bytes,
+        is_encrypted: request.is_encrypted,
         labels: request.labels.clone(),
         description: request.description.clone(),
         is_protected: request.is_protected,
@@ -198,10 +206,14 @@ fn cloned(declared: &Declared, source: &Source) -> (Step, v1::Volume) {
         source_volume_name: volume_name,
         source_snapshot_name: snapshot_name,
         source_snapshot_uid: snapshot_uid,
-        capacity_bytes: declared.size.unwrap_or_default(),
+        // 0 is the source's.
+        capacity_bytes: declared
+            .size
+            .map_or(0, |size| size.saturating_add(header_bytes(source.is_encrypted))),
         labels: labels.iter().cloned().collect(),
         description: declared.description.clone().unwrap_or_default(),
     };
+    let is_encrypted = source.is_encrypted;
     let source = declared.source.as_deref().unwrap_or_default();
     let mut changes = vec![Change::word("source", "source", "", source).of_new()];
     changes.extend(declared.size.map(|size| Change::size(0, size).of_new()));
@@ -211,6 +223,7 @@ fn cloned(declared: &Declared, source: &Source) -> (Step, v1::Volume) {
     }
     let made = v1::Volume {
         capacity_bytes: request.capacity_bytes,
+        is_encrypted,
         labels: request.labels.clone(),
         description: request.description.clone(),
         ..Default::default()
@@ -221,9 +234,10 @@ fn cloned(declared: &Declared, source: &Source) -> (Step, v1::Volume) {
 /// Of a volume that is there, and can become what is declared.
 fn changed(declared: &Declared, there: &v1::Volume) -> Vec<Step> {
     let mut steps = Vec::new();
-    if let Some(size) = declared.size.filter(|size| *size != there.capacity_bytes) {
-        let changes = vec![Change::size(there.capacity_bytes, size)];
-        steps.push(Step { action: Action::Resize(size), changes });
+    if let Some(size) = declared.size.filter(|size| *size != disk_bytes(there)) {
+        let changes = vec![Change::size(disk_bytes(there), size)];
+        let whole = size.saturating_add(header_bytes(there.is_encrypted));
+        steps.push(Step { action: Action::Resize(whole), changes });
     }
     let limits_there = there.limits.unwrap_or_default();
     let limits = LimitArgs::from(declared.limits).applied_to(limits_there);
@@ -266,15 +280,16 @@ fn conflicts(declared: &Declared, there: &v1::Volume, source: Option<&Source>) -
         let what = format!("volume {}: its {property} is {is}, and {wanted} is declared{why}", declared.name);
         found.push(Conflict { exit_code: ExitCode::AlreadyExists, what });
     };
-    if let Some(size) = declared.size.filter(|size| *size != there.capacity_bytes) {
+    let there_bytes = disk_bytes(there);
+    if let Some(size) = declared.size.filter(|size| *size != there_bytes) {
         let why = match there.backend() {
             v1::Backend::Memory => Some(", but a volume in memory keeps its size"),
             v1::Backend::Device => Some(", but it is that of what it adopted"),
-            _ if size < there.capacity_bytes => Some(", but no volume gets smaller"),
+            _ if size < there_bytes => Some(", but no volume gets smaller"),
             _ => None,
         };
         if let Some(why) = why {
-            conflict("size", &exact_size(there.capacity_bytes), &exact_size(size), why);
+            conflict("size", &exact_size(there_bytes), &exact_size(size), why);
         }
     }
     if let Some(bytes) = declared.block_size.filter(|bytes| *bytes != there.block_size_bytes) {
@@ -288,6 +303,7 @@ fn conflicts(declared: &Declared, there: &v1::Volume, source: Option<&Source>) -
             declared.shared.map(|shared| writers(shared).to_owned()),
             writers(there.is_shared),
         ),
+        ("encryption", declared.encrypted.map(|on| on_or_off(on).to_owned()), on_or_off(there.is_encrypted)),
     ];
     for (property, wanted, is) in words {
         if let Some(wanted) = wanted.filter(|wanted| wanted != is) {
@@ -317,6 +333,10 @@ fn conflicts(declared: &Declared, there: &v1::Volume, source: Option<&Source>) -
 /// The word for it on the command line.
 fn word_of(value: &impl ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |word| word.get_name().to_owned())
+}
+
+fn on_or_off(is_on: bool) -> &'static str {
+    if is_on { "on" } else { "off" }
 }
 
 fn writers(is_shared: bool) -> &'static str {
@@ -395,7 +415,11 @@ mod tests {
     }
 
     fn source(found: Found) -> Source {
-        Source { named: Named { volume_name: "golden".into(), name: "v1".into(), ..Named::default() }, found }
+        Source {
+            named: Named { volume_name: "golden".into(), name: "v1".into(), ..Named::default() },
+            found,
+            is_encrypted: false,
+        }
     }
 
     fn found(uid: &str) -> Found {
@@ -527,6 +551,28 @@ mod tests {
     }
 
     #[test]
+    fn a_declared_size_is_without_the_header_of_an_encrypted_volume() {
+        let whole = |bytes: u64| bytes + (16 << 20);
+        let steps = planned("size: 1G, encrypted: true", None, None).unwrap();
+        let Action::Create(request) = &steps[0].action else { panic!("{steps:?}") };
+        assert!(request.is_encrypted && request.capacity_bytes == whole(GIB) && steps.len() == 1);
+        let told = steps[0].lines("db", true);
+        assert!(told[0].contains("size 1G") && told[0].ends_with("encrypted yes"), "{told:?}");
+        let there = v1::Volume { is_encrypted: true, capacity_bytes: whole(2 * GIB), ..there() };
+        assert_eq!(planned("size: 2G, encrypted: true", Some(&there), None).unwrap(), []);
+        let steps = planned("size: 3G", Some(&there), None).unwrap();
+        assert_eq!(steps[0].action, Action::Resize(whole(3 * GIB)));
+        assert_eq!(steps[0].lines("db", true), ["volume db changed: size from 2G to 3G"]);
+        assert!(planned("size: 1G", Some(&there), None).is_err(), "smaller");
+        let source = Source { is_encrypted: true, ..source(found("u")) };
+        let clone = declared::read("{name: c, source: golden@v1, size: 3G}").unwrap().remove(0);
+        let steps = plan(&clone, None, Some(&source)).unwrap();
+        assert!(
+            matches!(&steps[..], [Step { action: Action::Clone(request), .. }] if request.capacity_bytes == whole(3 * GIB))
+        );
+    }
+
+    #[test]
     fn a_clone_is_made_and_then_set_as_declared() {
         let keys = "source: golden@v1, size: 4G, labels: {a: b}, limits: {read_iops: 7}, protected: true";
         let by_uid = v1::CloneVolumeRequest { source_snapshot_uid: "s".to_owned(), ..Default::default() };
@@ -550,8 +596,11 @@ mod tests {
         }
         let steps = planned("source: golden@v1", None, Some(found("s"))).unwrap();
         assert_eq!(steps.len(), 1, "with the source's size: {steps:?}");
-        let of_volume =
-            Source { named: Named { volume_name: "golden".into(), ..Named::default() }, found: found("s") };
+        let of_volume = Source {
+            named: Named { volume_name: "golden".into(), ..Named::default() },
+            found: found("s"),
+            is_encrypted: false,
+        };
         assert_eq!(of_volume.by_uid().volume_name, "uid:s");
     }
 
@@ -579,6 +628,7 @@ mod tests {
             ("write_cache: off", there(), None, "write cache is on, and off is declared"),
             ("shared: true", there(), None, "number of writers is one, and several is declared"),
             ("shared: false", device.clone(), None, "number of writers is several, and one is declared"),
+            ("encrypted: true", there(), None, "encryption is off, and on is declared"),
             ("adopt: /dev/sdb", device, None, "adopted path is /dev/sda, and /dev/sdb is declared"),
             ("adopt: /dev/sdb", there(), None, "adopted path is none, and /dev/sdb is declared"),
             ("source: g@v", clone.clone(), Some(found("t")), "source is s, and g@v (uid t) is declared"),

@@ -34,6 +34,8 @@ pub struct VolumeFacts {
     pub is_read_only: u8,
     /// Several may write to it.
     pub is_shared: u8,
+    /// Who writes to it encrypts.
+    pub is_encrypted: u8,
     /// What is known of its bytes.
     pub content: String,
     /// Who formats it, if somebody does.
@@ -100,6 +102,8 @@ pub struct SnapshotFacts {
     pub is_frozen: u8,
     /// Of which freeze it is.
     pub freeze_id: String,
+    /// As its volume was.
+    pub is_encrypted: u8,
 }
 
 /// Of a node.

@@ -60,7 +60,7 @@ pub(super) const KEPT: Kept = Kept { changes: 100_000, milliseconds: 7 * 24 * 60
 /// So many of the oldest changes are looked at with each new one: more than one, so that what was left when time passed goes as well.
 const PRUNED_AT_ONCE: u32 = 8;
 
-const OF_VOLUMES: [&str; 18] = [
+const OF_VOLUMES: [&str; 19] = [
     "name",
     "capacity_bytes",
     "block_size_bytes",
@@ -79,10 +79,11 @@ const OF_VOLUMES: [&str; 18] = [
     "write_bytes_per_second",
     "burst_seconds",
     "source_uid",
+    "is_encrypted",
 ];
 const OF_ATTACHMENTS: [&str; 7] =
     ["volume_uid", "node_id", "read_only", "is_shared", "generation", "created_at_ms", "boot_id"];
-const OF_SNAPSHOTS: [&str; 9] = [
+const OF_SNAPSHOTS: [&str; 10] = [
     "name",
     "volume_uid",
     "capacity_bytes",
@@ -92,6 +93,7 @@ const OF_SNAPSHOTS: [&str; 9] = [
     "content",
     "is_frozen",
     "freeze_id",
+    "is_encrypted",
 ];
 const OF_NODES: [&str; 4] = ["boot_id", "version", "labels", "registered_at_ms"];
 

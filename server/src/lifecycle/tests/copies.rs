@@ -209,6 +209,30 @@ fn a_copy_that_fails_leaves_nothing_whenever_it_does() {
 }
 
 #[test]
+fn what_is_made_of_an_encrypted_volume_is_encrypted() {
+    let bench = Bench::new();
+    let new = NewVolume {
+        name: "vol-1".to_owned(),
+        capacity_bytes: 4096,
+        block_size_bytes: 4096,
+        backend: BackendKind::File,
+        write_cache_on: true,
+        settings: VolumeSettings { is_encrypted: true, ..VolumeSettings::default() },
+    };
+    bench.lifecycle.create_volume(&bench.locks.blocking_lock("vol-1"), &new).unwrap();
+    let snapshot_uid = bench.snapshot(&["vol-1"], "s").unwrap()[0];
+    bench.clone_of_volume("of-volume", "vol-1").unwrap();
+    finish(bench.start_clone("of-snapshot", CloneOf::Snapshot(snapshot_uid), 0).unwrap()).unwrap();
+    for name in ["vol-1", "of-volume", "of-snapshot"] {
+        assert!(bench.lifecycle.volume(name).unwrap().settings.is_encrypted, "{name}");
+    }
+    let snapshot = bench.lifecycle.catalog().snapshot_by_uid(snapshot_uid).unwrap().unwrap();
+    assert!(snapshot.is_encrypted && snapshot.as_volume().settings.is_encrypted);
+    bench.restore("vol-1", snapshot_uid).unwrap();
+    assert!(bench.lifecycle.volume("vol-1").unwrap().settings.is_encrypted);
+}
+
+#[test]
 fn a_clone_is_a_volume_of_its_own() {
     let (bench, volume) = Bench::with_volume();
     let snapshot_uid = bench.snapshot(&["vol-1"], "s").unwrap()[0];

@@ -114,6 +114,7 @@ fn volume(uid: &str, facts: &VolumeFacts) -> v1::WatchedVolume {
             burst_seconds: facts.burst_seconds,
         }),
         source_uid: facts.source_uid.clone(),
+        is_encrypted: facts.is_encrypted != 0,
     }
 }
 
@@ -159,6 +160,7 @@ fn snapshot(uid: &str, facts: &SnapshotFacts) -> v1::WatchedSnapshot {
         content: content(&facts.content).into(),
         frozen: facts.is_frozen != 0,
         freeze_id: facts.freeze_id.clone(),
+        is_encrypted: facts.is_encrypted != 0,
     }
 }
 

@@ -77,6 +77,7 @@ const PACKAGES: [Package; 29] = [
     Package::any("xfsprogs", "mkfs.xfs"),
     Package::any("btrfs-progs", "mkfs.btrfs"),
     Package::any("dmsetup", "dmsetup"),
+    Package::from("cryptsetup-bin", "cryptsetup", "--version", (2, 6)),
     Package::any("lvm2", "lvcreate"),
     Package::any("thin-provisioning-tools", "thin_check"),
     Package::from("fio", "fio", "--version", (3, 33)),
