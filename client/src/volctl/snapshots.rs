@@ -231,10 +231,11 @@ fn disk_bytes_of(snapshot: &v1::Snapshot) -> u64 {
 async fn is_encrypted(client: &mut ManagementClient<Channel>, source: &Named) -> Result<bool, Failure> {
     let Named { volume_name, name, snapshot_uid } = source.clone();
     if name.is_empty() && snapshot_uid.is_empty() {
-        let volume = call(client.get_volume(v1::GetVolumeRequest { name: volume_name })).await?;
+        let volume =
+            call(client.get_volume(v1::GetVolumeRequest { name: volume_name, ..Default::default() })).await?;
         return Ok(volume.is_encrypted);
     }
-    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid };
+    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid, ..Default::default() };
     Ok(call(client.get_snapshot(request)).await?.is_encrypted)
 }
 
@@ -261,7 +262,7 @@ pub(crate) async fn find(
     snapshot: &str,
 ) -> Result<v1::Snapshot, Failure> {
     let Named { volume_name, name, snapshot_uid } = Named::of(snapshot.to_owned(), None)?;
-    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid };
+    let request = v1::GetSnapshotRequest { volume_name, name, snapshot_uid, ..Default::default() };
     call(client.get_snapshot(request)).await
 }
 

@@ -93,7 +93,7 @@ fn problem(volume: &v1::Volume) -> String {
 
 pub(crate) async fn resize(server: &ServerAddress, name: String, size: u64) -> Result<Report, Failure> {
     let mut client = connect::server(server).await?;
-    let found = call(client.get_volume(v1::GetVolumeRequest { name })).await?;
+    let found = call(client.get_volume(v1::GetVolumeRequest { name, ..Default::default() })).await?;
     let request = v1::ResizeVolumeRequest {
         name: found.name,
         capacity_bytes: size.saturating_add(header_bytes(found.is_encrypted)),

@@ -163,20 +163,25 @@ async fn source(
         }
     };
     let Named { volume_name, name, snapshot_uid } = named.clone();
-    let (found, is_encrypted) =
-        match call(client.get_snapshot(v1::GetSnapshotRequest { volume_name, name, snapshot_uid, ..Default::default() })).await {
-            Ok(v1::Snapshot { snapshot_uid: uid, capacity_bytes, is_encrypted, .. }) => {
-                let capacity_bytes = capacity_bytes.saturating_sub(header_bytes(is_encrypted));
-                (Found::There { uid, capacity_bytes }, is_encrypted)
-            }
-            Err(failure)
-                if [reason::VOLUME_NOT_FOUND, reason::SNAPSHOT_NOT_FOUND]
-                    .contains(&failure.reason.as_str()) =>
-            {
-                (Found::Gone, false)
-            }
-            Err(failure) => return Err(failure),
-        };
+    let (found, is_encrypted) = match call(client.get_snapshot(v1::GetSnapshotRequest {
+        volume_name,
+        name,
+        snapshot_uid,
+        ..Default::default()
+    }))
+    .await
+    {
+        Ok(v1::Snapshot { snapshot_uid: uid, capacity_bytes, is_encrypted, .. }) => {
+            let capacity_bytes = capacity_bytes.saturating_sub(header_bytes(is_encrypted));
+            (Found::There { uid, capacity_bytes }, is_encrypted)
+        }
+        Err(failure)
+            if [reason::VOLUME_NOT_FOUND, reason::SNAPSHOT_NOT_FOUND].contains(&failure.reason.as_str()) =>
+        {
+            (Found::Gone, false)
+        }
+        Err(failure) => return Err(failure),
+    };
     Ok(Source { named, found, is_encrypted })
 }
 

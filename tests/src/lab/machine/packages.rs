@@ -53,7 +53,7 @@ const QEMU_PACKAGES: [Package; 2] = [
 ];
 
 /// What else the lab and the tests call. The versions are Debian 12's, on which the tests were made.
-const PACKAGES: [Package; 29] = [
+const PACKAGES: [Package; 31] = [
     Package::any("g++", "g++"),
     Package::any("busybox-static", "busybox"),
     Package::any("cpio", "cpio"),
