@@ -222,7 +222,7 @@ async fn every_call_of_a_tenant_has_a_line_and_none_has_a_secret() {
     let mut tenant = rig.connect(&server, "tenant", &["volnode:tenant/acme/*"]).await;
     tenant.create_volume(create_request("acme+db")).await.unwrap();
     assert!(is_forbidden(&tenant.create_volume(create_request("rival+db")).await.unwrap_err()));
-    tenant.get_volume(v1::GetVolumeRequest { name: "rival+db".to_owned() }).await.unwrap_err();
+    tenant.get_volume(v1::GetVolumeRequest { name: "rival+db".to_owned(), ..Default::default() }).await.unwrap_err();
     let attached =
         tenant.attach_volume(attach_request("acme+db", "node-1", false)).await.unwrap().into_inner();
     tenant.list_volumes(v1::ListVolumesRequest::default()).await.unwrap();
