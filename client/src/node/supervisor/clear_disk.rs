@@ -400,12 +400,9 @@ fn make_link(link: &Path, attachment_id: Uuid) -> Result<(), NodeError> {
         return Ok(());
     }
     let new_link = link.with_file_name(format!(".{attachment_id}.new"));
-    let made = remove_file(&new_link).and_then(|()| {
-        let what = format!("cannot make {}", link.display());
-        let io_error = |source| NodeError::Io { what, source };
-        symlink(&to, &new_link).and_then(|()| fs::rename(&new_link, link)).map_err(io_error)
-    });
-    made
+    remove_file(&new_link)?;
+    let made = symlink(&to, &new_link).and_then(|()| fs::rename(&new_link, link));
+    made.map_err(|source| NodeError::Io { what: format!("cannot make {}", link.display()), source })
 }
 
 fn remove_file(path: &Path) -> Result<(), NodeError> {
