@@ -154,15 +154,15 @@ fn create_is_idempotent_and_tells_a_conflict() {
 fn an_encrypted_volume_has_the_size_that_was_asked_for_and_a_header_besides() {
     let server = FakeServer::start();
     let told = run(&server, &["create", "v", "--encrypted", "--size", "1G"]).expect_success();
-    assert_eq!(told.stdout, "volume v of 1GiB\n");
+    assert_eq!(told.stdout, "volume v of 1G\n");
     let listed = run(&server, &["list", "--output", "json"]).expect_success().stdout;
     let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
     assert_eq!(listed[0]["capacity_bytes"], (1_u64 << 30) + (16 << 20));
     assert_eq!(listed[0]["is_encrypted"], true);
     let shown = run(&server, &["show", "v"]).expect_success().stdout;
-    assert!(shown.contains("1GiB (1073741824 bytes)") && shown.contains("16MiB of header"), "{shown}");
+    assert!(shown.contains("1G (1073741824 bytes)") && shown.contains("16M of header"), "{shown}");
     let told = run(&server, &["resize", "v", "--size", "2G"]).expect_success();
-    assert_eq!(told.stdout, "volume v of 2GiB\n");
+    assert_eq!(told.stdout, "volume v of 2G\n");
 }
 
 #[test]
