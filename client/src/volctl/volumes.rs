@@ -15,7 +15,7 @@ use crate::report::{
     self, Report, Tables, backend_word, content_word, or_dash, properties, tables, volume_json,
     write_cache_word,
 };
-use crate::settings;
+use crate::settings::{self, IfEtag};
 use crate::size::human_size;
 use crate::snapshots::utc;
 
@@ -89,8 +89,14 @@ fn problem(volume: &v1::Volume) -> String {
     }
 }
 
-pub(crate) async fn resize(server: &ServerAddress, name: String, size: u64) -> Result<Report, Failure> {
-    let request = v1::ResizeVolumeRequest { name, capacity_bytes: size };
+pub(crate) async fn resize(
+    server: &ServerAddress,
+    name: String,
+    size: u64,
+    only: IfEtag,
+) -> Result<Report, Failure> {
+    let etag = only.etag;
+    let request = v1::ResizeVolumeRequest { name, capacity_bytes: size, etag, ..Default::default() };
     let volume = call(connect::server(server).await?.resize_volume(request)).await?;
     let text = format!("volume {} of {}\n", volume.name, human_size(volume.capacity_bytes));
     Ok(Report::new(text, volume_json(&volume)))
@@ -230,8 +236,10 @@ pub(crate) async fn delete(
     server: &ServerAddress,
     name: String,
     keep_snapshots: bool,
+    only: IfEtag,
 ) -> Result<Report, Failure> {
-    let request = v1::DeleteVolumeRequest { name: name.clone(), keep_snapshots };
+    let (asked, etag) = (name.clone(), only.etag);
+    let request = v1::DeleteVolumeRequest { name: asked, keep_snapshots, etag, ..Default::default() };
     let existed = call(connect::server(server).await?.delete_volume(request)).await?.existed;
     let text = if existed { format!("deleted {name}\n") } else { format!("there is no volume {name}\n") };
     Ok(Report::new(text, json!({ "name": name, "existed": existed })))

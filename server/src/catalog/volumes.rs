@@ -11,11 +11,11 @@
 
 use std::collections::BTreeMap;
 
-use rusqlite::{OptionalExtension as _, Row, TransactionBehavior};
+use rusqlite::{Connection, OptionalExtension as _, Row, TransactionBehavior};
 use uuid::Uuid;
 
 use super::records::{self, BackendKind, NewVolume, VolumeRecord, VolumeState};
-use super::{Catalog, CatalogError, State, now_ms, reserve, settings, thin, to_db};
+use super::{Catalog, CatalogError, State, now_ms, requests, reserve, settings, thin, to_db};
 
 /// The backend is read as `device` where the volume has a row in `adopted_volumes`, and as `lvm` where it has one in `thin_volumes`;
 /// `adopted.rs` and `thin.rs` say why.
@@ -43,15 +43,15 @@ impl Drop for Concealed {
     }
 }
 
-impl State {
-    fn change_state(&self, volume_uid: Uuid, from: &str, to: &str) -> Result<(), CatalogError> {
-        let changed = self.db.execute(
-            "UPDATE volumes SET state = ?3 WHERE volume_uid = ?1 AND state = ?2",
-            (volume_uid.to_string(), from, to),
-        )?;
-        if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
-    }
+fn change_state(db: &Connection, volume_uid: Uuid, from: &str, to: &str) -> Result<(), CatalogError> {
+    let changed = db.execute(
+        "UPDATE volumes SET state = ?3 WHERE volume_uid = ?1 AND state = ?2",
+        (volume_uid.to_string(), from, to),
+    )?;
+    if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+}
 
+impl State {
     /// The volume of a one-row query, if it is ready and not concealed.
     fn visible_volume(&self, condition: &str, value: &str) -> Result<Option<VolumeRecord>, CatalogError> {
         let found = self.volume_row(condition, value)?;
@@ -258,7 +258,7 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeNotFound`] where there is no such volume in that state; SQLite's.
     pub fn finish_creating(&self, volume_uid: Uuid) -> Result<(), CatalogError> {
-        self.state().change_state(volume_uid, "creating", "ready")
+        self.carrying_out(&volume_uid.to_string(), |db| change_state(db, volume_uid, "creating", "ready"))
     }
 
     /// `ready` becomes `deleting`: from here on the volume is gone for everybody, and its storage may be removed.
@@ -270,7 +270,11 @@ impl Catalog {
         if self.volume_has_attachment(volume_uid)? {
             return Err(CatalogError::VolumeAttached(volume_uid));
         }
-        self.taking_away(|state| state.change_state(volume_uid, "ready", "deleting"))
+        let (request, subject) = (self.request.as_deref(), volume_uid.to_string());
+        self.taking_away(|state| {
+            let change = |db: &Connection| change_state(db, volume_uid, "ready", "deleting");
+            requests::carry_out(&mut state.db, request, &subject, change)
+        })
     }
 
     /// Gives a ready volume another name.
@@ -278,15 +282,16 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeExists`] where the name is taken in any state; [`CatalogError::VolumeNotFound`]; SQLite's.
     pub fn set_name(&self, volume_uid: Uuid, name: &str) -> Result<(), CatalogError> {
-        let state = self.state();
+        let mut state = self.state();
         if state.volume_row("name = ?1", name)?.is_some() {
             return Err(CatalogError::VolumeExists);
         }
-        let changed = state.db.execute(
-            "UPDATE volumes SET name = ?2 WHERE volume_uid = ?1 AND state = 'ready'",
-            (volume_uid.to_string(), name),
-        )?;
-        if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        let uid = volume_uid.to_string();
+        requests::carry_out(&mut state.db, self.request.as_deref(), &uid, |db| {
+            let sql = "UPDATE volumes SET name = ?2 WHERE volume_uid = ?1 AND state = 'ready'";
+            let changed = db.execute(sql, (&uid, name))?;
+            if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        })
     }
 
     /// Writes down how large a volume is now; its storage has that size.
@@ -294,11 +299,12 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeNotFound`]; SQLite's.
     pub fn set_capacity(&self, volume_uid: Uuid, capacity_bytes: u64) -> Result<(), CatalogError> {
-        let changed = self.state().db.execute(
-            "UPDATE volumes SET capacity_bytes = ?2 WHERE volume_uid = ?1",
-            (volume_uid.to_string(), to_db(capacity_bytes, "capacity_bytes")?),
-        )?;
-        if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        let uid = volume_uid.to_string();
+        self.carrying_out(&uid, |db| {
+            let sql = "UPDATE volumes SET capacity_bytes = ?2 WHERE volume_uid = ?1";
+            let changed = db.execute(sql, (&uid, to_db(capacity_bytes, "capacity_bytes")?))?;
+            if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        })
     }
 
     /// Writes down that the volume is at least so large, and returns how large it is: whoever looks at a device may not be alone.

@@ -201,6 +201,7 @@ fn cloned(declared: &Declared, source: &Source) -> (Step, v1::Volume) {
         capacity_bytes: declared.size.unwrap_or_default(),
         labels: labels.iter().cloned().collect(),
         description: declared.description.clone().unwrap_or_default(),
+        ..Default::default()
     };
     let source = declared.source.as_deref().unwrap_or_default();
     let mut changes = vec![Change::word("source", "source", "", source).of_new()];
