@@ -2,6 +2,7 @@
 
 mod adopted;
 mod grants;
+mod plans;
 
 use std::collections::BTreeSet;
 
