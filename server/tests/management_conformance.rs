@@ -350,6 +350,17 @@ async fn wait_for_description(api: &mut Api, text: &str) {
     }
 }
 
+/// That a call's time was over: by the server's own word, or by that of its gRPC library, where the server was too busy to be first.
+fn assert_late(status: &Status) {
+    match status.get_details_error_info() {
+        Some(info) => {
+            assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+            assert_eq!(info.reason, reason::CALL_TIMED_OUT);
+        }
+        None => assert_eq!((status.code(), status.message()), (Code::Cancelled, "Timeout expired")),
+    }
+}
+
 /// A call that has begun, and cannot end; with the volume's name locked.
 async fn begun(server: &Volserver, api: &Api, text: &str) -> tokio::task::JoinHandle<Result<(), Status>> {
     let (mut caller, request) = (api.clone(), described(text));
@@ -364,7 +375,7 @@ async fn begun(server: &Volserver, api: &Api, text: &str) -> tokio::task::JoinHa
         match api.update_volume(nothing).await {
             Ok(_) => {}
             Err(status) => {
-                assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
+                assert_late(&status);
                 return call;
             }
         }
@@ -387,14 +398,13 @@ async fn a_call_whose_deadline_passes_changes_nothing_or_is_finished() {
             Request::new(v1::DeleteVolumeRequest { name: "vol-1".to_owned(), ..Default::default() });
         late.metadata_mut().insert("grpc-timeout", "200m".parse().unwrap());
         let status = hurried.delete_volume(late).await.unwrap_err();
-        assert_eq!(status.code(), Code::DeadlineExceeded, "{status:?}");
-        assert_eq!(status.get_details_error_info().unwrap().reason, reason::CALL_TIMED_OUT);
+        assert_late(&status);
         assert!(began.elapsed() >= Duration::from_millis(190), "{:?}", began.elapsed());
     }
     // No time at all.
     let mut late = Request::new(create_request("vol-2"));
     late.metadata_mut().insert("grpc-timeout", "0n".parse().unwrap());
-    assert_eq!(hurried.create_volume(late).await.unwrap_err().code(), Code::DeadlineExceeded);
+    assert_late(&hurried.create_volume(late).await.unwrap_err());
     drop(held);
     first.await.unwrap().unwrap();
     assert_eq!(description(&mut api).await, "first", "and the volume is there");
@@ -403,7 +413,7 @@ async fn a_call_whose_deadline_passes_changes_nothing_or_is_finished() {
     let held = hold(&data_dir);
     let mut late = Request::new(described("second"));
     late.metadata_mut().insert("grpc-timeout", "1500m".parse().unwrap());
-    assert_eq!(hurried.update_volume(late).await.unwrap_err().code(), Code::DeadlineExceeded);
+    assert_late(&hurried.update_volume(late).await.unwrap_err());
     drop(held);
     wait_for_description(&mut api, "second").await;
     let listed = api.list_volumes(v1::ListVolumesRequest::default()).await.unwrap().into_inner();
