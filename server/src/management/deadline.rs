@@ -43,8 +43,10 @@ pub(super) async fn within<T>(
 ) -> Result<T, Status> {
     match limit {
         None => call.await,
+        // Nothing is begun for which there is no time.
+        Some(limit) if limit <= HEAD_START => Err(status::deadline_passed()),
         Some(limit) => {
-            let ended = tokio::time::timeout(limit.saturating_sub(HEAD_START), call).await;
+            let ended = tokio::time::timeout(limit - HEAD_START, call).await;
             ended.unwrap_or_else(|_| Err(status::deadline_passed()))
         }
     }
@@ -58,6 +60,19 @@ mod tests {
         let mut metadata = MetadataMap::new();
         metadata.insert(HEADER, text.parse().unwrap());
         limit(&metadata)
+    }
+
+    #[tokio::test]
+    async fn what_has_no_time_is_not_begun() {
+        let begun = std::cell::Cell::new(false);
+        let call = || async {
+            begun.set(true);
+            Ok(())
+        };
+        let late = within(Some(Duration::ZERO), call()).await.unwrap_err();
+        assert_eq!((late.code(), begun.get()), (tonic::Code::DeadlineExceeded, false));
+        within(None, call()).await.unwrap();
+        assert!(begun.get());
     }
 
     #[test]
