@@ -4,7 +4,6 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 use std::time::Duration;
 
 use proto::nbd::transmission::{Command, CommandFlags};

@@ -168,7 +168,8 @@ impl<D: DataSide> ManagementService<D> {
         request: v1::ListSnapshotsRequest,
     ) -> Result<v1::ListSnapshotsResponse, Status> {
         let mut fields = Fields::default();
-        let filter = fields.snapshot_filter(request.volume_name, &request.group_uid, request.name).within(&scope);
+        let filter =
+            fields.snapshot_filter(request.volume_name, &request.group_uid, request.name).within(&scope);
         let token = PageToken::new("snapshots", self.lifecycle.catalog().server_id());
         let after = fields.snapshot_page_token("page_token", &token, &request.page_token);
         fields.finish()?;

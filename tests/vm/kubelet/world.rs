@@ -255,7 +255,11 @@ impl World {
     pub(super) fn look(&mut self, number: usize, step: Step) -> Result<()> {
         let claim = self.claims[number].clone();
         let (staging, name) = (claim.staging(&self.kubelet), format!("uid:{}", claim.volume_id));
-        let volume = || self.ask(async |mut api| api.get_volume(v1::GetVolumeRequest { name }).await);
+        let volume = || {
+            self.ask(async |mut api| {
+                api.get_volume(v1::GetVolumeRequest { name, ..Default::default() }).await
+            })
+        };
         match step {
             Step::Create => ensure!(volume()?.capacity_bytes == claim.bytes as u64, "another size"),
             Step::ControllerPublish => {

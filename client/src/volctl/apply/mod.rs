@@ -163,20 +163,25 @@ async fn source(
         }
     };
     let Named { volume_name, name, snapshot_uid } = named.clone();
-    let (found, is_encrypted) =
-        match call(client.get_snapshot(v1::GetSnapshotRequest { volume_name, name, snapshot_uid, ..Default::default() })).await {
-            Ok(v1::Snapshot { snapshot_uid: uid, capacity_bytes, is_encrypted, .. }) => {
-                let capacity_bytes = capacity_bytes.saturating_sub(header_bytes(is_encrypted));
-                (Found::There { uid, capacity_bytes }, is_encrypted)
-            }
-            Err(failure)
-                if [reason::VOLUME_NOT_FOUND, reason::SNAPSHOT_NOT_FOUND]
-                    .contains(&failure.reason.as_str()) =>
-            {
-                (Found::Gone, false)
-            }
-            Err(failure) => return Err(failure),
-        };
+    let (found, is_encrypted) = match call(client.get_snapshot(v1::GetSnapshotRequest {
+        volume_name,
+        name,
+        snapshot_uid,
+        ..Default::default()
+    }))
+    .await
+    {
+        Ok(v1::Snapshot { snapshot_uid: uid, capacity_bytes, is_encrypted, .. }) => {
+            let capacity_bytes = capacity_bytes.saturating_sub(header_bytes(is_encrypted));
+            (Found::There { uid, capacity_bytes }, is_encrypted)
+        }
+        Err(failure)
+            if [reason::VOLUME_NOT_FOUND, reason::SNAPSHOT_NOT_FOUND].contains(&failure.reason.as_str()) =>
+        {
+            (Found::Gone, false)
+        }
+        Err(failure) => return Err(failure),
+    };
     Ok(Source { named, found, is_encrypted })
 }
 
@@ -268,7 +273,12 @@ async fn do_step(
         }
         Action::Clone(request) => *uid = clone_to_its_end(client, request).await?.volume_uid,
         Action::Resize(capacity_bytes) => {
-            call(client.resize_volume(v1::ResizeVolumeRequest { name, capacity_bytes })).await?;
+            call(client.resize_volume(v1::ResizeVolumeRequest {
+                name,
+                capacity_bytes,
+                ..Default::default()
+            }))
+            .await?;
         }
         Action::Limit(declared) => {
             // What others have set since the plan was made stays.
@@ -276,7 +286,8 @@ async fn do_step(
                 call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() }))
                     .await?;
             let limits = Some(LimitArgs::from(declared).applied_to(there.limits.unwrap_or_default()));
-            call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits })).await?;
+            call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits, ..Default::default() }))
+                .await?;
         }
         Action::Set(update) => {
             call(client.update_volume(v1::UpdateVolumeRequest { name, ..update })).await?;
