@@ -4,7 +4,7 @@
 //!   node daemon ──▶ volclient look-at-ends DISK ──▶ exit code: Found
 //!               ──▶ volclient erase-ends DISK
 //! ```
-//! Never: decides (`node/luks/core.rs`). Called by `node/luks/cryptsetup.rs`; `volclient` is the process.
+//! Never: decides (`node/luks_plan.rs`). Called by `node/luks/cryptsetup.rs`; `volclient` is the process.
 //! Source: the LUKS headers' magic, LUKS2 On-Disk Format Specification 1.1.0, section 2.1.
 
 use std::fs::{File, OpenOptions};

@@ -23,6 +23,8 @@ const NEXT_OF_OTHER_BOOT: &str = "give every machine an id of its own (rm /etc/m
 const NEXT_OF_UNFENCED: &str = "repeat the call: it goes on where this one stopped";
 const NEXT_OF_NO_MEMORY: &str = "delete volumes in memory, lower the server's --memory-max, or raise what it may have, then repeat the call";
 
+const NEXT_OF_NO_POOL: &str =
+    "start volserver with --lvm VG/THINPOOL, or make the volume with the backend file";
 const NEXT_OF_RESERVE: &str =
     "delete snapshots or volumes, make the file system larger, or lower the server's --snapshot-reserve";
 const NEXT_OF_THIN_POOL: &str =
@@ -131,11 +133,9 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
         LifecycleError::Nodes(error) => of_nodes(error),
         LifecycleError::Grants(error) => of_grants(error),
         LifecycleError::Tenants(error) => of_tenants(error),
-        LifecycleError::NoThinPool(_) => told(
-            Code::FailedPrecondition,
-            reason::NO_THIN_POOL,
-            "start volserver with --lvm VG/THINPOOL, or make the volume with the backend file",
-        ),
+        LifecycleError::NoThinPool(_) => {
+            told(Code::FailedPrecondition, reason::NO_THIN_POOL, NEXT_OF_NO_POOL)
+        }
         LifecycleError::Adopt(error) => of_adopted(error),
         LifecycleError::AdoptedSize { size_bytes, .. } => of_adopted_size(*size_bytes),
         LifecycleError::BlockSize { .. } => return invalid_field("block_size_bytes", message),

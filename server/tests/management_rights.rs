@@ -179,9 +179,7 @@ async fn watched(client: &mut Client, volume_name: String) -> Result<String, Sta
 
 /// Makes the call about the subject, in a way that may be repeated.
 async fn ask(client: &mut Client, call: Call, of: &Subject) -> Result<String, Status> {
-    let (db, free, node_id) = (of.of("db"), of.of("free"), of.node.to_owned());
-    let s = "s".to_owned();
-    let operation_id = Uuid::nil().to_string();
+    let db = of.of("db");
     match call {
         Call::GetServerInfo => text(client.get_server_info(v1::GetServerInfoRequest {}).await),
         Call::CreateVolume => text(client.create_volume(create_request(&of.of("new"))).await),
@@ -232,6 +230,14 @@ async fn ask(client: &mut Client, call: Call, of: &Subject) -> Result<String, St
             let request = v1::ResizeVolumeRequest { name: db, capacity_bytes: 1 << 20, ..Default::default() };
             text(client.resize_volume(request).await)
         }
+        other => ask_of_nodes(client, other, of).await,
+    }
+}
+
+/// The same of what is attached and granted, and of nodes.
+async fn ask_of_nodes(client: &mut Client, call: Call, of: &Subject) -> Result<String, Status> {
+    let (db, free, node_id) = (of.of("db"), of.of("free"), of.node.to_owned());
+    match call {
         Call::AttachVolume => text(client.attach_volume(attach_request(&db, of.node, false)).await),
         Call::DetachVolume => {
             let request =
@@ -258,6 +264,14 @@ async fn ask(client: &mut Client, call: Call, of: &Subject) -> Result<String, St
         Call::DeleteNode => {
             text(client.delete_node(v1::DeleteNodeRequest { node_id, ..Default::default() }).await)
         }
+        other => ask_of_snapshots(client, other, of).await,
+    }
+}
+
+/// The same of snapshots, and of streams.
+async fn ask_of_snapshots(client: &mut Client, call: Call, of: &Subject) -> Result<String, Status> {
+    let (db, s) = (of.of("db"), "s".to_owned());
+    match call {
         Call::CreateSnapshot => {
             let request = v1::CreateSnapshotRequest { volume_names: vec![db], name: s, ..Default::default() };
             text(client.create_snapshot(request).await)
@@ -300,6 +314,14 @@ async fn ask(client: &mut Client, call: Call, of: &Subject) -> Result<String, St
             parts.message().await.map(|part| format!("{part:?}"))
         }
         Call::Watch => watched(client, String::new()).await,
+        other => ask_of_the_rest(client, other, of).await,
+    }
+}
+
+/// The same of operations and tenants.
+async fn ask_of_the_rest(client: &mut Client, call: Call, of: &Subject) -> Result<String, Status> {
+    let operation_id = Uuid::nil().to_string();
+    match call {
         Call::GetOperation => text(client.get_operation(v1::GetOperationRequest { operation_id }).await),
         Call::ListOperations => text(client.list_operations(v1::ListOperationsRequest {}).await),
         Call::CancelOperation => {
@@ -315,6 +337,7 @@ async fn ask(client: &mut Client, call: Call, of: &Subject) -> Result<String, St
         Call::DeleteTenant => {
             text(client.delete_tenant(v1::DeleteTenantRequest { name: of.tenant.to_owned() }).await)
         }
+        other => panic!("nobody asks {other:?}"),
     }
 }
 

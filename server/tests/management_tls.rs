@@ -65,9 +65,7 @@ async fn each_certificate_may_call_what_it_names() {
         node.detach_volume(by_name).await.unwrap_err(),
         node.list_attachments(v1::ListAttachmentsRequest::default()).await.unwrap_err(),
         node.create_volume(create_request("vol-3")).await.unwrap_err(),
-        node.get_volume(v1::GetVolumeRequest { name: "vol-1".into(), ..Default::default() })
-            .await
-            .unwrap_err(),
+        node.get_volume(v1::GetVolumeRequest::default()).await.unwrap_err(),
         node.list_volumes(v1::ListVolumesRequest::default()).await.unwrap_err(),
         node.rename_volume(v1::RenameVolumeRequest::default()).await.unwrap_err(),
         node.create_snapshot(v1::CreateSnapshotRequest::default()).await.unwrap_err(),

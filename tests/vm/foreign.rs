@@ -29,7 +29,6 @@ pub(crate) const TESTS: &[Test] = &[
         .once()
         .within(300),
     Test::new("foreign::a_write_that_lands_late_was_told_to_have_failed", a_write_that_lands_late)
-        .once()
         .within(300),
 ];
 

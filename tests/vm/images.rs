@@ -69,7 +69,7 @@ fn a_bootable_image_has_its_partitions(env: &Env) -> Result<()> {
         let told = sh(&format!("blockdev --getsz {}", device.display()))?;
         ensure!(told.trim() == sectors.to_string(), "{}: {told} sectors", device.display());
     }
-    sh(&format!("sfdisk --verify {} && e2fsck -fn {}", device.display(), partition(2).display()))?;
+    sh(&format!("e2fsck -fn {}", partition(2).display()))?;
     run("mount", &[&partition(2), &at])?;
     ensure!(fs::read_to_string(at.join("etc/os-release")).context("os-release")? == os_release);
     ensure!(fs::read(at.join("vmlinuz"))? == random, "what was in the image is not in the file");

@@ -1,11 +1,12 @@
 //! Encrypted volumes: LUKS by the node daemon, from the header's making to the change of its passphrase, and what nobody may find.
 //!
-//! What is decided is in the unit tests of `client/src/node/luks/`. Keys are derived as cryptsetup does it by default, but in the test that
-//! stops it between two steps.
+//! What is decided is in the unit tests of `client/src/node/luks/`. The node daemon finds a `cryptsetup` here that has the true one derive
+//! keys quickly: by default that takes some seconds each time, and a minute in all.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::Arc;
@@ -83,7 +84,10 @@ fn an_encrypted_volume_lives(env: &Env) -> Result<()> {
     sh("modprobe dm_mod")?;
     // Before the daemon starts, which has it then.
     let cores = Cores::allow(env)?;
+    let stops = Stops::new(env)?;
     let mut node = StorageNode::start_on_xfs(env)?;
+    node.kill_client()?;
+    let mut daemon = stops.start_daemon(&node, env)?;
     let file = passphrase_file(env, "passphrase", PASSPHRASE)?;
     let next_file = passphrase_file(env, "next", NEXT_PASSPHRASE)?;
     node.volctl(&["create", "vol-1", "--encrypted", "--size", "32M"])?.succeeded()?;
@@ -101,8 +105,8 @@ fn an_encrypted_volume_lives(env: &Env) -> Result<()> {
     direct::write(&disk, AT, &words())??;
     direct::flush(&disk)?;
     // The daemon keeps nothing: the next one finds the clear disk open.
-    node.kill_client()?;
-    node.start_client()?;
+    kill(daemon)?;
+    daemon = stops.start_daemon(&node, env)?;
     ensure!(node.volctl(&["attach", "vol-1"])?.succeeded()?.trim_end() == disk.to_string_lossy());
     check_words(&disk)?;
     nothing_in_the_clear(&node, "vol-1", &file)?;
@@ -126,7 +130,7 @@ fn an_encrypted_volume_lives(env: &Env) -> Result<()> {
 
     goes_by_force(&node, &next_file)?;
     nobody_has_it(&node, env)?;
-    cores.has_none_of_the(&mut node)
+    cores.has_none_of(daemon)
 }
 
 /// While it is used, with its bytes as they were.
@@ -250,15 +254,10 @@ impl Watch {
     }
 }
 
-/// By its arguments, which one that has ended has no more.
-fn the_node_daemon() -> Result<Pid> {
-    let is_it = |pid: &i32| {
-        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        has(&arguments, b"volclient\0serve\0")
-    };
-    let processes = fs::read_dir("/proc")?.flatten();
-    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.find(is_it).and_then(Pid::from_raw).context("there is no node daemon")
+fn kill(mut daemon: Child) -> Result<()> {
+    daemon.kill()?;
+    daemon.wait()?;
+    Ok(())
 }
 
 /// The machine writes cores into a folder, until this is dropped.
@@ -282,20 +281,16 @@ impl Cores {
     }
 
     /// Of the node daemon, which passphrases have passed through; while others have theirs.
-    fn has_none_of_the(&self, node: &mut StorageNode) -> Result<()> {
+    fn has_none_of(&self, mut daemon: Child) -> Result<()> {
         let names = || -> Result<Vec<String>> {
             let entries = fs::read_dir(&self.folder)?.flatten();
             Ok(entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
         };
         sh("sleep 100 & sleep 1; kill -ABRT $!; wait $! || true")?;
         ensure!(names()?.iter().any(|name| name.starts_with("sleep.")), "no process has a core here");
-        let daemon = the_node_daemon()?;
-        kill_process(daemon, Signal::ABORT)?;
-        // It is a zombie until it is waited for.
-        wait_for("the node daemon to abort", Duration::from_secs(20), || {
-            Ok(the_node_daemon().is_err().then_some(()))
-        })?;
-        node.kill_client()?;
+        kill_process(Pid::from_child(&daemon), Signal::ABORT)?;
+        let ended = daemon.wait()?;
+        ensure!(ended.signal() == Some(Signal::ABORT.as_raw()), "the node daemon ended with {ended}");
         ensure!(names()?.len() == 1, "cores: {:?}", names()?);
         Ok(())
     }
@@ -327,7 +322,7 @@ impl Stops {
                  mv {at}/stop-before-$action {at}/stopped
                  while [ -e {at}/stopped ]; do sleep 0.05; done
              fi
-             [ $action = luksFormat ] && set -- \"$@\" --pbkdf pbkdf2 --pbkdf-force-iterations 1000
+             case $action in luksFormat|luksChangeKey) set -- \"$@\" --pbkdf pbkdf2 --pbkdf-force-iterations 1000;; esac
              exec {} \"$@\"
             ",
             program.trim()
@@ -396,8 +391,7 @@ fn a_daemon_killed_between_steps(env: &Env) -> Result<()> {
         let attach = ["attach", &name, "--passphrase-file", &file];
         let (mut cut_off, _) = node.volctl_lines(&attach)?;
         stops.wait_until_stopped()?;
-        daemon.kill()?;
-        daemon.wait()?;
+        kill(daemon)?;
         ensure!(!cut_off.wait()?.success(), "an attach came to its end without a daemon");
         daemon = stops.start_daemon(&node, env)?;
         let state = node.attachment(&name)?;
@@ -417,8 +411,7 @@ fn a_daemon_killed_between_steps(env: &Env) -> Result<()> {
         stops.steps()?;
         node.detach(&name)?;
     }
-    daemon.kill()?;
-    daemon.wait()?;
+    kill(daemon)?;
     node.start_client()?;
     is_named_where_no_attachment_has_it(&mut node, &file)
 }

@@ -132,7 +132,7 @@ fn a_thin_volume_lives(env: &Env) -> Result<()> {
 
 /// Several writers on the disks of two volumes, of several queues, and some snapshots of both: each is one instant of all writers.
 fn a_snapshot_is_one_instant(env: &Env) -> Result<()> {
-    const SNAPSHOTS: usize = 4;
+    const SNAPSHOTS: usize = 3;
     const VOLUMES: [&str; 2] = ["vol-1", "vol-2"];
     let pool = ThinPool::new(env.scratch_disk()?, 256)?;
     let mut node = start(env)?;

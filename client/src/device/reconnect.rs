@@ -160,7 +160,7 @@ impl<S> Reconnect<S> {
             queues: (0..nr_hw_queues).map(|_| QueueState::Up).collect(),
             is_untold: incarnation.is_empty(),
             incarnation,
-            together: Together::new(),
+            together: Together::default(),
             leaves_by: None,
             former_incarnations: Vec::new(),
             doubted: vec![None; usize::from(nr_hw_queues)],

@@ -26,12 +26,14 @@ pub struct Together {
     is_apart: bool,
 }
 
-impl Together {
+impl Default for Together {
     /// All queues have connections.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self { wait: WAIT_MIN, until: None, is_apart: false }
     }
+}
 
+impl Together {
     /// A queue has lost its connections, and not for another's sake.
     pub fn lost_by_itself(&mut self) {
         (self.wait, self.is_apart) = (WAIT_MIN, false);
@@ -77,7 +79,7 @@ mod tests {
 
     #[test]
     fn the_time_is_longer_whenever_it_was_too_short_until_connections_are_lost_by_themselves() {
-        let (mut together, now) = (Together::new(), Instant::now());
+        let (mut together, now) = (Together::default(), Instant::now());
         let mut expected = WAIT_MIN;
         for _ in 0..5 {
             assert_eq!(waited(&mut together, now), expected);

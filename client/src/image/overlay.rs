@@ -42,7 +42,7 @@ impl Overlay {
         }
     }
 
-    /// Reads bytes.
+    /// Reads bytes of both, as they are together.
     ///
     /// # Errors
     /// [`StoreError`]
@@ -109,7 +109,7 @@ pub enum Readable<'a> {
 }
 
 impl Readable<'_> {
-    /// Reads bytes.
+    /// Reads bytes, wherever they lie.
     ///
     /// # Errors
     /// [`StoreError`]

@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use ublk_core::ControlError;
 
-use super::luks::core::Refusal;
+use super::luks_plan::Refusal;
 use crate::causes::with_sources;
 use crate::contract::ContractError;
 

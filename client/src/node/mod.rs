@@ -8,7 +8,8 @@
 //! - [`attachment_record`]: an attachment as its folder tells it.
 //! - [`device_process`]: one device process: claim, start, wait, stop.
 //! - [`leftovers`]: the device and the link that a dead device process left.
-//! - [`luks`]: encrypted volumes: what is decided, and the programs that do it.
+//! - [`luks`]: encrypted volumes: the clear disks that there are, and the programs that make them.
+//! - [`luks_plan`]: encrypted volumes: what is done next, without I/O.
 //! - [`management_client`]: the storage server's management API.
 //! - `moved_servers`: a server that got another address: the disks that wait for it are told.
 //! - `registration`: this node at its storage server: it registers, and says how it and its disks are.
@@ -25,6 +26,7 @@ pub mod error;
 mod freeze;
 pub mod leftovers;
 pub mod luks;
+pub mod luks_plan;
 pub mod management_client;
 mod moved_servers;
 pub mod node_labels;

@@ -95,13 +95,13 @@ fn new_settings(
 /// Whether what is made is to be encrypted; how large it is was not looked at yet.
 fn is_encrypted(fields: &mut Fields, request: &v1::CreateVolumeRequest) -> bool {
     let wanted = request.is_encrypted;
-    fields.require(!(wanted && request.is_shared), "is_encrypted", || {
+    let is_adopted = !request.adopt_path.is_empty();
+    fields.require(!wanted || !request.is_shared, "is_encrypted", || {
         "a volume that several nodes write to at once cannot be encrypted".to_owned()
     });
-    fields.require(!(wanted && !request.adopt_path.is_empty()), "is_encrypted", || {
+    fields.require(!wanted || !is_adopted, "is_encrypted", || {
         "what is adopted is served as it is: it cannot be encrypted".to_owned()
     });
-    let is_adopted = !request.adopt_path.is_empty();
     fields.require(
         !wanted || is_adopted || request.capacity_bytes > LUKS_HEADER_BYTES,
         "capacity_bytes",

@@ -51,6 +51,8 @@ pub(super) struct ForeignWorld<'a> {
     connections_max: usize,
     /// It never grants more than one queue's.
     is_tight: bool,
+    /// It always grants what is asked for.
+    is_generous: bool,
     /// Connections of processes that are gone: what still comes on them may be of what the storage has lost since.
     gone: Vec<LinkId>,
     spec: Spec,
@@ -80,7 +82,9 @@ impl<'a> ForeignWorld<'a> {
         let mut rng = Rng::with_seed(seed);
         let nr_queues = rng.u16(1..=3);
         let nr_connections = nr_queues * rng.u16(1..=2);
-        let fails = rng.u8(..4) == 0;
+        // Of these a server that grants too few would be noticed, and not what comes of the broken rule.
+        let is_generous = matches!(mutant, Some(Mutant::LostAlone | Mutant::ServedBeforeAllAreDown));
+        let fails = rng.u8(..4) == 0 && !is_generous;
         let fail_after_ms = rng.u64(FAIL_AFTER_MS);
         let origins = [Origins::One(Origin::Pages), Origins::One(Origin::Staging), Origins::Both];
         let spec = Spec {
@@ -99,7 +103,7 @@ impl<'a> ForeignWorld<'a> {
             policy: if fails { StallPolicy::FailAfterMs(fail_after_ms) } else { StallPolicy::Wait },
             is_foreign: true,
         };
-        let is_tight = rng.u8(..4) == 0;
+        let is_tight = rng.u8(..4) == 0 && !is_generous;
         let tags = || (0..spec.queue_depth).map(|_| None).collect();
         let mut world = Self {
             now: Instant::now(),
@@ -110,6 +114,7 @@ impl<'a> ForeignWorld<'a> {
             server: Some(ForeignServer::new()),
             connections_max: if is_tight { usize::from(nr_connections / nr_queues) } else { usize::MAX },
             is_tight,
+            is_generous,
             gone: Vec::new(),
             bios: (0..nr_queues).map(|_| tags()).collect(),
             spec,
@@ -422,7 +427,7 @@ impl<'a> ForeignWorld<'a> {
             4 => self.kill_server(false),
             5 => self.kill_client(),
             8 => self.end_server(),
-            6 if !self.is_tight => {
+            6 if !self.is_tight && !self.is_generous => {
                 self.may_fail = true;
                 let most = usize::from(self.spec.nr_connections) + 1;
                 self.connections_max = if self.rng.bool() { usize::MAX } else { self.rng.usize(1..=most) };

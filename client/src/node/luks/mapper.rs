@@ -96,7 +96,7 @@ mod tests {
         fs::create_dir_all(block.join("ublkb1/holders")).unwrap();
         let found = all_below(sys.path());
         let expected = Mapper { attachment_id: id, kernel_name: "dm-3".to_owned(), bytes: 1 << 20 };
-        assert_eq!(found, [expected.clone()]);
+        assert_eq!(found, std::slice::from_ref(&expected));
         assert!(expected.is_on_below(sys.path(), 0) && !expected.is_on_below(sys.path(), 1));
         assert_eq!(bytes_below(sys.path(), "dm-9"), None);
         assert_eq!(path_of(id).file_name().unwrap().to_str().unwrap(), name_of(id));

@@ -1,7 +1,7 @@
 //! The clear disk of an encrypted volume: opened behind its disk, closed before it, and made larger with it.
 //!
 //! ```text
-//!   attach:  disk is live ─▶ as `luks/core.rs` says: header, clear disk ─▶ stable name leads to the clear disk
+//!   attach:  disk is live ─▶ as `luks_plan.rs` says: header, clear disk ─▶ stable name leads to the clear disk
 //!   detach:  clear disk closed (used: refused) ─▶ disk goes       by force: disk goes ─▶ clear disk goes with its last user
 //! ```
 //! Invariants: the target's lock is held, but for growth of a moment's look. A device process that ends meanwhile ends the call: the disk
@@ -30,9 +30,9 @@ use crate::holders;
 use crate::node::attachment_record::AttachmentRecord;
 use crate::node::error::NodeError;
 use crate::node::leftovers;
-use crate::node::luks::core::{self, ClearDisk, Content, Header, Refusal, Step, View};
 use crate::node::luks::cryptsetup::{self, Subject};
 use crate::node::luks::mapper::{self, Mapper};
+use crate::node::luks_plan::{self, ClearDisk, Content, Header, Refusal, Step, View};
 use crate::node::target::DetachSelector;
 
 /// More steps than any way to the end has.
@@ -147,7 +147,7 @@ impl Supervisor {
             is_erased: false,
         };
         for _ in 0..STEPS_MAX {
-            let step = core::attach(&view);
+            let step = luks_plan::attach(&view);
             tracing::debug!(target, ?step, "opens an encrypted disk");
             let needed = || unlock.passphrase.as_ref().ok_or_else(|| refused(target, Refusal::NoPassphrase));
             match step {
@@ -400,12 +400,9 @@ fn make_link(link: &Path, attachment_id: Uuid) -> Result<(), NodeError> {
         return Ok(());
     }
     let new_link = link.with_file_name(format!(".{attachment_id}.new"));
-    let made = remove_file(&new_link).and_then(|()| {
-        let what = format!("cannot make {}", link.display());
-        let io_error = |source| NodeError::Io { what, source };
-        symlink(&to, &new_link).and_then(|()| fs::rename(&new_link, link)).map_err(io_error)
-    });
-    made
+    remove_file(&new_link)?;
+    let made = symlink(&to, &new_link).and_then(|()| fs::rename(&new_link, link));
+    made.map_err(|source| NodeError::Io { what: format!("cannot make {}", link.display()), source })
 }
 
 fn remove_file(path: &Path) -> Result<(), NodeError> {

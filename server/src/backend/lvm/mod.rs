@@ -226,9 +226,15 @@ impl Lvm {
     /// # Errors
     /// [`LvmError::Missing`]; a tool's.
     pub fn prepare_copies(&self, copies: &[(Thin, Thin)]) -> Result<(), LvmError> {
+        let stored = self.list()?;
+        let is_there = |thin: Thin| stored.iter().any(|found| found.thin == thin);
         for (of, thin) in copies {
-            self.find(*of)?;
-            self.remove(*thin)?;
+            if !is_there(*of) {
+                return Err(self.missing(*of));
+            }
+            if is_there(*thin) {
+                self.remove(*thin)?;
+            }
         }
         Ok(())
     }

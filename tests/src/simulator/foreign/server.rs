@@ -126,7 +126,7 @@ impl ForeignServer {
 
     /// While it ends in order: whether all clients have left.
     pub(super) fn is_left(&self) -> Option<bool> {
-        self.is_ending.then(|| self.connections.is_empty())
+        self.is_ending.then_some(self.connections.is_empty())
     }
 
     pub(super) fn links(&self) -> impl Iterator<Item = LinkId> {
