@@ -8,9 +8,19 @@
 pub const DOMAIN: &str = "volnode";
 /// Key in `ErrorInfo.metadata`: what to do next, for people.
 pub const METADATA_NEXT: &str = "next";
+/// The same: the etag of what the call is about, as it is now.
+pub const METADATA_ETAG: &str = "etag";
 
 /// INVALID_ARGUMENT: a field is off (which one: google.rpc.BadRequest or the message).
 pub const INVALID_FIELD: &str = "INVALID_FIELD";
+/// INVALID_ARGUMENT: the `request_id` was given to another request within the last day.
+pub const REQUEST_ID_REUSED: &str = "REQUEST_ID_REUSED";
+/// ABORTED: the volume is not as the call's etag says (metadata `etag`: how it is now).
+pub const VOLUME_CHANGED: &str = "VOLUME_CHANGED";
+/// ABORTED: the node is not as the call's etag says (metadata `etag`: how it is now).
+pub const NODE_CHANGED: &str = "NODE_CHANGED";
+/// DEADLINE_EXCEEDED: the call's deadline has passed; it has done nothing, or is finished all the same.
+pub const CALL_TIMED_OUT: &str = "CALL_TIMED_OUT";
 /// NOT_FOUND: no volume of that name.
 pub const VOLUME_NOT_FOUND: &str = "VOLUME_NOT_FOUND";
 /// ALREADY_EXISTS: a volume of that name has other properties.

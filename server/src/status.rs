@@ -30,6 +30,11 @@ const NEXT_OF_RESERVE: &str =
 const NEXT_OF_THIN_POOL: &str =
     "extend the pool (lvextend; its metadata with --poolmetadatasize), or delete snapshots or volumes";
 
+/// So many fields an error names, and so many bytes says of each: together, and as their encodings have them, less than the 16 KiB
+/// of headers that clients take.
+const FIELDS_TOLD_MAX: usize = 8;
+const FIELD_BYTES_MAX: usize = 300;
+
 /// A field of a request that is off, and what it should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct InvalidField {
@@ -39,8 +44,15 @@ pub(crate) struct InvalidField {
     pub(crate) description: String,
 }
 
-/// INVALID_ARGUMENT, naming every field that is off.
-pub(crate) fn invalid_fields(invalid: Vec<InvalidField>) -> Status {
+/// INVALID_ARGUMENT, naming every field that is off; of very many the first, of long texts the beginning: they are told in headers.
+pub(crate) fn invalid_fields(mut invalid: Vec<InvalidField>) -> Status {
+    invalid.truncate(FIELDS_TOLD_MAX);
+    for one in &mut invalid {
+        if one.description.len() > FIELD_BYTES_MAX {
+            one.description.truncate(one.description.floor_char_boundary(FIELD_BYTES_MAX));
+            one.description.push_str("...");
+        }
+    }
     let text: Vec<String> = invalid.iter().map(|one| format!("{}: {}", one.field, one.description)).collect();
     let mut details = error_info(reason::INVALID_FIELD, "correct the field and repeat the call", []);
     details.set_bad_request(
@@ -172,6 +184,11 @@ fn of_nodes(error: &NodesError) -> (Code, ErrorDetails) {
             reason::NODE_NOT_FOUND,
             "start the node daemon there (volclient serve), or correct the name: list the nodes to see which there are",
         ),
+        NodesError::Changed { etag, .. } => changed(
+            reason::NODE_CHANGED,
+            "look at the node again, and repeat the call with its etag if it is still meant",
+            etag,
+        ),
         NodesError::TooMany(_) => told(
             Code::ResourceExhausted,
             reason::TOO_MANY_NODES,
@@ -265,6 +282,11 @@ fn of_grants(error: &GrantsError) -> (Code, ErrorDetails) {
 fn of_settings(error: &SettingsError) -> (Code, ErrorDetails) {
     let refused = |word, next| told(Code::FailedPrecondition, word, next);
     match error {
+        SettingsError::Changed { etag, .. } => changed(
+            reason::VOLUME_CHANGED,
+            "look at the volume again, and repeat the call with its etag if it is still meant",
+            etag,
+        ),
         SettingsError::Protected(_) => refused(
             reason::VOLUME_PROTECTED,
             "take the protection off (volctl set VOLUME --no-protect), then repeat the call",
@@ -497,6 +519,23 @@ pub(crate) fn stopping() -> Status {
     Status::with_error_details(Code::Unavailable, "the server is stopping", details)
 }
 
+/// INVALID_ARGUMENT: the request's id is that of another one.
+pub(crate) fn request_id_reused() -> Status {
+    let message = "request_id: was given to another request already";
+    let next = "make a new UUID for each request, and keep it only for repetitions of the same one";
+    let mut details = error_info(reason::REQUEST_ID_REUSED, next, []);
+    details.set_bad_request(vec![FieldViolation::new("request_id", "was given to another request already")]);
+    Status::with_error_details(Code::InvalidArgument, message, details)
+}
+
+/// DEADLINE_EXCEEDED: the caller waited no longer.
+pub(crate) fn deadline_passed() -> Status {
+    let next = "repeat the call, with its request_id if it had one: that finds what became of it; or set a later deadline";
+    let details = error_info(reason::CALL_TIMED_OUT, next, []);
+    let message = "the call's deadline has passed; it has done nothing, or is finished all the same";
+    Status::with_error_details(Code::DeadlineExceeded, message, details)
+}
+
 /// OUT_OF_RANGE: what is behind the token of a watch cannot be told.
 pub(crate) fn watch_token_too_old() -> Status {
     let message = "what is behind this token is not all kept any more, or it is of another server or another history of its catalog";
@@ -522,6 +561,11 @@ pub(crate) fn too_many_watches(most: usize) -> Status {
 /// What is told with an error: its code, its reason, what to do next.
 fn told(code: Code, word: &str, next: &str) -> (Code, ErrorDetails) {
     (code, error_info(word, next, []))
+}
+
+/// ABORTED: what the call is about is not as its caller has seen it.
+fn changed(word: &str, next: &str, etag: &str) -> (Code, ErrorDetails) {
+    (Code::Aborted, error_info(word, next, [(reason::METADATA_ETAG, etag)]))
 }
 
 /// The same, of an error that is about a node.

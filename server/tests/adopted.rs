@@ -73,7 +73,8 @@ impl Node {
     }
 
     fn resize(&self, server: &Volserver, capacity_bytes: u64) -> Result<v1::Volume, Status> {
-        let request = v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes };
+        let request =
+            v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes, ..Default::default() };
         let resized = self.runtime.block_on(async { server.client().await.resize_volume(request).await });
         resized.map(tonic::Response::into_inner)
     }

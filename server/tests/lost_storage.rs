@@ -332,7 +332,8 @@ fn a_volume_that_grows_before_it_is_opened_again_is_nobody_elses_work() {
     server.stop(Signal::TERM);
     let server = storage.start();
     storage.runtime.block_on(async {
-        let request = v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes: 2 << 20 };
+        let request =
+            v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes: 2 << 20, ..Default::default() };
         server.client().await.resize_volume(request).await.unwrap();
     });
     server.kill();

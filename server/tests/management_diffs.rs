@@ -254,14 +254,19 @@ async fn history(kind: &str, seed: u64) -> Option<()> {
         match choices.below(4) {
             0 => {
                 capacity_bytes += MIB / 2;
-                let request = v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes };
+                let request =
+                    v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes, ..Default::default() };
                 bench.client.resize_volume(request).await.unwrap();
                 change(&mut choices, &mut bench.open("vol"), capacity_bytes, block, &mut touched);
             }
             1 => {
                 let index = choices.below(snapshots.len() as u64) as usize;
                 let name = snapshots[index].name.clone();
-                let request = v1::RestoreVolumeRequest { volume_name: "vol".to_owned(), snapshot_name: name };
+                let request = v1::RestoreVolumeRequest {
+                    volume_name: "vol".to_owned(),
+                    snapshot_name: name,
+                    ..Default::default()
+                };
                 let restored = loop {
                     // Until the server has noticed that the client is gone.
                     match bench.client.restore_volume(request.clone()).await {

@@ -201,6 +201,7 @@ async fn a_grant_that_is_taken_away_cuts_the_node_off_before_it_is_answered() {
     let withdraw = |node_id: &str| v1::DeleteGrantRequest {
         volume_name: "vol-1".to_owned(),
         node_id: node_id.to_owned(),
+        ..Default::default()
     };
     assert!(!bench.client.delete_grant(withdraw("node-b")).await.unwrap().into_inner().was_attached);
     assert_eq!(export.write_block().unwrap().error, 0);
@@ -408,6 +409,7 @@ async fn of_several_writers_of_a_shared_volume_one_is_fenced_and_the_others_go_o
         volume_names: vec!["shared".to_owned()],
         name: "s".to_owned(),
         freeze_id: "00000000-0000-0000-0000-000000000001".to_owned(),
+        ..Default::default()
     };
     let status = bench.client.create_snapshot(frozen).await.unwrap_err();
     assert_eq!(refused(&status), is(reason::VOLUME_SHARED));
@@ -421,8 +423,11 @@ async fn a_renamed_volume_has_its_bytes_and_its_uid_and_nobody_has_it_meanwhile(
     let new = format!("{old}-renamed");
     let by_name = v1::GetVolumeRequest { name: old.to_owned(), ..Default::default() };
     let before = bench.client.get_volume(by_name.clone()).await.unwrap().into_inner();
-    let request =
-        |name: &str, new_name: &str| v1::RenameVolumeRequest { name: name.into(), new_name: new_name.into() };
+    let request = |name: &str, new_name: &str| v1::RenameVolumeRequest {
+        name: name.into(),
+        new_name: new_name.into(),
+        ..Default::default()
+    };
     let by_uid = format!("uid:{}", before.volume_uid);
     let address = bench.server.data[0];
 
@@ -505,7 +510,7 @@ async fn calls_by_uid_find_a_volume_that_is_renamed_meanwhile() {
         tokio::spawn(async move {
             let answer = if number % 2 == 0 {
                 let new_name = format!("name-{}", number % 3);
-                client.rename_volume(v1::RenameVolumeRequest { name, new_name }).await
+                client.rename_volume(v1::RenameVolumeRequest { name, new_name, ..Default::default() }).await
             } else {
                 let description = Some(format!("{number}"));
                 client

@@ -20,7 +20,13 @@ type Client = ManagementClient<Channel>;
 
 fn grant_request(volume_name: &str, node_id: &str, read_only: bool) -> v1::CreateGrantRequest {
     let (volume_name, node_id) = (volume_name.to_owned(), node_id.to_owned());
-    v1::CreateGrantRequest { volume_name, node_id, read_only, node_must_be_registered: false }
+    v1::CreateGrantRequest {
+        volume_name,
+        node_id,
+        read_only,
+        node_must_be_registered: false,
+        ..Default::default()
+    }
 }
 
 async fn grant(
@@ -38,7 +44,11 @@ async fn withdraw(
     volume_name: &str,
     node_id: &str,
 ) -> Result<v1::DeleteGrantResponse, Status> {
-    let request = v1::DeleteGrantRequest { volume_name: volume_name.to_owned(), node_id: node_id.to_owned() };
+    let request = v1::DeleteGrantRequest {
+        volume_name: volume_name.to_owned(),
+        node_id: node_id.to_owned(),
+        ..Default::default()
+    };
     client.delete_grant(request).await.map(tonic::Response::into_inner)
 }
 
@@ -81,7 +91,11 @@ async fn grants_go_by_uid_and_outlive_renames_and_restarts() {
     assert_eq!(told(&differs), is(Code::AlreadyExists, reason::GRANTED_DIFFERENTLY, "node-a"));
     let second = grant(&mut client, "vol-1", "node-b", false).await.unwrap_err();
     assert_eq!(told(&second), is(Code::FailedPrecondition, reason::VOLUME_GRANTED, "node-a"));
-    let rename = v1::RenameVolumeRequest { name: "vol-1".to_owned(), new_name: "vol-2".to_owned() };
+    let rename = v1::RenameVolumeRequest {
+        name: "vol-1".to_owned(),
+        new_name: "vol-2".to_owned(),
+        ..Default::default()
+    };
     client.rename_volume(rename).await.unwrap();
     server.kill();
 
@@ -212,7 +226,7 @@ async fn a_controller_grants_to_nodes_that_are_known_and_they_stay() {
     let registration = v1::RegisterNodeRequest { node_id: "node-a".to_owned(), ..Default::default() };
     client.register_node(registration).await.unwrap();
     client.create_grant(request).await.unwrap();
-    let delete = v1::DeleteNodeRequest { node_id: "node-a".to_owned() };
+    let delete = v1::DeleteNodeRequest { node_id: "node-a".to_owned(), ..Default::default() };
     let refused = client.delete_node(delete.clone()).await.unwrap_err();
     assert_eq!(told(&refused), is(Code::FailedPrecondition, reason::NODE_GRANTED, ""));
     withdraw(&mut client, "vol-1", "node-a").await.unwrap();

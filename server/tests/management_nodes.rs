@@ -36,7 +36,7 @@ async fn get(client: &mut Client, node_id: &str) -> Result<v1::RegisteredNode, S
 }
 
 async fn delete(client: &mut Client, node_id: &str) -> Result<bool, Status> {
-    let request = v1::DeleteNodeRequest { node_id: node_id.to_owned() };
+    let request = v1::DeleteNodeRequest { node_id: node_id.to_owned(), ..Default::default() };
     client.delete_node(request).await.map(|answer| answer.into_inner().existed)
 }
 

@@ -87,7 +87,7 @@ impl World {
             let attached = admin.attach_volume(attach_request(&subject.of("db"), node, false)).await.unwrap();
             subject.attachment_id = attached.into_inner().attachment.unwrap().attachment_id;
             admin.create_grant(grant(&subject.of("db"), node)).await.unwrap();
-            let request = v1::GetVolumeRequest { name: subject.of("db") };
+            let request = v1::GetVolumeRequest { name: subject.of("db"), ..Default::default() };
             subject.volume_uid = admin.get_volume(request).await.unwrap().into_inner().volume_uid;
             let request = v1::GetSnapshotRequest {
                 volume_name: subject.of("db"),
@@ -183,17 +183,31 @@ async fn ask(client: &mut Client, call: Call, of: &Subject) -> Result<String, St
     match call {
         Call::GetServerInfo => text(client.get_server_info(v1::GetServerInfoRequest {}).await),
         Call::CreateVolume => text(client.create_volume(create_request(&of.of("new"))).await),
-        Call::GetVolume => text(client.get_volume(v1::GetVolumeRequest { name: db }).await),
+        Call::GetVolume => {
+            text(client.get_volume(v1::GetVolumeRequest { name: db, ..Default::default() }).await)
+        }
         Call::ListVolumes => text(client.list_volumes(v1::ListVolumesRequest::default()).await),
         Call::UpdateVolume => {
             text(client.update_volume(v1::UpdateVolumeRequest { name: db, ..Default::default() }).await)
         }
-        Call::RenameVolume => {
-            text(client.rename_volume(v1::RenameVolumeRequest { name: db.clone(), new_name: db }).await)
-        }
-        Call::SetVolumeLimits => {
-            text(client.set_volume_limits(v1::SetVolumeLimitsRequest { name: db, limits: None }).await)
-        }
+        Call::RenameVolume => text(
+            client
+                .rename_volume(v1::RenameVolumeRequest {
+                    name: db.clone(),
+                    new_name: db,
+                    ..Default::default()
+                })
+                .await,
+        ),
+        Call::SetVolumeLimits => text(
+            client
+                .set_volume_limits(v1::SetVolumeLimitsRequest {
+                    name: db,
+                    limits: None,
+                    ..Default::default()
+                })
+                .await,
+        ),
         Call::SetVolumeContent => {
             let request = v1::SetVolumeContentRequest {
                 name: db,
@@ -203,11 +217,17 @@ async fn ask(client: &mut Client, call: Call, of: &Subject) -> Result<String, St
             text(client.set_volume_content(request).await)
         }
         // It is protected.
-        Call::DeleteVolume => {
-            text(client.delete_volume(v1::DeleteVolumeRequest { name: db, keep_snapshots: false }).await)
-        }
+        Call::DeleteVolume => text(
+            client
+                .delete_volume(v1::DeleteVolumeRequest {
+                    name: db,
+                    keep_snapshots: false,
+                    ..Default::default()
+                })
+                .await,
+        ),
         Call::ResizeVolume => {
-            let request = v1::ResizeVolumeRequest { name: db, capacity_bytes: 1 << 20 };
+            let request = v1::ResizeVolumeRequest { name: db, capacity_bytes: 1 << 20, ..Default::default() };
             text(client.resize_volume(request).await)
         }
         other => ask_of_nodes(client, other, of).await,
@@ -226,9 +246,11 @@ async fn ask_of_nodes(client: &mut Client, call: Call, of: &Subject) -> Result<S
         }
         Call::ListAttachments => text(client.list_attachments(v1::ListAttachmentsRequest::default()).await),
         Call::CreateGrant => text(client.create_grant(grant(&db, of.node)).await),
-        Call::DeleteGrant => {
-            text(client.delete_grant(v1::DeleteGrantRequest { volume_name: free, node_id }).await)
-        }
+        Call::DeleteGrant => text(
+            client
+                .delete_grant(v1::DeleteGrantRequest { volume_name: free, node_id, ..Default::default() })
+                .await,
+        ),
         Call::ListGrants => text(client.list_grants(v1::ListGrantsRequest::default()).await),
         Call::RegisterNode => {
             text(client.register_node(v1::RegisterNodeRequest { node_id, ..Default::default() }).await)
@@ -239,7 +261,9 @@ async fn ask_of_nodes(client: &mut Client, call: Call, of: &Subject) -> Result<S
         Call::GetNode => text(client.get_node(v1::GetNodeRequest { node_id }).await),
         Call::ListNodes => text(client.list_nodes(v1::ListNodesRequest::default()).await),
         // Something is attached to it.
-        Call::DeleteNode => text(client.delete_node(v1::DeleteNodeRequest { node_id }).await),
+        Call::DeleteNode => {
+            text(client.delete_node(v1::DeleteNodeRequest { node_id, ..Default::default() }).await)
+        }
         other => ask_of_snapshots(client, other, of).await,
     }
 }
@@ -267,7 +291,8 @@ async fn ask_of_snapshots(client: &mut Client, call: Call, of: &Subject) -> Resu
             text(client.delete_snapshot(request).await)
         }
         Call::RestoreVolume => {
-            let request = v1::RestoreVolumeRequest { volume_name: db, snapshot_name: s };
+            let request =
+                v1::RestoreVolumeRequest { volume_name: db, snapshot_name: s, ..Default::default() };
             text(client.restore_volume(request).await)
         }
         // Smaller than its source.
@@ -451,7 +476,8 @@ async fn what_is_outside_is_not_there_by_uid_either() {
     for (of, is_there) in [(&world.inside, true), (&world.outside, false), (&world.missing, false)] {
         let name = by_uid(of);
         let node_id = of.node.to_owned();
-        let volume = client.get_volume(v1::GetVolumeRequest { name: name.clone() }).await;
+        let volume =
+            client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() }).await;
         let content = v1::SetVolumeContentRequest {
             name: name.clone(),
             attachment_id: of.attachment_id.clone(),
@@ -464,7 +490,11 @@ async fn what_is_outside_is_not_there_by_uid_either() {
         let snapshot_attached = client.attach_volume(attach_request(&snapshot, of.node, false)).await;
         let found = v1::GetSnapshotRequest { snapshot_uid: of.snapshot_uid.clone(), ..Default::default() };
         let found = client.get_snapshot(found).await;
-        let renamed = v1::RenameVolumeRequest { name: name.clone(), new_name: world.inside.of("db") };
+        let renamed = v1::RenameVolumeRequest {
+            name: name.clone(),
+            new_name: world.inside.of("db"),
+            ..Default::default()
+        };
         let renamed = client.rename_volume(renamed).await;
         let watched_by_name = watched(&mut client, of.of("db")).await;
         for (call, answer) in [
@@ -514,13 +544,20 @@ async fn a_role_has_its_bounds() {
     assert!(is_forbidden(&manager.create_volume(adopt).await.unwrap_err()));
     // A volume stays where it was made, whoever asks.
     for new_name in ["plain-db", "rival+db2"] {
-        let rename = v1::RenameVolumeRequest { name: world.inside.of("free"), new_name: new_name.to_owned() };
+        let rename = v1::RenameVolumeRequest {
+            name: world.inside.of("free"),
+            new_name: new_name.to_owned(),
+            ..Default::default()
+        };
         let refused = world.admin.rename_volume(rename.clone()).await.unwrap_err();
         assert_eq!(tls_rig::reason_of(&refused), proto::error_reason::TENANT_FIXED, "{refused:?}");
         assert!(is_forbidden(&manager.rename_volume(rename).await.unwrap_err()));
     }
-    let rename =
-        v1::RenameVolumeRequest { name: world.inside.of("free"), new_name: world.inside.of("freed") };
+    let rename = v1::RenameVolumeRequest {
+        name: world.inside.of("free"),
+        new_name: world.inside.of("freed"),
+        ..Default::default()
+    };
     assert_eq!(manager.rename_volume(rename).await.unwrap().into_inner().name, "acme+freed");
 
     // What is granted only binds who speaks for the node, and not who may attach in the name space.
@@ -532,4 +569,105 @@ async fn a_role_has_its_bounds() {
     assert!(!is_forbidden(&refused));
     let refused = both.attach_volume(attach_request("lonely", "node-6", false)).await.unwrap_err();
     assert_eq!(refused.code(), Code::NotFound, "{refused:?}");
+}
+
+/// By the id of a call nobody finds out what another tenant has called by it, and nobody is kept from his own.
+#[tokio::test]
+async fn the_id_of_a_call_is_its_callers_own() {
+    let mut world = World::new().await;
+    let of = async |name: &str, uri: &str| world.rig.connect(&world.server, name, &[uri]).await;
+    let mut acme = of("acme-1", "volnode:tenant/acme/manage").await;
+    let mut acme_again = of("acme-2", "volnode:tenant/acme/manage").await;
+    let mut reader = of("acme-3", "volnode:tenant/acme/read").await;
+    let mut rival = of("rival", "volnode:tenant/rival/manage").await;
+    let request_id = Uuid::from_u128(70).to_string();
+    let create =
+        |name: &str| v1::CreateVolumeRequest { request_id: request_id.clone(), ..create_request(name) };
+    let first = rival.create_volume(create("rival+one")).await.unwrap().into_inner();
+
+    // The very same call, and another one by the id.
+    assert!(is_forbidden(&acme.create_volume(create("rival+one")).await.unwrap_err()));
+    let own = acme.create_volume(create("acme+one")).await.unwrap().into_inner();
+    assert_eq!(own.name, "acme+one");
+    let by_all = world.admin.create_volume(create("one")).await.unwrap().into_inner();
+    assert_eq!(by_all.name, "one");
+    for name in ["acme+one", "rival+one"] {
+        let gone = v1::DeleteVolumeRequest { name: name.to_owned(), ..Default::default() };
+        assert!(world.admin.delete_volume(gone).await.unwrap().into_inner().existed);
+    }
+    // Each has its own first answer again, by whichever certificate of the same rights; whatever has become of it.
+    assert_eq!(rival.create_volume(create("rival+one")).await.unwrap().into_inner(), first);
+    assert_eq!(acme_again.create_volume(create("acme+one")).await.unwrap().into_inner(), own);
+    assert!(is_forbidden(&reader.create_volume(create("acme+one")).await.unwrap_err()));
+    let reused = acme.create_volume(create("acme+two")).await.unwrap_err();
+    assert_eq!(tls_rig::reason_of(&reused), proto::error_reason::REQUEST_ID_REUSED, "{reused:?}");
+}
+
+/// The same of calls about what is there, whose answers are kept, and of such whose answers are made anew.
+#[tokio::test]
+async fn what_was_answered_to_one_is_not_told_to_another() {
+    let mut world = World::new().await;
+    let mut acme = world.rig.connect(&world.server, "acme", &["volnode:tenant/acme/manage"]).await;
+    let mut rival = world.rig.connect(&world.server, "rival", &["volnode:tenant/rival/manage"]).await;
+    let long = (0..30).map(|n| (format!("{n:0>60}"), "v".repeat(60))).collect();
+    let short = [("a".to_owned(), "b".to_owned())].into();
+    for (number, labels) in [(80, short), (81, long)] {
+        let request = v1::UpdateVolumeRequest {
+            name: format!("uid:{}", world.outside.volume_uid),
+            labels,
+            request_id: Uuid::from_u128(number).to_string(),
+            ..Default::default()
+        };
+        let told = rival.update_volume(request.clone()).await.unwrap().into_inner();
+        assert!(number == 80 || prost::Message::encoded_len(&told) > 4096, "too short to be made anew");
+        assert_eq!(rival.update_volume(request.clone()).await.unwrap().into_inner().etag, told.etag);
+        let refused = acme.update_volume(request.clone()).await.unwrap_err();
+        let fresh = v1::UpdateVolumeRequest { request_id: Uuid::new_v4().to_string(), ..request };
+        let unknown = acme.update_volume(fresh).await.unwrap_err();
+        assert_eq!((refused.code(), refused.message()), (Code::NotFound, unknown.message()));
+    }
+    let end_grant = v1::DeleteGrantRequest {
+        volume_name: world.outside.of("db"),
+        node_id: world.outside.node.to_owned(),
+        request_id: Uuid::from_u128(82).to_string(),
+    };
+    assert!(world.admin.delete_grant(end_grant.clone()).await.unwrap().into_inner().existed);
+    assert!(world.admin.delete_grant(end_grant.clone()).await.unwrap().into_inner().existed, "again");
+    assert!(!acme.delete_grant(end_grant.clone()).await.unwrap().into_inner().existed);
+    assert!(!rival.delete_grant(end_grant).await.unwrap().into_inner().existed, "another's id");
+}
+
+/// Behind SYNCED as before it.
+#[tokio::test]
+async fn a_tenant_hears_of_its_own_grants() {
+    let mut world = World::new().await;
+    let mut acme = world.rig.connect(&world.server, "acme", &["volnode:tenant/acme/read"]).await;
+    let request = v1::WatchRequest { kinds: vec![v1::WatchedKind::Grant.into()], ..Default::default() };
+    let mut events = acme.watch(request).await.unwrap().into_inner();
+    let mut next = async || loop {
+        let event = events.message().await.unwrap().unwrap();
+        match (event.change(), event.object) {
+            (v1::WatchChange::Synced, _) => return (v1::WatchChange::Synced, String::new(), String::new()),
+            (change, Some(v1::watch_event::Object::Grant(grant))) => {
+                return (change, grant.volume_name, grant.node_id);
+            }
+            (change, other) => assert_eq!((change, &other), (v1::WatchChange::Bookmark, &None)),
+        }
+    };
+    let told = |change, name: &str, node: &str| (change, name.to_owned(), node.to_owned());
+    assert_eq!(next().await, told(v1::WatchChange::Present, "acme+db", "node-1"));
+    assert_eq!(next().await, told(v1::WatchChange::Synced, "", ""));
+    for name in ["rival+free", "lonely", "acme+free"] {
+        world.admin.create_grant(grant(name, "node-7")).await.unwrap();
+    }
+    assert_eq!(next().await, told(v1::WatchChange::Created, "acme+free", "node-7"));
+    for name in ["rival+free", "lonely", "acme+free"] {
+        let request = v1::DeleteGrantRequest {
+            volume_name: name.to_owned(),
+            node_id: "node-7".to_owned(),
+            ..Default::default()
+        };
+        world.admin.delete_grant(request).await.unwrap();
+    }
+    assert_eq!(next().await, told(v1::WatchChange::Deleted, "acme+free", "node-7"));
 }

@@ -79,7 +79,8 @@ async fn settings_are_kept_across_a_restart_and_do_not_make_a_volume_another() {
     let again = client.create_volume(create_request("vol-1")).await.unwrap().into_inner();
     assert_eq!(again, made, "an orchestrator may have changed them since");
     let limits = v1::VolumeLimits { read_iops: 0, burst_seconds: 3, ..limits };
-    let request = v1::SetVolumeLimitsRequest { name: "vol-1".to_owned(), limits: Some(limits) };
+    let request =
+        v1::SetVolumeLimitsRequest { name: "vol-1".to_owned(), limits: Some(limits), ..Default::default() };
     assert_eq!(client.set_volume_limits(request).await.unwrap().into_inner().limits, Some(limits));
     let request = v1::UpdateVolumeRequest {
         labels: labels(&[("app", ""), ("a.example/tier", "1")]),

@@ -118,6 +118,7 @@ impl Bench {
         let request = v1::RestoreVolumeRequest {
             volume_name: volume_name.to_owned(),
             snapshot_name: snapshot_name.to_owned(),
+            ..Default::default()
         };
         let answer = self.client.restore_volume(request).await?.into_inner();
         if let Some(operation) = answer.operation {
@@ -148,7 +149,7 @@ impl Bench {
     }
 
     async fn delete_volume(&mut self, name: &str, keep_snapshots: bool) -> Result<bool, Status> {
-        let request = v1::DeleteVolumeRequest { name: name.to_owned(), keep_snapshots };
+        let request = v1::DeleteVolumeRequest { name: name.to_owned(), keep_snapshots, ..Default::default() };
         Ok(self.client.delete_volume(request).await?.into_inner().existed)
     }
 
@@ -366,13 +367,72 @@ async fn clones_have_the_bytes_of_their_source_and_outlive_it() {
     assert_eq!((bench.read("of-s"), bench.read("again")), (1, 3));
 }
 
+/// What a second time would undo: what was written since, or what somebody else has made of the same name.
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_clones_and_restores_with_an_id_are_made_once() {
+    let Some(mut bench) = Bench::new().await else { return };
+    let id = |number: u128| uuid::Uuid::from_u128(number).to_string();
+    bench.create("vol").await;
+    bench.write("vol", 1);
+    let take = v1::CreateSnapshotRequest { request_id: id(1), ..snapshot_request(&["vol"], "s") };
+    let clone = v1::CloneVolumeRequest { request_id: id(2), ..clone_request("new", "vol", "s") };
+    let restore = v1::RestoreVolumeRequest {
+        volume_name: "vol".to_owned(),
+        snapshot_name: "s".to_owned(),
+        request_id: id(3),
+    };
+    let forget = v1::DeleteSnapshotRequest {
+        volume_name: "vol".to_owned(),
+        name: "s".to_owned(),
+        request_id: id(4),
+        ..Default::default()
+    };
+    let taken = bench.client.create_snapshot(take.clone()).await.unwrap().into_inner();
+    let snapshot_uid = taken.snapshots[0].snapshot_uid.clone();
+    if let Some(operation) = taken.operation {
+        bench.finish(operation).await;
+    }
+    bench.write("vol", 2);
+    let made = bench.client.clone_volume(clone.clone()).await.unwrap().into_inner();
+    if let Some(operation) = made.operation {
+        bench.finish(operation).await;
+    }
+    let cloned = bench.get("new").await;
+    let answer = bench.client.restore_volume(restore.clone()).await.unwrap().into_inner();
+    if let Some(operation) = answer.operation {
+        bench.finish(operation).await;
+    }
+    assert_eq!(bench.read("vol"), 1);
+    bench.write("vol", 3);
+    let mut bench = bench.restart().await;
+    let answer = bench.client.restore_volume(restore).await.unwrap().into_inner();
+    assert!(answer.operation.is_none() && answer.volume.is_some());
+    assert_eq!(bench.read("vol"), 3, "what was written since is not lost");
+    let again = bench.client.create_snapshot(take.clone()).await.unwrap().into_inner();
+    assert_eq!(again.snapshots[0].snapshot_uid, snapshot_uid);
+    let again = bench.client.clone_volume(clone.clone()).await.unwrap().into_inner();
+    assert_eq!(again.volume.unwrap().volume_uid, cloned.volume_uid);
+
+    assert!(bench.client.delete_snapshot(forget.clone()).await.unwrap().into_inner().existed);
+    bench.snapshot(&["vol"], "s").await.unwrap();
+    assert!(bench.client.delete_snapshot(forget).await.unwrap().into_inner().existed);
+    assert_eq!(bench.listed(0).await, ["vol@s"], "another one of that name");
+    let other = v1::CreateSnapshotRequest { name: "t".to_owned(), ..take };
+    let refused = bench.client.create_snapshot(other).await.unwrap_err();
+    assert_eq!(reason_of(&refused), is(Code::InvalidArgument, reason::REQUEST_ID_REUSED));
+    let other = v1::CloneVolumeRequest { name: "newer".to_owned(), ..clone };
+    let refused = bench.client.clone_volume(other).await.unwrap_err();
+    assert_eq!(reason_of(&refused), is(Code::InvalidArgument, reason::REQUEST_ID_REUSED));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restore_gives_the_bytes_back_and_its_next_holder_can_use_it() {
     let Some(mut bench) = Bench::new().await else { return };
     bench.create("vol").await;
     bench.write("vol", 1);
     bench.snapshot(&["vol"], "s").await.unwrap();
-    let resize = v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes: 2 << 20 };
+    let resize =
+        v1::ResizeVolumeRequest { name: "vol".to_owned(), capacity_bytes: 2 << 20, ..Default::default() };
     bench.client.resize_volume(resize).await.unwrap();
     bench.write("vol", 2);
     let before = bench.get("vol").await;
@@ -490,7 +550,8 @@ async fn a_volume_whose_snapshot_is_in_use_is_not_renamed() {
     let Some(mut bench) = Bench::new().await else { return };
     bench.create("vol").await;
     bench.snapshot(&["vol"], "s").await.unwrap();
-    let request = v1::RenameVolumeRequest { name: "vol".to_owned(), new_name: "new".to_owned() };
+    let request =
+        v1::RenameVolumeRequest { name: "vol".to_owned(), new_name: "new".to_owned(), ..Default::default() };
 
     let attach = attach_request("vol@s", "node-1", false);
     let attached = bench.client.attach_volume(attach).await.unwrap().into_inner().attachment.unwrap();
@@ -606,11 +667,13 @@ async fn an_operation_is_seen_while_it_goes_on_and_can_be_cancelled() {
     match ended.state() {
         v1::OperationState::Cancelled => {
             assert_eq!(ended.error_reason, reason::COPY_CANCELLED);
+            assert_eq!(ended.next, "repeat the call to begin it anew");
             assert_eq!(reason_of(&answer.unwrap_err()), is(Code::Aborted, reason::COPY_CANCELLED));
             assert!(bench.listed(0).await.is_empty() && bench.files("snapshots").is_empty());
         }
         state => assert_eq!((state, bench.listed(0).await.len()), (v1::OperationState::Succeeded, 1)),
     }
+    assert_eq!(ended.next.is_empty(), ended.state() == v1::OperationState::Succeeded, "{ended:?}");
     let again = bench.client.cancel_operation(request).await.unwrap().into_inner();
     assert_eq!(again, ended, "it has ended");
 }
@@ -776,10 +839,13 @@ async fn volumes_are_asked_for_by_uid() {
         ..Default::default()
     };
     assert_eq!(bench.client.update_volume(update).await.unwrap().into_inner().description, "x");
-    let limits = v1::SetVolumeLimitsRequest { name: uid.clone(), limits: None };
+    let limits = v1::SetVolumeLimitsRequest { name: uid.clone(), limits: None, ..Default::default() };
     assert_eq!(bench.client.set_volume_limits(limits).await.unwrap().into_inner().name, "vol-1");
-    let resize =
-        v1::ResizeVolumeRequest { name: uid.clone(), capacity_bytes: made.capacity_bytes + (1 << 20) };
+    let resize = v1::ResizeVolumeRequest {
+        name: uid.clone(),
+        capacity_bytes: made.capacity_bytes + (1 << 20),
+        ..Default::default()
+    };
     assert!(
         bench.client.resize_volume(resize).await.unwrap().into_inner().capacity_bytes > made.capacity_bytes
     );

@@ -99,7 +99,9 @@ async fn what_would_be_too_much_is_refused_and_the_quota_named() {
     client.create_volume(create_request("acme+a")).await.unwrap();
     let resize = |name: &str, capacity_bytes| {
         let (mut client, name) = (client.clone(), name.to_owned());
-        async move { client.resize_volume(v1::ResizeVolumeRequest { name, capacity_bytes }).await }
+        async move {
+            client.resize_volume(v1::ResizeVolumeRequest { name, capacity_bytes, ..Default::default() }).await
+        }
     };
     let refused = resize("acme+a", 3 * MIB + 4096).await.unwrap_err();
     assert_eq!(quota_of(&refused), told("max_bytes", MIB, 3 * MIB));
@@ -123,7 +125,11 @@ async fn what_would_be_too_much_is_refused_and_the_quota_named() {
     assert_eq!(reason_of(&refused), reason::TENANT_NOT_EMPTY, "{refused:?}");
     for name in ["acme+a", "acme+b", "acme+c"] {
         client
-            .delete_volume(v1::DeleteVolumeRequest { name: name.to_owned(), keep_snapshots: false })
+            .delete_volume(v1::DeleteVolumeRequest {
+                name: name.to_owned(),
+                keep_snapshots: false,
+                ..Default::default()
+            })
             .await
             .unwrap();
     }
@@ -222,14 +228,20 @@ async fn every_call_of_a_tenant_has_a_line_and_none_has_a_secret() {
     let mut tenant = rig.connect(&server, "tenant", &["volnode:tenant/acme/*"]).await;
     tenant.create_volume(create_request("acme+db")).await.unwrap();
     assert!(is_forbidden(&tenant.create_volume(create_request("rival+db")).await.unwrap_err()));
-    tenant.get_volume(v1::GetVolumeRequest { name: "rival+db".to_owned(), ..Default::default() }).await.unwrap_err();
+    tenant
+        .get_volume(v1::GetVolumeRequest { name: "rival+db".to_owned(), ..Default::default() })
+        .await
+        .unwrap_err();
     let attached =
         tenant.attach_volume(attach_request("acme+db", "node-1", false)).await.unwrap().into_inner();
     tenant.list_volumes(v1::ListVolumesRequest::default()).await.unwrap();
     tenant.watch(v1::WatchRequest::default()).await.unwrap();
     tenant.list_nodes(v1::ListNodesRequest::default()).await.unwrap();
     assert!(is_forbidden(
-        &tenant.delete_node(v1::DeleteNodeRequest { node_id: "node-1".to_owned() }).await.unwrap_err()
+        &tenant
+            .delete_node(v1::DeleteNodeRequest { node_id: "node-1".to_owned(), ..Default::default() })
+            .await
+            .unwrap_err()
     ));
     tenant.get_tenant(v1::GetTenantRequest { name: "acme".to_owned() }).await.unwrap();
     assert_eq!(server.stop(Signal::TERM).code(), Some(0));

@@ -86,15 +86,13 @@ async fn each_certificate_may_call_what_it_names() {
             .unwrap_err(),
         node.get_node(v1::GetNodeRequest { node_id: "node-2".into() }).await.unwrap_err(),
         node.create_grant(granted("vol-1", "node-1")).await.unwrap_err(),
-        node.delete_grant(v1::DeleteGrantRequest { volume_name: "vol-1".into(), node_id: "node-1".into() })
-            .await
-            .unwrap_err(),
+        node.delete_grant(withdrawn("vol-1", "node-1")).await.unwrap_err(),
         node.list_grants(v1::ListGrantsRequest::default()).await.unwrap_err(),
         node.list_grants(v1::ListGrantsRequest { node_id: "node-2".into(), ..Default::default() })
             .await
             .unwrap_err(),
         node.list_nodes(v1::ListNodesRequest::default()).await.unwrap_err(),
-        node.delete_node(v1::DeleteNodeRequest { node_id: "node-1".into() }).await.unwrap_err(),
+        node.delete_node(forgotten("node-1")).await.unwrap_err(),
         node.delete_volume(v1::DeleteVolumeRequest { name: "vol-1".into(), ..Default::default() })
             .await
             .unwrap_err(),
@@ -110,6 +108,15 @@ async fn each_certificate_may_call_what_it_names() {
     let mut other = connect(server.management, &other).await.unwrap();
     let refused = other.attach_volume(attach_request("vol-1", "node-1", false)).await.unwrap_err();
     assert!(is_forbidden(&refused), "{refused:?}");
+}
+
+fn withdrawn(volume_name: &str, node_id: &str) -> v1::DeleteGrantRequest {
+    let (volume_name, node_id) = (volume_name.to_owned(), node_id.to_owned());
+    v1::DeleteGrantRequest { volume_name, node_id, ..Default::default() }
+}
+
+fn forgotten(node_id: &str) -> v1::DeleteNodeRequest {
+    v1::DeleteNodeRequest { node_id: node_id.to_owned(), ..Default::default() }
 }
 
 fn granted(volume_name: &str, node_id: &str) -> v1::CreateGrantRequest {

@@ -1,4 +1,4 @@
-//! What happens to volumes, attachments, snapshots and nodes, as those hear it who watch the real volserver: each change once, in order,
+//! What happens to volumes, attachments, snapshots, nodes and grants, as those hear it who watch the real volserver: each change once, in order,
 //! also of what happened while nobody watched.
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
@@ -131,6 +131,7 @@ fn line(event: &v1::WatchEvent) -> String {
         Some(Object::Attachment(one)) => format!("{change} attachment {} {}", one.volume_name, one.node_id),
         Some(Object::Snapshot(one)) => format!("{change} snapshot {}@{}", one.volume_name, one.name),
         Some(Object::Node(node)) => format!("{change} node {}", node.node_id),
+        Some(Object::Grant(grant)) => format!("{change} grant {} {}", grant.volume_name, grant.node_id),
     }
 }
 
@@ -169,6 +170,65 @@ fn database(data_dir: &Path) -> Connection {
 }
 
 #[tokio::test]
+async fn grants_are_told_and_belong_to_their_volume() {
+    let dir = tempfile::tempdir().unwrap();
+    let data_dir = dir.path().join("data");
+    let server = Volserver::start(&data_dir);
+    let mut api = server.client().await;
+    for name in ["v", "w"] {
+        create(&mut api, name).await;
+        for node in ["node-1", "node-2"] {
+            let (volume_name, node_id) = (name.to_owned(), node.to_owned());
+            let request =
+                v1::CreateGrantRequest { volume_name, node_id, read_only: true, ..Default::default() };
+            api.create_grant(request).await.unwrap();
+        }
+    }
+    let of_v = v1::WatchRequest { volume_name: "v".to_owned(), ..Default::default() };
+    let mut watch = Watch::begin(&mut api, of_v).await.unwrap();
+    assert_eq!(
+        watch.present().await,
+        ["present volume v", "present grant v node-1", "present grant v node-2"],
+        "those of the other volume are not its own"
+    );
+    let kinds = vec![v1::WatchedKind::Grant.into()];
+    let mut all = Watch::begin(&mut api, v1::WatchRequest { kinds, ..Default::default() }).await.unwrap();
+    assert_eq!(all.present().await.len(), 4);
+    let token = watch.token.clone();
+    server.kill();
+
+    // While nobody watches one goes and comes again, and the volume has another name.
+    let server = Volserver::start(&data_dir);
+    let mut api = server.client().await;
+    let (volume_name, node_id) = ("v".to_owned(), "node-1".to_owned());
+    let withdraw = v1::DeleteGrantRequest { volume_name, node_id, ..Default::default() };
+    assert!(api.delete_grant(withdraw.clone()).await.unwrap().into_inner().existed);
+    assert!(!api.delete_grant(withdraw).await.unwrap().into_inner().existed, "which is no change");
+    let (name, new_name) = ("v".to_owned(), "x".to_owned());
+    let rename = v1::RenameVolumeRequest { name, new_name, ..Default::default() };
+    api.rename_volume(rename).await.unwrap();
+    let (volume_name, node_id) = ("x".to_owned(), "node-1".to_owned());
+    let grant = v1::CreateGrantRequest { volume_name, node_id, read_only: true, ..Default::default() };
+    let granted = api.create_grant(grant.clone()).await.unwrap().into_inner();
+    api.create_grant(grant).await.unwrap();
+    let request = v1::WatchRequest {
+        volume_name: format!("uid:{}", granted.volume_uid),
+        resume_token: token,
+        ..Default::default()
+    };
+    let mut watch = Watch::begin(&mut api, request).await.unwrap();
+    assert_eq!(watch.line().await, "deleted grant v node-1");
+    assert_eq!(watch.line().await, "updated volume x");
+    let event = watch.change().await;
+    assert_eq!(line(&event), "created grant x node-1");
+    let Some(Object::Grant(told)) = event.object else { panic!() };
+    assert_eq!(
+        (told.volume_uid, told.read_only, told.created_at_ms),
+        (granted.volume_uid, true, granted.created_at_ms)
+    );
+}
+
+#[tokio::test]
 async fn each_change_of_a_volume_an_attachment_and_a_node_is_told_once_in_order() {
     let dir = tempfile::tempdir().unwrap();
     let server = Volserver::start(&dir.path().join("data"));
@@ -189,7 +249,8 @@ async fn each_change_of_a_volume_an_attachment_and_a_node_is_told_once_in_order(
     assert_eq!(watch.line().await, "synced");
 
     create(&mut api, "v").await;
-    let resize = v1::ResizeVolumeRequest { name: "v".to_owned(), capacity_bytes: 2 << 20 };
+    let resize =
+        v1::ResizeVolumeRequest { name: "v".to_owned(), capacity_bytes: 2 << 20, ..Default::default() };
     api.resize_volume(resize).await.unwrap();
     let labels = v1::UpdateVolumeRequest {
         name: "v".to_owned(),
@@ -208,7 +269,9 @@ async fn each_change_of_a_volume_an_attachment_and_a_node_is_told_once_in_order(
     let heartbeat = v1::HeartbeatRequest { node_id: "node-1".to_owned(), ..Default::default() };
     api.heartbeat(heartbeat).await.unwrap();
     detach(&mut api, "v").await;
-    api.delete_node(v1::DeleteNodeRequest { node_id: "node-1".to_owned() }).await.unwrap();
+    api.delete_node(v1::DeleteNodeRequest { node_id: "node-1".to_owned(), ..Default::default() })
+        .await
+        .unwrap();
     delete(&mut api, "v").await;
 
     let created = watch.change().await;
@@ -607,7 +670,9 @@ async fn what_there_is_and_what_happens_meanwhile_make_one_picture() {
         let name = format!("node-{number:03}");
         match number % 30 {
             0 => drop(api.register_node(large_node_request(&name, "2")).await.unwrap()),
-            1 => drop(api.delete_node(v1::DeleteNodeRequest { node_id: name }).await.unwrap()),
+            1 => drop(
+                api.delete_node(v1::DeleteNodeRequest { node_id: name, ..Default::default() }).await.unwrap(),
+            ),
             2 => {
                 drop(api.register_node(large_node_request(&format!("{name}-new"), "1")).await.unwrap());
             }

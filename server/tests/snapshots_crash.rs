@@ -214,7 +214,7 @@ async fn make(
         }
         Call::Restore { volume, name } => {
             let (volume_name, snapshot_name) = (volume, name.to_owned());
-            let request = v1::RestoreVolumeRequest { volume_name, snapshot_name };
+            let request = v1::RestoreVolumeRequest { volume_name, snapshot_name, ..Default::default() };
             client.restore_volume(request).await?.into_inner().operation
         }
     };

@@ -275,7 +275,11 @@ async fn a_volume_is_made_found_grown_limited_listed_and_deleted() {
     assert_eq!(controller.controller_expand_volume(smaller).await.unwrap_err().code(), Code::OutOfRange);
 
     // A rename on the server, and one more volume of the name that it had: the CSI name is still this volume's.
-    let rename = v1::RenameVolumeRequest { name: on_server.name.clone(), new_name: "renamed".to_owned() };
+    let rename = v1::RenameVolumeRequest {
+        name: on_server.name.clone(),
+        new_name: "renamed".to_owned(),
+        ..Default::default()
+    };
     bench.api().await.rename_volume(rename).await.unwrap();
     let any_size = csi::CreateVolumeRequest { capacity_range: None, ..request };
     assert_eq!(bench.create(any_size).await.volume_id, volume.volume_id);

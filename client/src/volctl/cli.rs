@@ -10,7 +10,7 @@ use crate::exit_code::EXIT_CODES_HELP;
 use crate::image::{ExportArgs, ImageProgramArgs, ImportArgs};
 use crate::output::OutputFormat;
 use crate::passphrase::{ChangeArgs, PassphraseArgs};
-use crate::settings::{LimitArgs, SetArgs, parse_label, parse_label_filter};
+use crate::settings::{IfEtag, LimitArgs, SetArgs, parse_label, parse_label_filter};
 use crate::size::parse_size;
 use crate::tenant_args::TenantCommand;
 use crate::watch::WatchArgs;
@@ -86,6 +86,8 @@ pub(crate) enum Command {
         name: String,
         /// The new one
         new_name: String,
+        #[command(flatten)]
+        only: IfEtag,
     },
     /// Limit the requests and bytes per second that all users of a volume have together, while it is in use, too
     ///
@@ -95,6 +97,8 @@ pub(crate) enum Command {
         name: String,
         #[command(flatten)]
         limits: LimitArgs,
+        #[command(flatten)]
+        only: IfEtag,
     },
     /// Make a volume larger, while it is in use, too; one that has the size is a success
     Resize {
@@ -103,6 +107,8 @@ pub(crate) enum Command {
         /// New capacity, as for create; of an encrypted volume without its header
         #[arg(long, value_parser = parse_size)]
         size: u64,
+        #[command(flatten)]
+        only: IfEtag,
     },
     /// Delete a volume and its data; one that is not there is a success
     Delete {
@@ -111,6 +117,8 @@ pub(crate) enum Command {
         /// Keep its snapshots, which are named by their uid (@UID) from then on; without this a volume with snapshots stays
         #[arg(long)]
         keep_snapshots: bool,
+        #[command(flatten)]
+        only: IfEtag,
     },
     /// Take, list, delete and go back to snapshots of volumes
     Snapshot {
@@ -203,7 +211,7 @@ pub(crate) enum Command {
         #[arg(long)]
         follow: bool,
     },
-    /// Tell what happens to volumes, attachments, snapshots and nodes of the storage server, a line each, until interrupted
+    /// Tell what happens to volumes, attachments, snapshots, nodes and grants of the storage server, a line each, until interrupted
     ///
     /// It begins with what there is; with --resume behind the event that had the token (--output json shows it), also over restarts of
     /// the server. Changes are kept for 7 days, and at most 100,000 of them.

@@ -33,7 +33,12 @@ pub(crate) async fn create(
     let freeze_id = Uuid::new_v4().to_string();
     let freeze = v1::FreezeRequest { targets: volumes.clone(), freeze_id: freeze_id.clone() };
     let volume_uids = call(node.freeze(freeze)).await?.volume_uids;
-    let request = v1::CreateSnapshotRequest { volume_names: volumes, name, freeze_id: freeze_id.clone() };
+    let request = v1::CreateSnapshotRequest {
+        volume_names: volumes,
+        name,
+        freeze_id: freeze_id.clone(),
+        ..Default::default()
+    };
     let taken = call(client.create_snapshot(request)).await;
     let thawed = thaw(&mut node, &freeze_id).await;
     let mut taken = taken?;

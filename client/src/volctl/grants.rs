@@ -16,8 +16,13 @@ pub(crate) async fn grant(server: &ServerAddress, command: GrantCommand) -> Resu
     match command {
         GrantCommand::Create { volume, node_id, read_only, unregistered } => {
             let node_must_be_registered = !unregistered;
-            let request =
-                v1::CreateGrantRequest { volume_name: volume, node_id, read_only, node_must_be_registered };
+            let request = v1::CreateGrantRequest {
+                volume_name: volume,
+                node_id,
+                read_only,
+                node_must_be_registered,
+                ..Default::default()
+            };
             let grant = call(connect::server(server).await?.create_grant(request)).await?;
             let text = format!("{} is granted to {}\n", grant.volume_name, holder(&grant));
             Ok(Report::new(text, grant_json(&grant)))
@@ -30,7 +35,11 @@ pub(crate) async fn grant(server: &ServerAddress, command: GrantCommand) -> Resu
 }
 
 async fn delete(server: &ServerAddress, volume: String, node_id: String) -> Result<Report, Failure> {
-    let request = v1::DeleteGrantRequest { volume_name: volume.clone(), node_id: node_id.clone() };
+    let request = v1::DeleteGrantRequest {
+        volume_name: volume.clone(),
+        node_id: node_id.clone(),
+        ..Default::default()
+    };
     let ended = call(connect::server(server).await?.delete_grant(request)).await?;
     let what = match (ended.existed, ended.was_attached) {
         (true, true) => "is no longer granted to, and was taken from,",

@@ -78,10 +78,12 @@ async fn run(cli: Cli) -> Result<Report, Failure> {
         Command::List { labels } => volumes::list(server, labels).await,
         Command::Show { name } => volumes::show(server, name).await,
         Command::Set(args) => settings::set(server, args).await,
-        Command::Rename { name, new_name } => settings::rename(server, name, new_name).await,
-        Command::Limit { name, limits } => settings::limit(server, name, limits).await,
-        Command::Resize { name, size } => volumes::resize(server, name, size).await,
-        Command::Delete { name, keep_snapshots } => volumes::delete(server, name, keep_snapshots).await,
+        Command::Rename { name, new_name, only } => settings::rename(server, name, new_name, only).await,
+        Command::Limit { name, limits, only } => settings::limit(server, name, limits, only).await,
+        Command::Resize { name, size, only } => volumes::resize(server, name, size, only).await,
+        Command::Delete { name, keep_snapshots, only } => {
+            volumes::delete(server, name, keep_snapshots, only).await
+        }
         Command::Snapshot { command: SnapshotCommand::Create { volumes, name, freeze: true } } => {
             frozen_snapshot::create(server, socket, volumes, name).await
         }

@@ -29,7 +29,7 @@ pub(crate) async fn node(server: &ServerAddress, command: NodeCommand) -> Result
             Ok(shown(&node, now_ms()))
         }
         NodeCommand::Delete { node_id } => {
-            let request = v1::DeleteNodeRequest { node_id: node_id.clone() };
+            let request = v1::DeleteNodeRequest { node_id: node_id.clone(), ..Default::default() };
             let existed = call(client.delete_node(request)).await?.existed;
             let text = if existed {
                 format!("deleted {node_id}\n")

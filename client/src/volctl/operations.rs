@@ -64,6 +64,9 @@ fn shown(operation: &v1::Operation) -> Report {
     if !operation.error_message.is_empty() {
         rows.push(("error", format!("{} ({})", operation.error_message, operation.error_reason)));
     }
+    if !operation.next.is_empty() {
+        rows.push(("next", operation.next.clone()));
+    }
     Report::new(properties(rows), operation_json(operation))
 }
 
@@ -105,6 +108,7 @@ fn operation_json(operation: &v1::Operation) -> Value {
         "total_bytes": operation.total_bytes,
         "error_reason": operation.error_reason,
         "error_message": operation.error_message,
+        "next": operation.next,
         "started_at_ms": operation.started_at_ms,
         "ended_at_ms": operation.ended_at_ms,
     })

@@ -181,6 +181,7 @@ pub(crate) fn volume_json(volume: &v1::Volume) -> Value {
     json["grants"] = volume.grants.iter().map(grant_json).collect();
     json["throttled_ms"] = volume.throttled_ms.into();
     json["snapshot_count"] = volume.snapshot_count.into();
+    json["etag"] = volume.etag.clone().into();
     json
 }
 

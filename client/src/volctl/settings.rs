@@ -3,13 +3,21 @@
 use std::collections::{BTreeMap, HashMap};
 
 use clap::Args;
-use proto::v1;
+use proto::{error_reason as reason, v1};
 
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
 use crate::report::{Report, content_word, header_bytes, volume_json};
 use crate::size::{human_size, parse_size};
+
+/// For what changes a volume.
+#[derive(Debug, Default, Args)]
+pub(crate) struct IfEtag {
+    /// Only if the volume still has this etag, as `--output json` shows it: name, size and settings are as they were
+    #[arg(long = "if-etag", value_name = "ETAG", default_value = "", hide_default_value = true)]
+    pub(crate) etag: String,
+}
 
 /// Options of `set`.
 #[derive(Debug, Args)]
@@ -38,6 +46,8 @@ pub(crate) struct SetArgs {
     /// Allow to write to it
     #[arg(long)]
     pub(crate) no_read_only: bool,
+    #[command(flatten)]
+    pub(crate) only: IfEtag,
 }
 
 /// Options for limits; those that are left out stay as they are.
@@ -131,6 +141,8 @@ pub(crate) async fn set(server: &ServerAddress, args: SetArgs) -> Result<Report,
         description: args.description,
         is_protected: switch(args.protect, args.no_protect),
         is_read_only: switch(args.read_only, args.no_read_only),
+        etag: args.only.etag,
+        ..Default::default()
     };
     let volume = call(connect::server(server).await?.update_volume(request)).await?;
     Ok(told(&volume))
@@ -140,17 +152,27 @@ pub(crate) async fn limit(
     server: &ServerAddress,
     name: String,
     wanted: LimitArgs,
+    only: IfEtag,
 ) -> Result<Report, Failure> {
     if wanted.is_empty() {
         let next = "give --read-iops, --write-iops, --read-bandwidth, --write-bandwidth or --burst";
         return Err(Failure::new(ExitCode::Usage, "no limit is named".to_owned(), next.to_owned()));
     }
     let mut client = connect::server(server).await?;
-    let before =
-        call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() })).await?;
-    let limits = Some(wanted.applied_to(before.limits.unwrap_or_default()));
-    let volume = call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits })).await?;
-    Ok(told(&volume))
+    loop {
+        let before =
+            call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() }))
+                .await?;
+        let limits = Some(wanted.applied_to(before.limits.unwrap_or_default()));
+        // What is left out is as it was just now.
+        let etag = if only.etag.is_empty() { before.etag } else { only.etag.clone() };
+        let name = name.clone();
+        let request = v1::SetVolumeLimitsRequest { name, limits, etag, ..Default::default() };
+        match call(client.set_volume_limits(request)).await {
+            Err(failure) if failure.reason == reason::VOLUME_CHANGED && only.etag.is_empty() => {}
+            set => return Ok(told(&set?)),
+        }
+    }
 }
 
 /// Asked for by its uid: never another volume that got the name meanwhile.
@@ -158,11 +180,13 @@ pub(crate) async fn rename(
     server: &ServerAddress,
     name: String,
     new_name: String,
+    only: IfEtag,
 ) -> Result<Report, Failure> {
     let mut client = connect::server(server).await?;
     let found = call(client.get_volume(v1::GetVolumeRequest { name, ..Default::default() })).await?;
-    let name = format!("uid:{}", found.volume_uid);
-    let volume = call(client.rename_volume(v1::RenameVolumeRequest { name, new_name })).await?;
+    let (name, etag) = (format!("uid:{}", found.volume_uid), only.etag);
+    let request = v1::RenameVolumeRequest { name, new_name, etag, ..Default::default() };
+    let volume = call(client.rename_volume(request)).await?;
     let text = format!("volume {} renamed to {}\n", found.name, volume.name);
     Ok(Report::new(text, volume_json(&volume)))
 }

@@ -181,7 +181,8 @@ async fn show(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
 async fn delete(server: &ServerAddress, named: Named) -> Result<Report, Failure> {
     let name = named.text();
     let Named { volume_name, name: snapshot_name, snapshot_uid } = named;
-    let request = v1::DeleteSnapshotRequest { volume_name, name: snapshot_name, snapshot_uid };
+    let request =
+        v1::DeleteSnapshotRequest { volume_name, name: snapshot_name, snapshot_uid, ..Default::default() };
     let existed = call(connect::server(server).await?.delete_snapshot(request)).await?.existed;
     let text = if existed { format!("deleted {name}\n") } else { format!("there is no snapshot {name}\n") };
     Ok(Report::new(text, json!({ "name": name, "existed": existed })))
@@ -189,7 +190,11 @@ async fn delete(server: &ServerAddress, named: Named) -> Result<Report, Failure>
 
 async fn restore(server: &ServerAddress, volume: String, name: String) -> Result<Report, Failure> {
     let mut client = connect::server(server).await?;
-    let request = v1::RestoreVolumeRequest { volume_name: volume.clone(), snapshot_name: name.clone() };
+    let request = v1::RestoreVolumeRequest {
+        volume_name: volume.clone(),
+        snapshot_name: name.clone(),
+        ..Default::default()
+    };
     let answer = call(client.restore_volume(request)).await?;
     let mut restored = answer.volume.ok_or_else(|| Failure::incomplete_answer("volume"))?;
     if let Some(operation) = answer.operation {
@@ -328,7 +333,7 @@ fn outcome(operation: v1::Operation) -> Result<(), Failure> {
         v1::OperationState::Succeeded => return Ok(()),
         v1::OperationState::Cancelled => (
             format!("the {} operation was cancelled", operation.kind),
-            "repeat the command to begin it anew",
+            "repeat the command to begin it anew".to_owned(),
             Code::Aborted,
         ),
         _ => {
@@ -340,7 +345,11 @@ fn outcome(operation: v1::Operation) -> Result<(), Failure> {
                 _ => Code::Internal,
             };
             let what = format!("the {} operation failed: {}", operation.kind, operation.error_message);
-            (what, "nothing is left of it; mend what it says, then repeat the command", code)
+            let advice = match operation.next.as_str() {
+                "" => "mend what it says, then repeat the command",
+                next => next,
+            };
+            (what, format!("nothing is left of it; {advice}"), code)
         }
     };
     Err(Failure {

@@ -15,7 +15,7 @@ use crate::report::{
     self, Report, Tables, backend_word, content_word, disk_bytes, header_bytes, or_dash, properties, tables,
     volume_json, write_cache_word,
 };
-use crate::settings;
+use crate::settings::{self, IfEtag};
 use crate::size::human_size;
 use crate::snapshots::utc;
 
@@ -91,12 +91,19 @@ fn problem(volume: &v1::Volume) -> String {
     }
 }
 
-pub(crate) async fn resize(server: &ServerAddress, name: String, size: u64) -> Result<Report, Failure> {
+pub(crate) async fn resize(
+    server: &ServerAddress,
+    name: String,
+    size: u64,
+    only: IfEtag,
+) -> Result<Report, Failure> {
     let mut client = connect::server(server).await?;
     let found = call(client.get_volume(v1::GetVolumeRequest { name, ..Default::default() })).await?;
     let request = v1::ResizeVolumeRequest {
         name: found.name,
         capacity_bytes: size.saturating_add(header_bytes(found.is_encrypted)),
+        etag: only.etag,
+        ..Default::default()
     };
     let volume = call(client.resize_volume(request)).await?;
     let text = format!("volume {} of {}\n", volume.name, human_size(disk_bytes(&volume)));
@@ -241,8 +248,10 @@ pub(crate) async fn delete(
     server: &ServerAddress,
     name: String,
     keep_snapshots: bool,
+    only: IfEtag,
 ) -> Result<Report, Failure> {
-    let request = v1::DeleteVolumeRequest { name: name.clone(), keep_snapshots };
+    let (asked, etag) = (name.clone(), only.etag);
+    let request = v1::DeleteVolumeRequest { name: asked, keep_snapshots, etag, ..Default::default() };
     let existed = call(connect::server(server).await?.delete_volume(request)).await?.existed;
     let text = if existed { format!("deleted {name}\n") } else { format!("there is no volume {name}\n") };
     Ok(Report::new(text, json!({ "name": name, "existed": existed })))

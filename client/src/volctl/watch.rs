@@ -1,4 +1,4 @@
-//! `watch`: what happens to volumes, attachments, snapshots and nodes of the storage server, printed as it happens.
+//! `watch`: what happens to volumes, attachments, snapshots, nodes and grants of the storage server, printed as it happens.
 //!
 //! As JSON each event is an object in a line of its own (as YAML a document), with the token behind which `--resume` goes on. For people there are no tokens;
 //! they are told the last one when the connection is lost, with the options that they gave.
@@ -24,7 +24,7 @@ pub(crate) struct WatchArgs {
     /// Only of these, with commas between them [default: all]
     #[arg(long = "kind", value_enum, value_name = "KIND[,KIND…]", value_delimiter = ',')]
     kinds: Vec<Kind>,
-    /// Only of this volume, its snapshots and the attachments of both: its name, or uid:UUID
+    /// Only of this volume, its snapshots and grants, and who has attached it or them: its name, or uid:UUID
     #[arg(long, value_name = "VOLUME", default_value = "", hide_default_value = true)]
     volume: String,
     /// Go on behind the event that had this token, instead of beginning with what there is
@@ -38,6 +38,7 @@ enum Kind {
     Attachment,
     Snapshot,
     Node,
+    Grant,
 }
 
 impl Kind {
@@ -47,6 +48,7 @@ impl Kind {
             Self::Attachment => v1::WatchedKind::Attachment,
             Self::Snapshot => v1::WatchedKind::Snapshot,
             Self::Node => v1::WatchedKind::Node,
+            Self::Grant => v1::WatchedKind::Grant,
         }
     }
 }
@@ -169,6 +171,7 @@ fn kind_word(object: &Object) -> &'static str {
         Object::Attachment(_) => "attachment",
         Object::Snapshot(_) => "snapshot",
         Object::Node(_) => "node",
+        Object::Grant(_) => "grant",
     }
 }
 
@@ -181,6 +184,7 @@ fn name_of(object: &Object) -> String {
         }
         Object::Snapshot(snapshot) => format!("{}@{}", snapshot.volume_name, snapshot.name),
         Object::Node(node) => node.node_id.clone(),
+        Object::Grant(grant) => grant.volume_name.clone(),
     }
 }
 
@@ -203,6 +207,10 @@ fn details(object: &Object) -> String {
         }
         Object::Node(node) if node.version.is_empty() => String::new(),
         Object::Node(node) => format!(": version {}", node.version),
+        Object::Grant(grant) => {
+            let mode = if grant.read_only { "read-only" } else { "to read and write" };
+            format!(": {}, {mode}", grant.node_id)
+        }
     }
 }
 
@@ -241,6 +249,13 @@ fn object_json(object: &Object) -> Value {
             "labels": node.labels,
             "registered_at_ms": node.registered_at_ms,
         }),
+        Object::Grant(grant) => json!({
+            "volume_name": grant.volume_name,
+            "volume_uid": grant.volume_uid,
+            "node_id": grant.node_id,
+            "read_only": grant.read_only,
+            "created_at_ms": grant.created_at_ms,
+        }),
     }
 }
 
@@ -271,6 +286,10 @@ mod tests {
             v1::WatchedSnapshot { snapshot_uid: "u".to_owned(), name: "s".to_owned(), ..Default::default() };
         let told = line(Change::Deleted, Some(Object::Snapshot(snapshot)));
         assert_eq!(told.as_deref(), Some("7 snapshot @u deleted: 0"));
+        let (volume_name, node_id) = ("vol-1".to_owned(), "n".to_owned());
+        let grant = v1::WatchedGrant { volume_name, node_id, read_only: true, ..Default::default() };
+        let told = line(Change::Created, Some(Object::Grant(grant)));
+        assert_eq!(told.as_deref(), Some("7 grant vol-1 created: n, read-only"));
         assert_eq!(line(Change::Bookmark, None), None);
     }
 

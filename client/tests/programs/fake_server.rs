@@ -162,6 +162,16 @@ fn not_found(name: &str) -> Status {
     refuse(Code::NotFound, reason::VOLUME_NOT_FOUND, format!("there is no volume {name}"), "list the volumes")
 }
 
+/// Only a volume that is as its caller has seen it is changed, and is another one then.
+fn change(volume: &mut v1::Volume, etag: &str) -> Result<(), Status> {
+    if !etag.is_empty() && volume.etag != etag {
+        let message = format!("volume {} has been changed: its etag is {} now", volume.name, volume.etag);
+        return Err(refuse(Code::Aborted, reason::VOLUME_CHANGED, message, "look at the volume again"));
+    }
+    volume.etag.push('x');
+    Ok(())
+}
+
 fn snapshot_not_found() -> Status {
     let message = "there is no such snapshot".to_owned();
     refuse(Code::NotFound, reason::SNAPSHOT_NOT_FOUND, message, "list the snapshots")
@@ -327,7 +337,7 @@ impl Management for Service {
         &self,
         request: Request<v1::ResizeVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
-        let v1::ResizeVolumeRequest { name, capacity_bytes } = request.into_inner();
+        let v1::ResizeVolumeRequest { name, capacity_bytes, .. } = request.into_inner();
         let mut state = self.0.lock().unwrap();
         let volume = state.volumes.get_mut(&name).ok_or_else(|| not_found(&name))?;
         volume.capacity_bytes = capacity_bytes;
@@ -338,7 +348,7 @@ impl Management for Service {
         &self,
         request: Request<v1::DeleteVolumeRequest>,
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
-        let v1::DeleteVolumeRequest { name, keep_snapshots } = request.into_inner();
+        let v1::DeleteVolumeRequest { name, keep_snapshots, .. } = request.into_inner();
         let mut state = self.0.lock().unwrap();
         let has_snapshots = state.copies.snapshots.values().any(|one| one.volume_name == name);
         if has_snapshots && !keep_snapshots {
@@ -445,6 +455,7 @@ impl Management for Service {
         let request = request.into_inner();
         let mut state = self.0.lock().unwrap();
         let volume = state.volumes.get_mut(&request.name).ok_or_else(|| not_found(&request.name))?;
+        change(volume, &request.etag)?;
         for (key, value) in request.labels {
             if value.is_empty() {
                 volume.labels.remove(&key);
@@ -465,6 +476,7 @@ impl Management for Service {
         let request = request.into_inner();
         let mut state = self.0.lock().unwrap();
         let volume = state.volumes.get_mut(&request.name).ok_or_else(|| not_found(&request.name))?;
+        change(volume, &request.etag)?;
         volume.limits = request.limits;
         Ok(Response::new(volume.clone()))
     }

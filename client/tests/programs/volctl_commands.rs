@@ -105,6 +105,22 @@ fn a_limit_that_is_not_named_stays() {
 }
 
 #[test]
+fn what_is_meant_for_another_state_of_a_volume_is_not_done() {
+    let server = FakeServer::start();
+    run(&server, &["create", "v", "--size=1G"]).expect_success();
+    let set = |etag: &str| run(&server, &["set", "v", "--description=d", "--if-etag", etag, "--output=json"]);
+    let json = set("").expect_success().json();
+    let seen = json["etag"].as_str().unwrap();
+    assert_ne!(set(seen).expect_success().json()["etag"], seen);
+    set(seen).expect_failure(5, "volume v has been changed", "look at the volume again");
+    let limit = ["limit", "v", "--read-iops=7", "--if-etag", seen];
+    run(&server, &limit).expect_failure(5, "volume v has been changed", "look at the volume again");
+    let shown = run(&server, &["show", "v", "--output=json"]).expect_success().json();
+    assert_eq!(shown["limits"]["read_iops"], 0);
+    run(&server, &limit[..3]).expect_success();
+}
+
+#[test]
 fn what_is_adopted_brings_its_size_and_is_told() {
     let server = FakeServer::start();
     let created = run(&server, &["create", "v", "--adopt", "/dev/sdb", "--write-cache=off", "--output=json"]);

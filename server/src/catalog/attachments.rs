@@ -50,10 +50,40 @@ fn move_up(db: &Connection) -> rusqlite::Result<()> {
     db.execute(leave, []).map(|_| ())
 }
 
-/// What an attachment may be of, as a query takes it: its uid and its name.
-const ATTACHABLE: &str = "(SELECT volume_uid AS uid, name, volume_uid AS of_volume FROM volumes UNION ALL \
-     SELECT snapshot_uid, CASE WHEN volumes.name IS NULL THEN '@' || snapshot_uid ELSE volumes.name || '@' || snapshots.name END, snapshots.volume_uid \
-     FROM snapshots LEFT JOIN volumes ON volumes.volume_uid = snapshots.volume_uid AND volumes.state = 'ready')";
+/// A query for a page of the attachments in a table, in order of what they are of. Those of volumes are found in that order, or by their
+/// node, so that a page costs what is on it, however many volumes there are; of snapshots there are few.
+pub(super) fn list_sql(table: &str, filter: &AttachmentFilter) -> String {
+    let columns = COLUMNS.replace(", ", ", held.");
+    let of_snapshots = "CASE WHEN volumes.name IS NULL THEN '@' || snapshot_uid ELSE volumes.name || '@' || snapshots.name END";
+    let (name, from) = match (table, &filter.node_id) {
+        ("snapshot_attachments", _) => (
+            of_snapshots,
+            format!(
+                "{table} AS held CROSS JOIN snapshots ON snapshot_uid = held.volume_uid \
+                 LEFT JOIN volumes ON volumes.volume_uid = snapshots.volume_uid AND volumes.state = 'ready'"
+            ),
+        ),
+        (_, Some(_)) => (
+            "volumes.name",
+            format!("{table} AS held CROSS JOIN volumes ON volumes.volume_uid = held.volume_uid"),
+        ),
+        (_, None) => (
+            "volumes.name",
+            format!("volumes CROSS JOIN {table} AS held ON held.volume_uid = volumes.volume_uid"),
+        ),
+    };
+    let of_name = match filter.volume_name {
+        Some(_) => format!("{name} = ?3"),
+        None => format!("?3 IS NULL AND {name} >= ?1"),
+    };
+    let of_node = if filter.node_id.is_some() { "node_id = ?4" } else { "?4 IS NULL" };
+    let of_volume = if table == "snapshot_attachments" { "snapshots.volume_uid" } else { "held.volume_uid" };
+    let of_tenants = tenants::within_asked(filter.tenants.as_deref(), of_volume, "?6");
+    format!(
+        "SELECT {name} AS volume_name, held.{columns} FROM {from} \
+         WHERE ({name}, attachment_id) > (?1, ?2) AND {of_name} AND {of_node} AND {of_tenants} ORDER BY {name}, attachment_id LIMIT ?5"
+    )
+}
 
 /// Writes a new attachment down, in the table of that name.
 fn insert(db: &Connection, table: &str, attachment: &AttachmentRecord) -> Result<(), CatalogError> {
@@ -171,29 +201,30 @@ impl Catalog {
         limit: u32,
     ) -> Result<Vec<(String, Held)>, CatalogError> {
         let state = self.state();
-        let columns = COLUMNS.replace(", ", ", held.");
-        let mut query = state.db.prepare_cached(&format!(
-            "SELECT attached.name AS volume_name, held.{columns} \
-             FROM {} AS held JOIN {ATTACHABLE} AS attached ON attached.uid = held.volume_uid \
-             WHERE (attached.name, attachment_id) > (?1, ?2) AND (?3 IS NULL OR attached.name = ?3) AND (?4 IS NULL OR node_id = ?4) \
-             AND {} ORDER BY attached.name, attachment_id LIMIT ?5",
-            all(),
-            tenants::within("attached.of_volume", "?6")
-        ))?;
-        let ListedAttachment { volume_name, attachment_id } = after;
-        let values = (
-            volume_name,
-            attachment_id,
-            filter.volume_name.as_deref(),
-            filter.node_id.as_deref(),
-            limit,
-            &filter.tenants,
-        );
-        let rows = query.query_map(values, |row: &Row<'_>| {
-            let name: String = row.get("volume_name")?;
-            Ok(records::attachment(row).map(|held| (name, held)))
-        })?;
-        rows.map(|row| row?).collect()
+        let mut found = Vec::new();
+        for table in TABLES {
+            let mut query = state.db.prepare_cached(&list_sql(table, filter))?;
+            let ListedAttachment { volume_name, attachment_id } = after;
+            let values = (
+                volume_name,
+                attachment_id,
+                filter.volume_name.as_deref(),
+                filter.node_id.as_deref(),
+                limit,
+                &filter.tenants,
+            );
+            let rows = query.query_map(values, |row: &Row<'_>| {
+                let name: String = row.get("volume_name")?;
+                Ok(records::attachment(row).map(|held| (name, held)))
+            })?;
+            for row in rows {
+                found.push(row??);
+            }
+        }
+        // Of each table they are the first.
+        found.sort_by_cached_key(|(name, (held, _))| (name.clone(), held.attachment_id.to_string()));
+        found.truncate(limit as usize);
+        Ok(found)
     }
 
     /// Makes an attachment with a new identity, a new secret, and the volume's generation.

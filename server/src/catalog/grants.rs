@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::attachment_tables::execute_on_all;
 use super::columns::Columns;
-use super::{Catalog, CatalogError, now_ms, tenants};
+use super::{Catalog, CatalogError, now_ms, requests, tenants};
 use crate::scope::Scope;
 
 /// Table that came after the first format; older programs leave it alone, and a volume that one of them deletes takes its rows along.
@@ -39,7 +39,7 @@ pub struct GrantRecord {
 }
 
 /// What a grant that was withdrawn has left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Withdrawn {
     /// There was a grant.
     pub existed: bool,
@@ -75,6 +75,24 @@ fn record(row: &Row<'_>) -> Result<GrantRecord, CatalogError> {
         read_only: columns.flag("read_only")?,
         created_at_ms: columns.signed("created_at_ms")?,
     })
+}
+
+/// A query for a page of grants, in order of volume name and node.
+pub(super) fn list_sql(filter: &GrantFilter) -> String {
+    let columns = COLUMNS.replace(", ", ", grants.");
+    // In the order of an index, so that a page costs what is on it; of one node by that node's.
+    let (from, of_volume) = match (&filter.node_id, &filter.volume_name) {
+        (Some(_), None) => ("grants CROSS JOIN volumes USING (volume_uid)", "?3 IS NULL"),
+        (_, Some(_)) => ("volumes CROSS JOIN grants USING (volume_uid)", "volumes.name = ?3"),
+        (None, None) => ("volumes CROSS JOIN grants USING (volume_uid)", "?3 IS NULL AND volumes.name >= ?1"),
+    };
+    let of_node = if filter.node_id.is_some() { "node_id = ?4" } else { "?4 IS NULL" };
+    let of_tenants = tenants::within_asked(filter.tenants.as_deref(), "volumes.volume_uid", "?6");
+    format!(
+        "SELECT volumes.name AS volume_name, grants.{columns} FROM {from} \
+         WHERE (volumes.name, node_id) > (?1, ?2) AND {of_volume} AND {of_node} \
+         AND volumes.state = 'ready' AND {of_tenants} ORDER BY volumes.name, node_id LIMIT ?5"
+    )
 }
 
 /// Makes sure, in the transaction that makes an attachment, that the node may have it.
@@ -122,18 +140,15 @@ impl Catalog {
         read_only: bool,
     ) -> Result<GrantRecord, CatalogError> {
         let created_at_ms = now_ms();
-        let mut state = self.state();
-        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        require_room(&transaction, volume_uid, node_id)?;
-        let added = transaction.execute(
-            "INSERT INTO grants (volume_uid, node_id, read_only, created_at_ms) \
-             SELECT volume_uid, ?2, ?3, ?4 FROM volumes WHERE volume_uid = ?1 AND state = 'ready'",
-            (volume_uid.to_string(), node_id, read_only, created_at_ms),
-        )?;
-        if added == 0 {
-            return Err(CatalogError::VolumeNotFound(volume_uid));
-        }
-        transaction.commit()?;
+        self.carrying_out(&format!("{volume_uid} {node_id}"), |db| {
+            require_room(db, volume_uid, node_id)?;
+            let added = db.execute(
+                "INSERT INTO grants (volume_uid, node_id, read_only, created_at_ms) \
+                 SELECT volume_uid, ?2, ?3, ?4 FROM volumes WHERE volume_uid = ?1 AND state = 'ready'",
+                (volume_uid.to_string(), node_id, read_only, created_at_ms),
+            )?;
+            if added == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        })?;
         Ok(GrantRecord { volume_uid, node_id: node_id.to_owned(), read_only, created_at_ms })
     }
 
@@ -153,8 +168,14 @@ impl Catalog {
                 "UPDATE TABLE SET state = 'ending' WHERE volume_uid = ?1 AND node_id = ?2",
                 values,
             )?;
+            let withdrawn = Withdrawn { existed: withdrawn > 0, was_attached: ending > 0 };
+            if withdrawn != Withdrawn::default() {
+                let Withdrawn { existed, was_attached } = withdrawn;
+                let subject = format!("{volume_uid} {existed} {was_attached}");
+                requests::record(&transaction, self.request.as_deref(), &subject)?;
+            }
             transaction.commit()?;
-            Ok(Withdrawn { existed: withdrawn > 0, was_attached: ending > 0 })
+            Ok(withdrawn)
         })
     }
 
@@ -192,13 +213,7 @@ impl Catalog {
         limit: u32,
     ) -> Result<Vec<(String, GrantRecord)>, CatalogError> {
         let state = self.state();
-        let columns = COLUMNS.replace(", ", ", grants.");
-        let mut query = state.db.prepare_cached(&format!(
-            "SELECT volumes.name AS volume_name, grants.{columns} FROM grants JOIN volumes USING (volume_uid) \
-             WHERE (volumes.name, node_id) > (?1, ?2) AND (?3 IS NULL OR volumes.name = ?3) AND (?4 IS NULL OR node_id = ?4) \
-             AND volumes.state = 'ready' AND {} ORDER BY volumes.name, node_id LIMIT ?5",
-            tenants::within("volumes.volume_uid", "?6")
-        ))?;
+        let mut query = state.db.prepare_cached(&list_sql(filter))?;
         let (name, node_id) = after;
         let values =
             (name, node_id, filter.volume_name.as_deref(), filter.node_id.as_deref(), limit, &filter.tenants);

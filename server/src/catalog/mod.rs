@@ -22,6 +22,7 @@ mod grants;
 mod held;
 mod nodes;
 mod records;
+mod requests;
 mod reserve;
 mod schema;
 mod settings;
@@ -45,8 +46,8 @@ use uuid::Uuid;
 
 pub use adopted::{Adopted, AdoptedKind};
 pub use changes::{
-    AttachmentFacts, Change, ChangePoint, Facts, Happened, NodeFacts as WatchedNodeFacts, PresentPage,
-    SnapshotFacts, Told, VolumeFacts, WatchedKind,
+    AttachmentFacts, Change, ChangePoint, Facts, GrantFacts, Happened, NodeFacts as WatchedNodeFacts,
+    PresentPage, SnapshotFacts, Told, VolumeFacts, WatchedKind,
 };
 pub use data_dir::{DataDirError, SNAPSHOTS_DIR_NAME, VOLUMES_DIR_NAME};
 pub use grants::{GrantFilter, GrantRecord, Withdrawn};
@@ -56,6 +57,7 @@ pub use records::{
     NewSnapshot, NewVolume, SnapshotFilter, SnapshotKey, SnapshotRecord, SnapshotState, VolumeRecord,
     VolumeState,
 };
+pub use requests::{Carried, RequestKey};
 pub use schema::FORMAT_VERSION;
 pub use settings::{Content, VolumeLimits, VolumeSettings};
 pub use tenants::{Limited, Quota, QuotaReached, TenantRecord, Usage};
@@ -66,6 +68,9 @@ pub const CATALOG_FILE_NAME: &str = "catalog.sqlite";
 
 /// What the catalog's files take when a server starts, in bytes, with what a file system needs around them.
 const SPACE_BYTES_LEAST: u64 = 1 << 20;
+
+/// Statements that are kept compiled: more than there are.
+const STATEMENTS_KEPT: usize = 128;
 
 /// Below this no catalog is opened, because its index could end the process.
 const INDEX_SPACE_BYTES: u64 = 128 << 10;
@@ -223,6 +228,8 @@ impl CatalogError {
 #[derive(Clone)]
 pub struct Catalog {
     inner: Arc<Inner>,
+    /// The call that it is used for, where that has an id; see `requests.rs`.
+    request: Option<Arc<RequestKey>>,
 }
 
 struct Inner {
@@ -305,6 +312,7 @@ impl Catalog {
         create_private_file(&path).map_err(|source| CatalogError::File { path: path.clone(), source })?;
         let mut db = Connection::open(&path)?;
         db.busy_handler(Some(held::wait))?;
+        db.set_prepared_statement_cache_capacity(STATEMENTS_KEPT);
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "foreign_keys", true)?;
@@ -316,6 +324,7 @@ impl Catalog {
         db.execute_batch(thin::TABLE)?;
         nodes::prepare(&db)?;
         db.execute_batch(grants::TABLE)?;
+        db.execute_batch(requests::TABLE)?;
         db.execute_batch(tenants::TABLES)?;
         changes::prepare(&mut db)?;
         db.execute_batch(tenants::TIDY)?;
@@ -339,7 +348,7 @@ impl Catalog {
             _reserve: reserve::MadeAtClose(data_dir.to_owned()),
             _lock: lock,
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self { inner: Arc::new(inner), request: None })
     }
 
     /// Identity of this server, made once with the catalog.

@@ -4,9 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use rusqlite::{Connection, OptionalExtension as _, Row};
+use rusqlite::{Connection, OptionalExtension as _, Row, TransactionBehavior};
 
-use super::{Catalog, CatalogError, now_ms, schema, tenants};
+use super::{Catalog, CatalogError, now_ms, requests, schema, tenants};
 use crate::scope::Scope;
 
 /// Table that came after the first format; older programs leave it alone.
@@ -136,7 +136,9 @@ impl Catalog {
     /// # Errors
     /// SQLite's.
     pub fn forget_node(&self, node_id: &str) -> Result<bool, CatalogError> {
-        let forgotten = self.state().db.execute(
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let forgotten = transaction.execute(
             "DELETE FROM nodes WHERE node_id = ?1 \
              AND NOT EXISTS (SELECT 1 FROM attachments WHERE node_id = ?1) \
              AND NOT EXISTS (SELECT 1 FROM shared_attachments WHERE node_id = ?1) \
@@ -144,6 +146,10 @@ impl Catalog {
              AND NOT EXISTS (SELECT 1 FROM grants WHERE node_id = ?1)",
             [node_id],
         )?;
+        if forgotten > 0 {
+            requests::record(&transaction, self.request.as_deref(), node_id)?;
+        }
+        transaction.commit()?;
         Ok(forgotten > 0)
     }
 }

@@ -10,7 +10,7 @@ use rusqlite::{Connection, TransactionBehavior};
 use uuid::Uuid;
 
 use super::columns::{Columns, damaged};
-use super::{Catalog, CatalogError, to_db};
+use super::{Catalog, CatalogError, requests, to_db};
 
 /// The columns, as a query names them.
 pub(super) const COLUMNS: &str = "labels, description, is_protected, is_read_only, is_shared, is_encrypted, content, initialising_attachment_id, read_iops, write_iops, \
@@ -171,12 +171,31 @@ fn changed_one(changed: usize, volume_uid: Uuid) -> Result<(), CatalogError> {
 }
 
 impl Catalog {
-    /// Replaces labels, description, protection and read-only mark of a volume; limits and content stay.
+    /// Replaces labels, description, protection, read-only mark and limits of a volume; its content stays.
     ///
     /// # Errors
-    /// [`CatalogError::VolumeNotFound`]; SQLite's.
+    /// [`CatalogError::VolumeNotFound`]; [`CatalogError::TooLarge`] above 2^63 - 1; SQLite's.
     pub fn set_properties(&self, volume_uid: Uuid, settings: &VolumeSettings) -> Result<(), CatalogError> {
-        write_properties(&self.state().db, volume_uid, settings)
+        self.carrying_out(&volume_uid.to_string(), |db| {
+            write_properties(db, volume_uid, settings)?;
+            write_limits(db, volume_uid, &settings.limits)
+        })
+    }
+
+    /// Puts back what [`Catalog::set_properties`] replaced: the call is not carried out.
+    ///
+    /// # Errors
+    /// As of that.
+    pub fn put_properties_back(
+        &self,
+        volume_uid: Uuid,
+        settings: &VolumeSettings,
+    ) -> Result<(), CatalogError> {
+        self.beside().carrying_out("", |db| {
+            write_properties(db, volume_uid, settings)?;
+            write_limits(db, volume_uid, &settings.limits)?;
+            self.request.as_deref().map_or(Ok(()), |request| requests::forget(db, request))
+        })
     }
 
     /// Replaces the limits of a volume.
@@ -184,7 +203,7 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeNotFound`]; [`CatalogError::TooLarge`] above 2^63 - 1; SQLite's.
     pub fn set_limits(&self, volume_uid: Uuid, limits: &VolumeLimits) -> Result<(), CatalogError> {
-        write_limits(&self.state().db, volume_uid, limits)
+        self.carrying_out(&volume_uid.to_string(), |db| write_limits(db, volume_uid, limits))
     }
 
     /// Replaces what is known of a volume's content, if that is `from` now. False: it is something else.

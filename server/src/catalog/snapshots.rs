@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::records::{self, NewSnapshot, SnapshotFilter, SnapshotKey, SnapshotRecord, SnapshotState};
 use super::tenants::{self, Usage};
-use super::{BackendKind, Catalog, CatalogError, State, now_ms, reserve, thin, to_db};
+use super::{BackendKind, Catalog, CatalogError, State, now_ms, requests, reserve, thin, to_db};
 use crate::scope::Scope;
 
 /// Of the rows that [`FROM`] joins.
@@ -27,6 +27,27 @@ const COLUMNS: &str = "snapshots.snapshot_uid AS snapshot_uid, snapshots.volume_
 const FROM: &str =
     "snapshots LEFT JOIN volumes ON volumes.volume_uid = snapshots.volume_uid AND volumes.state = 'ready'";
 
+/// Those that may come behind the last name.
+pub(super) const OF_ALL_VOLUMES: &str = "volumes.name >= ?1";
+
+/// A query for a page of the snapshots of volumes: by the indexes that have the names of both, so that a page costs what is on it,
+/// however many there are.
+pub(super) fn list_sql(of_volume: &str, filter: &SnapshotFilter) -> String {
+    // Of one name by that, unless it is of one volume: whose snapshots are found by theirs.
+    let (from, of_name) = match (&filter.name, &filter.volume_name) {
+        (Some(_), None) => ("snapshots CROSS JOIN volumes", "snapshots.name = ?6"),
+        (Some(_), Some(_)) => ("volumes CROSS JOIN snapshots", "snapshots.name = ?6"),
+        (None, _) => ("volumes CROSS JOIN snapshots", "?6 IS NULL"),
+    };
+    let of_tenants = tenants::within_asked(filter.tenants.as_deref(), "volumes.volume_uid", "?7");
+    format!(
+        "SELECT {COLUMNS} FROM {from} ON snapshots.volume_uid = volumes.volume_uid \
+         WHERE volumes.state = 'ready' AND {of_volume} AND (volumes.name, snapshots.name) > (?1, ?2) \
+         AND ?4 IS NOT NULL AND snapshots.state IN ('creating', 'ready') AND (?3 IS NULL OR group_uid = ?3) \
+         AND {of_name} AND {of_tenants} ORDER BY volumes.name, snapshots.name LIMIT ?5"
+    )
+}
+
 impl State {
     fn snapshot_row(
         &self,
@@ -36,6 +57,51 @@ impl State {
         let sql = format!("SELECT {COLUMNS} FROM {FROM} WHERE {condition}");
         let mut query = self.db.prepare_cached(&sql)?;
         query.query_row(values, |row| Ok(records::snapshot(row))).optional()?.transpose()
+    }
+
+    /// At most `limit` snapshots whose volume is gone, behind `after`, in order of name and uid.
+    fn list_kept(
+        &self,
+        filter: &SnapshotFilter,
+        after: &SnapshotKey,
+        limit: u32,
+    ) -> Result<Vec<(SnapshotRecord, SnapshotState)>, CatalogError> {
+        // In words of its own, so that an index finds them.
+        let of_name = if filter.name.is_some() { "snapshots.name = ?5" } else { "?5 IS NULL" };
+        let of_tenants = tenants::within_asked(filter.tenants.as_deref(), "snapshots.volume_uid", "?6");
+        let mut query = self.db.prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM {FROM} WHERE {of_name} AND {of_tenants} AND volumes.volume_uid IS NULL \
+             AND (snapshots.name, snapshot_uid) > (?1, ?2) AND snapshots.state IN ('creating', 'ready') \
+             AND (?3 IS NULL OR group_uid = ?3) ORDER BY snapshots.name, snapshot_uid LIMIT ?4"
+        ))?;
+        let group_uid = filter.group_uid.map(|uid| uid.to_string());
+        let (name, tenants) = (filter.name.as_deref(), filter.tenants.as_deref());
+        let values = (&after.name, &after.snapshot_uid, group_uid, limit, name, tenants);
+        let rows = query.query_map(values, |row: &Row<'_>| Ok(records::snapshot(row)))?;
+        rows.map(|row| row?).collect()
+    }
+
+    /// The same of those with a volume, in order of its name and theirs.
+    fn list_of_volumes(
+        &self,
+        filter: &SnapshotFilter,
+        after: &SnapshotKey,
+        limit: u32,
+    ) -> Result<Vec<(SnapshotRecord, SnapshotState)>, CatalogError> {
+        let (of_volume, volume) = match filter.volume_name.as_deref() {
+            None => (OF_ALL_VOLUMES, after.volume_name.as_str()),
+            Some(name) => match name.strip_prefix("uid:") {
+                Some(uid) => ("volumes.volume_uid = ?4", uid),
+                None => ("volumes.name = ?4", name),
+            },
+        };
+        let mut query = self.db.prepare_cached(&list_sql(of_volume, filter))?;
+        let group_uid = filter.group_uid.map(|uid| uid.to_string());
+        // Of one volume no two have a name.
+        let (name, tenants) = (filter.name.as_deref(), filter.tenants.as_deref());
+        let values = (&after.volume_name, &after.name, group_uid, volume, limit, name, tenants);
+        let rows = query.query_map(values, |row: &Row<'_>| Ok(records::snapshot(row)))?;
+        rows.map(|row| row?).collect()
     }
 
     /// The same if it is ready and not concealed.
@@ -146,28 +212,14 @@ impl Catalog {
         limit: u32,
     ) -> Result<Vec<(SnapshotRecord, SnapshotState)>, CatalogError> {
         let state = self.state();
-        // In words of its own, so that an index finds them.
-        let of_name = if filter.name.is_some() { "snapshots.name = ?7" } else { "?7 IS NULL" };
-        let mut query = state.db.prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM {FROM} \
-             WHERE {of_name} AND (coalesce(volumes.name, ''), snapshots.name, snapshot_uid) > (?1, ?2, ?3) \
-             AND snapshots.state IN ('creating', 'ready') \
-             AND (?4 IS NULL OR volumes.name = ?4 OR 'uid:' || volumes.volume_uid = ?4) AND (?5 IS NULL OR group_uid = ?5) AND {} \
-             ORDER BY coalesce(volumes.name, ''), snapshots.name, snapshot_uid LIMIT ?6",
-            tenants::within("snapshots.volume_uid", "?8")
-        ))?;
-        let values = (
-            &after.volume_name,
-            &after.name,
-            &after.snapshot_uid,
-            filter.volume_name.as_deref(),
-            filter.group_uid.map(|uid| uid.to_string()),
-            limit,
-            filter.name.as_deref(),
-            &filter.tenants,
-        );
-        let rows = query.query_map(values, |row: &Row<'_>| Ok(records::snapshot(row)))?;
-        rows.map(|row| row?).collect()
+        let mut found = Vec::new();
+        // Those without a volume come first.
+        if after.volume_name.is_empty() && filter.volume_name.is_none() {
+            found = state.list_kept(filter, after, limit)?;
+        }
+        let left = limit.saturating_sub(u32::try_from(found.len()).unwrap_or(u32::MAX));
+        found.extend(state.list_of_volumes(filter, after, left)?);
+        Ok(found)
     }
 
     /// Every snapshot with its state: for the recovery at start.
@@ -270,11 +322,27 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::SnapshotNotFound`] where none of the group is being made; SQLite's.
     pub fn finish_snapshots(&self, group_uid: Uuid) -> Result<(), CatalogError> {
-        let changed = self.state().db.execute(
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let group = group_uid.to_string();
+        let changed = transaction.execute(
             "UPDATE snapshots SET state = 'ready' WHERE group_uid = ?1 AND state = 'creating'",
-            [group_uid.to_string()],
+            [&group],
         )?;
-        if changed > 0 { Ok(()) } else { Err(CatalogError::SnapshotNotFound(group_uid)) }
+        if changed == 0 {
+            return Err(CatalogError::SnapshotNotFound(group_uid));
+        }
+        if self.request.is_some() {
+            // As they were asked for: `begin_snapshots` has written them down in that order.
+            let made: String = transaction.query_row(
+                "SELECT group_concat(snapshot_uid, ' ') FROM \
+                 (SELECT snapshot_uid FROM snapshots WHERE group_uid = ?1 ORDER BY rowid)",
+                [&group],
+                |row| row.get(0),
+            )?;
+            requests::record(&transaction, self.request.as_deref(), &made)?;
+        }
+        Ok(transaction.commit()?)
     }
 
     /// Any state becomes `deleting`: from here on the snapshot is gone for everybody, and its storage may be removed.
@@ -282,12 +350,13 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::SnapshotNotFound`]; SQLite's.
     pub fn begin_deleting_snapshot(&self, snapshot_uid: Uuid) -> Result<(), CatalogError> {
+        let (request, uid) = (self.request.as_deref(), snapshot_uid.to_string());
         self.taking_away(|state| {
-            let changed = state.db.execute(
-                "UPDATE snapshots SET state = 'deleting' WHERE snapshot_uid = ?1",
-                [snapshot_uid.to_string()],
-            )?;
-            if changed == 1 { Ok(()) } else { Err(CatalogError::SnapshotNotFound(snapshot_uid)) }
+            requests::carry_out(&mut state.db, request, &uid, |db| {
+                let sql = "UPDATE snapshots SET state = 'deleting' WHERE snapshot_uid = ?1";
+                let changed = db.execute(sql, [&uid])?;
+                if changed == 1 { Ok(()) } else { Err(CatalogError::SnapshotNotFound(snapshot_uid)) }
+            })
         })
     }
 

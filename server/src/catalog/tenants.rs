@@ -54,6 +54,11 @@ pub(super) fn within(column: &str, parameter: &str) -> String {
     )
 }
 
+/// The same for a query that is made anew for its values: where all is asked for, nothing is looked up.
+pub(super) fn within_asked(tenants: Option<&str>, column: &str, parameter: &str) -> String {
+    if tenants.is_some() { within(column, parameter) } else { format!("{parameter} IS NULL") }
+}
+
 /// How much a tenant may have; `None` is any number of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Quota {

@@ -3,6 +3,7 @@
 mod adopted;
 mod grants;
 mod nodes;
+mod plans;
 
 use std::collections::BTreeSet;
 

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::records::{self, BackendKind, NewVolume, VolumeRecord, VolumeState};
 use super::tenants::Usage;
-use super::{Catalog, CatalogError, State, now_ms, reserve, settings, tenants, thin, to_db};
+use super::{Catalog, CatalogError, State, now_ms, requests, reserve, settings, tenants, thin, to_db};
 use crate::scope::Scope;
 
 /// The backend is read as `device` where the volume has a row in `adopted_volumes`, and as `lvm` where it has one in `thin_volumes`;
@@ -55,15 +55,15 @@ fn check_growth(db: &Connection, volume_uid: &str, capacity_bytes: u64) -> Resul
     tenants::check(db, &tenants::of_volume(db, volume_uid)?, &more)
 }
 
-impl State {
-    fn change_state(&self, volume_uid: Uuid, from: &str, to: &str) -> Result<(), CatalogError> {
-        let changed = self.db.execute(
-            "UPDATE volumes SET state = ?3 WHERE volume_uid = ?1 AND state = ?2",
-            (volume_uid.to_string(), from, to),
-        )?;
-        if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
-    }
+fn change_state(db: &Connection, volume_uid: Uuid, from: &str, to: &str) -> Result<(), CatalogError> {
+    let changed = db.execute(
+        "UPDATE volumes SET state = ?3 WHERE volume_uid = ?1 AND state = ?2",
+        (volume_uid.to_string(), from, to),
+    )?;
+    if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+}
 
+impl State {
     /// The volume of a one-row query, if it is ready and not concealed.
     fn visible_volume(&self, condition: &str, value: &str) -> Result<Option<VolumeRecord>, CatalogError> {
         let found = self.volume_row(condition, value)?;
@@ -275,7 +275,7 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeNotFound`] where there is no such volume in that state; SQLite's.
     pub fn finish_creating(&self, volume_uid: Uuid) -> Result<(), CatalogError> {
-        self.state().change_state(volume_uid, "creating", "ready")
+        self.carrying_out(&volume_uid.to_string(), |db| change_state(db, volume_uid, "creating", "ready"))
     }
 
     /// `ready` becomes `deleting`: from here on the volume is gone for everybody, and its storage may be removed.
@@ -287,7 +287,11 @@ impl Catalog {
         if self.volume_has_attachment(volume_uid)? {
             return Err(CatalogError::VolumeAttached(volume_uid));
         }
-        self.taking_away(|state| state.change_state(volume_uid, "ready", "deleting"))
+        let (request, subject) = (self.request.as_deref(), volume_uid.to_string());
+        self.taking_away(|state| {
+            let change = |db: &Connection| change_state(db, volume_uid, "ready", "deleting");
+            requests::carry_out(&mut state.db, request, &subject, change)
+        })
     }
 
     /// Gives a ready volume another name.
@@ -295,15 +299,16 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeExists`] where the name is taken in any state; [`CatalogError::VolumeNotFound`]; SQLite's.
     pub fn set_name(&self, volume_uid: Uuid, name: &str) -> Result<(), CatalogError> {
-        let state = self.state();
+        let mut state = self.state();
         if state.volume_row("name = ?1", name)?.is_some() {
             return Err(CatalogError::VolumeExists);
         }
-        let changed = state.db.execute(
-            "UPDATE volumes SET name = ?2 WHERE volume_uid = ?1 AND state = 'ready'",
-            (volume_uid.to_string(), name),
-        )?;
-        if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        let uid = volume_uid.to_string();
+        requests::carry_out(&mut state.db, self.request.as_deref(), &uid, |db| {
+            let sql = "UPDATE volumes SET name = ?2 WHERE volume_uid = ?1 AND state = 'ready'";
+            let changed = db.execute(sql, (&uid, name))?;
+            if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        })
     }
 
     /// Writes down how large a volume is now; its storage has that size.
@@ -311,16 +316,13 @@ impl Catalog {
     /// # Errors
     /// [`CatalogError::VolumeNotFound`]; [`CatalogError::Quota`]; SQLite's.
     pub fn set_capacity(&self, volume_uid: Uuid, capacity_bytes: u64) -> Result<(), CatalogError> {
-        let mut state = self.state();
-        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let uid = volume_uid.to_string();
-        check_growth(&transaction, &uid, capacity_bytes)?;
-        let changed = transaction.execute(
-            "UPDATE volumes SET capacity_bytes = ?2 WHERE volume_uid = ?1",
-            (&uid, to_db(capacity_bytes, "capacity_bytes")?),
-        )?;
-        transaction.commit()?;
-        if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        self.carrying_out(&uid, |db| {
+            check_growth(db, &uid, capacity_bytes)?;
+            let sql = "UPDATE volumes SET capacity_bytes = ?2 WHERE volume_uid = ?1";
+            let changed = db.execute(sql, (&uid, to_db(capacity_bytes, "capacity_bytes")?))?;
+            if changed == 1 { Ok(()) } else { Err(CatalogError::VolumeNotFound(volume_uid)) }
+        })
     }
 
     /// Whether the volume may be that large. Asked before its storage grows; [`Catalog::set_capacity`] has the last word.

@@ -196,6 +196,17 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(GrantEnded { existed: withdrawn.existed, was_attached: withdrawn.was_attached })
     }
 
+    /// Finishes the end of attachments that a former call took away with their grants. No other is touched.
+    ///
+    /// # Errors
+    /// [`LifecycleError::Unfenced`]: repeat the call; the catalog's failure.
+    pub fn finish_withdrawal(&self, lock: &NameLock) -> Result<(), LifecycleError> {
+        match self.catalog.volume_in_any_state(lock.name())? {
+            Some((volume, VolumeState::Ready)) => self.finish_ending(&volume),
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses an attach that is to be under a grant, and has none.
     pub(super) fn require_granted(
         &self,

@@ -29,6 +29,7 @@ mod claims;
 mod clones;
 mod copies;
 mod diffs;
+mod etags;
 mod grants;
 mod name_locks;
 mod nodes;
@@ -55,12 +56,13 @@ pub use claims::{HOLDER_TIMEOUT, Holder};
 pub use clones::{CloneOf, CloneWanted};
 pub use copies::Started;
 pub use diffs::{DiffPart, DiffTotal, DiffWanted, NotTaken};
+pub use etags::{node_etag, volume_etag};
 pub use grants::{GrantEnded, GrantWanted, GrantsError};
 pub use name_locks::{NameLock, NameLocks};
 pub use nodes::{NodeCondition, NodeDisk, NodeSeen, NodesError};
 pub use operations::{Operation, OperationEnd, OperationKind, Operations};
 pub use recovery::Recovered;
-pub use settings::{ContentWanted, LABELS_MAX, PropertiesWanted, SettingsError};
+pub use settings::{ContentWanted, LABELS_MAX, LimitsWanted, PropertiesWanted, SettingsError};
 pub use snapshot_error::SnapshotError;
 pub use snapshots::{SnapshotNamed, snapshot_lock_name};
 pub use space::{SpaceLevel, StorageSpace};
@@ -69,7 +71,7 @@ pub use tenants::TenantsError;
 use crate::backend::device::AdoptError;
 use crate::backend::extent_map::ExtentMap;
 use crate::backend::lvm::PoolFill;
-use crate::catalog::{BackendKind, Catalog, CatalogError, SnapshotRecord, VolumeRecord};
+use crate::catalog::{BackendKind, Catalog, CatalogError, RequestKey, SnapshotRecord, VolumeRecord};
 use crate::machine_memory::{ForVolumes, TooMuchMemory};
 use crate::volume::copying::{CopyError, CopyHandle, CopyTarget, CopyWanted};
 
@@ -491,6 +493,11 @@ impl<D: DataSide> Lifecycle<D> {
     /// The same, with so many percent of the file system kept from snapshots; `None` is the default.
     pub fn with_snapshot_reserve(self, percent: Option<u8>) -> Self {
         Self { snapshot_reserve: percent, ..self }
+    }
+
+    /// The same for one call, whose change is written down together with its id; see `catalog/requests.rs`.
+    pub fn under(&self, request: RequestKey) -> Self {
+        Self { catalog: self.catalog.under(request), ..self.clone() }
     }
 
     /// Looks whether the storage has snapshots, and remembers it.

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use uuid::Uuid;
 
+use super::etags::node_etag;
 use super::{DataSide, Lifecycle, LifecycleError};
 use crate::catalog::{AttachmentFilter, CatalogError, ListedAttachment, NodeFacts, NodeRecord, now_ms};
 use crate::scope::Scope;
@@ -83,6 +84,14 @@ pub enum NodesError {
     /// It is to be registered.
     #[error("{0} nodes are known, and there may be no more")]
     TooMany(u64),
+    /// It is not as the caller has seen it.
+    #[error("the node {node_id} has registered anew: its etag is {etag} now")]
+    Changed {
+        /// Its name.
+        node_id: String,
+        /// As it is now.
+        etag: String,
+    },
     /// It is to be deleted.
     #[error("something is attached to the node {0}")]
     Attached(String),
@@ -172,12 +181,20 @@ impl<D: DataSide> Lifecycle<D> {
             .collect())
     }
 
-    /// Forgets a node; false where it was not known.
+    /// Forgets a node, if it is as the etag says, where that is not empty; false where it was not known.
     ///
     /// # Errors
-    /// [`NodesError::Attached`], [`NodesError::Granted`]; the catalog's failure.
-    pub fn delete_node(&self, node_id: &str) -> Result<bool, LifecycleError> {
+    /// [`NodesError::Changed`], [`NodesError::Attached`], [`NodesError::Granted`]; the catalog's failure.
+    pub fn delete_node(&self, node_id: &str, wanted_etag: &str) -> Result<bool, LifecycleError> {
         let mut nodes = self.nodes_seen();
+        if !wanted_etag.is_empty()
+            && let Some(node) = self.catalog.node(node_id)?
+        {
+            let (node_id, etag) = (node_id.to_owned(), node_etag(&node));
+            if etag != wanted_etag {
+                return Err(NodesError::Changed { node_id, etag }.into());
+            }
+        }
         let existed = self.catalog.forget_node(node_id)?;
         if !existed && self.catalog.node(node_id)?.is_some() {
             let node_id = node_id.to_owned();

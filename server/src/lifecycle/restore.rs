@@ -11,7 +11,7 @@ use super::settings::refuse_protected;
 use super::snapshot_error::SnapshotError;
 use super::snapshots::snapshot_lock_name;
 use super::{DataSide, Lifecycle, LifecycleError, NameLock};
-use crate::catalog::{Content, VolumeRecord};
+use crate::catalog::{Carried, Content, VolumeRecord};
 use crate::volume::copying::{CopySource, CopyTarget, CopyWanted};
 
 impl<D: DataSide> Lifecycle<D> {
@@ -41,6 +41,10 @@ impl<D: DataSide> Lifecycle<D> {
         };
         if let Some(operation) = self.operations.find(is_this) {
             return Ok(Started { made: volume_uid, operation: Some(operation) });
+        }
+        // One that ended just now was written down before: what was written to the volume since is not to be lost.
+        if matches!(self.catalog.carried()?, Carried::Out { .. }) {
+            return Ok(Started { made: volume_uid, operation: None });
         }
         self.refuse_while(name, |operation| operation.makes(volume_uid) || operation.reads(volume_uid))?;
         refuse_protected(&volume)?;
@@ -80,6 +84,8 @@ impl<D: DataSide> Lifecycle<D> {
         self.catalog.mark_written(volume_uid)?;
         let replaced = self.data_side.replace_storage(volume);
         replaced.map_err(|source| LifecycleError::Storage { action: "restore", volume_uid, source })?;
+        // Before anybody can have the volume, and write to it.
+        self.catalog.note_carried_out(&volume_uid.to_string())?;
         if content == Content::NeverWritten {
             self.catalog.change_content(volume_uid, Content::Written, content)?;
         }

@@ -16,6 +16,14 @@ pub const LABELS_MAX: usize = proto::label::LABELS_MAX;
 /// Why a volume's settings do not allow something, or are not changed.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
+    /// It is not as the caller has seen it.
+    #[error("volume {name} has been changed: its etag is {etag} now")]
+    Changed {
+        /// Its name.
+        name: String,
+        /// As it is now.
+        etag: String,
+    },
     /// It is protected.
     #[error("volume {0} is protected against deletion and restore")]
     Protected(String),
@@ -78,11 +86,54 @@ pub enum SettingsError {
     },
 }
 
+/// What is to be changed of a volume's limits; `None`: as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LimitsWanted {
+    /// As in [`VolumeLimits`], and so are the others.
+    pub read_iops: Option<u64>,
+    /// WRITEs and their like per second.
+    pub write_iops: Option<u64>,
+    /// Bytes that are read per second.
+    pub read_bytes_per_second: Option<u64>,
+    /// Bytes that are written per second.
+    pub write_bytes_per_second: Option<u64>,
+    /// Seconds that may be saved up.
+    pub burst_seconds: Option<u32>,
+}
+
+impl From<VolumeLimits> for LimitsWanted {
+    fn from(limits: VolumeLimits) -> Self {
+        Self {
+            read_iops: Some(limits.read_iops),
+            write_iops: Some(limits.write_iops),
+            read_bytes_per_second: Some(limits.read_bytes_per_second),
+            write_bytes_per_second: Some(limits.write_bytes_per_second),
+            burst_seconds: Some(limits.burst_seconds),
+        }
+    }
+}
+
+impl LimitsWanted {
+    fn applied_to(self, limits: VolumeLimits) -> VolumeLimits {
+        VolumeLimits {
+            read_iops: self.read_iops.unwrap_or(limits.read_iops),
+            write_iops: self.write_iops.unwrap_or(limits.write_iops),
+            read_bytes_per_second: self.read_bytes_per_second.unwrap_or(limits.read_bytes_per_second),
+            write_bytes_per_second: self.write_bytes_per_second.unwrap_or(limits.write_bytes_per_second),
+            burst_seconds: self.burst_seconds.unwrap_or(limits.burst_seconds),
+        }
+    }
+}
+
 /// What is to be changed of a volume's properties.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PropertiesWanted {
     /// Labels to set; those with an empty value are taken away.
     pub labels: BTreeMap<String, String>,
+    /// Those are all that it is to have.
+    pub replaces_labels: bool,
+    /// Of its clients.
+    pub limits: LimitsWanted,
     /// `None`: as it is.
     pub description: Option<String>,
     /// The same.
@@ -94,6 +145,9 @@ pub struct PropertiesWanted {
 impl PropertiesWanted {
     fn applied_to(&self, settings: &VolumeSettings) -> VolumeSettings {
         let mut settings = settings.clone();
+        if self.replaces_labels {
+            settings.labels.clear();
+        }
         for (key, value) in &self.labels {
             if value.is_empty() {
                 settings.labels.remove(key);
@@ -105,6 +159,7 @@ impl PropertiesWanted {
         settings.description = self.description.clone().unwrap_or(settings.description);
         settings.is_protected = as_wanted(self.is_protected, settings.is_protected);
         settings.is_read_only = as_wanted(self.is_read_only, settings.is_read_only);
+        settings.limits = self.limits.applied_to(settings.limits);
         settings
     }
 }
@@ -158,13 +213,18 @@ impl<D: DataSide> Lifecycle<D> {
             // From the commit on nobody opens it for writing; who had done so before is seen here.
             let connections = self.data_side.writers_of_volume(volume.volume_uid);
             if connections > 0 {
-                self.catalog.set_properties(volume.volume_uid, &volume.settings)?;
+                self.catalog.put_properties_back(volume.volume_uid, &volume.settings)?;
                 let writer = format!("{connections} connections opened it by name");
                 return Err(SettingsError::HasWriter { name: volume.name, writer }.into());
             }
         }
         tracing::info!(name = %volume.name, volume_uid = %volume.volume_uid, "properties changed");
-        Ok(VolumeRecord { settings, ..volume })
+        let has_other_limits = settings.limits != volume.settings.limits;
+        let changed = VolumeRecord { settings, ..volume };
+        if has_other_limits {
+            self.data_side.limits_changed(&changed);
+        }
+        Ok(changed)
     }
 
     fn refuse_attached_writer(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {

@@ -331,7 +331,8 @@ impl<D: DataSide> Lifecycle<D> {
 
     /// Row deleting, storage gone, row gone.
     pub(super) fn remove_snapshot(&self, snapshot_uid: Uuid) -> Result<(), LifecycleError> {
-        match self.catalog.begin_deleting_snapshot(snapshot_uid) {
+        // What is made and comes to nothing is removed here, too: that is not what its call is for.
+        match self.catalog.beside().begin_deleting_snapshot(snapshot_uid) {
             // Somebody else has removed it.
             Err(CatalogError::SnapshotNotFound(_)) => return Ok(()),
             begun => begun?,
@@ -343,6 +344,17 @@ impl<D: DataSide> Lifecycle<D> {
             source,
         })?;
         Ok(self.catalog.forget_snapshot(snapshot_uid)?)
+    }
+
+    /// Finishes the deletion of a snapshot that a former call began; one that is not being deleted is left alone.
+    ///
+    /// # Errors
+    /// The catalog's or the storage's failure.
+    pub fn finish_deleting_snapshot(&self, snapshot_uid: Uuid) -> Result<(), LifecycleError> {
+        match self.catalog.snapshot_in_any_state(snapshot_uid)? {
+            Some((_, SnapshotState::Deleting)) => self.remove_snapshot(snapshot_uid),
+            _ => Ok(()),
+        }
     }
 
     /// Of snapshots that could not be made.

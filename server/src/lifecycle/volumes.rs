@@ -104,6 +104,17 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(true)
     }
 
+    /// Finishes the deletion of a volume that a former call began; one that is not being deleted is left alone.
+    ///
+    /// # Errors
+    /// The catalog's or the storage's failure.
+    pub fn finish_deleting(&self, volume_uid: Uuid) -> Result<(), LifecycleError> {
+        match self.catalog.volume_of_uid_in_any_state(volume_uid)? {
+            Some((volume, VolumeState::Deleting)) => self.remove_volume(&volume),
+            _ => Ok(()),
+        }
+    }
+
     /// Finishes what a former call began, and refuses where the volume is attached then.
     pub(super) fn refuse_attached(&self, volume: &VolumeRecord) -> Result<(), LifecycleError> {
         self.finish_ending(volume)?;

@@ -1,7 +1,7 @@
 //! The management API with a line of the audit log for each call, but for heartbeats that are heard.
 //!
 //! Owns: which names of a request a line has. Never: what a call does, or who may make it; both are the inner service's, so that
-//! what is refused has a line, too. A call that is added to the API does not compile without a row here.
+//! what is refused has a line, too; and that a call is given up when its deadline has passed, which a line tells. A call that is added to the API does not compile without a row here.
 
 use proto::v1;
 use proto::v1::management_server::Management;
@@ -9,6 +9,7 @@ use serde_json::Value;
 use tonic::{Request, Response, Status};
 
 use super::audit::{AuditLog, Entry};
+use super::deadline;
 use super::watch::kinds_told;
 
 /// A service whose calls are written down, if there is a log.
@@ -35,7 +36,8 @@ macro_rules! audited {
                     let about = request.get_ref();
                     [$((stringify!($field), Value::from(about.$field.clone()))),*]
                 });
-                let outcome = self.inner.$method(request).await;
+                let limit = deadline::limit(request.metadata());
+                let outcome = deadline::within(limit, self.inner.$method(request)).await;
                 entry.end(outcome.as_ref().map(|_| ()));
                 outcome
             })*
@@ -45,7 +47,8 @@ macro_rules! audited {
                     let about = request.get_ref();
                     [$((stringify!($named), Value::from(about.$named.clone()))),*]
                 });
-                let outcome = self.inner.$frequent(request).await;
+                let limit = deadline::limit(request.metadata());
+                let outcome = deadline::within(limit, self.inner.$frequent(request)).await;
                 match &outcome {
                     Ok(_) => entry.leave_out(),
                     Err(status) => entry.end(Err(status)),
@@ -60,7 +63,8 @@ macro_rules! audited {
                     let $about = request.get_ref();
                     [$($told),*]
                 });
-                let outcome = self.inner.$streaming(request).await;
+                let limit = deadline::limit(request.metadata());
+                let outcome = deadline::within(limit, self.inner.$streaming(request)).await;
                 entry.end(outcome.as_ref().map(|_| ()));
                 outcome
             })*
@@ -79,33 +83,33 @@ fn side(side: Option<&v1::DiffSide>) -> Value {
 
 audited! { calls {
     get_server_info(GetServerInfoRequest) -> GetServerInfoResponse, "GetServerInfo": ;
-    create_volume(CreateVolumeRequest) -> Volume, "CreateVolume": name, capacity_bytes, adopt_path;
+    create_volume(CreateVolumeRequest) -> Volume, "CreateVolume": name, capacity_bytes, adopt_path, request_id;
     get_volume(GetVolumeRequest) -> Volume, "GetVolume": name;
     list_volumes(ListVolumesRequest) -> ListVolumesResponse, "ListVolumes": ;
-    update_volume(UpdateVolumeRequest) -> Volume, "UpdateVolume": name, is_protected, is_read_only;
-    rename_volume(RenameVolumeRequest) -> Volume, "RenameVolume": name, new_name;
-    set_volume_limits(SetVolumeLimitsRequest) -> Volume, "SetVolumeLimits": name;
+    update_volume(UpdateVolumeRequest) -> Volume, "UpdateVolume": name, is_protected, is_read_only, request_id;
+    rename_volume(RenameVolumeRequest) -> Volume, "RenameVolume": name, new_name, request_id;
+    set_volume_limits(SetVolumeLimitsRequest) -> Volume, "SetVolumeLimits": name, request_id;
     set_volume_content(SetVolumeContentRequest) -> Volume, "SetVolumeContent": name, attachment_id;
-    delete_volume(DeleteVolumeRequest) -> DeleteVolumeResponse, "DeleteVolume": name, keep_snapshots;
-    resize_volume(ResizeVolumeRequest) -> Volume, "ResizeVolume": name, capacity_bytes;
+    delete_volume(DeleteVolumeRequest) -> DeleteVolumeResponse, "DeleteVolume": name, keep_snapshots, request_id;
+    resize_volume(ResizeVolumeRequest) -> Volume, "ResizeVolume": name, capacity_bytes, request_id;
     attach_volume(AttachVolumeRequest) -> AttachVolumeResponse, "AttachVolume": volume_name, node_id, force, only_if_granted;
     detach_volume(DetachVolumeRequest) -> DetachVolumeResponse, "DetachVolume": volume_name, node_id, attachment_id;
     list_attachments(ListAttachmentsRequest) -> ListAttachmentsResponse, "ListAttachments": volume_name, node_id;
-    create_grant(CreateGrantRequest) -> Grant, "CreateGrant": volume_name, node_id, read_only;
-    delete_grant(DeleteGrantRequest) -> DeleteGrantResponse, "DeleteGrant": volume_name, node_id;
+    create_grant(CreateGrantRequest) -> Grant, "CreateGrant": volume_name, node_id, read_only, request_id;
+    delete_grant(DeleteGrantRequest) -> DeleteGrantResponse, "DeleteGrant": volume_name, node_id, request_id;
     list_grants(ListGrantsRequest) -> ListGrantsResponse, "ListGrants": volume_name, node_id;
     register_node(RegisterNodeRequest) -> RegisteredNode, "RegisterNode": node_id, boot_id, version;
     get_node(GetNodeRequest) -> RegisteredNode, "GetNode": node_id;
     list_nodes(ListNodesRequest) -> ListNodesResponse, "ListNodes": ;
-    delete_node(DeleteNodeRequest) -> DeleteNodeResponse, "DeleteNode": node_id;
+    delete_node(DeleteNodeRequest) -> DeleteNodeResponse, "DeleteNode": node_id, request_id;
     mark_snapshots_frozen(MarkSnapshotsFrozenRequest) -> MarkSnapshotsFrozenResponse, "MarkSnapshotsFrozen": freeze_id;
-    create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse, "CreateSnapshot": volume_names, name;
+    create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse, "CreateSnapshot": volume_names, name, request_id;
     get_snapshot(GetSnapshotRequest) -> Snapshot, "GetSnapshot": volume_name, name, snapshot_uid;
     list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse, "ListSnapshots": volume_name, group_uid, name;
-    delete_snapshot(DeleteSnapshotRequest) -> DeleteSnapshotResponse, "DeleteSnapshot": volume_name, name, snapshot_uid;
-    restore_volume(RestoreVolumeRequest) -> RestoreVolumeResponse, "RestoreVolume": volume_name, snapshot_name;
+    delete_snapshot(DeleteSnapshotRequest) -> DeleteSnapshotResponse, "DeleteSnapshot": volume_name, name, snapshot_uid, request_id;
+    restore_volume(RestoreVolumeRequest) -> RestoreVolumeResponse, "RestoreVolume": volume_name, snapshot_name, request_id;
     clone_volume(CloneVolumeRequest) -> CloneVolumeResponse, "CloneVolume":
-        name, source_volume_name, source_snapshot_name, source_snapshot_uid, capacity_bytes;
+        name, source_volume_name, source_snapshot_name, source_snapshot_uid, capacity_bytes, request_id;
     get_operation(GetOperationRequest) -> Operation, "GetOperation": operation_id;
     list_operations(ListOperationsRequest) -> ListOperationsResponse, "ListOperations": ;
     cancel_operation(CancelOperationRequest) -> Operation, "CancelOperation": operation_id;

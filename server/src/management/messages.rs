@@ -2,6 +2,7 @@
 //!
 //! Called by the service on a thread for blocking work. The secret is in [`attached`]'s answer and in no other message.
 
+use proto::error_reason::METADATA_NEXT;
 use proto::v1;
 use tonic_types::StatusExt as _;
 
@@ -11,6 +12,7 @@ use crate::catalog::{
 };
 use crate::lifecycle::{
     Attached, DataSide, Lifecycle, LifecycleError, Operation, SnapshotError, SpaceLevel, StorageSpace,
+    volume_etag,
 };
 use crate::status;
 use crate::volume::copying::{CopyError, CopyTarget};
@@ -67,6 +69,7 @@ pub(super) fn volume<D: DataSide>(
         // Whoever asks for it looks; see `with_exclusive_bytes`.
         exclusive_bytes: None,
         is_encrypted: settings.is_encrypted,
+        etag: volume_etag(volume),
     })
 }
 
@@ -150,7 +153,10 @@ pub(super) fn operation(operation: &Operation) -> v1::Operation {
         Some(Err(_)) => v1::OperationState::Failed,
     };
     let told = end.and_then(Result::err).map(|error| status::of_lifecycle(&error));
-    let error_reason = told.as_ref().and_then(|told| told.get_details_error_info()).map(|info| info.reason);
+    let info = told.as_ref().and_then(|told| told.get_details_error_info());
+    let (error_reason, next) = info.map_or_else(Default::default, |mut info| {
+        (info.reason, info.metadata.remove(METADATA_NEXT).unwrap_or_default())
+    });
     v1::Operation {
         operation_id: operation.id().to_string(),
         kind: operation.kind().as_str().to_owned(),
@@ -158,7 +164,8 @@ pub(super) fn operation(operation: &Operation) -> v1::Operation {
         state: state.into(),
         done_bytes,
         total_bytes,
-        error_reason: error_reason.unwrap_or_default(),
+        next,
+        error_reason,
         error_message: told.map(|told| told.message().to_owned()).unwrap_or_default(),
         started_at_ms: operation.started_at_ms(),
         ended_at_ms: operation.ended_at_ms(),

@@ -1,17 +1,18 @@
 //! The management API `volnode.v1.Management` over gRPC.
 //!
 //! Owns the translation between messages and the lifecycle: fields checked (`fields.rs`), calls on one volume put in line
-//! (`NameLocks`), callers held to what their certificates allow (`authorization.rs`), calls written down (`audited.rs`), blocking work moved off tokio's threads, records turned into messages (`messages.rs`), errors into
+//! (`NameLocks`), callers held to what their certificates allow (`authorization.rs`), calls with an id carried out once (`requests.rs`), calls written down (`audited.rs`), blocking work moved off tokio's threads, records turned into messages (`messages.rs`), errors into
 //! statuses (`status.rs`). It decides nothing itself; the semantics are those written in
 //! `proto/volnode/v1/management.proto`. Called by tonic.
 //!
-//! A call whose caller hangs up is finished all the same: the blocking work owns the lock and runs to its end, which a
-//! stop of the server waits for ([`Calls`]).
+//! A call whose caller hangs up, or whose deadline passes, while it waits does nothing. One that has begun is finished all the same: the
+//! blocking work owns the lock and runs to its end, which a stop of the server waits for ([`Calls`]).
 
 mod attachments;
 pub mod audit;
 mod audited;
 pub mod authorization;
+mod deadline;
 mod diffs;
 mod fields;
 mod grants;
@@ -21,10 +22,13 @@ mod named;
 mod nodes;
 mod page_token;
 mod rename;
+mod requests;
 mod settings_fields;
 mod snapshot_fields;
 mod snapshots;
 mod tenants;
+mod update_mask;
+mod volumes;
 mod watch;
 
 use std::sync::Arc;
@@ -35,12 +39,12 @@ use tokio::sync::Semaphore;
 use tonic::{Extensions, Request, Response, Status};
 
 use crate::advertised::Advertised;
-use crate::catalog::BackendKind;
-use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLocks};
+use crate::catalog::{BackendKind, RequestKey};
+use crate::lifecycle::{DataSide, Lifecycle, LifecycleError, NameLock, NameLocks, SnapshotError};
 use crate::status;
 use audit::AuditLog;
 pub use audited::Audited;
-use authorization::{Call, Caller, require_all, require_inside};
+use authorization::{Call, Caller};
 use fields::Fields;
 use listener::ApiPeer;
 use named::volume_within;
@@ -85,9 +89,23 @@ impl Calls {
 #[derive(Debug)]
 pub struct ManagementService<D> {
     lifecycle: Arc<Lifecycle<D>>,
-    locks: NameLocks,
+    locks: Arc<NameLocks>,
     calls: Calls,
     advertised: Advertised,
+    /// The id of the call that it is for, locked until the call's work has ended.
+    request_lock: Option<Arc<NameLock>>,
+}
+
+impl<D> Clone for ManagementService<D> {
+    fn clone(&self) -> Self {
+        Self {
+            lifecycle: Arc::clone(&self.lifecycle),
+            locks: Arc::clone(&self.locks),
+            calls: self.calls.clone(),
+            advertised: self.advertised.clone(),
+            request_lock: self.request_lock.clone(),
+        }
+    }
 }
 
 impl<D: DataSide> ManagementService<D> {
@@ -99,8 +117,14 @@ impl<D: DataSide> ManagementService<D> {
         log: Option<AuditLog>,
     ) -> ManagementServer<Audited<Self>> {
         let lifecycle = Arc::new(lifecycle);
-        let inner = Self { lifecycle, locks: NameLocks::default(), calls, advertised };
+        let inner = Self { lifecycle, locks: Arc::default(), calls, advertised, request_lock: None };
         ManagementServer::new(Audited { inner, log }).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// The service for one call that has an id.
+    fn under(&self, request: RequestKey, lock: Arc<NameLock>) -> Self {
+        let lifecycle = Arc::new(self.lifecycle.under(request));
+        Self { lifecycle, request_lock: Some(lock), ..self.clone() }
     }
 
     /// Runs a call that only looks, and answers with what it returned.
@@ -135,12 +159,21 @@ impl<D: DataSide> ManagementService<D> {
     ) -> Result<Result<T, LifecycleError>, Status> {
         let lifecycle = Arc::clone(&self.lifecycle);
         let permit = Arc::clone(permits).acquire_owned().await.map_err(|_| status::stopping())?;
+        // Gone with this future, when the caller hangs up or its deadline passes.
+        let caller = Arc::new(());
+        let (asked, request_lock) = (Arc::downgrade(&caller), self.request_lock.clone());
         let work = move || {
-            let outcome = call(&lifecycle).map_err(|error| lifecycle.explained(error));
-            drop(permit);
+            let outcome = match asked.upgrade() {
+                Some(_) => call(&lifecycle).map_err(|error| lifecycle.explained(error)),
+                // Nobody hears it.
+                None => Err(SnapshotError::Stopping.into()),
+            };
+            drop((permit, request_lock));
             outcome
         };
-        tokio::task::spawn_blocking(work).await.map_err(|panicked| status::failed(&panicked.to_string()))
+        let done = tokio::task::spawn_blocking(work).await;
+        drop(caller);
+        done.map_err(|panicked| status::failed(&panicked.to_string()))
     }
 }
 
@@ -164,23 +197,8 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::CreateVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::CreateVolume)?;
-        let request = request.into_inner();
-        if !request.adopt_path.is_empty() {
-            require_all(&scope)?;
-            let wanted = settings_fields::adopt_wanted(request)?;
-            let lock = self.locks.lock(&wanted.new.name).await;
-            let adopt = move |lifecycle: &Lifecycle<D>| {
-                let volume = lifecycle.adopt_volume(&lock, &wanted)?;
-                messages::followed(lifecycle, volume)
-            };
-            return self.blocking(adopt).await;
-        }
-        let new = settings_fields::new_volume(request)?;
-        require_inside(&scope, &new.name)?;
-        let lock = self.locks.lock(&new.name).await;
-        self.blocking(move |lifecycle| {
-            let volume = lifecycle.create_volume(&lock, &new)?;
-            messages::volume(lifecycle, &volume)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.make_volume(scope, request).await
         })
         .await
     }
@@ -238,11 +256,8 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::ResizeVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::ResizeVolume)?;
-        let (name, capacity_bytes) = fields::resize_wanted(request.into_inner())?;
-        let lock = self.locked(&scope, name).await?;
-        self.blocking(move |lifecycle| {
-            let volume = lifecycle.resize_volume(&lock, capacity_bytes)?;
-            messages::followed(lifecycle, volume)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.grow_volume(scope, request).await
         })
         .await
     }
@@ -252,19 +267,8 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::DeleteVolumeRequest>,
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::DeleteVolume)?;
-        let v1::DeleteVolumeRequest { name, keep_snapshots } = request.into_inner();
-        let mut fields = Fields::default();
-        let name = fields.volume("name", name);
-        fields.finish()?;
-        let lock = match self.lock_volume(&scope, name).await {
-            Err(LifecycleError::VolumeNotFound(_)) => {
-                return Ok(Response::new(v1::DeleteVolumeResponse { existed: false }));
-            }
-            lock => lock.map_err(|error| status::from_lifecycle(&error))?,
-        };
-        self.blocking(move |lifecycle| {
-            let existed = lifecycle.delete_volume(&lock, keep_snapshots)?;
-            Ok(v1::DeleteVolumeResponse { existed })
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.remove_volume(scope, request).await
         })
         .await
     }
@@ -300,11 +304,8 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::UpdateVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::UpdateVolume)?;
-        let (name, wanted) = settings_fields::properties_wanted(request.into_inner())?;
-        let lock = self.locked(&scope, name).await?;
-        self.blocking(move |lifecycle| {
-            let volume = lifecycle.update_volume(&lock, &wanted)?;
-            messages::volume(lifecycle, &volume)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.change_properties(scope, request).await
         })
         .await
     }
@@ -314,7 +315,10 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::RenameVolumeRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::RenameVolume)?;
-        self.rename(scope, request.into_inner()).await.map(Response::new)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.rename(scope, request).await
+        })
+        .await
     }
 
     async fn set_volume_limits(
@@ -322,11 +326,8 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::SetVolumeLimitsRequest>,
     ) -> Result<Response<v1::Volume>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::SetVolumeLimits)?;
-        let (name, limits) = settings_fields::limits_wanted(request.into_inner())?;
-        let lock = self.locked(&scope, name).await?;
-        self.blocking(move |lifecycle| {
-            let volume = lifecycle.set_limits(&lock, limits)?;
-            messages::volume(lifecycle, &volume)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.change_limits(scope, request).await
         })
         .await
     }
@@ -361,7 +362,10 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::CreateGrantRequest>,
     ) -> Result<Response<v1::Grant>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::CreateGrant)?;
-        self.make_grant(scope, request.into_inner()).await.map(Response::new)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.make_grant(scope, request).await
+        })
+        .await
     }
 
     async fn delete_grant(
@@ -369,7 +373,10 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::DeleteGrantRequest>,
     ) -> Result<Response<v1::DeleteGrantResponse>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::DeleteGrant)?;
-        self.end_grant(scope, request.into_inner()).await.map(Response::new)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.end_grant(scope, request).await
+        })
+        .await
     }
 
     async fn list_grants(
@@ -420,8 +427,11 @@ impl<D: DataSide> Management for ManagementService<D> {
         &self,
         request: Request<v1::DeleteNodeRequest>,
     ) -> Result<Response<v1::DeleteNodeResponse>, Status> {
-        Caller::of(request.extensions()).scope(Call::DeleteNode)?;
-        self.forget_node(request.into_inner()).await.map(Response::new)
+        let scope = Caller::of(request.extensions()).scope(Call::DeleteNode)?;
+        self.once(scope, request.into_inner(), |service, _, request| async move {
+            service.forget_node(request).await
+        })
+        .await
     }
 
     async fn create_snapshot(
@@ -429,7 +439,10 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::CreateSnapshotRequest>,
     ) -> Result<Response<v1::CreateSnapshotResponse>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::CreateSnapshot)?;
-        self.begin_snapshots(scope, request.into_inner()).await.map(Response::new)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.begin_snapshots(scope, request).await
+        })
+        .await
     }
 
     async fn mark_snapshots_frozen(
@@ -461,7 +474,10 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::DeleteSnapshotRequest>,
     ) -> Result<Response<v1::DeleteSnapshotResponse>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::DeleteSnapshot)?;
-        self.remove_snapshot(scope, request.into_inner()).await.map(Response::new)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.remove_snapshot(scope, request).await
+        })
+        .await
     }
 
     async fn restore_volume(
@@ -469,7 +485,10 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::RestoreVolumeRequest>,
     ) -> Result<Response<v1::RestoreVolumeResponse>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::RestoreVolume)?;
-        self.begin_restore(scope, request.into_inner()).await.map(Response::new)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.begin_restore(scope, request).await
+        })
+        .await
     }
 
     async fn clone_volume(
@@ -477,7 +496,10 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::CloneVolumeRequest>,
     ) -> Result<Response<v1::CloneVolumeResponse>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::CloneVolume)?;
-        self.begin_clone(scope, request.into_inner()).await.map(Response::new)
+        self.once(scope, request.into_inner(), |service, scope, request| async move {
+            service.begin_clone(scope, request).await
+        })
+        .await
     }
 
     type DiffSnapshotsStream = diffs::DiffStream;

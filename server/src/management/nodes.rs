@@ -12,7 +12,7 @@ use super::fields::Fields;
 use super::page_token::{PageToken, page_limit};
 use super::settings_fields;
 use crate::catalog::{NodeFacts, NodeRecord};
-use crate::lifecycle::{DataSide, NodeCondition, NodeDisk, NodeSeen};
+use crate::lifecycle::{DataSide, NodeCondition, NodeDisk, NodeSeen, node_etag};
 use crate::scope::Scope;
 
 /// Disks of one node at most, as it tells them: the kernel's `ublks_max` by default is 64. All of them, each with the longest reason, fit
@@ -135,9 +135,10 @@ impl<D: DataSide> ManagementService<D> {
         request: v1::DeleteNodeRequest,
     ) -> Result<v1::DeleteNodeResponse, Status> {
         let mut fields = Fields::default();
-        let node_id = fields.node_id("node_id", request.node_id);
+        let (node_id, etag) = (fields.node_id("node_id", request.node_id), request.etag);
         fields.finish()?;
-        let existed = self.blocking(move |lifecycle| lifecycle.delete_node(&node_id)).await?.into_inner();
+        let existed =
+            self.blocking(move |lifecycle| lifecycle.delete_node(&node_id, &etag)).await?.into_inner();
         Ok(v1::DeleteNodeResponse { existed })
     }
 }
@@ -154,6 +155,7 @@ impl Fields {
 }
 
 fn message(record: NodeRecord, seen: NodeSeen) -> v1::RegisteredNode {
+    let etag = node_etag(&record);
     let NodeFacts { node_id, boot_id, version, labels, max_volumes } = record.facts;
     let disk = |disk: NodeDisk| v1::NodeDisk {
         attachment_id: disk.attachment_id.to_string(),
@@ -179,5 +181,6 @@ fn message(record: NodeRecord, seen: NodeSeen) -> v1::RegisteredNode {
         conditions: seen.conditions.into_iter().map(condition).collect(),
         last_seen_age_ms,
         max_volumes,
+        etag,
     }
 }

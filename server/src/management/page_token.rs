@@ -40,11 +40,11 @@ impl PageToken {
 
     /// The same of a list in which a name may come several times, in the order of another word: both of them.
     pub(super) fn read_pair(&self, text: &str) -> Option<(String, String)> {
-        // A former program's had each name once: they go on after all of its words.
-        let (token, word) = text.split_once('/').unwrap_or((text, if text.is_empty() { "" } else { "~" }));
-        if token.is_empty() && word.is_empty() {
+        if text.is_empty() {
             return Some(Default::default());
         }
+        // A former program's had each name once: they go on after all of its words.
+        let (token, word) = text.split_once('/').unwrap_or((text, "~"));
         let name = self.key(token).filter(|name| super::fields::is_attachable(name) && !word.is_empty())?;
         Some((name.to_owned(), word.to_owned()))
     }
@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(token.read_pair(&format!("{text}/x")), Some(("b.c".to_owned(), "x".to_owned())));
         assert_eq!(token.read_pair(&text), Some(("b.c".to_owned(), "~".to_owned())), "of a former program");
         assert_eq!(token.read_pair(""), Some((String::new(), String::new())));
-        assert_eq!(token.read_pair("/x"), None);
+        assert_eq!((token.read_pair("/x"), token.read_pair("/")), (None, None));
     }
 
     #[test]

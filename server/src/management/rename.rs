@@ -23,15 +23,17 @@ impl<D: DataSide> ManagementService<D> {
         let mut fields = Fields::default();
         let asked = fields.volume("name", request.name);
         let new_name = fields.volume_name("new_name", request.new_name);
+        let etag = request.etag;
         fields.finish()?;
         require_inside(&scope, &new_name)?;
         loop {
             let named =
                 self.named(&scope, asked.clone()).await.map_err(|error| status::from_lifecycle(&error))?;
             let locks = self.lock_all(&[named.name.clone(), new_name.clone()]).await;
-            let new_name = new_name.clone();
+            let (new_name, etag) = (new_name.clone(), etag.clone());
             let renamed = self.outcome(&self.calls.permits, move |lifecycle| {
                 named.check(lifecycle)?;
+                lifecycle.require_etag(&named.name, &etag)?;
                 let volume = lifecycle.rename_volume(&locks, &named.name, &new_name)?;
                 messages::volume(lifecycle, &volume)
             });

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::fields::{self, Fields};
 use crate::catalog::{Content, NewVolume, VolumeLimits, VolumeSettings};
-use crate::lifecycle::{AdoptWanted, ContentWanted, LABELS_MAX, PropertiesWanted};
+use crate::lifecycle::{AdoptWanted, ContentWanted, LABELS_MAX};
 
 /// Bytes of a description at most.
 const DESCRIPTION_BYTES_MAX: usize = 1024;
@@ -29,7 +29,7 @@ const BURST_SECONDS_MAX: u32 = 3600;
 const PAGE_BYTES_MAX: usize = 3 << 20;
 
 /// Labels; with `may_be_empty`, of which the value is not there.
-fn labels(
+pub(super) fn labels(
     fields: &mut Fields,
     labels: HashMap<String, String>,
     may_be_empty: bool,
@@ -160,22 +160,6 @@ pub(super) fn fit_on_page<T, M: Message, E>(
         page.push(one);
     }
     Ok(page)
-}
-
-/// The volume, and what UpdateVolume wants of it.
-pub(super) fn properties_wanted(
-    request: v1::UpdateVolumeRequest,
-) -> Result<(String, PropertiesWanted), Status> {
-    let mut fields = Fields::default();
-    let name = fields.volume("name", request.name);
-    let wanted = PropertiesWanted {
-        labels: labels(&mut fields, request.labels, true),
-        description: request.description.map(|text| description(&mut fields, text)),
-        is_protected: request.is_protected,
-        is_read_only: request.is_read_only,
-    };
-    fields.finish()?;
-    Ok((name, wanted))
 }
 
 /// The volume, and the limits that SetVolumeLimits wants of it.

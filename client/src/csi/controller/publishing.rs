@@ -40,6 +40,7 @@ pub(super) async fn publish(
         node_id: node_id.clone(),
         read_only,
         node_must_be_registered: true,
+        ..Default::default()
     };
     let granted = call.ask(question, |mut stub, request| async move { stub.create_grant(request).await });
     granted.await.map_err(|refusal| explained(refusal, &volume.name))?;
@@ -119,7 +120,7 @@ pub(super) async fn unpublish(
     let mut outcome = Ok(done);
     // Each of them, also behind one whose I/O goes on.
     for node_id in node_ids {
-        let question = v1::DeleteGrantRequest { volume_name: by_uid(uid), node_id };
+        let question = v1::DeleteGrantRequest { volume_name: by_uid(uid), node_id, ..Default::default() };
         let taken = call.ask(question, |mut stub, request| async move { stub.delete_grant(request).await });
         if let Err(refusal) = taken.await
             && refusal.code != Code::NotFound

@@ -181,7 +181,8 @@ async fn finished(call: &Call, wanted: &Wanted, there: v1::Volume) -> Result<v1:
         return Ok(there);
     }
     let name = format!("uid:{}", there.volume_uid);
-    let question = v1::SetVolumeLimitsRequest { name: name.clone(), limits: Some(wanted.limits) };
+    let question =
+        v1::SetVolumeLimitsRequest { name: name.clone(), limits: Some(wanted.limits), ..Default::default() };
     call.ask(question, |mut stub, request| async move { stub.set_volume_limits(request).await }).await?;
     let labels = HashMap::from([(names::LABEL_UNFINISHED.to_owned(), String::new())]);
     let question = v1::UpdateVolumeRequest { name, labels, ..Default::default() };
@@ -196,7 +197,8 @@ pub(super) async fn delete(
     let id = given("volume_id", &request.volume_id)?;
     // Of nothing that could not be one of ours there is a volume.
     if let Some(uid) = names::uid(id) {
-        let question = v1::DeleteVolumeRequest { name: by_uid(uid), keep_snapshots: true };
+        let question =
+            v1::DeleteVolumeRequest { name: by_uid(uid), keep_snapshots: true, ..Default::default() };
         call.ask(question, |mut stub, request| async move { stub.delete_volume(request).await }).await?;
     }
     Ok(csi::DeleteVolumeResponse {})
@@ -215,7 +217,7 @@ pub(super) async fn expand(
     let capability = request.volume_capability.as_ref().map(Capability::of).transpose()?;
     let mut volume = call.volume(uid).await?;
     if let Some(capacity_bytes) = grown(size, volume.capacity_bytes)? {
-        let question = v1::ResizeVolumeRequest { name: by_uid(uid), capacity_bytes };
+        let question = v1::ResizeVolumeRequest { name: by_uid(uid), capacity_bytes, ..Default::default() };
         volume =
             call.ask(question, |mut stub, request| async move { stub.resize_volume(request).await }).await?;
     }
@@ -249,7 +251,8 @@ pub(super) async fn modify(
     let has = call.volume(uid).await?.limits.unwrap_or_default();
     let wanted = limits.over(has);
     if wanted != has {
-        let question = v1::SetVolumeLimitsRequest { name: by_uid(uid), limits: Some(wanted) };
+        let question =
+            v1::SetVolumeLimitsRequest { name: by_uid(uid), limits: Some(wanted), ..Default::default() };
         call.ask(question, |mut stub, request| async move { stub.set_volume_limits(request).await }).await?;
     }
     Ok(csi::ControllerModifyVolumeResponse {})

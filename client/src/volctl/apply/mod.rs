@@ -273,7 +273,12 @@ async fn do_step(
         }
         Action::Clone(request) => *uid = clone_to_its_end(client, request).await?.volume_uid,
         Action::Resize(capacity_bytes) => {
-            call(client.resize_volume(v1::ResizeVolumeRequest { name, capacity_bytes })).await?;
+            call(client.resize_volume(v1::ResizeVolumeRequest {
+                name,
+                capacity_bytes,
+                ..Default::default()
+            }))
+            .await?;
         }
         Action::Limit(declared) => {
             // What others have set since the plan was made stays.
@@ -281,7 +286,8 @@ async fn do_step(
                 call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() }))
                     .await?;
             let limits = Some(LimitArgs::from(declared).applied_to(there.limits.unwrap_or_default()));
-            call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits })).await?;
+            call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits, ..Default::default() }))
+                .await?;
         }
         Action::Set(update) => {
             call(client.update_volume(v1::UpdateVolumeRequest { name, ..update })).await?;

@@ -212,6 +212,7 @@ fn cloned(declared: &Declared, source: &Source) -> (Step, v1::Volume) {
             .map_or(0, |size| size.saturating_add(header_bytes(source.is_encrypted))),
         labels: labels.iter().cloned().collect(),
         description: declared.description.clone().unwrap_or_default(),
+        ..Default::default()
     };
     let is_encrypted = source.is_encrypted;
     let source = declared.source.as_deref().unwrap_or_default();

@@ -482,7 +482,8 @@ impl Import<'_> {
 
 /// Deletes what an export of a snapshot has made.
 pub(super) async fn delete(server: &mut Server<'_>, name: &str) -> Result<(), Failure> {
-    let request = v1::DeleteVolumeRequest { name: name.to_owned(), keep_snapshots: false };
+    let request =
+        v1::DeleteVolumeRequest { name: name.to_owned(), keep_snapshots: false, ..Default::default() };
     call(server.client.delete_volume(request)).await?;
     Ok(())
 }

@@ -121,6 +121,22 @@ pub struct NodeFacts {
     pub registered_at_ms: i64,
 }
 
+/// Of a grant.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(default)]
+pub struct GrantFacts {
+    /// Of its volume.
+    pub volume_uid: String,
+    /// What that was called at the time.
+    pub volume_name: String,
+    /// Who may attach it.
+    pub node_id: String,
+    /// It may not write.
+    pub read_only: u8,
+    /// Milliseconds since the Unix epoch.
+    pub created_at_ms: i64,
+}
+
 /// An object that is watched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Facts {
@@ -132,6 +148,8 @@ pub enum Facts {
     Snapshot(SnapshotFacts),
     /// A node.
     Node(NodeFacts),
+    /// A grant.
+    Grant(GrantFacts),
 }
 
 /// The kinds of objects that are watched.
@@ -145,11 +163,13 @@ pub enum WatchedKind {
     Snapshot,
     /// Nodes.
     Node,
+    /// Grants.
+    Grant,
 }
 
 impl WatchedKind {
     /// All of them, in the order in which what is there is told: what others refer to comes first.
-    pub const ALL: [Self; 4] = [Self::Node, Self::Volume, Self::Snapshot, Self::Attachment];
+    pub const ALL: [Self; 5] = [Self::Node, Self::Volume, Self::Snapshot, Self::Grant, Self::Attachment];
 
     /// The word for it in the catalog.
     pub fn as_str(self) -> &'static str {
@@ -158,6 +178,7 @@ impl WatchedKind {
             Self::Attachment => "attachment",
             Self::Snapshot => "snapshot",
             Self::Node => "node",
+            Self::Grant => "grant",
         }
     }
 
@@ -175,6 +196,7 @@ impl Facts {
             WatchedKind::Attachment => Self::Attachment(serde_json::from_str(text)?),
             WatchedKind::Snapshot => Self::Snapshot(serde_json::from_str(text)?),
             WatchedKind::Node => Self::Node(serde_json::from_str(text)?),
+            WatchedKind::Grant => Self::Grant(serde_json::from_str(text)?),
         })
     }
 
@@ -185,6 +207,7 @@ impl Facts {
             Self::Attachment(_) => WatchedKind::Attachment,
             Self::Snapshot(_) => WatchedKind::Snapshot,
             Self::Node(_) => WatchedKind::Node,
+            Self::Grant(_) => WatchedKind::Grant,
         }
     }
 }

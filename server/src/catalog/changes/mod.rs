@@ -19,7 +19,7 @@ use tokio::sync::watch;
 
 use super::columns::damaged;
 use super::{Catalog, CatalogError, now_ms, reserve, space_bytes, tenants};
-pub use facts::{AttachmentFacts, Facts, NodeFacts, SnapshotFacts, VolumeFacts, WatchedKind};
+pub use facts::{AttachmentFacts, Facts, GrantFacts, NodeFacts, SnapshotFacts, VolumeFacts, WatchedKind};
 use triggers::{KEPT, Kept, SOURCES};
 
 /// Free pages (of 4 KiB) that the database is to have where its file system is nearly full: for some hundred changes more.
@@ -61,7 +61,7 @@ pub enum Happened {
 /// An object as it is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Told {
-    /// Its identity; of a node its name.
+    /// Its identity; of a node its name, of a grant its volume's and its node's with a `/` between them.
     pub uid: String,
     /// The volume that it is, or belongs to; empty of a node.
     pub volume_uid: String,

@@ -7,10 +7,13 @@
 //! another is no change, and it is gone when its I/O has finished. A trigger that is there is left as it is, whatever its text: a later
 //! program that tells more replaces it under the same name.
 
-/// What finds the attachments of one volume; the other tables have such an index by their constraints.
+/// What finds the attachments of one volume or node, and grants by their identity; the other tables have such an index by their constraints.
 pub(super) const INDEXES: &str = "
 CREATE INDEX IF NOT EXISTS shared_attachments_of_volume ON shared_attachments (volume_uid);
 CREATE INDEX IF NOT EXISTS snapshot_attachments_of_volume ON snapshot_attachments (volume_uid);
+CREATE INDEX IF NOT EXISTS attachments_of_node ON attachments (node_id);
+CREATE INDEX IF NOT EXISTS shared_attachments_of_node ON shared_attachments (node_id);
+CREATE INDEX IF NOT EXISTS grants_by_identity ON grants (volume_uid || '/' || node_id);
 ";
 
 /// A snapshot that goes with its attachments, as one does that an older program deletes: they go before it, because what is told of them
@@ -95,6 +98,7 @@ const OF_SNAPSHOTS: [&str; 10] = [
     "freeze_id",
     "is_encrypted",
 ];
+const OF_GRANTS: [&str; 4] = ["volume_uid", "node_id", "read_only", "created_at_ms"];
 const OF_NODES: [&str; 4] = ["boot_id", "version", "labels", "registered_at_ms"];
 
 /// A table whose rows are objects, and what is told of them.
@@ -103,7 +107,7 @@ pub(super) struct Source {
     pub(super) table: &'static str,
     /// The word for it in `changes`.
     pub(super) kind: &'static str,
-    /// The column with the object's identity.
+    /// The object's identity, as an expression in which `ROW` is the row.
     uid: &'static str,
     /// Told as they are.
     columns: &'static [&'static str],
@@ -123,11 +127,11 @@ const NAME_OF_VOLUME: (&str, &str) =
     ("volume_name", "coalesce((SELECT name FROM volumes WHERE volume_uid = ROW.volume_uid), '')");
 
 /// Everything that is watched.
-pub(super) const SOURCES: [Source; 6] = [
+pub(super) const SOURCES: [Source; 7] = [
     Source {
         table: "volumes",
         kind: "volume",
-        uid: "volume_uid",
+        uid: "ROW.volume_uid",
         columns: &OF_VOLUMES,
         // As `volumes.rs` reads it.
         more: &[(
@@ -143,7 +147,7 @@ pub(super) const SOURCES: [Source; 6] = [
     Source {
         table: "attachments",
         kind: "attachment",
-        uid: "attachment_id",
+        uid: "ROW.attachment_id",
         columns: &OF_ATTACHMENTS,
         more: &[NAME_OF_VOLUME],
         volume_uid: "ROW.volume_uid",
@@ -154,7 +158,7 @@ pub(super) const SOURCES: [Source; 6] = [
     Source {
         table: "shared_attachments",
         kind: "attachment",
-        uid: "attachment_id",
+        uid: "ROW.attachment_id",
         columns: &OF_ATTACHMENTS,
         more: &[NAME_OF_VOLUME],
         volume_uid: "ROW.volume_uid",
@@ -165,7 +169,7 @@ pub(super) const SOURCES: [Source; 6] = [
     Source {
         table: "snapshot_attachments",
         kind: "attachment",
-        uid: "attachment_id",
+        uid: "ROW.attachment_id",
         columns: &OF_ATTACHMENTS,
         more: &[
             (
@@ -183,7 +187,7 @@ pub(super) const SOURCES: [Source; 6] = [
     Source {
         table: "snapshots",
         kind: "snapshot",
-        uid: "snapshot_uid",
+        uid: "ROW.snapshot_uid",
         columns: &OF_SNAPSHOTS,
         more: &[(
             "volume_name",
@@ -197,11 +201,23 @@ pub(super) const SOURCES: [Source; 6] = [
     Source {
         table: "nodes",
         kind: "node",
-        uid: "node_id",
+        uid: "ROW.node_id",
         columns: &OF_NODES,
         more: &[],
         volume_uid: "''",
         of_volume: "0",
+        has_state: false,
+        moved: None,
+    },
+    Source {
+        table: "grants",
+        kind: "grant",
+        // As the index has it.
+        uid: "(ROW.volume_uid || '/' || ROW.node_id)",
+        columns: &OF_GRANTS,
+        more: &[NAME_OF_VOLUME],
+        volume_uid: "ROW.volume_uid",
+        of_volume: "volume_uid = ?2",
         has_state: false,
         moved: None,
     },
@@ -221,6 +237,7 @@ impl Source {
     pub(super) fn present(&self, is_narrow: bool) -> String {
         let Self { table, uid, volume_uid, .. } = self;
         let (facts, volume_uid) = (self.facts(table), volume_uid.replace("ROW", table));
+        let uid = uid.replace("ROW", table);
         let condition = if self.has_state { "state = 'ready'" } else { "1" };
         let behind =
             if is_narrow { format!("+{uid} > ?1 AND {}", self.of_volume) } else { format!("{uid} > ?1") };
@@ -233,11 +250,12 @@ impl Source {
     fn trigger(&self, event: &str, name: &str, condition: &str, change: &str, row: &str) -> String {
         let Self { table, kind, uid, volume_uid, .. } = self;
         let (facts, volume_uid) = (self.facts(row), volume_uid.replace("ROW", row));
+        let uid = uid.replace("ROW", row);
         format!(
             "CREATE TRIGGER IF NOT EXISTS {table}_{name} AFTER {event} ON {table} WHEN {condition}
 BEGIN
     INSERT INTO changes (mark, time_ms, kind, change, uid, volume_uid, facts)
-    VALUES (lower(hex(randomblob(8))), {NOW_MS}, '{kind}', '{change}', {row}.{uid}, {volume_uid}, {facts});
+    VALUES (lower(hex(randomblob(8))), {NOW_MS}, '{kind}', '{change}', {uid}, {volume_uid}, {facts});
 END;
 "
         )
@@ -249,7 +267,8 @@ END;
             (false, None) => ("1".to_owned(), "1".to_owned()),
             (false, Some(other)) => {
                 let is_not_there = |row: &str| {
-                    format!("NOT EXISTS (SELECT 1 FROM {other} WHERE {} = {row}.{})", self.uid, self.uid)
+                    let uid = |row: &str| self.uid.replace("ROW", row);
+                    format!("NOT EXISTS (SELECT 1 FROM {other} WHERE {} = {})", uid(other), uid(row))
                 };
                 (is_not_there("NEW"), is_not_there("OLD"))
             }

@@ -156,10 +156,10 @@ fn a_node_with_a_grant_stays_known_and_one_that_is_not_known_gets_none_where_it_
     let facts = NodeFacts { node_id: "node-a".to_owned(), ..NodeFacts::default() };
     bench.lifecycle.register_node(&facts).unwrap();
     bench.lifecycle.create_grant(&lock, &wanted("node-a")).unwrap();
-    let kept = bench.lifecycle.delete_node("node-a");
+    let kept = bench.lifecycle.delete_node("node-a", "");
     assert!(matches!(kept, Err(LifecycleError::Nodes(NodesError::Granted(_)))), "{kept:?}");
     bench.lifecycle.delete_grant(&lock, "node-a").unwrap();
-    assert!(bench.lifecycle.delete_node("node-a").unwrap());
+    assert!(bench.lifecycle.delete_node("node-a", "").unwrap());
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn of_a_grant_and_the_deletion_of_its_node_at_once_one_is_refused() {
         let wanted =
             GrantWanted { node_id: "node-a".to_owned(), node_must_be_registered: true, read_only: false };
         let (granted, deleted) = std::thread::scope(|threads| {
-            let deletion = threads.spawn(|| bench.lifecycle.delete_node("node-a"));
+            let deletion = threads.spawn(|| bench.lifecycle.delete_node("node-a", ""));
             let lock = bench.locks.blocking_lock("vol-1");
             (bench.lifecycle.create_grant(&lock, &wanted), deletion.join().unwrap())
         });

@@ -31,7 +31,7 @@ fn a_node_that_was_deleted_while_the_attach_waited_for_its_volume_gets_nothing_a
     register(&bench, "node-b");
     // The attach waits for this.
     let lock = bench.locks.blocking_lock("vol-1");
-    assert!(bench.lifecycle.delete_node("node-b").unwrap());
+    assert!(bench.lifecycle.delete_node("node-b", "").unwrap());
     let outcome = bench.lifecycle.attach_volume(&lock, &wanted("node-b"));
     assert!(is_unknown(&outcome), "{outcome:?}");
     assert_eq!(bench.double().take_calls(), [""; 0], "nobody was disturbed");
@@ -39,7 +39,7 @@ fn a_node_that_was_deleted_while_the_attach_waited_for_its_volume_gets_nothing_a
     register(&bench, "node-b");
     let lock = bench.locks.blocking_lock("vol-1");
     bench.lifecycle.attach_volume(&lock, &wanted("node-b")).unwrap();
-    let refused = bench.lifecycle.delete_node("node-b");
+    let refused = bench.lifecycle.delete_node("node-b", "");
     assert!(matches!(refused, Err(LifecycleError::Nodes(NodesError::Attached(_)))), "{refused:?}");
 }
 
@@ -75,7 +75,7 @@ fn of_an_attach_and_a_deletion_at_once_one_is_refused() {
         let (bench, volume) = Bench::with_volume();
         register(&bench, "node-b");
         let (attached, deleted) = std::thread::scope(|threads| {
-            let deletion = threads.spawn(|| bench.lifecycle.delete_node("node-b"));
+            let deletion = threads.spawn(|| bench.lifecycle.delete_node("node-b", ""));
             let lock = bench.locks.blocking_lock("vol-1");
             let attached = bench.lifecycle.attach_volume(&lock, &wanted("node-b"));
             (attached, deletion.join().unwrap())

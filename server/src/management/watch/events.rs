@@ -7,8 +7,8 @@ use proto::v1;
 
 use super::token::{Origin, Token};
 use crate::catalog::{
-    AttachmentFacts, Change, ChangePoint, Facts, Happened, SnapshotFacts, Told, VolumeFacts, WatchedKind,
-    WatchedNodeFacts,
+    AttachmentFacts, Change, ChangePoint, Facts, GrantFacts, Happened, SnapshotFacts, Told, VolumeFacts,
+    WatchedKind, WatchedNodeFacts,
 };
 use crate::scope::Scope;
 
@@ -79,6 +79,7 @@ fn object(told: &Told) -> v1::watch_event::Object {
         Facts::Attachment(facts) => Object::Attachment(attachment(&told.uid, facts)),
         Facts::Snapshot(facts) => Object::Snapshot(snapshot(&told.uid, facts)),
         Facts::Node(facts) => Object::Node(node(&told.uid, facts)),
+        Facts::Grant(facts) => Object::Grant(grant(facts)),
     }
 }
 
@@ -161,6 +162,16 @@ fn snapshot(uid: &str, facts: &SnapshotFacts) -> v1::WatchedSnapshot {
         frozen: facts.is_frozen != 0,
         freeze_id: facts.freeze_id.clone(),
         is_encrypted: facts.is_encrypted != 0,
+    }
+}
+
+fn grant(facts: &GrantFacts) -> v1::WatchedGrant {
+    v1::WatchedGrant {
+        volume_name: facts.volume_name.clone(),
+        volume_uid: facts.volume_uid.clone(),
+        node_id: facts.node_id.clone(),
+        read_only: facts.read_only != 0,
+        created_at_ms: facts.created_at_ms,
     }
 }
 

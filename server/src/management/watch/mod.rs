@@ -1,4 +1,4 @@
-//! The call that tells what happens to volumes, attachments, snapshots and nodes, whose answer is a stream.
+//! The call that tells what happens to volumes, attachments, snapshots, nodes and grants, whose answer is a stream.
 //!
 //! Owns how a watch begins: its fields, its token, its place among those that there may be; and how its stream ends. What has
 //! happened is in the catalog (`catalog/changes/`), written by the change itself. Never: keeps the catalog from others for longer
@@ -169,6 +169,7 @@ fn kind_of(kind: i32) -> Option<WatchedKind> {
         Ok(v1::WatchedKind::Attachment) => Some(WatchedKind::Attachment),
         Ok(v1::WatchedKind::Snapshot) => Some(WatchedKind::Snapshot),
         Ok(v1::WatchedKind::Node) => Some(WatchedKind::Node),
+        Ok(v1::WatchedKind::Grant) => Some(WatchedKind::Grant),
         Ok(v1::WatchedKind::Unspecified) | Err(_) => None,
     }
 }

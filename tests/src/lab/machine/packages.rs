@@ -53,7 +53,7 @@ const QEMU_PACKAGES: [Package; 2] = [
 ];
 
 /// What else the lab and the tests call. The versions are Debian 12's, on which the tests were made.
-const PACKAGES: [Package; 31] = [
+const PACKAGES: [Package; 32] = [
     Package::any("g++", "g++"),
     Package::any("busybox-static", "busybox"),
     Package::any("cpio", "cpio"),
@@ -70,6 +70,7 @@ const PACKAGES: [Package; 31] = [
     Package::any("openssl", "openssl"),
     Package::any("python3-grpcio", "/usr/lib/python3/dist-packages/grpc/__init__.py"),
     Package::any("protobuf-compiler", "protoc"),
+    Package::any("libprotobuf-dev", "/usr/include/google/protobuf/field_mask.proto"),
     Package::any("protobuf-compiler-grpc", "grpc_python_plugin"),
     // A newer compiler is fetched by this one, as a module, where a program asks for it.
     Package::from("golang-go", "go", "version", (1, 21)),
