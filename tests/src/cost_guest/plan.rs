@@ -31,7 +31,7 @@ const SHAPES: [(u64, u32, u64); 5] =
 
 /// The same for the comparison of data paths by size.
 const SIZES: [(u64, u32, u64); 5] =
-    [(4, 4, 6000), (16, 4, 4500), (64, 4, 2500), (256, 4, 1000), (1024, 4, 300)];
+    [(4, 4, 9000), (16, 4, 6000), (64, 4, 2500), (256, 4, 1000), (1024, 4, 300)];
 
 impl Cell {
     /// Every column of the table.
