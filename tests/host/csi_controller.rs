@@ -821,7 +821,7 @@ async fn hostile_requests_are_refused_and_harm_nobody() {
         (with(&|asked| asked.volume_capabilities = vec![of_fs_type(" ext4")]), Code::InvalidArgument),
         (with(&|asked| asked.volume_capabilities = vec![of_fs_type(&long)]), Code::InvalidArgument),
         (with(&|asked| asked.parameters = key("encrypted")), Code::InvalidArgument),
-        (with(&|asked| asked.parameters = key("tenant")), Code::InvalidArgument),
+        (with(&|asked| asked.parameters = map(&[("tenant", escape)])), Code::InvalidArgument),
         (with(&|asked| asked.mutable_parameters = key("readBandwidth")), Code::InvalidArgument),
         (with(&|asked| asked.capacity_range = range(i64::MAX, 0)), Code::OutOfRange),
         (with(&|asked| asked.capacity_range = range(i64::MAX - 4095, 0)), Code::OutOfRange),

@@ -102,7 +102,7 @@ impl Bench {
 
 fn server_command(directory: &Path, is_tls: bool) -> Command {
     let mut command = Command::new(programs::directory().join("volserver"));
-    command.args(["--threads", "2", "--memory-max", "1G", "--log", "error"]);
+    command.args(["--threads", "2", "--memory-max", "1G", "--connections-max", "256", "--log", "error"]);
     if is_tls {
         command.args(["--tls", "required"]);
         for (option, file) in [
@@ -712,7 +712,7 @@ impl Mounted {
         }
         let directory = tempfile::tempdir().unwrap();
         let (device, mount) = (directory.path().join("device"), directory.path().join("mount"));
-        File::create(&device).unwrap().set_len(400 * MIB as u64).unwrap();
+        File::create(&device).unwrap().set_len(640 * MIB as u64).unwrap();
         fs::create_dir(&mount).unwrap();
         run("mkfs.xfs", &["-q", device.to_str().unwrap()]);
         // In a container root may not be allowed to, and a kernel may lack the file system.

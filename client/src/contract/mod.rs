@@ -16,6 +16,7 @@ mod encryption;
 mod policy;
 mod send_zc;
 pub mod state_reasons;
+pub mod state_word;
 
 use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;

@@ -19,7 +19,7 @@ use proto::csi::v1::VolumeHealthErrorType as Status;
 
 use crate::contract::state_reasons;
 
-/// What a disk in this state, a word of [`crate::node::attachment_record::state_word`], means for its volume; `None`: no known problem.
+/// What a disk in this state, a word of [`crate::contract::state_word::state_word`], means for its volume; `None`: no known problem.
 pub fn of_disk(state: &str, state_reason: &str) -> Option<(Status, &'static str)> {
     match state {
         "stalled" if state_reason.starts_with(state_reasons::IO_FAILS) => {
@@ -41,7 +41,7 @@ mod tests {
     use proto::v1::DeviceState;
 
     use super::*;
-    use crate::node::attachment_record::state_word;
+    use crate::contract::state_word::state_word;
 
     /// Numbers of the states that there are: the next one is none.
     const STATES: i32 = 7;

@@ -240,19 +240,6 @@ impl AttachmentRecord {
     }
 }
 
-/// `starting`, `live`, `stalled`, `failed`, `stopping` or `dead`.
-pub fn state_word(state: v1::DeviceState) -> &'static str {
-    match state {
-        v1::DeviceState::Unspecified => "unknown",
-        v1::DeviceState::Starting => "starting",
-        v1::DeviceState::Live => "live",
-        v1::DeviceState::Stalled => "stalled",
-        v1::DeviceState::Failed => "failed",
-        v1::DeviceState::Stopping => "stopping",
-        v1::DeviceState::Dead => "dead",
-    }
-}
-
 /// A policy as the node API tells it.
 fn stall_action(policy: StallPolicy) -> (v1::StallAction, u64) {
     match policy {

@@ -2,6 +2,7 @@
 //!
 //! Owns the processes, what pods write and read, and the oracle. Which step is next, and which fault, comes from outside.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
@@ -33,6 +34,9 @@ const PLACES: u64 = 16;
 /// How much of the plugin's log is shown where something failed, in lines.
 const LOG_LINES: usize = 120;
 
+/// Where disks have names.
+const NAMED: [&str; 2] = ["/dev/mapper", "/dev/volnode"];
+
 type Answer = Result<Option<String>, Status>;
 
 /// Everything that there is.
@@ -44,6 +48,8 @@ pub(super) struct World {
     directory: PathBuf,
     kubelet: PathBuf,
     runtime: Runtime,
+    /// What [`NAMED`] had before the first call.
+    named_before: BTreeSet<PathBuf>,
 }
 
 impl World {
@@ -53,7 +59,8 @@ impl World {
         fs::create_dir(&kubelet)?;
         sh(&format!("mount --bind {0} {0}; mount --make-shared {0}", kubelet.display()))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let mut world = Self { claims, storage, volcsi: None, directory, kubelet, runtime };
+        let named_before = named();
+        let mut world = Self { claims, storage, volcsi: None, directory, kubelet, runtime, named_before };
         wait_for("the server to know the node", BOUND, || {
             let nodes = world.ask(async |mut api| api.list_nodes(v1::ListNodesRequest::default()).await)?;
             Ok(nodes.nodes.iter().any(|node| node.node_id == NODE_ID).then_some(()))
@@ -66,7 +73,7 @@ impl World {
     pub(super) fn restart(&mut self) -> Result<()> {
         self.volcsi = None;
         let mut command = self.storage.program("volcsi");
-        command.arg("--kubelet-dir").arg(&self.kubelet).args(["--log", "debug"]);
+        command.arg("--kubelet-dir").arg(&self.kubelet).args(["--log", "info,client=debug"]);
         let (socket, log) = (self.directory.join("csi.sock"), self.directory.join("volcsi.log"));
         self.volcsi = Some(Volcsi::start(&mut command, &socket, &log)?);
         Ok(())
@@ -343,13 +350,16 @@ impl World {
         ensure!(volumes.volumes.is_empty(), "volumes are left: {volumes:?}");
         let grants = self.ask(async |mut api| api.list_grants(v1::ListGrantsRequest::default()).await)?;
         ensure!(grants.grants.is_empty(), "grants are left: {grants:?}");
-        for directory in ["/dev/mapper", "/dev/volnode"] {
-            let Ok(entries) = fs::read_dir(directory) else { continue };
-            let names: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
-            ensure!(names.iter().all(|name| name == "control"), "{directory} has {names:?}");
-        }
+        let named: Vec<_> = named().difference(&self.named_before).cloned().collect();
+        ensure!(named.is_empty(), "names of disks are left: {named:?}");
         holds_directories_alone(&self.kubelet)
     }
+}
+
+/// What [`NAMED`] has now.
+fn named() -> BTreeSet<PathBuf> {
+    let entries = NAMED.into_iter().filter_map(|directory| fs::read_dir(directory).ok()).flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path())).collect()
 }
 
 /// What a claim's write of this number holds.

@@ -21,11 +21,11 @@ use super::inner::{Inner, blocking, look};
 use super::plan::{Disk, Place, Refusal};
 use super::request::{VolumeId, no_such_volume};
 use super::status;
+use crate::contract::state_word::state_word;
 use crate::csi::disk_health::of_disk;
 use crate::csi::mountinfo::{self, MountEntry};
 use crate::csi::targets::TargetKind;
 use crate::csi::usage::{Amounts, Usage, UsageError, statfs};
-use crate::node::attachment_record::state_word;
 
 /// What a file system may take to tell how full it is.
 const USAGE_DEADLINE: Duration = Duration::from_secs(1);

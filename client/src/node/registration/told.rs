@@ -8,7 +8,8 @@ use ublk_core::ControlError;
 
 use crate::causes::with_sources;
 use crate::contract::ExportSpec;
-use crate::node::attachment_record::{AttachmentRecord, state_word};
+use crate::contract::state_word::state_word;
+use crate::node::attachment_record::AttachmentRecord;
 use crate::node::error::NodeError;
 
 /// Disks in one heartbeat.
