@@ -6,7 +6,7 @@
 
 use std::io::{self, Write as _};
 
-pub(crate) use client::node::attachment_record::state_word;
+pub(crate) use client::contract::state_word::state_word;
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use proto::passphrase::LUKS_HEADER_BYTES;
