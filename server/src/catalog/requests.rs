@@ -38,7 +38,7 @@ const ANSWER_BYTES_MAX: usize = 4096;
 pub struct RequestKey {
     /// What its caller calls it.
     pub request_id: Uuid,
-    /// Whose it is: the scope of its caller, as a query has it ([`crate::scope::Scope::for_query`]); empty: of one for all of the server.
+    /// Whose it is: the scope of its caller, as a query has it (`Scope::for_query`); empty: of one for all of the server.
     /// By the same id another has calls of its own, and hears nothing of these.
     pub scope: String,
     /// The same for the same call with the same fields, and for no other.
