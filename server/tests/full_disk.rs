@@ -118,7 +118,7 @@ async fn on_a_full_file_system_volumes_are_attached_and_detached_on_and_on() {
             .unwrap()
             .execute(
                 "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < ?1) \
-                 INSERT INTO nodes SELECT printf('node-%0200d', n), '', '', '{}', 0 FROM numbers",
+                 INSERT INTO nodes (node_id, boot_id, version, labels, registered_at_ms) SELECT printf('node-%0200d', n), '', '', '{}', 0 FROM numbers",
                 [before],
             )
             .unwrap();

@@ -146,7 +146,11 @@ pub fn attach(view: &View) -> Step {
         ClearDisk::Absent => {}
     }
     if view.is_formatted {
-        return Step::Open;
+        // Told before anything can be written through it: from then on nobody makes a header over this one.
+        return match view.content {
+            Some(Content::InitialisingHere) if !view.keeps_initialising => Step::SetWritten,
+            _ => Step::Open,
+        };
     }
     if view.is_read_only {
         return match view.header {
@@ -254,8 +258,11 @@ mod tests {
                 assert_eq!(steps.last() == Some(&Step::Done), opens, "{content:?} {header:?} {steps:?}");
                 if makes {
                     let at = |step: Step| steps.iter().position(|other| *other == step);
-                    assert!(at(Step::Format) < at(Step::Open) && at(Step::Open) < at(Step::Erase));
-                    assert!(at(Step::Erase) < at(Step::SetWritten), "what is told is true before it is told");
+                    assert!(at(Step::Format) < at(Step::SetWritten) && at(Step::Open) < at(Step::Erase));
+                    assert!(
+                        at(Step::SetWritten) < at(Step::Open),
+                        "no header is made over one that was written through"
+                    );
                 }
             }
         }

@@ -8,6 +8,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use clap::Args;
@@ -84,7 +85,8 @@ pub(crate) async fn change(socket: &Path, args: ChangeArgs) -> Result<Report, Fa
 fn of_file(option: &str, file: &str) -> Result<Passphrase, Failure> {
     without_cores()?;
     let read = if file == STDIN {
-        read_all(&mut io::stdin().lock())
+        // Without the buffer of `io::stdin`, which keeps what went through it.
+        io::stdin().as_fd().try_clone_to_owned().and_then(|stdin| read_all(&mut File::from(stdin)))
     } else {
         File::open(file).and_then(|mut file| read_all(&mut file))
     };

@@ -187,12 +187,14 @@ fn usage_of(db: &Connection, tenant: &str) -> Result<Usage, CatalogError> {
     let count = |sql: &str| -> rusqlite::Result<(i64, i64)> {
         db.prepare_cached(sql)?.query_row([tenant], |row| Ok((row.get(0)?, row.get(1)?)))
     };
-    let (volumes, bytes) = count(
-        "SELECT count(*), coalesce(sum(capacity_bytes), 0) FROM volume_tenants JOIN volumes USING (volume_uid) WHERE tenant = ?1",
+    // Sizes are multiples of 512: so many bytes together may be more than SQLite can add up.
+    let (volumes, blocks) = count(
+        "SELECT count(*), coalesce(sum(capacity_bytes / 512), 0) FROM volume_tenants JOIN volumes USING (volume_uid) WHERE tenant = ?1",
     )?;
     let (snapshots, _) =
         count("SELECT count(*), 0 FROM volume_tenants JOIN snapshots USING (volume_uid) WHERE tenant = ?1")?;
-    let [volumes, bytes, snapshots] = [volumes, bytes, snapshots].map(i64::unsigned_abs);
+    let [volumes, blocks, snapshots] = [volumes, blocks, snapshots].map(i64::unsigned_abs);
+    let bytes = blocks.saturating_mul(512);
     Ok(Usage { volumes, bytes, snapshots })
 }
 

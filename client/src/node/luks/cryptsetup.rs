@@ -9,7 +9,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, IntoRawFd as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -170,7 +170,10 @@ impl Subject<'_> {
         command.args(["--batch-mode", "--key-file", "-"]).arg(disk).arg(place);
         let run = Run::new(command, "changing the passphrase", Some(old));
         let changed = self.succeed(run).await;
-        drop(reader);
+        if !matches!(changed, Ok(()) | Err(NodeError::PassphraseWrong { .. })) {
+            // The program may go on, and look there later: the number must never lead to something else.
+            let _ = reader.into_raw_fd();
+        }
         changed
     }
 

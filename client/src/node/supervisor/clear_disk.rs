@@ -227,11 +227,12 @@ impl Supervisor {
     /// # Errors
     /// As of [`Self::close`].
     pub(super) async fn close_forgotten(&self, attachment_id: Uuid) -> Result<bool, NodeError> {
-        if mapper::find(attachment_id).is_none() {
+        let dir = AttachmentDir::new(&self.config.run_dir, attachment_id);
+        // One that has a specification is an attachment, even if this program cannot read it. Without one the folder is where a lock can
+        // lie; it goes with the call.
+        if mapper::find(attachment_id).is_none() || dir.spec().exists() {
             return Ok(false);
         }
-        // Where a lock can lie; it goes with the call.
-        let dir = AttachmentDir::new(&self.config.run_dir, attachment_id);
         let export = ExportSpec::Nbd { export_name: String::new() };
         let name = mapper::name_of(attachment_id);
         let spec = DeviceSpec::new(attachment_id, name.clone(), export, mapper::path_of(attachment_id));
@@ -286,7 +287,8 @@ impl Supervisor {
     pub(in crate::node) fn tell_forgotten_clear_disks(&self) -> Result<(), NodeError> {
         let records = AttachmentRecord::read_all(&self.config.run_dir)?;
         for mapper in mapper::all() {
-            if records.iter().all(|record| record.spec.attachment_id != mapper.attachment_id) {
+            let has_folder = AttachmentDir::new(&self.config.run_dir, mapper.attachment_id).spec().exists();
+            if !has_folder && records.iter().all(|record| record.spec.attachment_id != mapper.attachment_id) {
                 let path = mapper::path_of(mapper.attachment_id);
                 tracing::warn!(
                     path = %path.display(),
@@ -323,7 +325,7 @@ impl Supervisor {
                         tracing::error!(
                             target,
                             error = with_sources(&error),
-                            "the clear disk has not grown; it does when it is attached again"
+                            "the clear disk has not grown; it does when it is detached and attached again"
                         );
                     }
                 }

@@ -272,10 +272,12 @@ impl Export<'_> {
         let head = JournalHead {
             format_version: JOURNAL_VERSION,
             source: format!(
-                "volume {} attachment {}{}",
+                "volume {} attachment {}{}{}",
                 self.volume.volume_uid,
                 attached.attachment_id,
-                self.since_identity()
+                self.since_identity(),
+                // What was not read has no digest: a run that reads all does not go on where such a one stopped.
+                if self.since.is_some() && self.args.no_verify { " unread" } else { "" }
             ),
             destination: format!("{identity} {}", self.format),
             size_bytes,

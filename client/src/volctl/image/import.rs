@@ -226,7 +226,8 @@ impl Import<'_> {
             Err(failure) => {
                 // Nothing was begun; what an earlier run has begun stays.
                 if !attached.existed {
-                    server.detach(&attached.attachment_id).await?;
+                    // What the import failed for is told.
+                    let _ = server.detach(&attached.attachment_id).await;
                     journal.remove()?;
                 }
                 return Err(failure);

@@ -279,7 +279,7 @@ fn keeping(dir: &Path, changes: u32, milliseconds: i64) -> Connection {
 }
 
 fn add_node(db: &Connection, name: &str) {
-    db.execute("INSERT INTO nodes VALUES (?1, '', '', '{}', 0, 0)", [name]).unwrap();
+    db.execute("INSERT INTO nodes (node_id, boot_id, version, labels, registered_at_ms) VALUES (?1, '', '', '{}', 0)", [name]).unwrap();
 }
 
 fn seqs(db: &Connection) -> Vec<i64> {
