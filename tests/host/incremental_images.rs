@@ -127,6 +127,7 @@ fn a_chain_of_ten_differences_is_what_the_volume_was_to_volctl_and_to_qemu_alone
         let image = bench.path(&image_of(number));
         run("qemu-img", &["check", "-q", "-f", "qcow2", image.to_str().unwrap()]);
     }
+    readable(&bench.path("s0.qcow2"));
     bench.done(&["import", "s0.qcow2", "again", "--create"]);
     for number in 1..SNAPSHOTS {
         let image = image_of(number);

@@ -24,7 +24,10 @@ use super::places::{PartFile, check_writable, nbd_uri, open_uri};
 use super::progress::Progress;
 use super::since::{Completed, Copied, Since, check_image_name};
 use super::volumes::{Attached, Server, machine_id};
-use super::{ExportArgs, Returning, copy_failure, qemu_failure, short_hash, state_directory, through_losses};
+use super::{
+    ExportArgs, Returning, copy_failure, lost_behind_a_copy, qemu_failure, short_hash, state_directory,
+    through_losses,
+};
 use crate::connect::ServerAddress;
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
@@ -206,7 +209,7 @@ impl Export<'_> {
         let completed = completed?;
         let attachment_id = attached.close().await;
         // As long as the image does not have its name the command can be repeated: nothing stays attached for a file that is there.
-        server.detach(&attachment_id).await?;
+        server.detach(&attachment_id).await.map_err(lost_behind_a_copy)?;
         if let Destination::File(part) = self.destination {
             part.finish()?;
         }

@@ -19,7 +19,9 @@ use serde_json::json;
 use super::places::{OwnBytes, STDIN, Source};
 use super::progress::Progress;
 use super::volumes::{Attached, NODE_PREFIX, Server, machine_id};
-use super::{ImportArgs, Returning, copy_failure, short_hash, state_directory, through_losses};
+use super::{
+    ImportArgs, Returning, copy_failure, lost_behind_a_copy, short_hash, state_directory, through_losses,
+};
 use crate::connect::{ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
@@ -244,7 +246,7 @@ impl Import<'_> {
         };
         let digest = copied?;
         let attachment_id = attached.close().await;
-        server.detach(&attachment_id).await?;
+        server.detach(&attachment_id).await.map_err(lost_behind_a_copy)?;
         journal.remove()?;
         Ok(self.report(digest.as_deref(), resumed_bytes, begun))
     }

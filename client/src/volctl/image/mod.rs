@@ -297,6 +297,14 @@ async fn through_losses(
     }
 }
 
+/// Of a call behind a copy: where the server is not there, all of it is repeated, and finds what was copied.
+fn lost_behind_a_copy(failure: Failure) -> Failure {
+    match failure.exit_code {
+        ExitCode::Unreachable => Failure { reason: CONNECTION_LOST.to_owned(), ..failure },
+        _ => failure,
+    }
+}
+
 /// A copy that failed; `next` is how it goes on.
 fn copy_failure(error: CopyError, next: &str, returning: Returning) -> Failure {
     let code = match &error {
