@@ -120,6 +120,8 @@ fn shown(attachment: &v1::NodeAttachment) -> Value {
         "reconnects": attachment.reconnects,
         "program_version": attachment.program_version,
         "only_if_granted": attachment.only_if_granted,
+        "is_encrypted": attachment.is_encrypted,
+        "clear_device_path": attachment.clear_device_path,
     })
 }
 
