@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::images::{Bench, MIB, dense, journal_bytes, told};
 
-/// A copy that has been begun, and is in the middle of it: its journal has some MiB.
+/// A copy that has been begun, and is in the middle of it: its journal has some MiB of what its limit makes take ten seconds.
 fn begun(mut command: Command, journals: &Path) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -34,7 +34,7 @@ fn ended(child: Child) -> Value {
 fn images_move_over_tls_and_through_restarts_of_the_server() {
     let mut bench = Bench::over_tls();
     let bytes = dense(&bench.path("in.img"), 24 * MIB, 41);
-    bench.done(&["create", "vol", "--size", "24M", "--write-bandwidth", "12M", "--read-bandwidth", "12M"]);
+    bench.done(&["create", "vol", "--size", "24M", "--write-bandwidth", "2M", "--read-bandwidth", "2M"]);
     let import = ["import", "in.img", "vol", "--checkpoint-bytes", "1M", "--no-verify", "--output", "json"];
     let running = begun(bench.volctl(&import), &bench.path("state/volnode/images"));
     bench.restart_server();
