@@ -12,6 +12,7 @@
 //! Every one of them carries a version, because serve and the device processes are upgraded at different times: a
 //! reader takes its own version, and refuses a newer one by name. Fixtures of each version are in this file's tests.
 
+pub mod content;
 mod encryption;
 mod policy;
 mod send_zc;

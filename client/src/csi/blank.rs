@@ -17,21 +17,7 @@
 //! ```
 
 use super::mount_options::FsType;
-
-/// What the server knows of a volume's content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Content {
-    /// Nobody has ever written to it.
-    NeverWritten,
-    /// This attachment is making a file system, or was when its process was killed; there is nothing else on it.
-    InitialisingHere,
-    /// Another attachment is.
-    InitialisingElsewhere,
-    /// It may hold data.
-    Written,
-    /// The server does not say.
-    Unknown,
-}
+use crate::contract::content::Content;
 
 /// What blkid finds.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -16,20 +16,7 @@
 //!                       nothing may be written     open      refuse             refuse
 //! ```
 
-/// What the server knows of the volume's content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Content {
-    /// Nobody has ever written to it.
-    NeverWritten,
-    /// This attachment was about to make a header, or a file system: no byte of a user's is in it.
-    InitialisingHere,
-    /// Another attachment was.
-    InitialisingElsewhere,
-    /// It may hold data.
-    Written,
-    /// The server does not say.
-    Unknown,
-}
+use crate::contract::content::Content;
 
 /// What lies at the beginning of the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,7 +14,7 @@ use tonic::{Code, Response, Status};
 use tonic_types::StatusExt as _;
 
 use super::request::VolumeId;
-use crate::csi::blank::Content;
+use crate::contract::content::Content;
 
 /// The server looks into its catalog, and writes there.
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
@@ -39,7 +39,7 @@ impl ContentApi {
     /// UNAVAILABLE; the server's.
     pub async fn content(&self, volume: VolumeId, attachment_id: &str) -> Result<Content, Status> {
         match self.set(volume, attachment_id, v1::VolumeContent::Unspecified).await {
-            Ok(volume) => Ok(seen_from(&volume, attachment_id)),
+            Ok(volume) => Ok(Content::seen_from(&volume, attachment_id)),
             // A server that cannot be asked so.
             Err(status) if matches!(status.code(), Code::InvalidArgument | Code::Unimplemented) => {
                 Ok(Content::Unknown)
@@ -107,18 +107,6 @@ fn is_content_refused(status: &Status) -> bool {
     info.is_some_and(|info| info.reason == proto::error_reason::CONTENT_REFUSED)
 }
 
-fn seen_from(volume: &v1::Volume, attachment_id: &str) -> Content {
-    match volume.content() {
-        v1::VolumeContent::NeverWritten => Content::NeverWritten,
-        v1::VolumeContent::Initialising if volume.initialising_attachment_id == attachment_id => {
-            Content::InitialisingHere
-        }
-        v1::VolumeContent::Initialising => Content::InitialisingElsewhere,
-        v1::VolumeContent::Written => Content::Written,
-        v1::VolumeContent::Unspecified => Content::Unknown,
-    }
-}
-
 async fn call<T>(answer: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
     let unreachable = |why: &str| {
         Status::unavailable(format!(
@@ -134,30 +122,5 @@ async fn call<T>(answer: impl Future<Output = Result<Response<T>, Status>>) -> R
         }
         Ok(Err(status)) => Err(status),
         Err(_) => Err(unreachable(&format!("no answer within {} s", CALL_DEADLINE.as_secs()))),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_initialises_is_told_apart() {
-        let volume = |content: v1::VolumeContent, by: &str| v1::Volume {
-            content: content.into(),
-            initialising_attachment_id: by.to_owned(),
-            ..Default::default()
-        };
-        use v1::VolumeContent::{Initialising, NeverWritten, Unspecified, Written};
-        for (content, by, expected) in [
-            (NeverWritten, "", Content::NeverWritten),
-            (Initialising, "a", Content::InitialisingHere),
-            (Initialising, "b", Content::InitialisingElsewhere),
-            (Initialising, "", Content::InitialisingElsewhere),
-            (Written, "", Content::Written),
-            (Unspecified, "", Content::Unknown),
-        ] {
-            assert_eq!(seen_from(&volume(content, by), "a"), expected);
-        }
     }
 }

@@ -13,7 +13,8 @@
 //!            └▶ mounted ─▶ grow ─▶ done  ◀────────────────────────────────────────┘
 //! ```
 
-use crate::csi::blank::{self, Content, Decision, Ends, Found};
+use crate::contract::content::Content;
+use crate::csi::blank::{self, Decision, Ends, Found};
 use crate::csi::mount_options::FsType;
 
 /// A volume's disk, as the node daemon tells it.

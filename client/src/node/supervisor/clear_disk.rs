@@ -24,6 +24,7 @@ use uuid::Uuid;
 
 use super::{Supervisor, blocking};
 use crate::causes::with_sources;
+use crate::contract::content::Content;
 use crate::contract::{AttachmentDir, DeviceSpec, ExportSpec};
 use crate::disk_ends;
 use crate::holders;
@@ -32,7 +33,7 @@ use crate::node::error::NodeError;
 use crate::node::leftovers;
 use crate::node::luks::cryptsetup::{self, Subject};
 use crate::node::luks::mapper::{self, Mapper};
-use crate::node::luks_plan::{self, ClearDisk, Content, Header, Refusal, Step, View};
+use crate::node::luks_plan::{self, ClearDisk, Header, Refusal, Step, View};
 use crate::node::target::DetachSelector;
 
 /// More steps than any way to the end has.
@@ -335,7 +336,7 @@ impl Supervisor {
 
     async fn content(&self, record: &AttachmentRecord) -> Result<Content, NodeError> {
         let asked = self.set_content_of(record, v1::VolumeContent::Unspecified).await;
-        Ok(seen_from(&asked?, &record.spec.attachment_id.to_string()))
+        Ok(Content::seen_from(&asked?, &record.spec.attachment_id.to_string()))
     }
 
     async fn set_content(&self, record: &AttachmentRecord, to: v1::VolumeContent) -> Result<(), NodeError> {
@@ -364,18 +365,6 @@ impl Supervisor {
 fn is_content_refused(status: &tonic::Status) -> bool {
     let info = status.get_details_error_info();
     info.is_some_and(|info| info.reason == proto::error_reason::CONTENT_REFUSED)
-}
-
-fn seen_from(volume: &v1::Volume, attachment_id: &str) -> Content {
-    match volume.content() {
-        v1::VolumeContent::NeverWritten => Content::NeverWritten,
-        v1::VolumeContent::Initialising if volume.initialising_attachment_id == attachment_id => {
-            Content::InitialisingHere
-        }
-        v1::VolumeContent::Initialising => Content::InitialisingElsewhere,
-        v1::VolumeContent::Written => Content::Written,
-        v1::VolumeContent::Unspecified => Content::Unknown,
-    }
 }
 
 fn header(found: disk_ends::Found) -> Header {
@@ -432,25 +421,6 @@ mod tests {
         let mut empty =
             v1::AttachRequest { passphrase: Some(Passphrase::new(Vec::new())), ..Default::default() };
         assert!(matches!(Unlock::of(&mut empty), Err(NodeError::InvalidField { .. })));
-    }
-
-    #[test]
-    fn who_initialises_is_told_apart() {
-        let volume = |content: v1::VolumeContent, by: &str| v1::Volume {
-            content: content.into(),
-            initialising_attachment_id: by.to_owned(),
-            ..Default::default()
-        };
-        use v1::VolumeContent::{Initialising, NeverWritten, Unspecified, Written};
-        for (content, by, expected) in [
-            (NeverWritten, "", Content::NeverWritten),
-            (Initialising, "a", Content::InitialisingHere),
-            (Initialising, "b", Content::InitialisingElsewhere),
-            (Written, "", Content::Written),
-            (Unspecified, "", Content::Unknown),
-        ] {
-            assert_eq!(seen_from(&volume(content, by), "a"), expected);
-        }
     }
 
     #[test]
