@@ -214,6 +214,14 @@ pub(crate) fn ensure_udev(workspace: &Workspace) -> Result<()> {
     ensure(workspace, std::iter::once(&Package::any("udev", "udevadm")))
 }
 
+/// Makes sure of Ansible, which only the playbook's machine needs.
+///
+/// # Errors
+/// As [`ensure_installed`].
+pub(crate) fn ensure_ansible(workspace: &Workspace) -> Result<()> {
+    ensure(workspace, std::iter::once(&Package::any("ansible-core", "ansible-playbook")))
+}
+
 /// Makes sure of debootstrap, which only `cargo lab fresh` needs.
 ///
 /// # Errors

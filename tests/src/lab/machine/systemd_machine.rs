@@ -1,7 +1,8 @@
 //! `cargo lab systemd`, and a part of `cargo lab test`: a machine that systemd boots and shuts down, with the units of `deploy/` installed as
 //! `docs/systemd.md` says, and a storage server on another machine.
 //!
-//! A boot for the storage server's own unit, in which a client does all there is to be done; and three for the client's: a volume is made and mounted by its line in fstab; it is there after a reboot, and then the network goes
+//! A boot for the storage server's own unit, in which a client does all there is to be done; one for the playbook of
+//! `deploy/ansible` (`--long`); and three for the client's: a volume is made and mounted by its line in fstab; it is there after a reboot, and then the network goes
 //! before the machine does; and all is well after that. Each has to power off within a bound. What runs in each boot is in
 //! `guest/systemd/`.
 
@@ -26,25 +27,33 @@ use crate::lab::{interrupt, programs};
 struct Boot {
     name: &'static str,
     script: &'static str,
+    /// Booting, and what runs there.
+    run_max: Duration,
     /// From the end of the script to the machine's.
     power_off_max: Duration,
 }
+
+/// Of a boot's script: minutes where the machine is busy.
+const RUN_MAX: Duration = Duration::from_secs(600);
 
 /// The sum of the units' bounds is longer; without a network a minute is usual.
 const BOOTS: [Boot; 3] = [
     Boot {
         name: "a first boot",
         script: include_str!("guest/systemd/first.sh"),
+        run_max: RUN_MAX,
         power_off_max: Duration::from_secs(90),
     },
     Boot {
         name: "a boot with a disk in fstab, and a shutdown without a network",
         script: concat!(include_str!("guest/systemd/rebooted.sh"), include_str!("guest/systemd/second.sh")),
+        run_max: RUN_MAX,
         power_off_max: Duration::from_secs(240),
     },
     Boot {
         name: "a boot after that",
         script: concat!(include_str!("guest/systemd/rebooted.sh"), include_str!("guest/systemd/third.sh")),
+        run_max: RUN_MAX,
         power_off_max: Duration::from_secs(90),
     },
 ];
@@ -58,11 +67,18 @@ const SERVER_BOOT: Boot = Boot {
         "\nNBD_SUITE\n",
         include_str!("guest/systemd/server.sh")
     ),
+    run_max: RUN_MAX,
     power_off_max: Duration::from_secs(90),
 };
 
-/// Booting, and what runs there.
-const BOOT_DEADLINE: Duration = Duration::from_secs(600);
+/// The playbook of `deploy/ansible`, as `docs/orchestration.md` says.
+const PLAYBOOK_BOOT: Boot = Boot {
+    name: "a playbook",
+    script: include_str!("guest/systemd/ansible.sh"),
+    // Four times a playbook, which starts a Python for each of its steps.
+    run_max: Duration::from_secs(2400),
+    power_off_max: Duration::from_secs(90),
+};
 
 /// Where the server in the guest is managed.
 const SERVER_SOCKET: &str = "unix:/run/volserver/management.sock";
@@ -71,7 +87,11 @@ const SERVER_SOCKET: &str = "unix:/run/volserver/management.sock";
 type Boots = fn(&Workspace, KernelSeries, &mut dyn Follower) -> Result<String>;
 
 /// By their names in the report.
-const TESTS: [(&str, Boots); 2] = [("systemd::server_unit", boot_server), ("systemd::three_boots", boot_all)];
+const TESTS: [(&str, Boots); 3] =
+    [("systemd::server_unit", boot_server), ("systemd::three_boots", boot_all), (PLAYBOOK, boot_playbook)];
+
+/// Takes longer than every run should: Ansible in an emulated machine. `--long` has it.
+const PLAYBOOK: &str = "systemd::playbook";
 
 /// Boots the machines, and shows what runs there.
 ///
@@ -95,7 +115,8 @@ pub(crate) fn test(
     series: KernelSeries,
     selection: &Selection,
 ) -> Result<Option<PartReport>> {
-    let wanted = TESTS.into_iter().filter(|(name, _)| selection.wants(name));
+    let runs = |name: &str| selection.wants(name) && (selection.long || name != PLAYBOOK);
+    let wanted = TESTS.into_iter().filter(|(name, _)| runs(name));
     let wanted: Vec<_> = wanted.enumerate().filter(|(position, _)| selection.has(*position)).collect();
     if wanted.is_empty() {
         return Ok(None);
@@ -145,6 +166,16 @@ fn boot_server(workspace: &Workspace, series: KernelSeries, follower: &mut dyn F
     Ok(format!("systemd: the storage server in its unit, {} cases", output.cases))
 }
 
+fn boot_playbook(workspace: &Workspace, series: KernelSeries, follower: &mut dyn Follower) -> Result<String> {
+    packages::ensure_udev(workspace)?;
+    packages::ensure_ansible(workspace)?;
+    let kernel = kernels::ensure_cached(workspace, series)?;
+    let mut output = Copied { cases: 0, follower };
+    boot(workspace, &kernel, &PLAYBOOK_BOOT, SERVER_SOCKET, &mut output)?;
+    ensure!(output.cases > 0, "nothing was tried");
+    Ok(format!("systemd: the playbook, {} cases", output.cases))
+}
+
 /// Counts the cases that the machine tells of.
 struct Copied<'a> {
     cases: usize,
@@ -182,7 +213,7 @@ fn boot(
     follower: &mut dyn Follower,
 ) -> Result<Duration> {
     let command = GuestCommand::under_systemd(workspace, boot.script, server, boot.power_off_max)?;
-    let deadline = BOOT_DEADLINE + boot.power_off_max;
+    let deadline = boot.run_max + boot.power_off_max;
     let step = Step::begin(&format!("systemd: {}", boot.name));
     let ended =
         vm::run(workspace, kernel, &command, Processors::Two, deadline, follower).context(boot.name)?;
