@@ -105,6 +105,8 @@ pub struct StorageNode {
     series: KernelSeries,
     server_options: Vec<String>,
     client_options: Vec<String>,
+    /// Where the node daemon finds programs before others.
+    client_programs: Option<PathBuf>,
     node_id: String,
     /// The machine that the node daemon runs on; `None`: this one, as `node_id`.
     machine: Option<ClonedMachine>,
@@ -286,6 +288,7 @@ impl StorageNode {
             series: env.series,
             server_options: server_options.iter().map(|&option| option.to_owned()).collect(),
             client_options: Vec::new(),
+            client_programs: None,
             node_id: "node-1".into(),
             machine: None,
             server_netns: None,
@@ -398,6 +401,9 @@ impl StorageNode {
             client.arg("--tls-user-space");
         }
         client.args(&self.client_options);
+        if let Some(programs) = &self.client_programs {
+            client.env("PATH", path_with(programs));
+        }
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
         Ok(())
@@ -646,6 +652,11 @@ fn load_drivers(names: &[&str]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The path that programs are looked for in, with a folder before all others.
+pub fn path_with(folder: &Path) -> String {
+    format!("{}:{}", folder.display(), std::env::var("PATH").unwrap_or_default())
 }
 
 /// The VM's network card, over which the server on another machine is reached.
