@@ -200,7 +200,10 @@ fn values_that_cannot_be_are_refused_by_name() {
         ("healthz.port=80", "/healthz/port"),
         ("csiDriver.nodeAllocatableUpdatePeriodSeconds=9", "/csiDriver/nodeAllocatableUpdatePeriodSeconds"),
         ("storageClasses[0].fsType=btrfs", "/storageClasses/0"),
-        ("storageClasses[0].name=a,storageClasses[0].parameters.encrypted=yes", "/storageClasses/0/parameters"),
+        (
+            "storageClasses[0].name=a,storageClasses[0].parameters.encrypted=yes",
+            "invalid propertyName 'encrypted'",
+        ),
         (
             "storageClasses[0].name=a,storageClasses[0].passphraseSecret.namespace=b",
             "/storageClasses/0/passphraseSecret",

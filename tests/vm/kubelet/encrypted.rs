@@ -9,8 +9,8 @@ use testlab::storage_node::StorageNode;
 use tonic::Code;
 
 use super::calls::{Claim, Kind, PASSPHRASE};
-use super::{is_final, round};
 use super::world::World;
+use super::{is_final, round};
 use crate::luks::Stops;
 
 /// The only claim.
