@@ -643,10 +643,9 @@ async fn an_encrypted_volume_is_one_in_every_copy_and_has_its_clear_size_everywh
         capacity_range: Some(csi::CapacityRange { required_bytes: 2 * MIB, limit_bytes: 2 * MIB }),
         ..Default::default()
     };
-    let grown = |mut csi: ControllerClient<Channel>, request| async move {
-        csi.controller_expand_volume(request).await
-    };
-    assert_eq!(bench.twice(larger, grown).await.capacity_bytes, 2 * MIB);
+    let grown =
+        bench.twice(larger, |mut csi, request| async move { csi.controller_expand_volume(request).await });
+    assert_eq!(grown.await.capacity_bytes, 2 * MIB);
     assert_eq!(bench.volume(&id).await.capacity_bytes, 2 * MIB as u64 + HEADER);
 
     let snapshot = csi::CreateSnapshotRequest {

@@ -996,7 +996,8 @@ fn an_encrypted_volume_needs_its_passphrase_and_tells_nobody() {
         refused(plugin.node.node_publish_volume(shown).await, Code::FailedPrecondition, "not staged");
         plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
         // One that is not encrypted, of a class that has a passphrase.
-        (world.node.state().knows_no_encryption, world.node.state().passphrase) = (false, None);
+        world.node.state().knows_no_encryption = false;
+        world.node.state().passphrase = None;
         let staged = plugin.node.node_stage_volume(stage(block(), false, Some(PASSPHRASE))).await;
         refused(staged, Code::InvalidArgument, "make volumes with encrypted");
         plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
