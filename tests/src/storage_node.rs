@@ -22,7 +22,7 @@ use tls::test_authority::Issued;
 
 use crate::harness::Env;
 use crate::kernel_series::KernelSeries;
-use crate::shell::{run, sh, wait_for};
+use crate::shell::{path_with, run, sh, wait_for};
 
 /// A daemon that is not ready by then is not coming.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
@@ -401,9 +401,7 @@ impl StorageNode {
             client.arg("--tls-user-space");
         }
         client.args(&self.client_options);
-        if let Some(programs) = &self.client_programs {
-            client.env("PATH", path_with(programs));
-        }
+        client.envs(self.client_programs.iter().map(|folder| ("PATH", path_with(folder))));
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
         Ok(())
@@ -652,11 +650,6 @@ fn load_drivers(names: &[&str]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The path that programs are looked for in, with a folder before all others.
-pub fn path_with(folder: &Path) -> String {
-    format!("{}:{}", folder.display(), std::env::var("PATH").unwrap_or_default())
 }
 
 /// The VM's network card, over which the server on another machine is reached.

@@ -17,8 +17,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use testlab::harness::{Env, Test};
-use testlab::shell::{run, sh, wait_for};
-use testlab::storage_node::{StorageNode, path_with};
+use testlab::shell::{path_with, run, sh, wait_for};
+use testlab::storage_node::StorageNode;
 
 use crate::bad_input::exit_code;
 use crate::direct;
