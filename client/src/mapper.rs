@@ -96,8 +96,8 @@ impl Mapper {
     /// Its own word outlives the disk, whose name may be another's by then: the disk has to say so as well.
     fn has_disk_below(&self, sys: &Path) -> bool {
         let below = fs::read_dir(sys.join("block").join(&self.kernel_name).join("slaves"));
-        let names = below.into_iter().flatten().flatten().map(|entry| entry.file_name());
-        names.into_iter().any(|name| name.to_str().is_some_and(|name| self.is_on_below(sys, name)))
+        let mut names = below.into_iter().flatten().flatten().map(|entry| entry.file_name());
+        names.any(|name| name.to_str().is_some_and(|name| self.is_on_below(sys, name)))
     }
 }
 

@@ -1,6 +1,8 @@
 //! The same world with an encrypted volume in it, and a node daemon that dies as well: its decisions are those of `luks_plan.rs`.
 
-use super::super::*;
+use super::super::{
+    Content, Disk, EXT4, MOUNTED, OnDevice, Place, StageStep, StageView, Use, World, XFS, stage, view,
+};
 use crate::node::luks_plan::{self, ClearDisk, Header};
 
 /// An encrypted volume, its node daemon and its disk: the header of LUKS is made in the attach, and the file system behind it.
