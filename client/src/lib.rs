@@ -5,6 +5,7 @@
 //! - [`api_channel`], [`data_address`], [`tls_spec`]: how a server is reached, with TLS or without.
 //! - [`image`]: images, copied into volumes and out of them by volctl, over NBD and without a disk.
 //! - [`contract`]: what the node daemon and a device process tell each other: spec file, status file, control socket.
+//! - [`mapper`]: the clear disks of encrypted volumes that the kernel has.
 //! - [`safe_stop`], [`holders`]: taking a disk away unless somebody uses it, and who does. [`causes`]: errors for people.
 //! - [`csi`]: the CSI driver, `volcsi`.
 //! - [`daemon_process`]: how a daemon's process begins and ends.
@@ -27,6 +28,7 @@ mod end_signal;
 pub mod freezer;
 pub mod holders;
 pub mod image;
+pub mod mapper;
 pub mod node;
 pub mod safe_stop;
 pub mod tls_spec;

@@ -201,6 +201,14 @@ fn values_that_cannot_be_are_refused_by_name() {
         ("csiDriver.nodeAllocatableUpdatePeriodSeconds=9", "/csiDriver/nodeAllocatableUpdatePeriodSeconds"),
         ("storageClasses[0].fsType=btrfs", "/storageClasses/0"),
         (
+            "storageClasses[0].name=a,storageClasses[0].parameters.encrypted=yes",
+            "invalid propertyName 'encrypted'",
+        ),
+        (
+            "storageClasses[0].name=a,storageClasses[0].passphraseSecret.namespace=b",
+            "/storageClasses/0/passphraseSecret",
+        ),
+        (
             "volumeAttributesClasses[0].name=x,volumeAttributesClasses[0].parameters.readiops=1",
             "/volumeAttributesClasses/0",
         ),

@@ -609,6 +609,75 @@ async fn snapshots_and_copies_have_the_bytes_of_their_instant() {
     assert_eq!(first(&on_server.name), 1, "the copy is its own");
 }
 
+/// Of an encrypted volume CSI knows the size without the header of LUKS; its copies are encrypted as it is, and nothing else is.
+#[tokio::test]
+async fn an_encrypted_volume_is_one_in_every_copy_and_has_its_clear_size_everywhere() {
+    const HEADER: u64 = 16 << 20;
+    let Some(mounted) = Mounted::new() else { return };
+    let mut bench = Bench::at(tempfile::tempdir_in(mounted.path()).unwrap());
+    let encrypted = |request: csi::CreateVolumeRequest| csi::CreateVolumeRequest {
+        parameters: map(&[("encrypted", "true")]),
+        ..request
+    };
+    let made = bench.create(encrypted(wanted("vault", MIB))).await;
+    assert_eq!((made.capacity_bytes, made.volume_context), (MIB, map(&[("encrypted", "true")])));
+    let id = made.volume_id;
+    let on_server = bench.volume(&id).await;
+    assert_eq!((on_server.is_encrypted, on_server.capacity_bytes), (true, MIB as u64 + HEADER));
+    let (code, why) = bench.create_refused(wanted("vault", MIB)).await;
+    assert_eq!(code, Code::AlreadyExists);
+    assert!(why.contains("it is encrypted, and wanted is one that is not encrypted"), "{why}");
+    let plain = bench.create(wanted("plain", MIB)).await;
+    assert_eq!((plain.volume_context, bench.volume(&plain.volume_id).await.is_encrypted), (map(&[]), false));
+    for (parameters, what) in [
+        (&[("encrypted", "maybe")][..], "is not true or false"),
+        (&[("encrypted", "true"), ("shared", "true")], "cannot be encrypted"),
+    ] {
+        let request = csi::CreateVolumeRequest { parameters: map(parameters), ..wanted("no", MIB) };
+        let (code, why) = bench.create_refused(request).await;
+        assert!(code == Code::InvalidArgument && why.contains(what), "{why}");
+    }
+
+    let larger = csi::ControllerExpandVolumeRequest {
+        volume_id: id.clone(),
+        capacity_range: Some(csi::CapacityRange { required_bytes: 2 * MIB, limit_bytes: 2 * MIB }),
+        ..Default::default()
+    };
+    let grown =
+        bench.twice(larger, |mut csi, request| async move { csi.controller_expand_volume(request).await });
+    assert_eq!(grown.await.capacity_bytes, 2 * MIB);
+    assert_eq!(bench.volume(&id).await.capacity_bytes, 2 * MIB as u64 + HEADER);
+
+    let snapshot = csi::CreateSnapshotRequest {
+        source_volume_id: id.clone(),
+        name: "of-vault".to_owned(),
+        ..Default::default()
+    };
+    let taken = bench.controller().await.create_snapshot(snapshot).await.unwrap().into_inner();
+    let taken = taken.snapshot.unwrap();
+    assert_eq!(taken.size_bytes, 2 * MIB);
+    for (name, source) in [("restored", of_snapshot(&taken.snapshot_id)), ("cloned", of_volume(&id))] {
+        let (code, why) = bench.create_refused(copy_of(name, source.clone())).await;
+        assert!(code == Code::InvalidArgument && why.contains("encrypted: \"true\""), "{why}");
+        for (suffix, bytes) in [("", 2 * MIB), ("-larger", 4 * MIB)] {
+            let range = csi::CapacityRange { required_bytes: bytes, limit_bytes: bytes };
+            let copy = copy_of(&format!("{name}{suffix}"), source.clone());
+            let copy = csi::CreateVolumeRequest { capacity_range: Some(range), ..encrypted(copy) };
+            let copied = bench.create(copy).await;
+            assert_eq!((copied.capacity_bytes, copied.volume_context.len()), (bytes, 1), "{name}{suffix}");
+            let on_server = bench.volume(&copied.volume_id).await;
+            assert_eq!((on_server.is_encrypted, on_server.capacity_bytes), (true, bytes as u64 + HEADER));
+        }
+    }
+    let of_plain = encrypted(copy_of("of-plain", of_volume(&plain.volume_id)));
+    let (code, why) = bench.create_refused(of_plain).await;
+    assert!(code == Code::InvalidArgument && why.contains("not encrypted"), "{why}");
+    let listed = bench.controller().await.list_volumes(csi::ListVolumesRequest::default()).await.unwrap();
+    let listed = listed.into_inner().entries.into_iter().filter_map(|entry| entry.volume);
+    let encrypted = listed.filter(|volume| volume.volume_context.contains_key("encrypted"));
+    assert_eq!(encrypted.count(), 5);
+}
+
 /// Ids of snapshots, and the token of what follows.
 async fn listed(
     bench: &Bench,
@@ -820,7 +889,7 @@ async fn hostile_requests_are_refused_and_harm_nobody() {
         (with(&|asked| asked.parameters = map(&[(FS_TYPE, escape)])), Code::InvalidArgument),
         (with(&|asked| asked.volume_capabilities = vec![of_fs_type(" ext4")]), Code::InvalidArgument),
         (with(&|asked| asked.volume_capabilities = vec![of_fs_type(&long)]), Code::InvalidArgument),
-        (with(&|asked| asked.parameters = key("encrypted")), Code::InvalidArgument),
+        (with(&|asked| asked.parameters = map(&[("encrypted", escape)])), Code::InvalidArgument),
         (with(&|asked| asked.parameters = map(&[("tenant", escape)])), Code::InvalidArgument),
         (with(&|asked| asked.mutable_parameters = key("readBandwidth")), Code::InvalidArgument),
         (with(&|asked| asked.capacity_range = range(i64::MAX, 0)), Code::OutOfRange),

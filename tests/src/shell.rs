@@ -1,6 +1,7 @@
 //! Running programs whose failure is the test's failure, and waiting for conditions with a deadline.
 
 use std::ffi::OsStr;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -56,4 +57,8 @@ pub fn wait_for<T>(
 fn line<S: AsRef<OsStr>>(program: &str, arguments: &[S]) -> String {
     let words: Vec<_> = arguments.iter().map(|word| word.as_ref().to_string_lossy()).collect();
     format!("{program} {}", words.join(" "))
+}
+/// Where programs are looked for, with a folder before all others.
+pub fn path_with(folder: &Path) -> String {
+    format!("{}:{}", folder.display(), std::env::var("PATH").unwrap_or_default())
 }

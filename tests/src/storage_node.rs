@@ -22,7 +22,7 @@ use tls::test_authority::Issued;
 
 use crate::harness::Env;
 use crate::kernel_series::KernelSeries;
-use crate::shell::{run, sh, wait_for};
+use crate::shell::{path_with, run, sh, wait_for};
 
 /// A daemon that is not ready by then is not coming.
 const READY_DEADLINE: Duration = Duration::from_secs(60);
@@ -105,6 +105,8 @@ pub struct StorageNode {
     series: KernelSeries,
     server_options: Vec<String>,
     client_options: Vec<String>,
+    /// Where the node daemon finds programs before others.
+    client_programs: Option<PathBuf>,
     node_id: String,
     /// The machine that the node daemon runs on; `None`: this one, as `node_id`.
     machine: Option<ClonedMachine>,
@@ -286,6 +288,7 @@ impl StorageNode {
             series: env.series,
             server_options: server_options.iter().map(|&option| option.to_owned()).collect(),
             client_options: Vec::new(),
+            client_programs: None,
             node_id: "node-1".into(),
             machine: None,
             server_netns: None,
@@ -398,6 +401,7 @@ impl StorageNode {
             client.arg("--tls-user-space");
         }
         client.args(&self.client_options);
+        client.envs(self.client_programs.iter().map(|folder| ("PATH", path_with(folder))));
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
         Ok(())

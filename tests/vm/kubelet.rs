@@ -5,6 +5,7 @@
 //! a pod reads all that was ever written, and whatever is taken back (a target, a staging, a grant, a volume) has left nothing behind.
 
 mod calls;
+mod encrypted;
 mod world;
 
 use std::time::{Duration, Instant};
@@ -22,6 +23,12 @@ use world::World;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("kubelet::volumes_live_through_a_plugin_that_is_killed", half_a_minute).within(400).once(),
+    Test::new(
+        "kubelet::an_encrypted_volume_is_made_by_a_plugin_and_a_daemon_that_are_killed",
+        encrypted::is_made_by_what_is_killed,
+    )
+    .within(300)
+    .once(),
     Test::new("kubelet::volumes_live_through_a_plugin_that_is_killed_for_long", ten_minutes)
         .within(1500)
         .once()
@@ -48,7 +55,7 @@ fn lives(env: &Env, kinds: &[Kind], time: Duration) -> Result<()> {
     let mut rng = Rng::with_seed(seed::choose()?);
     let storage = StorageNode::start(env)?;
     let claims = kinds.iter().enumerate().map(|(number, kind)| Claim::new(number, *kind)).collect();
-    let mut world = World::new(env, storage, claims)?;
+    let mut world = World::new(env, storage, claims, None)?;
     let (began, mut rounds, mut kills) = (Instant::now(), 0, 0);
     let outcome = (|| {
         while began.elapsed() < time || rounds < ROUNDS_MIN {

@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use testlab::harness::{Env, Test};
-use testlab::shell::{run, sh, wait_for};
+use testlab::shell::{path_with, run, sh, wait_for};
 use testlab::storage_node::StorageNode;
 
 use crate::bad_input::exit_code;
@@ -304,43 +304,57 @@ impl Drop for Cores {
 }
 
 /// A `cryptsetup` before the true one: it derives keys quickly, and stops before a step until it is told to go on.
-struct Stops {
+pub(crate) struct Stops {
     folder: PathBuf,
 }
 
 impl Stops {
-    fn new(env: &Env) -> Result<Self> {
+    pub(crate) fn new(env: &Env) -> Result<Self> {
         let folder = env.directory.join("bin");
         fs::create_dir(&folder)?;
-        let program = sh("command -v cryptsetup")?;
-        let at = folder.display();
+        let stops = Self { folder };
+        stops.add(
+            "cryptsetup",
+            "$1",
+            "case $1 in luksFormat|luksChangeKey) set -- \"$@\" --pbkdf pbkdf2 --pbkdf-force-iterations 1000;; esac",
+        )?;
+        Ok(stops)
+    }
+
+    /// A program that does the same: what its step is called, and what its script does before the true one.
+    pub(crate) fn add(&self, program: &str, action: &str, change: &str) -> Result<()> {
+        let true_one = sh(&format!("command -v {program}"))?;
+        let at = self.folder.display();
         let script = format!(
             "#!/bin/sh
-             action=$1
+             action={action}
              echo $action >> {at}/steps
              if [ -e {at}/stop-before-$action ]; then
                  mv {at}/stop-before-$action {at}/stopped
                  while [ -e {at}/stopped ]; do sleep 0.05; done
              fi
-             case $action in luksFormat|luksChangeKey) set -- \"$@\" --pbkdf pbkdf2 --pbkdf-force-iterations 1000;; esac
+             {change}
              exec {} \"$@\"
             ",
-            program.trim()
+            true_one.trim()
         );
-        let path = folder.join("cryptsetup");
+        let path = self.folder.join(program);
         fs::write(&path, script)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-        Ok(Self { folder })
+        Ok(fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?)
+    }
+
+    /// Where the programs are.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// A node daemon that finds it first.
     fn start_daemon(&self, node: &StorageNode, env: &Env) -> Result<Child> {
-        let path = std::env::var("PATH").unwrap_or_default();
         let log = File::options().create(true).append(true).open(env.directory.join("daemon.log"))?;
         let mut daemon = node
             .program("volclient")
             .arg("serve")
-            .env("PATH", format!("{}:{path}", self.folder.display()))
+            .env("PATH", path_with(&self.folder))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -351,20 +365,20 @@ impl Stops {
         Ok(daemon)
     }
 
-    fn before(&self, action: &str) -> Result<()> {
+    pub(crate) fn before(&self, action: &str) -> Result<()> {
         Ok(fs::write(self.folder.join(format!("stop-before-{action}")), "")?)
     }
 
-    fn wait_until_stopped(&self) -> Result<()> {
+    pub(crate) fn wait_until_stopped(&self) -> Result<()> {
         let stopped = self.folder.join("stopped");
         wait_for("cryptsetup to stop", Duration::from_secs(60), || Ok(stopped.exists().then_some(())))
     }
 
-    fn go_on(&self) -> Result<()> {
+    pub(crate) fn go_on(&self) -> Result<()> {
         Ok(fs::remove_file(self.folder.join("stopped"))?)
     }
 
-    fn steps(&self) -> Result<String> {
+    pub(crate) fn steps(&self) -> Result<String> {
         let steps = fs::read_to_string(self.folder.join("steps")).unwrap_or_default();
         let _ = fs::remove_file(self.folder.join("steps"));
         Ok(steps.split_whitespace().collect::<Vec<_>>().join(" "))

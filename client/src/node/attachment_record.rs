@@ -16,12 +16,12 @@ use ublk_core::control::block_device_path;
 
 use super::device_process;
 use super::error::NodeError;
-use super::luks::mapper;
 use super::target::{DetachSelector, Target};
 use crate::contract::{
     self, AttachmentDir, ContractError, DeviceSpec, DeviceState, DeviceStatus, ExportSpec, SendZcMode,
     SessionRecord, StallPolicy,
 };
+use crate::mapper;
 
 /// One attachment of this node.
 #[derive(Debug)]

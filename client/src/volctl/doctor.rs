@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use client::causes::with_sources;
-use client::node::luks::mapper;
+use client::mapper;
 use client::node::target::Target;
 use proto::v1;
 use serde_json::{Value, json};

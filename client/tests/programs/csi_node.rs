@@ -930,6 +930,88 @@ fn a_hostile_request_is_refused_in_few_words_and_tells_no_secret() {
     });
 }
 
+/// What opens it comes with the stage, and goes to the node daemon and nowhere else; what is to be encrypted is not written in the clear. With
+/// a true clear disk: `tests/vm`.
+#[test]
+fn an_encrypted_volume_needs_its_passphrase_and_tells_nobody() {
+    const PASSPHRASE: &str = "correct-horse-battery-staple";
+    const WRONG: &str = "another-horse-another-staple";
+    in_own_namespace(|| async {
+        let Some(world) = World::new(16 * MIB) else { return };
+        for name in ["mkfs.ext4", "blkid", "e2fsck"] {
+            world.wrap(name, "echo run >> runs; exec $REAL \"$@\"");
+        }
+        world.node.state().passphrase = Some(PASSPHRASE.as_bytes().to_vec());
+        let mut plugin = world.plugin().await;
+        let stage = |capability: csi::VolumeCapability, is_told: bool, passphrase: Option<&str>| {
+            let context = is_told.then(|| ("encrypted".to_owned(), "true".to_owned()));
+            let secret = passphrase.map(|passphrase| ("passphrase".to_owned(), passphrase.to_owned()));
+            csi::NodeStageVolumeRequest {
+                volume_context: context.into_iter().collect(),
+                secrets: secret.into_iter().collect(),
+                ..world.stage(&capability)
+            }
+        };
+        let long = WRONG.repeat(200);
+        for (asked, code, what) in [
+            (stage(block(), true, None), Code::InvalidArgument, "node-stage-secret-name"),
+            (stage(block(), true, Some("")), Code::InvalidArgument, "node-stage-secret-namespace"),
+            // A PersistentVolume that somebody wrote: the node daemon knows.
+            (stage(file_system("ext4"), false, None), Code::InvalidArgument, "node-stage-secret-name"),
+            (stage(file_system("ext4"), true, Some(&long)), Code::InvalidArgument, "it may have 4096"),
+            (stage(file_system("ext4"), true, Some(WRONG)), Code::FailedPrecondition, "is wrong"),
+        ] {
+            refused(plugin.node.node_stage_volume(asked).await, code, what);
+            assert_eq!(world.node.state().attachments, []);
+        }
+        // What a file has behind it is no part of it. The kernel has no such clear disk: the disk below is not taken for it.
+        let with_line_feed = format!("{PASSPHRASE}\n");
+        let staged =
+            plugin.node.node_stage_volume(stage(file_system("ext4"), true, Some(&with_line_feed))).await;
+        refused(staged, Code::FailedPrecondition, "/dev/mapper/volnode-");
+        let asked = world.node.state().asked.clone().unwrap();
+        assert_eq!(asked.passphrase.unwrap().value, PASSPHRASE.as_bytes());
+        assert!(
+            asked.keep_initialising && asked.only_if_granted,
+            "a file system is made, and then there is data"
+        );
+        let shown = world.publish("pods/disk", &block());
+        refused(plugin.node.node_publish_volume(shown).await, Code::FailedPrecondition, "is not open");
+        plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
+        let staged = plugin.node.node_stage_volume(stage(block(), true, Some(PASSPHRASE))).await;
+        refused(staged, Code::FailedPrecondition, "/dev/mapper/volnode-");
+        assert!(!world.node.state().asked.as_ref().unwrap().keep_initialising, "nobody says so later");
+        plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
+
+        // A daemon that attaches it as any other.
+        world.node.state().knows_no_encryption = true;
+        for capability in [block(), file_system("ext4")] {
+            let staged = plugin.node.node_stage_volume(stage(capability, true, Some(PASSPHRASE))).await;
+            refused(staged, Code::FailedPrecondition, "upgrade volclient");
+        }
+        let shown = csi::NodePublishVolumeRequest {
+            volume_context: [("encrypted".to_owned(), "true".to_owned())].into(),
+            ..world.publish("pods/disk", &block())
+        };
+        refused(plugin.node.node_publish_volume(shown).await, Code::FailedPrecondition, "not staged");
+        plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
+        // One that is not encrypted, of a class that has a passphrase.
+        world.node.state().knows_no_encryption = false;
+        world.node.state().passphrase = None;
+        let staged = plugin.node.node_stage_volume(stage(block(), false, Some(PASSPHRASE))).await;
+        refused(staged, Code::InvalidArgument, "make volumes with encrypted");
+        plugin.node.node_unstage_volume(world.unstage()).await.unwrap();
+
+        assert_eq!((world.lines_of("runs"), world.node.forced_and_left()), (0, (0, 0)));
+        assert_eq!(world.volume().content(), v1::VolumeContent::NeverWritten);
+        let log = world.log();
+        assert!(
+            log.contains("NodeStageVolume") && !log.contains(PASSPHRASE) && !log.contains(WRONG),
+            "{log}"
+        );
+    });
+}
+
 /// What becomes of an image that a program crashes on.
 #[test]
 fn an_image_that_crashes_its_fsck_is_not_mounted() {

@@ -170,14 +170,20 @@ async fn what_is_not_there_is_not_declared_and_no_secret_is_logged() {
         secrets: secrets(),
         ..Default::default()
     };
+    let expand = v1::NodeExpandVolumeRequest {
+        volume_id: volume_id(),
+        volume_path: dir.path().join("target").display().to_string(),
+        secrets: secrets(),
+        ..Default::default()
+    };
     let create = v1::CreateVolumeRequest { secrets: secrets(), ..Default::default() };
     let mut controller = ControllerClient::new(plugin.channel("csi.sock").await);
-    for refused in [
-        node.node_stage_volume(stage).await.unwrap_err(),
-        node.node_publish_volume(publish).await.unwrap_err(),
+    for (refused, why) in [
+        (node.node_stage_volume(stage).await.unwrap_err(), "volume_capability is missing"),
+        (node.node_publish_volume(publish).await.unwrap_err(), "volume_capability is missing"),
+        (node.node_expand_volume(expand).await.unwrap_err(), "the node daemon cannot be asked"),
     ] {
-        assert_eq!(refused.code(), Code::InvalidArgument);
-        assert!(refused.message().contains("not supported yet"), "{refused}");
+        assert!(refused.message().contains(why), "{refused}");
         assert!(!refused.message().contains(SECRET));
     }
     assert_eq!(controller.create_volume(create).await.unwrap_err().code(), Code::Unimplemented);

@@ -85,6 +85,10 @@ pub(crate) struct NodeState {
     pub(crate) forced: usize,
     /// Of policies that were set.
     pub(crate) policies: usize,
+    /// The volume is encrypted, and opened by this one. The kernel has no clear disk of it.
+    pub(crate) passphrase: Option<Vec<u8>>,
+    /// The daemon is of a version that knows no encryption.
+    pub(crate) knows_no_encryption: bool,
     /// Why the next attaches are refused, once the grant was looked at.
     pub(crate) attach_refused: Option<&'static str>,
 }
@@ -122,6 +126,10 @@ impl Service {
         if let Some(why) = state.attach_refused {
             return Err(refuse(Code::Unavailable, why, "not now".to_owned(), "try later"));
         }
+        let is_encrypted = state.passphrase.is_some() && !state.knows_no_encryption;
+        if !state.knows_no_encryption {
+            is_opened(state.passphrase.as_deref(), &request)?;
+        }
         if let Some(found) = state.attachments.iter().find(|one| one.target == request.target) {
             if found.state() == v1::DeviceState::Failed {
                 let message = "the disk answers EIO".to_owned();
@@ -130,6 +138,8 @@ impl Service {
             return Ok(v1::AttachResponse { attachment: Some(found.clone()), existed: true });
         }
         let attachment_id = Uuid::new_v4().to_string();
+        let clear_device_path =
+            if is_encrypted { format!("/dev/mapper/volnode-{attachment_id}") } else { String::new() };
         let known = v1::Attachment { attachment_id: attachment_id.clone(), ..Default::default() };
         server.attachments.insert(attachment_id.clone(), known);
         let attachment = v1::NodeAttachment {
@@ -142,6 +152,8 @@ impl Service {
             on_stall: v1::StallAction::Wait.into(),
             only_if_granted: true,
             volume_uid: uid,
+            is_encrypted,
+            clear_device_path,
             ..Default::default()
         };
         state.attachments.push(attachment.clone());
@@ -164,6 +176,28 @@ impl Service {
         let gone = state.attachments.remove(at);
         self.server.lock().unwrap().attachments.remove(&gone.attachment_id);
         Ok(v1::DetachResponse { existed: true })
+    }
+}
+
+/// What the true daemon says of passphrases.
+fn is_opened(opens: Option<&[u8]>, request: &v1::AttachRequest) -> Result<(), Status> {
+    let target = &request.target;
+    let told = request.passphrase.as_ref().map(|passphrase| passphrase.value.as_slice());
+    match (opens, told) {
+        (None, Some(_)) => {
+            let message = format!("passphrase: {target} is not encrypted; attach it without a passphrase");
+            Err(refuse(Code::InvalidArgument, reason::INVALID_FIELD, message, ""))
+        }
+        (Some(_), None) => {
+            let message = format!("{target}: the volume is encrypted, and no passphrase was given");
+            let next = "give it: volctl attach --passphrase-file FILE";
+            Err(refuse(Code::FailedPrecondition, reason::PASSPHRASE_MISSING, message, next))
+        }
+        (Some(opens), Some(told)) if opens != told => {
+            let message = format!("the passphrase of {target} is wrong");
+            Err(refuse(Code::FailedPrecondition, reason::PASSPHRASE_WRONG, message, "give another"))
+        }
+        _ => Ok(()),
     }
 }
 

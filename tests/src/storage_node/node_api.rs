@@ -55,6 +55,11 @@ impl StorageNode {
         self.start_client()
     }
 
+    /// From its next start on the node daemon finds programs in this folder before others.
+    pub fn have_the_client_look_in(&mut self, folder: &Path) {
+        self.client_programs = Some(folder.to_owned());
+    }
+
     /// Freezes what is mounted of the volumes, as volctl does before a snapshot; gives the freeze's id.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //!
 //! Owns the paths, which are kubelet's own, and the requests. Never: decides, or looks at what came of a call.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use proto::csi::v1 as csi;
@@ -15,7 +16,11 @@ use tonic::transport::Channel;
 
 /// Of the lab's node daemon.
 pub(super) const NODE_ID: &str = "node-1";
+/// Found by nobody but cryptsetup.
+pub(super) const PASSPHRASE: &str = "correct-horse-battery-staple";
 const MIB: i64 = 1 << 20;
+/// What an encrypted volume has on the server besides its size.
+const HEADER_BYTES: i64 = 16 * MIB;
 /// A volume grows by so much.
 const GROWTH_BYTES: i64 = 64 * MIB;
 
@@ -25,6 +30,8 @@ pub(super) enum Kind {
     Ext4,
     Xfs,
     Block,
+    /// An ext4 on a clear disk.
+    Encrypted,
 }
 
 /// A claim, its volume, and what was written to it.
@@ -38,6 +45,8 @@ pub(super) struct Claim {
     pub(super) bytes: i64,
     /// How many times pods wrote to it.
     pub(super) writes: u64,
+    /// In the node-stage secret of an encrypted one's class.
+    pub(super) passphrase: String,
 }
 
 impl Claim {
@@ -49,6 +58,7 @@ impl Claim {
             volume_id: String::new(),
             bytes: 0,
             writes: 0,
+            passphrase: PASSPHRASE.to_owned(),
         };
         claim.forget();
         claim
@@ -59,7 +69,7 @@ impl Claim {
         self.volume_id.clear();
         self.writes = 0;
         self.bytes = match self.kind {
-            Kind::Ext4 | Kind::Block => 64 * MIB,
+            Kind::Ext4 | Kind::Block | Kind::Encrypted => 64 * MIB,
             // Smaller ones mkfs.xfs refuses.
             Kind::Xfs => 320 * MIB,
         };
@@ -69,12 +79,24 @@ impl Claim {
         self.bytes + GROWTH_BYTES
     }
 
+    /// So much the volume takes on the server, grown.
+    pub(super) fn grown_bytes_on_server(&self) -> i64 {
+        let header = if self.kind == Kind::Encrypted { HEADER_BYTES } else { 0 };
+        self.grown_bytes() + header
+    }
+
+    /// The parameter of its class, which is in the PersistentVolume as well.
+    fn context(&self) -> HashMap<String, String> {
+        let encrypted = (self.kind == Kind::Encrypted).then(|| ("encrypted".to_owned(), "true".to_owned()));
+        encrypted.into_iter().collect()
+    }
+
     fn capability(&self) -> csi::VolumeCapability {
         let mount = |fs_type: &str| {
             AccessType::Mount(MountVolume { fs_type: fs_type.to_owned(), ..Default::default() })
         };
         let access_type = match self.kind {
-            Kind::Ext4 => mount("ext4"),
+            Kind::Ext4 | Kind::Encrypted => mount("ext4"),
             Kind::Xfs => mount("xfs"),
             Kind::Block => AccessType::Block(BlockVolume {}),
         };
@@ -135,10 +157,15 @@ impl Claim {
             name: self.name.clone(),
             capacity_range: range(self.bytes),
             volume_capabilities: vec![self.capability()],
+            parameters: self.context(),
             ..Default::default()
         };
         let made = controller.create_volume(request).await?.into_inner().volume;
-        made.map(|volume| volume.volume_id).ok_or_else(|| Status::data_loss("no volume is told"))
+        let made = made.ok_or_else(|| Status::data_loss("no volume is told"))?;
+        if made.capacity_bytes != self.bytes || made.volume_context != self.context() {
+            return Err(Status::data_loss(format!("another volume is told: {made:?}")));
+        }
+        Ok(made.volume_id)
     }
 
     async fn controller_call(
@@ -193,9 +220,16 @@ impl Claim {
             volume_id,
             staging_target_path,
             volume_capability,
+            volume_context: self.context(),
+            secrets: self.secrets(),
             ..Default::default()
         };
         node.node_stage_volume(request).await.map(drop)
+    }
+
+    fn secrets(&self) -> HashMap<String, String> {
+        let is_told = self.kind == Kind::Encrypted;
+        is_told.then(|| ("passphrase".to_owned(), self.passphrase.clone())).into_iter().collect()
     }
 
     async fn target_call(
@@ -215,6 +249,7 @@ impl Claim {
                     staging_target_path,
                     target_path,
                     volume_capability: Some(self.capability()),
+                    volume_context: self.context(),
                     ..Default::default()
                 };
                 node.node_publish_volume(request).await?;

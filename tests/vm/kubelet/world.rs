@@ -16,7 +16,7 @@ use proto::v1::management_client::ManagementClient;
 use proto::v1::node_client::NodeClient;
 use testlab::harness::Env;
 use testlab::kubelet::{Fault, Step};
-use testlab::shell::{sh, wait_for};
+use testlab::shell::{path_with, sh, wait_for};
 use testlab::storage_node::StorageNode;
 use testlab::volcsi::Volcsi;
 use tokio::runtime::Runtime;
@@ -42,7 +42,9 @@ type Answer = Result<Option<String>, Status>;
 /// Everything that there is.
 pub(super) struct World {
     pub(super) claims: Vec<Claim>,
-    storage: StorageNode,
+    pub(super) storage: StorageNode,
+    /// Where volcsi finds programs before others.
+    programs: Option<PathBuf>,
     /// There, but for the moment between its death and the next one's start.
     volcsi: Option<Volcsi>,
     directory: PathBuf,
@@ -54,13 +56,20 @@ pub(super) struct World {
 
 impl World {
     /// Starts the plugin once the server knows the node.
-    pub(super) fn new(env: &Env, storage: StorageNode, claims: Vec<Claim>) -> Result<Self> {
+    pub(super) fn new(
+        env: &Env,
+        storage: StorageNode,
+        claims: Vec<Claim>,
+        programs: Option<&Path>,
+    ) -> Result<Self> {
         let (directory, kubelet) = (env.directory.clone(), env.directory.join("kubelet"));
         fs::create_dir(&kubelet)?;
         sh(&format!("mount --bind {0} {0}; mount --make-shared {0}", kubelet.display()))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let named_before = named();
-        let mut world = Self { claims, storage, volcsi: None, directory, kubelet, runtime, named_before };
+        let programs = programs.map(Path::to_owned);
+        let mut world =
+            Self { claims, storage, programs, volcsi: None, directory, kubelet, runtime, named_before };
         wait_for("the server to know the node", BOUND, || {
             let nodes = world.ask(async |mut api| api.list_nodes(v1::ListNodesRequest::default()).await)?;
             Ok(nodes.nodes.iter().any(|node| node.node_id == NODE_ID).then_some(()))
@@ -74,6 +83,9 @@ impl World {
         self.volcsi = None;
         let mut command = self.storage.program("volcsi");
         command.arg("--kubelet-dir").arg(&self.kubelet).args(["--log", "info,client=debug"]);
+        if let Some(programs) = &self.programs {
+            command.env("PATH", path_with(programs));
+        }
         let (socket, log) = (self.directory.join("csi.sock"), self.directory.join("volcsi.log"));
         self.volcsi = Some(Volcsi::start(&mut command, &socket, &log)?);
         Ok(())
@@ -180,6 +192,22 @@ impl World {
         Ok(outcomes)
     }
 
+    /// Begins a call, and has whoever `killer` kills die in the middle of it: the call fails then.
+    pub(super) fn cut_off(
+        &mut self,
+        number: usize,
+        step: Step,
+        killer: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<Status> {
+        self.make_directories(number, step)?;
+        let call = self.spawn(number, step, Fault::None, self.channel()?);
+        killer(self)?;
+        match self.runtime.block_on(call)? {
+            Err(status) => Ok(status),
+            Ok(_) => bail!("{step:?} came to its end without those that make it"),
+        }
+    }
+
     fn spawn(&self, number: usize, step: Step, fault: Fault, channel: Channel) -> JoinHandle<Answer> {
         let (claim, kubelet) = (self.claims[number].clone(), self.kubelet.clone());
         self.runtime.spawn(async move {
@@ -280,7 +308,7 @@ impl World {
             Step::Publish(pod) => self.read_all(number, pod)?,
             Step::Use(_) | Step::Look(_) => {}
             Step::ControllerExpand => {
-                ensure!(volume()?.capacity_bytes == claim.grown_bytes() as u64, "it has not grown");
+                ensure!(volume()?.capacity_bytes == claim.grown_bytes_on_server() as u64, "it has not grown");
                 self.claims[number].bytes = claim.grown_bytes();
                 if claim.kind == Kind::Block {
                     self.device_has_grown(number)?;

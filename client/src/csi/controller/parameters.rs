@@ -8,6 +8,7 @@
 //! | `csi.storage.k8s.io/fstype` | `ext4`, `xfs` | no |
 //! | `backend` | `file`, `lvm`, `memory` | no |
 //! | `shared` | `true`, `false` | no |
+//! | `encrypted` | `true`, `false` | no |
 //! | `tenant` | the tenant in whose name space volumes are made | no |
 //! | `readIops`, `writeIops` | requests per second; 0 is no limit | in a VolumeAttributesClass |
 //! | `readBandwidth`, `writeBandwidth` | bytes per second, as a quantity of Kubernetes: `104857600`, `100Mi`, `100M`; 0 is no limit | the same |
@@ -25,13 +26,13 @@ use crate::csi::mount_options::FsType;
 pub(super) const FS_TYPE: &str = "csi.storage.k8s.io/fstype";
 const BACKEND: &str = "backend";
 const SHARED: &str = "shared";
+/// What is written is encrypted, by the nodes.
+pub(super) const ENCRYPTED: &str = "encrypted";
 const TENANT: &str = "tenant";
 const READ_IOPS: &str = "readIops";
 const WRITE_IOPS: &str = "writeIops";
 const READ_BANDWIDTH: &str = "readBandwidth";
 const WRITE_BANDWIDTH: &str = "writeBandwidth";
-/// What a StorageClass is to say one day.
-const NOT_THERE_YET: [&str; 1] = ["encrypted"];
 /// Of external-provisioner's `--extra-create-metadata`: for whom the volume is.
 const CLAIM_NAME: &str = "csi.storage.k8s.io/pvc/name";
 const CLAIM_NAMESPACE: &str = "csi.storage.k8s.io/pvc/namespace";
@@ -59,6 +60,8 @@ pub(super) struct Class {
     pub(super) backend: Option<Backend>,
     /// Several nodes may write to its volumes at once.
     pub(super) is_shared: bool,
+    /// The nodes encrypt what is written to its volumes.
+    pub(super) is_encrypted: bool,
     /// In whose name space its volumes are made.
     pub(super) tenant: Option<String>,
     /// For every volume.
@@ -94,15 +97,17 @@ impl Class {
                 }
                 BACKEND => class.backend = Some(backend(value)?),
                 SHARED => class.is_shared = boolean(key, value)?,
+                ENCRYPTED => class.is_encrypted = boolean(key, value)?,
                 TENANT => class.tenant = Some(tenant(value)?),
                 key if class.limits.set(key, value)? => {}
-                key if NOT_THERE_YET.contains(&key) => {
-                    let next = "take the parameter out of the StorageClass";
-                    return Err(Refusal::invalid(format!("parameter {key} is not supported yet; {next}")));
-                }
-                key => return Err(unknown(key, &[FS_TYPE, BACKEND, SHARED, TENANT])),
+                key => return Err(unknown(key, &[FS_TYPE, BACKEND, SHARED, ENCRYPTED, TENANT])),
             }
             ours.insert(key.as_str(), value.as_str());
+        }
+        if class.is_encrypted && class.is_shared {
+            return Err(Refusal::invalid(
+                "encrypted: a shared volume cannot be encrypted; take one of both out of the StorageClass",
+            ));
         }
         let (namespace, name) = (parameters.get(CLAIM_NAMESPACE), parameters.get(CLAIM_NAME));
         class.claim = namespace.zip(name).map(|(namespace, name)| format!("{namespace}/{name}"));
@@ -291,7 +296,9 @@ mod tests {
             ("readIOPS", "1", "readIOPS"),
             (long.as_str(), "1", "xxx"),
             ("\u{1b}[2J", "", "\\u{1b}"),
-            ("encrypted", "true", "encrypted is not supported yet"),
+            ("encrypted", "yes", "encrypted: \"yes\" is not true or false"),
+            ("encrypted", "", "is not true or false"),
+            ("encrypted", "True", "True"),
             ("tenant", "", "no tenant"),
             ("tenant", "a+b", "a+b"),
             ("backend", "device", "device"),
@@ -313,11 +320,22 @@ mod tests {
     }
 
     #[test]
+    fn a_class_is_encrypted_where_it_says_so_and_not_shared_as_well() {
+        for (parameters, is_encrypted) in
+            [(&[][..], false), (&[("encrypted", "false")], false), (&[("encrypted", "true")], true)]
+        {
+            assert_eq!(Class::of(&map(parameters)).unwrap().is_encrypted, is_encrypted, "{parameters:?}");
+        }
+        let refusal = Class::of(&map(&[("encrypted", "true"), ("shared", "true")])).unwrap_err();
+        assert!(refusal.code == Code::InvalidArgument && refusal.message.contains("cannot be encrypted"));
+    }
+
+    #[test]
     fn only_limits_change_later() {
         let limits = Limits::of(&map(&[("readBandwidth", "0"), ("writeIops", "100")])).unwrap();
         let has = VolumeLimits { read_bytes_per_second: 1 << 20, ..Default::default() };
         assert_eq!(limits.over(has), VolumeLimits { write_iops: 100, ..Default::default() });
-        for key in ["backend", "shared", "tenant", "csi.storage.k8s.io/fstype", "no-such-key"] {
+        for key in ["backend", "shared", "encrypted", "tenant", "csi.storage.k8s.io/fstype", "no-such-key"] {
             let refusal = Limits::of(&map(&[(key, "true")])).unwrap_err();
             assert!(refusal.code == Code::InvalidArgument && refusal.message.contains(key));
         }

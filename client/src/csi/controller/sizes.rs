@@ -1,8 +1,11 @@
 //! Sizes: the range that CSI asks for, and the size that a volume gets.
 //!
-//! Owns the rule: the least multiple of [`GRANULE`] that is in the range. Never: does I/O.
+//! Owns the rules: the least multiple of [`GRANULE`] that is in the range; and of an encrypted volume CSI knows the clear disk, which is
+//! smaller than the volume by the header of LUKS. Never: does I/O.
 
 use proto::csi::v1;
+
+use proto::passphrase::LUKS_HEADER_BYTES;
 
 use super::refusal::Refusal;
 
@@ -12,6 +15,28 @@ pub(super) const GRANULE: u64 = 4096;
 pub(super) const DEFAULT_BYTES: u64 = 1 << 30;
 /// The kernel's and the server's sizes are signed 64 bits.
 const BYTES_MAX: u64 = i64::MAX as u64 / GRANULE * GRANULE;
+
+/// The size to ask the server for, in bytes.
+///
+/// # Errors
+/// OUT_OF_RANGE: with the header there is no such size.
+pub(super) fn on_server(clear_bytes: u64, is_encrypted: bool) -> Result<u64, Refusal> {
+    let whole = clear_bytes.checked_add(header_bytes(is_encrypted)).filter(|whole| *whole <= BYTES_MAX);
+    whole.ok_or_else(|| {
+        Refusal::out_of_range(format!(
+            "{clear_bytes} bytes and the header of LUKS are too many: at most {BYTES_MAX}"
+        ))
+    })
+}
+
+/// What CSI is told of a size of the server's, in bytes: so much can be written.
+pub(super) fn clear(server_bytes: u64, is_encrypted: bool) -> u64 {
+    server_bytes.saturating_sub(header_bytes(is_encrypted))
+}
+
+fn header_bytes(is_encrypted: bool) -> u64 {
+    if is_encrypted { LUKS_HEADER_BYTES } else { 0 }
+}
 
 /// A size that is wanted, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -142,6 +167,20 @@ mod tests {
             assert_eq!(asked.of_copy(source), Ok(size), "{source}");
         }
         assert_eq!(asked.of_copy(1 << 21).unwrap_err().code, Code::OutOfRange);
+    }
+
+    #[test]
+    fn an_encrypted_volume_is_larger_on_the_server_by_its_header() {
+        assert_eq!((on_server(4096, false), on_server(4096, true)), (Ok(4096), Ok(4096 + (16 << 20))));
+        for size in [0, 4096, 1 << 30] {
+            for is_encrypted in [false, true] {
+                assert_eq!(clear(on_server(size, is_encrypted).unwrap(), is_encrypted), size);
+            }
+        }
+        // Smaller than its header: somebody made it by other means.
+        assert_eq!(clear(4096, true), 0);
+        assert_eq!(on_server(BYTES_MAX, true).unwrap_err().code, Code::OutOfRange);
+        assert_eq!(on_server(BYTES_MAX, false), Ok(BYTES_MAX));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::locks::Locks;
 use super::names;
 use super::parameters;
 use super::refusal::{Refusal, given, shown};
+use super::sizes;
 use super::topology::Place;
 use super::volumes::bytes;
 
@@ -203,7 +204,7 @@ pub(super) async fn page(
 pub(super) fn to_csi(snapshot: &v1::Snapshot) -> csi::Snapshot {
     let is_of_group = names::is_of_group(&snapshot.name);
     csi::Snapshot {
-        size_bytes: bytes(snapshot.capacity_bytes),
+        size_bytes: bytes(sizes::clear(snapshot.capacity_bytes, snapshot.is_encrypted)),
         snapshot_id: snapshot.snapshot_uid.clone(),
         source_volume_id: snapshot.volume_uid.clone(),
         creation_time: Some(timestamp(snapshot.created_at_ms)),
@@ -242,6 +243,9 @@ mod tests {
         snapshot.name = names::of_csi_group("g");
         let told = to_csi(&snapshot);
         assert_eq!((told.ready_to_use, told.group_snapshot_id.as_str()), (true, "g-uid"));
+        // What its copies can hold.
+        (snapshot.is_encrypted, snapshot.capacity_bytes) = (true, 4096 + (16 << 20));
+        assert_eq!(to_csi(&snapshot).size_bytes, 4096);
         assert_eq!(timestamp(-1), Timestamp { seconds: -1, nanos: 999_000_000 });
     }
 }

@@ -19,9 +19,9 @@ use super::lists;
 use super::names;
 use super::parameters::{self, Class, Limits};
 use super::refusal::{Refusal, given, shown};
-use super::sizes::{GRANULE, SizeRange};
+use super::sizes::{self, GRANULE, SizeRange};
 use super::topology::Place;
-use super::wanted::{Source, Wanted};
+use super::wanted::{Source, Wanted, of_encryption};
 
 /// Between two looks at a copy that goes on.
 const COPY_PAUSE: Duration = Duration::from_millis(200);
@@ -71,12 +71,13 @@ async fn found(call: &Call, wanted: &Wanted) -> Result<Option<v1::Volume>, Refus
 async fn make(call: &Call, wanted: &Wanted) -> Result<v1::Volume, Refusal> {
     let question = v1::CreateVolumeRequest {
         name: wanted.name(),
-        capacity_bytes: wanted.size.choose(0)?,
+        capacity_bytes: sizes::on_server(wanted.size.choose(0)?, wanted.class.is_encrypted)?,
         backend: wanted.class.backend.unwrap_or_default().into(),
         labels: wanted.labels(),
         description: wanted.description(),
         limits: Some(wanted.limits),
         is_shared: wanted.class.is_shared,
+        is_encrypted: wanted.class.is_encrypted,
         ..Default::default()
     };
     call.ask(question, |mut stub, request| async move { stub.create_volume(request).await }).await
@@ -88,17 +89,24 @@ async fn copy(call: &Call, wanted: &Wanted, source: Source) -> Result<v1::Volume
         Source::Snapshot(uid) => {
             let snapshot = call.snapshot(uid).await?;
             refuse_other_backend(wanted, snapshot.backend())?;
+            refuse_other_encryption(wanted, snapshot.is_encrypted)?;
             snapshot.capacity_bytes
         }
         Source::Volume(uid) => {
             let volume = call.volume(uid).await?;
             refuse_other_backend(wanted, volume.backend())?;
+            refuse_other_encryption(wanted, volume.is_encrypted)?;
             volume.capacity_bytes
         }
     };
+    let is_encrypted = wanted.class.is_encrypted;
+    let capacity_bytes = match wanted.size.of_copy(sizes::clear(source_bytes, is_encrypted))? {
+        0 => 0,
+        larger => sizes::on_server(larger, is_encrypted)?,
+    };
     let mut question = v1::CloneVolumeRequest {
         name: wanted.name(),
-        capacity_bytes: wanted.size.of_copy(source_bytes)?,
+        capacity_bytes,
         labels: wanted.labels(),
         description: wanted.description(),
         ..Default::default()
@@ -133,6 +141,18 @@ fn refuse_other_backend(wanted: &Wanted, source: v1::Backend) -> Result<(), Refu
         }
         _ => Ok(()),
     }
+}
+
+/// A copy is encrypted as its source is, with the same passphrase; and its class says whether nodes are told one.
+fn refuse_other_encryption(wanted: &Wanted, is_encrypted: bool) -> Result<(), Refusal> {
+    if wanted.class.is_encrypted == is_encrypted {
+        return Ok(());
+    }
+    Err(Refusal::invalid(format!(
+        "{}: a copy is encrypted as its source is, which is {}; choose a StorageClass with encrypted: \"{is_encrypted}\"",
+        parameters::ENCRYPTED,
+        of_encryption(is_encrypted)
+    )))
 }
 
 /// Until the operation has succeeded.
@@ -216,13 +236,15 @@ pub(super) async fn expand(
     let size = SizeRange::of(request.capacity_range.as_ref())?;
     let capability = request.volume_capability.as_ref().map(Capability::of).transpose()?;
     let mut volume = call.volume(uid).await?;
-    if let Some(capacity_bytes) = grown(size, volume.capacity_bytes)? {
+    let is_encrypted = volume.is_encrypted;
+    if let Some(clear_bytes) = grown(size, sizes::clear(volume.capacity_bytes, is_encrypted))? {
+        let capacity_bytes = sizes::on_server(clear_bytes, is_encrypted)?;
         let question = v1::ResizeVolumeRequest { name: by_uid(uid), capacity_bytes, ..Default::default() };
         volume =
             call.ask(question, |mut stub, request| async move { stub.resize_volume(request).await }).await?;
     }
     Ok(csi::ControllerExpandVolumeResponse {
-        capacity_bytes: bytes(volume.capacity_bytes),
+        capacity_bytes: bytes(sizes::clear(volume.capacity_bytes, is_encrypted)),
         // A disk has its new size by itself; a file system on it has not.
         node_expansion_required: !capability.is_some_and(|capability| capability.is_block),
     })
@@ -267,14 +289,19 @@ pub(super) async fn validate(
     if request.volume_capabilities.is_empty() {
         return Err(Refusal::invalid("volume_capabilities are missing"));
     }
-    let nature = Nature::of(&call.volume(names::volume_uid(&request.volume_id)?).await?);
+    let volume = call.volume(names::volume_uid(&request.volume_id)?).await?;
+    let nature = Nature::of(&volume);
     let why = match Capability::all_of(&request.volume_capabilities) {
         Ok(capabilities) => capabilities.into_iter().find_map(|capability| capability.refused_by(nature)),
         Err(refusal) => Some(refusal.message),
     };
     let off = |refusal: Refusal| refusal.message;
+    let of_class = |class: Class| {
+        let is_other = class.is_encrypted && !volume.is_encrypted;
+        is_other.then(|| format!("{}: the volume is not encrypted", parameters::ENCRYPTED))
+    };
     let why = why
-        .or_else(|| Class::of(&request.parameters).err().map(off))
+        .or_else(|| Class::of(&request.parameters).map_or_else(|refusal| Some(off(refusal)), of_class))
         .or_else(|| Limits::of(&request.mutable_parameters).err().map(off));
     let csi::ValidateVolumeCapabilitiesRequest {
         volume_context,
@@ -355,7 +382,10 @@ pub(super) async fn capacity(
         0
     } else {
         match class.backend {
-            None | Some(v1::Backend::File) => free_bytes(call.server_info().await?.storage_space.as_ref())?,
+            None | Some(v1::Backend::File) => {
+                let free = free_bytes(call.server_info().await?.storage_space.as_ref())?;
+                sizes::clear(free, class.is_encrypted)
+            }
             Some(other) => {
                 return Err(Refusal::precondition(format!(
                     "the storage server does not tell how much is free in {}",
@@ -392,14 +422,15 @@ fn to_csi(volume: &v1::Volume, place: &Place) -> csi::Volume {
             _ => None,
         }
     });
+    let mut volume_context = HashMap::new();
     let fs_type = volume.labels.get(names::LABEL_FS_TYPE);
+    volume_context.extend(fs_type.map(|name| (parameters::FS_TYPE.to_owned(), name.clone())));
+    // So that no node takes it for one that needs no passphrase.
+    volume_context.extend(volume.is_encrypted.then(|| (parameters::ENCRYPTED.to_owned(), true.to_string())));
     csi::Volume {
-        capacity_bytes: bytes(volume.capacity_bytes),
+        capacity_bytes: bytes(sizes::clear(volume.capacity_bytes, volume.is_encrypted)),
         volume_id: volume.volume_uid.clone(),
-        volume_context: fs_type
-            .map(|name| (parameters::FS_TYPE.to_owned(), name.clone()))
-            .into_iter()
-            .collect(),
+        volume_context,
         content_source: source.map(Source::to_csi),
         accessible_topology: place.to_csi(),
     }
@@ -471,7 +502,11 @@ mod tests {
         assert_eq!(told.volume_context["csi.storage.k8s.io/fstype"], "xfs");
         assert_eq!(told.content_source, Some(Source::Volume(uid.parse().unwrap()).to_csi()));
         assert_eq!(published_node_ids(&volume), ["n"]);
+        assert!(!told.volume_context.contains_key("encrypted"));
         volume.labels.clear();
         assert_eq!(to_csi(&volume, &Place::default()).content_source, None);
+        let volume = v1::Volume { is_encrypted: true, capacity_bytes: 4096 + (16 << 20), ..volume };
+        let told = to_csi(&volume, &Place::default());
+        assert_eq!((told.capacity_bytes, told.volume_context["encrypted"].as_str()), (4096, "true"));
     }
 }

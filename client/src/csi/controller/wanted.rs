@@ -14,7 +14,7 @@ use super::access::{Capability, Nature};
 use super::names;
 use super::parameters::{Class, Limits};
 use super::refusal::{Refusal, given, shown};
-use super::sizes::SizeRange;
+use super::sizes::{SizeRange, clear};
 
 /// Bytes of a description at most, as the server has it.
 const DESCRIPTION_BYTES_MAX: usize = 1024;
@@ -154,8 +154,14 @@ impl Wanted {
     /// In what a volume that is there differs from the one that is wanted, for people; empty where it is that one.
     pub(super) fn differences(&self, there: &Volume) -> Vec<String> {
         let mut differences = Vec::new();
-        if !self.size.has(there.capacity_bytes) {
-            differences.push(format!("it has {} bytes, and wanted are {}", there.capacity_bytes, self.size));
+        let bytes = clear(there.capacity_bytes, there.is_encrypted);
+        if !self.size.has(bytes) {
+            differences.push(format!("it has {bytes} bytes, and wanted are {}", self.size));
+        }
+        // Also what a server made of the call that knows no encryption.
+        if self.class.is_encrypted != there.is_encrypted {
+            let (is, wanted) = (of_encryption(there.is_encrypted), of_encryption(self.class.is_encrypted));
+            differences.push(format!("it is {is}, and wanted is one that is {wanted}"));
         }
         let source_uid = self.source.map(|source| source.uid().to_string()).unwrap_or_default();
         if source_uid != there.source_uid {
@@ -180,12 +186,18 @@ impl Wanted {
     }
 }
 
+/// For people.
+pub(super) fn of_encryption(is_encrypted: bool) -> &'static str {
+    if is_encrypted { "encrypted" } else { "not encrypted" }
+}
+
 #[cfg(test)]
 mod tests {
     use proto::csi::v1::volume_capability::access_mode::Mode;
     use proto::csi::v1::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
     use tonic::Code;
 
+    use super::super::sizes::on_server;
     use super::*;
 
     const UID: &str = "0f0e0d0c-0b0a-4908-8706-050403020100";
@@ -222,7 +234,8 @@ mod tests {
     fn made(wanted: &Wanted) -> Volume {
         Volume {
             name: wanted.name(),
-            capacity_bytes: wanted.size.choose(0).unwrap(),
+            capacity_bytes: on_server(wanted.size.choose(0).unwrap(), wanted.class.is_encrypted).unwrap(),
+            is_encrypted: wanted.class.is_encrypted,
             backend: wanted.class.backend.unwrap_or(Backend::File).into(),
             labels: wanted.labels(),
             is_shared: wanted.class.is_shared,
@@ -275,6 +288,7 @@ mod tests {
             (shared, "shared"),
             (request(&[("readIops", "6")]), "parameters"),
             (request(&[("readIops", "5"), ("backend", "memory")]), "BACKEND_MEMORY"),
+            (request(&[("readIops", "5"), ("encrypted", "true")]), "wanted is one that is encrypted"),
         ] {
             let differences = Wanted::of(&other).unwrap().differences(&there);
             assert!(
@@ -282,6 +296,21 @@ mod tests {
                 "{what}: {differences:?}"
             );
         }
+    }
+
+    #[test]
+    fn an_encrypted_volume_is_found_again_by_its_clear_size_and_one_in_the_clear_is_not_it() {
+        let wanted = Wanted::of(&request(&[("encrypted", "true")])).unwrap();
+        let there = made(&wanted);
+        assert_eq!(there.capacity_bytes, (1 << 20) + (16 << 20));
+        assert_eq!(wanted.differences(&there), Vec::<String>::new());
+        // Of a server that knows no encryption.
+        let plain = Volume { is_encrypted: false, ..there };
+        assert!(
+            wanted.differences(&plain)[1].contains("it is not encrypted"),
+            "{:?}",
+            wanted.differences(&plain)
+        );
     }
 
     #[test]

@@ -71,12 +71,19 @@ impl Daemon {
     ///
     /// # Errors
     /// NOT_FOUND: there is no such volume. The daemon's and the server's.
-    pub async fn attach(&self, volume: VolumeId, how: AttachAs) -> Result<v1::NodeAttachment, Status> {
+    pub async fn attach(
+        &self,
+        volume: VolumeId,
+        how: AttachAs,
+        passphrase: Option<v1::Passphrase>,
+    ) -> Result<v1::NodeAttachment, Status> {
         let request = v1::AttachRequest {
             target: volume.as_name(),
             read_only: how.read_only,
             shared: how.shared,
             only_if_granted: true,
+            passphrase,
+            keep_initialising: how.makes_file_system,
             ..Default::default()
         };
         let mut stub = self.stub.clone();
@@ -153,20 +160,32 @@ pub fn is_failing(attachment: &v1::NodeAttachment, now_ms: i64) -> bool {
 
 /// Whether an attach was refused for good: no repeat makes a disk that is dead serve again. Of every other refusal nobody knows.
 pub fn is_permanent(refused: &Status) -> bool {
-    const PERMANENT: [&str; 3] =
-        [reason::VOLUME_NOT_GRANTED, reason::DEVICE_FAILED, reason::VOLUME_NOT_FOUND];
-    refused.get_details_error_info().is_some_and(|info| PERMANENT.contains(&info.reason.as_str()))
+    // Without a passphrase one of an encrypted volume is asked for where its clear disk is not open: nothing can have been written to it.
+    const PERMANENT: [&str; 4] = [
+        reason::VOLUME_NOT_GRANTED,
+        reason::DEVICE_FAILED,
+        reason::VOLUME_NOT_FOUND,
+        reason::PASSPHRASE_MISSING,
+    ];
+    PERMANENT.iter().any(|reason| is_refused_for(refused, reason))
+}
+
+/// Whether the daemon gives this reason, one of `error_reason`.
+pub fn is_refused_for(refused: &Status, reason: &str) -> bool {
+    refused.get_details_error_info().is_some_and(|info| info.reason == reason)
 }
 
 /// Whether an attach was refused because of the disk that is there; the volume is granted then.
 pub fn is_of_failed_device(refused: &Status) -> bool {
-    refused.get_details_error_info().is_some_and(|info| info.reason == reason::DEVICE_FAILED)
+    is_refused_for(refused, reason::DEVICE_FAILED)
 }
 
 /// What the disk is good for.
 pub fn disk_of(attachment: Option<&v1::NodeAttachment>) -> Disk {
     let Some(attachment) = attachment else { return Disk::Absent };
+    let is_locked = attachment.is_encrypted && attachment.clear_device_path.is_empty();
     match attachment.state() {
+        v1::DeviceState::Live | v1::DeviceState::Starting if is_locked => Disk::Locked,
         v1::DeviceState::Live | v1::DeviceState::Starting => Disk::Serving,
         v1::DeviceState::Stalled => Disk::Stalled,
         v1::DeviceState::Failed => Disk::Failed,
@@ -257,17 +276,44 @@ mod tests {
             let details = ErrorDetails::with_error_info(reason, reason::DOMAIN, HashMap::new());
             passed_on(&Status::with_error_details(code, "no", details))
         };
-        for of_good in [reason::VOLUME_NOT_GRANTED, reason::DEVICE_FAILED] {
+        for of_good in [reason::VOLUME_NOT_GRANTED, reason::DEVICE_FAILED, reason::PASSPHRASE_MISSING] {
             assert!(is_permanent(&refused(Code::FailedPrecondition, of_good)), "{of_good}");
         }
         assert!(is_permanent(&refused(Code::NotFound, reason::VOLUME_NOT_FOUND)));
-        for passing in [reason::SERVER_UNREACHABLE, reason::DEVICE_TIMED_OUT, reason::DEVICE_START_FAILED] {
+        for passing in [
+            reason::SERVER_UNREACHABLE,
+            reason::DEVICE_TIMED_OUT,
+            reason::DEVICE_START_FAILED,
+            reason::PASSPHRASE_WRONG,
+        ] {
             assert!(!is_permanent(&refused(Code::FailedPrecondition, passing)), "{passing}");
         }
         // The daemon is away, or does not answer in time.
         assert!(!is_permanent(&passed_on(&Status::unavailable("tcp connect error"))));
         assert!(is_of_failed_device(&refused(Code::FailedPrecondition, reason::DEVICE_FAILED)));
         assert!(!is_of_failed_device(&refused(Code::FailedPrecondition, reason::VOLUME_NOT_GRANTED)));
+    }
+
+    #[test]
+    fn an_encrypted_disk_is_of_use_once_its_clear_disk_is_open() {
+        let encrypted = |state: v1::DeviceState, clear: &str| v1::NodeAttachment {
+            state: state.into(),
+            is_encrypted: true,
+            clear_device_path: clear.to_owned(),
+            ..Default::default()
+        };
+        let clear = "/dev/mapper/volnode-x";
+        for (state, closed, open) in [
+            (v1::DeviceState::Live, Disk::Locked, Disk::Serving),
+            (v1::DeviceState::Starting, Disk::Locked, Disk::Serving),
+            (v1::DeviceState::Stalled, Disk::Stalled, Disk::Stalled),
+            (v1::DeviceState::Failed, Disk::Failed, Disk::Failed),
+            (v1::DeviceState::Dead, Disk::Dead, Disk::Dead),
+            (v1::DeviceState::Stopping, Disk::Leaving, Disk::Leaving),
+        ] {
+            assert_eq!(disk_of(Some(&encrypted(state, ""))), closed);
+            assert_eq!(disk_of(Some(&encrypted(state, clear))), open);
+        }
     }
 
     #[test]

@@ -13,12 +13,14 @@ use std::time::{Duration, Instant};
 
 use proto::v1::NodeAttachment;
 use rustix::fs::{AtFlags, CWD, FileType, OFlags, Stat, fstat, major, minor, statat};
+use uuid::Uuid;
 
 use super::plan::{Place, Shown};
 use crate::csi::mountinfo::{self, MountEntry};
 use crate::csi::mounts::{MountError, mounts_at};
 use crate::csi::probe;
 use crate::csi::targets::Target;
+use crate::mapper::{self, Mapper};
 
 /// Where the kernel has the block devices by name, and by number.
 const SYS_BLOCK: &str = "/sys/class/block";
@@ -89,18 +91,27 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Of the attachment's disk, by its name and the kernel's; the disk itself is not asked.
+    /// Of the disk that is used, by its name and the kernel's; the disk itself is not asked. Of an encrypted volume it is the clear disk, which
+    /// the kernel calls by the attachment's id.
     ///
     /// # Errors
     /// [`DeviceError::NotThere`], [`DeviceError::Other`]
     pub fn of(attachment: &NodeAttachment) -> Result<Self, DeviceError> {
-        let device = &attachment.device_path;
+        let device = if attachment.is_encrypted {
+            let device = device_of(attachment);
+            let attachment_id = attachment.attachment_id.clone();
+            let why = "it is not open; stage the volume, with its passphrase".to_owned();
+            let found = clear_disk(attachment).ok_or(DeviceError::NotThere { device, attachment_id, why })?;
+            Path::new("/dev").join(found.kernel_name).display().to_string()
+        } else {
+            attachment.device_path.clone()
+        };
         let not_there = |why: String| DeviceError::NotThere {
             device: device.clone(),
             attachment_id: attachment.attachment_id.clone(),
             why,
         };
-        let path = Path::new(device);
+        let path = Path::new(&device);
         let name = path.file_name().filter(|_| path.parent() == Some(Path::new("/dev")));
         let name = name.ok_or_else(|| not_there("that is no name below /dev".to_owned()))?;
         let stat = statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW)
@@ -142,6 +153,26 @@ impl Identity {
     }
 }
 
+/// What of an attachment is used, by the name that the node daemon tells.
+fn device_of(attachment: &NodeAttachment) -> String {
+    match attachment.clear_device_path.as_str() {
+        "" => attachment.device_path.clone(),
+        clear => clear.to_owned(),
+    }
+}
+
+/// Of an encrypted volume, if it is open; the disk below may be gone.
+fn clear_disk(attachment: &NodeAttachment) -> Option<Mapper> {
+    mapper::find(Uuid::try_parse(&attachment.attachment_id).ok()?)
+}
+
+/// Whether what is used lies on the attachment's own disk.
+fn is_on_its_disk(attachment: &NodeAttachment) -> bool {
+    let disk = Path::new(&attachment.device_path).file_name().and_then(|name| name.to_str());
+    let is_on = |clear: Mapper| disk.is_some_and(|disk| clear.is_on_disk(disk));
+    !attachment.is_encrypted || clear_disk(attachment).is_some_and(is_on)
+}
+
 fn is_block_device(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice
 }
@@ -161,7 +192,7 @@ impl HeldDevice {
     /// [`DeviceError`], by cause.
     pub fn open(attachment: &NodeAttachment) -> Result<Self, DeviceError> {
         let identity = Identity::of(attachment)?;
-        let device = attachment.device_path.clone();
+        let device = device_of(attachment);
         let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = File::options().read(true).custom_flags(flags.bits() as i32).open(&identity.path);
         let io_error = |source| DeviceError::Io { device: device.clone(), source };
@@ -185,8 +216,13 @@ impl HeldDevice {
         let is_same = |now: &NodeAttachment| {
             now.attachment_id == before.attachment_id && now.device_path == before.device_path
         };
-        let device = before.device_path.clone();
-        let Some(now) = now.filter(|now| is_same(now)) else {
+        // A clear disk may have been closed and opened before this one was held, and its number been given to another.
+        let is_ours = |now: &NodeAttachment| {
+            let is_named_so = Identity::of(now).is_ok_and(|identity| identity == self.identity);
+            !now.is_encrypted || is_named_so && is_on_its_disk(now)
+        };
+        let device = device_of(before);
+        let Some(now) = now.filter(|now| is_same(now) && is_ours(now)) else {
             return Err(DeviceError::Other { device, attachment_id: before.attachment_id.clone() });
         };
         self.wait_for_bytes(now.capacity_bytes, |has| has == now.capacity_bytes)
@@ -278,7 +314,9 @@ pub fn place_to_free(
         major == 0 || Path::new(&format!("{SYS_NUMBERS}/{major}:{minor}")).exists()
     };
     let foreign = |mount: &&MountEntry| {
-        !is_ours(mount) && (is_others(mount) || (has_disk(mount.device) && !is_name_of_gone(mount)))
+        let is_gone =
+            || !has_disk(mount.device) || is_name_of_gone(mount) || is_of_clear_disk_without_disk(mount);
+        !is_ours(mount) && (is_others(mount) || !is_gone())
     };
     match mounts.iter().find(foreign) {
         Some(mount) => Ok(Place::Other(described(mount))),
@@ -291,6 +329,16 @@ fn is_name_of_gone(mount: &MountEntry) -> bool {
     let root = mount.root.to_string_lossy();
     // The kernel's own mark of a removed file.
     mount.fs_type == "devtmpfs" && root.ends_with("//deleted")
+}
+
+/// A clear disk that was taken from under its users, which it waits for, or a bind of its name: its own disk is gone.
+fn is_of_clear_disk_without_disk(mount: &MountEntry) -> bool {
+    is_of_any(mount, mapper::all().iter().filter(|clear| !clear.has_disk()))
+}
+
+fn is_of_any<'a>(mount: &MountEntry, mut clear_disks: impl Iterator<Item = &'a Mapper>) -> bool {
+    let name = (mount.fs_type == "devtmpfs").then(|| mount.root.file_name()).flatten();
+    clear_disks.any(|clear| clear.number == mount.device || name == Some(clear.kernel_name.as_ref()))
 }
 
 /// Whether the disk is mounted anywhere but at these paths.
@@ -379,6 +427,43 @@ mod tests {
         ] {
             assert!(!disk().is_of(&other), "{other:?}");
             assert_eq!(disk().shown_in(&[other]), Shown::default());
+        }
+    }
+
+    #[test]
+    fn of_an_encrypted_volume_the_disk_below_is_never_taken() {
+        let encrypted = NodeAttachment {
+            attachment_id: Uuid::new_v4().to_string(),
+            is_encrypted: true,
+            clear_device_path: "/dev/mapper/volnode-x".to_owned(),
+            ..attachment("/dev/null")
+        };
+        let id = || "no id at all".to_owned();
+        for closed in [encrypted.clone(), NodeAttachment { attachment_id: id(), ..encrypted.clone() }] {
+            let error = Identity::of(&closed).unwrap_err();
+            assert!(error.to_string().contains("/dev/mapper/volnode-x"), "{error}");
+            assert!(error.to_string().contains("is not open"), "{error}");
+            assert!(!is_on_its_disk(&closed));
+        }
+        assert!(is_on_its_disk(&attachment("/dev/null")), "of others nothing is above it");
+    }
+
+    #[test]
+    fn a_mount_of_a_clear_disk_is_known_by_number_or_by_name() {
+        let clear = Mapper {
+            attachment_id: Uuid::from_u128(7),
+            kernel_name: "dm-3".to_owned(),
+            number: (252, 3),
+            bytes: 1 << 20,
+        };
+        let is_of = |mount: &MountEntry| is_of_any(mount, std::iter::once(&clear));
+        assert!(is_of(&mount((252, 3), "/", "ext4")) && is_of(&mount((0, 5), "/dm-3", "devtmpfs")));
+        for other in [
+            mount((252, 4), "/", "ext4"),
+            mount((0, 5), "/dm-30", "devtmpfs"),
+            mount((0, 9), "/dm-3", "tmpfs"),
+        ] {
+            assert!(!is_of(&other), "{other:?}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! NodeExpandVolume: the file system grows to the size that its disk has by now.
 //!
 //! Owns: finding out what is at the path, because kubelet need not say. Never: makes the disk larger; the server has done so, and the device
-//! process follows. Called by: `service`.
+//! process follows; of an encrypted volume the node daemon has the clear disk follow that, without a passphrase. Called by: `service`.
 
 use std::sync::Arc;
 
@@ -35,6 +35,7 @@ impl Inner {
         match disk_of(Some(&attachment)) {
             Disk::Serving => {}
             Disk::Stalled => return Err(status::of_refusal(&Refusal::Stalled)),
+            Disk::Locked => return Err(status::of_refusal(&Refusal::NotStaged)),
             _ => return Err(status::of_refusal(&Refusal::Failed)),
         }
         let not_there = || Status::not_found("the volume is not at this path");

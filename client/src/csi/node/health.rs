@@ -45,7 +45,7 @@ impl Inner {
         match disk_of(Some(&attachment)) {
             Disk::Stalled => return Err(status::of_refusal(&Refusal::Stalled)),
             Disk::Dead | Disk::Failed => return Err(status::of_refusal(&Refusal::Failed)),
-            Disk::Absent | Disk::Leaving => return Err(not_there()),
+            Disk::Absent | Disk::Locked | Disk::Leaving => return Err(not_there()),
             Disk::Serving => {}
         }
         let identity = Identity::of(&attachment).map_err(|error| status::of_device(&error))?;

@@ -26,6 +26,8 @@ pub enum Disk {
     Serving,
     /// Its server cannot be reached.
     Stalled,
+    /// It serves, and is encrypted: what is used of it is not open, because the attach that was to open it was cut short.
+    Locked,
     /// It goes away.
     Leaving,
     /// Its device process is gone; another one may take the device on.
@@ -198,7 +200,7 @@ pub fn stage(view: &StageView) -> StageStep {
         Disk::Failed if view.place != Place::Free => return StageStep::Refuse(Refusal::Failed),
         Disk::Failed if view.shown.is_anywhere() => return StageStep::Refuse(Refusal::UsedElsewhere),
         Disk::Failed => return StageStep::Replace,
-        Disk::Absent | Disk::Leaving | Disk::Dead => return StageStep::Attach,
+        Disk::Absent | Disk::Locked | Disk::Leaving | Disk::Dead => return StageStep::Attach,
         Disk::Stalled if !matches!(view.place, Place::Volume { .. }) => {
             return StageStep::Refuse(Refusal::Stalled);
         }
@@ -289,7 +291,7 @@ pub enum PublishStep {
 pub fn publish(view: &PublishView) -> PublishStep {
     let refuse = PublishStep::Refuse;
     match (&view.disk, &view.target) {
-        (Disk::Absent | Disk::Leaving, _) => return refuse(Refusal::NotStaged),
+        (Disk::Absent | Disk::Locked | Disk::Leaving, _) => return refuse(Refusal::NotStaged),
         (_, Place::Other(what)) => return refuse(Refusal::Occupied(what.clone())),
         (Disk::Serving | Disk::Stalled, Place::Volume { read_only })
             if *read_only == view.is_read_only && view.fails_by_us =>
@@ -373,7 +375,7 @@ pub fn unstage(view: &UnstageView) -> UnstageStep {
         (_, Disk::Dead) | (Place::Free, Disk::Failed) => UnstageStep::Detach { by_force: true },
         (Place::Volume { .. }, _) => UnstageStep::Unmount,
         (Place::Free, Disk::Absent) => UnstageStep::Done,
-        (Place::Free, Disk::Serving | Disk::Stalled | Disk::Leaving) => {
+        (Place::Free, Disk::Serving | Disk::Stalled | Disk::Locked | Disk::Leaving) => {
             UnstageStep::Detach { by_force: false }
         }
     }

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use proto::v1::NodeAttachment;
 use rustix::mount::MountAttrFlags;
 use tonic::Status;
 
@@ -41,7 +42,12 @@ impl Inner {
         let attachment = self.daemon.attachment(asked.volume).await?;
         let disk = disk_of(attachment.as_ref());
         let not_staged = || status::of_refusal(&Refusal::NotStaged);
-        let Some(attachment) = attachment.filter(|_| disk != Disk::Leaving) else { return Err(not_staged()) };
+        let is_there = !matches!(disk, Disk::Locked | Disk::Leaving);
+        // A stage that was refused may have left the disk of an encrypted volume in the clear.
+        let is_right = |attachment: &NodeAttachment| attachment.is_encrypted || !asked.usage.is_encrypted;
+        let Some(attachment) = attachment.filter(|attachment| is_there && is_right(attachment)) else {
+            return Err(not_staged());
+        };
         let identity = Identity::of(&attachment).map_err(|error| status::of_device(&error))?;
         let is_block = asked.usage.used_as() == Use::Block;
         let staging = match self.kubelet.target(&asked.staging) {
@@ -89,7 +95,7 @@ impl Inner {
         &self,
         asked: &Publish,
         view: &PublishView,
-        attachment: &proto::v1::NodeAttachment,
+        attachment: &NodeAttachment,
         staging: Option<Arc<Target>>,
         target: Arc<Target>,
     ) -> Result<(), Status> {

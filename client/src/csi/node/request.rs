@@ -9,6 +9,7 @@ use std::fmt;
 use proto::csi::v1::VolumeCapability;
 use proto::csi::v1::volume_capability::AccessType;
 use proto::csi::v1::volume_capability::access_mode::Mode;
+use proto::v1::Passphrase;
 use tonic::Status;
 use uuid::Uuid;
 
@@ -21,8 +22,10 @@ const SHOWN_CHARACTERS_MAX: usize = 100;
 pub const READ_ONLY_KEY: &str = "readonly";
 /// In volume_context: the file system that the StorageClass asks for.
 const FS_TYPE_KEY: &str = "csi.storage.k8s.io/fstype";
-/// In volume_context: the volume is to be encrypted, which this plugin does not do yet. (`true`.)
+/// In volume_context: whether the volume is encrypted. (`true`, `false`; without it that is not known.)
 const ENCRYPTED_KEY: &str = "encrypted";
+/// In the secrets of NodeStageVolume: what opens an encrypted volume.
+const PASSPHRASE_KEY: &str = "passphrase";
 
 /// A volume, by its uid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -79,6 +82,40 @@ pub struct AttachAs {
     pub read_only: bool,
     /// Other nodes may have it as well.
     pub shared: bool,
+    /// The plugin makes a file system where there is none, and says then that there is data.
+    pub makes_file_system: bool,
+}
+
+/// Reads what opens an encrypted volume. Of all secrets the memory is erased; of the passphrase once it has been used.
+///
+/// # Errors
+/// INVALID_ARGUMENT: the volume is encrypted, and there is no passphrase; or it can be none.
+pub fn passphrase(
+    is_encrypted: bool,
+    mut secrets: HashMap<String, String>,
+) -> Result<Option<Passphrase>, Status> {
+    let mut passphrase = secrets.remove(PASSPHRASE_KEY).map(String::into_bytes);
+    for (_, other) in secrets {
+        drop(Passphrase::new(other.into_bytes()));
+    }
+    // As volctl takes one from a file: both open the volume with the same one.
+    if let Some(bytes) = passphrase.as_mut().filter(|bytes| bytes.ends_with(b"\n")) {
+        bytes.pop();
+    }
+    let passphrase = passphrase.map(Passphrase::new).filter(|passphrase| !passphrase.value.is_empty());
+    match &passphrase {
+        None if is_encrypted => return Err(no_passphrase()),
+        None => {}
+        Some(passphrase) => passphrase.check().map_err(Status::invalid_argument)?,
+    }
+    Ok(passphrase)
+}
+
+/// What to do where a volume needs a passphrase and none came with the call.
+pub fn no_passphrase() -> Status {
+    Status::invalid_argument(format!(
+        "the volume is encrypted, and no passphrase is in the node-stage secrets: name a Secret with the key {PASSPHRASE_KEY} in the StorageClass, by csi.storage.k8s.io/node-stage-secret-name and csi.storage.k8s.io/node-stage-secret-namespace"
+    ))
 }
 
 /// How a volume is used.
@@ -90,6 +127,8 @@ pub struct Usage {
     pub attach_as: AttachAs,
     /// One target at a time.
     pub is_single: bool,
+    /// By its class. Of others the node daemon knows.
+    pub is_encrypted: bool,
 }
 
 impl Usage {
@@ -106,14 +145,13 @@ impl Usage {
         capability: Option<&VolumeCapability>,
         publish_context: &HashMap<String, String>,
         volume_context: &HashMap<String, String>,
-        secrets: &HashMap<String, String>,
     ) -> Result<Self, Status> {
         let off = |what: &str| Status::invalid_argument(what.to_owned());
-        if !secrets.is_empty() || is_true(volume_context, ENCRYPTED_KEY) {
-            return Err(off(
-                "encrypted volumes are not supported yet: no secrets are used; take them, and the parameter `encrypted`, out of the StorageClass",
-            ));
-        }
+        let is_encrypted = match volume_context.get(ENCRYPTED_KEY).map(String::as_str) {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(_) => return Err(off("volume_context: encrypted is neither true nor false")),
+        };
         let capability = capability.ok_or_else(|| off("volume_capability is missing"))?;
         let options = match &capability.access_type {
             None => return Err(off("volume_capability.access_type is missing")),
@@ -150,7 +188,9 @@ impl Usage {
             Mode::Unknown => return Err(off("volume_capability.access_mode is missing")),
         };
         let read_only = read_only || is_true(publish_context, READ_ONLY_KEY);
-        Ok(Self { options, attach_as: AttachAs { read_only, shared }, is_single })
+        let makes_file_system = options.is_some();
+        let attach_as = AttachAs { read_only, shared, makes_file_system };
+        Ok(Self { options, attach_as, is_single, is_encrypted })
     }
 }
 
@@ -181,7 +221,7 @@ mod tests {
     }
 
     fn read(capability: &VolumeCapability) -> Result<Usage, Status> {
-        Usage::read(Some(capability), &HashMap::new(), &HashMap::new(), &HashMap::new())
+        Usage::read(Some(capability), &HashMap::new(), &HashMap::new())
     }
 
     #[track_caller]
@@ -222,7 +262,7 @@ mod tests {
         }
         let many = Mode::MultiNodeMultiWriter;
         let usage = read(&capability(AccessType::Block(BlockVolume {}), many)).unwrap();
-        assert_eq!(usage.attach_as, AttachAs { read_only: false, shared: true });
+        assert_eq!(usage.attach_as, AttachAs { read_only: false, shared: true, makes_file_system: false });
         refused(&capability(mount("", &[]), many), "MULTI_NODE_MULTI_WRITER is for block volumes");
         refused(&capability(mount("", &[]), Mode::MultiNodeSingleWriter), "MULTI_NODE_SINGLE_WRITER");
         refused(&capability(mount("", &[]), Mode::Unknown), "access_mode is missing");
@@ -245,27 +285,54 @@ mod tests {
         assert!(!read(&confidential).unwrap_err().message().contains("hunter2"));
     }
 
+    fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
     #[test]
-    fn secrets_are_refused_and_not_shown() {
+    fn what_the_context_says_is_used_where_the_capability_says_nothing() {
         let capability = capability(mount("", &[]), Mode::SingleNodeWriter);
         let nothing = HashMap::new();
-        let some = |key: &str, value: &str| HashMap::from([(key.to_owned(), value.to_owned())]);
-        let secrets = some("passphrase", "hunter2");
-        for refused in [
-            Usage::read(Some(&capability), &nothing, &nothing, &secrets),
-            Usage::read(Some(&capability), &nothing, &some(ENCRYPTED_KEY, "true"), &nothing),
-        ] {
-            let status = refused.unwrap_err();
-            assert!(status.message().contains("not supported yet"), "{status}");
-            assert!(!status.message().contains("hunter2"));
-        }
-        let of_class = Usage::read(Some(&capability), &nothing, &some(FS_TYPE_KEY, "xfs"), &nothing).unwrap();
+        let of_class = Usage::read(Some(&capability), &nothing, &map(&[(FS_TYPE_KEY, "xfs")])).unwrap();
         assert_eq!(of_class.used_as(), Use::FileSystem(FsType::Xfs));
-        let usage = Usage::read(Some(&capability), &some(READ_ONLY_KEY, "true"), &nothing, &nothing).unwrap();
-        assert!(usage.attach_as.read_only);
-        assert_eq!(
-            Usage::read(None, &nothing, &nothing, &nothing).unwrap_err().code(),
-            Code::InvalidArgument
-        );
+        let usage = Usage::read(Some(&capability), &map(&[(READ_ONLY_KEY, "true")]), &nothing).unwrap();
+        assert!(usage.attach_as.read_only && usage.attach_as.makes_file_system);
+        assert_eq!(Usage::read(None, &nothing, &nothing).unwrap_err().code(), Code::InvalidArgument);
+    }
+
+    #[test]
+    fn an_encrypted_volume_needs_a_passphrase_and_shows_nothing_of_it() {
+        let read = |secrets: &[(&str, &str)]| passphrase(true, map(secrets));
+        for none in [&[][..], &[("passphrase", "")], &[("passphrase", "\n")], &[("Passphrase", "hunter2")]] {
+            let status = read(none).unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument);
+            for told in ["node-stage-secret-name", "node-stage-secret-namespace", "key passphrase"] {
+                assert!(status.message().contains(told), "{status}");
+            }
+            assert!(!status.message().contains("hunter2"), "{status}");
+        }
+        let long = "hunter2".repeat(1000);
+        let status = read(&[("passphrase", &long)]).unwrap_err();
+        assert!(status.code() == Code::InvalidArgument && !status.message().contains("hunter2"), "{status}");
+        // With the line feed of a file, and without it.
+        for told in ["hunter2", "hunter2\n"] {
+            let read = read(&[("passphrase", told), ("other", "swordfish")]).unwrap().unwrap();
+            assert_eq!(read.value, b"hunter2");
+            assert!(!format!("{read:?}").contains("hunter2"));
+        }
+        assert_eq!(read(&[("passphrase", "hunter2\n\n")]).unwrap().unwrap().value, b"hunter2\n");
+    }
+
+    #[test]
+    fn of_other_volumes_the_node_daemon_says_whether_they_need_one() {
+        assert!(passphrase(false, HashMap::new()).unwrap().is_none());
+        assert!(passphrase(false, map(&[("passphrase", "hunter2")])).unwrap().is_some());
+        let capability = capability(mount("", &[]), Mode::SingleNodeWriter);
+        let is_encrypted = |context: &[(&str, &str)]| {
+            Usage::read(Some(&capability), &HashMap::new(), &map(context)).map(|usage| usage.is_encrypted)
+        };
+        assert!(!is_encrypted(&[]).unwrap() && !is_encrypted(&[(ENCRYPTED_KEY, "false")]).unwrap());
+        assert!(is_encrypted(&[(ENCRYPTED_KEY, "true")]).unwrap());
+        assert_eq!(is_encrypted(&[(ENCRYPTED_KEY, "yes")]).unwrap_err().code(), Code::InvalidArgument);
     }
 }

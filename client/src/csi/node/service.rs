@@ -19,7 +19,7 @@ use super::daemon::Daemon;
 use super::inner::Inner;
 use super::operations::Operations;
 use super::publish::Publish;
-use super::request::{Usage, VolumeId, no_such_volume, require};
+use super::request::{Usage, VolumeId, no_such_volume, passphrase, require};
 use crate::csi::jobs::Jobs;
 use crate::csi::mounts::{MountError, is_seen_outside};
 use crate::csi::services::logged;
@@ -178,15 +178,17 @@ impl v1::node_server::Node for NodeService {
         request: Request<v1::NodeStageVolumeRequest>,
     ) -> Result<Response<v1::NodeStageVolumeResponse>, Status> {
         logged("NodeStageVolume", async {
-            let asked = request.into_inner();
+            let mut asked = request.into_inner();
+            let secrets = std::mem::take(&mut asked.secrets);
             let volume = VolumeId::read(&asked.volume_id)?;
             require("staging_target_path", &asked.staging_target_path)?;
             let capability = asked.volume_capability.as_ref();
-            let usage =
-                Usage::read(capability, &asked.publish_context, &asked.volume_context, &asked.secrets)?;
+            let usage = Usage::read(capability, &asked.publish_context, &asked.volume_context)?;
+            let passphrase = passphrase(usage.is_encrypted, secrets)?;
             let volume = volume.ok_or_else(|| no_such_volume(&asked.volume_id))?;
             let path = asked.staging_target_path;
-            let work = |inner: Arc<Inner>| async move { inner.stage(volume, &path, &usage).await };
+            let work =
+                |inner: Arc<Inner>| async move { inner.stage(volume, &path, &usage, passphrase).await };
             self.alone("NodeStageVolume", volume, work).await?;
             Ok(v1::NodeStageVolumeResponse {})
         })
@@ -220,8 +222,7 @@ impl v1::node_server::Node for NodeService {
             let volume = VolumeId::read(&asked.volume_id)?;
             require("target_path", &asked.target_path)?;
             let capability = asked.volume_capability.as_ref();
-            let usage =
-                Usage::read(capability, &asked.publish_context, &asked.volume_context, &asked.secrets)?;
+            let usage = Usage::read(capability, &asked.publish_context, &asked.volume_context)?;
             let volume = volume.ok_or_else(|| no_such_volume(&asked.volume_id))?;
             if asked.staging_target_path.is_empty() {
                 return Err(Status::failed_precondition(

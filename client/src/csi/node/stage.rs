@@ -1,4 +1,5 @@
-//! NodeStageVolume: the volume becomes a disk, and its file system is mounted at the staging path.
+//! NodeStageVolume: the volume becomes a disk, and its file system is mounted at the staging path. Of an encrypted volume it is the clear disk
+//! that is looked at, formatted and mounted; the node daemon makes the header of LUKS and opens it, in the attach.
 //!
 //! Owns: carrying out one step after the other, as `plan` says. Never: decides what is next, or remembers it. Called by: `service`.
 
@@ -7,14 +8,15 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
-use proto::v1::NodeAttachment;
-use tonic::Status;
+use proto::error_reason as reason;
+use proto::v1::{NodeAttachment, Passphrase};
+use tonic::{Code, Status};
 
-use super::daemon::{disk_of, fails_by_us, is_of_failed_device};
+use super::daemon::{disk_of, fails_by_us, is_of_failed_device, is_refused_for};
 use super::device::{HeldDevice, Identity, is_file_system_read_only, place_of, shown};
 use super::inner::{Inner, blocking, look, mark_of};
 use super::plan::{self, Disk, Place, Shown, StageStep, StageView, Use};
-use super::request::{Usage, VolumeId};
+use super::request::{Usage, VolumeId, no_passphrase};
 use super::{programs, status};
 use crate::contract::content::Content;
 use crate::csi::blank::Ends;
@@ -32,6 +34,7 @@ struct Stage<'a> {
     volume: VolumeId,
     path: &'a str,
     usage: &'a Usage,
+    passphrase: Option<Passphrase>,
     view: StageView,
     attachment: Option<NodeAttachment>,
     /// Once there is a disk whose file system it is for.
@@ -44,7 +47,13 @@ impl Inner {
     ///
     /// # Errors
     /// By cause; the repeat goes on where this ended.
-    pub async fn stage(&self, volume: VolumeId, path: &str, usage: &Usage) -> Result<(), Status> {
+    pub async fn stage(
+        &self,
+        volume: VolumeId,
+        path: &str,
+        usage: &Usage,
+        passphrase: Option<Passphrase>,
+    ) -> Result<(), Status> {
         self.settled(volume).await?;
         let view = StageView {
             used_as: usage.used_as(),
@@ -62,7 +71,8 @@ impl Inner {
             is_grown: false,
         };
         let (attachment, target, device) = (None, None, None);
-        let mut stage = Stage { inner: self, volume, path, usage, view, attachment, target, device };
+        let mut stage =
+            Stage { inner: self, volume, path, usage, passphrase, view, attachment, target, device };
         stage.look().await?;
         for _ in 0..STEPS_MAX {
             match plan::stage(&stage.view) {
@@ -91,13 +101,18 @@ impl Stage<'_> {
         self.device = None;
         match self.view.disk {
             Disk::Serving | Disk::Stalled | Disk::Failed => self.see_place().await,
-            // Its device is another one soon.
-            Disk::Absent | Disk::Leaving | Disk::Dead => Ok(()),
+            // Its device is another one soon, or is not to be used.
+            Disk::Absent | Disk::Locked | Disk::Leaving | Disk::Dead => Ok(()),
         }
     }
 
     async fn see_place(&mut self) -> Result<(), Status> {
         let Some(attachment) = self.attachment.clone() else { return Ok(()) };
+        if attachment.is_encrypted && attachment.clear_device_path.is_empty() {
+            // Nothing can be mounted or shown of it.
+            (self.view.place, self.view.shown) = (Place::Free, Shown::default());
+            return Ok(());
+        }
         let identity = Identity::of(&attachment).map_err(|error| status::of_device(&error))?;
         let disk = identity.clone();
         self.view.shown = blocking(move || shown(&disk).map_err(|error| status::of_mount(&error))).await?;
@@ -162,8 +177,10 @@ impl Stage<'_> {
     }
 
     async fn attach(&mut self) -> Result<(), Status> {
-        match self.inner.daemon.attach(self.volume, self.usage.attach_as).await {
+        let passphrase = self.passphrase.clone();
+        match self.inner.daemon.attach(self.volume, self.usage.attach_as, passphrase).await {
             Ok(attached) => {
+                self.is_as_encrypted_as_asked(&attached)?;
                 self.attachment = Some(attached);
                 self.view.is_granted = true;
                 self.see_disk().await
@@ -177,8 +194,39 @@ impl Stage<'_> {
                 self.view.is_granted = true;
                 Ok(())
             }
-            Err(why) => Err(why),
+            Err(why) => Err(self.in_kubelets_words(why)),
         }
+    }
+
+    /// Nothing is written in the clear that was to be encrypted, and no volume's header is taken for what it holds.
+    fn is_as_encrypted_as_asked(&self, attached: &NodeAttachment) -> Result<(), Status> {
+        let is_told = self.usage.is_encrypted || self.passphrase.is_some();
+        if is_told && !attached.is_encrypted {
+            return Err(Status::failed_precondition(
+                "the volume is to be encrypted, and the node daemon has attached it as any other: it is of a version that knows no encryption; upgrade volclient on this node",
+            ));
+        }
+        if attached.is_encrypted && attached.clear_device_path.is_empty() {
+            return Err(Status::aborted(
+                "the encrypted volume's disk was closed in this moment; repeat the call",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What the daemon says of passphrases is for who types volctl.
+    fn in_kubelets_words(&self, refused: Status) -> Status {
+        if is_refused_for(&refused, reason::PASSPHRASE_MISSING) {
+            return no_passphrase();
+        }
+        let is_useless = refused.code() == Code::InvalidArgument && !self.usage.is_encrypted;
+        if is_useless && self.passphrase.is_some() {
+            return Status::invalid_argument(format!(
+                "{}; its StorageClass has a node-stage secret with a passphrase: take that out, or make volumes with encrypted: \"true\"",
+                refused.message()
+            ));
+        }
+        refused
     }
 
     fn options(&self) -> Result<&MountOptions, Status> {
@@ -250,7 +298,10 @@ impl Stage<'_> {
 
     async fn make(&mut self) -> Result<(), Status> {
         let (device, fs_type) = (self.held().await?, self.fs_type()?);
-        let is_zeros = self.view.found.as_ref().is_some_and(|(_, ends)| *ends == Ends::Zeros);
+        // Zeros that nobody wrote are noise when they are decrypted: behind the ends of a clear disk there are none.
+        let is_encrypted = self.attachment.as_ref().is_some_and(|attachment| attachment.is_encrypted);
+        let has_zero_ends = self.view.found.as_ref().is_some_and(|(_, ends)| *ends == Ends::Zeros);
+        let is_zeros = has_zero_ends && !is_encrypted;
         let program = format!("mkfs.{}", fs_type.name());
         let what = self.job(&program)?;
         tracing::info!(volume = %self.volume, program, "makes a file system");

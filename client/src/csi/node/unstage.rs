@@ -95,8 +95,9 @@ impl Inner {
                 UnstageStep::FailOnStall => self.daemon.fail_on_stall(&attachment_id).await?,
                 UnstageStep::Recover => {
                     let read_only = own.is_some_and(|own| own.read_only);
-                    let how = AttachAs { read_only, shared: false };
-                    match self.daemon.attach(volume, how).await {
+                    // Nothing is said of a file system that is not made yet. An encrypted disk that is open needs no passphrase.
+                    let how = AttachAs { read_only, shared: false, makes_file_system: true };
+                    match self.daemon.attach(volume, how, None).await {
                         Ok(_) => {}
                         Err(why) if is_permanent(&why) => {
                             tracing::warn!(%volume, why = why.message(), "a dead disk cannot be taken on; what was not written to it is lost");

@@ -24,9 +24,9 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 use uuid::Uuid;
 
-use super::mapper;
 use crate::contract::AttachmentDir;
 use crate::disk_ends;
+use crate::mapper;
 use crate::node::device_process;
 use crate::node::error::NodeError;
 

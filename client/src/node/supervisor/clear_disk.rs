@@ -28,11 +28,11 @@ use crate::contract::content::Content;
 use crate::contract::{AttachmentDir, DeviceSpec, ExportSpec};
 use crate::disk_ends;
 use crate::holders;
+use crate::mapper::{self, Mapper};
 use crate::node::attachment_record::AttachmentRecord;
 use crate::node::error::NodeError;
 use crate::node::leftovers;
 use crate::node::luks::cryptsetup::{self, Subject};
-use crate::node::luks::mapper::{self, Mapper};
 use crate::node::luks_plan::{self, ClearDisk, Header, Refusal, Step, View};
 use crate::node::target::DetachSelector;
 

@@ -2,6 +2,10 @@
 
 use super::*;
 
+mod encrypted {
+    mod tests;
+}
+
 const EXT4: Use = Use::FileSystem(FsType::Ext4);
 const XFS: Use = Use::FileSystem(FsType::Xfs);
 const MOUNTED: Place = Place::Volume { read_only: false };
@@ -36,11 +40,21 @@ fn ext4() -> Option<(Found, Ends)> {
 
 #[test]
 fn nothing_is_staged_without_a_grant_of_this_call() {
-    for disk in [Disk::Absent, Disk::Serving, Disk::Stalled, Disk::Leaving, Disk::Dead, Disk::Failed] {
+    for disk in
+        [Disk::Absent, Disk::Serving, Disk::Stalled, Disk::Locked, Disk::Leaving, Disk::Dead, Disk::Failed]
+    {
         for place in [Place::Free, MOUNTED, other()] {
             let view = StageView { disk, place, is_granted: false, ..view() };
             assert_eq!(stage(&view), StageStep::Attach, "{disk:?}");
         }
+    }
+}
+
+#[test]
+fn an_encrypted_disk_that_is_not_open_is_opened_by_an_attach() {
+    for used_as in [EXT4, Use::Block] {
+        let locked = StageView { disk: Disk::Locked, used_as, ..view() };
+        assert_eq!(stage(&locked), StageStep::Attach);
     }
 }
 
@@ -223,7 +237,7 @@ fn what_is_not_staged_is_not_shown() {
         PublishStep::Refuse(why) => why,
         step => panic!("{step:?}"),
     };
-    for disk in [Disk::Absent, Disk::Leaving] {
+    for disk in [Disk::Absent, Disk::Locked, Disk::Leaving] {
         assert_eq!(refusal(PublishView { disk, ..published() }), Refusal::NotStaged);
     }
     for disk in [Disk::Dead, Disk::Failed] {
@@ -284,7 +298,7 @@ fn an_unstage_unmounts_and_then_detaches() {
     let gone = UnstageView { place: Place::Free, ..gone };
     assert_eq!(unstage(&gone), UnstageStep::Detach { by_force: true });
     assert_eq!(step(&Place::Free, Disk::Absent), UnstageStep::Done);
-    for disk in [Disk::Serving, Disk::Stalled, Disk::Leaving] {
+    for disk in [Disk::Serving, Disk::Stalled, Disk::Locked, Disk::Leaving] {
         assert_eq!(step(&Place::Free, disk), UnstageStep::Detach { by_force: false }, "{disk:?}");
     }
     assert_eq!(step(&Place::Free, Disk::Failed), UnstageStep::Detach { by_force: true });
@@ -301,7 +315,7 @@ fn a_job_that_waits_for_a_lost_server_is_let_go_where_nobody_else_is_hurt() {
     assert!(!frees_jobs(Disk::Stalled, true, true, false), "it fails already");
     assert!(!frees_jobs(Disk::Stalled, false, false, false), "nothing runs");
     assert!(!frees_jobs(Disk::Stalled, false, true, true), "another path needs the disk");
-    for disk in [Disk::Absent, Disk::Serving, Disk::Leaving, Disk::Dead, Disk::Failed] {
+    for disk in [Disk::Absent, Disk::Serving, Disk::Locked, Disk::Leaving, Disk::Dead, Disk::Failed] {
         assert!(!frees_jobs(disk, false, true, false), "{disk:?}");
     }
 }
