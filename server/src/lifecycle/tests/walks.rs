@@ -7,10 +7,6 @@ use proto::v1::{self, management_client::ManagementClient};
 use tonic::Request;
 
 use super::*;
-use crate::advertised::{Advertised, ReachedAt};
-use crate::management::listener::ApiPeer;
-use crate::management::{Calls, ManagementService};
-use crate::tls::rights::Rights;
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -44,6 +40,10 @@ impl Gate {
 }
 
 fn administrator(mut request: Request<()>) -> Result<Request<()>, tonic::Status> {
+    use crate::advertised::ReachedAt;
+    use crate::management::listener::ApiPeer;
+    use crate::tls::rights::Rights;
+
     let rights = Arc::new(Rights::everything());
     request.extensions_mut().insert(ApiPeer {
         rights,
@@ -55,6 +55,10 @@ fn administrator(mut request: Request<()>) -> Result<Request<()>, tonic::Status>
 
 #[tokio::test]
 async fn no_call_waits_for_those_that_look_at_all_extents() {
+    // The API itself, which is above what is tested here.
+    use crate::advertised::Advertised;
+    use crate::management::{Calls, ManagementService};
+
     const ASKED: usize = 40;
     let (bench, _) = Bench::with_volume();
     let gate = Arc::new(Gate::default());
