@@ -53,14 +53,19 @@ fn administrator(mut request: Request<()>) -> Result<Request<()>, tonic::Status>
     Ok(request)
 }
 
-#[tokio::test]
-async fn no_call_waits_for_those_that_look_at_all_extents() {
+#[test]
+fn no_call_waits_for_those_that_look_at_all_extents() {
+    let (bench, _) = Bench::with_volume();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(others_go_on(&bench));
+}
+
+async fn others_go_on(bench: &Bench) {
     // The API itself, which is above what is tested here.
     use crate::advertised::Advertised;
     use crate::management::{Calls, ManagementService};
 
     const ASKED: usize = 40;
-    let (bench, _) = Bench::with_volume();
     let gate = Arc::new(Gate::default());
     let waits = Arc::clone(&gate);
     bench.double().change(|state| state.walk = Some(waits));
