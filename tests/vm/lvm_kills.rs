@@ -133,8 +133,9 @@ fn killed_while_lvm_works(env: &Env) -> Result<()> {
     let options = ["--lvm", &format!("{GROUP}/pool")];
     let mut node = StorageNode::start_server_only(env, &env.directory.join("data"), &options)?;
     let (node, killer) = (&mut node, &killer);
-    let has_volume =
-        |name: &'static str| move |node: &StorageNode| Ok(node.volctl(&["show", name])?.exit_code == 0);
+    let has_volume = |name: &'static str| {
+        move |node: &StorageNode| -> Result<bool> { Ok(node.volctl(&["show", name])?.exit_code == 0) }
+    };
     let create = |name: &'static str| ["create", name, "--size", "16M", "--backend", "lvm"];
     killed(node, killer, ("before", 1), &create("a"), has_volume("a"))?;
     killed(node, killer, ("after", 1), &create("b"), has_volume("b"))?;
