@@ -82,9 +82,10 @@ fn json(node: &StorageNode, arguments: &[&str]) -> Result<serde_json::Value> {
 /// The logical volumes that there have to be: one for each volume and each snapshot.
 fn expected(node: &StorageNode) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
-    for (command, field, prefix) in
-        [(&["list"][..], "volume_uid", "volnode-v-"), (&["snapshot", "list"], "snapshot_uid", "volnode-s-")]
-    {
+    for (command, field, prefix) in [
+        (&["list"][..], "volume_uid", "volnode-v-"),
+        (&["snapshot", "list"][..], "snapshot_uid", "volnode-s-"),
+    ] {
         for row in json(node, command)?.as_array().context("a list")? {
             let uid = row[field].as_str().with_context(|| format!("{field} in {row}"))?;
             names.insert(format!("{prefix}{uid}"));
@@ -105,7 +106,7 @@ fn killed(
     killer.kill(when.0, when.1)?;
     let answer = node.volctl(call)?;
     ensure!(answer.exit_code != 0, "{at}: answered all the same");
-    let is_dead = || Ok((!node.server_is_alive()?).then_some(()));
+    let is_dead = || -> Result<Option<()>> { Ok((!node.server_is_alive()?).then_some(())) };
     wait_for(&format!("{at}: the server's end"), Duration::from_secs(60), is_dead)?;
     killer.spare()?;
     node.kill_server()?;
@@ -130,7 +131,8 @@ fn device_of(node: &StorageNode, name: &str) -> Result<PathBuf> {
 fn killed_while_lvm_works(env: &Env) -> Result<()> {
     let pool = ThinPool::new(env.scratch_disk()?, 128)?;
     let killer = Killer::new(&env.directory)?;
-    let options = ["--lvm", &format!("{GROUP}/pool")];
+    let pool_name = format!("{GROUP}/pool");
+    let options = ["--lvm", &pool_name];
     let mut node = StorageNode::start_server_only(env, &env.directory.join("data"), &options)?;
     let (node, killer) = (&mut node, &killer);
     let has_volume = |name: &'static str| {
@@ -144,30 +146,34 @@ fn killed_while_lvm_works(env: &Env) -> Result<()> {
     direct::write(&device_of(node, "a")?, 0, &monday)??;
     // One of the group is made, and the other not; and both, of which the catalog does not know yet.
     for (name, when) in [("s1", ("after", 1)), ("s2", ("before", 2)), ("s3", ("after", 2))] {
-        let has_both = |node: &StorageNode| {
-            let has = |volume| Ok(node.volctl(&["snapshot", "show", volume, name])?.exit_code == 0);
-            let (a, b): (bool, bool) = (has("a")?, has("b")?);
+        let has_both = |node: &StorageNode| -> Result<bool> {
+            let has = |volume: &str| -> Result<bool> {
+                Ok(node.volctl(&["snapshot", "show", volume, name])?.exit_code == 0)
+            };
+            let (a, b) = (has("a")?, has("b")?);
             ensure!(a == b, "{name} of one volume, and not of the other");
             Ok(a)
         };
         killed(node, killer, when, &["snapshot", "create", "a,b", name], has_both)?;
     }
     killed(node, killer, ("after", 1), &["clone", "a@s1", "c", "--size", "32M"], has_volume("c"))?;
-    let is_grown = |node: &StorageNode| Ok(json(node, &["show", "b"])?["capacity_bytes"] == 24 << 20);
+    let is_grown = |node: &StorageNode| -> Result<bool> {
+        Ok(json(node, &["show", "b"])?["capacity_bytes"] == 24 << 20)
+    };
     killed(node, killer, ("after", 1), &["resize", "b", "--size", "24M"], is_grown)?;
 
     // Copied, the former put aside, the copy put in its place, the former removed.
     let tuesday = direct::random_bytes(4096);
     for number in 1..=4 {
         direct::write(&device_of(node, "a")?, 0, &tuesday)??;
-        let is_restored = |node: &StorageNode| {
+        let is_restored = |node: &StorageNode| -> Result<bool> {
             let bytes = direct::read(&device_of(node, "a")?, 0, monday.len())??;
             ensure!(bytes == monday || bytes == tuesday, "neither the former bytes nor the snapshot's");
             Ok(bytes == monday)
         };
         killed(node, killer, ("after", number), &["snapshot", "restore", "a", "s1"], is_restored)?;
     }
-    let is_gone = |node: &StorageNode| Ok(node.volctl(&["show", "c"])?.exit_code != 0);
+    let is_gone = |node: &StorageNode| -> Result<bool> { Ok(node.volctl(&["show", "c"])?.exit_code != 0) };
     killed(node, killer, ("after", 1), &["delete", "c"], is_gone)?;
     node.kill_server()?;
     drop(pool);
