@@ -54,7 +54,7 @@ impl Maps {
         Self { lvm, ..self }
     }
 
-    /// The map of a snapshot in the thin pool, which stays what it is when that is gone. Takes as long as [`THIN_MAP_LIMIT`].
+    /// The map of a snapshot in the thin pool, which stays what it is when that is gone. Takes as long as `THIN_MAP_LIMIT`.
     ///
     /// # Errors
     /// [`CopyError`]
