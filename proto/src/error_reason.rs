@@ -85,6 +85,8 @@ pub const SNAPSHOTS_UNSUPPORTED: &str = "SNAPSHOTS_UNSUPPORTED";
 pub const NO_THIN_POOL: &str = "NO_THIN_POOL";
 /// RESOURCE_EXHAUSTED: less is free than the server keeps for volumes that have snapshots.
 pub const SNAPSHOT_RESERVE: &str = "SNAPSHOT_RESERVE";
+/// The storage is in a state in which nothing can be copied: a thin pool that needs a check, for example.
+pub const STORAGE_NOT_READY: &str = "STORAGE_NOT_READY";
 /// FAILED_PRECONDITION: a client has the snapshot open.
 pub const SNAPSHOT_OPEN: &str = "SNAPSHOT_OPEN";
 /// FAILED_PRECONDITION: the snapshot is attached (metadata `node_id`: where; several with commas between them).

@@ -49,7 +49,7 @@ const SYNCS_MAX: usize = 16;
 /// Storage on which no sync has finished for so long, while some are under way, is stuck: nobody waits for a turn there.
 const STUCK_AFTER: Duration = Duration::from_secs(10);
 
-/// So long a file's extents are looked at: some millions of them.
+/// So long a file's extents are looked at, or a pool's metadata: some millions of them.
 const EXCLUSIVE_LIMIT: Duration = Duration::from_secs(20);
 
 /// The syncs of all volumes. Each has a thread of its own, which may be stuck.
@@ -319,7 +319,7 @@ impl DataSide for ServedData {
 
     fn thin_pool(&self) -> Option<Result<PoolFill, CopyError>> {
         let fill = self.lvm.as_ref()?.fill();
-        Some(fill.map_err(|error| CopyError::Failed(error.to_string())))
+        Some(fill.map_err(CopyError::from))
     }
 
     fn begin_copies(&self, wanted: &[CopyWanted]) -> Result<CopyHandle, CopyError> {

@@ -435,6 +435,7 @@ fn of_copy(error: &CopyError, message: String) -> Status {
             told(Code::Aborted, reason::COPY_CANCELLED, "repeat the call to begin it anew")
         }
         CopyError::Busy(_) => told(Code::Unavailable, reason::COPY_BUSY, "repeat the call"),
+        CopyError::NotReady { next, .. } => told(Code::FailedPrecondition, reason::STORAGE_NOT_READY, next),
         CopyError::Failed(_) => return broken(),
     };
     Status::with_error_details(code, message, details)

@@ -13,6 +13,7 @@ use testlab::harness::{Env, Test};
 use testlab::shell::run;
 use testlab::storage_node::StorageNode;
 
+use crate::bad_input::exit_code;
 use crate::direct;
 use crate::lvm::{CONFIG, GROUP, lvm, lvs, start};
 
@@ -170,8 +171,8 @@ fn a_failed_disk(env: &Env) -> Result<()> {
     direct::write(device, FLUSHED_AT, flushed_bytes)?.context("what has its space")?;
     direct::flush(device)?;
     ensure!(!writes(device, NEW_AT)?, "new space of a pool that gives none");
-    let refused = node.volctl(&["snapshot", "create", name, "s"])?;
-    ensure!(refused.exit_code != 0, "{refused:?}");
+    let refused = node.volctl(&["snapshot", "create", name, "s"])?.failed_with(exit_code::PRECONDITION)?;
+    ensure!(refused.contains("metadata") && refused.contains("docs/operating.md"), "{refused}");
     node.detach(name)?;
 
     // As `docs/operating.md` says, with the server stopped.

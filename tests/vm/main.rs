@@ -17,6 +17,7 @@ mod fio;
 mod foreign;
 mod freeze;
 mod fsx;
+mod full_storage;
 mod grants;
 mod hostile_server;
 mod idle;
@@ -28,6 +29,7 @@ mod luks;
 mod lvm;
 mod lvm_changes;
 mod lvm_failures;
+mod lvm_kills;
 mod lying_disk;
 mod memory_pressure;
 mod network;
@@ -56,6 +58,8 @@ fn main() -> ExitCode {
         lvm::TESTS,
         lvm_changes::TESTS,
         lvm_failures::TESTS,
+        lvm_kills::TESTS,
+        full_storage::TESTS,
         luks::TESTS,
         tls_disks::TESTS,
         bad_input::TESTS,

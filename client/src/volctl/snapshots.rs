@@ -339,7 +339,7 @@ fn outcome(operation: v1::Operation) -> Result<(), Failure> {
         _ => {
             let code = match operation.error_reason.as_str() {
                 reason::NO_SPACE | reason::SNAPSHOT_RESERVE => Code::ResourceExhausted,
-                reason::SNAPSHOTS_UNSUPPORTED => Code::FailedPrecondition,
+                reason::SNAPSHOTS_UNSUPPORTED | reason::STORAGE_NOT_READY => Code::FailedPrecondition,
                 reason::SOURCE_LOST_WRITES => Code::Aborted,
                 reason::COPY_BUSY | reason::CATALOG_HELD => Code::Unavailable,
                 _ => Code::Internal,

@@ -145,6 +145,22 @@ impl FileVolume {
         Ok(Self { file, sync_files, direct_alignment_bytes, page_cache: None, is_rotational, adopted })
     }
 
+    /// A file that is taken for a device, for tests that do no I/O on it.
+    #[cfg(test)]
+    pub(crate) fn as_block_device(file: File, size_bytes: u64) -> Self {
+        let marks = DeviceMarks { identity: "test".to_owned(), sysfs_dir: "/nowhere".into() };
+        let device = Some(BlockDevice { marks, zeroes_fast: true, background: Background::default() });
+        let adopted = Some(AdoptedStorage { end_bytes: AtomicU64::new(size_bytes), device });
+        Self {
+            file,
+            sync_files: Vec::new(),
+            direct_alignment_bytes: None,
+            page_cache: None,
+            is_rotational: false,
+            adopted,
+        }
+    }
+
     /// What tells whether a block device is what it was; `None` of a file.
     pub fn device_marks(&self) -> Option<&DeviceMarks> {
         Some(&self.adopted.as_ref()?.device.as_ref()?.marks)

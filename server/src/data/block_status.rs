@@ -1,6 +1,6 @@
 //! BLOCK_STATUS: which parts of a volume are allocated, asked of its backend, and which have changed, off the ring.
 //!
-//! Owns: one thread for each ring, because `lseek(SEEK_HOLE)` may read a file system's metadata, or wait for its locks, and
+//! Owns: one thread for each ring, and another where maps of a thin pool are read (`dirty_bitmaps.rs`), for which no other question waits; because `lseek(SEEK_HOLE)` may read a file system's metadata, or wait for its locks, and
 //! io_uring has no such operation; other backends may wait in the same way. Never: touches a ring or a connection; its answer goes through the mailbox.
 //! Called by: `ring.rs` (asks; counts the question as an operation in flight, so that the connection and the volume outlive
 //! it), `io/run.rs` (gets the answer).
@@ -13,8 +13,8 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use proto::nbd::HeaderStyle;
@@ -62,12 +62,28 @@ struct Question {
     volume: Arc<Volume>,
     bitmaps: Option<Arc<SelectedBitmaps>>,
     query: StatusQuery,
+    asked_at: Instant,
+}
+
+impl Question {
+    fn bitmap_indices(&self) -> impl Iterator<Item = usize> + use<> {
+        let contexts = self.query.contexts;
+        contexts.ids().filter_map(bitmap_index)
+    }
+
+    fn has_to_read(&self) -> bool {
+        let bitmaps = self.bitmaps.as_ref();
+        bitmaps.is_some_and(|bitmaps| bitmaps.has_to_read(self.bitmap_indices(), &self.volume))
+    }
 }
 
 /// The thread that answers one ring's questions; it ends when this is dropped.
 #[derive(Debug)]
 pub struct ExtentFinder {
+    ring: usize,
     questions: Sender<Question>,
+    /// Those for which maps are to be read first, which takes as long as a minute: their thread, once there was one.
+    unread: OnceLock<Sender<Question>>,
     /// One for each answer that may be made.
     permits: Sender<()>,
 }
@@ -82,7 +98,7 @@ impl ExtentFinder {
         std::thread::Builder::new()
             .name(format!("extents-{ring}"))
             .spawn(move || answer(&asked, &permitted, &mailbox))?;
-        let finder = Self { questions, permits };
+        let finder = Self { ring, questions, unread: OnceLock::new(), permits };
         (0..ANSWERS_MAX).for_each(|_| finder.answer_taken());
         Ok(finder)
     }
@@ -102,14 +118,42 @@ impl ExtentFinder {
         bitmaps: Option<Arc<SelectedBitmaps>>,
         query: StatusQuery,
     ) {
-        // The thread ends only after this sender.
-        let _ = self.questions.send(Question { connection, slot, volume, bitmaps, query });
+        let question = Question { connection, slot, volume, bitmaps, query, asked_at: Instant::now() };
+        let thread = if question.has_to_read() { self.maps_thread() } else { &self.questions };
+        // The threads end only after this sender.
+        let _ = thread.send(question);
+    }
+
+    /// The thread that reads maps, and hands the questions over when that is done. Where there can be none, they are answered with an error.
+    fn maps_thread(&self) -> &Sender<Question> {
+        if let Some(thread) = self.unread.get() {
+            return thread;
+        }
+        let ((unread, asked), questions) = (channel::<Question>(), self.questions.clone());
+        let read = move || {
+            for question in asked {
+                if let Some(bitmaps) = &question.bitmaps {
+                    // What could not be read is found out by whoever answers.
+                    let _ = bitmaps.read_maps(question.bitmap_indices(), &question.volume, question.asked_at);
+                }
+                if questions.send(question).is_err() {
+                    return;
+                }
+            }
+        };
+        match std::thread::Builder::new().name(format!("maps-{}", self.ring)).spawn(read) {
+            Ok(_) => self.unread.get_or_init(|| unread),
+            Err(error) => {
+                warn!(%error, "no thread can be started to read what changed of a snapshot");
+                &self.questions
+            }
+        }
     }
 }
 
 fn answer(asked: &Receiver<Question>, permitted: &Receiver<()>, mailbox: &Mailbox) {
     while let (Ok(question), Ok(())) = (asked.recv(), permitted.recv()) {
-        let Question { connection, slot, volume, bitmaps, query } = question;
+        let Question { connection, slot, volume, bitmaps, query, .. } = question;
         let answer = found(&volume, bitmaps.as_deref(), &query);
         let answer = answer.map_err(|error| {
             warn!(volume_uid = %volume.volume_uid, %error, "what changed of a snapshot is not known");
@@ -258,6 +302,14 @@ mod tests {
 
     use super::*;
     use crate::backend::callback::Operation;
+    use crate::backend::file::FileVolume;
+    use crate::backend::lvm::stand_in::{Pool, Volumes};
+    use crate::backend::lvm::{Lvm, PoolName, Thin};
+    use crate::data::dirty_bitmaps::{BitmapBase, OfferedBitmaps};
+    use crate::data::maps::Maps;
+    use crate::descriptors::Descriptors;
+    use crate::volume::snapshot::files::CopyFiles;
+    use crate::volume::{Faults, LossRecorder};
 
     const MIB: u64 = 1 << 20;
 
@@ -339,6 +391,57 @@ mod tests {
     fn found_told(told: &Told, query: &StatusQuery, limit: Duration) -> Vec<(u64, ExtentState)> {
         let extents = find_told(told, query, Instant::now() + limit);
         extents.as_slice().iter().map(|Extent { length_bytes, state }| (*length_bytes, *state)).collect()
+    }
+
+    /// Whose the next answer is, and whether there is one.
+    fn next_answer(mailbox: &Mailbox) -> (u32, bool) {
+        let give_up = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(RingMessage::ExtentsFound { connection, answer, .. }) = mailbox.take().pop() {
+                return (connection, answer.is_some());
+            }
+            assert!(Instant::now() < give_up, "nothing is answered");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn no_other_answer_waits_while_maps_are_read_from_a_thin_pool() {
+        let dir = tempfile::tempdir().unwrap();
+        let name: PoolName = "vg/pool".parse().unwrap();
+        let pool = Pool::new(name.clone(), Volumes::new());
+        let lvm = Lvm::start_with(name, uuid::Uuid::nil(), dir.path(), Box::new(pool.clone())).unwrap();
+        let [snapshot_uid, target_uid] = [1, 2].map(uuid::Uuid::from_u128);
+        for uid in [snapshot_uid, target_uid] {
+            lvm.create(Thin::Snapshot(uid), MIB).unwrap();
+        }
+        let (go_on, goes_on) = channel::<()>();
+        pool.at_read(move |_| {
+            // An error: it may go on.
+            let _ = goes_on.recv_timeout(Duration::from_secs(60));
+        });
+        let files = CopyFiles::new(dir.path().join("volumes"));
+        let maps = Maps::new(files, Descriptors::new(100)).with_pool(Some(Arc::new(lvm)));
+        let (base, export_name) = ("s".to_owned(), "v@s".to_owned());
+        let bases = vec![BitmapBase { name: base.clone(), export_name, snapshot_uid, capacity_bytes: MIB }];
+        let bitmaps = Arc::new(OfferedBitmaps { bases, maps }.select(&[base]));
+        let backend = Backend::File(FileVolume::as_block_device(file(), MIB));
+        let recorder = LossRecorder::new(|| true);
+        let volume = Arc::new(Volume::new(target_uid, MIB, backend, true, Faults::default(), recorder));
+        let mailbox = Arc::new(Mailbox::new().unwrap());
+        let finder = ExtentFinder::start(0, Arc::clone(&mailbox)).unwrap();
+        let of_bitmap = StatusQuery { contexts: Contexts::NONE.with_bitmaps(1), ..query(0, MIB) };
+        let ask = |connection, bitmaps, query| {
+            finder.ask(connection, RequestSlot(0), Arc::clone(&volume), bitmaps, query);
+        };
+        ask(1, Some(Arc::clone(&bitmaps)), of_bitmap);
+        ask(2, None, query(0, MIB));
+        assert_eq!(next_answer(&mailbox), (2, true), "it waits for another's map");
+        drop(go_on);
+        assert_eq!(next_answer(&mailbox), (1, true));
+        // What is read by now is answered at once.
+        ask(3, Some(bitmaps), of_bitmap);
+        assert_eq!(next_answer(&mailbox), (3, true));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use proto::nbd::block_status::{ExtentState, StatusExtents};
@@ -64,6 +64,8 @@ pub struct SelectedBitmaps {
     maps: Maps,
     /// Of the export itself, where it is in a thin pool: a snapshot's never changes.
     target: OnceLock<ThinMap>,
+    /// When maps were tried last that could not be read.
+    failed_at: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug)]
@@ -86,7 +88,12 @@ impl OfferedBitmaps {
     pub fn select(self, names: &[String]) -> SelectedBitmaps {
         let of_name = |name: &String| self.bases.iter().find(|base| base.name == *name);
         let bases = names.iter().map(|name| of_name(name).map(|base| (base.clone(), OnceLock::new())));
-        SelectedBitmaps { bases: bases.collect(), maps: self.maps, target: OnceLock::new() }
+        SelectedBitmaps {
+            bases: bases.collect(),
+            maps: self.maps,
+            target: OnceLock::new(),
+            failed_at: Mutex::default(),
+        }
     }
 }
 
@@ -111,41 +118,94 @@ impl SelectedBitmaps {
         wanted: &Wanted,
         deadline: Instant,
     ) -> io::Result<StatusExtents> {
-        let (base, opened) = self.bases.get(index).and_then(Option::as_ref).ok_or(io::ErrorKind::NotFound)?;
+        let (base, opened) = self.base(index)?;
         let Backend::File(file) = &volume.backend else { return Err(io::ErrorKind::Unsupported.into()) };
-        // A snapshot on a device is one in a thin pool.
-        let is_thin = file.device_marks().is_some();
-        let cannot = |error: CopyError| {
-            warn!(name = base.name, %error, "a snapshot cannot be compared with");
-            io::Error::from(io::ErrorKind::NotFound)
-        };
+        if is_thin(volume) {
+            // What is not read by now could not be: see `read_maps`.
+            let maps = opened.get().zip(self.target.get());
+            let (base_map, target) = maps.ok_or(io::ErrorKind::NotFound)?;
+            return find(&base_map.as_map(), target, wanted, deadline);
+        }
         let base_map = match opened.get() {
             Some(map) => map,
-            None if is_thin => {
-                let map = self.maps.of_thin_snapshot(base.snapshot_uid, base.capacity_bytes);
-                let map = map.map_err(cannot)?;
-                opened.get_or_init(|| BaseMap::Thin(map))
-            }
             None => {
-                let map = self.maps.of_snapshot(base.snapshot_uid, base.capacity_bytes).map_err(cannot)?;
+                let map = self.maps.of_snapshot(base.snapshot_uid, base.capacity_bytes);
+                let map = map.map_err(|error| cannot(base, &error))?;
                 opened.get_or_init(|| BaseMap::File(map))
             }
         };
-        if !is_thin {
-            let target = FileMap::new(Exported(file.file()), volume.capacity_bytes)?;
-            return find(&base_map.as_map(), target, wanted, deadline);
-        }
-        let target = match self.target.get() {
-            Some(map) => map,
-            None => {
-                let map = self.maps.of_thin_snapshot(volume.volume_uid, volume.capacity_bytes);
-                let map = map.map_err(cannot)?;
-                self.target.get_or_init(|| map)
-            }
-        };
-        // What it took to read the maps is not taken off the time of this question: a part is always answered.
+        let target = FileMap::new(Exported(file.file()), volume.capacity_bytes)?;
         find(&base_map.as_map(), target, wanted, deadline)
     }
+
+    /// Whether maps have to be read from a pool's metadata before [`Self::find`], which takes long: see [`Self::read_maps`].
+    pub fn has_to_read(&self, indices: impl IntoIterator<Item = usize>, volume: &Volume) -> bool {
+        is_thin(volume) && indices.into_iter().any(|index| self.is_unread(index))
+    }
+
+    fn is_unread(&self, index: usize) -> bool {
+        self.base(index).is_ok_and(|(_, opened)| opened.get().is_none() || self.target.get().is_none())
+    }
+
+    /// Reads the maps that are still to be read. Bounded, and long: for a thread that nobody else waits for. What could not be read since
+    /// `asked_at` is not tried again for a question of then.
+    ///
+    /// # Errors
+    /// `NotFound`: one cannot be read.
+    pub fn read_maps(
+        &self,
+        indices: impl IntoIterator<Item = usize>,
+        volume: &Volume,
+        asked_at: Instant,
+    ) -> io::Result<()> {
+        for index in indices {
+            let (base, opened) = self.base(index)?;
+            if opened.get().is_some() && self.target.get().is_some() {
+                continue;
+            }
+            if self.failed_at.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|at| at >= asked_at)
+            {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            self.read_both(base, opened, volume).map_err(|error| {
+                *self.failed_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+                cannot(base, &error)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The base first: it is there when the target is read.
+    fn read_both(
+        &self,
+        base: &BitmapBase,
+        opened: &OnceLock<BaseMap>,
+        volume: &Volume,
+    ) -> Result<(), CopyError> {
+        if opened.get().is_none() {
+            let map = self.maps.of_thin_snapshot(base.snapshot_uid, base.capacity_bytes)?;
+            opened.get_or_init(|| BaseMap::Thin(map));
+        }
+        if self.target.get().is_none() {
+            let map = self.maps.of_thin_snapshot(volume.volume_uid, volume.capacity_bytes)?;
+            self.target.get_or_init(|| map);
+        }
+        Ok(())
+    }
+
+    fn base(&self, index: usize) -> io::Result<&(BitmapBase, OnceLock<BaseMap>)> {
+        Ok(self.bases.get(index).and_then(Option::as_ref).ok_or(io::ErrorKind::NotFound)?)
+    }
+}
+
+/// A snapshot on a device is one in a thin pool.
+fn is_thin(volume: &Volume) -> bool {
+    matches!(&volume.backend, Backend::File(file) if file.device_marks().is_some())
+}
+
+fn cannot(base: &BitmapBase, error: &CopyError) -> io::Error {
+    warn!(name = base.name, %error, "a snapshot cannot be compared with");
+    io::ErrorKind::NotFound.into()
 }
 
 /// What a BLOCK_STATUS is answered with.

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -15,6 +16,8 @@ use crate::descriptors::{Descriptors, Taken};
 use crate::volume::copying::{CopyError, CopyTarget};
 use crate::volume::snapshot::files::{CopyFiles, failed};
 
+/// So long a map in a thin pool is read, with what waits for its turn before: a client waits for an answer meanwhile.
+const THIN_MAP_LIMIT: Duration = Duration::from_secs(60);
 /// Of a map: its file.
 const DESCRIPTORS_OF_MAP: u64 = 1;
 
@@ -51,14 +54,13 @@ impl Maps {
         Self { lvm, ..self }
     }
 
-    /// The map of a snapshot in the thin pool, which stays what it is when that is gone.
+    /// The map of a snapshot in the thin pool, which stays what it is when that is gone. Takes as long as `THIN_MAP_LIMIT`.
     ///
     /// # Errors
     /// [`CopyError`]
     pub fn of_thin_snapshot(&self, snapshot_uid: Uuid, capacity_bytes: u64) -> Result<ThinMap, CopyError> {
-        let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured);
-        let map = lvm.and_then(|lvm| lvm.map(Thin::Snapshot(snapshot_uid), capacity_bytes));
-        map.map_err(|error| CopyError::Failed(error.to_string()))
+        let lvm = self.lvm.as_deref().ok_or(LvmError::NotConfigured)?;
+        Ok(lvm.map(Thin::Snapshot(snapshot_uid), capacity_bytes, THIN_MAP_LIMIT)?)
     }
 
     /// The map of a snapshot, which keeps its file open.

@@ -205,10 +205,12 @@ impl<'a> Comparison<'a> {
         loop {
             self.check()?;
             let before = self.walk.offset_bytes();
-            let goes_on = self.walk.next(&mut changes).map_err(|error| {
-                let words =
-                    format!("cannot read the extents of {}: {error}", self.operation.targets().join(" and "));
-                CopyError::Failed(words)
+            let goes_on = self.walk.next(&mut changes).map_err(|error| match CopyError::from(error) {
+                CopyError::Failed(words) => {
+                    let targets = self.operation.targets().join(" and ");
+                    CopyError::Failed(format!("cannot read the extents of {targets}: {words}"))
+                }
+                error => error,
             })?;
             self.report.add_done(self.walk.offset_bytes() - before);
             let is_last = !goes_on;

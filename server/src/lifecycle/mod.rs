@@ -148,7 +148,8 @@ pub trait DataSide: AdoptedData + Send + Sync + 'static {
     /// [`CopyError`]; nothing is left.
     fn begin_copies(&self, wanted: &[CopyWanted]) -> Result<CopyHandle, CopyError>;
 
-    /// The extent map of a snapshot, whose storage stays as long as this does.
+    /// The extent map of a snapshot, whose storage stays as long as this does. Where it takes long to read, that is when it is asked for
+    /// the first time, and not in the call.
     ///
     /// # Errors
     /// [`CopyError`]

@@ -9,6 +9,7 @@ mod nodes;
 mod settings;
 mod thin;
 mod thin_kills;
+mod walks;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -63,6 +64,8 @@ struct DoubleState {
     moments: Vec<Moment>,
     /// Where volumes are, if not here.
     lvm: Option<Arc<Lvm>>,
+    /// Where it waits who looks at all extents.
+    walk: Option<Arc<walks::Gate>>,
 }
 
 /// How copies end.
@@ -329,7 +332,9 @@ impl DataSide for Double {
     }
 
     fn exclusive_bytes(&self, _of: CopyTarget, _backend: BackendKind) -> Option<u64> {
-        None
+        let gate = self.state.lock().unwrap().walk.clone()?;
+        gate.pass();
+        Some(4096)
     }
 
     fn reopen_attachments(&self, _volume_uid: Uuid) {

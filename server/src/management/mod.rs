@@ -55,6 +55,9 @@ const CALLS_MAX: u32 = 32;
 /// The same of those that only look. They wait for no storage, and so for no call that does.
 const LOOKS_MAX: usize = 8;
 
+/// The same of those that look how much a volume or snapshot has alone, which takes as long as half a minute each.
+const WALKS_MAX: usize = 2;
+
 /// One message of a call; none of ours is longer.
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
 
@@ -63,13 +66,19 @@ const MESSAGE_BYTES_MAX: usize = 256 << 10;
 pub struct Calls {
     permits: Arc<Semaphore>,
     looks: Arc<Semaphore>,
+    walks: Arc<Semaphore>,
     watches: watch::Watches,
 }
 
 impl Default for Calls {
     fn default() -> Self {
         let of = |permits| Arc::new(Semaphore::new(permits));
-        Self { permits: of(CALLS_MAX as usize), looks: of(LOOKS_MAX), watches: watch::Watches::default() }
+        Self {
+            permits: of(CALLS_MAX as usize),
+            looks: of(LOOKS_MAX),
+            walks: of(WALKS_MAX),
+            watches: watch::Watches::default(),
+        }
     }
 }
 
@@ -78,6 +87,7 @@ impl Calls {
     pub async fn finish(&self) {
         self.watches.stop();
         self.looks.close();
+        self.walks.close();
         if let Ok(all) = self.permits.acquire_many(CALLS_MAX).await {
             self.permits.close();
             all.forget();
@@ -133,6 +143,15 @@ impl<D: DataSide> ManagementService<D> {
         call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
     ) -> Result<Response<T>, Status> {
         let outcome = self.outcome(&self.calls.looks, call).await?;
+        outcome.map(Response::new).map_err(|error| status::from_lifecycle(&error))
+    }
+
+    /// The same of one that looks at all extents of something: none but another of these waits for it.
+    async fn walking<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&Lifecycle<D>) -> Result<T, LifecycleError> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        let outcome = self.outcome(&self.calls.walks, call).await?;
         outcome.map(Response::new).map_err(|error| status::from_lifecycle(&error))
     }
 
@@ -221,7 +240,7 @@ impl<D: DataSide> Management for ManagementService<D> {
         match looked_up.await?.into_inner() {
             (_, Some(answer)) => Ok(Response::new(answer)),
             (found, None) if with_exclusive_bytes => {
-                self.blocking(move |lifecycle| messages::with_exclusive_bytes(lifecycle, found)).await
+                self.walking(move |lifecycle| messages::with_exclusive_bytes(lifecycle, found)).await
             }
             // What is not ours may have to be waited for.
             (found, None) => self.blocking(move |lifecycle| messages::followed(lifecycle, found)).await,

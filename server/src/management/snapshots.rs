@@ -148,7 +148,7 @@ impl<D: DataSide> ManagementService<D> {
             fields::snapshot_named(OF_SNAPSHOT, request.volume_name, request.name, &request.snapshot_uid)?;
         if request.with_exclusive_bytes {
             // Which may have to be waited for.
-            let answer = self.blocking(move |lifecycle| {
+            let answer = self.walking(move |lifecycle| {
                 let found = snapshot_within(lifecycle, &scope, &named)?;
                 let (snapshot, backend) = (CopyTarget::Snapshot(found.0.snapshot_uid), found.0.backend);
                 let exclusive_bytes = lifecycle.data_side().exclusive_bytes(snapshot, backend);

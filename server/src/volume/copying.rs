@@ -3,12 +3,14 @@
 //! Owns what both sides share: [`CopyHandle`] is the one who waits, [`CopyReport`] the one who copies. Never: copies.
 //! Used by the control side (`lifecycle/`) and by the copier. Invariant: a copy ends once; one whose report is dropped has failed.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use crate::backend::lvm::LvmError;
 use crate::catalog::VolumeRecord;
 
 /// What a copy is made of.
@@ -67,9 +69,41 @@ pub enum CopyError {
     /// The instant could not be had in time.
     #[error("{0}")]
     Busy(String),
+    /// The storage is in a state in which nothing can be copied, until somebody has seen to it.
+    #[error("{words}")]
+    NotReady {
+        /// Which.
+        words: String,
+        /// What to do.
+        next: &'static str,
+    },
     /// The system's own error.
     #[error("{0}")]
     Failed(String),
+}
+
+/// What to do where the map of a thin volume has no room.
+const NEXT_OF_RUNS: &str =
+    "compare fewer at once; of a volume whose map alone has no room, read all (volctl image export)";
+
+impl From<LvmError> for CopyError {
+    fn from(error: LvmError) -> Self {
+        let words = error.to_string();
+        match error {
+            LvmError::Trouble { trouble, .. } => Self::NotReady { words, next: trouble.next() },
+            LvmError::TooManyRuns(_) => Self::NotReady { words, next: NEXT_OF_RUNS },
+            LvmError::Reading => Self::Busy(words),
+            _ => Self::Failed(words),
+        }
+    }
+}
+
+impl From<io::Error> for CopyError {
+    fn from(error: io::Error) -> Self {
+        // One that was handed through what knows only errors of files.
+        let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Self>());
+        inner.cloned().unwrap_or_else(|| Self::Failed(error.to_string()))
+    }
 }
 
 #[derive(Debug, Default)]

@@ -190,6 +190,7 @@ fn failed(operation: &v1::Operation) -> Refusal {
         reason::NO_SPACE | reason::SNAPSHOT_RESERVE => Code::ResourceExhausted,
         reason::SOURCE_LOST_WRITES | reason::COPY_CANCELLED => Code::Aborted,
         reason::COPY_BUSY | reason::SERVER_STOPPING => Code::Unavailable,
+        reason::STORAGE_NOT_READY => Code::FailedPrecondition,
         _ => Code::Internal,
     };
     Refusal::new(code, format!("operation {operation_id} has not succeeded: {error_message}"))

@@ -192,7 +192,7 @@ impl PoolName {
 
     /// What the pool is, and how full.
     pub fn look_at_pool(&self) -> Call {
-        let options = "lv_name,lv_layout,lv_when_full,zero,data_percent,metadata_percent,lv_health_status";
+        let options = "lv_name,lv_layout,lv_when_full,zero,data_percent,metadata_percent,lv_health_status,lv_check_needed";
         let [a, b, c, d] = REPORT;
         let pool = self.to_string();
         Call::new(LOOK_LIMIT, &["lvs", a, b, c, d, "--nosuffix", "--options", options, &pool])

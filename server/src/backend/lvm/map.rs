@@ -9,12 +9,20 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::error::LvmError;
 use super::report::Unreadable;
 use crate::backend::extent_map::{ExtentMap, Place, Run};
 
 /// Runs told at once.
 const RUNS_MAX: usize = 4096;
+/// Runs in all maps of a server at a time: some 100 MB of memory, twice that while they are read. With chunks of 64 KiB, as many as 256 GiB have of
+/// which no chunk is beside another.
+const MAPPED_MAX: usize = 4 << 20;
+/// So many are taken of that at once.
+const ROOM_STEP: usize = 1024;
 const SECTOR_BYTES: u64 = 512;
 
 /// Chunks of a thin volume that are one after the other in the pool as well.
@@ -27,13 +35,46 @@ struct Mapped {
     chunks: u64,
 }
 
-/// A thin volume's extent map, as it was when it was read.
+/// Room for maps, in runs; clones are of the same.
 #[derive(Debug, Clone)]
+pub(super) struct Room(Arc<AtomicUsize>);
+
+impl Default for Room {
+    fn default() -> Self {
+        Self(Arc::new(AtomicUsize::new(MAPPED_MAX)))
+    }
+}
+
+/// What is taken of it, until it is dropped.
+#[derive(Debug)]
+struct RoomTaken {
+    room: Room,
+    runs: usize,
+}
+
+impl RoomTaken {
+    fn more(&mut self) -> bool {
+        let take = |left: usize| left.checked_sub(ROOM_STEP);
+        let taken = self.room.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok();
+        self.runs += if taken { ROOM_STEP } else { 0 };
+        taken
+    }
+}
+
+impl Drop for RoomTaken {
+    fn drop(&mut self) {
+        self.room.0.fetch_add(self.runs, Ordering::Relaxed);
+    }
+}
+
+/// A thin volume's extent map, as it was when it was read.
+#[derive(Debug)]
 pub struct ThinMap {
     capacity_bytes: u64,
     chunk_bytes: u64,
     /// In order.
     mapped: Vec<Mapped>,
+    _room: RoomTaken,
 }
 
 impl ExtentMap for ThinMap {
@@ -62,10 +103,12 @@ impl ExtentMap for ThinMap {
 }
 
 /// Reads what thin_dump writes of one thin volume, line by line.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct MapReader {
     chunk_bytes: Option<u64>,
     mapped: Vec<Mapped>,
+    room: RoomTaken,
+    is_too_large: bool,
     /// Chunks that there are to be, and that there are.
     chunks: Option<u64>,
     found: u64,
@@ -74,8 +117,25 @@ pub(super) struct MapReader {
 }
 
 impl MapReader {
+    /// Of a map that takes no more than is left of the room.
+    pub(super) fn new(room: Room) -> Self {
+        Self {
+            chunk_bytes: None,
+            mapped: Vec::new(),
+            room: RoomTaken { room, runs: 0 },
+            is_too_large: false,
+            chunks: None,
+            found: 0,
+            is_whole: false,
+            wrong: None,
+        }
+    }
+
     /// The next line.
     pub(super) fn take(&mut self, line: &str) {
+        if self.is_too_large {
+            return;
+        }
         for element in line.split('<').map(str::trim).filter(|element| !element.is_empty()) {
             if self.wrong.is_none() && self.element(element).is_none() {
                 self.wrong = Some(element.chars().take(200).collect());
@@ -116,6 +176,7 @@ impl MapReader {
         end(next.chunk)?;
         end(next.address)?;
         self.found += next.chunks;
+        let is_full = self.mapped.len() == self.room.runs;
         match self.mapped.last_mut() {
             Some(last) if next.chunk < last.chunk + last.chunks => return None,
             Some(last)
@@ -123,22 +184,31 @@ impl MapReader {
             {
                 last.chunks += next.chunks;
             }
+            _ if is_full && !self.room.more() => {
+                self.is_too_large = true;
+                // What there is of it is nothing without the rest.
+                self.mapped = Vec::new();
+            }
             _ => self.mapped.push(next),
         }
         Some(())
     }
 
     /// The map of a volume of so many bytes.
-    pub(super) fn finish(self, capacity_bytes: u64) -> Result<ThinMap, Unreadable> {
+    pub(super) fn finish(mut self, capacity_bytes: u64) -> Result<ThinMap, LvmError> {
+        if self.is_too_large {
+            return Err(LvmError::TooManyRuns(MAPPED_MAX));
+        }
         if let Some(wrong) = self.wrong {
-            return Err(Unreadable(format!("thin_dump: {wrong:?}")));
+            return Err(Unreadable(format!("thin_dump: {wrong:?}")).into());
         }
         let chunk_bytes = self.chunk_bytes.filter(|_| self.is_whole && self.chunks == Some(self.found));
         let Some(chunk_bytes) = chunk_bytes else {
             let words = format!("thin_dump: {} mappings of {:?}", self.found, self.chunks);
-            return Err(Unreadable(words));
+            return Err(Unreadable(words).into());
         };
-        Ok(ThinMap { capacity_bytes, chunk_bytes, mapped: self.mapped })
+        self.mapped.shrink_to_fit();
+        Ok(ThinMap { capacity_bytes, chunk_bytes, mapped: self.mapped, _room: self.room })
     }
 }
 
@@ -157,17 +227,44 @@ fn attribute<'a>(element: &'a str, name: &str) -> Option<&'a str> {
     None
 }
 
-/// What thin_ls says that each thin volume has alone, in bytes.
-pub(super) fn exclusive(text: &str, thin_id: u32) -> Result<u64, Unreadable> {
-    let wrong = |line: &str| Unreadable(format!("thin_ls: {line:?}"));
-    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [id, bytes] = words.as_slice() else { return Err(wrong(line)) };
-        if id.parse::<u32>().map_err(|_| wrong(line))? == thin_id {
-            return bytes.parse().map_err(|_| wrong(line));
+/// Reads what thin_ls says that a thin volume has alone, line by line.
+#[derive(Debug)]
+pub(super) struct ExclusiveReader {
+    thin_id: u32,
+    found: Option<Result<u64, Unreadable>>,
+}
+
+impl ExclusiveReader {
+    /// Of the volume with that number.
+    pub(super) fn new(thin_id: u32) -> Self {
+        Self { thin_id, found: None }
+    }
+
+    /// The next line.
+    pub(super) fn take(&mut self, line: &str) {
+        if self.found.is_none() {
+            self.found = self.line(line.trim());
         }
     }
-    Err(Unreadable(format!("thin_ls: nothing of {thin_id}")))
+
+    fn line(&self, line: &str) -> Option<Result<u64, Unreadable>> {
+        let wrong = || Err(Unreadable(format!("thin_ls: {line:?}")));
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            [] => None,
+            [id, bytes] => match (id.parse::<u32>(), bytes.parse()) {
+                (Ok(id), Ok(bytes)) => (id == self.thin_id).then_some(Ok(bytes)),
+                _ => Some(wrong()),
+            },
+            _ => Some(wrong()),
+        }
+    }
+
+    /// In bytes.
+    pub(super) fn finish(&mut self) -> Result<u64, Unreadable> {
+        let missing = || Err(Unreadable(format!("thin_ls: nothing of {}", self.thin_id)));
+        self.found.take().unwrap_or_else(missing)
+    }
 }
 
 #[cfg(test)]
@@ -186,8 +283,12 @@ mod tests {
 "#;
     const CHUNK: u64 = 64 << 10;
 
-    fn read(text: &str) -> Result<ThinMap, Unreadable> {
-        let mut reader = MapReader::default();
+    fn read(text: &str) -> Result<ThinMap, LvmError> {
+        read_into(&Room::default(), text)
+    }
+
+    fn read_into(room: &Room, text: &str) -> Result<ThinMap, LvmError> {
+        let mut reader = MapReader::new(room.clone());
         text.lines().for_each(|line| reader.take(line));
         reader.finish(32 * CHUNK)
     }
@@ -238,7 +339,8 @@ mod tests {
     #[test]
     fn many_runs_are_told_in_parts() {
         let mapped = (0..RUNS_MAX as u64 + 10).map(|at| Mapped { chunk: at * 2, address: at * 3, chunks: 1 });
-        let map = ThinMap { capacity_bytes: 1 << 40, chunk_bytes: CHUNK, mapped: mapped.collect() };
+        let _room = RoomTaken { room: Room::default(), runs: 0 };
+        let map = ThinMap { capacity_bytes: 1 << 40, chunk_bytes: CHUNK, mapped: mapped.collect(), _room };
         let (runs, end) = told(&map, 0..1 << 40);
         assert_eq!((runs.len(), end), (RUNS_MAX, RUNS_MAX as u64 * 2 * CHUNK));
         let (rest, end) = told(&map, end..1 << 40);
@@ -247,8 +349,38 @@ mod tests {
 
     #[test]
     fn what_each_has_alone_is_found_by_its_number() {
+        let exclusive = |text: &str, thin_id| {
+            let mut reader = ExclusiveReader::new(thin_id);
+            text.lines().for_each(|line| reader.take(line));
+            reader.finish()
+        };
         let text = "  1 131072 \n 12      0 \n";
         assert_eq!((exclusive(text, 1).unwrap(), exclusive(text, 12).unwrap()), (131_072, 0));
         assert!(exclusive(text, 2).is_err() && exclusive("1 2 3", 1).is_err() && exclusive("", 1).is_err());
+    }
+
+    #[test]
+    fn maps_take_no_more_than_there_is_room_for_and_give_it_back() {
+        // No two of them beside each other.
+        let dump = |runs: u64| {
+            let mapping =
+                |at| format!(r#"<single_mapping origin_block="{}" data_block="{at}" time="0"/>"#, at * 2);
+            let mappings: Vec<String> = (0..runs).map(mapping).collect();
+            format!(
+                "<superblock data_block_size=\"128\">\n<device dev_id=\"1\" mapped_blocks=\"{runs}\">\n{}\n</device>\n</superblock>",
+                mappings.join("\n")
+            )
+        };
+        let left = |room: &Room| room.0.load(Ordering::Relaxed);
+        let room = Room(Arc::new(AtomicUsize::new(3 * ROOM_STEP)));
+        let step = ROOM_STEP as u64;
+        let first = read_into(&room, &dump(2 * step)).unwrap();
+        assert_eq!((first.mapped.len(), left(&room)), (2 * ROOM_STEP, ROOM_STEP));
+        let error = read_into(&room, &dump(step + 1)).unwrap_err();
+        assert!(matches!(error, LvmError::TooManyRuns(_)), "{error}");
+        assert_eq!(left(&room), ROOM_STEP, "what was begun is given back");
+        drop(first);
+        assert_eq!(read_into(&room, &dump(step + 1)).unwrap().mapped.len(), ROOM_STEP + 1);
+        assert_eq!(left(&room), 3 * ROOM_STEP);
     }
 }

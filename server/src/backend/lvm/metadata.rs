@@ -9,29 +9,61 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
 use tracing::{info, warn};
 
 use super::command::PoolName;
 use super::error::LvmError;
-use super::map::{self, MapReader, ThinMap};
+use super::map::{ExclusiveReader, MapReader, Room, ThinMap};
 use super::tool::{RunTools, lock};
 
 /// In the data directory, while the server has the pool keep its metadata. It has the pool's name.
 const MARK_FILE_NAME: &str = "thin-metadata-kept";
 
+/// Whose turn it is to read.
+#[derive(Debug, Default)]
+struct Reading {
+    is_taken: Mutex<bool>,
+    is_free: Condvar,
+}
+
+/// While it is there, nobody else reads.
+struct ReadTurn<'a>(&'a Reading);
+
+impl Reading {
+    /// `None`: others read until the deadline.
+    fn turn(&self, deadline: Instant) -> Option<ReadTurn<'_>> {
+        let mut is_taken = lock(&self.is_taken);
+        while *is_taken {
+            let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
+            is_taken = self.is_free.wait_timeout(is_taken, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        *is_taken = true;
+        Some(ReadTurn(self))
+    }
+}
+
+impl Drop for ReadTurn<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.is_taken) = false;
+        self.0.is_free.notify_one();
+    }
+}
+
 /// What reads a pool's metadata: one after the other.
 #[derive(Debug)]
 pub(super) struct Metadata {
     mark: PathBuf,
-    reading: Mutex<()>,
+    reading: Reading,
+    room: Room,
 }
 
 impl Metadata {
     /// Of a server with this data directory.
     pub(super) fn new(data_dir: &Path) -> Self {
-        Self { mark: data_dir.join(MARK_FILE_NAME), reading: Mutex::default() }
+        Self { mark: data_dir.join(MARK_FILE_NAME), reading: Reading::default(), room: Room::default() }
     }
 
     /// The map of a thin volume, of so many bytes.
@@ -41,13 +73,18 @@ impl Metadata {
         pool: &PoolName,
         thin_id: u32,
         capacity_bytes: u64,
+        deadline: Instant,
     ) -> Result<ThinMap, LvmError> {
-        let reader = Arc::new(Mutex::new(MapReader::default()));
+        let reader = Arc::new(Mutex::new(MapReader::new(self.room.clone())));
         let taking = Arc::clone(&reader);
         let take = move |line: &str| lock(&taking).take(line);
-        self.kept(tools, pool, || Ok(tools.run_lines(&pool.dump(thin_id), Box::new(take))?))?;
-        let reader = std::mem::take(&mut *lock(&reader));
-        Ok(reader.finish(capacity_bytes)?)
+        self.kept(tools, pool, deadline, || {
+            let call = pool.dump(thin_id).within(deadline.saturating_duration_since(Instant::now()));
+            Ok(tools.run_lines(&call, Box::new(take))?)
+        })?;
+        // A tool that has ended writes no more.
+        let reader = std::mem::replace(&mut *lock(&reader), MapReader::new(self.room.clone()));
+        reader.finish(capacity_bytes)
     }
 
     /// What a thin volume has alone, in bytes.
@@ -56,9 +93,17 @@ impl Metadata {
         tools: &dyn RunTools,
         pool: &PoolName,
         thin_id: u32,
+        deadline: Instant,
     ) -> Result<u64, LvmError> {
-        let text = self.kept(tools, pool, || Ok(tools.run(&pool.list_exclusive())?))?;
-        Ok(map::exclusive(&text, thin_id)?)
+        let reader = Arc::new(Mutex::new(ExclusiveReader::new(thin_id)));
+        let taking = Arc::clone(&reader);
+        let take = move |line: &str| lock(&taking).take(line);
+        self.kept(tools, pool, deadline, || {
+            let call = pool.list_exclusive().within(deadline.saturating_duration_since(Instant::now()));
+            Ok(tools.run_lines(&call, Box::new(take))?)
+        })?;
+        let found = lock(&reader).finish();
+        Ok(found?)
     }
 
     /// Does something while the pool keeps its metadata.
@@ -66,9 +111,10 @@ impl Metadata {
         &self,
         tools: &dyn RunTools,
         pool: &PoolName,
+        deadline: Instant,
         work: impl FnOnce() -> Result<T, LvmError>,
     ) -> Result<T, LvmError> {
-        let _reading = lock(&self.reading);
+        let _turn = self.reading.turn(deadline).ok_or(LvmError::Reading)?;
         self.release_left(tools, pool)?;
         self.set_mark(pool).map_err(|source| LvmError::Mark { path: self.mark.clone(), source })?;
         let done = match tools.run(&pool.keep_metadata(true)) {
@@ -132,6 +178,7 @@ fn is_kept(status: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
 
     use super::*;
     use crate::backend::lvm::command::Call;
@@ -179,6 +226,10 @@ mod tests {
         }
     }
 
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
     fn pool_name() -> PoolName {
         "vg/pool".parse().unwrap()
     }
@@ -187,12 +238,12 @@ mod tests {
     fn what_is_kept_is_released_and_somebody_elses_is_not() {
         let (dir, pool, tools) = (tempfile::tempdir().unwrap(), pool_name(), Pool::default());
         let metadata = Metadata::new(dir.path());
-        assert_eq!(metadata.exclusive_bytes(&tools, &pool, 7).unwrap(), 65536);
+        assert_eq!(metadata.exclusive_bytes(&tools, &pool, 7, soon()).unwrap(), 65536);
         assert!(!tools.is_kept.load(Ordering::Relaxed) && !metadata.mark.exists());
-        assert!(metadata.exclusive_bytes(&tools, &pool, 8).is_err(), "nothing is told of it");
+        assert!(metadata.exclusive_bytes(&tools, &pool, 8, soon()).is_err(), "nothing is told of it");
         assert!(!tools.is_kept.load(Ordering::Relaxed), "released all the same");
         tools.is_kept.store(true, Ordering::Relaxed);
-        assert!(metadata.exclusive_bytes(&tools, &pool, 7).is_err());
+        assert!(metadata.exclusive_bytes(&tools, &pool, 7, soon()).is_err());
         assert!(tools.is_kept.load(Ordering::Relaxed) && !metadata.mark.exists(), "a backup's, for example");
         metadata.release_left(&tools, &pool).unwrap();
         assert!(tools.is_kept.load(Ordering::Relaxed));
@@ -212,11 +263,24 @@ mod tests {
             assert!(!tools.is_kept.load(Ordering::Relaxed) && !metadata.mark.exists());
         }
         tools.fails_to_release.store(true, Ordering::Relaxed);
-        assert_eq!(metadata.exclusive_bytes(&tools, &pool, 7).unwrap(), 65536, "it was read");
+        assert_eq!(metadata.exclusive_bytes(&tools, &pool, 7, soon()).unwrap(), 65536, "it was read");
         assert!(metadata.mark.exists());
-        assert!(metadata.exclusive_bytes(&tools, &pool, 7).is_err());
+        assert!(metadata.exclusive_bytes(&tools, &pool, 7, soon()).is_err());
         tools.fails_to_release.store(false, Ordering::Relaxed);
-        assert_eq!(metadata.exclusive_bytes(&tools, &pool, 7).unwrap(), 65536);
+        assert_eq!(metadata.exclusive_bytes(&tools, &pool, 7, soon()).unwrap(), 65536);
         assert!(!metadata.mark.exists() && !tools.is_kept.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn who_waits_for_another_that_reads_waits_for_a_bounded_time() {
+        let (dir, pool, tools) = (tempfile::tempdir().unwrap(), pool_name(), Pool::default());
+        let metadata = Metadata::new(dir.path());
+        let turn = metadata.reading.turn(soon()).unwrap();
+        let at_once = Instant::now() + Duration::from_millis(20);
+        let error = metadata.exclusive_bytes(&tools, &pool, 7, at_once).unwrap_err();
+        assert!(matches!(error, LvmError::Reading), "{error}");
+        assert!(lock(&tools.calls).is_empty(), "nothing was asked of the pool");
+        drop(turn);
+        assert_eq!(metadata.exclusive_bytes(&tools, &pool, 7, soon()).unwrap(), 65536);
     }
 }

@@ -22,14 +22,14 @@ pub(crate) mod stand_in;
 mod tool;
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
 pub use command::{Call, PoolName, Thin};
-pub use error::LvmError;
+pub use error::{LvmError, PoolTrouble};
 pub use map::ThinMap;
 pub use report::{PoolFill, ThinState, Unreadable};
 pub use tool::{RunTools, TakeLine, ToolError};
@@ -47,7 +47,8 @@ const WARN_PERCENT: [f64; 3] = [80.0, 90.0, 95.0];
 /// New snapshots and clones are refused from so many percent on, unless a reserve says otherwise.
 const NEW_COPIES_PERCENT: f64 = 90.0;
 
-/// So long writes are held for copies of several volumes: each takes a call of LVM, of some tenths of a second.
+/// So long writes are held for copies of several volumes: each takes a call of LVM, of some tenths of a second. What LVM is at work at when
+/// they are wanted is waited for before that.
 const HOLD_LIMIT: Duration = Duration::from_secs(10);
 
 /// The thin pool of one server.
@@ -214,18 +215,55 @@ impl Lvm {
         self.find(of)?;
         self.remove(thin)?;
         let made = self.change(&self.pool.snapshot(of, thin, &self.tag));
-        made.and_then(|()| self.grow(thin, bytes)).inspect_err(|_| {
+        made.and_then(|()| self.grow(thin, bytes)).map_err(|error| {
             if let Err(error) = self.remove(thin) {
                 warn!(name = thin.name(), %error, "a copy that could not be made is still to be cleaned up");
             }
+            self.explained(error)
         })
     }
 
-    /// Makes ready for [`Self::copy_held`]: the sources are there, and nothing that a copy would be in the way of.
+    /// Makes copies of volumes, each as large as its source, one after the other while `hold` has nobody write to any of them: they are of one
+    /// instant. The hold begins when LVM is at work at nothing else of this server's, and ends before this returns. After an error there is
+    /// none of them.
     ///
     /// # Errors
-    /// [`LvmError::Missing`]; a tool's.
-    pub fn prepare_copies(&self, copies: &[(Thin, Thin)]) -> Result<(), LvmError> {
+    /// [`LvmError::Missing`], [`LvmError::TooSlow`]; a tool's; that of `hold`.
+    pub fn copy_together<H, E: From<LvmError>>(
+        &self,
+        copies: &[(Thin, Thin)],
+        hold: impl FnOnce() -> Result<H, E>,
+        release: impl FnOnce(H) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.prepare_copies(copies)?;
+        let turn = self.turn();
+        let (began, held) = (Instant::now(), hold()?);
+        let copied = self.copy_held(&turn, copies, began);
+        let released = release(held);
+        let hold_time = began.elapsed();
+        drop(turn);
+        let copied = copied.map_err(|error| E::from(self.explained(error)));
+        copied.and(released).inspect_err(|_| {
+            for (_, target) in copies {
+                if let Err(error) = self.remove(*target) {
+                    warn!(name = target.name(), %error, "a copy of a group that could not be made is still to be cleaned up");
+                }
+            }
+        })?;
+        info!(copies = copies.len(), ?hold_time, "thin snapshots of one instant are made");
+        Ok(())
+    }
+
+    /// As soon as LVM does nothing else for this server, and as long as this is there: neither a change, nor a look, which has the group's
+    /// lock as well.
+    fn turn(&self) -> LvmTurn<'_> {
+        // In this order everywhere.
+        let changing = lock(&self.changing);
+        LvmTurn { _changing: changing, _looking: lock(&self.looking) }
+    }
+
+    /// The sources are there, and nothing that a copy would be in the way of.
+    fn prepare_copies(&self, copies: &[(Thin, Thin)]) -> Result<(), LvmError> {
         let stored = self.list()?;
         let is_there = |thin: Thin| stored.iter().any(|found| found.thin == thin);
         for (of, thin) in copies {
@@ -239,40 +277,54 @@ impl Lvm {
         Ok(())
     }
 
-    /// Makes copies of volumes of which nobody writes to any meanwhile, each as large as its source: they are of one instant. After an error
-    /// there may be some of them.
-    ///
-    /// # Errors
-    /// [`LvmError::TooSlow`]; a tool's.
-    pub fn copy_held(&self, copies: &[(Thin, Thin)]) -> Result<(), LvmError> {
-        let began = Instant::now();
+    fn copy_held(&self, turn: &LvmTurn<'_>, copies: &[(Thin, Thin)], began: Instant) -> Result<(), LvmError> {
         for (of, thin) in copies {
             let left = HOLD_LIMIT.saturating_sub(began.elapsed());
             if left.is_zero() {
                 return Err(LvmError::TooSlow(HOLD_LIMIT.as_secs()));
             }
-            self.change(&self.pool.snapshot(*of, *thin, &self.tag).within(left))?;
+            let made = self.change_in(turn, &self.pool.snapshot(*of, *thin, &self.tag).within(left));
+            made.map_err(|error| match error {
+                LvmError::Tool(error) if error.has_timed_out() => LvmError::TooSlow(HOLD_LIMIT.as_secs()),
+                error => error,
+            })?;
         }
-        info!(copies = copies.len(), held = ?began.elapsed(), "thin snapshots of one instant are made");
         Ok(())
     }
 
-    /// Where it has its bytes in the pool, of the first `capacity_bytes` of it; everything that was answered before is in.
+    /// Where it has its bytes in the pool, of the first `capacity_bytes` of it; everything that was answered before is in. Takes no longer than
+    /// `limit`, and some calls of LVM.
     ///
     /// # Errors
-    /// [`LvmError::Missing`]; a tool's; its answer cannot be read.
-    pub fn map(&self, thin: Thin, capacity_bytes: u64) -> Result<ThinMap, LvmError> {
-        let thin_id = self.thin_id(thin)?;
-        self.metadata.map(self.tools.as_ref(), &self.pool, thin_id, capacity_bytes)
+    /// [`LvmError::Missing`]; [`LvmError::Reading`]; [`LvmError::TooManyRuns`]; a tool's; its answer cannot be read.
+    pub fn map(&self, thin: Thin, capacity_bytes: u64, limit: Duration) -> Result<ThinMap, LvmError> {
+        let deadline = Instant::now() + limit;
+        self.of_thin_id(thin, |thin_id| {
+            self.metadata.map(self.tools.as_ref(), &self.pool, thin_id, capacity_bytes, deadline)
+        })
     }
 
-    /// How much of the pool it has alone, in bytes: what is given back when it goes.
+    /// How much of the pool it has alone, in bytes: what is given back when it goes. Takes no longer than `limit`, and some calls of LVM.
     ///
     /// # Errors
     /// As of [`Self::map`].
-    pub fn exclusive_bytes(&self, thin: Thin) -> Result<u64, LvmError> {
+    pub fn exclusive_bytes(&self, thin: Thin, limit: Duration) -> Result<u64, LvmError> {
+        let deadline = Instant::now() + limit;
+        self.of_thin_id(thin, |thin_id| {
+            self.metadata.exclusive_bytes(self.tools.as_ref(), &self.pool, thin_id, deadline)
+        })
+    }
+
+    /// Reads what the pool's metadata have of it. Its number may be another's by the time they are read: the answer is only its own if it still
+    /// has that number behind it.
+    fn of_thin_id<T>(
+        &self,
+        thin: Thin,
+        read: impl FnOnce(u32) -> Result<T, LvmError>,
+    ) -> Result<T, LvmError> {
         let thin_id = self.thin_id(thin)?;
-        self.metadata.exclusive_bytes(self.tools.as_ref(), &self.pool, thin_id)
+        let found = read(thin_id)?;
+        if self.thin_id(thin)? != thin_id { Err(self.missing(thin)) } else { Ok(found) }
     }
 
     fn thin_id(&self, thin: Thin) -> Result<u32, LvmError> {
@@ -382,9 +434,30 @@ impl Lvm {
     /// How full the pool is.
     ///
     /// # Errors
-    /// A tool's; [`LvmError::NoPool`].
+    /// A tool's; [`LvmError::NoPool`]; [`LvmError::Trouble`]: nothing new can be made in it.
     pub fn fill(&self) -> Result<PoolFill, LvmError> {
-        Ok(self.state()?.fill)
+        let state = self.state()?;
+        match state.trouble() {
+            Some(trouble) => Err(self.trouble(trouble)),
+            None => Ok(state.fill),
+        }
+    }
+
+    /// The error of a tool that changes something, as the pool's state has it.
+    fn explained(&self, error: LvmError) -> LvmError {
+        let LvmError::Tool(ToolError::Failed { said, .. }) = &error else { return error };
+        let said = PoolTrouble::said(said);
+        match self.state().ok().and_then(|state| state.trouble()).or(said) {
+            Some(trouble) => {
+                warn!(pool = %self.pool, %error, "the thin pool does not let this be done");
+                self.trouble(trouble)
+            }
+            None => error,
+        }
+    }
+
+    fn trouble(&self, trouble: PoolTrouble) -> LvmError {
+        LvmError::Trouble { pool: self.pool.clone(), trouble }
     }
 
     /// Looks after the pool: says how full it is when that passes a step, and what is wrong with it.
@@ -396,8 +469,15 @@ impl Lvm {
                 return;
             }
         };
-        if !state.health.is_empty() {
-            error!(pool = %self.pool, health = state.health, "the thin pool is in trouble: see lvmthin(7)");
+        match state.trouble() {
+            Some(trouble) => {
+                let next = trouble.next();
+                error!(pool = %self.pool, health = state.health, %trouble, next, "the thin pool is in trouble: see lvmthin(7)");
+            }
+            None if !state.health.is_empty() => {
+                error!(pool = %self.pool, health = state.health, "the thin pool is in trouble: see lvmthin(7)");
+            }
+            None => {}
         }
         if !state.errors_when_full {
             warn!(pool = %self.pool, "somebody set the thin pool to let writes wait when it is full: it is set back");
@@ -428,12 +508,28 @@ impl Lvm {
 
     fn change(&self, call: &Call) -> Result<(), LvmError> {
         let _changing = lock(&self.changing);
+        self.changed(call)
+    }
+
+    /// The same for whoever has its turn.
+    fn change_in(&self, _turn: &LvmTurn<'_>, call: &Call) -> Result<(), LvmError> {
+        self.changed(call)
+    }
+
+    fn changed(&self, call: &Call) -> Result<(), LvmError> {
         let done = self.tools.run(call);
         // After it: what was looked at meanwhile is of before.
         *lock(&self.listed) = None;
         done?;
         Ok(())
     }
+}
+
+/// While it is there, LVM does nothing else for this server.
+#[derive(Debug)]
+struct LvmTurn<'a> {
+    _changing: MutexGuard<'a, ()>,
+    _looking: MutexGuard<'a, Option<(Instant, String)>>,
 }
 
 /// How many of [`WARN_PERCENT`] are passed.
@@ -547,6 +643,137 @@ mod tests {
         assert_eq!(
             (too_full(fill(60.0, 0.0), Some(40)), too_full(fill(99.0, 0.0), Some(0))),
             (Some(60.0), None)
+        );
+    }
+
+    fn started(pool: &stand_in::Pool, data_dir: &Path) -> Lvm {
+        let name: PoolName = "vg/pool".parse().unwrap();
+        Lvm::start_with(name, Uuid::nil(), data_dir, Box::new(pool.clone())).unwrap()
+    }
+
+    fn two_volumes(lvm: &Lvm) -> [(Thin, Thin); 2] {
+        [1, 2].map(|number| {
+            let uid = Uuid::from_u128(number);
+            lvm.create(Thin::Volume(uid), 1 << 20).unwrap();
+            (Thin::Volume(uid), Thin::Snapshot(uid))
+        })
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn writes_are_held_when_lvm_has_time_for_their_copies_and_not_before() {
+        use std::sync::Arc;
+        use std::sync::atomic::{AtomicBool, Ordering};
+        use std::sync::mpsc::channel;
+
+        let dir = tempfile::tempdir().unwrap();
+        let pool = stand_in::Pool::new("vg/pool".parse().unwrap(), stand_in::Volumes::new());
+        let lvm = started(&pool, dir.path());
+        let copies = two_volumes(&lvm);
+        let (begun, has_begun) = channel();
+        let (go_on, goes_on) = channel::<()>();
+        let is_held = Arc::new(AtomicBool::new(false));
+        let held = Arc::clone(&is_held);
+        // A call that takes its time, before anything is held; and what is done while it is.
+        pool.at_change(move |at, _| {
+            if at.starts_with("before") && at.contains("--virtualsize") {
+                begun.send(()).unwrap();
+                goes_on.recv_timeout(LONG).unwrap();
+            }
+            assert_eq!(held.load(Ordering::SeqCst), at.contains("--snapshot"), "{at}");
+        });
+        let (lvm, copies, is_held) = (&lvm, &copies[..], &*is_held);
+        std::thread::scope(|scope| {
+            scope.spawn(|| lvm.create(Thin::Volume(Uuid::from_u128(3)), 1 << 20).unwrap());
+            has_begun.recv_timeout(LONG).unwrap();
+            let hold = || {
+                is_held.store(true, Ordering::SeqCst);
+                Ok::<_, LvmError>(())
+            };
+            let release = |()| {
+                is_held.store(false, Ordering::SeqCst);
+                Ok(())
+            };
+            let copying = scope.spawn(move || lvm.copy_together(&copies, hold, release));
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(!is_held.load(Ordering::SeqCst), "writes wait for a call that is not theirs");
+            go_on.send(()).unwrap();
+            copying.join().unwrap().unwrap();
+        });
+        let made = pool.volumes();
+        assert!(copies.iter().all(|(_, copy)| made.contains_key(&copy.name())), "{:?}", made.keys());
+    }
+
+    #[test]
+    fn copies_of_several_that_cannot_all_be_made_are_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = stand_in::Pool::new("vg/pool".parse().unwrap(), stand_in::Volumes::new());
+        let lvm = started(&pool, dir.path());
+        let copies = two_volumes(&lvm);
+        let lost = lvm.copy_together(&copies, || Ok(()), |()| Err(LvmError::NotConfigured)).unwrap_err();
+        assert!(matches!(lost, LvmError::NotConfigured), "what the release says is told: {lost}");
+        let refused =
+            lvm.copy_together(&copies, || Err::<(), _>(LvmError::NotConfigured), |()| Ok(())).unwrap_err();
+        assert!(matches!(refused, LvmError::NotConfigured), "{refused}");
+        assert_eq!(pool.volumes().len(), copies.len(), "{:?}", pool.volumes().keys());
+        // LVM is free for others again.
+        lvm.create(Thin::Volume(Uuid::from_u128(3)), 1 << 20).unwrap();
+    }
+
+    #[test]
+    fn a_number_that_became_anothers_while_it_was_read_tells_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = stand_in::Pool::new("vg/pool".parse().unwrap(), stand_in::Volumes::new());
+        let lvm = started(&pool, dir.path());
+        let [(volume, _), (other, _)] = two_volumes(&lvm);
+        assert!(lvm.map(volume, 1 << 20, LONG).is_ok());
+        assert_eq!(lvm.exclusive_bytes(volume, LONG).unwrap(), 65536);
+        // A restore, say: the volume is another one, and its former number a third one's.
+        let (name, others_name) = (volume.name(), other.name());
+        pool.at_read(move |volumes| {
+            let taken = volumes[&name].thin_id;
+            volumes.get_mut(&name).unwrap().thin_id += 10;
+            volumes.get_mut(&others_name).unwrap().thin_id = taken;
+        });
+        let error = lvm.map(volume, 1 << 20, LONG).unwrap_err();
+        assert!(matches!(error, LvmError::Missing { .. }), "{error}");
+        let error = lvm.exclusive_bytes(volume, LONG).unwrap_err();
+        assert!(matches!(error, LvmError::Missing { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_pool_that_takes_nothing_new_says_why_and_what_to_do() {
+        use crate::volume::copying::CopyError;
+
+        let dir = tempfile::tempdir().unwrap();
+        let pool = stand_in::Pool::new("vg/pool".parse().unwrap(), stand_in::Volumes::new());
+        let lvm = started(&pool, dir.path());
+        let copies = two_volumes(&lvm);
+        let (volume, copy) = copies[0];
+        pool.refuses("", "Cannot create new thin volume, thin pool vg/pool needs check.");
+        let error = lvm.copy(volume, copy, 1 << 20).unwrap_err();
+        assert!(matches!(error, LvmError::Trouble { trouble: PoolTrouble::NeedsCheck, .. }), "{error}");
+        pool.refuses("metadata_read_only", "device-mapper: message ioctl failed: Operation not supported");
+        let errors = [
+            lvm.copy(volume, copy, 1 << 20).unwrap_err(),
+            lvm.copy_together(&copies, || Ok(()), |()| Ok(())).unwrap_err(),
+            lvm.fill().unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error, LvmError::Trouble { trouble: PoolTrouble::ReadOnly, .. }), "{error}");
+            let CopyError::NotReady { words, next } = error.into() else {
+                panic!("the server has not failed")
+            };
+            assert!(
+                words.contains("read-only metadata") && next.contains("docs/operating.md"),
+                "{words}; {next}"
+            );
+        }
+        pool.refuses("", "Insufficient free space");
+        assert!(
+            matches!(lvm.copy(volume, copy, 1 << 20).unwrap_err(), LvmError::Tool(_)),
+            "no trouble of the pool"
         );
     }
 }

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use super::command::Thin;
+use super::error::PoolTrouble;
 
 /// An answer that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +21,21 @@ pub(super) struct PoolState {
     pub fill: PoolFill,
     /// What is wrong with it, in LVM's words; empty: nothing.
     pub health: String,
+    /// Its metadata are to be checked before anything is made in it.
+    pub needs_check: bool,
+}
+
+impl PoolState {
+    /// Why nothing new can be made in it; of one that is out of data its fill tells.
+    pub(super) fn trouble(&self) -> Option<PoolTrouble> {
+        match self.health.as_str() {
+            "failed" => Some(PoolTrouble::Failed),
+            "metadata_read_only" if self.fill.metadata_percent >= 100.0 => Some(PoolTrouble::MetadataFull),
+            _ if self.needs_check => Some(PoolTrouble::NeedsCheck),
+            "metadata_read_only" => Some(PoolTrouble::ReadOnly),
+            _ => None,
+        }
+    }
 }
 
 /// How full a thin pool is, in percent.
@@ -92,6 +108,8 @@ struct Row {
     #[serde(default)]
     lv_health_status: String,
     #[serde(default)]
+    lv_check_needed: String,
+    #[serde(default)]
     lv_kernel_major: String,
     #[serde(default)]
     lv_kernel_minor: String,
@@ -114,15 +132,22 @@ pub(super) fn pool(text: &str) -> Result<Option<PoolState>, Unreadable> {
     if !(layout.contains(&"thin") && layout.contains(&"pool")) {
         return Ok(None);
     }
+    // Of a pool that has failed, the kernel does not tell.
+    let percent = |text: &str, what: &str| match number(text, what) {
+        Err(_) if text.is_empty() && row.lv_health_status == "failed" => Ok(100.0),
+        read => read,
+    };
     let fill = PoolFill {
-        data_percent: number(&row.data_percent, "data_percent")?,
-        metadata_percent: number(&row.metadata_percent, "metadata_percent")?,
+        data_percent: percent(&row.data_percent, "data_percent")?,
+        metadata_percent: percent(&row.metadata_percent, "metadata_percent")?,
     };
     Ok(Some(PoolState {
         errors_when_full: row.lv_when_full == "error",
         zeroes: !matches!(row.zero.as_str(), "" | "0"),
         fill,
         health: row.lv_health_status.clone(),
+        // "check needed", 1, or nothing; "unknown" and -1 of what is not known.
+        needs_check: matches!(row.lv_check_needed.trim(), "1" | "check needed"),
     }))
 }
 
@@ -177,6 +202,28 @@ mod tests {
         assert!(pool(r#"{"report":[{"lv":[]}]}"#).is_err() && pool("").is_err() && pool("{}").is_err());
         let inactive = pool_answer("thin,pool", "error", "zero").replace("12.50", "");
         assert!(pool(&inactive).unwrap_err().to_string().contains("data_percent"), "not taken for empty");
+    }
+
+    #[test]
+    fn a_pool_in_which_nothing_can_be_made_says_why() {
+        let of = |health: &str, check: &str, metadata: &str| {
+            let answer = pool_answer("thin,pool", "error", "zero")
+                .replace(
+                    r#""lv_health_status":"""#,
+                    &format!(r#""lv_health_status":"{health}","lv_check_needed":"{check}""#),
+                )
+                .replace("20.01", metadata);
+            pool(&answer).unwrap().unwrap().trouble()
+        };
+        for nothing in ["", "out_of_data"] {
+            assert_eq!(of(nothing, "", "20.01"), None, "{nothing}");
+            assert_eq!(of(nothing, "unknown", "20.01"), None);
+        }
+        assert_eq!(of("", "check needed", "20.01"), Some(PoolTrouble::NeedsCheck));
+        assert_eq!(of("metadata_read_only", "check needed", "20.01"), Some(PoolTrouble::NeedsCheck));
+        assert_eq!(of("metadata_read_only", "", "20.01"), Some(PoolTrouble::ReadOnly));
+        assert_eq!(of("metadata_read_only", "1", "100.00"), Some(PoolTrouble::MetadataFull));
+        assert_eq!(of("failed", "", ""), Some(PoolTrouble::Failed));
     }
 
     #[test]

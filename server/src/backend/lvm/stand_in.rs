@@ -14,7 +14,8 @@ pub(crate) struct Volume {
     /// What is in it, in words.
     pub(crate) content: String,
     tag: String,
-    thin_id: u32,
+    /// Its number in the pool.
+    pub(crate) thin_id: u32,
 }
 
 /// All of them, by name.
@@ -23,12 +24,18 @@ pub(crate) type Volumes = BTreeMap<String, Volume>;
 /// Called before each change and after it, with what it is and what there is.
 pub(crate) type AtChange = Box<dyn FnMut(&str, &Volumes) + Send>;
 
+/// Called while the metadata are read.
+pub(crate) type AtRead = Box<dyn FnMut(&mut Volumes) + Send>;
+
 /// The pool.
 #[derive(Clone)]
 pub(crate) struct Pool {
     name: PoolName,
     volumes: Arc<Mutex<Volumes>>,
     at_change: Arc<Mutex<Option<AtChange>>>,
+    at_read: Arc<Mutex<Option<AtRead>>>,
+    /// What LVM says of its health, and whether all changes are refused.
+    health: Arc<Mutex<(String, Option<String>)>>,
 }
 
 impl std::fmt::Debug for Pool {
@@ -40,7 +47,36 @@ impl std::fmt::Debug for Pool {
 impl Pool {
     /// With these in it.
     pub(crate) fn new(name: PoolName, volumes: Volumes) -> Self {
-        Self { name, volumes: Arc::new(Mutex::new(volumes)), at_change: Arc::default() }
+        let volumes = Arc::new(Mutex::new(volumes));
+        Self { name, volumes, at_change: Arc::default(), at_read: Arc::default(), health: Arc::default() }
+    }
+
+    /// Has it call this whenever its metadata are read.
+    pub(crate) fn at_read(&self, at_read: impl FnMut(&mut Volumes) + Send + 'static) {
+        *lock(&self.at_read) = Some(Box::new(at_read));
+    }
+
+    /// LVM says from now on that its health is this, and refuses all changes with these words.
+    pub(crate) fn refuses(&self, health: &str, said: &str) {
+        *lock(&self.health) = (health.to_owned(), Some(said.to_owned()));
+    }
+
+    /// One chunk for each volume, at the place of its number; all are read.
+    fn read_metadata(&self, program: &str, args: &[String], take: &mut TakeLine) {
+        let mut volumes = lock(&self.volumes);
+        if let Some(at_read) = &mut *lock(&self.at_read) {
+            at_read(&mut volumes);
+        }
+        if program == "thin_ls" {
+            volumes.values().for_each(|volume| take(&format!("{} 65536", volume.thin_id)));
+            return;
+        }
+        let thin_id = value(args, "--dev-id").expect("a number");
+        take(r#"<superblock data_block_size="128">"#);
+        take(&format!(r#"<device dev_id="{thin_id}" mapped_blocks="1">"#));
+        take(&format!(r#"<single_mapping origin_block="0" data_block="{thin_id}" time="0"/>"#));
+        take("</device>");
+        take("</superblock>");
     }
 
     /// What is in it.
@@ -71,6 +107,9 @@ impl Pool {
             }
         };
         look("before");
+        if let Some(said) = lock(&self.health).1.clone() {
+            return Err(ToolError::Failed { tool: call.name(), status: "exit status: 5".to_owned(), said });
+        }
         change(&mut lock(&self.volumes)).map_err(|said| ToolError::Failed {
             tool: call.name(),
             status: "exit status: 5".to_owned(),
@@ -95,7 +134,7 @@ impl Pool {
     fn state(&self) -> String {
         let row = serde_json::json!({
             "lv_name": self.name.pool, "lv_layout": "thin,pool", "lv_when_full": "error", "zero": "zero",
-            "data_percent": "1.00", "metadata_percent": "1.00", "lv_health_status": "",
+            "data_percent": "1.00", "metadata_percent": "1.00", "lv_health_status": lock(&self.health).0,
         });
         serde_json::json!({ "report": [{ "lv": [row] }] }).to_string()
     }
@@ -114,6 +153,14 @@ fn bytes(args: &[String], option: &str) -> u64 {
 impl RunTools for Pool {
     fn run_lines(&self, call: &Call, mut take: TakeLine) -> Result<(), ToolError> {
         let args = &call.args;
+        match call.program {
+            "lvm" => {}
+            "dmsetup" => return Ok(()),
+            program => {
+                self.read_metadata(program, args, &mut take);
+                return Ok(());
+            }
+        }
         let last = args.last().expect("arguments").clone();
         let missing = |name: &str| format!("Failed to find logical volume \"{name}\"");
         let in_group = |name: &str| name.strip_prefix(&format!("{}/", self.name.group)).map(str::to_owned);

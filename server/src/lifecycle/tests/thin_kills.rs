@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use super::copies::finish;
 use super::*;
-use crate::backend::lvm::PoolName;
 use crate::backend::lvm::stand_in::{Pool, Volumes};
+use crate::backend::lvm::{LvmError, PoolName};
 use crate::catalog::SnapshotState;
 
 const MIB: u64 = 1 << 20;
@@ -50,10 +50,10 @@ pub(super) fn begin_copies(lvm: &Lvm, wanted: &[CopyWanted]) -> Result<CopyHandl
         several => {
             let copies: Vec<_> =
                 several.iter().map(|wanted| (source(&wanted.source), of(wanted.target))).collect();
-            lvm.prepare_copies(&copies).and_then(|()| lvm.copy_held(&copies))
+            lvm.copy_together(&copies, || Ok::<_, LvmError>(()), Ok)
         }
     };
-    copied.map_err(|error| CopyError::Failed(error.to_string()))?;
+    copied?;
     let (handle, report) = copying::begin();
     report.end(Ok(()));
     Ok(handle)
