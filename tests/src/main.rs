@@ -85,6 +85,18 @@ enum LabCommand {
         #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
         directory: PathBuf,
     },
+    /// What each call of the management API takes with 10,000 volumes and as many snapshots, and what the server holds in memory
+    BenchApi {
+        /// Only see that everything works: some hundred volumes, the lab's own build, numbers that mean nothing
+        #[arg(long)]
+        quick: bool,
+        /// Also update the table in docs/performance.md
+        #[arg(long, conflicts_with = "quick")]
+        write: bool,
+        /// Where the server keeps its files meanwhile, some 2 GiB: on XFS or btrfs, for snapshots
+        #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
+        directory: PathBuf,
+    },
     /// Install, fetch and build all that the demo and the tests need, and run nothing
     Setup,
     /// Make the images of deploy/kubernetes, of the release's programs and what they run, without a registry
@@ -175,6 +187,7 @@ fn main() -> ExitCode {
         LabCommand::BenchServer { quick, write, directory } => {
             commands::bench_server(quick, write, &directory)
         }
+        LabCommand::BenchApi { quick, write, directory } => commands::bench_api(quick, write, &directory),
         LabCommand::Soak(options) => commands::soak(&options),
         LabCommand::GuestSoak(guest) => commands::guest_soak(&guest),
         LabCommand::Setup => commands::setup(),
