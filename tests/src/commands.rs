@@ -89,8 +89,8 @@ pub(crate) fn bench_server(quick: bool, write: bool, directory: &Path) -> Result
 }
 
 /// Measures the management API with a full catalog, on this machine; with `write`, keeps the results in the documentation.
-pub(crate) fn bench_api(quick: bool, write: bool, directory: &Path) -> Result<u8> {
-    bench_api::run(&Workspace::locate()?, quick, write, directory).map(|()| 0)
+pub(crate) fn bench_api(wanted: bench_api::BenchApiOptions<'_>) -> Result<u8> {
+    bench_api::run(&Workspace::locate()?, wanted).map(|()| 0)
 }
 
 /// Measures idle attachments and many of them; with `write`, keeps the results in the documentation.

@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use lab::machine::boots::BootsOptions;
 use lab::machine::vm::{ByteCopies, Processors};
+use lab::measure::bench_api::BenchApiOptions;
 use lab::measure::cost::CostOptions;
 use lab::run::fresh::FreshOptions;
 use lab::run::fuzz::FuzzOptions;
@@ -93,6 +94,9 @@ enum LabCommand {
         /// Also update the table in docs/performance.md
         #[arg(long, conflicts_with = "quick")]
         write: bool,
+        /// Another volserver than one that is built for it
+        #[arg(long, value_name = "FILE", conflicts_with = "write")]
+        server: Option<PathBuf>,
         /// Where the server keeps its files meanwhile, some 2 GiB: on XFS or btrfs, for snapshots
         #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
         directory: PathBuf,
@@ -187,7 +191,10 @@ fn main() -> ExitCode {
         LabCommand::BenchServer { quick, write, directory } => {
             commands::bench_server(quick, write, &directory)
         }
-        LabCommand::BenchApi { quick, write, directory } => commands::bench_api(quick, write, &directory),
+        LabCommand::BenchApi { quick, write, server, directory } => {
+            let (server, directory) = (server.as_deref(), directory.as_path());
+            commands::bench_api(BenchApiOptions { quick, write, server, directory })
+        }
         LabCommand::Soak(options) => commands::soak(&options),
         LabCommand::GuestSoak(guest) => commands::guest_soak(&guest),
         LabCommand::Setup => commands::setup(),

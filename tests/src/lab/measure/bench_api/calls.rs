@@ -30,7 +30,7 @@ async fn looks(load: &Load, plan: Plan) -> Result<Vec<Row>> {
     let Plan { volumes, snapshots, nodes, calls, .. } = plan;
     let volume = load.calls("GetVolume", calls, move |mut client, number| async move {
         let name = volume_name(scattered(number, volumes));
-        client.get_volume(v1::GetVolumeRequest { name }).await.map(drop)
+        client.get_volume(v1::GetVolumeRequest { name, ..Default::default() }).await.map(drop)
     });
     let volume = volume.await?;
     let snapshot = load.calls("GetSnapshot", calls, move |mut client, number| async move {

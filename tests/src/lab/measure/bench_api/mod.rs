@@ -3,7 +3,7 @@
 //! Builds volserver as it is shipped, starts it on a directory that has reflinks, fills it, and makes each call many times, so many at
 //! once, over some connections. Prints what the middle one and the slowest hundredth took, and what the server holds in memory; if told
 //! to, puts the tables between their markers in `docs/performance.md`. Called by `commands`. A call that fails is an error, never a gap.
-//! `--quick` is the same in small, with the lab's own build, to see that everything works.
+//! `--quick` is the same in small, with the lab's own build, to see that everything works; `--server` takes one that is built.
 //! Read in this order: here → `fill` → `calls` → `load`.
 
 mod calls;
@@ -70,16 +70,36 @@ impl Drop for Scratch {
     }
 }
 
-/// Measures and prints the tables; with `write`, also updates the documentation. The server's files are made under `parent`.
+/// What is to be measured, and where.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BenchApiOptions<'a> {
+    /// In small, with a build that is not what is shipped.
+    pub(crate) quick: bool,
+    /// Also update the documentation.
+    pub(crate) write: bool,
+    /// This server instead of one that is built here.
+    pub(crate) server: Option<&'a Path>,
+    /// The server's files are made under it.
+    pub(crate) directory: &'a Path,
+}
+
+/// Measures and prints the table; where it is to be written, also updates the documentation.
 ///
 /// # Errors
 /// The server does not build or start, the directory has no reflinks, or a call fails.
-pub(crate) fn run(workspace: &Workspace, quick: bool, write: bool, parent: &Path) -> Result<()> {
-    let profile = if quick { workspace::PROFILE } else { PROFILE };
-    programs::build(workspace, profile, &["volserver"])?;
+pub(crate) fn run(workspace: &Workspace, wanted: BenchApiOptions<'_>) -> Result<()> {
+    let BenchApiOptions { quick, write, server, directory } = wanted;
+    let program = match server {
+        Some(server) => server.to_owned(),
+        None => {
+            let profile = if quick { workspace::PROFILE } else { PROFILE };
+            programs::build(workspace, profile, &["volserver"])?;
+            workspace.target.join(profile).join("volserver")
+        }
+    };
     let plan = if quick { Plan::QUICK } else { Plan::FULL };
-    let scratch = Scratch::new(parent)?;
-    let mut command = Command::new(workspace.target.join(profile).join("volserver"));
+    let scratch = Scratch::new(directory)?;
+    let mut command = Command::new(program);
     command.args(["--memory-max", "2G", "--log", "error"]);
     let server = Volserver::start(&mut command, &scratch.0)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
