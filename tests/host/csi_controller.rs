@@ -291,6 +291,22 @@ async fn a_volume_is_made_found_grown_limited_listed_and_deleted() {
     assert_eq!(refused.code(), Code::NotFound);
 }
 
+/// The server knows the call that made the first of a name, also when that is gone; what is made again is another one, and is there.
+#[tokio::test]
+async fn a_name_is_given_again_once_what_bore_it_is_deleted() {
+    let mut bench = Bench::new();
+    let mut made = Vec::new();
+    // More often than there are ids in a day.
+    for _ in 0..18 {
+        let volume_id = bench.create(wanted("pvc-1", MIB)).await.volume_id;
+        assert_eq!(bench.volume(&volume_id).await.capacity_bytes, MIB as u64);
+        assert!(!made.contains(&volume_id), "{volume_id} was deleted");
+        let delete = csi::DeleteVolumeRequest { volume_id: volume_id.clone(), ..Default::default() };
+        bench.controller().await.delete_volume(delete).await.unwrap();
+        made.push(volume_id);
+    }
+}
+
 #[tokio::test]
 async fn lists_are_whole_without_a_bound_and_go_on_behind_a_token() {
     let bench = Bench::new();
@@ -607,6 +623,26 @@ async fn snapshots_and_copies_have_the_bytes_of_their_instant() {
     bench.twice(delete, |mut csi, request| async move { csi.delete_snapshot(request).await }).await;
     assert_eq!(bench.controller().await.get_snapshot(get).await.unwrap_err().code(), Code::NotFound);
     assert_eq!(first(&on_server.name), 1, "the copy is its own");
+
+    // A name of a snapshot, or of a copy, is given again once what bore it is deleted.
+    let mut made = Vec::new();
+    for _ in 0..3 {
+        let request = csi::CreateSnapshotRequest {
+            source_volume_id: other.clone(),
+            name: "again".to_owned(),
+            ..Default::default()
+        };
+        let taken =
+            bench.twice(request, |mut csi, request| async move { csi.create_snapshot(request).await }).await;
+        let snapshot_id = taken.snapshot.unwrap().snapshot_id;
+        let copy = bench.create(copy_of("copied again", of_volume(&other))).await.volume_id;
+        assert!(!made.contains(&snapshot_id) && !made.contains(&copy), "{made:?}");
+        let delete = csi::DeleteSnapshotRequest { snapshot_id: snapshot_id.clone(), ..Default::default() };
+        bench.controller().await.delete_snapshot(delete).await.unwrap();
+        let delete = csi::DeleteVolumeRequest { volume_id: copy.clone(), ..Default::default() };
+        bench.controller().await.delete_volume(delete).await.unwrap();
+        made.extend([snapshot_id, copy]);
+    }
 }
 
 /// Ids of snapshots, and the token of what follows.

@@ -83,7 +83,8 @@ async fn create(server: &ServerAddress, volumes: Vec<String>, name: String) -> R
     let mut client = connect::server(server).await?;
     let request = v1::CreateSnapshotRequest { volume_names: volumes, name, ..Default::default() };
     let request = identified(request);
-    let create = |mut client, request| async move { client.create_snapshot(request).await };
+    let create =
+        |mut client: ManagementClient<Channel>, request| async move { client.create_snapshot(request).await };
     let mut answer = once(&client, request.clone(), create).await?;
     if let Some(operation) = answer.operation.take() {
         finish(&mut client, operation).await?;

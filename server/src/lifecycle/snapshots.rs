@@ -77,19 +77,8 @@ impl<D: DataSide> Lifecycle<D> {
         }
         let volumes: Vec<VolumeRecord> =
             volume_names.iter().map(|name| self.volume(name)).collect::<Result<_, _>>()?;
-        if let Found::All(found) = self.found(&volumes, name)? {
-            let is_other = |(snapshot, _): &&(SnapshotRecord, _)| {
-                freeze_id.is_some() && snapshot.freeze_id != freeze_id && !snapshot.is_frozen
-            };
-            if let Some((other, _)) = found.iter().find(is_other) {
-                let why = "and the file system was not frozen then";
-                return Err(SnapshotError::Exists { export_name: other.export_name(), why }.into());
-            }
-            let made: Vec<Uuid> = found.iter().map(|(snapshot, _)| snapshot.snapshot_uid).collect();
-            let makes_one = |operation: &Operation| made.iter().any(|uid| operation.makes(*uid));
-            let operation = self.operations.find(makes_one);
-            self.join(operation.as_ref(), &subject(&made))?;
-            return Ok(Started { made, operation });
+        if let Some(there) = self.group_there(&volumes, name, freeze_id)? {
+            return Ok(there);
         }
         for volume in &volumes {
             if freeze_id.is_some() && volume.settings.is_shared {
@@ -145,6 +134,28 @@ impl<D: DataSide> Lifecycle<D> {
             finished.inspect_err(|_| this.discard_snapshots(&uids))
         });
         Ok(Started { made, operation: Some(operation) })
+    }
+
+    /// The wanted snapshots where all are there already, or are being made, of one group.
+    fn group_there(
+        &self,
+        volumes: &[VolumeRecord],
+        name: &str,
+        freeze_id: Option<Uuid>,
+    ) -> Result<Option<Started<Vec<Uuid>>>, LifecycleError> {
+        let Found::All(found) = self.found(volumes, name)? else { return Ok(None) };
+        let is_other = |(snapshot, _): &&(SnapshotRecord, _)| {
+            freeze_id.is_some() && snapshot.freeze_id != freeze_id && !snapshot.is_frozen
+        };
+        if let Some((other, _)) = found.iter().find(is_other) {
+            let why = "and the file system was not frozen then";
+            return Err(SnapshotError::Exists { export_name: other.export_name(), why }.into());
+        }
+        let made: Vec<Uuid> = found.iter().map(|(snapshot, _)| snapshot.snapshot_uid).collect();
+        let makes_one = |operation: &Operation| made.iter().any(|uid| operation.makes(*uid));
+        let operation = self.operations.find(makes_one);
+        self.join(operation.as_ref(), &subject(&made))?;
+        Ok(Some(Started { made, operation }))
     }
 
     /// Says of the scope's snapshots of a freeze that it held to the end; and which they are.

@@ -22,7 +22,7 @@ use super::volumes::{Attached, NODE_PREFIX, Server, machine_id};
 use super::{
     ImportArgs, Returning, copy_failure, lost_behind_a_copy, short_hash, state_directory, through_losses,
 };
-use crate::connect::{ServerAddress, call};
+use crate::connect::ServerAddress;
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
 use crate::once::once;
