@@ -110,7 +110,7 @@ fn prepare_keeping(db: &mut Connection, kept: Kept) -> Result<(), CatalogError> 
 fn drop_those_of_before(db: &Connection) -> Result<(), CatalogError> {
     let mut find =
         db.prepare("SELECT 1 FROM sqlite_schema WHERE type = 'trigger' AND name = ?1 AND sql = ?2")?;
-    for (name, text) in triggers::of_before() {
+    for (text, name) in triggers::of_before() {
         if find.exists((&name, &text))? {
             db.execute_batch(&format!("DROP TRIGGER {name}"))?;
             tracing::info!(name, "a trigger of an earlier volserver is replaced by one that tells more");

@@ -119,13 +119,13 @@ impl Trigger {
     }
 }
 
-/// The triggers of earlier programs that this one replaces: names and texts.
+/// The triggers of earlier programs that this one replaces: texts and names.
 pub(super) fn of_before() -> Vec<(String, String)> {
     let of_source = |source: &Source| {
         let now = source.triggers(&[]);
         let before = BEFORE.iter().flat_map(|unknown| source.triggers(unknown));
-        let other: Vec<Trigger> = before.filter(|trigger| !now.contains(trigger)).collect();
-        other.into_iter().map(|trigger| (trigger.text(), trigger.name)).map(|(text, name)| (name, text))
+        let others = before.filter(|trigger| !now.contains(trigger));
+        others.map(|trigger| (trigger.text(), trigger.name)).collect::<Vec<_>>()
     };
     SOURCES.iter().flat_map(of_source).collect()
 }
