@@ -623,8 +623,14 @@ async fn snapshots_and_copies_have_the_bytes_of_their_instant() {
     bench.twice(delete, |mut csi, request| async move { csi.delete_snapshot(request).await }).await;
     assert_eq!(bench.controller().await.get_snapshot(get).await.unwrap_err().code(), Code::NotFound);
     assert_eq!(first(&on_server.name), 1, "the copy is its own");
+}
 
-    // A name of a snapshot, or of a copy, is given again once what bore it is deleted.
+/// A name of a snapshot, or of a copy, is given again once what bore it is deleted.
+#[tokio::test]
+async fn names_of_snapshots_and_of_copies_are_given_again() {
+    let Some(mounted) = Mounted::new() else { return };
+    let mut bench = Bench::at(tempfile::tempdir_in(mounted.path()).unwrap());
+    let other = bench.create(wanted("other", MIB)).await.volume_id;
     let mut made = Vec::new();
     for _ in 0..3 {
         let request = csi::CreateSnapshotRequest {
