@@ -85,6 +85,36 @@ async fn a_repetition_does_nothing_again_and_has_the_first_answer_also_after_a_k
     assert!(delete(&mut api, "vol-1", &id(4)).await.unwrap(), "another call is another one");
 }
 
+/// An answer that is too long to be kept is made anew, and its call is known all the same; also of one that found nothing to change.
+#[tokio::test]
+async fn a_call_with_a_long_answer_is_known_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let data_dir = dir.path().join("data");
+    let server = Volserver::start(&data_dir);
+    let mut api = server.client().await;
+    let labels: HashMap<String, String> =
+        (0..60).map(|number| (format!("example.com/label-{number:02}"), "v".repeat(60))).collect();
+    let request = |number| v1::CreateVolumeRequest {
+        labels: labels.clone(),
+        request_id: id(number),
+        ..create_request("vol-1")
+    };
+    let first = api.create_volume(request(1)).await.unwrap().into_inner();
+    // It is there already: nothing is changed.
+    assert_eq!(api.create_volume(request(2)).await.unwrap().into_inner().volume_uid, first.volume_uid);
+    assert!(delete(&mut api, "vol-1", "").await.unwrap());
+    for number in [1, 2] {
+        let status = api.create_volume(request(number)).await.unwrap_err();
+        let expected = (Code::NotFound, reason::VOLUME_NOT_FOUND.to_owned());
+        assert_eq!(reason_of(&status), expected, "{number}: what it has made is gone");
+    }
+    assert!(find(&mut api, "vol-1").await.is_none(), "nothing is made anew");
+    server.kill();
+    let server = Volserver::start(&data_dir);
+    let mut api = server.client().await;
+    assert!(api.create_volume(request(2)).await.is_err() && find(&mut api, "vol-1").await.is_none());
+}
+
 #[tokio::test]
 async fn an_id_is_of_one_request() {
     let dir = tempfile::tempdir().unwrap();

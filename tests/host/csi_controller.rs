@@ -291,6 +291,22 @@ async fn a_volume_is_made_found_grown_limited_listed_and_deleted() {
     assert_eq!(refused.code(), Code::NotFound);
 }
 
+/// The server knows the call that made the first of a name, also when that is gone; what is made again is another one, and is there.
+#[tokio::test]
+async fn a_name_is_given_again_once_what_bore_it_is_deleted() {
+    let mut bench = Bench::new();
+    let mut made = Vec::new();
+    // More often than there are ids in a day.
+    for _ in 0..18 {
+        let volume_id = bench.create(wanted("pvc-1", MIB)).await.volume_id;
+        assert_eq!(bench.volume(&volume_id).await.capacity_bytes, MIB as u64);
+        assert!(!made.contains(&volume_id), "{volume_id} was deleted");
+        let delete = csi::DeleteVolumeRequest { volume_id: volume_id.clone(), ..Default::default() };
+        bench.controller().await.delete_volume(delete).await.unwrap();
+        made.push(volume_id);
+    }
+}
+
 #[tokio::test]
 async fn lists_are_whole_without_a_bound_and_go_on_behind_a_token() {
     let bench = Bench::new();
@@ -676,6 +692,32 @@ async fn an_encrypted_volume_is_one_in_every_copy_and_has_its_clear_size_everywh
     let listed = listed.into_inner().entries.into_iter().filter_map(|entry| entry.volume);
     let encrypted = listed.filter(|volume| volume.volume_context.contains_key("encrypted"));
     assert_eq!(encrypted.count(), 5);
+}
+
+/// A name of a snapshot, or of a copy, is given again once what bore it is deleted.
+#[tokio::test]
+async fn names_of_snapshots_and_of_copies_are_given_again() {
+    let Some(mounted) = Mounted::new() else { return };
+    let mut bench = Bench::at(tempfile::tempdir_in(mounted.path()).unwrap());
+    let other = bench.create(wanted("other", MIB)).await.volume_id;
+    let mut made = Vec::new();
+    for _ in 0..3 {
+        let request = csi::CreateSnapshotRequest {
+            source_volume_id: other.clone(),
+            name: "again".to_owned(),
+            ..Default::default()
+        };
+        let taken =
+            bench.twice(request, |mut csi, request| async move { csi.create_snapshot(request).await }).await;
+        let snapshot_id = taken.snapshot.unwrap().snapshot_id;
+        let copy = bench.create(copy_of("copied again", of_volume(&other))).await.volume_id;
+        assert!(!made.contains(&snapshot_id) && !made.contains(&copy), "{made:?}");
+        let delete = csi::DeleteSnapshotRequest { snapshot_id: snapshot_id.clone(), ..Default::default() };
+        bench.controller().await.delete_snapshot(delete).await.unwrap();
+        let delete = csi::DeleteVolumeRequest { volume_id: copy.clone(), ..Default::default() };
+        bench.controller().await.delete_volume(delete).await.unwrap();
+        made.extend([snapshot_id, copy]);
+    }
 }
 
 /// Ids of snapshots, and the token of what follows.

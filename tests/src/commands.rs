@@ -20,7 +20,7 @@ use crate::lab::machine::guest_command::GuestCommand;
 use crate::lab::machine::vm::{self, Processors, Terminal};
 use crate::lab::machine::{kernels, packages, systemd_machine};
 use crate::lab::measure::cost::{self, CostOptions};
-use crate::lab::measure::{bench_server, scale, zero_copy};
+use crate::lab::measure::{bench_api, bench_server, scale, zero_copy};
 use crate::lab::programs;
 use crate::lab::run::fresh::{self, FreshOptions};
 use crate::lab::run::fuzz::{self, FuzzOptions};
@@ -86,6 +86,11 @@ pub(crate) fn cost(options: &CostOptions) -> Result<u8> {
 /// Measures the server beside its peers, on this machine; with `write`, keeps the results in the documentation.
 pub(crate) fn bench_server(quick: bool, write: bool, directory: &Path) -> Result<u8> {
     bench_server::run(&Workspace::locate()?, quick, write, directory).map(|()| 0)
+}
+
+/// Measures the management API with a full catalog, on this machine; with `write`, keeps the results in the documentation.
+pub(crate) fn bench_api(wanted: bench_api::BenchApiOptions<'_>) -> Result<u8> {
+    bench_api::run(&Workspace::locate()?, wanted).map(|()| 0)
 }
 
 /// Measures idle attachments and many of them; with `write`, keeps the results in the documentation.

@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use lab::machine::boots::BootsOptions;
 use lab::machine::vm::{ByteCopies, Processors};
+use lab::measure::bench_api::BenchApiOptions;
 use lab::measure::cost::CostOptions;
 use lab::run::fresh::FreshOptions;
 use lab::run::fuzz::FuzzOptions;
@@ -82,6 +83,21 @@ enum LabCommand {
         #[arg(long, conflicts_with = "quick")]
         write: bool,
         /// Where the servers keep their files meanwhile, some 4 GiB
+        #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
+        directory: PathBuf,
+    },
+    /// What each call of the management API takes with 10,000 volumes and as many snapshots, and what the server holds in memory
+    BenchApi {
+        /// Only see that everything works: some hundred volumes, the lab's own build, numbers that mean nothing
+        #[arg(long)]
+        quick: bool,
+        /// Also update the table in docs/performance.md
+        #[arg(long, conflicts_with = "quick")]
+        write: bool,
+        /// Another volserver than one that is built for it
+        #[arg(long, value_name = "FILE", conflicts_with = "write")]
+        server: Option<PathBuf>,
+        /// Where the server keeps its files meanwhile, some 2 GiB: on XFS or btrfs, for snapshots
         #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
         directory: PathBuf,
     },
@@ -174,6 +190,10 @@ fn main() -> ExitCode {
         LabCommand::Cost(options) => commands::cost(&options),
         LabCommand::BenchServer { quick, write, directory } => {
             commands::bench_server(quick, write, &directory)
+        }
+        LabCommand::BenchApi { quick, write, server, directory } => {
+            let (server, directory) = (server.as_deref(), directory.as_path());
+            commands::bench_api(BenchApiOptions { quick, write, server, directory })
         }
         LabCommand::Soak(options) => commands::soak(&options),
         LabCommand::GuestSoak(guest) => commands::guest_soak(&guest),

@@ -102,14 +102,20 @@ pub(crate) async fn call<T>(answer: impl Future<Output = Result<Response<T>, Sta
 
 /// The same for the next message of a stream.
 pub(crate) async fn next<T>(answer: impl Future<Output = Result<T, Status>>) -> Result<T, Failure> {
-    match tokio::time::timeout(CALL_DEADLINE, answer).await {
-        Ok(answer) => Ok(answer?),
-        Err(_) => Err(Failure::new(
+    Ok(in_time(answer).await??)
+}
+
+/// The same with the status itself.
+pub(crate) async fn in_time<T>(
+    answer: impl Future<Output = Result<T, Status>>,
+) -> Result<Result<T, Status>, Failure> {
+    tokio::time::timeout(CALL_DEADLINE, answer).await.map_err(|_| {
+        Failure::new(
             ExitCode::TimedOut,
             format!("no answer within {} s", CALL_DEADLINE.as_secs()),
             "see the log of the program that did not answer; the call may be repeated",
-        )),
-    }
+        )
+    })
 }
 
 fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {

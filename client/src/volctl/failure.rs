@@ -75,7 +75,7 @@ impl From<Status> for Failure {
 }
 
 /// What the system or TLS saw, if the status was made here because of it.
-fn innermost_cause(status: &Status) -> Option<String> {
+pub(crate) fn innermost_cause(status: &Status) -> Option<String> {
     status.source().map(api_channel::innermost_cause)
 }
 

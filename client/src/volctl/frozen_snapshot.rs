@@ -18,6 +18,7 @@ use uuid::Uuid;
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
+use crate::once::{identified, once};
 use crate::report::Report;
 use crate::snapshots::{created, export_name, finish};
 
@@ -39,7 +40,7 @@ pub(crate) async fn create(
         freeze_id: freeze_id.clone(),
         ..Default::default()
     };
-    let taken = call(client.create_snapshot(request)).await;
+    let taken = call(client.create_snapshot(identified(request))).await;
     let thawed = thaw(&mut node, &freeze_id).await;
     let mut taken = taken?;
     let is_ours = |snapshot: &&v1::Snapshot| snapshot.freeze_id == freeze_id;
@@ -99,7 +100,10 @@ async fn discard(
     for snapshot in snapshots {
         let snapshot_uid = snapshot.snapshot_uid.clone();
         let request = v1::DeleteSnapshotRequest { snapshot_uid, ..Default::default() };
-        if call(client.delete_snapshot(request)).await.is_err() {
+        if once(client, request, |mut client, request| async move { client.delete_snapshot(request).await })
+            .await
+            .is_err()
+        {
             left.push(export_name(snapshot));
         }
     }

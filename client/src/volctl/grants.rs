@@ -6,6 +6,7 @@ use serde_json::json;
 use crate::cli::GrantCommand;
 use crate::connect::{self, ServerAddress, call};
 use crate::failure::Failure;
+use crate::once::once;
 use crate::report::{Report, grant_json, tables};
 use crate::snapshots::utc;
 
@@ -23,7 +24,10 @@ pub(crate) async fn grant(server: &ServerAddress, command: GrantCommand) -> Resu
                 node_must_be_registered,
                 ..Default::default()
             };
-            let grant = call(connect::server(server).await?.create_grant(request)).await?;
+            let grant = once(&connect::server(server).await?, request, |mut client, request| async move {
+                client.create_grant(request).await
+            })
+            .await?;
             let text = format!("{} is granted to {}\n", grant.volume_name, holder(&grant));
             Ok(Report::new(text, grant_json(&grant)))
         }
@@ -40,7 +44,10 @@ async fn delete(server: &ServerAddress, volume: String, node_id: String) -> Resu
         node_id: node_id.clone(),
         ..Default::default()
     };
-    let ended = call(connect::server(server).await?.delete_grant(request)).await?;
+    let ended = once(&connect::server(server).await?, request, |mut client, request| async move {
+        client.delete_grant(request).await
+    })
+    .await?;
     let what = match (ended.existed, ended.was_attached) {
         (true, true) => "is no longer granted to, and was taken from,",
         (true, false) => "is no longer granted to",

@@ -18,6 +18,7 @@ mod frozen_snapshot;
 mod grants;
 mod image;
 mod nodes;
+mod once;
 mod operations;
 mod output;
 mod passphrase;

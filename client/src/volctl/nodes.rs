@@ -11,6 +11,7 @@ use tonic::transport::Channel;
 use crate::cli::NodeCommand;
 use crate::connect::{self, ServerAddress, call};
 use crate::failure::Failure;
+use crate::once::once;
 use crate::report::{Report, or_dash, properties, table, tables};
 use crate::settings::label_words;
 use crate::snapshots::utc;
@@ -30,7 +31,14 @@ pub(crate) async fn node(server: &ServerAddress, command: NodeCommand) -> Result
         }
         NodeCommand::Delete { node_id } => {
             let request = v1::DeleteNodeRequest { node_id: node_id.clone(), ..Default::default() };
-            let existed = call(client.delete_node(request)).await?.existed;
+            let existed =
+                once(
+                    &client,
+                    request,
+                    |mut client, request| async move { client.delete_node(request).await },
+                )
+                .await?
+                .existed;
             let text = if existed {
                 format!("deleted {node_id}\n")
             } else {

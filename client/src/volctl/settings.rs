@@ -8,6 +8,7 @@ use proto::{error_reason as reason, v1};
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
+use crate::once::once;
 use crate::report::{Report, content_word, header_bytes, volume_json};
 use crate::size::{human_size, parse_size};
 
@@ -144,7 +145,10 @@ pub(crate) async fn set(server: &ServerAddress, args: SetArgs) -> Result<Report,
         etag: args.only.etag,
         ..Default::default()
     };
-    let volume = call(connect::server(server).await?.update_volume(request)).await?;
+    let volume = once(&connect::server(server).await?, request, |mut client, request| async move {
+        client.update_volume(request).await
+    })
+    .await?;
     Ok(told(&volume))
 }
 
@@ -168,7 +172,13 @@ pub(crate) async fn limit(
         let etag = if only.etag.is_empty() { before.etag } else { only.etag.clone() };
         let name = name.clone();
         let request = v1::SetVolumeLimitsRequest { name, limits, etag, ..Default::default() };
-        match call(client.set_volume_limits(request)).await {
+        match once(
+            &client,
+            request,
+            |mut client, request| async move { client.set_volume_limits(request).await },
+        )
+        .await
+        {
             Err(failure) if failure.reason == reason::VOLUME_CHANGED && only.etag.is_empty() => {}
             set => return Ok(told(&set?)),
         }
@@ -186,7 +196,9 @@ pub(crate) async fn rename(
     let found = call(client.get_volume(v1::GetVolumeRequest { name, ..Default::default() })).await?;
     let (name, etag) = (format!("uid:{}", found.volume_uid), only.etag);
     let request = v1::RenameVolumeRequest { name, new_name, etag, ..Default::default() };
-    let volume = call(client.rename_volume(request)).await?;
+    let volume =
+        once(&client, request, |mut client, request| async move { client.rename_volume(request).await })
+            .await?;
     let text = format!("volume {} renamed to {}\n", found.name, volume.name);
     Ok(Report::new(text, volume_json(&volume)))
 }

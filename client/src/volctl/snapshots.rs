@@ -14,6 +14,7 @@ use crate::cli::{CloneArgs, SnapshotCommand};
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
+use crate::once::{identified, once};
 use crate::report::{
     Report, attachment_json, attachment_tables, content_word, disk_bytes, header_bytes, nodes_of, or_dash,
     properties, tables, volume_json,
@@ -81,11 +82,14 @@ impl Named {
 async fn create(server: &ServerAddress, volumes: Vec<String>, name: String) -> Result<Report, Failure> {
     let mut client = connect::server(server).await?;
     let request = v1::CreateSnapshotRequest { volume_names: volumes, name, ..Default::default() };
-    let mut answer = call(client.create_snapshot(request.clone())).await?;
+    let request = identified(request);
+    let create =
+        |mut client: ManagementClient<Channel>, request| async move { client.create_snapshot(request).await };
+    let mut answer = once(&client, request.clone(), create).await?;
     if let Some(operation) = answer.operation.take() {
         finish(&mut client, operation).await?;
         // They are there, and are told as they are now.
-        answer = call(client.create_snapshot(request)).await?;
+        answer = once(&client, request, create).await?;
     }
     Ok(created(&answer.snapshots))
 }
@@ -183,7 +187,11 @@ async fn delete(server: &ServerAddress, named: Named) -> Result<Report, Failure>
     let Named { volume_name, name: snapshot_name, snapshot_uid } = named;
     let request =
         v1::DeleteSnapshotRequest { volume_name, name: snapshot_name, snapshot_uid, ..Default::default() };
-    let existed = call(connect::server(server).await?.delete_snapshot(request)).await?.existed;
+    let client = connect::server(server).await?;
+    let deleted =
+        once(&client, request, |mut client, request| async move { client.delete_snapshot(request).await })
+            .await?;
+    let existed = deleted.existed;
     let text = if existed { format!("deleted {name}\n") } else { format!("there is no snapshot {name}\n") };
     Ok(Report::new(text, json!({ "name": name, "existed": existed })))
 }
@@ -195,7 +203,7 @@ async fn restore(server: &ServerAddress, volume: String, name: String) -> Result
         snapshot_name: name.clone(),
         ..Default::default()
     };
-    let answer = call(client.restore_volume(request)).await?;
+    let answer = call(client.restore_volume(identified(request))).await?;
     let mut restored = answer.volume.ok_or_else(|| Failure::incomplete_answer("volume"))?;
     if let Some(operation) = answer.operation {
         finish(&mut client, operation).await?;
@@ -250,7 +258,9 @@ pub(crate) async fn clone_to_its_end(
     request: v1::CloneVolumeRequest,
 ) -> Result<v1::Volume, Failure> {
     let name = request.name.clone();
-    let answer = call(client.clone_volume(request)).await?;
+    let answer =
+        once(client, request, |mut client, request| async move { client.clone_volume(request).await })
+            .await?;
     match (answer.volume, answer.operation) {
         (_, Some(operation)) => {
             finish(client, operation).await?;
@@ -284,7 +294,9 @@ pub(crate) async fn temporary_clone(
         description: format!("for an export of snapshot {}", export_name(&snapshot)),
         ..Default::default()
     };
-    let answer = call(client.clone_volume(request)).await?;
+    let answer =
+        once(client, request, |mut client, request| async move { client.clone_volume(request).await })
+            .await?;
     if let Some(operation) = answer.operation {
         finish(client, operation).await?;
     }

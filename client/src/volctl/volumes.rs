@@ -11,6 +11,7 @@ use crate::cli::{Backend, CreateArgs, Switch};
 use crate::connect::{self, ServerAddress, call};
 use crate::failure::Failure;
 use crate::grants;
+use crate::once::once;
 use crate::report::{
     self, Report, Tables, backend_word, content_word, disk_bytes, header_bytes, or_dash, properties, tables,
     volume_json, write_cache_word,
@@ -35,7 +36,10 @@ pub(crate) async fn create(server: &ServerAddress, args: CreateArgs) -> Result<R
         limits: Some(args.limits.applied_to(v1::VolumeLimits::default())),
         ..new_volume(args.name, size, args.block_size, args.backend, args.adopt, args.write_cache)
     };
-    let volume = call(connect::server(server).await?.create_volume(request)).await?;
+    let volume = once(&connect::server(server).await?, request, |mut client, request| async move {
+        client.create_volume(request).await
+    })
+    .await?;
     let text = format!("volume {} of {}\n", volume.name, human_size(disk_bytes(&volume)));
     Ok(Report::new(text, volume_json(&volume)).with_note(notes_on_new(&volume)))
 }
@@ -105,7 +109,9 @@ pub(crate) async fn resize(
         etag: only.etag,
         ..Default::default()
     };
-    let volume = call(client.resize_volume(request)).await?;
+    let volume =
+        once(&client, request, |mut client, request| async move { client.resize_volume(request).await })
+            .await?;
     let text = format!("volume {} of {}\n", volume.name, human_size(disk_bytes(&volume)));
     Ok(Report::new(text, volume_json(&volume)))
 }
@@ -252,7 +258,11 @@ pub(crate) async fn delete(
 ) -> Result<Report, Failure> {
     let (asked, etag) = (name.clone(), only.etag);
     let request = v1::DeleteVolumeRequest { name: asked, keep_snapshots, etag, ..Default::default() };
-    let existed = call(connect::server(server).await?.delete_volume(request)).await?.existed;
+    let client = connect::server(server).await?;
+    let deleted =
+        once(&client, request, |mut client, request| async move { client.delete_volume(request).await })
+            .await?;
+    let existed = deleted.existed;
     let text = if existed { format!("deleted {name}\n") } else { format!("there is no volume {name}\n") };
     Ok(Report::new(text, json!({ "name": name, "existed": existed })))
 }

@@ -43,8 +43,37 @@ pub(crate) struct State {
     /// As it tells.
     pub(crate) snapshots_unsupported_reason: String,
     pub(crate) storage_space: Option<v1::StorageSpace>,
+    /// Deletions of volumes.
+    pub(crate) deletions: Deletions,
     /// Passed by calls about a volume's content.
     pub(crate) trap: Option<Arc<Mutex<Trap>>>,
+}
+
+/// What was asked for, and how many answers are still to be lost on their way.
+#[derive(Debug, Default)]
+pub(crate) struct Deletions {
+    /// In order, repetitions among them.
+    pub(crate) request_ids: Vec<String>,
+    pub(crate) to_lose: usize,
+}
+
+impl Deletions {
+    /// Notes a call; whether it is a repetition.
+    fn note(&mut self, request_id: String) -> bool {
+        let is_repeated = self.request_ids.contains(&request_id);
+        self.request_ids.push(request_id);
+        is_repeated
+    }
+
+    fn answer(&mut self, existed: bool) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
+        match self.to_lose.checked_sub(1) {
+            None => Ok(Response::new(v1::DeleteVolumeResponse { existed })),
+            Some(left) => {
+                self.to_lose = left;
+                Err(Status::unavailable("broken pipe"))
+            }
+        }
+    }
 }
 
 impl State {
@@ -348,8 +377,11 @@ impl Management for Service {
         &self,
         request: Request<v1::DeleteVolumeRequest>,
     ) -> Result<Response<v1::DeleteVolumeResponse>, Status> {
-        let v1::DeleteVolumeRequest { name, keep_snapshots, .. } = request.into_inner();
+        let v1::DeleteVolumeRequest { name, keep_snapshots, request_id, .. } = request.into_inner();
         let mut state = self.0.lock().unwrap();
+        if state.deletions.note(request_id) {
+            return state.deletions.answer(true);
+        }
         let has_snapshots = state.copies.snapshots.values().any(|one| one.volume_name == name);
         if has_snapshots && !keep_snapshots {
             let message = format!("volume {name} has snapshots: 1");
@@ -368,7 +400,8 @@ impl Management for Service {
                 "detach it there",
             ));
         }
-        Ok(Response::new(v1::DeleteVolumeResponse { existed: state.volumes.remove(&name).is_some() }))
+        let existed = state.volumes.remove(&name).is_some();
+        state.deletions.answer(existed)
     }
 
     async fn attach_volume(

@@ -32,6 +32,32 @@ fn a_volume_lives_from_create_to_delete() {
 }
 
 #[test]
+fn a_call_whose_answer_is_lost_is_made_again_by_the_same_id_but_not_for_ever() {
+    let server = FakeServer::start();
+    run(&server, &["create", "v", "--size=1G"]).expect_success();
+    server.state.lock().unwrap().deletions.to_lose = 2;
+    let deleted = run(&server, &["delete", "v"]);
+    assert_eq!(deleted.stdout, "deleted v\n", "{deleted:?}");
+    let told =
+        "volctl: the connection was lost: broken pipe; repeating the call by the same request id, 2 of 4\n";
+    assert!(deleted.stderr.contains(told), "{deleted:?}");
+    let made = std::mem::take(&mut server.state.lock().unwrap().deletions.request_ids);
+    assert!(made.len() == 3 && made.iter().all(|id| id.len() == 36 && *id == made[0]), "{made:?}");
+
+    server.state.lock().unwrap().deletions.to_lose = 100;
+    let failed = run(&server, &["delete", "w"]);
+    let made = std::mem::take(&mut server.state.lock().unwrap().deletions.request_ids);
+    assert_eq!(made.len(), 5);
+    let told = format!("broken pipe; the call was made 5 times by the request id {}", made[0]);
+    assert_eq!((failed.exit_code, failed.stdout.as_str()), (Some(6), ""), "{failed:?}");
+    assert!(
+        failed.stderr.contains(&told)
+            && failed.stderr.ends_with("repeat the call; it goes on where it stopped\n"),
+        "{failed:?}"
+    );
+}
+
+#[test]
 fn options_of_create_reach_the_server() {
     let server = FakeServer::start();
     let args = [

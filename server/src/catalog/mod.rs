@@ -324,7 +324,7 @@ impl Catalog {
         db.execute_batch(thin::TABLE)?;
         nodes::prepare(&db)?;
         db.execute_batch(grants::TABLE)?;
-        db.execute_batch(requests::TABLE)?;
+        requests::prepare(&db)?;
         db.execute_batch(tenants::TABLES)?;
         changes::prepare(&mut db)?;
         db.execute_batch(tenants::TIDY)?;

@@ -3,15 +3,16 @@
 //! A catalog that is used under a request ([`Catalog::under`]) writes the id down in the transaction of the change that the call is for:
 //! a kill leaves both or none. The answer is added when there is one; without it, the subject says what an answer is made of anew.
 //! Never: knows calls or answers; `management/requests.rs` does, which also keeps two calls of one id from being carried out at once.
-//! What is kept is bounded, by number and by age.
+//! What is kept is bounded, by number and by age: each scope has a number of its own, so that no tenant pushes out another's.
 
 use rusqlite::{Connection, OptionalExtension as _, TransactionBehavior};
 use uuid::Uuid;
 
+use super::schema::add_column;
 use super::{Catalog, CatalogError, now_ms};
 
 /// Table that came after the first format; older programs leave it alone.
-pub(super) const TABLE: &str = "
+const TABLE: &str = "
 CREATE TABLE IF NOT EXISTS requests (
     number       INTEGER PRIMARY KEY AUTOINCREMENT,
     request_id   TEXT    NOT NULL,
@@ -24,9 +25,13 @@ CREATE TABLE IF NOT EXISTS requests (
 ) STRICT;
 ";
 
+/// The place of a row among those of its scope, from 1; 0: an older program wrote it, and it goes by its age alone.
+const PLACE: &str = "INTEGER NOT NULL DEFAULT 0";
+const INDEX: &str = "CREATE INDEX IF NOT EXISTS requests_of_scope ON requests (scope, place);";
+
 /// So long a call is known, as `proto/volnode/v1/management.proto` promises it.
 const KEPT_MS: i64 = 24 * 60 * 60 * 1000;
-/// So many of the newest are known at most: some 10 MiB.
+/// So many of the newest of a scope are known at most: some 10 MiB.
 const KEPT_MAX: u32 = 20_000;
 /// So many of the oldest are looked at with each new one: more than one, so that what was left when time passed goes as well.
 const PRUNED_AT_ONCE: u32 = 8;
@@ -61,6 +66,13 @@ pub enum Carried {
     },
 }
 
+/// Makes the table, or adds what the one of an older program lacks.
+pub(super) fn prepare(db: &Connection) -> Result<(), CatalogError> {
+    db.execute_batch(TABLE)?;
+    add_column(db, "requests", "place", PLACE)?;
+    Ok(db.execute_batch(INDEX)?)
+}
+
 /// Writes down that a call is carried out, in the transaction that does so; nothing where it has no id.
 pub(super) fn record(
     db: &Connection,
@@ -79,14 +91,19 @@ fn add(
     let now = now_ms();
     forget(db, request)?;
     db.execute(
-        "INSERT INTO requests (request_id, scope, fingerprint, subject, answer, time_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        "INSERT INTO requests (request_id, scope, fingerprint, subject, answer, time_ms, place) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, (SELECT coalesce(max(place), 0) + 1 FROM requests WHERE scope = ?2))",
         (request.request_id.to_string(), &request.scope, &request.fingerprint, subject, answer, now),
     )?;
-    prune(db, now, KEPT_MAX)
+    prune(db, &request.scope, now, KEPT_MAX)
 }
 
-fn prune(db: &Connection, now: i64, kept: u32) -> Result<(), CatalogError> {
-    db.execute("DELETE FROM requests WHERE number <= (SELECT max(number) FROM requests) - ?1", [kept])?;
+fn prune(db: &Connection, scope: &str, now: i64, kept: u32) -> Result<(), CatalogError> {
+    db.execute(
+        "DELETE FROM requests WHERE scope = ?1 AND place > 0 \
+         AND place <= (SELECT max(place) FROM requests WHERE scope = ?1) - ?2",
+        (scope, kept),
+    )?;
     db.execute(
         "DELETE FROM requests WHERE number IN (SELECT number FROM requests ORDER BY number LIMIT ?1) AND time_ms < ?2",
         (PRUNED_AT_ONCE, now - KEPT_MS),
@@ -157,14 +174,19 @@ impl Catalog {
         carried(&self.state().db, request, now_ms())
     }
 
-    /// Keeps the answer of the call. A call that found nothing to change is carried out with it.
+    /// The call that the catalog is used for.
+    pub fn request(&self) -> Option<&RequestKey> {
+        self.request.as_deref()
+    }
+
+    /// Keeps the answer of the call; of a long one nothing but what it is about, of which it is made anew. A call that found nothing to
+    /// change is carried out with it.
     ///
     /// # Errors
-    /// SQLite's.
-    pub fn keep_answer(&self, answer: &[u8]) -> Result<(), CatalogError> {
-        let Some(request) = self.request.as_deref().filter(|_| answer.len() <= ANSWER_BYTES_MAX) else {
-            return Ok(());
-        };
+    /// SQLite's: a call that found nothing to change is not known then.
+    pub fn keep_answer(&self, subject: &str, answer: &[u8]) -> Result<(), CatalogError> {
+        let Some(request) = self.request.as_deref() else { return Ok(()) };
+        let answer = Some(answer).filter(|answer| answer.len() <= ANSWER_BYTES_MAX);
         let mut state = self.state();
         let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let changed = transaction.execute(
@@ -172,7 +194,7 @@ impl Catalog {
             (request.request_id.to_string(), &request.scope, answer),
         )?;
         if changed == 0 {
-            add(&transaction, request, "", Some(answer))?;
+            add(&transaction, request, subject, answer)?;
         }
         Ok(transaction.commit()?)
     }
@@ -200,7 +222,7 @@ mod tests {
 
     fn table() -> Connection {
         let db = Connection::open_in_memory().unwrap();
-        db.execute_batch(TABLE).unwrap();
+        prepare(&db).unwrap();
         db
     }
 
@@ -267,11 +289,52 @@ mod tests {
         for number in 0..10 {
             record(&db, Some(&key(number)), "s").unwrap();
         }
-        prune(&db, now_ms(), 3).unwrap();
+        prune(&db, "", now_ms(), 3).unwrap();
         assert_eq!(count(&db), 3);
         assert_eq!(carried(&db, &key(6), now_ms()).unwrap(), Carried::NotYet);
         assert_ne!(carried(&db, &key(7), now_ms()).unwrap(), Carried::NotYet);
-        prune(&db, now_ms() + KEPT_MS + 60_000, 3).unwrap();
+        prune(&db, "", now_ms() + KEPT_MS + 60_000, 3).unwrap();
+        assert_eq!(count(&db), 0);
+    }
+
+    #[test]
+    fn a_tenant_that_makes_many_calls_pushes_out_none_of_another_s() {
+        let db = table();
+        let of = |scope: &str, number| RequestKey { scope: scope.to_owned(), ..key(number) };
+        record(&db, Some(&of(r#"["acme"]"#, 1)), "s").unwrap();
+        record(&db, Some(&of("", 1)), "s").unwrap();
+        for number in 2..20 {
+            record(&db, Some(&of(r#"["busy"]"#, number)), "s").unwrap();
+            prune(&db, r#"["busy"]"#, now_ms(), 3).unwrap();
+        }
+        assert_eq!(count(&db), 2 + 3);
+        for scope in [r#"["acme"]"#, ""] {
+            assert_ne!(carried(&db, &of(scope, 1), now_ms()).unwrap(), Carried::NotYet, "{scope}");
+        }
+        for (number, is_kept) in [(16, false), (17, true), (19, true)] {
+            let found = carried(&db, &of(r#"["busy"]"#, number), now_ms()).unwrap();
+            assert_eq!(found != Carried::NotYet, is_kept, "{number}");
+        }
+    }
+
+    #[test]
+    fn what_an_older_program_wrote_down_is_known_and_goes_by_its_age() {
+        let db = Connection::open_in_memory().unwrap();
+        db.execute_batch(TABLE).unwrap();
+        let sql = "INSERT INTO requests (request_id, scope, fingerprint, subject, time_ms) VALUES (?1, '', 'f1', 's', ?2)";
+        db.execute(sql, (key(1).request_id.to_string(), now_ms())).unwrap();
+        prepare(&db).unwrap();
+        prepare(&db).unwrap();
+        for number in 2..9 {
+            record(&db, Some(&key(number)), "s").unwrap();
+        }
+        prune(&db, "", now_ms(), 3).unwrap();
+        assert_eq!(count(&db), 1 + 3);
+        assert_eq!(
+            carried(&db, &key(1), now_ms()).unwrap(),
+            Carried::Out { subject: "s".to_owned(), answer: None }
+        );
+        prune(&db, "", now_ms() + KEPT_MS + 60_000, 3).unwrap();
         assert_eq!(count(&db), 0);
     }
 }

@@ -104,12 +104,16 @@ impl<D: DataSide> Lifecycle<D> {
     ) -> Result<Started<Uuid>, LifecycleError> {
         let is_locked = |name: &str| locks.iter().any(|lock| lock.name() == name);
         assert!(is_locked(&wanted.name) && is_locked(&wanted.source.lock_name()));
+        if let Some(there) = self.made_already(OperationKind::Clone)? {
+            return Ok(there);
+        }
         let source = match &wanted.source {
             CloneOf::Volume(name) => Source::Volume(self.volume(name)?),
             CloneOf::Snapshot(uid) => Source::Snapshot(self.ready_snapshot(*uid)?),
         };
         let new = new_volume(wanted, &source.as_volume())?;
         if let Some(there) = self.clone_there(&new, wanted, source.uid())? {
+            self.join(there.operation.as_ref(), &there.made.to_string())?;
             return Ok(there);
         }
         refuse_name_of_partition(&wanted.name)?;
@@ -151,7 +155,9 @@ impl<D: DataSide> Lifecycle<D> {
                 Copying::Since(_turn, copy) => operation.copies(&copy).map_err(LifecycleError::from),
                 Copying::InLine(wanted) => this.copy_in_line(operation, &wanted),
             };
-            this.finish_clone(&volume, is_never_written, copied)
+            this.finish_clone(&volume, is_never_written, copied)?;
+            this.carry_out_joined(operation, &volume_uid.to_string());
+            Ok(())
         });
         Ok(Started { made: volume_uid, operation: Some(operation) })
     }

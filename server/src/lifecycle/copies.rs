@@ -4,9 +4,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::operations::{Begun, Operation, Operations};
+use uuid::Uuid;
+
+use super::operations::{Begun, Operation, OperationKind, Operations};
 use super::snapshot_error::SnapshotError;
 use super::{DataSide, Lifecycle, LifecycleError};
+use crate::catalog::Carried;
 use crate::volume::copying::CopyError;
 
 /// What was begun, or was there already.
@@ -41,6 +44,55 @@ impl<D: DataSide> Lifecycle<D> {
                 operation_id: operation.id(),
             }
             .into()),
+        }
+    }
+
+    /// What the call has made, where it was carried out while this repetition of it waited for its locks: its first one is answered as soon
+    /// as its operation has begun, and what that made may be gone by now. Asked with the locks held.
+    ///
+    /// # Errors
+    /// The catalog's failure.
+    pub(super) fn carried_out(&self) -> Result<Option<String>, LifecycleError> {
+        Ok(match self.catalog.carried()? {
+            Carried::Out { subject, .. } => Some(subject),
+            Carried::NotYet | Carried::Another => None,
+        })
+    }
+
+    /// The same of a call that makes one volume, with the operation that still goes on.
+    ///
+    /// # Errors
+    /// The catalog's failure.
+    pub(super) fn made_already(&self, kind: OperationKind) -> Result<Option<Started<Uuid>>, LifecycleError> {
+        let made = self.carried_out()?.and_then(|subject| subject.parse().ok());
+        Ok(made.map(|made| {
+            let is_this = |operation: &Operation| operation.kind() == kind && operation.makes(made);
+            Started { made, operation: self.operations.find(is_this) }
+        }))
+    }
+
+    /// The call wants what an operation is making already: it is carried out when that is made, which `subject` says.
+    ///
+    /// # Errors
+    /// The catalog's failure.
+    pub(super) fn join(
+        &self,
+        operation: Option<&Arc<Operation>>,
+        subject: &str,
+    ) -> Result<(), LifecycleError> {
+        let (Some(operation), Some(request)) = (operation, self.catalog.request()) else { return Ok(()) };
+        if !operation.join(request) {
+            self.catalog.note_carried_out(subject)?;
+        }
+        Ok(())
+    }
+
+    /// What the operation makes is made: so are the calls that have joined it. One that cannot be written down is known by what it made.
+    pub(super) fn carry_out_joined(&self, operation: &Operation, subject: &str) {
+        for request in operation.made() {
+            if let Err(error) = self.catalog.under(request).note_carried_out(subject) {
+                tracing::warn!(%error, "cannot write down the id of a call that asked for what is made already");
+            }
         }
     }
 

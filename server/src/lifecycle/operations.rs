@@ -14,7 +14,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::snapshot_error::SnapshotError;
-use crate::catalog::now_ms;
+use crate::catalog::{RequestKey, now_ms};
+use crate::scope::Scope;
 use crate::volume::copying::{CopyError, CopyHandle};
 
 /// So long an operation is told of after its end.
@@ -73,6 +74,10 @@ pub(super) struct OperationWanted {
 struct Progress {
     copy: Option<CopyHandle>,
     is_cancelled: bool,
+    /// Calls of other ids that asked for the same, and wait for its end.
+    joined: Vec<RequestKey>,
+    /// What it makes is made: nobody joins any more.
+    is_made: bool,
     end: Option<(OperationEnd, Instant, i64)>,
 }
 
@@ -92,6 +97,20 @@ impl Operation {
         Self { id, wanted, started_at_ms, progress: Mutex::default(), has_ended: watch::Sender::new(false) }
     }
 
+    /// One that makes snapshots of these names, and goes on.
+    #[cfg(test)]
+    pub(crate) fn of_snapshots(targets: &[&str]) -> Self {
+        let targets = targets.iter().map(|&target| target.to_owned()).collect();
+        let (made, read) = (Vec::new(), Vec::new());
+        Self::new(OperationWanted { kind: OperationKind::Snapshot, targets, made, read })
+    }
+
+    /// Ends it as one that was cancelled.
+    #[cfg(test)]
+    pub(crate) fn end_cancelled(&self) {
+        self.finish(Err(Arc::new(CopyError::Cancelled.into())));
+    }
+
     /// The identity by which callers ask for it.
     pub fn id(&self) -> Uuid {
         self.id
@@ -105,6 +124,17 @@ impl Operation {
     /// What it makes, in words.
     pub fn targets(&self) -> &[String] {
         &self.wanted.targets
+    }
+
+    /// Whether something that it makes or compares is in the scope.
+    pub fn is_seen_in(&self, scope: &Scope) -> bool {
+        self.targets().iter().any(|target| scope.has_named(target))
+    }
+
+    /// Whether all of that is in the scope: whoever has that may cancel it. What is left of a volume that is gone has no name, and is in
+    /// none but that of all.
+    pub fn is_within(&self, scope: &Scope) -> bool {
+        self.targets().iter().all(|target| scope.has_named(target))
     }
 
     /// Whether it makes this volume or snapshot, or gives it other bytes.
@@ -163,6 +193,22 @@ impl Operation {
         if let Some(copy) = &progress.copy {
             copy.cancel();
         }
+    }
+
+    /// Has another call carried out with it. False: what it makes is made, and the call is carried out at once.
+    pub(super) fn join(&self, request: &RequestKey) -> bool {
+        let mut progress = self.progress();
+        if !progress.is_made {
+            progress.joined.push(request.clone());
+        }
+        !progress.is_made
+    }
+
+    /// What it makes is made: the calls that were carried out with it.
+    pub(super) fn made(&self) -> Vec<RequestKey> {
+        let mut progress = self.progress();
+        progress.is_made = true;
+        std::mem::take(&mut progress.joined)
     }
 
     /// It copies from now on; waits for the end of that.
@@ -395,6 +441,36 @@ mod tests {
         assert!(operation.end().is_none() && operation.ended_at_ms() == 0);
         drop(begun);
         assert!(operation.end().unwrap().is_err() && operation.ended_at_ms() > 0);
+    }
+
+    #[test]
+    fn a_tenant_sees_what_is_partly_its_own_and_has_within_what_is_wholly_so() {
+        let acme = Scope::Tenants(Arc::new(["acme".to_owned()].into()));
+        for (targets, is_seen, is_within) in [
+            (&["acme+db@s"] as &[&str], true, true),
+            (&["acme+db@s", "acme+logs@s"], true, true),
+            (&["acme+db@s", "b+db@s"], true, false),
+            (&["b+db@s"], false, false),
+            (&["db", "@7"], false, false),
+        ] {
+            let operation = Operation::of_snapshots(targets);
+            assert_eq!(
+                (operation.is_seen_in(&acme), operation.is_within(&acme)),
+                (is_seen, is_within),
+                "{targets:?}"
+            );
+            assert!(operation.is_seen_in(&Scope::All) && operation.is_within(&Scope::All));
+        }
+    }
+
+    #[test]
+    fn whoever_joins_when_it_is_made_is_carried_out_at_once() {
+        let operation = Operation::new(wanted());
+        let request =
+            RequestKey { request_id: Uuid::from_u128(1), scope: String::new(), fingerprint: String::new() };
+        assert!(operation.join(&request));
+        assert_eq!(operation.made(), [request.clone()]);
+        assert!(!operation.join(&request) && operation.made().is_empty());
     }
 
     #[test]

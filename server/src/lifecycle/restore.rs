@@ -11,7 +11,7 @@ use super::settings::refuse_protected;
 use super::snapshot_error::SnapshotError;
 use super::snapshots::snapshot_lock_name;
 use super::{DataSide, Lifecycle, LifecycleError, NameLock};
-use crate::catalog::{Carried, Content, VolumeRecord};
+use crate::catalog::{Content, VolumeRecord};
 use crate::volume::copying::{CopySource, CopyTarget, CopyWanted};
 
 impl<D: DataSide> Lifecycle<D> {
@@ -29,6 +29,10 @@ impl<D: DataSide> Lifecycle<D> {
     ) -> Result<Started<Uuid>, LifecycleError> {
         let is_locked = |name: &str| locks.iter().any(|lock| lock.name() == name);
         assert!(is_locked(name) && is_locked(&snapshot_lock_name(snapshot_uid)));
+        // One that ended just now was written down before: what was written to the volume since is not to be lost.
+        if let Some(there) = self.made_already(OperationKind::Restore)? {
+            return Ok(there);
+        }
         let volume = self.volume(name)?;
         let volume_uid = volume.volume_uid;
         let snapshot = self.ready_snapshot(snapshot_uid)?;
@@ -40,11 +44,8 @@ impl<D: DataSide> Lifecycle<D> {
             is_restore && operation.makes(volume_uid) && operation.reads(snapshot_uid)
         };
         if let Some(operation) = self.operations.find(is_this) {
+            self.join(Some(&operation), &volume_uid.to_string())?;
             return Ok(Started { made: volume_uid, operation: Some(operation) });
-        }
-        // One that ended just now was written down before: what was written to the volume since is not to be lost.
-        if matches!(self.catalog.carried()?, Carried::Out { .. }) {
-            return Ok(Started { made: volume_uid, operation: None });
         }
         self.refuse_while(name, |operation| operation.makes(volume_uid) || operation.reads(volume_uid))?;
         refuse_protected(&volume)?;
@@ -71,6 +72,9 @@ impl<D: DataSide> Lifecycle<D> {
             let _concealed = concealed;
             let restored =
                 this.copy_in_line(operation, &wanted).and_then(|()| this.put_in_place(&volume, content));
+            if restored.is_ok() {
+                this.carry_out_joined(operation, &volume_uid.to_string());
+            }
             restored.inspect_err(|_| this.discard_restored(volume_uid))
         });
         Ok(Started { made: volume_uid, operation: Some(operation) })

@@ -70,20 +70,15 @@ impl<D: DataSide> Lifecycle<D> {
         freeze_id: Option<Uuid>,
     ) -> Result<Started<Vec<Uuid>>, LifecycleError> {
         assert!(volume_names.iter().all(|name| locks.iter().any(|lock| lock.name() == name)));
+        if let Some(subject) = self.carried_out()? {
+            let made = uids(&subject);
+            let operation = self.operations.find(|operation| made.iter().any(|uid| operation.makes(*uid)));
+            return Ok(Started { made, operation });
+        }
         let volumes: Vec<VolumeRecord> =
             volume_names.iter().map(|name| self.volume(name)).collect::<Result<_, _>>()?;
-        if let Found::All(found) = self.found(&volumes, name)? {
-            let is_other = |(snapshot, _): &&(SnapshotRecord, _)| {
-                freeze_id.is_some() && snapshot.freeze_id != freeze_id && !snapshot.is_frozen
-            };
-            if let Some((other, _)) = found.iter().find(is_other) {
-                let why = "and the file system was not frozen then";
-                return Err(SnapshotError::Exists { export_name: other.export_name(), why }.into());
-            }
-            let made: Vec<Uuid> = found.iter().map(|(snapshot, _)| snapshot.snapshot_uid).collect();
-            let makes_one = |operation: &Operation| made.iter().any(|uid| operation.makes(*uid));
-            let operation = self.operations.find(makes_one);
-            return Ok(Started { made, operation });
+        if let Some(there) = self.group_there(&volumes, name, freeze_id)? {
+            return Ok(there);
         }
         for volume in &volumes {
             if freeze_id.is_some() && volume.settings.is_shared {
@@ -132,11 +127,35 @@ impl<D: DataSide> Lifecycle<D> {
                 for snapshot_uid in &never_written {
                     this.catalog.mark_never_written(*snapshot_uid)?;
                 }
-                Ok(this.catalog.finish_snapshots(group_uid)?)
+                this.catalog.finish_snapshots(group_uid)?;
+                this.carry_out_joined(operation, &subject(&uids));
+                Ok(())
             });
             finished.inspect_err(|_| this.discard_snapshots(&uids))
         });
         Ok(Started { made, operation: Some(operation) })
+    }
+
+    /// The wanted snapshots where all are there already, or are being made, of one group.
+    fn group_there(
+        &self,
+        volumes: &[VolumeRecord],
+        name: &str,
+        freeze_id: Option<Uuid>,
+    ) -> Result<Option<Started<Vec<Uuid>>>, LifecycleError> {
+        let Found::All(found) = self.found(volumes, name)? else { return Ok(None) };
+        let is_other = |(snapshot, _): &&(SnapshotRecord, _)| {
+            freeze_id.is_some() && snapshot.freeze_id != freeze_id && !snapshot.is_frozen
+        };
+        if let Some((other, _)) = found.iter().find(is_other) {
+            let why = "and the file system was not frozen then";
+            return Err(SnapshotError::Exists { export_name: other.export_name(), why }.into());
+        }
+        let made: Vec<Uuid> = found.iter().map(|(snapshot, _)| snapshot.snapshot_uid).collect();
+        let makes_one = |operation: &Operation| made.iter().any(|uid| operation.makes(*uid));
+        let operation = self.operations.find(makes_one);
+        self.join(operation.as_ref(), &subject(&made))?;
+        Ok(Some(Started { made, operation }))
     }
 
     /// Says of the scope's snapshots of a freeze that it held to the end; and which they are.
@@ -281,6 +300,21 @@ impl<D: DataSide> Lifecycle<D> {
         }
     }
 
+    /// Refuses to delete a snapshot that is being made together with what is outside of the scope: its group would be cancelled.
+    ///
+    /// # Errors
+    /// [`SnapshotError::InProgress`]; the catalog's failure.
+    pub fn refuse_to_cancel(&self, scope: &Scope, snapshot_uid: Uuid) -> Result<(), LifecycleError> {
+        let is_anothers =
+            |operation: &Operation| operation.makes(snapshot_uid) && !operation.is_within(scope);
+        if self.operations.find(is_anothers).is_none() {
+            return Ok(());
+        }
+        let found = self.catalog.snapshot_in_any_state(snapshot_uid)?;
+        let name = found.map_or_else(String::new, |(snapshot, _)| snapshot.export_name());
+        self.refuse_while(&name, is_anothers)
+    }
+
     /// Deletes the snapshot whose lock ([`snapshot_lock_name`]) is held; one that is being made is cancelled, with all of its
     /// group. False where there is none.
     ///
@@ -296,6 +330,9 @@ impl<D: DataSide> Lifecycle<D> {
             true
         });
         let Some((snapshot, state)) = self.catalog.snapshot_in_any_state(snapshot_uid)? else {
+            if was_cancelled {
+                self.catalog.note_carried_out(&snapshot_uid.to_string())?;
+            }
             return Ok(was_cancelled);
         };
         let export_name = snapshot.export_name();
@@ -380,6 +417,16 @@ pub(super) fn refuse_initialising(volume: &VolumeRecord) -> Result<(), SnapshotE
         }
         Content::NeverWritten | Content::Written => Ok(()),
     }
+}
+
+/// Snapshots as the subject of a call that made them.
+fn subject(made: &[Uuid]) -> String {
+    made.iter().map(Uuid::to_string).collect::<Vec<_>>().join(" ")
+}
+
+/// The same read; what is none is none.
+fn uids(subject: &str) -> Vec<Uuid> {
+    subject.split(' ').filter_map(|uid| uid.parse().ok()).collect()
 }
 
 fn copy_wanted(new: &NewSnapshot) -> CopyWanted {

@@ -6,6 +6,7 @@ mod grants;
 mod growth;
 mod names;
 mod nodes;
+mod repeated;
 mod settings;
 mod thin;
 mod thin_kills;

@@ -4,6 +4,7 @@
 
 use proto::error_reason::METADATA_NEXT;
 use proto::v1;
+use tonic::Status;
 use tonic_types::StatusExt as _;
 
 use crate::catalog::{
@@ -14,6 +15,7 @@ use crate::lifecycle::{
     Attached, DataSide, Lifecycle, LifecycleError, Operation, SnapshotError, SpaceLevel, StorageSpace,
     volume_etag,
 };
+use crate::scope::Scope;
 use crate::status;
 use crate::volume::copying::{CopyError, CopyTarget};
 
@@ -133,13 +135,17 @@ pub(super) fn snapshot<D: DataSide>(
     })
 }
 
+/// What is told of the end of an operation to who sees a part of it alone: the words may be about another's volume.
+const FAILED_ELSEWHERE: &str = "the operation failed; it also made what is outside of the caller's name space, and who manages that sees why";
+
 /// An operation that goes on; none that has ended.
-pub(super) fn running(operation: Option<&Operation>) -> Option<v1::Operation> {
-    operation.filter(|operation| operation.end().is_none()).map(self::operation)
+pub(super) fn running(scope: &Scope, operation: Option<&Operation>) -> Option<v1::Operation> {
+    let running = operation.filter(|operation| operation.end().is_none());
+    running.map(|running| self::operation(scope, running))
 }
 
-/// An operation.
-pub(super) fn operation(operation: &Operation) -> v1::Operation {
+/// An operation, with what of it is in the scope.
+pub(super) fn operation(scope: &Scope, operation: &Operation) -> v1::Operation {
     // Before its end is looked at: one that has ended has done all that it tells.
     let (done_bytes, total_bytes) = operation.done_and_total_bytes();
     let end = operation.end();
@@ -153,6 +159,8 @@ pub(super) fn operation(operation: &Operation) -> v1::Operation {
         Some(Err(_)) => v1::OperationState::Failed,
     };
     let told = end.and_then(Result::err).map(|error| status::of_lifecycle(&error));
+    let is_whole = operation.is_within(scope);
+    let message = |told: &Status| if is_whole { told.message() } else { FAILED_ELSEWHERE }.to_owned();
     let info = told.as_ref().and_then(|told| told.get_details_error_info());
     let (error_reason, next) = info.map_or_else(Default::default, |mut info| {
         (info.reason, info.metadata.remove(METADATA_NEXT).unwrap_or_default())
@@ -160,13 +168,13 @@ pub(super) fn operation(operation: &Operation) -> v1::Operation {
     v1::Operation {
         operation_id: operation.id().to_string(),
         kind: operation.kind().as_str().to_owned(),
-        targets: operation.targets().to_vec(),
+        targets: operation.targets().iter().filter(|target| scope.has_named(target)).cloned().collect(),
         state: state.into(),
         done_bytes,
         total_bytes,
         next,
         error_reason,
-        error_message: told.map(|told| told.message().to_owned()).unwrap_or_default(),
+        error_message: told.as_ref().map(message).unwrap_or_default(),
         started_at_ms: operation.started_at_ms(),
         ended_at_ms: operation.ended_at_ms(),
     }

@@ -43,6 +43,11 @@ pub(super) trait Answer: Message + Default + 'static {
         true
     }
 
+    /// What it is made of anew, as the catalog writes it down with a change. Of an answer that is always short enough to be kept: nothing.
+    fn subject(&self) -> String {
+        String::new()
+    }
+
     /// Of a call that was carried out, and whose answer is not kept: as things are now. Finishes what the call has left undone.
     fn again<D: DataSide>(
         lifecycle: &Lifecycle<D>,
@@ -106,7 +111,15 @@ fn volume_now<D: DataSide>(lifecycle: &Lifecycle<D>, uid: &str) -> Result<v1::Vo
     messages::volume(lifecycle, &lifecycle.volume(&format!("{UID_PREFIX}{uid}"))?)
 }
 
+fn uid_of(volume: Option<&v1::Volume>) -> String {
+    volume.map(|volume| volume.volume_uid.clone()).unwrap_or_default()
+}
+
 impl Answer for v1::Volume {
+    fn subject(&self) -> String {
+        self.volume_uid.clone()
+    }
+
     fn again<D: DataSide>(
         lifecycle: &Lifecycle<D>,
         _: Option<&NameLock>,
@@ -117,6 +130,10 @@ impl Answer for v1::Volume {
 }
 
 impl Answer for v1::CloneVolumeResponse {
+    fn subject(&self) -> String {
+        uid_of(self.volume.as_ref())
+    }
+
     fn is_final(&self) -> bool {
         self.operation.is_none()
     }
@@ -131,6 +148,10 @@ impl Answer for v1::CloneVolumeResponse {
 }
 
 impl Answer for v1::RestoreVolumeResponse {
+    fn subject(&self) -> String {
+        uid_of(self.volume.as_ref())
+    }
+
     fn is_final(&self) -> bool {
         self.operation.is_none()
     }
@@ -145,6 +166,11 @@ impl Answer for v1::RestoreVolumeResponse {
 }
 
 impl Answer for v1::CreateSnapshotResponse {
+    fn subject(&self) -> String {
+        let uids = self.snapshots.iter().map(|snapshot| snapshot.snapshot_uid.as_str());
+        uids.collect::<Vec<_>>().join(" ")
+    }
+
     fn is_final(&self) -> bool {
         let is_ready = |snapshot: &v1::Snapshot| snapshot.state() == v1::SnapshotState::Ready;
         self.operation.is_none() && self.snapshots.iter().all(is_ready)
@@ -226,6 +252,20 @@ impl Answer for v1::DeleteGrantResponse {
     }
 }
 
+/// Keeps an answer. A call that found nothing to change fails where that is not written down: a repetition might find something, and the
+/// first one has done no harm.
+fn keep<D: DataSide>(lifecycle: &Lifecycle<D>, subject: &str, answer: &[u8]) -> Result<(), LifecycleError> {
+    let catalog = lifecycle.catalog();
+    let Err(error) = catalog.keep_answer(subject, answer) else { return Ok(()) };
+    match catalog.carried() {
+        Ok(Carried::Out { .. }) => {
+            tracing::warn!(%error, "cannot keep the answer of a call; a repetition gets one made anew");
+            Ok(())
+        }
+        _ => Err(error.into()),
+    }
+}
+
 impl<D: DataSide> ManagementService<D> {
     /// Carries a call out, or answers as it was answered when it was.
     pub(super) async fn once<Q: Identified, A: Answer, F>(
@@ -263,13 +303,8 @@ impl<D: DataSide> ManagementService<D> {
         }
         let answer = run(service.clone(), scope, request).await?;
         if answer.is_final() {
-            let bytes = answer.encode_to_vec();
-            let kept = service.outcome(&self.calls.permits, move |lifecycle| {
-                Ok(lifecycle.catalog().keep_answer(&bytes)?)
-            });
-            if let Err(error) = kept.await? {
-                tracing::warn!(%request_id, %error, "cannot keep the answer of a call; a repetition gets one made anew");
-            }
+            let (subject, bytes) = (answer.subject(), answer.encode_to_vec());
+            service.blocking(move |lifecycle| keep(lifecycle, &subject, &bytes)).await?;
         }
         Ok(Response::new(answer))
     }

@@ -115,7 +115,7 @@ impl<D: DataSide> ManagementService<D> {
                 |uid: &Uuid| messages::snapshot(lifecycle, &lifecycle.snapshot(&SnapshotNamed::Uid(*uid))?);
             Ok(v1::CreateSnapshotResponse {
                 snapshots: made.iter().map(message).collect::<Result<_, _>>()?,
-                operation: messages::running(operation.as_deref()),
+                operation: messages::running(&scope, operation.as_deref()),
             })
         });
         Ok(answer.await?.into_inner())
@@ -199,7 +199,11 @@ impl<D: DataSide> ManagementService<D> {
             found => found.map_err(|error| status::from_lifecycle(&error))?,
         };
         let lock = self.locks.lock(&snapshot_lock_name(snapshot_uid)).await;
-        let existed = self.blocking(move |lifecycle| lifecycle.delete_snapshot(&lock, snapshot_uid)).await?;
+        let existed = self.blocking(move |lifecycle| {
+            lifecycle.refuse_to_cancel(&scope, snapshot_uid)?;
+            lifecycle.delete_snapshot(&lock, snapshot_uid)
+        });
+        let existed = existed.await?;
         Ok(v1::DeleteSnapshotResponse { existed: existed.into_inner() })
     }
 
@@ -222,7 +226,10 @@ impl<D: DataSide> ManagementService<D> {
         let answer = self.looking(move |lifecycle| {
             let volume =
                 Some(messages::volume(lifecycle, &lifecycle.volume(&format!("{UID_PREFIX}{made}"))?)?);
-            Ok(v1::RestoreVolumeResponse { volume, operation: messages::running(operation.as_deref()) })
+            Ok(v1::RestoreVolumeResponse {
+                volume,
+                operation: messages::running(&scope, operation.as_deref()),
+            })
         });
         Ok(answer.await?.into_inner())
     }
@@ -243,7 +250,7 @@ impl<D: DataSide> ManagementService<D> {
         };
         let Started { made, operation } = self.start(lock_names, false, begin).await?;
         let answer = self.looking(move |lifecycle| {
-            let operation = messages::running(operation.as_deref());
+            let operation = messages::running(&scope, operation.as_deref());
             let volume = match operation {
                 Some(_) => None,
                 None => {
@@ -293,28 +300,29 @@ impl<D: DataSide> ManagementService<D> {
     }
 
     pub(super) fn find_operation(&self, scope: &Scope, text: &str) -> Result<v1::Operation, Status> {
-        Ok(messages::operation(&*self.operation(scope, text)?))
+        Ok(messages::operation(scope, &*self.operation(scope, text)?))
     }
 
     pub(super) fn list_all_operations(&self, scope: &Scope) -> v1::ListOperationsResponse {
         let mut all = self.lifecycle.operations().list();
-        all.retain(|operation| is_within(scope, operation));
+        all.retain(|operation| operation.is_seen_in(scope));
         v1::ListOperationsResponse {
-            operations: all.iter().map(|operation| messages::operation(operation)).collect(),
+            operations: all.iter().map(|operation| messages::operation(scope, operation)).collect(),
         }
     }
 
     pub(super) fn cancel(&self, scope: &Scope, text: &str) -> Result<v1::Operation, Status> {
         let operation = self.operation(scope, text)?;
+        require_whole(scope, &operation)?;
         operation.cancel();
-        Ok(messages::operation(&operation))
+        Ok(messages::operation(scope, &operation))
     }
 
     fn operation(&self, scope: &Scope, text: &str) -> Result<Arc<Operation>, Status> {
         let mut fields = Fields::default();
         let id = fields.uuid("operation_id", text);
         fields.finish()?;
-        let found = self.lifecycle.operations().get(id).filter(|operation| is_within(scope, operation));
+        let found = self.lifecycle.operations().get(id).filter(|operation| operation.is_seen_in(scope));
         found.ok_or_else(|| {
             let error = SnapshotError::OperationNotFound(text.to_owned());
             status::from_lifecycle(&error.into())
@@ -322,12 +330,45 @@ impl<D: DataSide> ManagementService<D> {
     }
 }
 
-/// Whether all that an operation makes or compares is in the scope. What is left of a volume that is gone has no name, and is in none.
-fn is_within(scope: &Scope, operation: &Operation) -> bool {
-    operation.targets().iter().all(|target| scope.has_named(target))
+/// Whether all that an operation makes is the caller's to manage.
+fn require_whole(scope: &Scope, operation: &Operation) -> Result<(), Status> {
+    if operation.is_within(scope) {
+        Ok(())
+    } else {
+        Err(status::forbidden("cancel an operation that also makes what is outside of its name space"))
+    }
 }
 
 /// Where a snapshot stands in lists, as a page token has it: no name has a '/'.
 fn key_text(key: &SnapshotKey) -> String {
     format!("{}/{}/{}", key.volume_name, key.name, key.snapshot_uid)
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    #[test]
+    fn a_group_s_operation_tells_a_tenant_its_own_names_and_is_cancelled_by_who_has_all_of_it() {
+        let of = |tenants: &[&str]| {
+            Scope::Tenants(Arc::new(tenants.iter().map(|&tenant| tenant.to_owned()).collect()))
+        };
+        let group = Operation::of_snapshots(&["acme+db@s", "b+db@s", "lonely@s"]);
+        for (scope, told, may_cancel) in [
+            (of(&["acme"]), &["acme+db@s"] as &[&str], false),
+            (of(&["acme", "b"]), &["acme+db@s", "b+db@s"], false),
+            (Scope::All, &["acme+db@s", "b+db@s", "lonely@s"], true),
+        ] {
+            assert_eq!(messages::operation(&scope, &group).targets, told);
+            assert_eq!(messages::running(&scope, Some(&group)).unwrap().targets, told);
+            let refused = require_whole(&scope, &group).err().map(|status| status.code());
+            assert_eq!(refused, (!may_cancel).then_some(Code::PermissionDenied));
+        }
+        group.end_cancelled();
+        let message = |scope: &Scope| messages::operation(scope, &group).error_message;
+        assert_ne!(message(&of(&["acme"])), message(&Scope::All), "whose names might be in it");
+        assert!(!message(&of(&["acme"])).is_empty());
+    }
 }

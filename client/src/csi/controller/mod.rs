@@ -4,7 +4,7 @@
 //! the service ──► volumes ─────► wanted ──► access, parameters, sizes, names      (no I/O: what is asked for)
 //!             ├─► publishing ──► access
 //!             ├─► snapshots, groups, health, lists
-//!             └─► all of them: api ──► the storage server's management API
+//!             └─► all of them: once (what they make), api ──► the storage server's management API
 //! ```
 //!
 //! Owns: which calls there are, and what is declared of them. Never: keeps anything. All that is known is on the server: the process may be
@@ -18,6 +18,7 @@ mod health;
 mod lists;
 mod locks;
 mod names;
+mod once;
 mod parameters;
 mod publishing;
 mod refusal;

@@ -15,6 +15,7 @@ use super::api::{Call, by_uid};
 use super::lists;
 use super::locks::Locks;
 use super::names;
+use super::once::once;
 use super::parameters;
 use super::refusal::{Refusal, given, shown};
 use super::sizes;
@@ -72,7 +73,7 @@ pub(super) async fn take(
 ) -> Result<Vec<v1::Snapshot>, Refusal> {
     let count = volume_names.len();
     let question = v1::CreateSnapshotRequest { volume_names, name, ..Default::default() };
-    let taken = call.ask(question, |mut stub, request| async move { stub.create_snapshot(request).await });
+    let taken = once(call, question, |mut stub, request| async move { stub.create_snapshot(request).await });
     let taken = taken.await?.snapshots;
     if taken.len() != count {
         let what = format!("the storage server took {} snapshots instead of {count}", taken.len());

@@ -17,6 +17,7 @@ use super::access::{Capability, Nature};
 use super::api::{Call, by_uid};
 use super::lists;
 use super::names;
+use super::once::once;
 use super::parameters::{self, Class, Limits};
 use super::refusal::{Refusal, given, shown};
 use super::sizes::{self, GRANULE, SizeRange};
@@ -80,7 +81,7 @@ async fn make(call: &Call, wanted: &Wanted) -> Result<v1::Volume, Refusal> {
         is_encrypted: wanted.class.is_encrypted,
         ..Default::default()
     };
-    call.ask(question, |mut stub, request| async move { stub.create_volume(request).await }).await
+    once(call, question, |mut stub, request| async move { stub.create_volume(request).await }).await
 }
 
 /// A copy, which may take longer than its caller waits: the repeat waits on.
@@ -116,7 +117,7 @@ async fn copy(call: &Call, wanted: &Wanted, source: Source) -> Result<v1::Volume
         Source::Volume(uid) => question.source_volume_name = by_uid(uid),
     }
     let begun =
-        call.ask(question, |mut stub, request| async move { stub.clone_volume(request).await }).await?;
+        once(call, question, |mut stub, request| async move { stub.clone_volume(request).await }).await?;
     match (begun.volume, begun.operation) {
         (Some(volume), _) => Ok(volume),
         (None, Some(operation)) => {

@@ -25,6 +25,7 @@ use crate::cli::ApplyArgs;
 use crate::connect::{self, ServerAddress, call};
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
+use crate::once::once;
 use crate::output::OutputFormat;
 use crate::report::{Report, disk_bytes, header_bytes};
 use crate::settings::LimitArgs;
@@ -266,19 +267,22 @@ async fn do_step(
     let name = format!("uid:{uid}");
     match step.action.clone() {
         Action::Create(request) => {
-            let volume = call(client.create_volume(request)).await?;
+            let volume =
+                once(
+                    client,
+                    request,
+                    |mut client, request| async move { client.create_volume(request).await },
+                )
+                .await?;
             // Whoever closed stderr does not want to know.
             io::stderr().write_all(notes_on_new(&volume).as_bytes()).ok();
             *uid = volume.volume_uid;
         }
         Action::Clone(request) => *uid = clone_to_its_end(client, request).await?.volume_uid,
         Action::Resize(capacity_bytes) => {
-            call(client.resize_volume(v1::ResizeVolumeRequest {
-                name,
-                capacity_bytes,
-                ..Default::default()
-            }))
-            .await?;
+            let request = v1::ResizeVolumeRequest { name, capacity_bytes, ..Default::default() };
+            once(client, request, |mut client, request| async move { client.resize_volume(request).await })
+                .await?;
         }
         Action::Limit(declared) => {
             // What others have set since the plan was made stays.
@@ -286,11 +290,18 @@ async fn do_step(
                 call(client.get_volume(v1::GetVolumeRequest { name: name.clone(), ..Default::default() }))
                     .await?;
             let limits = Some(LimitArgs::from(declared).applied_to(there.limits.unwrap_or_default()));
-            call(client.set_volume_limits(v1::SetVolumeLimitsRequest { name, limits, ..Default::default() }))
-                .await?;
+            let request = v1::SetVolumeLimitsRequest { name, limits, ..Default::default() };
+            once(
+                client,
+                request,
+                |mut client, request| async move { client.set_volume_limits(request).await },
+            )
+            .await?;
         }
         Action::Set(update) => {
-            call(client.update_volume(v1::UpdateVolumeRequest { name, ..update })).await?;
+            let request = v1::UpdateVolumeRequest { name, ..update };
+            once(client, request, |mut client, request| async move { client.update_volume(request).await })
+                .await?;
         }
     }
     Ok(())

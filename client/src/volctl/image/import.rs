@@ -22,9 +22,10 @@ use super::volumes::{Attached, NODE_PREFIX, Server, machine_id};
 use super::{
     ImportArgs, Returning, copy_failure, lost_behind_a_copy, short_hash, state_directory, through_losses,
 };
-use crate::connect::{ServerAddress, call};
+use crate::connect::ServerAddress;
 use crate::exit_code::ExitCode;
 use crate::failure::Failure;
+use crate::once::once;
 use crate::report::Report;
 use crate::size::human_size;
 use crate::snapshots::{Named, clone_to_its_end, is_temporary_clone};
@@ -148,7 +149,8 @@ async fn make_volume(
         block_size_bytes: wanted.block_size_bytes,
         ..Default::default()
     };
-    call(server.client.create_volume(request)).await
+    once(&server.client, request, |mut client, request| async move { client.create_volume(request).await })
+        .await
 }
 
 /// Whether the image can be a volume like this.
@@ -487,7 +489,8 @@ impl Import<'_> {
 pub(super) async fn delete(server: &mut Server<'_>, name: &str) -> Result<(), Failure> {
     let request =
         v1::DeleteVolumeRequest { name: name.to_owned(), keep_snapshots: false, ..Default::default() };
-    call(server.client.delete_volume(request)).await?;
+    once(&server.client, request, |mut client, request| async move { client.delete_volume(request).await })
+        .await?;
     Ok(())
 }
 

@@ -91,7 +91,7 @@ pub struct PresentPage {
     pub as_of: ChangePoint,
 }
 
-/// Makes the table and the triggers where they are missing.
+/// Makes the table and the triggers where they are missing, and replaces triggers of earlier programs.
 pub(super) fn prepare(db: &mut Connection) -> Result<(), CatalogError> {
     prepare_keeping(db, KEPT)
 }
@@ -101,8 +101,22 @@ fn prepare_keeping(db: &mut Connection, kept: Kept) -> Result<(), CatalogError> 
     transaction.execute_batch(triggers::TABLE)?;
     transaction.execute_batch(triggers::INDEXES)?;
     transaction.execute_batch(triggers::BEGUN)?;
+    drop_those_of_before(&transaction)?;
     transaction.execute_batch(&triggers::all(kept))?;
     Ok(transaction.commit()?)
+}
+
+/// Takes the triggers of earlier programs away, which tell less than this one.
+fn drop_those_of_before(db: &Connection) -> Result<(), CatalogError> {
+    let mut find =
+        db.prepare("SELECT 1 FROM sqlite_schema WHERE type = 'trigger' AND name = ?1 AND sql = ?2")?;
+    for (text, name) in triggers::of_before() {
+        if find.exists((&name, &text))? {
+            db.execute_batch(&format!("DROP TRIGGER {name}"))?;
+            tracing::info!(name, "a trigger of an earlier volserver is replaced by one that tells more");
+        }
+    }
+    Ok(())
 }
 
 /// Counts, for those who wait, how often something was written to the table. Whoever hears of it finds it: until the transaction has

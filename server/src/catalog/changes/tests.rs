@@ -485,3 +485,79 @@ fn what_a_later_program_tells_is_passed_over_and_its_triggers_stay() {
     let Some((_, Told { facts: Facts::Node(facts), .. })) = &changes[0].told else { panic!() };
     assert_eq!(facts.version, "9");
 }
+
+const BEFORE_ENCRYPTION: &str = include_str!("../../../tests/fixtures/catalog_before_encryption.sql");
+
+/// A directory with the catalog of a program that knew no encrypted volumes, changed by `sql`.
+fn before_encryption(sql: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let db = Connection::open(dir.path().join(CATALOG_FILE_NAME)).unwrap();
+    db.execute_batch(BEFORE_ENCRYPTION).unwrap();
+    db.execute_batch(sql).unwrap();
+    dir
+}
+
+fn triggers_in(dir: &Path) -> std::collections::BTreeMap<String, String> {
+    let db = Connection::open(dir.join(CATALOG_FILE_NAME)).unwrap();
+    let mut query = db.prepare("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").unwrap();
+    let rows = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    rows.collect::<Result<_, _>>().unwrap()
+}
+
+#[test]
+fn triggers_of_the_program_before_are_replaced_by_those_of_this_one() {
+    let (new, _) = catalog();
+    let dir = before_encryption("");
+    let before = triggers_in(dir.path());
+    let is_blind = |sql: &&String| sql.contains("json_object('name'") && !sql.contains("is_encrypted");
+    assert_eq!(before.values().filter(is_blind).count(), 10, "of volumes and snapshots");
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let after = triggers_in(dir.path());
+    assert_eq!(after.values().filter(is_blind).count(), 0);
+    let now = triggers_in(new.path());
+    assert!(after.keys().eq(now.keys()));
+    // Those of attachments have been put in other words, and tell the same.
+    let others: Vec<&String> = now.keys().filter(|&name| now[name] != after[name]).collect();
+    assert!(others.iter().all(|name| name.contains("attachments_")), "{others:?}");
+
+    catalog.put_node(&NodeFacts { node_id: "n".to_owned(), ..NodeFacts::default() }).unwrap();
+    let start = catalog.newest_change().unwrap();
+    let settings = VolumeSettings { is_encrypted: true, ..VolumeSettings::default() };
+    let new = NewVolume {
+        name: "secret".to_owned(),
+        capacity_bytes: 32 << 20,
+        block_size_bytes: 4096,
+        backend: BackendKind::File,
+        write_cache_on: true,
+        settings: settings.clone(),
+    };
+    let volume = catalog.begin_creating(&new).unwrap();
+    catalog.finish_creating(volume.volume_uid).unwrap();
+    let described = VolumeSettings { description: "of the safe".to_owned(), ..settings };
+    catalog.set_properties(volume.volume_uid, &described).unwrap();
+    let group_uid = Uuid::new_v4();
+    let snapshot = NewSnapshot { snapshot_uid: Uuid::new_v4(), volume };
+    catalog.begin_snapshots("s", group_uid, None, &[snapshot]).unwrap();
+    catalog.finish_snapshots(group_uid).unwrap();
+    let told: Vec<(Happened, bool)> = behind(&catalog, &start)
+        .into_iter()
+        .map(|change| match change.told.unwrap() {
+            (happened, Told { facts: Facts::Volume(facts), .. }) => (happened, facts.is_encrypted == 1),
+            (happened, Told { facts: Facts::Snapshot(facts), .. }) => (happened, facts.is_encrypted == 1),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(told, [(Happened::Created, true), (Happened::Updated, true), (Happened::Created, true)]);
+}
+
+#[test]
+fn a_trigger_that_is_not_letter_by_letter_that_of_the_program_before_stays() {
+    let name = "volumes_change_updated";
+    let sql = triggers_in(before_encryption("").path())[name].replace("'updated'", "'updated' || ''");
+    let dir = before_encryption(&format!("DROP TRIGGER {name}; {sql};"));
+    let before = triggers_in(dir.path());
+    drop(Catalog::open(dir.path()).unwrap());
+    let after = triggers_in(dir.path());
+    assert_eq!(after[name], before[name]);
+    assert!(after["volumes_change_ready"].contains("is_encrypted"), "each for itself");
+}

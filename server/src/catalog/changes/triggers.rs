@@ -4,8 +4,8 @@
 //! no call site can forget it, and a kill leaves both or none. Never: the secret of an attachment. Called by [`super::prepare`].
 //!
 //! A volume or snapshot is one while it is `ready`. An attachment is one while it has a row, in whichever of its tables: moving to
-//! another is no change, and it is gone when its I/O has finished. A trigger that is there is left as it is, whatever its text: a later
-//! program that tells more replaces it under the same name.
+//! another is no change, and it is gone when its I/O has finished. A trigger that is there is left as it is, unless it has, letter by
+//! letter, the text of an earlier program ([`BEFORE`]), which tells less: any other may be a later program's, which tells more.
 
 /// What finds the attachments of one volume or node, and grants by their identity; the other tables have such an index by their constraints.
 pub(super) const INDEXES: &str = "
@@ -100,6 +100,35 @@ const OF_SNAPSHOTS: [&str; 10] = [
 ];
 const OF_GRANTS: [&str; 4] = ["volume_uid", "node_id", "read_only", "created_at_ms"];
 const OF_NODES: [&str; 4] = ["boot_id", "version", "labels", "registered_at_ms"];
+
+/// What programs before this one did not tell: of each, the columns that it did not know. Whoever adds a column adds a line.
+const BEFORE: [&[&str]; 1] = [&["is_encrypted"]];
+
+/// A trigger, and the statement that makes it where it is missing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Trigger {
+    name: String,
+    sql: String,
+}
+
+impl Trigger {
+    /// As SQLite writes it down.
+    fn text(&self) -> String {
+        let text = self.sql.trim_end().trim_end_matches(';');
+        text.replacen("CREATE TRIGGER IF NOT EXISTS ", "CREATE TRIGGER ", 1)
+    }
+}
+
+/// The triggers of earlier programs that this one replaces: texts and names.
+pub(super) fn of_before() -> Vec<(String, String)> {
+    let of_source = |source: &Source| {
+        let now = source.triggers(&[]);
+        let before = BEFORE.iter().flat_map(|unknown| source.triggers(unknown));
+        let others = before.filter(|trigger| !now.contains(trigger));
+        others.map(|trigger| (trigger.text(), trigger.name)).collect::<Vec<_>>()
+    };
+    SOURCES.iter().flat_map(of_source).collect()
+}
 
 /// A table whose rows are objects, and what is told of them.
 #[derive(Debug, Clone, Copy)]
@@ -224,9 +253,14 @@ pub(super) const SOURCES: [Source; 7] = [
 ];
 
 impl Source {
+    /// The columns that a program knows, to which some are unknown.
+    fn known(&self, unknown: &[&str]) -> impl Iterator<Item = &'static str> {
+        self.columns.iter().copied().filter(move |column| !unknown.contains(column))
+    }
+
     /// What is told of a row, as an expression that makes a JSON object.
-    fn facts(&self, row: &str) -> String {
-        let plain = self.columns.iter().map(|column| format!("'{column}', {row}.{column}"));
+    fn facts(&self, row: &str, unknown: &[&str]) -> String {
+        let plain = self.known(unknown).map(|column| format!("'{column}', {row}.{column}"));
         let more = self.more.iter().map(|(name, value)| format!("'{name}', {}", value.replace("ROW", row)));
         format!("json_object({})", plain.chain(more).collect::<Vec<_>>().join(", "))
     }
@@ -236,7 +270,7 @@ impl Source {
     /// `+` before the identity sees to.
     pub(super) fn present(&self, is_narrow: bool) -> String {
         let Self { table, uid, volume_uid, .. } = self;
-        let (facts, volume_uid) = (self.facts(table), volume_uid.replace("ROW", table));
+        let (facts, volume_uid) = (self.facts(table, &[]), volume_uid.replace("ROW", table));
         let uid = uid.replace("ROW", table);
         let condition = if self.has_state { "state = 'ready'" } else { "1" };
         let behind =
@@ -247,21 +281,25 @@ impl Source {
         )
     }
 
-    fn trigger(&self, event: &str, name: &str, condition: &str, change: &str, row: &str) -> String {
+    fn trigger(&self, when: (&str, &str, &str), change: &str, row: &str, unknown: &[&str]) -> Trigger {
         let Self { table, kind, uid, volume_uid, .. } = self;
-        let (facts, volume_uid) = (self.facts(row), volume_uid.replace("ROW", row));
+        let (event, name, condition) = when;
+        let (facts, volume_uid) = (self.facts(row, unknown), volume_uid.replace("ROW", row));
         let uid = uid.replace("ROW", row);
-        format!(
-            "CREATE TRIGGER IF NOT EXISTS {table}_{name} AFTER {event} ON {table} WHEN {condition}
+        let name = format!("{table}_{name}");
+        let sql = format!(
+            "CREATE TRIGGER IF NOT EXISTS {name} AFTER {event} ON {table} WHEN {condition}
 BEGIN
     INSERT INTO changes (mark, time_ms, kind, change, uid, volume_uid, facts)
     VALUES (lower(hex(randomblob(8))), {NOW_MS}, '{kind}', '{change}', {uid}, {volume_uid}, {facts});
 END;
 "
-        )
+        );
+        Trigger { name, sql }
     }
 
-    fn triggers(&self) -> String {
+    /// As a program makes them to which some columns are unknown.
+    fn triggers(&self, unknown: &[&str]) -> Vec<Trigger> {
         let (is, was) = match (self.has_state, self.moved) {
             (true, _) => ("NEW.state = 'ready'".to_owned(), "OLD.state = 'ready'".to_owned()),
             (false, None) => ("1".to_owned(), "1".to_owned()),
@@ -274,24 +312,24 @@ END;
             }
         };
         let mut all = vec![
-            self.trigger("INSERT", "change_inserted", &is, "created", "NEW"),
-            self.trigger("DELETE", "change_dropped", &was, "deleted", "OLD"),
+            self.trigger(("INSERT", "change_inserted", &is), "created", "NEW", unknown),
+            self.trigger(("DELETE", "change_dropped", &was), "deleted", "OLD", unknown),
         ];
         if self.has_state {
             let of_state = "UPDATE OF state";
             let made = "OLD.state <> 'ready' AND NEW.state = 'ready'";
             let unmade = "OLD.state = 'ready' AND NEW.state <> 'ready'";
-            all.push(self.trigger(of_state, "change_ready", made, "created", "NEW"));
-            all.push(self.trigger(of_state, "change_unready", unmade, "deleted", "OLD"));
+            all.push(self.trigger((of_state, "change_ready", made), "created", "NEW", unknown));
+            all.push(self.trigger((of_state, "change_unready", unmade), "deleted", "OLD", unknown));
         }
         let told = |row: &str| {
-            self.columns.iter().map(|column| format!("{row}.{column}")).collect::<Vec<_>>().join(", ")
+            self.known(unknown).map(|column| format!("{row}.{column}")).collect::<Vec<_>>().join(", ")
         };
         let stays = if self.has_state { "OLD.state = 'ready' AND NEW.state = 'ready' AND " } else { "" };
         let is_another = format!("{stays}({}) IS NOT ({})", told("OLD"), told("NEW"));
-        let of_told = format!("UPDATE OF {}", self.columns.join(", "));
-        all.push(self.trigger(&of_told, "change_updated", &is_another, "updated", "NEW"));
-        all.concat()
+        let of_told = format!("UPDATE OF {}", self.known(unknown).collect::<Vec<_>>().join(", "));
+        all.push(self.trigger((&of_told, "change_updated", &is_another), "updated", "NEW", unknown));
+        all
     }
 }
 
@@ -308,7 +346,8 @@ BEGIN
 END;
 "
     );
-    let mut sql: String = SOURCES.iter().map(Source::triggers).collect();
+    let of_sources = SOURCES.iter().flat_map(|source| source.triggers(&[]));
+    let mut sql: String = of_sources.map(|trigger| trigger.sql).collect();
     sql.push_str(CASCADE);
     sql.push_str(&pruning);
     sql

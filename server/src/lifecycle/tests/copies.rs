@@ -12,7 +12,11 @@ impl Bench {
         names.into_iter().map(|name| self.locks.blocking_lock(name)).collect()
     }
 
-    fn start_snapshot(&self, volumes: &[&str], name: &str) -> Result<Started<Vec<Uuid>>, LifecycleError> {
+    pub(super) fn start_snapshot(
+        &self,
+        volumes: &[&str],
+        name: &str,
+    ) -> Result<Started<Vec<Uuid>>, LifecycleError> {
         let names: Vec<String> = volumes.iter().map(|name| (*name).to_owned()).collect();
         self.lifecycle.create_snapshots(&self.locks(volumes), &names, name, None)
     }
