@@ -15,6 +15,7 @@ pub mod authorization;
 mod deadline;
 mod diffs;
 mod fields;
+mod freezes;
 mod grants;
 pub mod listener;
 mod messages;
@@ -64,12 +65,18 @@ pub struct Calls {
     permits: Arc<Semaphore>,
     looks: Arc<Semaphore>,
     watches: watch::Watches,
+    freezes: freezes::Freezes,
 }
 
 impl Default for Calls {
     fn default() -> Self {
         let of = |permits| Arc::new(Semaphore::new(permits));
-        Self { permits: of(CALLS_MAX as usize), looks: of(LOOKS_MAX), watches: watch::Watches::default() }
+        Self {
+            permits: of(CALLS_MAX as usize),
+            looks: of(LOOKS_MAX),
+            watches: watch::Watches::default(),
+            freezes: freezes::Freezes::default(),
+        }
     }
 }
 
@@ -77,6 +84,7 @@ impl Calls {
     /// Waits until every call in progress that changes something has finished, and lets no other begin.
     pub async fn finish(&self) {
         self.watches.stop();
+        self.freezes.stop();
         self.looks.close();
         if let Ok(all) = self.permits.acquire_many(CALLS_MAX).await {
             self.permits.close();
@@ -439,6 +447,9 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::CreateSnapshotRequest>,
     ) -> Result<Response<v1::CreateSnapshotResponse>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::CreateSnapshot)?;
+        if request.get_ref().freeze {
+            return self.take_frozen_snapshots(scope, request.into_inner()).await.map(Response::new);
+        }
         self.once(scope, request.into_inner(), |service, scope, request| async move {
             service.begin_snapshots(scope, request).await
         })
