@@ -15,7 +15,9 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 use crate::backend::device::AdoptError;
 use crate::backend::lvm::LvmError;
 use crate::catalog::QuotaReached;
-use crate::lifecycle::{FreezeError, GrantsError, LifecycleError, NodesError, SettingsError, SnapshotError, TenantsError};
+use crate::lifecycle::{
+    FreezeError, GrantsError, LifecycleError, NodesError, SettingsError, SnapshotError, TenantsError,
+};
 use crate::volume::copying::CopyError;
 
 const NEXT_OF_OTHER_BOOT: &str = "give every machine an id of its own (rm /etc/machine-id && systemd-machine-id-setup, or volclient serve \
@@ -152,7 +154,7 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
         LifecycleError::Unfenced { .. } => {
             told(Code::Unavailable, reason::FENCE_UNFINISHED, NEXT_OF_UNFENCED)
         }
-        LifecycleError::Freeze(error) => of_freeze(error),
+        LifecycleError::Freeze(error) => told(Code::FailedPrecondition, error.reason(), error.next()),
         LifecycleError::Snapshot(error) => return of_snapshot(error, message),
         LifecycleError::CatalogHeld { .. } => told(
             Code::Unavailable,
@@ -331,32 +333,6 @@ fn of_settings(error: &SettingsError) -> (Code, ErrorDetails) {
         SettingsError::ContentRefused { .. } => refused(
             reason::CONTENT_REFUSED,
             "use what is on the volume; or detach the attachment that formats it, and attach it anew",
-        ),
-    }
-}
-
-/// What is told of a freeze that was not.
-fn of_freeze(error: &FreezeError) -> (Code, ErrorDetails) {
-    let refused = |word, next| told(Code::FailedPrecondition, word, next);
-    match error {
-        FreezeError::NotAttached(_) => refused(
-            reason::NOT_MOUNTED,
-            "attach it and mount it, or take the snapshot without a freeze: nobody writes to it through a node",
-        ),
-        FreezeError::SeveralNodes(_) => refused(
-            reason::FREEZE_FAILED,
-            "detach it from all of the nodes but one, or take the snapshot without a freeze",
-        ),
-        FreezeError::NotRegistered { node_id, .. } | FreezeError::Silent { node_id, .. } => of_node(
-            Code::FailedPrecondition,
-            reason::FREEZE_FAILED,
-            "see why the node daemon there is not heard (volctl node list, its log), then repeat the call; or take the snapshot without a freeze",
-            node_id,
-        ),
-        FreezeError::Moved | FreezeError::NotHeld(_) => refused(reason::FREEZE_FAILED, "repeat the call"),
-        FreezeError::NotFrozen(_) => refused(
-            reason::FREEZE_FAILED,
-            "do what it says there, then repeat the call; or take the snapshot without a freeze",
         ),
     }
 }

@@ -86,7 +86,8 @@ impl Bench {
     /// Whether each snapshot that there is is called frozen, by its volume and name.
     async fn snapshots(&mut self) -> BTreeMap<String, bool> {
         let listed = self.client.list_snapshots(v1::ListSnapshotsRequest::default()).await.unwrap();
-        let of = |snapshot: v1::Snapshot| (format!("{}@{}", snapshot.volume_name, snapshot.name), snapshot.frozen);
+        let of =
+            |snapshot: v1::Snapshot| (format!("{}@{}", snapshot.volume_name, snapshot.name), snapshot.frozen);
         listed.into_inner().snapshots.into_iter().map(of).collect()
     }
 }
@@ -173,7 +174,8 @@ fn refused(outcome: Result<Vec<v1::Snapshot>, Status>, words: &str) -> String {
 
 #[tokio::test]
 async fn a_snapshot_is_called_frozen_when_the_node_says_that_it_was_to_the_end() {
-    let Some(mut bench) = Bench::new(&[("vol-1", "node-a"), ("vol-2", "node-a"), ("vol-3", "node-b")]).await else {
+    let Some(mut bench) = Bench::new(&[("vol-1", "node-a"), ("vol-2", "node-a"), ("vol-3", "node-b")]).await
+    else {
         return;
     };
     let (mut node, mut other) = (bench.node("node-a").await, bench.node("node-b").await);
@@ -233,7 +235,8 @@ async fn what_was_not_frozen_all_the_time_leaves_no_snapshot() {
     assert_eq!(missing, reason::NOT_MOUNTED);
     let unknown = refused(bench.take(&["vol-1"], "s").await.unwrap(), "has not registered");
     assert_eq!(unknown, reason::FREEZE_FAILED);
-    let with_id = v1::CreateSnapshotRequest { request_id: Uuid::new_v4().to_string(), ..request(&["vol-1"], "s") };
+    let with_id =
+        v1::CreateSnapshotRequest { request_id: Uuid::new_v4().to_string(), ..request(&["vol-1"], "s") };
     assert_eq!(bench.client.create_snapshot(with_id).await.unwrap_err().code(), Code::InvalidArgument);
     let (mut node, mut silent) = (bench.node("node-a").await, bench.node("node-b").await);
     let began = Instant::now();

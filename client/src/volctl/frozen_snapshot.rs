@@ -40,7 +40,8 @@ pub(crate) async fn create(
 /// This machine's node daemon, if it has all of the volumes.
 async fn node_with(socket: &Path, volumes: &[String]) -> Option<NodeClient<Channel>> {
     let mut node = connect::node(socket).await.ok()?;
-    let attached = call(node.list_node_attachments(v1::ListNodeAttachmentsRequest {})).await.ok()?.attachments;
+    let attached =
+        call(node.list_node_attachments(v1::ListNodeAttachmentsRequest {})).await.ok()?.attachments;
     let is_here = |volume: &String| attached.iter().any(|attachment| attachment.target == *volume);
     volumes.iter().all(is_here).then_some(node)
 }

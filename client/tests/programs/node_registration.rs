@@ -114,7 +114,8 @@ fn what_the_server_asks_for_in_an_answer_is_begun_and_its_end_is_told_at_once() 
     assert!((9_000..=11_000).contains(&first.wait_ms), "{first:?}");
     let (freeze_id, attachment_id) = (uuid::Uuid::new_v4().to_string(), uuid::Uuid::new_v4().to_string());
     let (freeze, attachment_ids) = (freeze_id.clone(), vec![attachment_id.clone()]);
-    server.state.lock().unwrap().nodes.wanted = vec![v1::WantedFreeze { freeze_id: freeze, attachment_ids, thaw: false }];
+    server.state.lock().unwrap().nodes.wanted =
+        vec![v1::WantedFreeze { freeze_id: freeze, attachment_ids, thaw: false }];
     let asked_after = wait_for(&server.state, "an answer", |nodes| {
         nodes.wanted.is_empty().then_some((nodes.heartbeats.len(), Instant::now()))
     });
@@ -128,7 +129,9 @@ fn what_the_server_asks_for_in_an_answer_is_begun_and_its_end_is_told_at_once() 
     assert!(asked_after.1.elapsed() < HEARTBEAT_INTERVAL_MIN, "not with the next that was due");
     assert_eq!(told.freeze_id, freeze_id);
     assert!(told.reason.contains(&format!("{attachment_id} is not attached to this machine")), "{told:?}");
-    wait_for(&server.state, "a heartbeat without it", |nodes| nodes.heartbeats.last()?.freezes.is_empty().then_some(()));
+    wait_for(&server.state, "a heartbeat without it", |nodes| {
+        nodes.heartbeats.last()?.freezes.is_empty().then_some(())
+    });
 }
 
 #[test]

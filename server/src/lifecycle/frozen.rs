@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use proto::error_reason as reason;
 use uuid::Uuid;
 
 use super::snapshots::Found;
@@ -31,7 +32,9 @@ pub enum FreezeError {
     #[error("volume {0} is attached to no node that writes to it: nothing of it can be frozen")]
     NotAttached(String),
     /// Each has a state of its own.
-    #[error("volume {0} is attached by several nodes that write to it: a freeze on one stops none of the others")]
+    #[error(
+        "volume {0} is attached by several nodes that write to it: a freeze on one stops none of the others"
+    )]
     SeveralNodes(String),
     /// It cannot be asked.
     #[error("volume {name} is attached to {node_id}, which has not registered: the server cannot ask it")]
@@ -60,6 +63,34 @@ pub enum FreezeError {
     /// The same at the thaw, when the snapshots were taken.
     #[error("the file system was not frozen all the time: {0}; the snapshot was deleted")]
     NotHeld(String),
+}
+
+impl FreezeError {
+    /// Its word in the API.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NotAttached(_) => reason::NOT_MOUNTED,
+            _ => reason::FREEZE_FAILED,
+        }
+    }
+
+    /// What is to be done, for people.
+    pub fn next(&self) -> &'static str {
+        match self {
+            Self::NotAttached(_) => "attach it and mount it; or take the snapshot without a freeze",
+            Self::SeveralNodes(_) => {
+                "detach it from all of the nodes but one; or take the snapshot without a freeze"
+            }
+            Self::NotRegistered { .. } | Self::Silent { .. } => {
+                "see why the node daemon there is not heard (volctl node list, its log), then repeat the call; or take the snapshot \
+                 without a freeze"
+            }
+            Self::NotFrozen(_) => {
+                "mend what it says, then repeat the call; or take the snapshot without a freeze"
+            }
+            Self::Moved | Self::NotHeld(_) => "repeat the call; or take the snapshot without a freeze",
+        }
+    }
 }
 
 impl<D: DataSide> Lifecycle<D> {

@@ -105,7 +105,11 @@ impl Asked {
                 State::WasFrozen => (NodeFreezeState::WasFrozen, ""),
                 State::NotFrozen(why) => (NodeFreezeState::NotFrozen, why.as_str()),
             };
-            v1::NodeFreeze { freeze_id: freeze_id.clone(), state: state.into(), reason: super::told::words(reason) }
+            v1::NodeFreeze {
+                freeze_id: freeze_id.clone(),
+                state: state.into(),
+                reason: super::told::words(reason),
+            }
         };
         self.freezes.iter().map(told).collect()
     }

@@ -331,6 +331,28 @@ mod tests {
     }
 
     #[test]
+    fn a_server_that_keeps_a_heartbeat_waiting_has_the_next_at_once() {
+        let mut registration = registered();
+        assert_eq!(registration.wait(MIDDLE), seconds(10));
+        let (sent_at, kept_until) = (seconds(10), seconds(20));
+        registration.answered(Call::Heartbeat, heard("s"), sent_at, kept_until, MIDDLE);
+        assert_eq!(registration.next(), (Call::Heartbeat, kept_until));
+        // One that had something to ask before, and is told at once what has begun.
+        registration.answered(Call::Heartbeat, heard("s"), seconds(20), seconds(23), MIDDLE);
+        assert_eq!(registration.next(), (Call::Heartbeat, seconds(30)));
+        registration.has_begun(seconds(23));
+        assert_eq!(registration.next(), (Call::Heartbeat, seconds(23)));
+        // What changes meanwhile is told in its place, and not twice in a second.
+        assert!(!registration.may_replace(seconds(23), Duration::from_millis(23_900)));
+        assert!(registration.may_replace(seconds(23), seconds(24)));
+        registration.replaced(seconds(23), seconds(24));
+        assert_eq!(registration.next(), (Call::Heartbeat, seconds(24)));
+        registration.answered(Call::Heartbeat, away(), seconds(24), seconds(25), MIDDLE);
+        assert_eq!(registration.wait(MIDDLE), Duration::ZERO, "whether it is there is to be known soon");
+        assert!(!registration.may_replace(seconds(24), seconds(40)));
+    }
+
+    #[test]
     fn a_server_that_is_away_is_asked_less_and_less_and_told_once() {
         let mut registration = Registration::new();
         let mut at = Vec::new();

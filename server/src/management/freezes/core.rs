@@ -119,7 +119,8 @@ impl Core {
     /// Begins one. False: some of it is being frozen already, or one of that id is; nothing is begun then.
     pub(super) fn begin(&mut self, freeze_id: Uuid, parts: &Parts) -> bool {
         let is_held = |freeze: &Freeze| {
-            let parts_held = parts.iter().filter_map(|(node_id, ids)| Some((freeze.parts.get(node_id)?, ids)));
+            let parts_held =
+                parts.iter().filter_map(|(node_id, ids)| Some((freeze.parts.get(node_id)?, ids)));
             parts_held.into_iter().any(|(part, ids)| !part.attachment_ids.is_disjoint(ids))
         };
         if self.freezes.contains_key(&freeze_id) || self.freezes.values().any(is_held) {
@@ -263,7 +264,8 @@ mod tests {
     const DISK: Uuid = Uuid::from_u128(11);
 
     fn parts(nodes: &[(&str, u128)]) -> Parts {
-        let part = |(node_id, id): &(&str, u128)| ((*node_id).to_owned(), BTreeSet::from([Uuid::from_u128(*id)]));
+        let part =
+            |(node_id, id): &(&str, u128)| ((*node_id).to_owned(), BTreeSet::from([Uuid::from_u128(*id)]));
         nodes.iter().map(part).collect()
     }
 

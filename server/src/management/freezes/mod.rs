@@ -28,8 +28,8 @@ use super::fields::Fields;
 use super::snapshot_fields as fields;
 use super::snapshots::TURN_WAIT_MAX;
 use crate::lifecycle::{
-    DataSide, FreezeError, FreezePlan, Lifecycle, LifecycleError, NameLock, Operation, SnapshotError, Started,
-    snapshot_lock_name,
+    DataSide, FreezeError, FreezePlan, Lifecycle, LifecycleError, NameLock, Operation, SnapshotError,
+    Started, snapshot_lock_name,
 };
 use crate::scope::Scope;
 use crate::status;
@@ -160,14 +160,20 @@ impl Asked {
                 let mut limit = match waits_for {
                     Some(node_id) => (
                         began + ANSWER_MAX,
-                        format!("nothing was heard of the node daemon of {node_id} within {} s", ANSWER_MAX.as_secs()),
+                        format!(
+                            "nothing was heard of the node daemon of {node_id} within {} s",
+                            ANSWER_MAX.as_secs()
+                        ),
                     ),
-                    None => (began + FREEZE_MAX, format!("it is not frozen after {} s", FREEZE_MAX.as_secs())),
+                    None => {
+                        (began + FREEZE_MAX, format!("it is not frozen after {} s", FREEZE_MAX.as_secs()))
+                    }
                 };
                 if has_frozen {
                     let all_by = *first_frozen.get_or_insert_with(Instant::now) + ALL_MAX;
                     if all_by < limit.0 {
-                        let why = format!("the nodes have not frozen all of it within {} s", ALL_MAX.as_secs());
+                        let why =
+                            format!("the nodes have not frozen all of it within {} s", ALL_MAX.as_secs());
                         limit = (all_by, why);
                     }
                 }
@@ -328,7 +334,8 @@ impl<D: DataSide> ManagementService<D> {
         freeze_id: Uuid,
         operation: Option<&Operation>,
     ) -> Result<(), Status> {
-        let marked = self.outcome(&self.calls.permits, move |lifecycle| lifecycle.mark_frozen(&scope, freeze_id));
+        let marked =
+            self.outcome(&self.calls.permits, move |lifecycle| lifecycle.mark_frozen(&scope, freeze_id));
         match (marked.await?, operation.and_then(Operation::end)) {
             (Ok(_), _) => Ok(()),
             (Err(LifecycleError::Snapshot(SnapshotError::NotFound(_))), Some(Err(error))) => {
