@@ -15,9 +15,7 @@ use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 use crate::backend::device::AdoptError;
 use crate::backend::lvm::LvmError;
 use crate::catalog::QuotaReached;
-use crate::lifecycle::{
-    FreezeError, GrantsError, LifecycleError, NodesError, SettingsError, SnapshotError, TenantsError,
-};
+use crate::lifecycle::{GrantsError, LifecycleError, NodesError, SettingsError, SnapshotError, TenantsError};
 use crate::volume::copying::CopyError;
 
 const NEXT_OF_OTHER_BOOT: &str = "give every machine an id of its own (rm /etc/machine-id && systemd-machine-id-setup, or volclient serve \
