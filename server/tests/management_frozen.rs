@@ -2,8 +2,11 @@
 //! end, and a server that is killed in between. The nodes are the test's, and have nothing to freeze.
 #![allow(missing_docs, clippy::unwrap_used)] // A test says what went wrong by panicking.
 
+#[path = "nbd_data/client.rs"]
+#[allow(dead_code)] // Made for the other tests, as the next one; this one needs less.
+mod client;
 #[path = "nbd_data/support.rs"]
-#[allow(dead_code)] // Made for the other tests; this one needs less.
+#[allow(dead_code)]
 mod support;
 mod unit_filter;
 mod volserver;
