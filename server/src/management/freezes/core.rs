@@ -119,9 +119,8 @@ impl Core {
     /// Begins one. False: some of it is being frozen already, or one of that id is; nothing is begun then.
     pub(super) fn begin(&mut self, freeze_id: Uuid, parts: &Parts) -> bool {
         let is_held = |freeze: &Freeze| {
-            let parts_held =
-                parts.iter().filter_map(|(node_id, ids)| Some((freeze.parts.get(node_id)?, ids)));
-            parts_held.into_iter().any(|(part, ids)| !part.attachment_ids.is_disjoint(ids))
+            let mut held = parts.iter().filter_map(|(node_id, ids)| Some((freeze.parts.get(node_id)?, ids)));
+            held.any(|(part, ids)| !part.attachment_ids.is_disjoint(ids))
         };
         if self.freezes.contains_key(&freeze_id) || self.freezes.values().any(is_held) {
             return false;
