@@ -152,6 +152,7 @@ pub(crate) fn of_lifecycle(error: &LifecycleError) -> Status {
         LifecycleError::Unfenced { .. } => {
             told(Code::Unavailable, reason::FENCE_UNFINISHED, NEXT_OF_UNFENCED)
         }
+        LifecycleError::Freeze(error) => told(Code::FailedPrecondition, error.reason(), error.next()),
         LifecycleError::Snapshot(error) => return of_snapshot(error, message),
         LifecycleError::CatalogHeld { .. } => told(
             Code::Unavailable,

@@ -57,6 +57,7 @@ fn heartbeat(node_id: &str, boot_id: &str, attachment_id: &str) -> v1::Heartbeat
         boot_id: boot_id.to_owned(),
         disks: vec![disk],
         conditions: vec![condition],
+        ..Default::default()
     }
 }
 

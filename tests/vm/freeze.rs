@@ -16,6 +16,7 @@ use crate::bad_input::exit_code;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::new("freeze::a_frozen_snapshot_needs_no_recovery", a_frozen_snapshot_needs_no_recovery).within(400),
+    Test::new("freeze::a_snapshot_is_frozen_from_elsewhere", a_snapshot_is_frozen_from_elsewhere).within(200),
     Test::new("freeze::nothing_stays_frozen_whoever_is_killed", nothing_stays_frozen).within(400),
     Test::new("freeze::a_disk_that_does_not_answer_holds_up_nobody_else", a_disk_that_does_not_answer)
         .within(400),
@@ -85,7 +86,7 @@ fn a_frozen_snapshot_needs_no_recovery(env: &Env) -> Result<()> {
     for volume in ["vol-3", "vol-1,vol-3"] {
         let refused = node.volctl(&["snapshot", "create", volume, "t", "--freeze"])?;
         let refused = refused.failed_with(exit_code::PRECONDITION)?;
-        ensure!(refused.contains("vol-3 is not attached to this machine"), "{refused}");
+        ensure!(refused.contains("volume vol-3 is attached to no node"), "{refused}");
     }
     node.attach(&["vol-3"])?;
     let refused = node.volctl(&["snapshot", "create", "vol-3", "t", "--freeze"])?;
@@ -95,17 +96,8 @@ fn a_frozen_snapshot_needs_no_recovery(env: &Env) -> Result<()> {
     fs::write(env.directory.join("over"), "")?;
     ensure!(writers.wait()?.success());
 
-    let needs_recovery = |snapshot: &str| -> Result<bool> {
-        let disk = node.attach(&[snapshot])?;
-        let features = sh(&format!("dumpe2fs -h {} 2>/dev/null | grep features", disk.display()))?;
-        if !features.contains("needs_recovery") {
-            sh(&format!("e2fsck -fn {} >&2", disk.display()))?;
-        }
-        node.detach(snapshot)?;
-        Ok(features.contains("needs_recovery"))
-    };
-    ensure!(needs_recovery("vol-1@plain")?, "the other way round it would show nothing");
-    ensure!(!needs_recovery("vol-1@s")?, "it was frozen");
+    ensure!(needs_recovery(&node, "vol-1@plain")?, "the other way round it would show nothing");
+    ensure!(!needs_recovery(&node, "vol-1@s")?, "it was frozen");
     // An XFS has its counters in the log even so, and everything else in its place.
     let (disk, at) = (node.attach(&["vol-2@s"])?, env.directory.join("read"));
     fs::create_dir(&at)?;
@@ -131,6 +123,63 @@ fn a_frozen_snapshot_needs_no_recovery(env: &Env) -> Result<()> {
     for volume in ["vol-1", "vol-2", "vol-3"] {
         node.detach(volume)?;
     }
+    Ok(())
+}
+
+/// Whether the ext4 of a snapshot has a journal to replay; where it has none, it is whole.
+fn needs_recovery(node: &StorageNode, snapshot: &str) -> Result<bool> {
+    let disk = node.attach(&[snapshot])?;
+    let features = sh(&format!("dumpe2fs -h {} 2>/dev/null | grep features", disk.display()))?;
+    if !features.contains("needs_recovery") {
+        sh(&format!("e2fsck -fn {} >&2", disk.display()))?;
+    }
+    node.detach(snapshot)?;
+    Ok(features.contains("needs_recovery"))
+}
+
+/// As from another machine: by volctl over TCP, which finds no node daemon where it runs.
+fn a_snapshot_is_frozen_from_elsewhere(env: &Env) -> Result<()> {
+    let node = StorageNode::start_on_xfs(env)?;
+    let at = mounted(env, &node, "vol-1", "mkfs.ext4 -q")?;
+    let elsewhere = |arguments: &[&str]| -> Result<(Option<i32>, String, String)> {
+        let mut volctl = node.program("volctl");
+        volctl.env("VOLNODE_SOCKET", env.directory.join("none.sock")).args(arguments);
+        let output = volctl.output().context("volctl")?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok((output.status.code(), text(&output.stdout), text(&output.stderr)))
+    };
+    wait_for("the node is registered", THAWED_WITHIN, || {
+        Ok(node.volctl(&["node", "list"])?.succeeded()?.contains("node-1").then_some(()))
+    })?;
+    let writer = format!(
+        "while [ ! -e {0}/over ]; do dd if=/dev/zero of={1}/busy bs=64k count=16 conv=fsync 2>/dev/null; done",
+        env.directory.display(),
+        at.display()
+    );
+    let mut writer = std::process::Command::new("sh").arg("-c").arg(&writer).spawn()?;
+    thread::sleep(Duration::from_secs(1));
+    node.volctl(&["snapshot", "create", "vol-1", "plain"])?.succeeded()?;
+    let began = Instant::now();
+    let taken = elsewhere(&["--output", "json", "snapshot", "create", "vol-1", "s", "--freeze"])?;
+    println!("a file system of another machine was frozen and snapshotted in {:?}", began.elapsed());
+    ensure!(taken.0 == Some(0) && began.elapsed() < Duration::from_secs(10), "{taken:?}");
+    let created: serde_json::Value = serde_json::from_str(&taken.1).context("volctl's JSON")?;
+    ensure!(created[0]["frozen"] == true, "{created}");
+    is_thawed(&write_beside(&at))?;
+    fs::write(env.directory.join("over"), "")?;
+    ensure!(writer.wait()?.success());
+    ensure!(needs_recovery(&node, "vol-1@plain")?, "the other way round it would show nothing");
+    ensure!(!needs_recovery(&node, "vol-1@s")?, "it was frozen");
+
+    run("umount", &[&at])?;
+    let refused = elsewhere(&["snapshot", "create", "vol-1", "t", "--freeze"])?;
+    let is_told = refused.2.contains("node-1: vol-1 has no file system that is mounted");
+    ensure!(refused.0 == Some(exit_code::PRECONDITION) && is_told, "{refused:?}");
+    node.detach("vol-1")?;
+    let refused = elsewhere(&["snapshot", "create", "vol-1", "t", "--freeze"])?;
+    let is_told = refused.2.contains("volume vol-1 is attached to no node");
+    ensure!(refused.0 == Some(exit_code::PRECONDITION) && is_told, "{refused:?}");
+    ensure!(!snapshots(&node)?.to_string().contains("\"t\""), "{}", snapshots(&node)?);
     Ok(())
 }
 

@@ -34,10 +34,11 @@ impl NodeService {
     /// Over this supervisor, of a node that says this of itself; whoever watches does so until `ended` turns true.
     pub(super) fn new(
         supervisor: Arc<Supervisor>,
+        freezes: Arc<Freezes>,
         ended: watch::Receiver<bool>,
         profile: NodeProfile,
     ) -> Self {
-        Self { freezes: Arc::new(Freezes::new(Arc::clone(&supervisor))), supervisor, ended, profile }
+        Self { supervisor, freezes, ended, profile }
     }
 }
 

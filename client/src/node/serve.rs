@@ -24,7 +24,7 @@ use tonic::transport::Server;
 use uuid::Uuid;
 
 use super::error::NodeError;
-use super::freeze;
+use super::freeze::{self, Freezes};
 use super::management_client::ManagementClient;
 use super::node_service::NodeService;
 use super::registration::{NodeProfile, keep_registered, volume_limit};
@@ -131,8 +131,10 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let growth = tokio::spawn(Arc::clone(&supervisor).follow_grown_disks());
     let max_volumes = options.max_volumes.unwrap_or_else(volume_limit::of_this_machine);
     let profile = NodeProfile { labels: options.labels, max_volumes };
-    let registration = tokio::spawn(keep_registered(Arc::clone(&supervisor), profile.clone()));
-    let served = run_grpc(listener, supervisor, profile).await;
+    let freezes = Arc::new(Freezes::new(Arc::clone(&supervisor)));
+    let registering = keep_registered(Arc::clone(&supervisor), Arc::clone(&freezes), profile.clone());
+    let registration = tokio::spawn(registering);
+    let served = run_grpc(listener, supervisor, freezes, profile).await;
     moves.abort();
     growth.abort();
     registration.abort();
@@ -160,6 +162,7 @@ pub(super) fn supervisor(options: &ServeOptions) -> Result<Arc<Supervisor>, Serv
 async fn run_grpc(
     listener: UnixListener,
     supervisor: Arc<Supervisor>,
+    freezes: Arc<Freezes>,
     profile: NodeProfile,
 ) -> Result<(), ServeError> {
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -178,7 +181,7 @@ async fn run_grpc(
     let serving = Server::builder()
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(NodeServer::new(NodeService::new(supervisor, ended.clone(), profile)))
+        .add_service(NodeServer::new(NodeService::new(supervisor, freezes, ended.clone(), profile)))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
     let out_of_time = async {
         ended_by_signal().await;

@@ -231,7 +231,7 @@ pub(crate) enum SnapshotCommand {
         volumes: Vec<String>,
         /// The snapshot's name, of each: 1 to 64 letters, digits, '-', '_' and '.', beginning with a letter or digit
         name: String,
-        /// Freeze the file systems that are mounted of the volumes on this machine meanwhile, so that all that was written is in it
+        /// Freeze the file systems that are mounted of the volumes meanwhile, here or where they are attached, so that all that was written is in it
         ///
         /// What is dirty is written first; then nobody writes to them for a moment, 10 s at most. If they were not frozen all the time,
         /// the snapshots are deleted.

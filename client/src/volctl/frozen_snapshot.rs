@@ -4,6 +4,8 @@
 //!   node daemon freezes ─▶ server takes the snapshot ─▶ node daemon thaws ─ was frozen ─▶ server is told so
 //!                                                                        └─ was not ───▶ the snapshot is deleted
 //! ```
+//! That is so where this machine's node daemon has the volumes. Otherwise the server has the nodes that have them freeze, and answers when
+//! it knows that they did.
 //! Whoever is killed in between: the node daemon thaws by itself, and what is left is no snapshot, or one that is not called frozen.
 
 use std::collections::HashSet;
@@ -30,7 +32,50 @@ pub(crate) async fn create(
 ) -> Result<Report, Failure> {
     // Both before anything is frozen: neither is to be waited for then.
     let mut client = connect::server(server).await?;
-    let mut node = connect::node(socket).await?;
+    match node_with(socket, &volumes).await {
+        Some(node) => create_here(client, node, volumes, name).await,
+        None => create_elsewhere(&mut client, volumes, name).await,
+    }
+}
+
+/// This machine's node daemon, if it has all of the volumes.
+async fn node_with(socket: &Path, volumes: &[String]) -> Option<NodeClient<Channel>> {
+    let mut node = connect::node(socket).await.ok()?;
+    let attached =
+        call(node.list_node_attachments(v1::ListNodeAttachmentsRequest {})).await.ok()?.attachments;
+    let is_here = |volume: &String| attached.iter().any(|attachment| attachment.target == *volume);
+    volumes.iter().all(is_here).then_some(node)
+}
+
+/// By the nodes that have them.
+async fn create_elsewhere(
+    client: &mut ManagementClient<Channel>,
+    volume_names: Vec<String>,
+    name: String,
+) -> Result<Report, Failure> {
+    let freeze_id = Uuid::new_v4().to_string();
+    let request = v1::CreateSnapshotRequest {
+        volume_names,
+        name,
+        freeze_id: freeze_id.clone(),
+        freeze: true,
+        ..Default::default()
+    };
+    let taken = call(client.create_snapshot(request)).await?;
+    let is_not = |snapshot: &&v1::Snapshot| snapshot.freeze_id == freeze_id && !snapshot.frozen;
+    if taken.snapshots.iter().any(|snapshot| is_not(&snapshot)) {
+        let why = "the storage server is of a version that has no node freeze: upgrade it, or run volctl on the node";
+        return Err(discard(client, taken.snapshots.iter().filter(is_not), why).await);
+    }
+    report(client, taken).await
+}
+
+async fn create_here(
+    mut client: ManagementClient<Channel>,
+    mut node: NodeClient<Channel>,
+    volumes: Vec<String>,
+    name: String,
+) -> Result<Report, Failure> {
     let freeze_id = Uuid::new_v4().to_string();
     let freeze = v1::FreezeRequest { targets: volumes.clone(), freeze_id: freeze_id.clone() };
     let volume_uids = call(node.freeze(freeze)).await?.volume_uids;
@@ -69,8 +114,16 @@ pub(crate) async fn create(
             Failure { what, ..failure }
         })?;
     }
+    report(&mut client, taken).await
+}
+
+/// What is told of them when they are durable.
+async fn report(
+    client: &mut ManagementClient<Channel>,
+    mut taken: v1::CreateSnapshotResponse,
+) -> Result<Report, Failure> {
     if let Some(operation) = taken.operation.take() {
-        finish(&mut client, operation).await?;
+        finish(client, operation).await?;
     }
     let mut snapshots = Vec::with_capacity(taken.snapshots.len());
     for snapshot in taken.snapshots {

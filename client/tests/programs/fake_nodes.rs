@@ -33,6 +33,8 @@ pub(crate) struct Nodes {
     pub(crate) registrations: Vec<v1::RegisterNodeRequest>,
     /// Those that were heard.
     pub(crate) heartbeats: Vec<v1::HeartbeatRequest>,
+    /// What the next one is answered with.
+    pub(crate) wanted: Vec<v1::WantedFreeze>,
 }
 
 impl Nodes {
@@ -69,14 +71,14 @@ impl Nodes {
         Ok(node)
     }
 
-    pub(crate) fn hear(&mut self, request: v1::HeartbeatRequest) -> Result<(), Status> {
+    pub(crate) fn hear(&mut self, request: v1::HeartbeatRequest) -> Result<Vec<v1::WantedFreeze>, Status> {
         self.look()?;
         let known = self.registered.get_mut(&request.node_id);
         let known = known.filter(|known| known.boot_id == request.boot_id).ok_or_else(not_found)?;
         known.disk_count = u32::try_from(request.disks.len()).ok();
         (known.disks, known.conditions) = (request.disks.clone(), request.conditions.clone());
         self.heartbeats.push(request);
-        Ok(())
+        Ok(std::mem::take(&mut self.wanted))
     }
 
     pub(crate) fn get(&self, node_id: &str) -> Result<v1::RegisteredNode, Status> {

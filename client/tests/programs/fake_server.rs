@@ -735,8 +735,8 @@ impl Management for Service {
         request: Request<v1::HeartbeatRequest>,
     ) -> Result<Response<v1::HeartbeatResponse>, Status> {
         let mut state = self.0.lock().unwrap();
-        state.nodes.hear(request.into_inner())?;
-        Ok(Response::new(v1::HeartbeatResponse { server_id: state.server_id.to_string() }))
+        let freezes = state.nodes.hear(request.into_inner())?;
+        Ok(Response::new(v1::HeartbeatResponse { server_id: state.server_id.to_string(), freezes }))
     }
 
     async fn get_node(

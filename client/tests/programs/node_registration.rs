@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use client::contract::{AttachmentDir, DeviceState, DeviceStatus, boot_id, write_file};
+use proto::v1;
 
 use crate::device_stand_in::Folder;
 use crate::fake_nodes::{Nodes, Takes};
@@ -102,6 +103,35 @@ fn a_node_registers_with_its_labels_and_tells_of_its_disks_and_soon_of_their_cha
     let unread = daemon.log().matches("cannot read an attachment").count();
     let looks = 2 + began.elapsed().as_secs() / 3;
     assert!(unread as u64 <= looks, "{unread} lines: {}", daemon.log());
+}
+
+#[test]
+fn what_the_server_asks_for_in_an_answer_is_begun_and_its_end_is_told_at_once() {
+    let (server, run_dir) = (FakeServer::start(), NodeDaemon::run_dir());
+    let _daemon = NodeDaemon::start(run_dir.path(), &server.uri());
+    let first = wait_for(&server.state, "a heartbeat", |nodes| nodes.heartbeats.first().cloned());
+    assert!(uuid::Uuid::try_parse(&first.daemon_id).is_ok() && first.freezes.is_empty(), "{first:?}");
+    assert!((9_000..=11_000).contains(&first.wait_ms), "{first:?}");
+    let (freeze_id, attachment_id) = (uuid::Uuid::new_v4().to_string(), uuid::Uuid::new_v4().to_string());
+    let (freeze, attachment_ids) = (freeze_id.clone(), vec![attachment_id.clone()]);
+    server.state.lock().unwrap().nodes.wanted =
+        vec![v1::WantedFreeze { freeze_id: freeze, attachment_ids, thaw: false }];
+    let asked_after = wait_for(&server.state, "an answer", |nodes| {
+        nodes.wanted.is_empty().then_some((nodes.heartbeats.len(), Instant::now()))
+    });
+    let told = wait_for(&server.state, "the end", |nodes| {
+        let told = |heard: &v1::HeartbeatRequest| {
+            let is_over = |one: &&v1::NodeFreeze| one.state() == v1::NodeFreezeState::NotFrozen;
+            heard.freezes.iter().find(is_over).cloned()
+        };
+        nodes.heartbeats[asked_after.0 - 1..].iter().find_map(told)
+    });
+    assert!(asked_after.1.elapsed() < HEARTBEAT_INTERVAL_MIN, "not with the next that was due");
+    assert_eq!(told.freeze_id, freeze_id);
+    assert!(told.reason.contains(&format!("{attachment_id} is not attached to this machine")), "{told:?}");
+    wait_for(&server.state, "a heartbeat without it", |nodes| {
+        nodes.heartbeats.last()?.freezes.is_empty().then_some(())
+    });
 }
 
 #[test]

@@ -30,6 +30,7 @@ mod clones;
 mod copies;
 mod diffs;
 mod etags;
+mod frozen;
 mod grants;
 mod name_locks;
 mod nodes;
@@ -57,6 +58,7 @@ pub use clones::{CloneOf, CloneWanted};
 pub use copies::Started;
 pub use diffs::{DiffPart, DiffTotal, DiffWanted, NotTaken};
 pub use etags::{node_etag, volume_etag};
+pub use frozen::{FreezeError, FreezePlan};
 pub use grants::{GrantEnded, GrantWanted, GrantsError};
 pub use name_locks::{NameLock, NameLocks};
 pub use nodes::{NodeCondition, NodeDisk, NodeSeen, NodesError};
@@ -420,6 +422,9 @@ pub enum LifecycleError {
     /// What is wrong with a tenant, or what it may not have.
     #[error(transparent)]
     Tenants(#[from] TenantsError),
+    /// A snapshot has no frozen file systems.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
     /// There is no snapshot, clone or restored volume.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),

@@ -235,7 +235,7 @@ impl<D: DataSide> Lifecycle<D> {
         Ok(commit()?)
     }
 
-    fn seen_of(&self, node_id: &str) -> NodeSeen {
+    pub(super) fn seen_of(&self, node_id: &str) -> NodeSeen {
         self.nodes_seen().get(node_id).cloned().unwrap_or_default()
     }
 

@@ -47,7 +47,7 @@ impl std::fmt::Display for SnapshotNamed {
 }
 
 /// What there is of the snapshots that are wanted.
-enum Found {
+pub(super) enum Found {
     Nothing,
     /// All, of one group.
     All(Vec<(SnapshotRecord, SnapshotState)>),
@@ -183,7 +183,7 @@ impl<D: DataSide> Lifecycle<D> {
     }
 
     /// Whether the wanted snapshots are there; what is left of some that were not made is removed.
-    fn found(&self, volumes: &[VolumeRecord], name: &str) -> Result<Found, LifecycleError> {
+    pub(super) fn found(&self, volumes: &[VolumeRecord], name: &str) -> Result<Found, LifecycleError> {
         let mut found = Vec::new();
         for volume in volumes {
             let there = self.catalog.snapshot_of_volume(volume.volume_uid, name)?;

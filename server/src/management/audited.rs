@@ -103,7 +103,7 @@ audited! { calls {
     list_nodes(ListNodesRequest) -> ListNodesResponse, "ListNodes": ;
     delete_node(DeleteNodeRequest) -> DeleteNodeResponse, "DeleteNode": node_id, request_id;
     mark_snapshots_frozen(MarkSnapshotsFrozenRequest) -> MarkSnapshotsFrozenResponse, "MarkSnapshotsFrozen": freeze_id;
-    create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse, "CreateSnapshot": volume_names, name, request_id;
+    create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse, "CreateSnapshot": volume_names, name, freeze, request_id;
     get_snapshot(GetSnapshotRequest) -> Snapshot, "GetSnapshot": volume_name, name, snapshot_uid;
     list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse, "ListSnapshots": volume_name, group_uid, name;
     delete_snapshot(DeleteSnapshotRequest) -> DeleteSnapshotResponse, "DeleteSnapshot": volume_name, name, snapshot_uid, request_id;

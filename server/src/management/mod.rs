@@ -15,6 +15,7 @@ pub mod authorization;
 mod deadline;
 mod diffs;
 mod fields;
+mod freezes;
 mod grants;
 pub mod listener;
 mod messages;
@@ -68,6 +69,7 @@ pub struct Calls {
     looks: Arc<Semaphore>,
     walks: Arc<Semaphore>,
     watches: watch::Watches,
+    freezes: freezes::Freezes,
 }
 
 impl Default for Calls {
@@ -78,6 +80,7 @@ impl Default for Calls {
             looks: of(LOOKS_MAX),
             walks: of(WALKS_MAX),
             watches: watch::Watches::default(),
+            freezes: freezes::Freezes::default(),
         }
     }
 }
@@ -86,6 +89,7 @@ impl Calls {
     /// Waits until every call in progress that changes something has finished, and lets no other begin.
     pub async fn finish(&self) {
         self.watches.stop();
+        self.freezes.stop();
         self.looks.close();
         self.walks.close();
         if let Ok(all) = self.permits.acquire_many(CALLS_MAX).await {
@@ -458,6 +462,9 @@ impl<D: DataSide> Management for ManagementService<D> {
         request: Request<v1::CreateSnapshotRequest>,
     ) -> Result<Response<v1::CreateSnapshotResponse>, Status> {
         let scope = Caller::of(request.extensions()).scope(Call::CreateSnapshot)?;
+        if request.get_ref().freeze {
+            return self.take_frozen_snapshots(scope, request.into_inner()).await.map(Response::new);
+        }
         self.once(scope, request.into_inner(), |service, scope, request| async move {
             service.begin_snapshots(scope, request).await
         })

@@ -2,15 +2,14 @@
 //!
 //! Owns their fields' rules and their messages. Called by the service, which has looked at the caller's rights.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proto::v1;
 use tonic::Status;
 
-use super::ManagementService;
 use super::fields::Fields;
 use super::page_token::{PageToken, page_limit};
-use super::settings_fields;
+use super::{ManagementService, freezes, settings_fields};
 use crate::catalog::{NodeFacts, NodeRecord};
 use crate::lifecycle::{DataSide, NodeCondition, NodeDisk, NodeSeen, node_etag};
 use crate::scope::Scope;
@@ -70,11 +69,17 @@ impl<D: DataSide> ManagementService<D> {
             text: fields.word("conditions.text", condition.text, REASON_BYTES_MAX),
         };
         let conditions = request.conditions.into_iter().map(condition).collect();
+        let report = fields.freeze_report(node_id.clone(), &request.daemon_id, request.freezes);
         fields.finish()?;
         let heard =
             self.looking(move |lifecycle| lifecycle.hear_of_node(&node_id, &boot_id, disks, conditions));
         heard.await?;
-        Ok(v1::HeartbeatResponse { server_id: self.lifecycle.catalog().server_id().to_string() })
+        let wait = Duration::from_millis(request.wait_ms.into());
+        let wanted = self.calls.freezes.answer(&report, wait).await;
+        Ok(v1::HeartbeatResponse {
+            server_id: self.lifecycle.catalog().server_id().to_string(),
+            freezes: wanted.into_iter().map(freezes::message).collect(),
+        })
     }
 
     pub(super) async fn find_node(
@@ -145,7 +150,7 @@ impl<D: DataSide> ManagementService<D> {
 
 impl Fields {
     /// A short text for people or programs.
-    fn word(&mut self, field: &'static str, text: String, bytes_max: usize) -> String {
+    pub(super) fn word(&mut self, field: &'static str, text: String, bytes_max: usize) -> String {
         let holds = text.len() <= bytes_max && !text.chars().any(char::is_control);
         self.require(holds, field, || {
             format!("must be at most {bytes_max} bytes without control characters")

@@ -73,6 +73,9 @@ pub(super) fn snapshots_wanted(
     let volume_names =
         request.volume_names.into_iter().map(|name| fields.volume("volume_names", name)).collect();
     let name = fields.snapshot_name("name", request.name);
+    fields.require(!request.freeze || request.request_id.is_empty(), "request_id", || {
+        "is not taken with freeze: the call is repeated as it is".to_owned()
+    });
     let freeze_id = (!request.freeze_id.is_empty()).then(|| fields.uuid("freeze_id", &request.freeze_id));
     fields.finish()?;
     Ok((volume_names, name, freeze_id))

@@ -48,7 +48,7 @@ impl<D: DataSide> ManagementService<D> {
     }
 
     /// Begins something with the names locked, and waits a moment for its end, unless file systems are frozen meanwhile. Where too many copies go on, that is waited for.
-    async fn start<T: Send + 'static>(
+    pub(super) async fn start<T: Send + 'static>(
         &self,
         lock_names: Vec<String>,
         is_frozen: bool,
@@ -96,12 +96,7 @@ impl<D: DataSide> ManagementService<D> {
         request: v1::CreateSnapshotRequest,
     ) -> Result<v1::CreateSnapshotResponse, Status> {
         let (asked, name, freeze_id) = fields::snapshots_wanted(request)?;
-        let mut volumes = Vec::with_capacity(asked.len());
-        for asked in asked {
-            volumes.push(self.found_volume(&scope, asked).await?);
-        }
-        let volume_names: Vec<String> = volumes.iter().map(|volume| volume.name.clone()).collect();
-        fields::each_once(&volume_names)?;
+        let (volumes, volume_names) = self.found_volumes(&scope, asked).await?;
         let begin = {
             let volume_names = volume_names.clone();
             move |lifecycle: &Lifecycle<D>, locks: &[NameLock]| {
@@ -110,6 +105,30 @@ impl<D: DataSide> ManagementService<D> {
             }
         };
         let Started { made, operation } = self.start(volume_names, freeze_id.is_some(), begin).await?;
+        self.snapshots_made(made, operation).await
+    }
+
+    /// The volumes that are asked for, each once, and their names.
+    pub(super) async fn found_volumes(
+        &self,
+        scope: &Scope,
+        asked: Vec<String>,
+    ) -> Result<(Vec<Named>, Vec<String>), Status> {
+        let mut volumes = Vec::with_capacity(asked.len());
+        for asked in asked {
+            volumes.push(self.found_volume(scope, asked).await?);
+        }
+        let volume_names: Vec<String> = volumes.iter().map(|volume| volume.name.clone()).collect();
+        fields::each_once(&volume_names)?;
+        Ok((volumes, volume_names))
+    }
+
+    /// The answer of a call that has taken them.
+    pub(super) async fn snapshots_made(
+        &self,
+        made: Vec<Uuid>,
+        operation: Option<Arc<Operation>>,
+    ) -> Result<v1::CreateSnapshotResponse, Status> {
         let answer = self.looking(move |lifecycle| {
             let message =
                 |uid: &Uuid| messages::snapshot(lifecycle, &lifecycle.snapshot(&SnapshotNamed::Uid(*uid))?);

@@ -9,7 +9,7 @@
 //!
 //! Invariants: what is frozen is written down before it is, so that a daemon that comes after a kill thaws it. That file and every freeze
 //! end with the boot, so it needs no more than to be renamed into its place. A freeze ends by itself ([`HOLD_MAX`]), whoever does not ask.
-//! Called by: `node_service`, and `serve` at the start.
+//! Called by: `node_service`, `registration` (what the server asks for), and `serve` at the start.
 
 mod core;
 
@@ -204,6 +204,9 @@ impl Freezes {
             let not_mounted = |why: &'static str| NodeError::NotMounted { target: target.clone(), why };
             let record = self.supervisor.find(&DetachSelector::parse(target)?)?;
             let record = record.ok_or_else(|| not_mounted("is not attached to this machine"))?;
+            // For people, also where the server asks, which knows it by its attachment.
+            let name = record.spec.target.clone();
+            let not_mounted = |why: &'static str| NodeError::NotMounted { target: name.clone(), why };
             let ExportSpec::Attachment { volume_uid, .. } = &record.spec.export else {
                 return Err(not_mounted("is no volume of the storage server"));
             };

@@ -7,6 +7,8 @@
 //!    └─────────────────────┘
 //! Away, Failed: the same again, after 1 s, 2 s, 4 s, 8 s, 10 s, 10 s …   Refused: in a minute   Unsupported: Register, in a minute
 //! ```
+//! A server that can keeps a heartbeat waiting for something that it asks; what becomes other here meanwhile is told by another call in its
+//! place. Where it has waited, the next call follows at once.
 //! Times are since any moment, as the caller's clock has them. Each pause is up to a tenth longer or shorter, as the caller draws it:
 //! nodes that began together do not go on together. What becomes other is news once. Called by the parent module.
 
@@ -17,6 +19,8 @@ use std::time::Duration;
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two heartbeats at least, however often disks change.
 const GAP: Duration = Duration::from_secs(1);
+/// The answer of a heartbeat that comes later was kept by the server.
+const KEPT_MIN: Duration = Duration::from_secs(9);
 /// After the first call that did not reach the server, or failed there; doubled from then on, up to [`HEARTBEAT_INTERVAL`].
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// After a refusal: somebody has to issue another certificate first, or to mend the server.
@@ -144,6 +148,26 @@ impl Registration {
         }
     }
 
+    /// So long the server may keep the next heartbeat waiting. `jitter` is drawn from 0 to 1.
+    pub(super) fn wait(&self, jitter: f64) -> Duration {
+        if self.is_heard() { spread(HEARTBEAT_INTERVAL, jitter) } else { Duration::ZERO }
+    }
+
+    /// Whether a change of the disks is to be told in place of a heartbeat that was sent then and is kept waiting.
+    pub(super) fn may_replace(&self, sent_at: Duration, now: Duration) -> bool {
+        self.is_heard() && now >= sent_at + GAP
+    }
+
+    /// The heartbeat that was sent then is not waited for: something is to be told at once.
+    pub(super) fn replaced(&mut self, sent_at: Duration, now: Duration) {
+        (self.sent_at, self.due) = (Some(sent_at), now);
+    }
+
+    /// What the server has asked for has begun, which is told at once.
+    pub(super) fn has_begun(&mut self, now: Duration) {
+        self.due = now;
+    }
+
     /// The call that [`Self::next`] gave was made at `sent_at`, and answered by `now`. `jitter` is drawn from 0 to 1.
     pub(super) fn answered(
         &mut self,
@@ -164,7 +188,12 @@ impl Registration {
                 HEARTBEAT_INTERVAL.min(FIRST_RETRY * 2u32.pow(self.failures.min(8)))
             }
         };
-        self.due = now + spread(pause, jitter);
+        self.due = match &answer {
+            // As often, whatever the server has kept it waiting.
+            Answer::Heard(_) if now >= sent_at + KEPT_MIN => now,
+            Answer::Heard(_) => now.max(sent_at + spread(pause, jitter)),
+            _ => now + spread(pause, jitter),
+        };
         self.failures = match answer {
             Answer::Heard(_) => 0,
             _ => self.failures.saturating_add(1),
@@ -299,6 +328,28 @@ mod tests {
         assert_eq!(slow, None);
         registration.changed(seconds(13));
         assert_eq!(registration.next(), (Call::Heartbeat, seconds(13)));
+    }
+
+    #[test]
+    fn a_server_that_keeps_a_heartbeat_waiting_has_the_next_at_once() {
+        let mut registration = registered();
+        assert_eq!(registration.wait(MIDDLE), seconds(10));
+        let (sent_at, kept_until) = (seconds(10), seconds(20));
+        registration.answered(Call::Heartbeat, heard("s"), sent_at, kept_until, MIDDLE);
+        assert_eq!(registration.next(), (Call::Heartbeat, kept_until));
+        // One that had something to ask before, and is told at once what has begun.
+        registration.answered(Call::Heartbeat, heard("s"), seconds(20), seconds(23), MIDDLE);
+        assert_eq!(registration.next(), (Call::Heartbeat, seconds(30)));
+        registration.has_begun(seconds(23));
+        assert_eq!(registration.next(), (Call::Heartbeat, seconds(23)));
+        // What changes meanwhile is told in its place, and not twice in a second.
+        assert!(!registration.may_replace(seconds(23), Duration::from_millis(23_900)));
+        assert!(registration.may_replace(seconds(23), seconds(24)));
+        registration.replaced(seconds(23), seconds(24));
+        assert_eq!(registration.next(), (Call::Heartbeat, seconds(24)));
+        registration.answered(Call::Heartbeat, away(), seconds(24), seconds(25), MIDDLE);
+        assert_eq!(registration.wait(MIDDLE), Duration::ZERO, "whether it is there is to be known soon");
+        assert!(!registration.may_replace(seconds(24), seconds(40)));
     }
 
     #[test]

@@ -1,15 +1,18 @@
 //! This node at its storage server: it registers, and says how it and its disks are.
 //!
 //! Owns: the calls RegisterNode and Heartbeat, what is looked at for them, and the lines in the log. Never: holds up anything else of
-//! the daemon, or decides when what is said (`core.rs`) and what of it (`told.rs`). Called by: `serve`, once.
+//! the daemon, or decides when what is said (`core.rs`) and what of it (`told.rs`, and `asked.rs` of freezes that the server wants). Called by: `serve`, once.
 //! The connection is the node API's, unless the server refused: it takes a caller's rights from the certificate of its connection,
 //! so that another certificate needs another connection.
 
+mod asked;
 mod core;
+mod freezing;
 mod told;
 pub(super) mod volume_limit;
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,10 +22,13 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
+use uuid::Uuid;
 
 use self::core::{Answer, Call, News, Refusal, Registration};
+use self::freezing::Freezing;
 use super::attachment_record::AttachmentRecord;
 use super::error::NodeError;
+use super::freeze::Freezes;
 use super::management_client::ManagementClient;
 use super::supervisor::{Supervisor, blocking, probe_data_paths};
 use crate::causes::with_sources;
@@ -31,7 +37,7 @@ use crate::contract;
 /// Between two looks at the state of the disks, while the server hears of changes: with it and the least pause between heartbeats, a
 /// change is told within a second.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
-/// For an answer; neither call waits for a disk of the server.
+/// For an answer, beside what the server was told to keep it waiting; neither call waits for a disk of the server.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// Between two examinations of this machine: drivers are loaded, and programs restarted, by people.
 const EXAMINE_INTERVAL: Duration = Duration::from_secs(300);
@@ -48,7 +54,11 @@ pub(super) struct NodeProfile {
 }
 
 /// Says who this node is and how it is, for as long as the daemon lives.
-pub(super) async fn keep_registered(supervisor: Arc<Supervisor>, profile: NodeProfile) {
+pub(super) async fn keep_registered(
+    supervisor: Arc<Supervisor>,
+    freezes: Arc<Freezes>,
+    profile: NodeProfile,
+) {
     let (found, conditions) = watch::channel(Vec::new());
     let client = supervisor.management.clone();
     let reporter = Reporter {
@@ -57,9 +67,12 @@ pub(super) async fn keep_registered(supervisor: Arc<Supervisor>, profile: NodePr
         profile,
         // As for an attach: where it cannot be read, all boots are one.
         boot_id: contract::boot_id().unwrap_or_default(),
+        daemon_id: Uuid::new_v4().to_string(),
+        freezing: Freezing::new(freezes),
         conditions,
         told_disks: Vec::new(),
         told_conditions: Vec::new(),
+        has_begun: false,
     };
     tokio::join!(keep_examined(found), reporter.run());
 }
@@ -88,11 +101,16 @@ struct Reporter {
     client: ManagementClient,
     profile: NodeProfile,
     boot_id: String,
+    /// Of this start of the daemon: what an earlier one has frozen is thawed.
+    daemon_id: String,
+    freezing: Freezing,
     /// What is wrong with this machine, as it was found last; nothing before somebody has looked.
     conditions: watch::Receiver<Vec<v1::NodeCondition>>,
     /// By the last heartbeat that was sent.
     told_disks: Vec<v1::NodeDisk>,
     told_conditions: Vec<v1::NodeCondition>,
+    /// By the answer of the last heartbeat.
+    has_begun: bool,
 }
 
 impl Reporter {
@@ -112,10 +130,24 @@ impl Reporter {
             }
             let answer = match call {
                 Call::Register => self.register().await,
-                Call::Heartbeat => self.heartbeat(registration.server_id().unwrap_or_default()).await,
+                Call::Heartbeat => {
+                    let may_replace = || registration.may_replace(now, began.elapsed());
+                    let wait = registration.wait(fastrand::f64());
+                    let server_id = registration.server_id().unwrap_or_default();
+                    match self.heartbeat(server_id, wait, may_replace).await {
+                        Some(answer) => answer,
+                        None => {
+                            registration.replaced(now, began.elapsed());
+                            continue;
+                        }
+                    }
+                }
             };
             let is_refused = matches!(answer, Answer::Refused(_));
             let news = registration.answered(call, answer, now, began.elapsed(), fastrand::f64());
+            if std::mem::take(&mut self.has_begun) {
+                registration.has_begun(began.elapsed());
+            }
             if is_refused {
                 self.connect_anew();
             }
@@ -142,7 +174,13 @@ impl Reporter {
         answer_of(timeout(CALL_DEADLINE, registered).await.ok())
     }
 
-    async fn heartbeat(&mut self, server_id: &str) -> Answer {
+    /// `None`: something is to be told in its place.
+    async fn heartbeat(
+        &mut self,
+        server_id: &str,
+        wait: Duration,
+        may_replace: impl Fn() -> bool,
+    ) -> Option<Answer> {
         let disks = match self.disks(server_id).await {
             Ok(disks) => disks,
             Err(error) => {
@@ -152,14 +190,35 @@ impl Reporter {
         };
         self.told_disks.clone_from(&disks);
         self.told_conditions = self.conditions.borrow().clone();
+        let (freezes, mut changed) = self.freezing.report();
         let request = v1::HeartbeatRequest {
             node_id: self.supervisor.config().node_id.clone(),
             boot_id: self.boot_id.clone(),
             disks,
             conditions: self.told_conditions.clone(),
+            wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
+            daemon_id: self.daemon_id.clone(),
+            freezes: freezes.clone(),
         };
-        let heard = async { Ok(self.client.heartbeat(request).await?.server_id) };
-        answer_of(timeout(CALL_DEADLINE, heard).await.ok())
+        let client = self.client.clone();
+        let mut call = pin!(timeout(wait + CALL_DEADLINE, client.heartbeat(request)));
+        let outcome = loop {
+            tokio::select! {
+                outcome = &mut call => break outcome.ok(),
+                Ok(()) = changed.changed() => return None,
+                () = tokio::time::sleep(LOOK_INTERVAL) => {
+                    if may_replace() && self.has_changed(server_id).await {
+                        return None;
+                    }
+                }
+            }
+        };
+        Some(answer_of(outcome.map(|answer| {
+            answer.map(|heard| {
+                self.has_begun = self.freezing.heard(&freezes, heard.freezes);
+                heard.server_id
+            })
+        })))
     }
 
     async fn has_changed(&self, server_id: &str) -> bool {

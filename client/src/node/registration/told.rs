@@ -76,7 +76,7 @@ pub(super) fn conditions(is_root: bool, data_paths: Result<(), NodeError>) -> Ve
 }
 
 /// Cut to what the server takes, on a character boundary, and without what is no text.
-fn words(text: &str) -> String {
+pub(super) fn words(text: &str) -> String {
     let end =
         (0..=text.len().min(REASON_BYTES_MAX)).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
     text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
