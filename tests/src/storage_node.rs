@@ -22,6 +22,7 @@ use tls::test_authority::Issued;
 
 use crate::harness::Env;
 use crate::kernel_series::KernelSeries;
+use crate::pod::{self, Pod};
 use crate::shell::{run, sh, wait_for};
 
 /// A daemon that is not ready by then is not coming.
@@ -115,6 +116,8 @@ pub struct StorageNode {
     tls: Option<NodeTls>,
     server: Option<Child>,
     client: Option<Child>,
+    /// What the node daemon runs in, if it does.
+    pod: Option<Pod>,
     /// What the node daemon has for stderr instead of a file: both ends of a pipe with no room.
     full_pipe: Option<(OwnedFd, OwnedFd)>,
 }
@@ -293,6 +296,7 @@ impl StorageNode {
             tls: None,
             server: None,
             client: None,
+            pod: None,
             full_pipe: None,
         })
     }
@@ -355,7 +359,10 @@ impl StorageNode {
 
     /// The node daemon's program, on the machine that it is to find itself on.
     fn client_command(&self) -> Result<Command> {
-        let program = self.programs.join("volclient");
+        let program = match &self.pod {
+            Some(_) => PathBuf::from(pod::PROGRAM),
+            None => self.programs.join("volclient"),
+        };
         let Some(machine) = &self.machine else {
             let mut command = Command::new(program);
             command.args(["serve", "--node-id", &self.node_id]);
@@ -398,9 +405,35 @@ impl StorageNode {
             client.arg("--tls-user-space");
         }
         client.args(&self.client_options);
+        if let Some(pod) = &self.pod {
+            pod.enter(&mut client);
+        }
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
         Ok(())
+    }
+
+    /// Starts the node daemon in a pod.
+    ///
+    /// # Errors
+    /// It does not get ready.
+    pub fn start_client_in(&mut self, pod: Pod) -> Result<()> {
+        self.pod = Some(pod);
+        self.start_client()
+    }
+
+    /// Ends the node daemon's pod as kubelet does when its time is over: everything in it is killed.
+    ///
+    /// # Errors
+    /// There is none, or it does not end.
+    pub fn kill_pod(&mut self) -> Result<()> {
+        self.pod.take().context("the node daemon is in no pod")?.kill()?;
+        self.kill_client()
+    }
+
+    /// From its next start on the node daemon has these options, too.
+    pub fn add_client_options(&mut self, options: &[&str]) {
+        self.client_options.extend(options.iter().map(|&option| option.to_owned()));
     }
 
     /// From its next start on the node daemon, and with it its device processes, log to a pipe that nobody reads.
