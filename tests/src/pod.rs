@@ -47,7 +47,7 @@ impl Pod {
         }
         let name = root.file_name().context("a name")?.to_string_lossy().into_owned();
         let cgroup = Path::new("/sys/fs/cgroup").join(name);
-        fs::create_dir(&cgroup).with_context(|| cgroup.display().to_string())?;
+        fs::create_dir_all(&cgroup).with_context(|| cgroup.display().to_string())?;
         let always = ["/dev", "/proc", "/sys"].map(Path::new);
         let shown: Vec<PathBuf> =
             always.into_iter().chain(shown.iter().copied()).map(Path::to_owned).collect();

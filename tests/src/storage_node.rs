@@ -3,6 +3,7 @@
 //! Used by the VM tests. Both daemons listen on free loopback ports and keep everything under the test's directory; they
 //! end when the value is dropped, and what they logged is printed then, so that a failed test shows it.
 
+mod client_place;
 mod node_api;
 
 use std::fs::{self, File};
@@ -14,9 +15,6 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{OFlags, fcntl_setfl};
-use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use tls::test_authority::Issued;
 
@@ -359,10 +357,8 @@ impl StorageNode {
 
     /// The node daemon's program, on the machine that it is to find itself on.
     fn client_command(&self) -> Result<Command> {
-        let program = match &self.pod {
-            Some(_) => PathBuf::from(pod::PROGRAM),
-            None => self.programs.join("volclient"),
-        };
+        let own = self.programs.join("volclient");
+        let program = self.pod.as_ref().map_or(own, |_| pod::PROGRAM.into());
         let Some(machine) = &self.machine else {
             let mut command = Command::new(program);
             command.args(["serve", "--node-id", &self.node_id]);
@@ -410,42 +406,6 @@ impl StorageNode {
         }
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
-        Ok(())
-    }
-
-    /// Starts the node daemon in a pod.
-    ///
-    /// # Errors
-    /// It does not get ready.
-    pub fn start_client_in(&mut self, pod: Pod) -> Result<()> {
-        self.pod = Some(pod);
-        self.start_client()
-    }
-
-    /// Ends the node daemon's pod as kubelet does when its time is over: everything in it is killed.
-    ///
-    /// # Errors
-    /// There is none, or it does not end.
-    pub fn kill_pod(&mut self) -> Result<()> {
-        self.pod.take().context("the node daemon is in no pod")?.kill()?;
-        self.kill_client()
-    }
-
-    /// From its next start on the node daemon has these options, too.
-    pub fn add_client_options(&mut self, options: &[&str]) {
-        self.client_options.extend(options.iter().map(|&option| option.to_owned()));
-    }
-
-    /// From its next start on the node daemon, and with it its device processes, log to a pipe that nobody reads.
-    ///
-    /// # Errors
-    /// There is no pipe to be had.
-    pub fn take_no_log_of_the_client(&mut self) -> Result<()> {
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
-        fcntl_setfl(&writer, OFlags::WRONLY | OFlags::NONBLOCK)?;
-        while rustix::io::write(&writer, &[b'x'; 4096]) != Err(Errno::AGAIN) {}
-        fcntl_setfl(&writer, OFlags::WRONLY)?;
-        self.full_pipe = Some((reader, writer));
         Ok(())
     }
 
