@@ -4,7 +4,6 @@
 #![allow(unsafe_code)] // unshare, which is unsafe for what it could do to other threads; there are none.
 
 use std::ffi::OsString;
-use std::io;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
