@@ -5,6 +5,7 @@
 #![allow(unsafe_code)] // Code between fork and exec, and unshare in it: the child has one thread, and shares no memory.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -61,7 +62,7 @@ impl Pod {
     /// Has the command begin in the pod.
     pub fn enter(&self, command: &mut Command) {
         let (root, cgroup, shown) = (self.root.clone(), self.cgroup.clone(), self.shown.clone());
-        let enter = move || {
+        let enter = move || -> io::Result<()> {
             fs::write(cgroup.join("cgroup.procs"), "0")?;
             // SAFETY: only the mount namespace and the file-system context are unshared; the process has one thread.
             unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;

@@ -101,9 +101,10 @@ fn mounted_in_the_pod(node: &StorageNode, device: &Path, staging: &Path, host: &
     for way in ["upgrade", "kill"] {
         fs::write(mount_point.join(way), way)?;
         let former = pid_of(node)?;
-        match way {
-            "upgrade" => drop(node.volctl(&["upgrade", "vol-1"])?.succeeded()?),
-            _ => drop(run("kill", &["-9", &former.to_string()])?),
+        if way == "upgrade" {
+            node.volctl(&["upgrade", "vol-1"])?.succeeded()?;
+        } else {
+            run("kill", &["-9", &former.to_string()])?;
         }
         wait_for("another device process", BOUND, || {
             let attachment = node.attachment("vol-1")?;

@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rustix::mount::{
@@ -41,7 +41,7 @@ fn leave(exit: &PodExit) -> Result<(), PodExitError> {
     // Before the others, for some may be below it.
     mount_bind(&exit.etc, root.join("etc")).map_err(at(&exit.etc))?;
     // Not what is mounted in them: that is for others.
-    for path in ALWAYS_KEPT.iter().map(Path::new).chain(exit.kept.iter().map(|path| path.as_path())) {
+    for path in ALWAYS_KEPT.iter().map(Path::new).chain(exit.kept.iter().map(PathBuf::as_path)) {
         mount_bind(path, below(root, path)).map_err(at(path))?;
     }
     // A host may have mounted the directory with noexec; in this namespace it is of programs only.
