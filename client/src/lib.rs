@@ -9,6 +9,7 @@
 //! - [`safe_stop`], [`holders`]: taking a disk away unless somebody uses it, and who does. [`causes`]: errors for people.
 //! - [`csi`]: the CSI driver, `volcsi`.
 //! - [`daemon_process`]: how a daemon's process begins and ends.
+//! - [`pod_exit`]: device processes that outlive the pod of their node daemon.
 //! - [`freezer`]: holding a mounted file system frozen for the instant of a snapshot.
 //!
 //! `contract` is the ground: `device` knows it and nothing of `node`, which stands above both.
@@ -30,5 +31,6 @@ pub mod holders;
 pub mod image;
 pub mod mapper;
 pub mod node;
+pub mod pod_exit;
 pub mod safe_stop;
 pub mod tls_spec;

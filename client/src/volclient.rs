@@ -21,6 +21,7 @@ use client::node::device_process;
 use client::node::node_labels::{LabelList, labels_of, parse_labels};
 use client::node::serve::{ServeOptions, serve};
 use client::node::take_away::take_all_away;
+use client::pod_exit::{self, OutlivePod, PodExit, leave};
 use client::safe_stop;
 use client::tls_spec::ClientFiles;
 
@@ -53,6 +54,8 @@ enum Command {
         /// 256, and up to Linux 6.14 no more than the ublk driver makes (/sys/module/ublk_drv/parameters/ublks_max, 64)
         #[arg(long, env = "VOLCLIENT_MAX_VOLUMES", value_name = "N", value_parser = value_parser!(u32).range(..=256))]
         max_volumes: Option<u32>,
+        #[command(flatten)]
+        pod: PodArgs,
     },
     /// Take every disk of this machine away, without the node daemon: the last step of a shutdown
     ///
@@ -72,6 +75,25 @@ enum Command {
     },
     /// Serve one attachment; started by `volclient serve`, or by a service manager
     Device(DeviceArgs),
+    /// Leave the pod of the node daemon and serve an attachment outside of it; started by `volclient serve --outlive-pod`
+    #[command(name = pod_exit::SUBCOMMAND, hide = true)]
+    LeavePod {
+        /// What becomes the root
+        #[arg(long)]
+        root: PathBuf,
+        /// What becomes /etc in it
+        #[arg(long)]
+        etc: PathBuf,
+        /// The cgroup to go into
+        #[arg(long)]
+        cgroup: PathBuf,
+        /// Directories that stay where they are
+        #[arg(long = "keep")]
+        kept: Vec<PathBuf>,
+        /// What volclient is told there
+        #[arg(last = true, required = true)]
+        arguments: Vec<OsString>,
+    },
     /// Take a ublk disk away unless somebody uses it, and print what came of it; started by the others
     #[command(name = safe_stop::SUBCOMMAND, hide = true)]
     StopDisk {
@@ -150,6 +172,33 @@ struct ServeArgs {
 }
 
 #[derive(Debug, Args)]
+struct PodArgs {
+    /// In a pod: device processes leave the pod and go on when it ends. DIR is a directory of the host's for their programs
+    ///
+    /// The pod needs hostPID, hostNetwork, privileged and the host's /dev, /sys, /run/volnode, DIR and certificates, each at its
+    /// own path. Without it the end of the pod ends device processes, and I/O waits for the next pod.
+    #[arg(long, env = "VOLCLIENT_OUTLIVE_POD", value_name = "DIR")]
+    outlive_pod: Option<PathBuf>,
+    /// With --outlive-pod: the cgroup of device processes, in the host's /sys/fs/cgroup; it is made
+    #[arg(
+        long,
+        env = "VOLCLIENT_DEVICE_CGROUP",
+        default_value = "/sys/fs/cgroup/volnode",
+        value_name = "DIR"
+    )]
+    device_cgroup: PathBuf,
+}
+
+impl PodArgs {
+    fn wanted(self) -> anyhow::Result<Option<OutlivePod>> {
+        let Some(directory) = self.outlive_pod else { return Ok(None) };
+        let directory = std::path::absolute(directory).context("--outlive-pod")?;
+        let cgroup = std::path::absolute(self.device_cgroup).context("--device-cgroup")?;
+        Ok(Some(OutlivePod { directory, cgroup }))
+    }
+}
+
+#[derive(Debug, Args)]
 struct DeviceArgs {
     /// The attachment's folder, with its spec.json
     #[arg(long, value_name = "DIR")]
@@ -167,11 +216,19 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     // Secrets of attachments and private keys are in this process's memory.
     daemon_process::begin(&cli.log)?;
     match cli.command {
-        Command::Serve { args, labels, max_volumes } => run_serve(args, labels, max_volumes, cli.log),
+        Command::Serve { args, labels, max_volumes, pod } => {
+            let labels = labels_of(labels).map_err(anyhow::Error::msg).context("--label")?;
+            let outlive_pod = pod.wanted()?;
+            let options = serve_options(args, cli.log)?;
+            run_on_tokio(serve(ServeOptions { labels, max_volumes, outlive_pod, ..options }))
+        }
         Command::TakeAway(args) => run_take_away(args, cli.log),
         Command::DeviceName { disk, run_dir } => run_device_name(&disk, &run_dir),
         // It starts the log's writer itself, when no mount is in its way any more.
         Command::Device(args) => run_device(args),
+        Command::LeavePod { root, etc, cgroup, kept, arguments } => {
+            Err(leave::leave_and_run(&PodExit { root, etc, cgroup, kept }, &arguments).into())
+        }
         Command::StopDisk { dev_id } => run_stop_disk(dev_id),
         Command::LookAtEnds { disk } => std::process::exit(i32::from(disk_ends::look(&disk)?.exit_code())),
         Command::EraseEnds { disk } => Ok(disk_ends::erase(&disk)?),
@@ -180,16 +237,6 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(freezer::thaw_left(&id, &pids, &mounts, holders::mounts_of_device)?)
         }
     }
-}
-
-fn run_serve(
-    args: ServeArgs,
-    labels: Vec<LabelList>,
-    max_volumes: Option<u32>,
-    log_filter: String,
-) -> anyhow::Result<()> {
-    let labels = labels_of(labels).map_err(anyhow::Error::msg).context("--label")?;
-    run_on_tokio(serve(ServeOptions { labels, max_volumes, ..serve_options(args, log_filter)? }))
 }
 
 fn run_take_away(args: ServeArgs, log_filter: String) -> anyhow::Result<()> {
@@ -216,6 +263,7 @@ fn serve_options(args: ServeArgs, log_filter: String) -> anyhow::Result<ServeOpt
         log_filter,
         labels: BTreeMap::new(),
         max_volumes: None,
+        outlive_pod: None,
     })
 }
 

@@ -18,10 +18,11 @@ use super::images::is_there;
 use super::programs;
 
 /// The options of `helm template`, and what they render: from the repository's root.
-const RENDERED: [(&[&str], &str); 3] = [
+const RENDERED: [(&[&str], &str); 4] = [
     (&["--set", "namespace.create=true"], "deploy/kubernetes/volnode.yaml"),
     (&["--values", "tests/host/chart/inside.values.yaml"], "tests/host/chart/inside.yaml"),
     (&["--values", "tests/host/chart/smallest.values.yaml"], "tests/host/chart/smallest.yaml"),
+    (&["--values", "tests/host/chart/pod.values.yaml"], "tests/host/chart/pod.yaml"),
 ];
 const CHART: &str = "deploy/kubernetes/volnode";
 const RBAC: &str = include_str!("chart/rbac.txt");
@@ -119,10 +120,15 @@ impl<'a> Container<'a> {
 
     /// The name of our program that it runs.
     fn program(&self) -> &'a str {
-        let [command] = list(&self.container["command"]) else { panic!("{}", self.container["command"]) };
+        let [command, ..] = list(&self.container["command"]) else { panic!("{}", self.container["command"]) };
         let name = text(command).strip_prefix("/usr/local/bin/").unwrap();
         assert!(text(&self.container["image"]).starts_with(&format!("{OUR_IMAGES}{name}:")), "{name}");
         name
+    }
+
+    /// The words between the program and its options.
+    fn subcommand(&self) -> Vec<&'a str> {
+        list(&self.container["command"]).iter().skip(1).map(text).collect()
     }
 
     fn arguments(&self) -> Vec<&'a str> {
@@ -212,6 +218,8 @@ fn values_that_cannot_be_are_refused_by_name() {
             "volumeAttributesClasses[0].name=x,volumeAttributesClasses[0].parameters.readiops=1",
             "/volumeAttributesClasses/0",
         ),
+        ("dataDaemon.model=vm", "/dataDaemon/model"),
+        ("dataDaemon.model=pod,tls.nodeSecret=x", "dataDaemon.model pod needs tls.nodeDirectory"),
         ("snapshots.deletionPolicy=Keep", "/snapshots/deletionPolicy"),
         ("snapshots.enabled=false,snapshots.groups=true", "snapshots.groups needs snapshots.enabled"),
         ("volserver.enabled=true", "volserver.enabled needs volserver.clusterIP"),
@@ -269,24 +277,30 @@ fn manifests_are_of_kubernetes() {
 #[test]
 fn every_option_is_one_of_the_program_that_it_is_for() {
     let built = programs::directory();
-    let parse = |program: &str, arguments: &[&str]| {
+    let parse = |program: &str, subcommand: &[&str], arguments: &[&str]| {
         let mut command = Command::new(built.join(program));
-        // What comes before it is parsed, and its values.
-        command.env_clear().args(arguments).arg("--version").output().unwrap()
+        // What comes before it is parsed, and its values. A subcommand has no version of its own.
+        let last = if subcommand.is_empty() { "--version" } else { "--help" };
+        command.env_clear().args(subcommand).args(arguments).arg(last).output().unwrap()
     };
     let mut count = 0;
     for (file, documents) in committed() {
         for container in Container::ours(&documents) {
             let (program, arguments) = (container.program(), container.arguments());
-            let output = parse(program, &arguments);
+            let subcommand = container.subcommand();
+            let output = parse(program, &subcommand, &arguments);
             assert!(output.status.success(), "{file}: {program} {arguments:?}: {}", said(&output));
-            assert!(said(&output).starts_with(&format!("{program} {}", env!("CARGO_PKG_VERSION"))));
+            let expected = match subcommand.is_empty() {
+                true => format!("{program} {}", env!("CARGO_PKG_VERSION")),
+                false => format!("Usage: {program} {} ", subcommand.join(" ")),
+            };
+            assert!(said(&output).contains(&expected), "{}", said(&output));
             for (at, argument) in arguments.iter().enumerate() {
                 // The option alone, and not another that stands for it.
                 let mut misspelt = arguments.clone();
                 let other = argument.replacen("--", "--x-", 1);
                 misspelt[at] = &other;
-                assert!(!parse(program, &misspelt).status.success(), "{program} takes {other}");
+                assert!(!parse(program, &subcommand, &misspelt).status.success(), "{program} takes {other}");
                 count += 1;
             }
         }
@@ -362,7 +376,7 @@ fn roles_have_each_verb_that_has_a_reason_and_no_other() {
 #[test]
 fn the_nodes_pod_sees_kubelets_paths_as_kubelet_does() {
     for (file, documents) in committed() {
-        let [set] = of_kind(&documents, "DaemonSet")[..] else { panic!("{file}") };
+        let set = daemon_set(&documents, "volnode-node").unwrap_or_else(|| panic!("{file}"));
         let pod = &set["spec"]["template"]["spec"];
         // Longer than volcsi waits for an fsck, `client/src/csi/serve.rs`.
         assert_eq!(pod["terminationGracePeriodSeconds"], 300);
@@ -390,13 +404,51 @@ fn the_nodes_pod_sees_kubelets_paths_as_kubelet_does() {
     }
 }
 
+fn daemon_set<'a>(documents: &'a [Value], name: &str) -> Option<&'a Value> {
+    of_kind(documents, "DaemonSet").into_iter().find(|set| set["metadata"]["name"] == name)
+}
+
+/// Disks go on when the pod has ended: with nothing of it, and with the host's directories at the same paths.
+#[test]
+fn the_node_daemons_pod_has_what_its_disks_keep() {
+    let mut count = 0;
+    for (file, documents) in committed() {
+        let Some(set) = daemon_set(&documents, "volnode-data") else { continue };
+        count += 1;
+        assert_eq!(set["spec"]["updateStrategy"]["type"], "OnDelete");
+        let pod = &set["spec"]["template"]["spec"];
+        assert_eq!((&pod["hostPID"], &pod["hostNetwork"]), (&Value::Bool(true), &Value::Bool(true)));
+        let [container] = Container::ours(std::slice::from_ref(set))[..] else { panic!("{file}") };
+        assert_eq!(container.container["securityContext"]["privileged"], true);
+        let mounts = container.mounts();
+        let host = |path: &str| text(&mounts[path].1["hostPath"]["path"]);
+        let directory = |option: &str| container.option(option).unwrap().rsplit_once('/').unwrap().0;
+        let kept = [container.option("--run-dir").unwrap(), container.option("--outlive-pod").unwrap()];
+        for path in ["/dev", "/sys", directory("--tls-ca"), directory("--tls-cert"), directory("--tls-key")]
+            .into_iter()
+            .chain(kept)
+        {
+            assert_eq!(host(path), path, "{file}");
+        }
+        assert_eq!(host(directory("--device-cgroup")), "/sys/fs/cgroup");
+        // The plugin asks this daemon.
+        let node = daemon_set(&documents, "volnode-node").unwrap();
+        let [plugin] = Container::ours(std::slice::from_ref(node))[..] else { panic!("{file}") };
+        assert_eq!(plugin.option("--socket").unwrap(), format!("{}/volclient.sock", kept[0]));
+    }
+    assert_eq!(count, 1);
+}
+
 /// What is in a file that is renewed has to be renewed in the container, and nothing secret is in an environment or an argument.
 #[test]
 fn files_of_tls_are_whole_directories() {
     let mut count = 0;
     for (file, documents) in committed() {
         for container in Container::all(&documents) {
-            assert!(container.container["env"].is_null() && container.container["envFrom"].is_null());
+            // What a pod is told of itself.
+            let is_of_pod = |variable: &Value| variable["valueFrom"]["fieldRef"].is_object();
+            assert!(list(&container.container["env"]).iter().all(is_of_pod));
+            assert!(container.container["envFrom"].is_null());
             let mounts = container.mounts();
             for (mount, _) in mounts.values() {
                 assert!(mount["subPath"].is_null(), "{file}: {mount}");
@@ -412,7 +464,7 @@ fn files_of_tls_are_whole_directories() {
             }
         }
     }
-    assert_eq!(count, 2 * 3 + 3 * 3);
+    assert_eq!(count, 2 * 3 + 3 * 3 + 3 * 3);
 }
 
 /// Which of a container's probes ask for what, at which port.

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::oci_image::{Entry, Image};
 
 /// Images by name; `deploy/kubernetes/volnode/values.yaml` has the same ones.
-pub const IMAGES: [&str; 2] = ["volcsi", "volserver"];
+pub const IMAGES: [&str; 3] = ["volcsi", "volserver", "volclient"];
 
 /// What volcsi runs on nodes, and Debian's packages for it.
 const FILE_SYSTEM_PROGRAMS: [(&str, &str); 6] = [

@@ -23,6 +23,7 @@ pub mod management_api;
 pub mod nbd_client;
 pub mod nbd_load;
 pub mod oci_image;
+pub mod pod;
 pub mod process_resources;
 pub mod seed;
 pub mod selection;

@@ -3,6 +3,7 @@
 //! Used by the VM tests. Both daemons listen on free loopback ports and keep everything under the test's directory; they
 //! end when the value is dropped, and what they logged is printed then, so that a failed test shows it.
 
+mod client_place;
 mod node_api;
 
 use std::fs::{self, File};
@@ -14,14 +15,12 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{OFlags, fcntl_setfl};
-use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use tls::test_authority::Issued;
 
 use crate::harness::Env;
 use crate::kernel_series::KernelSeries;
+use crate::pod::{self, Pod};
 use crate::shell::{path_with, run, sh, wait_for};
 
 /// A daemon that is not ready by then is not coming.
@@ -117,6 +116,8 @@ pub struct StorageNode {
     tls: Option<NodeTls>,
     server: Option<Child>,
     client: Option<Child>,
+    /// What the node daemon runs in, if it does.
+    pod: Option<Pod>,
     /// What the node daemon has for stderr instead of a file: both ends of a pipe with no room.
     full_pipe: Option<(OwnedFd, OwnedFd)>,
 }
@@ -296,6 +297,7 @@ impl StorageNode {
             tls: None,
             server: None,
             client: None,
+            pod: None,
             full_pipe: None,
         })
     }
@@ -358,7 +360,8 @@ impl StorageNode {
 
     /// The node daemon's program, on the machine that it is to find itself on.
     fn client_command(&self) -> Result<Command> {
-        let program = self.programs.join("volclient");
+        let own = self.programs.join("volclient");
+        let program = self.pod.as_ref().map_or(own, |_| pod::PROGRAM.into());
         let Some(machine) = &self.machine else {
             let mut command = Command::new(program);
             command.args(["serve", "--node-id", &self.node_id]);
@@ -402,21 +405,11 @@ impl StorageNode {
         }
         client.args(&self.client_options);
         client.envs(self.client_programs.iter().map(|folder| ("PATH", path_with(folder))));
+        if let Some(pod) = &self.pod {
+            pod.enter(&mut client);
+        }
         let (child, _) = self.spawn(client, "volclient")?;
         self.client = Some(child);
-        Ok(())
-    }
-
-    /// From its next start on the node daemon, and with it its device processes, log to a pipe that nobody reads.
-    ///
-    /// # Errors
-    /// There is no pipe to be had.
-    pub fn take_no_log_of_the_client(&mut self) -> Result<()> {
-        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
-        fcntl_setfl(&writer, OFlags::WRONLY | OFlags::NONBLOCK)?;
-        while rustix::io::write(&writer, &[b'x'; 4096]) != Err(Errno::AGAIN) {}
-        fcntl_setfl(&writer, OFlags::WRONLY)?;
-        self.full_pipe = Some((reader, writer));
         Ok(())
     }
 

@@ -33,6 +33,7 @@ mod lvm_kills;
 mod lying_disk;
 mod memory_pressure;
 mod network;
+mod pod;
 mod queues;
 mod recovery;
 mod ride_through;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         tls_disks::TESTS,
         bad_input::TESTS,
         daemons::TESTS,
+        pod::TESTS,
         in_use::TESTS,
         hostile_server::TESTS,
         ride_through::TESTS,

@@ -20,7 +20,7 @@ use rustix::fs::FlockOperation;
 use rustix::process::{Flock, FlockType, Pid, PidfdFlags, Signal, fcntl_getlk, kill_process};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStderr, Command};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, interval, timeout};
 
@@ -29,6 +29,7 @@ use crate::contract::{
     self, AttachmentDir, CONTRACT_VERSION, ControlCommand, ControlRequest, ControlResponse, DeviceState,
     DeviceStatus,
 };
+use crate::pod_exit::PodExit;
 
 /// Making a device: connecting, ADD_DEV, START_DEV with its partition scan, on a slow machine.
 const START_DEADLINE: Duration = Duration::from_secs(90);
@@ -80,17 +81,36 @@ pub fn running_pid(dir: &AttachmentDir) -> Result<Option<Pid>, NodeError> {
     Ok(conflict.map_err(|errno| io_error(errno.into()))?.and_then(|lock| lock.pid))
 }
 
-/// Starts a device process on the folder, whose spec is written; it logs what `log_filter` lets through.
+/// Starts a device process on the folder, whose spec is written; it logs what `log_filter` lets through. With `pod_exit` it leaves
+/// the daemon's pod first; its log reaches the pod's for as long as this daemon lives.
 ///
 /// # Errors
 /// [`NodeError::Io`]: this program's file cannot be run.
-pub fn spawn(dir: &AttachmentDir, log_filter: &str) -> Result<Child, NodeError> {
+pub fn spawn(dir: &AttachmentDir, log_filter: &str, pod_exit: Option<&PodExit>) -> Result<Child, NodeError> {
     let io_error = |source| NodeError::Io { what: "cannot start a device process".to_owned(), source };
-    let mut command = Command::new(program());
+    let mut command = pod_exit.map_or_else(|| Command::new(program()), |exit| exit.command().into());
     command.args(["device", "--log", log_filter, "--dir"]).arg(dir.path());
     // Its working directory must not keep a file system busy that is mounted on its own device.
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
-    command.spawn().map_err(io_error)
+    if pod_exit.is_some() {
+        // A process that outlives the pod must not hold the pod's log open.
+        command.stderr(Stdio::piped());
+    }
+    let mut child = command.spawn().map_err(io_error)?;
+    if let Some(stderr) = child.stderr.take() {
+        tokio::spawn(pass_log_on(stderr));
+    }
+    Ok(child)
+}
+
+/// Passes the lines of a device process's log on as they are, until it ends.
+async fn pass_log_on(stderr: ChildStderr) {
+    let mut lines = BufReader::new(stderr);
+    let mut line = Vec::new();
+    while matches!(lines.read_until(b'\n', &mut line).await, Ok(1..)) {
+        daemon_log::pass_on(&line);
+        line.clear();
+    }
 }
 
 /// The program that is installed now: after an upgrade in place, the file that took our own one's name. Where there is

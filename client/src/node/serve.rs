@@ -32,6 +32,7 @@ use super::supervisor::{Supervisor, SupervisorConfig};
 use crate::causes::with_sources;
 use crate::contract::AttachmentDir;
 use crate::end_signal::ended_by_signal;
+use crate::pod_exit::{OutlivePod, PodExit, PodExitError};
 use crate::tls_spec::ClientFiles;
 
 /// Longest path of a Unix socket, in bytes: `sun_path` less its final zero.
@@ -65,6 +66,8 @@ pub struct ServeOptions {
     pub labels: BTreeMap<String, String>,
     /// How many volumes it can have, as the server is told; 0: no limit; `None`: what the driver allows.
     pub max_volumes: Option<u32>,
+    /// Whether, and by what, device processes outlive the pod that the daemon is in.
+    pub outlive_pod: Option<OutlivePod>,
 }
 
 /// Why the daemon cannot start, or had to end.
@@ -90,6 +93,9 @@ pub enum ServeError {
     /// No name for this machine.
     #[error("this machine has neither /etc/machine-id nor a host name; give --node-id")]
     NoNodeId,
+    /// Device processes would end with the pod.
+    #[error(transparent)]
+    PodExit(#[from] PodExitError),
     /// The server's URI is off, or the attachments cannot be read.
     #[error(transparent)]
     Node(#[from] NodeError),
@@ -121,7 +127,11 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     // Passphrases pass through its memory: no core has them.
     let undumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     undumpable.map_err(|errno| ServeError::io(Path::new("/proc/self"))(errno.into()))?;
-    let supervisor = supervisor(&options)?;
+    let pod_exit = match &options.outlive_pod {
+        Some(wanted) => Some(PodExit::prepare(wanted, &kept_directories(&options)?)?),
+        None => None,
+    };
+    let supervisor = supervisor(&options, pod_exit)?;
     tracing::info!(node_id = supervisor.config().node_id, server = options.server, "volclient starts");
     supervisor.adopt_found_attachments()?;
     freeze::thaw_what_was_left(&options.run_dir)?;
@@ -143,8 +153,21 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     served
 }
 
+/// The directories that device processes use, besides the kernel's; those that the daemon makes are made.
+fn kept_directories(options: &ServeOptions) -> Result<Vec<PathBuf>, ServeError> {
+    make_private_folder(&options.run_dir)?;
+    fs::create_dir_all(&options.device_dir).map_err(ServeError::io(&options.device_dir))?;
+    let files = options.tls_files.as_ref().map(ClientFiles::paths).unwrap_or_default();
+    // What is renewed is another file in the same directory.
+    let of_files = files.iter().filter_map(|path| path.parent()).map(Path::to_owned);
+    Ok([options.run_dir.clone(), options.device_dir.clone()].into_iter().chain(of_files).collect())
+}
+
 /// What does the work, as the options have it.
-pub(super) fn supervisor(options: &ServeOptions) -> Result<Arc<Supervisor>, ServeError> {
+pub(super) fn supervisor(
+    options: &ServeOptions,
+    pod_exit: Option<PodExit>,
+) -> Result<Arc<Supervisor>, ServeError> {
     let node_id = options.node_id.clone().map_or_else(default_node_id, Ok)?;
     let management = ManagementClient::new(&options.server, options.tls_files.as_ref())?;
     let config = SupervisorConfig {
@@ -155,6 +178,7 @@ pub(super) fn supervisor(options: &ServeOptions) -> Result<Arc<Supervisor>, Serv
         tls_files: options.tls_files.clone(),
         tls_user_space_only: options.tls_user_space_only,
         tls_key_bytes_max: options.tls_key_bytes_max,
+        pod_exit,
     };
     Ok(Arc::new(Supervisor::new(config, management)))
 }
@@ -304,6 +328,7 @@ mod tests {
             log_filter: String::new(),
             labels: BTreeMap::new(),
             max_volumes: None,
+            outlive_pod: None,
         };
         assert!(matches!(check_path_lengths(&options), Err(ServeError::PathTooLong(_))));
     }

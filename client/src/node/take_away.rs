@@ -55,7 +55,7 @@ pub async fn take_all_away(options: ServeOptions) -> Result<(), TakeAwayError> {
         return Ok(());
     }
     let _lock = lock_run_dir(&options.run_dir)?;
-    let supervisor = supervisor(&options)?;
+    let supervisor = supervisor(&options, None)?;
     let mut work = JoinSet::new();
     for attachment in supervisor.list()? {
         let supervisor = Arc::clone(&supervisor);

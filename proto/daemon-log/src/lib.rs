@@ -93,6 +93,11 @@ pub fn say(line: &str) {
     LINES.push_last_words(format!("{line}\n").as_bytes());
 }
 
+/// Passes a line on, with its end, that another process has logged: it is part of the log as it is.
+pub fn pass_on(line: &[u8]) {
+    LINES.push(line);
+}
+
 /// Waits until everything that was said has been taken, until nothing was for a second, or for five in all. Call it before the
 /// process ends.
 pub fn finish() {

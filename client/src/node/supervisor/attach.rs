@@ -327,7 +327,7 @@ impl Supervisor {
                 fs::remove_file(path).map_err(io_error)?;
             }
         }
-        let mut child = device_process::spawn(dir, &self.config.log_filter)?;
+        let mut child = device_process::spawn(dir, &self.config.log_filter, self.config.pod_exit.as_ref())?;
         let pid = child.id();
         match device_process::wait_until_live(dir, &spec.target, Some(&mut child)).await? {
             Started::Failed(why) => Err(start_failure(spec, why).await),

@@ -37,6 +37,7 @@ use super::target_locks::TargetLocks;
 use crate::api_channel;
 use crate::contract::{AttachmentDir, ControlCommand, ControlResponse, DeviceSpec};
 use crate::data_address::on_the_link_of;
+use crate::pod_exit::PodExit;
 use crate::tls_spec::ClientFiles;
 
 /// What the daemon was started with.
@@ -56,6 +57,8 @@ pub struct SupervisorConfig {
     pub tls_user_space_only: bool,
     /// How much the kernel may encrypt under one key, in bytes.
     pub tls_key_bytes_max: u64,
+    /// How device processes leave the daemon's pod; `None`: they stay where the daemon is.
+    pub pod_exit: Option<PodExit>,
 }
 
 /// The attachments of this node.

@@ -33,6 +33,9 @@ https://{{ .Values.volserver.clusterIP }}:10810
 {{- if and .Values.volserver.enabled (not .Values.tls.enabled) -}}
 {{- fail "volserver.enabled needs tls.enabled: the server of the chart serves nothing without TLS" -}}
 {{- end -}}
+{{- if and (eq .Values.dataDaemon.model "pod") .Values.tls.nodeSecret -}}
+{{- fail "dataDaemon.model pod needs tls.nodeDirectory in place of tls.nodeSecret: a Secret's files go with the pod, and disks read them after it" -}}
+{{- end -}}
 {{- if and .Values.snapshots.groups (not .Values.snapshots.enabled) -}}
 {{- fail "snapshots.groups needs snapshots.enabled" -}}
 {{- end -}}
