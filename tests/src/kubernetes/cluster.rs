@@ -15,7 +15,7 @@ use super::kubectl::Kubectl;
 use super::node::{Given, Node};
 use super::storage::StorageServer;
 use super::tools::Tools;
-use super::{NODES, NAMESPACE};
+use super::{NAMESPACE, NODES};
 use crate::lab::machine::kernels::Kernel;
 use crate::lab::owned_directory::OwnedDirectory;
 use crate::lab::progress;

@@ -62,7 +62,10 @@ impl ControlPlane {
         plane.start_api_server()?;
         plane.wait_until_ready()?;
         for (program, options) in [
-            ("kube-controller-manager", &["--secure-port=0", "--leader-elect=false", "--use-service-account-credentials"][..]),
+            (
+                "kube-controller-manager",
+                &["--secure-port=0", "--leader-elect=false", "--use-service-account-credentials"][..],
+            ),
             ("kube-scheduler", &["--secure-port=0", "--leader-elect=false"]),
         ] {
             let mut command = plane.command(program);
@@ -142,7 +145,8 @@ impl ControlPlane {
 
     fn start_etcd(&self) -> Result<Running> {
         let mut etcd = self.command("etcd");
-        let [client, peer] = [self.etcd_port, self.etcd_peer_port].map(|port| format!("http://127.0.0.1:{port}"));
+        let [client, peer] =
+            [self.etcd_port, self.etcd_peer_port].map(|port| format!("http://127.0.0.1:{port}"));
         etcd.args(["--data-dir", &self.file("etcd"), "--unsafe-no-fsync"]);
         etcd.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         etcd.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
@@ -216,7 +220,8 @@ impl ControlPlane {
 /// It cannot be run.
 pub(super) fn spawn(directory: &Path, name: &str, command: &Command) -> Result<Running> {
     let log = directory.join("logs").join(format!("{name}.log"));
-    let log = File::options().create(true).append(true).open(&log).with_context(|| log.display().to_string())?;
+    let log =
+        File::options().create(true).append(true).open(&log).with_context(|| log.display().to_string())?;
     let mut bound = tool::command("setpriv");
     bound.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
     bound.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);

@@ -25,7 +25,20 @@ pub(super) const SIDECARS: [(&str, &str, &str); 4] = [
 
 /// What the lab's own image has of busybox.
 const APPLETS: [&str; 14] = [
-    "blockdev", "cat", "dd", "df", "echo", "kill", "ls", "mkdir", "rm", "sh", "sha256sum", "sleep", "sync", "touch",
+    "blockdev",
+    "cat",
+    "dd",
+    "df",
+    "echo",
+    "kill",
+    "ls",
+    "mkdir",
+    "rm",
+    "sh",
+    "sha256sum",
+    "sleep",
+    "sync",
+    "touch",
 ];
 
 /// The name of a sidecar's image.

@@ -18,6 +18,10 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// Events shown of something that did not come.
 const EVENTS_SHOWN: usize = 25;
 
+/// How often a call is made that the API server could not pass on to a kubelet in time, and what it says then.
+const TRIES: u32 = 10;
+const SLOW: [&str; 2] = ["TLS handshake timeout", "i/o timeout"];
+
 /// kubectl with a kubeconfig, and a namespace.
 #[derive(Clone)]
 pub(super) struct Kubectl {
@@ -38,11 +42,26 @@ impl Kubectl {
         Self { namespace: namespace.to_owned(), ..self.clone() }
     }
 
-    /// Runs it, and gives what it printed.
+    /// Runs it, and gives what it printed. What an emulated machine did not answer in time is asked once more.
     ///
     /// # Errors
     /// It fails: with its own words.
     pub(super) fn run(&self, words: &[&str]) -> Result<String> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.run_once(words) {
+                Err(error)
+                    if tries < TRIES && SLOW.iter().any(|slow| format!("{error:#}").contains(slow)) =>
+                {
+                    interrupt::check()?;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn run_once(&self, words: &[&str]) -> Result<String> {
         let mut command = Command::new(&self.program);
         command.arg("--kubeconfig").arg(&self.kubeconfig).args(["--namespace", &self.namespace]).args(words);
         let finished = tool::finish(&mut command, CALL_DEADLINE)?;

@@ -100,11 +100,16 @@ pub(crate) fn run(workspace: &Workspace, options: &KubernetesOptions) -> Result<
         rows.push((row, outcome.is_ok()));
     }
     println!("\n| after | step |\n| --- | --- |\n{}", cluster.steps.table());
-    println!("| scenario | what happened | longest stall | errors | took | outcome |\n| --- | --- | --- | --- | --- | --- |");
+    println!(
+        "| scenario | what happened | longest stall | errors | took | outcome |\n| --- | --- | --- | --- | --- | --- |"
+    );
     rows.iter().for_each(|(row, _)| println!("{row}"));
     if options.keep {
         println!("\nexport KUBECONFIG={}", cluster.kubectl.kubeconfig.display());
-        println!("PATH={}:$PATH kubectl get nodes,pods --all-namespaces    # Ctrl-C ends the cluster", tools.directory.display());
+        println!(
+            "PATH={}:$PATH kubectl get nodes,pods --all-namespaces    # Ctrl-C ends the cluster",
+            tools.directory.display()
+        );
         while interrupt::check().is_ok() {
             std::thread::sleep(LOOK_INTERVAL);
         }
@@ -127,7 +132,11 @@ fn row(scenario: &Scenario, outcome: &Result<Outcome>, took: Duration) -> String
     let (stall, errors, word) = match outcome {
         Ok(Outcome { stall, errors, note }) => {
             let stall = stall.map_or("–".to_owned(), |stall| format!("{:.1} s", stall.as_secs_f64()));
-            (stall, errors.to_string(), if note.is_empty() { "passed".to_owned() } else { format!("passed; {note}") })
+            (
+                stall,
+                errors.to_string(),
+                if note.is_empty() { "passed".to_owned() } else { format!("passed; {note}") },
+            )
         }
         Err(_) => ("?".to_owned(), "?".to_owned(), "**failed**".to_owned()),
     };

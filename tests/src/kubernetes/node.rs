@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::lab::interrupt;
 use crate::lab::machine::guest_command::GuestCommand;
 use crate::lab::machine::kernels::Kernel;
 use crate::lab::machine::vm::{self, Follower, Processors, Stream};
 use crate::lab::tool;
 use crate::lab::workspace::Workspace;
-use crate::lab::interrupt;
 
 /// What the machine runs.
 const SCRIPT: &str = include_str!("node.sh");
@@ -102,7 +102,8 @@ impl Node {
     /// It has: with what it said.
     pub(super) fn check(&mut self) -> Result<()> {
         if let Some(machine) = self.machine.take_if(|machine| machine.is_finished()) {
-            let ended = machine.join().map_err(|_| anyhow::anyhow!("the thread of {} panicked", self.name))?;
+            let ended =
+                machine.join().map_err(|_| anyhow::anyhow!("the thread of {} panicked", self.name))?;
             ended.with_context(|| self.name.clone())?;
             bail!("{} has ended by itself: see its log", self.name);
         }
@@ -128,7 +129,9 @@ impl Node {
         let (todo, done) = (self.exchange.join("todo"), self.exchange.join("done"));
         let file = todo.join(format!("{}.sh", self.asked));
         let unfinished = todo.join(format!("{}.new", self.asked));
-        fs::write(&unfinished, lines).and_then(|()| fs::rename(&unfinished, &file)).context("asking the node")?;
+        fs::write(&unfinished, lines)
+            .and_then(|()| fs::rename(&unfinished, &file))
+            .context("asking the node")?;
         let began = Instant::now();
         let code = loop {
             interrupt::check()?;

@@ -88,8 +88,11 @@ import() { "$TOOLS/ctr" -n k8s.io images import --local "$1" || exit 1; }
 import "$CLUSTER/images/box.tar"
 start_kubelet
 step "kubelet is started"
-for image in "$CLUSTER"/images/*.tar; do
-    case $image in */box.tar) ;; *) import "$image" ;; esac
+# The plugin's first: sidecars give up where it is not there.
+import "$CLUSTER/images/volcsi.tar"
+step "the plugin's image is there"
+for image in "$CLUSTER"/images/csi-*.tar; do
+    import "$image"
 done
 step "the images are there"
 

@@ -46,7 +46,8 @@ pub(super) fn plugin_deleted(cluster: &mut Cluster) -> Result<Outcome> {
 fn plugin_of(chart: &Kubectl, node: &str) -> Result<String> {
     let pods = chart.get(&["pods", "--selector", "app.kubernetes.io/component=node"])?;
     let pods = pods["items"].as_array().cloned().unwrap_or_default();
-    let is_it = |pod: &&Value| pod["spec"]["nodeName"] == node && pod["metadata"]["deletionTimestamp"].is_null();
+    let is_it =
+        |pod: &&Value| pod["spec"]["nodeName"] == node && pod["metadata"]["deletionTimestamp"].is_null();
     let pod = pods.iter().find(is_it).context("no pod of the node plugin")?;
     Ok(pod["metadata"]["name"].as_str().unwrap_or_default().to_owned())
 }
@@ -129,6 +130,8 @@ pub(super) fn node_dead(cluster: &mut Cluster) -> Result<Outcome> {
     clean_up(&kubectl)?;
     let refused = said.lines().next().unwrap_or_default().rsplit(": ").next().unwrap_or_default().to_owned();
     let (missed, up) = (missed.as_secs(), up.as_secs());
-    let note = format!("missed after {missed} s, up elsewhere with new data after {up} s, old node's write: {refused}");
+    let note = format!(
+        "missed after {missed} s, up elsewhere with new data after {up} s, old node's write: {refused}"
+    );
     Ok(Outcome { note, ..Outcome::default() })
 }

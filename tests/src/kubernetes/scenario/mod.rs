@@ -46,8 +46,24 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     scenario("raw-block", "a pod with a raw block volume moves to the other node", volumes::raw_block),
     scenario("expand", "an ext4 and a block volume grow under load", volumes::expand),
     scenario("copies", "a snapshot is restored, and a claim cloned", volumes::copies),
-    scenario("plugin-deleted", "the node plugin's pod is deleted three times under load", disruptions::plugin_deleted),
-    scenario("server-restarted", "the storage server is killed under load, and started 5 s later", disruptions::server_restarted),
-    scenario("kubelet-killed", "kubelet is killed under load, and started 20 s later", disruptions::kubelet_killed),
-    scenario("node-dead", "a node goes without a word, is declared dead, and comes back", disruptions::node_dead),
+    scenario(
+        "plugin-deleted",
+        "the node plugin's pod is deleted three times under load",
+        disruptions::plugin_deleted,
+    ),
+    scenario(
+        "server-restarted",
+        "the storage server is killed under load, and started 5 s later",
+        disruptions::server_restarted,
+    ),
+    scenario(
+        "kubelet-killed",
+        "kubelet is killed under load, and started 20 s later",
+        disruptions::kubelet_killed,
+    ),
+    scenario(
+        "node-dead",
+        "a node goes without a word, is declared dead, and comes back",
+        disruptions::node_dead,
+    ),
 ];

@@ -45,7 +45,8 @@ impl Claim<'_> {
             }
         }
         let kind = "PersistentVolumeClaim";
-        kubectl.apply(&json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": self.name}, "spec": spec}))
+        kubectl
+            .apply(&json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": self.name}, "spec": spec}))
     }
 }
 
@@ -85,16 +86,35 @@ pub(super) fn place(claim: &Claim<'_>) -> &'static str {
 }
 
 /// Runs a pod that fills the first mebibytes of the claim with what belongs to a seed, on a node, and deletes it.
-pub(super) fn fill(kubectl: &Kubectl, node: &str, claim: &Claim<'_>, seed: u32, mebibytes: u32) -> Result<()> {
+pub(super) fn fill(
+    kubectl: &Kubectl,
+    node: &str,
+    claim: &Claim<'_>,
+    seed: u32,
+    mebibytes: u32,
+) -> Result<()> {
     work(kubectl, "fill", node, claim, seed, mebibytes)
 }
 
 /// The same for a pod that reads them, and fails where one byte is another.
-pub(super) fn check(kubectl: &Kubectl, node: &str, claim: &Claim<'_>, seed: u32, mebibytes: u32) -> Result<()> {
+pub(super) fn check(
+    kubectl: &Kubectl,
+    node: &str,
+    claim: &Claim<'_>,
+    seed: u32,
+    mebibytes: u32,
+) -> Result<()> {
     work(kubectl, "check", node, claim, seed, mebibytes)
 }
 
-fn work(kubectl: &Kubectl, what: &str, node: &str, claim: &Claim<'_>, seed: u32, mebibytes: u32) -> Result<()> {
+fn work(
+    kubectl: &Kubectl,
+    what: &str,
+    node: &str,
+    claim: &Claim<'_>,
+    seed: u32,
+    mebibytes: u32,
+) -> Result<()> {
     let name = format!("{what}-{}-{seed}", claim.name);
     let (seed, mebibytes) = (seed.to_string(), mebibytes.to_string());
     let command = ["/block-writer", what, place(claim), &seed, &mebibytes];

@@ -43,8 +43,7 @@ fn back_and_forth(kubectl: &Kubectl, claim: &Claim<'_>) -> Result<()> {
 /// Two claims grow while pods write to them.
 pub(super) fn expand(cluster: &mut Cluster) -> Result<Outcome> {
     let kubectl = cluster.namespace("expand")?;
-    let claims =
-        [claim("ext", "volnode", "64Mi"), Claim { block: true, ..claim("raw", "volnode", "64Mi") }];
+    let claims = [claim("ext", "volnode", "64Mi"), Claim { block: true, ..claim("raw", "volnode", "64Mi") }];
     let mut writers = Vec::new();
     for claim in &claims {
         claim.make(&kubectl)?;
@@ -67,8 +66,7 @@ pub(super) fn expand(cluster: &mut Cluster) -> Result<Outcome> {
     ensure!(size.is_some_and(|kibibytes| kibibytes > 200 << 10), "the file system has not grown: {table}");
     let size = writers[1].exec(&["blockdev", "--getsize64", DEVICE])?;
     ensure!(size.trim() == (256_u64 << 20).to_string(), "the device has not grown: {size}");
-    let outcomes: Vec<Outcome> =
-        writers.into_iter().map(Writer::finish).collect::<Result<_>>()?;
+    let outcomes: Vec<Outcome> = writers.into_iter().map(Writer::finish).collect::<Result<_>>()?;
     clean_up(&kubectl)?;
     Ok(Outcome {
         stall: outcomes.iter().filter_map(|outcome| outcome.stall).max(),
@@ -94,7 +92,8 @@ pub(super) fn copies(cluster: &mut Cluster) -> Result<Outcome> {
         Ok((snapshot["status"]["readyToUse"] == true).then_some(()))
     })?;
     fill(&kubectl, NODES[1], &source, 2, 16)?;
-    let restored = Claim { source: Some(("VolumeSnapshot", "first")), ..claim("restored", "volnode", "64Mi") };
+    let restored =
+        Claim { source: Some(("VolumeSnapshot", "first")), ..claim("restored", "volnode", "64Mi") };
     let clone =
         Claim { source: Some(("PersistentVolumeClaim", "source")), ..claim("clone", "volnode", "128Mi") };
     restored.make(&kubectl)?;
