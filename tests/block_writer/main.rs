@@ -18,6 +18,9 @@ use anyhow::{Context as _, Result, bail};
 /// One block.
 const BLOCK_BYTES: usize = 4096;
 
+/// What `fill` and `check` move at once.
+const PIECE_BYTES: u64 = 256 << 10;
+
 /// Between two writes: a load that leaves an emulated machine time for other work.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -36,6 +39,10 @@ const STOP: &str = "/stop";
 /// A block's bytes, where the kernel takes them from.
 #[repr(C, align(4096))]
 struct Block([u8; BLOCK_BYTES]);
+
+/// Many of them.
+#[repr(C, align(4096))]
+struct Piece([u8; PIECE_BYTES as usize]);
 
 impl Block {
     /// What belongs at `index` for `seed`: eight bytes each of seed and index, and what follows from them.
@@ -139,11 +146,20 @@ fn expect(file: &File, seed: u64, index: u64) -> Result<()> {
     block.difference(seed, index).map_or(Ok(()), |difference| bail!("wrong: {difference}"))
 }
 
+/// The first block of each piece of this many mebibytes.
+fn pieces(mebibytes: u64) -> impl Iterator<Item = u64> {
+    (0..(mebibytes << 20) / PIECE_BYTES).map(|piece| piece * (PIECE_BYTES / BLOCK_BYTES as u64))
+}
+
 fn fill(path: &Path, seed: u64, mebibytes: u64) -> Result<()> {
     let file = open(path)?;
-    for index in 0..blocks_of(mebibytes) {
-        file.write_all_at(&Block::of(seed, index).0, index * BLOCK_BYTES as u64)
-            .with_context(|| format!("block {index}"))?;
+    let mut piece = Box::new(Piece([0; PIECE_BYTES as usize]));
+    for first in pieces(mebibytes) {
+        for (index, block) in (first..).zip(piece.0.chunks_exact_mut(BLOCK_BYTES)) {
+            block.copy_from_slice(&Block::of(seed, index).0);
+        }
+        let at = first * BLOCK_BYTES as u64;
+        file.write_all_at(&piece.0, at).with_context(|| format!("block {first}"))?;
     }
     file.sync_all().context("flushing")?;
     println!("filled");
@@ -152,13 +168,20 @@ fn fill(path: &Path, seed: u64, mebibytes: u64) -> Result<()> {
 
 fn check(path: &Path, seed: u64, mebibytes: u64) -> Result<()> {
     let file = open(path)?;
-    (0..blocks_of(mebibytes)).try_for_each(|index| expect(&file, seed, index))?;
+    let mut piece = Box::new(Piece([0; PIECE_BYTES as usize]));
+    for first in pieces(mebibytes) {
+        let at = first * BLOCK_BYTES as u64;
+        file.read_exact_at(&mut piece.0, at).with_context(|| format!("block {first}"))?;
+        for (index, bytes) in (first..).zip(piece.0.chunks_exact(BLOCK_BYTES)) {
+            let mut block = Block([0; BLOCK_BYTES]);
+            block.0.copy_from_slice(bytes);
+            if let Some(difference) = block.difference(seed, index) {
+                bail!("wrong: {difference}");
+            }
+        }
+    }
     println!("right");
     Ok(())
-}
-
-fn blocks_of(mebibytes: u64) -> u64 {
-    (mebibytes << 20) / BLOCK_BYTES as u64
 }
 
 fn run(words: &[&str]) -> Result<()> {

@@ -144,7 +144,15 @@ impl Cluster {
             })?;
             self.steps.done(&format!("{name} is ready"));
         }
-        let kubectl = kubectl.within(NAMESPACE);
+        self.wait_for_chart()
+    }
+
+    /// Waits until every pod of the chart is ready.
+    ///
+    /// # Errors
+    /// They are not in time.
+    pub(super) fn wait_for_chart(&mut self) -> Result<()> {
+        let kubectl = self.kubectl.within(NAMESPACE);
         kubectl.wait("the node's pods to be ready", CHART_DEADLINE, |kubectl| {
             let set = kubectl.get(&["daemonset", "volnode-node"])?;
             Ok((set["status"]["numberReady"] == NODES.len()).then_some(()))
@@ -170,10 +178,14 @@ impl Cluster {
     }
 
     /// As the documentation says it, with our images in place of those of a registry.
-    fn install_chart(&self) -> Result<()> {
-        self.kubectl.run(&["create", "namespace", NAMESPACE])?;
+    ///
+    /// # Errors
+    /// Helm's word.
+    pub(super) fn install_chart(&self) -> Result<()> {
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
+        self.kubectl.apply(&namespace)?;
         let label = "pod-security.kubernetes.io/enforce=privileged";
-        self.kubectl.run(&["label", "namespace", NAMESPACE, label])?;
+        self.kubectl.run(&["label", "namespace", NAMESPACE, label, "--overwrite"])?;
         let mut values = vec![format!("server.uri={}", self.storage.uri()), "tls.enabled=false".to_owned()];
         for (value, program, module) in SIDECARS {
             values.push(format!("images.{value}={}", images::sidecar_image(program, module)?));

@@ -86,14 +86,9 @@ impl Node {
         let mut log = Log { file: File::create(&log)?, ends: Arc::clone(&ends) };
         let machine = thread::spawn(move || {
             let ended = vm::run(&workspace, &kernel, &command, Processors::Two, DEADLINE, &mut log);
-            ended.map(|ended| drop(ended.exit_code))
+            ended.map(|_| ())
         });
         Ok(Self { name: name.to_owned(), exchange, ends, machine: Some(machine), asked: 0 })
-    }
-
-    /// What the node has done so far, a line each: seconds since its kernel's start, and what.
-    pub(super) fn steps(&self) -> String {
-        fs::read_to_string(self.exchange.join("steps")).unwrap_or_default()
     }
 
     /// Fails if the machine has ended.

@@ -62,11 +62,6 @@ impl Tools {
         }
         Ok(tools)
     }
-
-    /// A command for one of the programs.
-    pub(super) fn command(&self, program: &str) -> Command {
-        Command::new(self.directory.join(program))
-    }
 }
 
 /// Builds all of it in a directory.

@@ -1,10 +1,12 @@
 //! What happens to pods with volumes: each scenario is a function that breaks something, and has a writer's word that no byte is wrong.
 //!
-//! Owns the list. `pods` has what they share, `volumes` what is done to volumes, `disruptions` what happens to programs and machines.
+//! Owns the list. `pods` has what they share, `volumes` what is done to volumes, `workloads` what pods do with them,
+//! `disruptions` what happens to programs and machines.
 
 mod disruptions;
 mod pods;
 mod volumes;
+mod workloads;
 
 use std::time::Duration;
 
@@ -66,4 +68,34 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         "a node goes without a word, is declared dead, and comes back",
         disruptions::node_dead,
     ),
+    scenario("set-rolled", "a StatefulSet of three is started anew", workloads::set_rolled),
+    scenario("one-pod", "a second pod wants a ReadWriteOncePod claim", workloads::one_pod),
+    scenario("shared-block", "two pods on two nodes write to one device", workloads::shared_block),
+    scenario(
+        "limits-changed",
+        "a claim's VolumeAttributesClass changes twice under load",
+        workloads::limits_changed,
+    ),
+    scenario("drained", "a node is drained", workloads::drained),
+    scenario(
+        "daemon-upgraded",
+        "the node daemon is killed, and the disks' processes replaced, under load",
+        disruptions::daemon_upgraded,
+    ),
+    scenario(
+        "server-silent",
+        "the storage server answers nobody for two minutes, under load",
+        disruptions::server_silent,
+    ),
+    scenario(
+        "api-server-gone",
+        "the API server is gone for two minutes, under load",
+        disruptions::api_server_gone,
+    ),
+    scenario(
+        "controllers-killed",
+        "the plugin and its sidecars are killed at random, 20 times, while volumes are made, used and deleted",
+        disruptions::controllers_killed,
+    ),
+    scenario("uninstalled", "the chart is removed, and installed again", disruptions::uninstalled),
 ];

@@ -25,6 +25,7 @@ pub(super) struct Claim<'a> {
     pub(super) class: &'a str,
     pub(super) size: &'a str,
     pub(super) block: bool,
+    pub(super) mode: &'a str,
     /// A snapshot or a claim: its kind and its name.
     pub(super) source: Option<(&'a str, &'a str)>,
 }
@@ -33,7 +34,7 @@ impl Claim<'_> {
     /// Makes it.
     pub(super) fn make(&self, kubectl: &Kubectl) -> Result<()> {
         let mut spec = json!({
-            "accessModes": ["ReadWriteOnce"],
+            "accessModes": [self.mode],
             "storageClassName": self.class,
             "volumeMode": if self.block { "Block" } else { "Filesystem" },
             "resources": {"requests": {"storage": self.size}},
@@ -52,7 +53,7 @@ impl Claim<'_> {
 
 /// A claim of a file system.
 pub(super) fn claim<'a>(name: &'a str, class: &'a str, size: &'a str) -> Claim<'a> {
-    Claim { name, class, size, block: false, source: None }
+    Claim { name, class, size, block: false, mode: "ReadWriteOnce", source: None }
 }
 
 /// A pod that does one thing with the claim, on a node.
@@ -126,6 +127,15 @@ fn work(
     let said = kubectl.run(&["logs", &name])?;
     ensure!(phase == "Succeeded", "{name}: {said}");
     delete_pod(kubectl, &name)
+}
+
+/// Starts a pod, and waits until it runs.
+pub(super) fn start(kubectl: &Kubectl, pod: &Value) -> Result<()> {
+    kubectl.apply(pod)?;
+    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    kubectl.wait(&format!("{name} to run"), START_DEADLINE, |kubectl| {
+        Ok((phase(kubectl, name)? == "Running").then_some(()))
+    })
 }
 
 /// Where a pod is in its life.
