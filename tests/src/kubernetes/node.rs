@@ -68,7 +68,8 @@ impl Node {
             .reached_at(kubelet_port);
         for (variable, value) in [
             ("NODE", name.to_owned()),
-            ("ADDRESS", format!("10.0.2.{}", 14 + number)),
+            // Each is in a network of its own: QEMU forwards to this address.
+            ("ADDRESS", "10.0.2.15".to_owned()),
             ("POD_NETWORK", format!("10.88.{number}.0/24")),
             ("KUBELET_PORT", kubelet_port.to_string()),
             ("API_PORT", given.api_port.to_string()),

@@ -92,16 +92,15 @@ impl StorageServer {
         kill_process(Pid::from_child(&process.0), signal).context("the storage server")
     }
 
-    /// The volumes that it has, with their descriptions.
+    /// The volumes that it has.
     ///
     /// # Errors
     /// It does not answer.
-    pub(super) fn volumes(&self) -> Result<Vec<String>> {
+    pub(super) fn volumes(&self) -> Result<Vec<serde_json::Value>> {
         let uri = format!("http://127.0.0.1:{}", self.management_port);
         let mut volctl = Command::new(self.programs.join("volctl"));
         volctl.args(["--server", &uri, "list", "--output", "json"]);
         let said = tool::output(&mut volctl, READY_DEADLINE)?;
-        let lines = String::from_utf8_lossy(&said).lines().map(str::to_owned).collect();
-        Ok(lines)
+        serde_json::from_slice(&said).context("what volctl printed")
     }
 }

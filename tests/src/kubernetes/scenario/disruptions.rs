@@ -11,7 +11,7 @@ use super::super::cluster::{Cluster, is_true};
 use super::super::kubectl::Kubectl;
 use super::super::{NAMESPACE, NODES};
 use super::Outcome;
-use super::pods::{FILE, Writer, check, claim, clean_up, delete_pod, fill, phase, pod};
+use super::pods::{FILE, Work, Writer, claim, clean_up, delete_pod, phase, pod, work};
 use crate::lab::progress;
 
 /// A pod of the chart that is made anew.
@@ -135,7 +135,7 @@ pub(super) fn controllers_killed(cluster: &mut Cluster) -> Result<Outcome> {
         kubectl.apply(&pod("round", node, &claim, &["/block-writer", "fill", FILE, "1", "1"]))?;
         thread::sleep(Duration::from_millis(random.u64(..15_000)));
         let victims = ["csi-provisioner", "csi-attacher", "csi-resizer", "volcsi"];
-        let kill = format!("killall -9 {} || true", victims[random.usize(..victims.len())]);
+        let kill = format!("pkill -9 -x {} || true", victims[random.usize(..victims.len())]);
         for node in NODES {
             cluster.node(node)?.run(&kill, ASK_DEADLINE)?;
         }
@@ -218,7 +218,7 @@ pub(super) fn node_dead(cluster: &mut Cluster) -> Result<Outcome> {
     let (lost, other) = (NODES[1], NODES[0]);
     let claim = claim("data", "volnode", "64Mi");
     claim.make(&kubectl)?;
-    fill(&kubectl, lost, &claim, 1, 8)?;
+    work(&kubectl, &[Work { node: lost, claim: &claim, finds: None, leaves: Some(1) }])?;
     let writer = Writer::start(&kubectl, lost, &claim, 64)?;
     let disk = cluster.node(lost)?.run("ls /dev/ublkb*", ASK_DEADLINE)?;
     let disk = disk.trim().to_owned();
@@ -234,19 +234,19 @@ pub(super) fn node_dead(cluster: &mut Cluster) -> Result<Outcome> {
     kubectl.wait("the lost pod to be gone", NODE_DEADLINE, |kubectl| {
         Ok(phase(kubectl, &writer.name).is_err().then_some(()))
     })?;
-    fill(&kubectl, other, &claim, 2, 8)?;
+    work(&kubectl, &[Work { node: other, claim: &claim, finds: None, leaves: Some(2) }])?;
     let up = began.elapsed();
     cluster.node(lost)?.thaw()?;
     // Over the file system's first block: were it let through, nothing would be right any more.
     let write = format!("dd if=/dev/zero of={disk} bs=4096 count=1 oflag=direct conv=fsync");
     let (code, said) = cluster.node(lost)?.try_run(&write, ASK_DEADLINE)?;
     ensure!(code != 0, "the lost node's write went through: {said}");
-    check(&kubectl, other, &claim, 2, 8)?;
+    work(&kubectl, &[Work { node: other, claim: &claim, finds: Some(2), leaves: None }])?;
     kubectl.run(&["taint", "node", lost, &format!("{taint}-")])?;
     kubectl.wait("the node to be ready again", NODE_DEADLINE, |kubectl| {
         Ok(is_true(&kubectl.get(&["node", lost])?, "Ready").then_some(()))
     })?;
-    check(&kubectl, lost, &claim, 2, 8)?;
+    work(&kubectl, &[Work { node: lost, claim: &claim, finds: Some(2), leaves: None }])?;
     clean_up(&kubectl)?;
     let refused = said.lines().next().unwrap_or_default().rsplit(": ").next().unwrap_or_default().to_owned();
     let (missed, up) = (missed.as_secs(), up.as_secs());

@@ -86,47 +86,47 @@ pub(super) fn place(claim: &Claim<'_>) -> &'static str {
     if claim.block { DEVICE } else { FILE }
 }
 
-/// Runs a pod that fills the first mebibytes of the claim with what belongs to a seed, on a node, and deletes it.
-pub(super) fn fill(
-    kubectl: &Kubectl,
-    node: &str,
-    claim: &Claim<'_>,
-    seed: u32,
-    mebibytes: u32,
-) -> Result<()> {
-    work(kubectl, "fill", node, claim, seed, mebibytes)
+/// Something that a pod does with a claim, on a node.
+#[derive(Clone, Copy)]
+pub(super) struct Work<'a> {
+    pub(super) node: &'a str,
+    pub(super) claim: &'a Claim<'a>,
+    /// What has to be there, by its seed: the pod reads it first.
+    pub(super) finds: Option<u32>,
+    /// What it writes then.
+    pub(super) leaves: Option<u32>,
 }
 
-/// The same for a pod that reads them, and fails where one byte is another.
-pub(super) fn check(
-    kubectl: &Kubectl,
-    node: &str,
-    claim: &Claim<'_>,
-    seed: u32,
-    mebibytes: u32,
-) -> Result<()> {
-    work(kubectl, "check", node, claim, seed, mebibytes)
+/// How much each [`Work`] reads and writes.
+const WORK_MEBIBYTES: u32 = 8;
+
+/// Runs a pod for each, all at once, and deletes them when they have ended.
+///
+/// # Errors
+/// A byte is another one, or a pod does not end in time.
+pub(super) fn work(kubectl: &Kubectl, works: &[Work<'_>]) -> Result<()> {
+    for Work { node, claim, finds, leaves } in works {
+        let call = |what: &str, seed: &Option<u32>| {
+            let place = place(claim);
+            seed.map(|seed| format!("/block-writer {what} {place} {seed} {WORK_MEBIBYTES}"))
+        };
+        let calls: Vec<String> = call("check", finds).into_iter().chain(call("fill", leaves)).collect();
+        kubectl.apply(&pod(&worker(claim), node, claim, &["/bin/sh", "-c", &calls.join(" && ")]))?;
+    }
+    for Work { claim, .. } in works {
+        let name = worker(claim);
+        let phase = kubectl.wait(&format!("{name} to end"), START_DEADLINE, |kubectl| {
+            let phase = phase(kubectl, &name)?;
+            Ok(["Succeeded", "Failed"].contains(&phase.as_str()).then_some(phase))
+        })?;
+        ensure!(phase == "Succeeded", "{name}: {}", kubectl.run(&["logs", &name])?);
+        kubectl.run(&["delete", "pod", &name, "--wait=false"])?;
+    }
+    works.iter().try_for_each(|work| wait_until_gone(kubectl, &worker(work.claim)))
 }
 
-fn work(
-    kubectl: &Kubectl,
-    what: &str,
-    node: &str,
-    claim: &Claim<'_>,
-    seed: u32,
-    mebibytes: u32,
-) -> Result<()> {
-    let name = format!("{what}-{}-{seed}", claim.name);
-    let (seed, mebibytes) = (seed.to_string(), mebibytes.to_string());
-    let command = ["/block-writer", what, place(claim), &seed, &mebibytes];
-    kubectl.apply(&pod(&name, node, claim, &command))?;
-    let phase = kubectl.wait(&format!("{name} to end"), START_DEADLINE, |kubectl| {
-        let phase = phase(kubectl, &name)?;
-        Ok(["Succeeded", "Failed"].contains(&phase.as_str()).then_some(phase))
-    })?;
-    let said = kubectl.run(&["logs", &name])?;
-    ensure!(phase == "Succeeded", "{name}: {said}");
-    delete_pod(kubectl, &name)
+fn worker(claim: &Claim<'_>) -> String {
+    format!("worker-{}", claim.name)
 }
 
 /// Starts a pod, and waits until it runs.
@@ -147,6 +147,10 @@ pub(super) fn phase(kubectl: &Kubectl, name: &str) -> Result<String> {
 /// Deletes a pod, and waits until it is gone.
 pub(super) fn delete_pod(kubectl: &Kubectl, name: &str) -> Result<()> {
     kubectl.run(&["delete", "pod", name, "--wait=false"])?;
+    wait_until_gone(kubectl, name)
+}
+
+fn wait_until_gone(kubectl: &Kubectl, name: &str) -> Result<()> {
     kubectl.wait(&format!("{name} to be gone"), END_DEADLINE, |kubectl| {
         let found = kubectl.run(&["get", "pod", name, "--ignore-not-found", "--output", "name"])?;
         Ok(found.trim().is_empty().then_some(()))

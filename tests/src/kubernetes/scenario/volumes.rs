@@ -9,17 +9,15 @@ use super::super::NODES;
 use super::super::cluster::Cluster;
 use super::super::kubectl::Kubectl;
 use super::Outcome;
-use super::pods::{Claim, DEVICE, Writer, check, claim, clean_up, fill};
+use super::pods::{Claim, DEVICE, Work, Writer, claim, clean_up, work};
 
 /// A claim's growth, a snapshot's making.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(180);
 
-/// A pod fills a volume on one node, another reads it on the other, and writes, and a third reads that on the first.
+/// A pod fills a volume on one node, another reads it on the other and writes, and a third reads that on the first.
 pub(super) fn moves(cluster: &mut Cluster) -> Result<Outcome> {
     let kubectl = cluster.namespace("moves")?;
-    for claim in [claim("ext", "volnode", "64Mi"), claim("xfs", "volnode-xfs", "320Mi")] {
-        back_and_forth(&kubectl, &claim)?;
-    }
+    back_and_forth(&kubectl, &[claim("ext", "volnode", "64Mi"), claim("xfs", "volnode-xfs", "320Mi")])?;
     clean_up(&kubectl)?;
     Ok(Outcome::default())
 }
@@ -27,17 +25,20 @@ pub(super) fn moves(cluster: &mut Cluster) -> Result<Outcome> {
 /// The same without a file system.
 pub(super) fn raw_block(cluster: &mut Cluster) -> Result<Outcome> {
     let kubectl = cluster.namespace("raw-block")?;
-    back_and_forth(&kubectl, &Claim { block: true, ..claim("raw", "volnode", "64Mi") })?;
+    back_and_forth(&kubectl, &[Claim { block: true, ..claim("raw", "volnode", "64Mi") }])?;
     clean_up(&kubectl)?;
     Ok(Outcome::default())
 }
 
-fn back_and_forth(kubectl: &Kubectl, claim: &Claim<'_>) -> Result<()> {
-    claim.make(kubectl)?;
-    fill(kubectl, NODES[0], claim, 1, 16)?;
-    check(kubectl, NODES[1], claim, 1, 16)?;
-    fill(kubectl, NODES[1], claim, 2, 16)?;
-    check(kubectl, NODES[0], claim, 2, 16)
+fn back_and_forth(kubectl: &Kubectl, claims: &[Claim<'_>]) -> Result<()> {
+    claims.iter().try_for_each(|claim| claim.make(kubectl))?;
+    for (node, finds, leaves) in
+        [(NODES[0], None, Some(1)), (NODES[1], Some(1), Some(2)), (NODES[0], Some(2), None)]
+    {
+        let works: Vec<Work<'_>> = claims.iter().map(|claim| Work { node, claim, finds, leaves }).collect();
+        work(kubectl, &works)?;
+    }
+    Ok(())
 }
 
 /// Two claims grow while pods write to them.
@@ -80,7 +81,7 @@ pub(super) fn copies(cluster: &mut Cluster) -> Result<Outcome> {
     let kubectl = cluster.namespace("copies")?;
     let source = claim("source", "volnode", "64Mi");
     source.make(&kubectl)?;
-    fill(&kubectl, NODES[0], &source, 1, 16)?;
+    work(&kubectl, &[Work { node: NODES[0], claim: &source, finds: None, leaves: Some(1) }])?;
     kubectl.apply(&json!({
         "apiVersion": "snapshot.storage.k8s.io/v1",
         "kind": "VolumeSnapshot",
@@ -91,18 +92,22 @@ pub(super) fn copies(cluster: &mut Cluster) -> Result<Outcome> {
         let snapshot = kubectl.get(&["volumesnapshot", "first"])?;
         Ok((snapshot["status"]["readyToUse"] == true).then_some(()))
     })?;
-    fill(&kubectl, NODES[1], &source, 2, 16)?;
+    work(&kubectl, &[Work { node: NODES[1], claim: &source, finds: Some(1), leaves: Some(2) }])?;
     let restored =
         Claim { source: Some(("VolumeSnapshot", "first")), ..claim("restored", "volnode", "64Mi") };
     let clone =
         Claim { source: Some(("PersistentVolumeClaim", "source")), ..claim("clone", "volnode", "128Mi") };
     restored.make(&kubectl)?;
     clone.make(&kubectl)?;
-    check(&kubectl, NODES[0], &restored, 1, 16)?;
-    check(&kubectl, NODES[1], &clone, 2, 16)?;
+    work(
+        &kubectl,
+        &[
+            Work { node: NODES[0], claim: &restored, finds: Some(1), leaves: Some(4) },
+            Work { node: NODES[1], claim: &clone, finds: Some(2), leaves: Some(3) },
+        ],
+    )?;
     // A copy is its own.
-    fill(&kubectl, NODES[0], &clone, 3, 16)?;
-    check(&kubectl, NODES[0], &source, 2, 16)?;
+    work(&kubectl, &[Work { node: NODES[0], claim: &source, finds: Some(2), leaves: None }])?;
     kubectl.run(&["delete", "volumesnapshot", "first"])?;
     clean_up(&kubectl)?;
     Ok(Outcome::default())
