@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use super::NODES;
 use super::kubectl::Kubectl;
+use super::names::NODES;
 use super::tools::Tools;
 use crate::lab::machine::vm::HOST_FROM_GUEST;
 use crate::lab::tool::{self, Running};

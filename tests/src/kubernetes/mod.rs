@@ -7,6 +7,7 @@ mod cluster;
 mod control_plane;
 mod images;
 mod kubectl;
+mod names;
 mod node;
 mod scenario;
 mod storage;
@@ -26,12 +27,6 @@ use self::tools::Tools;
 use crate::lab::machine::{kernels, packages};
 use crate::lab::workspace::{PROFILE, Workspace};
 use crate::lab::{interrupt, programs, progress};
-
-/// The nodes' names.
-const NODES: [&str; 2] = ["node-1", "node-2"];
-
-/// Where the chart is installed.
-const NAMESPACE: &str = "volnode";
 
 /// What of ours the cluster runs.
 const PROGRAMS: [&str; 5] = ["volserver", "volclient", "volctl", "volcsi", "block-writer"];

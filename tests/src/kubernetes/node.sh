@@ -16,7 +16,8 @@ hostname "$NODE"
 ip link set eth0 up
 ip address add "$ADDRESS/24" dev eth0
 ip route add default via 10.0.2.2
-for module in overlay br_netfilter veth bridge nf_tables nft_chain_nat nft_masq nft_nat ublk_drv; do
+# loop is kubelet's: it holds raw block volumes by a loop device.
+for module in overlay br_netfilter veth bridge nf_tables nft_chain_nat nft_masq nft_nat loop ublk_drv; do
     modprobe $module || echo "no module $module"
 done
 echo 1 > /proc/sys/net/ipv4/ip_forward

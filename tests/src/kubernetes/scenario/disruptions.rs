@@ -9,7 +9,7 @@ use testlab::seed;
 
 use super::super::cluster::{Cluster, is_true};
 use super::super::kubectl::Kubectl;
-use super::super::{NAMESPACE, NODES};
+use super::super::names::{NAMESPACE, NODES};
 use super::Outcome;
 use super::pods::{FILE, Work, Writer, claim, clean_up, delete_pod, phase, pod, work};
 use crate::lab::progress;

@@ -5,9 +5,9 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use super::super::NODES;
 use super::super::cluster::Cluster;
 use super::super::kubectl::Kubectl;
+use super::super::names::NODES;
 use super::Outcome;
 use super::pods::{Claim, DEVICE, Work, Writer, claim, clean_up, work};
 

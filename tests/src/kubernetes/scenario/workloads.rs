@@ -5,10 +5,10 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::super::NODES;
 use super::super::cluster::Cluster;
 use super::super::images::BOX;
 use super::super::kubectl::Kubectl;
+use super::super::names::NODES;
 use super::Outcome;
 use super::pods::{Claim, DEVICE, Writer, claim, clean_up, delete_pod, phase, pod, start};
 
