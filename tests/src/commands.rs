@@ -14,6 +14,7 @@ use testlab::image_contents::{self, IMAGES};
 use testlab::kernel_series::KernelSeries;
 use testlab::soak::Fault;
 
+use crate::kubernetes::{self, KubernetesOptions};
 use crate::lab::machine::anywhere::{self, PassThrough};
 use crate::lab::machine::boots::{self, BootsOptions};
 use crate::lab::machine::guest_command::GuestCommand;
@@ -165,6 +166,11 @@ pub(crate) fn guest_soak(guest: &GuestSoak) -> Result<u8> {
     println!("{report}");
     std::fs::remove_dir_all(&directory).context("the soak's directory")?;
     Ok(0)
+}
+
+/// Makes a Kubernetes, and lets things happen to it.
+pub(crate) fn kubernetes(options: &KubernetesOptions) -> Result<u8> {
+    kubernetes::run(&Workspace::locate()?, options)
 }
 
 /// Boots a machine under systemd, and shuts it down.

@@ -70,7 +70,10 @@ fn find(program: &str) -> Option<PathBuf> {
 }
 
 /// The paths of a program's libraries, its loader among them.
-fn libraries(program: &Path) -> Result<Vec<String>> {
+///
+/// # Errors
+/// ldd does not know the program, or a library is not on this machine.
+pub fn libraries(program: &Path) -> Result<Vec<String>> {
     let output = Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("cannot run ldd")?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success() && !said.contains("not found"), "ldd {}: {said}", program.display());

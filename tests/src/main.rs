@@ -7,6 +7,7 @@
 mod commands;
 mod cost_guest;
 mod demo;
+mod kubernetes;
 mod lab;
 mod scale_guest;
 mod zero_copy_guest;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use kubernetes::KubernetesOptions;
 use lab::machine::boots::BootsOptions;
 use lab::machine::vm::{ByteCopies, Processors};
 use lab::measure::bench_api::BenchApiOptions;
@@ -115,6 +117,8 @@ enum LabCommand {
     Fuzz(FuzzOptions),
     /// Kill, cut and upgrade at random under load, and believe nothing of what comes back
     Soak(SoakOptions),
+    /// A real Kubernetes with our chart: pods move, nodes die, programs are killed, and no byte is wrong
+    Kubernetes(KubernetesOptions),
     /// What an idle attachment costs, and an I/O beside up to 64 others
     Scale {
         /// Also update the tables in docs/performance.md
@@ -201,6 +205,7 @@ fn main() -> ExitCode {
         LabCommand::Images { directory } => commands::images(directory),
         LabCommand::Fresh(options) => commands::fresh(&options),
         LabCommand::Fuzz(options) => commands::fuzz(&options),
+        LabCommand::Kubernetes(options) => commands::kubernetes(&options),
         LabCommand::Scale { write } => commands::scale(write),
         LabCommand::GuestScale { part, programs } => scale_guest::run(part, &programs).map(|()| 0),
         LabCommand::ZeroCopy { write } => commands::zero_copy(write),

@@ -73,7 +73,7 @@ impl Shard {
     }
 
     /// True if what stands at `position` belongs to this share; everything belongs to exactly one.
-    fn has(self, position: usize) -> bool {
+    pub fn has(self, position: usize) -> bool {
         position % self.of as usize == self.index as usize - 1
     }
 }

@@ -15,6 +15,7 @@ pub mod blank;
 pub mod controller;
 pub mod disk_health;
 pub mod jobs;
+mod kubelet_authority;
 pub mod lock_file;
 pub mod mount_options;
 pub mod mountinfo;

@@ -22,10 +22,12 @@ use proto::csi::v1::node_server::NodeServer;
 use proto::csi::v1::{GetPluginInfoRequest, ProbeRequest};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::{Semaphore, watch};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Channel, Server};
 
 use super::controller::Controller;
+use super::kubelet_authority;
 use super::node::service::{NodeError, NodeOptions, NodeService};
 use super::services::{DRIVER_NAME, Plugin, Registrar};
 use super::socket::{SocketError, listen};
@@ -202,7 +204,9 @@ async fn register(registration: Option<(UnixListener, super::socket::SocketFile,
     let Some((listener, _socket, endpoint)) = registration else { return std::future::pending().await };
     let registrar = RegistrationServer::new(Registrar { endpoint });
     let serving = Server::builder().add_service(registrar);
-    match serving.serve_with_incoming(UnixListenerStream::new(listener)).await {
+    let connections =
+        UnixListenerStream::new(listener).map(|kubelet| kubelet.map(kubelet_authority::understood));
+    match serving.serve_with_incoming(connections).await {
         Ok(()) => ServeError::Grpc("no more connections of kubelet's".to_owned()),
         Err(error) => ServeError::Grpc(with_sources(&error)),
     }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
@@ -52,6 +53,54 @@ impl Plugin {
     async fn channel(&self, name: &str) -> Channel {
         let uri = format!("unix://{}", self.dir.join(name).display());
         Endpoint::from_shared(uri).unwrap().connect().await.unwrap()
+    }
+
+    /// Whether GetInfo is answered as kubelet calls it: with the socket's path as `:authority`, each slash as `%2F`, which no
+    /// client of ours can be made to send.
+    fn answers_kubelet_itself(&self) -> bool {
+        let mut connection = UnixStream::connect(self.dir.join("csi.volnode.io-reg.sock")).unwrap();
+        connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let field = |name: &str, value: &str| {
+            let strings =
+                [name, value].map(|text| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat());
+            [&[0][..], &strings.concat()].concat()
+        };
+        // `:method POST` and `:scheme http` are entries of HPACK's static table, and so are the names of `:authority` and `:path`.
+        let authority = "%2Fvar%2Flib%2Fkubelet%2Fplugins_registry%2Fcsi.volnode.io-reg.sock";
+        let path = "/pluginregistration.Registration/GetInfo";
+        let literal = |name: u8, value: &str| {
+            [&[0x40 | name, u8::try_from(value.len()).unwrap()], value.as_bytes()].concat()
+        };
+        let headers = [
+            vec![0x83, 0x86],
+            literal(1, authority),
+            literal(4, path),
+            field("content-type", "application/grpc"),
+            field("te", "trailers"),
+        ];
+        let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+            let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+            [&length[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+        };
+        let request = [
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+            frame(4, 0, 0, &[]),
+            frame(1, 0x4, 1, &headers.concat()),
+            frame(0, 0x1, 1, &[0; 5]),
+        ];
+        connection.write_all(&request.concat()).unwrap();
+        let (mut answer, mut buffer) = (Vec::new(), [0; 4096]);
+        while let Ok(read @ 1..) = connection.read(&mut buffer) {
+            answer.extend_from_slice(&buffer[..read]);
+            if answer.windows(HOST_SOCKET.len()).any(|window| window == HOST_SOCKET.as_bytes()) {
+                return true;
+            }
+            // RST_STREAM, as a frame of four bytes.
+            if answer.windows(5).any(|window| window == [0, 0, 4, 3, 0]) {
+                return false;
+            }
+        }
+        false
     }
 
     /// The log, once it has this: it is written by a thread of its own, after the answer.
@@ -119,6 +168,7 @@ async fn kubelet_finds_the_plugin_and_learns_who_the_node_is() {
         supported_versions: vec!["1.0.0".to_owned()],
     };
     assert_eq!(info, expected);
+    assert!(plugin.answers_kubelet_itself());
     let refused = RegistrationStatus { plugin_registered: false, error: "no such node".to_owned() };
     registration.notify_registration_status(refused).await.unwrap();
     plugin.log_with("no such node");

@@ -21,6 +21,10 @@ pub(crate) struct GuestCommand {
     /// More files for the share.
     files: Vec<(&'static str, &'static str)>,
     power_off_max: Duration,
+    /// See [`GuestCommand::sharing`].
+    shared: Option<PathBuf>,
+    /// See [`GuestCommand::reached_at`].
+    ports: Vec<u16>,
 }
 
 /// From the guest's `exit` to QEMU's end, where nothing has to be stopped.
@@ -41,7 +45,15 @@ impl GuestCommand {
         let passed =
             |name: &str| PASSED_PREFIXES.iter().any(|prefix| name.starts_with(prefix)) || name == "TERM";
         environment.extend(std::env::vars().filter(|(name, _)| passed(name)));
-        Ok(Self { words, directory, environment, files: Vec::new(), power_off_max: POWER_OFF_DEADLINE })
+        Ok(Self {
+            words,
+            directory,
+            environment,
+            files: Vec::new(),
+            power_off_max: POWER_OFF_DEADLINE,
+            shared: None,
+            ports: Vec::new(),
+        })
     }
 
     /// A script that runs in a machine of systemd's, with our units installed and `server` for their storage server.
@@ -87,6 +99,29 @@ impl GuestCommand {
     pub(crate) fn in_directory(mut self, directory: &Path) -> Self {
         self.directory = directory.to_owned();
         self
+    }
+
+    /// Shares a directory of this machine's with the guest, for writing on both sides: its tag is `exchange`, and QEMU writes
+    /// `qemu.pid` there.
+    pub(crate) fn sharing(mut self, directory: &Path) -> Self {
+        self.shared = Some(directory.to_owned());
+        self
+    }
+
+    /// What [`GuestCommand::sharing`] shares.
+    pub(crate) fn shared(&self) -> Option<&Path> {
+        self.shared.as_deref()
+    }
+
+    /// Has a TCP port of the guest's answer at the same port of this machine's loopback.
+    pub(crate) fn reached_at(mut self, port: u16) -> Self {
+        self.ports.push(port);
+        self
+    }
+
+    /// What [`GuestCommand::reached_at`] was told.
+    pub(crate) fn ports(&self) -> &[u16] {
+        &self.ports
     }
 
     /// Where it runs.

@@ -89,6 +89,13 @@ const PACKAGES: [Package; 32] = [
     Package::from("nbd-server", "nbd-server", "-V", (3, 24)),
 ];
 
+/// What containers run in. containerd itself is built with Kubernetes: Debian's is too old for it.
+const CONTAINER_RUNTIME: [Package; 3] = [
+    Package::any("runc", "runc"),
+    Package::any("containernetworking-plugins", "/usr/lib/cni/bridge"),
+    Package::any("nftables", "nft"),
+];
+
 /// How programs call the API that have no code of ours, from Go's modules.
 const GRPCURL: GoProgram =
     GoProgram { name: "grpcurl", package: "github.com/fullstorydev/grpcurl/cmd/grpcurl", version: "v1.9.3" };
@@ -220,6 +227,14 @@ pub(crate) fn ensure_udev(workspace: &Workspace) -> Result<()> {
 /// As [`ensure_installed`].
 pub(crate) fn ensure_ansible(workspace: &Workspace) -> Result<()> {
     ensure(workspace, std::iter::once(&Package::any("ansible-core", "ansible-playbook")))
+}
+
+/// Makes sure of what nodes of Kubernetes start containers with, which only `cargo lab kubernetes` needs.
+///
+/// # Errors
+/// As [`ensure_installed`].
+pub(crate) fn ensure_container_runtime(workspace: &Workspace) -> Result<()> {
+    ensure(workspace, CONTAINER_RUNTIME.iter())
 }
 
 /// Makes sure of debootstrap, which only `cargo lab fresh` needs.

@@ -264,7 +264,7 @@ impl Vm {
         }
         let booting = Some(Step::begin(&format!("booting Linux {} in an emulated machine", kernel.release)));
         let started = Instant::now();
-        let mut qemu = qemu_command(kernel, &initramfs, directory.path(), terminal, processors)?;
+        let mut qemu = qemu_command(kernel, &initramfs, directory.path(), terminal, processors, command)?;
         let qemu = qemu.spawn().context("cannot run QEMU")?;
         let boot_deadline = match processors {
             Processors::Two => BOOT_DEADLINE,
@@ -501,6 +501,7 @@ fn qemu_command(
     directory: &Path,
     terminal: Terminal,
     processors: Processors,
+    guest: &GuestCommand,
 ) -> Result<Command> {
     let file = |name: &str| directory.join(name).display().to_string();
     let mut command = tool::command("setpriv");
@@ -520,7 +521,10 @@ fn qemu_command(
     // A card's interrupts are counted, too. e1000 fetches data from wherever it lies; virtio's does only where the host's side knows
     // checksums, which a tap device does and the user-mode network does not.
     let card = match processors {
-        Processors::Two => "user,model=e1000".to_owned(),
+        Processors::Two => {
+            let forwards = guest.ports().iter().map(|port| format!(",hostfwd=tcp:127.0.0.1:{port}-:{port}"));
+            format!("user,model=e1000{}", forwards.collect::<String>())
+        }
         Processors::Counted(_) => "none".to_owned(),
         Processors::CountedWithCard => {
             format!("tap,ifname={TAP},script=no,downscript=no,model=virtio-net-pci")
@@ -546,6 +550,11 @@ fn qemu_command(
     command
         .arg("-virtfs")
         .arg(format!("local,path={share},mount_tag=lab,security_model=none,multidevs=remap"));
+    if let Some(shared) = guest.shared() {
+        let path = shared.display();
+        let share = format!("local,path={path},mount_tag=exchange,security_model=none,multidevs=remap");
+        command.arg("-virtfs").arg(share).arg("-pidfile").arg(shared.join("qemu.pid"));
+    }
     // The disk is scratch: nobody needs its writes on the host's disk, so flushes may cost nothing.
     let scratch = file("scratch.raw");
     let drive = format!("if=none,id=scratch,file={scratch},format=raw,cache=unsafe,discard=unmap");
