@@ -317,6 +317,26 @@ impl Catalog {
         marked.iter().map(|uid| uid.parse().map_err(|_| damaged())).collect()
     }
 
+    /// Says of these snapshots that their file systems were frozen; all of them, or, where one is not there any more, none. Which it was.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn mark_these_frozen(&self, snapshot_uids: &[Uuid]) -> Result<bool, CatalogError> {
+        let mut state = self.state();
+        let transaction = state.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        for uid in snapshot_uids {
+            let marked = transaction.execute(
+                "UPDATE snapshots SET is_frozen = 1 WHERE snapshot_uid = ?1 AND state IN ('creating', 'ready')",
+                [uid.to_string()],
+            )?;
+            if marked == 0 {
+                return Ok(false);
+            }
+        }
+        transaction.commit()?;
+        Ok(true)
+    }
+
     /// `creating` becomes `ready` for a whole group: the storage of all is there and durable.
     ///
     /// # Errors

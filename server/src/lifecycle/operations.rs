@@ -26,6 +26,10 @@ const KEPT_MAX: usize = 1000;
 pub(super) const TURNS: usize = 4;
 /// So many are under way or in line at most; each has a thread.
 const RUNNING_MAX: usize = 64;
+
+/// Calls that are carried out with another one: each is a write when that ends. The ids of more are not kept; their repetitions find
+/// what was made by its name.
+const JOINED_MAX: usize = 100;
 /// Between two looks whether an operation that waits for its turn was cancelled.
 const LINE_PAUSE: Duration = Duration::from_millis(100);
 
@@ -195,10 +199,12 @@ impl Operation {
         }
     }
 
-    /// Has another call carried out with it. False: what it makes is made, and the call is carried out at once.
+    /// Has another call carried out with it, once however often it is repeated, and not more than [`JOINED_MAX`] of them. False: what it
+    /// makes is made, and the call is carried out at once.
     pub(super) fn join(&self, request: &RequestKey) -> bool {
         let mut progress = self.progress();
-        if !progress.is_made {
+        let is_new = !progress.joined.contains(request);
+        if !progress.is_made && is_new && progress.joined.len() < JOINED_MAX {
             progress.joined.push(request.clone());
         }
         !progress.is_made

@@ -72,7 +72,7 @@ impl<D: DataSide> Lifecycle<D> {
         assert!(volume_names.iter().all(|name| locks.iter().any(|lock| lock.name() == name)));
         if let Some(subject) = self.carried_out()? {
             let made = uids(&subject);
-            let operation = self.operations.find(|operation| made.iter().any(|uid| operation.makes(*uid)));
+            let operation = self.operation_that_makes(&made);
             return Ok(Started { made, operation });
         }
         let volumes: Vec<VolumeRecord> =
@@ -152,10 +152,14 @@ impl<D: DataSide> Lifecycle<D> {
             return Err(SnapshotError::Exists { export_name: other.export_name(), why }.into());
         }
         let made: Vec<Uuid> = found.iter().map(|(snapshot, _)| snapshot.snapshot_uid).collect();
-        let makes_one = |operation: &Operation| made.iter().any(|uid| operation.makes(*uid));
-        let operation = self.operations.find(makes_one);
+        let operation = self.operation_that_makes(&made);
         self.join(operation.as_ref(), &subject(&made))?;
         Ok(Some(Started { made, operation }))
+    }
+
+    /// What makes one of these snapshots still.
+    pub fn operation_that_makes(&self, made: &[Uuid]) -> Option<Arc<Operation>> {
+        self.operations.find(|operation| made.iter().any(|uid| operation.makes(*uid)))
     }
 
     /// Says of the scope's snapshots of a freeze that it held to the end; and which they are.
@@ -169,6 +173,18 @@ impl<D: DataSide> Lifecycle<D> {
         }
         tracing::info!(%freeze_id, snapshots = marked.len(), "snapshots were taken of frozen file systems");
         Ok(marked)
+    }
+
+    /// Says of these snapshots that the freeze of their file systems held to the end.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`] where one is not there any more; the catalog's failure.
+    pub fn mark_these_frozen(&self, made: &[Uuid]) -> Result<(), LifecycleError> {
+        if !self.catalog.mark_these_frozen(made)? {
+            return Err(SnapshotError::NotFound("that was to be called frozen".to_owned()).into());
+        }
+        tracing::info!(snapshots = made.len(), "snapshots were taken of frozen file systems");
+        Ok(())
     }
 
     /// The snapshots whose volumes nobody had written to at the instant. Asked behind it: whoever writes says so first, durably.

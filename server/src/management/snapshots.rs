@@ -105,7 +105,7 @@ impl<D: DataSide> ManagementService<D> {
             }
         };
         let Started { made, operation } = self.start(volume_names, freeze_id.is_some(), begin).await?;
-        self.snapshots_made(made, operation).await
+        self.snapshots_made(scope, made, operation).await
     }
 
     /// The volumes that are asked for, each once, and their names.
@@ -126,6 +126,7 @@ impl<D: DataSide> ManagementService<D> {
     /// The answer of a call that has taken them.
     pub(super) async fn snapshots_made(
         &self,
+        scope: Scope,
         made: Vec<Uuid>,
         operation: Option<Arc<Operation>>,
     ) -> Result<v1::CreateSnapshotResponse, Status> {

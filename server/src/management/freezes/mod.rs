@@ -289,11 +289,17 @@ impl<D: DataSide> ManagementService<D> {
         let plan = {
             let (names, name) = (volume_names.clone(), name.clone());
             move |lifecycle: &Lifecycle<D>, locks: &[NameLock]| {
-                Ok(Started { made: lifecycle.freeze_plan(locks, &names, &name)?, operation: None })
+                let plan = lifecycle.freeze_plan(locks, &names, &name)?;
+                let operation = match &plan {
+                    FreezePlan::There(made) => lifecycle.operation_that_makes(made),
+                    FreezePlan::Freeze(_) => None,
+                };
+                Ok(Started { made: plan, operation })
             }
         };
-        let parts = match self.begin_in_turn(&volume_names, TURN_WAIT_MAX, plan).await?.made {
-            FreezePlan::There(made) => return self.snapshots_made(made, None).await,
+        let planned = self.begin_in_turn(&volume_names, TURN_WAIT_MAX, plan).await?;
+        let parts = match planned.made {
+            FreezePlan::There(made) => return self.snapshots_made(scope, made, planned.operation).await,
             FreezePlan::Freeze(parts) => parts,
         };
         let asked = self.calls.freezes.ask(freeze_id, &parts).await;
@@ -305,7 +311,10 @@ impl<D: DataSide> ManagementService<D> {
                 volumes.iter().try_for_each(|volume| volume.check(lifecycle))?;
                 // Whoever has the volumes now is who was asked.
                 match lifecycle.freeze_plan(locks, &names, &name)? {
-                    FreezePlan::There(made) => Ok(Started { made: (made, false), operation: None }),
+                    FreezePlan::There(made) => {
+                        let operation = lifecycle.operation_that_makes(&made);
+                        Ok(Started { made: (made, false), operation })
+                    }
                     FreezePlan::Freeze(now) if now != parts => Err(FreezeError::Moved.into()),
                     FreezePlan::Freeze(_) => {
                         let taken = lifecycle.create_snapshots(locks, &names, &name, Some(freeze_id))?;
@@ -322,22 +331,16 @@ impl<D: DataSide> ManagementService<D> {
             if let Err(given_up) = held {
                 return Err(self.discard(made, given_up).await?);
             }
-            self.call_frozen(scope, freeze_id, operation.as_deref()).await?;
+            self.call_frozen(made.clone(), operation.as_deref()).await?;
         }
-        self.snapshots_made(made, operation).await
+        self.snapshots_made(scope, made, operation).await
     }
 
     /// Says of the snapshots that they are of frozen file systems, unless there are none any more: then, why.
-    async fn call_frozen(
-        &self,
-        scope: Scope,
-        freeze_id: Uuid,
-        operation: Option<&Operation>,
-    ) -> Result<(), Status> {
-        let marked =
-            self.outcome(&self.calls.permits, move |lifecycle| lifecycle.mark_frozen(&scope, freeze_id));
+    async fn call_frozen(&self, made: Vec<Uuid>, operation: Option<&Operation>) -> Result<(), Status> {
+        let marked = self.outcome(&self.calls.permits, move |lifecycle| lifecycle.mark_these_frozen(&made));
         match (marked.await?, operation.and_then(Operation::end)) {
-            (Ok(_), _) => Ok(()),
+            (Ok(()), _) => Ok(()),
             (Err(LifecycleError::Snapshot(SnapshotError::NotFound(_))), Some(Err(error))) => {
                 Err(status::from_lifecycle(&error))
             }
