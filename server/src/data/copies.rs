@@ -44,6 +44,9 @@ pub struct Copies {
     running: Mutex<Running>,
 }
 
+/// Volumes that are open, so that they can [hold](Copies::hold_all) at once.
+pub struct OpenedVolumes(Vec<HeldVolume>);
+
 /// Volumes that hold every change, until this is dropped: then what waited goes on. They stay open until then.
 #[must_use = "they hold as long as this is there"]
 pub struct HeldVolumes(Vec<HeldVolume>);
@@ -57,6 +60,12 @@ impl HeldVolumes {
     /// Nothing waits any more.
     pub fn release(&self) {
         self.0.iter().for_each(HeldVolume::release);
+    }
+}
+
+impl std::fmt::Debug for OpenedVolumes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("OpenedVolumes").field(&self.0.len()).finish()
     }
 }
 
@@ -122,18 +131,24 @@ impl Copies {
         self.go(sources, descriptors)
     }
 
-    /// Has volumes hold every change until what this gives is dropped: the instant of copies that somebody else makes.
+    /// Opens volumes that are to hold: that may take its time, and calls of their backend.
     ///
     /// # Errors
-    /// [`CopyError`]; none of them holds any more.
-    pub fn hold_all(
+    /// [`CopyError`]
+    pub fn open_all(
         &self,
         volumes: &[VolumeRecord],
         open: impl Fn(Uuid) -> Result<Arc<Volume>, CopyError>,
-    ) -> Result<HeldVolumes, CopyError> {
-        // Opening may take its time, and is over before any of them holds.
-        let held =
-            volumes.iter().map(|record| self.hold_open(record, &open)).collect::<Result<Vec<_>, _>>()?;
+    ) -> Result<OpenedVolumes, CopyError> {
+        let opened = volumes.iter().map(|record| self.hold_open(record, &open));
+        opened.collect::<Result<_, _>>().map(OpenedVolumes)
+    }
+
+    /// Has volumes hold every change until what this gives is dropped: the instant of copies that somebody else makes. Calls no backend.
+    ///
+    /// # Errors
+    /// [`CopyError`]; none of them holds any more.
+    pub fn hold_all(&self, OpenedVolumes(held): OpenedVolumes) -> Result<HeldVolumes, CopyError> {
         let sources: Vec<_> =
             held.iter().map(|held| (held.volume().map(Arc::clone), Arc::clone(held.map()))).collect();
         self.begin_plan(&sources)?;

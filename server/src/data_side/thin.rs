@@ -204,7 +204,9 @@ impl ServedData {
             held.release();
             if held.have_lost_writes() { Err(CopyError::SourceLostWrites) } else { Ok(()) }
         };
-        lvm.copy_together(&copies, || self.server.hold_volumes(&volumes), release)?;
+        // Before LVM's turn is taken: opening calls LVM.
+        let opened = self.server.open_volumes(&volumes)?;
+        lvm.copy_together(&copies, || self.server.hold_volumes(opened), release)?;
         Ok(ended(wanted.iter().map(|wanted| wanted.capacity_bytes).sum()))
     }
 

@@ -4,6 +4,7 @@
 //! volumes locked; the rest goes on in an operation's thread, which needs no lock: a row `creating` belongs to the operation that
 //! makes it. Called by `management/`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;

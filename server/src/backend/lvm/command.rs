@@ -112,19 +112,27 @@ pub struct Call {
     pub args: Vec<String>,
     /// How long it may take.
     pub limit: Duration,
+    /// It only reads what nobody changes: it may be killed, and then its end is waited for.
+    pub only_reads: bool,
 }
 
 impl Call {
     fn new(limit: Duration, args: &[&str]) -> Self {
         let program = "lvm";
-        let [tool, rest @ ..] = args else { return Self { program, args: Vec::new(), limit } };
+        let [tool, rest @ ..] = args else {
+            return Self { program, args: Vec::new(), limit, only_reads: false };
+        };
         let config = ["--config", CONFIG];
         let args = std::iter::once(tool).chain(&config).chain(rest);
-        Self { program, args: args.map(|arg| (*arg).to_owned()).collect(), limit }
+        Self { program, args: args.map(|arg| (*arg).to_owned()).collect(), limit, only_reads: false }
     }
 
     fn beside(program: &'static str, limit: Duration, args: &[&str]) -> Self {
-        Self { program, args: args.iter().map(|arg| (*arg).to_owned()).collect(), limit }
+        Self { program, args: args.iter().map(|arg| (*arg).to_owned()).collect(), limit, only_reads: false }
+    }
+
+    fn reading(self) -> Self {
+        Self { only_reads: true, ..self }
     }
 
     /// What it is called in messages.
@@ -180,14 +188,14 @@ impl PoolName {
     /// The mappings of a thin volume, as XML, of the metadata that are kept.
     pub fn dump(&self, thin_id: u32) -> Call {
         let (thin_id, path) = (thin_id.to_string(), self.metadata_path());
-        Call::beside("thin_dump", READ_LIMIT, &["--metadata-snap", "--dev-id", &thin_id, &path])
+        Call::beside("thin_dump", READ_LIMIT, &["--metadata-snap", "--dev-id", &thin_id, &path]).reading()
     }
 
     /// What each thin volume has alone, in bytes, of the metadata that are kept.
     pub fn list_exclusive(&self) -> Call {
         let path = self.metadata_path();
         let args = ["--metadata-snap", "--no-headers", "--format", "DEV,EXCLUSIVE_BYTES", &path];
-        Call::beside("thin_ls", READ_LIMIT, &args)
+        Call::beside("thin_ls", READ_LIMIT, &args).reading()
     }
 
     /// What the pool is, and how full.

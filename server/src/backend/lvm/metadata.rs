@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
@@ -21,6 +21,9 @@ use super::tool::{RunTools, lock};
 
 /// In the data directory, while the server has the pool keep its metadata. It has the pool's name.
 const MARK_FILE_NAME: &str = "thin-metadata-kept";
+
+/// What reading takes at least: with less left it is not begun.
+const READ_LEAST: Duration = Duration::from_secs(2);
 
 /// Whose turn it is to read.
 #[derive(Debug, Default)]
@@ -115,6 +118,9 @@ impl Metadata {
         work: impl FnOnce() -> Result<T, LvmError>,
     ) -> Result<T, LvmError> {
         let _turn = self.reading.turn(deadline).ok_or(LvmError::Reading)?;
+        if deadline.saturating_duration_since(Instant::now()) < READ_LEAST {
+            return Err(LvmError::Reading);
+        }
         self.release_left(tools, pool)?;
         self.set_mark(pool).map_err(|source| LvmError::Mark { path: self.mark.clone(), source })?;
         let done = match tools.run(&pool.keep_metadata(true)) {
@@ -134,6 +140,17 @@ impl Metadata {
             }
         }
         done
+    }
+
+    /// Has the pool let go of what a former call could not make it let go of, unless somebody reads now.
+    ///
+    /// # Errors
+    /// A tool's; the mark cannot be read.
+    pub(super) fn release_unread(&self, tools: &dyn RunTools, pool: &PoolName) -> Result<(), LvmError> {
+        match self.reading.turn(Instant::now()) {
+            Some(_turn) => self.release_left(tools, pool),
+            None => Ok(()),
+        }
     }
 
     /// Has the pool let go of what a former call or process of this server had it keep.
@@ -177,12 +194,10 @@ fn is_kept(status: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
-    use std::time::Duration;
-
     use super::*;
     use crate::backend::lvm::command::Call;
     use crate::backend::lvm::tool::{TakeLine, ToolError};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     /// A pool of which only the metadata are asked.
     #[derive(Debug, Default)]

@@ -224,8 +224,8 @@ impl Lvm {
     }
 
     /// Makes copies of volumes, each as large as its source, one after the other while `hold` has nobody write to any of them: they are of one
-    /// instant. The hold begins when LVM is at work at nothing else of this server's, and ends before this returns. After an error there is
-    /// none of them.
+    /// instant. The hold begins when LVM is at work at nothing else of this server's, so `hold` must call nothing of this; it ends before
+    /// this returns. After an error there is none of them.
     ///
     /// # Errors
     /// [`LvmError::Missing`], [`LvmError::TooSlow`]; a tool's; that of `hold`.
@@ -484,6 +484,9 @@ impl Lvm {
             if let Err(error) = self.change(&self.pool.error_when_full()) {
                 error!(pool = %self.pool, %error, "writes wait when the thin pool is full");
             }
+        }
+        if let Err(error) = self.metadata.release_unread(self.tools.as_ref(), &self.pool) {
+            warn!(pool = %self.pool, %error, "the thin pool still keeps a copy of its metadata");
         }
         let step = step_of(state.fill);
         let told = std::mem::replace(&mut *lock(&self.warned), step);

@@ -1,6 +1,6 @@
 //! Running LVM's tools: with a limit of time, and nothing of our environment.
 //!
-//! A tool that takes too long is asked to end (SIGTERM), never killed: LVM holds signals back while devices are suspended, and one that
+//! A tool that takes too long is asked to end (SIGTERM), never killed, unless it only reads: LVM holds signals back while devices are suspended, and one that
 //! died there would leave them so, with all I/O waiting. Whoever called goes on with an error; the tool is waited for on its own thread.
 //! Until it has ended no other is started: each would wait for the same.
 
@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -82,6 +83,9 @@ impl ToolError {
     }
 }
 
+/// From a signal to the end of a tool that only reads.
+const READER_END_MAX: Duration = Duration::from_secs(5);
+
 /// The tools that one server runs.
 #[derive(Debug, Default)]
 pub(super) struct Tools {
@@ -142,8 +146,15 @@ impl RunTools for Tools {
             if let Some(it) = lock(&self.running).iter_mut().find(|it| it.process_id == process_id) {
                 it.over_seconds = Some(seconds);
             }
-            if let Some(process) = process {
-                let _ = pidfd_send_signal(process, Signal::TERM);
+            let end_it = |signal| {
+                if let Some(process) = &process {
+                    let _ = pidfd_send_signal(process, signal);
+                }
+                call.only_reads && ended.recv_timeout(READER_END_MAX).is_ok()
+            };
+            // Of what only reads the end is waited for: else it would keep others from the group.
+            if !end_it(Signal::TERM) && call.only_reads {
+                end_it(Signal::KILL);
             }
             return Err(ToolError::TimedOut { tool, seconds });
         };
@@ -199,12 +210,12 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use super::*;
 
     fn shell(script: &str, limit: Duration) -> Call {
-        Call { program: "sh", args: vec!["-c".to_owned(), script.to_owned()], limit }
+        Call { program: "sh", args: vec!["-c".to_owned(), script.to_owned()], limit, only_reads: false }
     }
 
     #[test]
@@ -240,5 +251,15 @@ mod tests {
             assert!(began.elapsed() < long, "it has ended");
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    #[test]
+    fn a_tool_that_only_reads_is_ended_and_is_in_nobodys_way() {
+        let tools = Tools::default();
+        let endless = shell("trap '' TERM; while :; do sleep 0.05; done", Duration::from_millis(200));
+        let late = tools.run(&Call { only_reads: true, ..endless }).unwrap_err();
+        assert!(matches!(late, ToolError::TimedOut { .. }), "{late}");
+        assert_eq!(lock(&tools.running).len(), 0);
+        assert_eq!(tools.run(&shell("echo it", Duration::from_secs(60))).unwrap(), "it\n");
     }
 }

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::DataServer;
 use crate::backend::extent_map::FileMap;
 use crate::catalog::VolumeRecord;
-use crate::data::copies::HeldVolumes;
+use crate::data::copies::{HeldVolumes, OpenedVolumes};
 use crate::data::gate::{FenceError, GateMessage};
 use crate::data::maps::Compared;
 use crate::volume::Volume;
@@ -40,13 +40,21 @@ impl DataServer {
         self.copies.maps().of_snapshot(snapshot_uid, capacity_bytes)
     }
 
+    /// Opens volumes that are to hold: see [`Copies::open_all`](crate::data::copies::Copies::open_all).
+    ///
+    /// # Errors
+    /// [`CopyError`]
+    pub fn open_volumes(&self, volumes: &[VolumeRecord]) -> Result<OpenedVolumes, CopyError> {
+        self.copies.open_all(volumes, |volume_uid| self.open_to_copy(volume_uid))
+    }
+
     /// Has volumes hold every change until what this gives is dropped: see
     /// [`Copies::hold_all`](crate::data::copies::Copies::hold_all).
     ///
     /// # Errors
     /// [`CopyError`]; none of them holds any more.
-    pub fn hold_volumes(&self, volumes: &[VolumeRecord]) -> Result<HeldVolumes, CopyError> {
-        self.copies.hold_all(volumes, |volume_uid| self.open_to_copy(volume_uid))
+    pub fn hold_volumes(&self, opened: OpenedVolumes) -> Result<HeldVolumes, CopyError> {
+        self.copies.hold_all(opened)
     }
 
     /// Has the gate open a volume to be copied.
