@@ -76,8 +76,11 @@ impl ExtentMap for MapToRead {
     }
 }
 
+/// A volume, and what is copied to what of it.
+type VolumeCopy = (VolumeRecord, (Thin, Thin));
+
 /// The volumes, all in the pool, and what is to be copied for each.
-fn of_one_instant(wanted: &[CopyWanted]) -> Result<Vec<(VolumeRecord, (Thin, Thin))>, CopyError> {
+fn of_one_instant(wanted: &[CopyWanted]) -> Result<Vec<VolumeCopy>, CopyError> {
     let mut copies = Vec::new();
     for wanted in wanted {
         let of_volume = match &wanted.source {

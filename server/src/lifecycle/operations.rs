@@ -475,7 +475,7 @@ mod tests {
         let request =
             RequestKey { request_id: Uuid::from_u128(1), scope: String::new(), fingerprint: String::new() };
         assert!(operation.join(&request));
-        assert_eq!(operation.made(), [request.clone()]);
+        assert_eq!(operation.made(), std::slice::from_ref(&request));
         assert!(!operation.join(&request) && operation.made().is_empty());
     }
 

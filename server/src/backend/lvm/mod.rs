@@ -698,7 +698,7 @@ mod tests {
                 is_held.store(false, Ordering::SeqCst);
                 Ok(())
             };
-            let copying = scope.spawn(move || lvm.copy_together(&copies, hold, release));
+            let copying = scope.spawn(move || lvm.copy_together(copies, hold, release));
             std::thread::sleep(Duration::from_millis(100));
             assert!(!is_held.load(Ordering::SeqCst), "writes wait for a call that is not theirs");
             go_on.send(()).unwrap();
