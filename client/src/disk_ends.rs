@@ -9,7 +9,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use crate::csi::blank::Ends;
@@ -71,8 +71,9 @@ pub fn look(disk: &Path) -> io::Result<Found> {
 /// # Errors
 /// The disk's.
 pub fn erase(disk: &Path) -> io::Result<()> {
-    // None is made where there is no disk.
-    probe::erase_ends(&OpenOptions::new().read(true).write(true).open(disk)?)
+    // None is made where there is no disk. One that is mounted, or that something else has for itself, is not erased.
+    let alone = rustix::fs::OFlags::EXCL.bits().cast_signed();
+    probe::erase_ends(&OpenOptions::new().read(true).write(true).custom_flags(alone).open(disk)?)
 }
 
 #[cfg(test)]

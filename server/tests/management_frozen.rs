@@ -187,11 +187,11 @@ async fn a_snapshot_is_called_frozen_when_the_node_says_that_it_was_to_the_end()
         let (taken, asked) = tokio::join!(
             async {
                 tokio::time::sleep(Duration::from_millis(300)).await;
-                bench.take(&["vol-1"], "s")
+                (bench.take(&["vol-1"], "s"),)
             },
             node.is_asked(1)
         );
-        (taken, asked)
+        (taken.0, asked)
     };
     assert_eq!(node.is_asked(1).await, freeze_id, "the first answer may have been lost");
     assert_eq!(other.says_at_once(&[]).await, [], "it is not that node's");

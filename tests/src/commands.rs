@@ -122,7 +122,7 @@ pub(crate) fn zero_copy(write: bool) -> Result<u8> {
 /// Makes the images of `deploy/kubernetes`.
 pub(crate) fn images(directory: Option<PathBuf>) -> Result<u8> {
     let workspace = Workspace::locate()?;
-    programs::build(&workspace, "release", &IMAGES)?;
+    programs::build(&workspace, "release", &[&IMAGES[..], &["volctl"]].concat())?;
     let directory = directory.unwrap_or_else(|| workspace.target.join("images"));
     std::fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
     for program in IMAGES {

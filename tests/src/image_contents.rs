@@ -44,6 +44,12 @@ pub fn image(program: &str, programs: &Path) -> Result<Image> {
     entries.insert("etc/mtab".to_owned(), Entry::Link("../proc/self/mounts".to_owned()));
     let entry_point = format!("/usr/local/bin/{program}");
     let mut found = vec![(entry_point.clone(), own)];
+    if program == "volclient" {
+        // For `kubectl exec`: hosts without systemd may have no place for it.
+        let volctl = programs.join("volctl");
+        ensure!(volctl.is_file(), "{} is not built", volctl.display());
+        found.push(("/usr/local/bin/volctl".to_owned(), volctl));
+    }
     if program == "volcsi" {
         for (name, package) in FILE_SYSTEM_PROGRAMS {
             let path = find(name).with_context(|| format!("no {name}: install {package}"))?;

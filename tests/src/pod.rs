@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use rustix::mount::{
-    MountPropagationFlags, UnmountFlags, mount_bind, mount_change, mount_recursive_bind, unmount,
+    MountPropagationFlags, UnmountFlags, mount_bind, mount_change, mount_bind_recursive, unmount,
 };
 use rustix::process::{chdir, pivot_root};
 use rustix::thread::UnshareFlags;
@@ -70,7 +70,7 @@ impl Pod {
             mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
             mount_bind(&root, &root)?;
             for path in &shown {
-                mount_recursive_bind(path, within(&root, path))?;
+                mount_bind_recursive(path, within(&root, path))?;
             }
             chdir(&root)?;
             pivot_root(".", ".")?;

@@ -4,7 +4,7 @@
 //!   DIRECTORY/program-HASH/usr/local/bin/volclient, its libraries, and an empty directory for each mount
 //!   DIRECTORY/etc/resolv.conf, hosts, ...: one for all versions, so that a new daemon renews them for old processes
 //! ```
-//! Invariants: a root has its name when it is whole, and what is in it never changes, for processes run from it. The files of
+//! Invariants: a root has its name while it is whole, which each daemon looks at, and what is in it never changes, for processes run from it. The files of
 //! `etc` are replaced, never written into. Called by: `PodExit::prepare`, under the lock of the run directory.
 
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ const LOADERS: [&str; 2] = ["/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch6
 /// By what the C library looks names up.
 const NAME_FILES: [&str; 5] = ["resolv.conf", "hosts", "nsswitch.conf", "host.conf", "gai.conf"];
 const PREFIX: &str = "program-";
-/// A root that is being made.
+/// A root that is being made, or removed.
 const UNFINISHED: &str = "unfinished";
 
 /// What was made.
@@ -69,15 +69,23 @@ fn make_of(
     names: &Path,
 ) -> Result<Made, PodExitError> {
     make_directory(directory)?;
-    let root = directory.join(format!("{PREFIX}{}", hash(files)?));
+    let hashed = hash(files)?;
+    let root = directory.join(format!("{PREFIX}{hashed}"));
+    let unfinished = directory.join(UNFINISHED);
+    remove_all(&unfinished)?;
+    if root.is_dir() && !is_whole(&root, files, &hashed) {
+        tracing::warn!(root = %root.display(), "its files are not what they were: it is made anew");
+        remove_root(directory, &root).map_err(PodExitError::io(&root))?;
+    }
     if !root.is_dir() {
-        let unfinished = directory.join(UNFINISHED);
-        remove_all(&unfinished)?;
         for (to, from) in files {
             let to = below(&unfinished, to);
             make_directory(to.parent().unwrap_or(&unfinished))?;
             fs::copy(from, &to).map_err(PodExitError::io(from))?;
         }
+        // The name outlives a power cut, and so does what bears it.
+        let opened = File::open(directory).map_err(PodExitError::io(directory))?;
+        rustix::fs::syncfs(&opened).map_err(|errno| PodExitError::io(directory)(errno.into()))?;
         fs::rename(&unfinished, &root).map_err(PodExitError::io(&root))?;
     }
     let etc = directory.join("etc");
@@ -90,6 +98,22 @@ fn make_of(
         make_directory(&place(&root, &etc, path))?;
     }
     Ok(Made { root, etc })
+}
+
+/// Whether all files of a root are there as they were when it was made.
+fn is_whole(root: &Path, files: &BTreeMap<PathBuf, PathBuf>, hashed: &str) -> bool {
+    let in_root = files.keys().map(|to| (to.clone(), below(root, to))).collect();
+    hash(&in_root).is_ok_and(|found| found == hashed)
+}
+
+/// Removes a root, which has its name no longer when the first of its files goes.
+fn remove_root(directory: &Path, root: &Path) -> io::Result<()> {
+    let unfinished = directory.join(UNFINISHED);
+    match fs::remove_dir_all(&unfinished) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => fs::rename(root, &unfinished)?,
+    }
+    fs::remove_dir_all(&unfinished)
 }
 
 /// Where a path is, with this root and this `/etc`.
@@ -151,7 +175,7 @@ pub fn remove_unused(directory: &Path, own: &Path) {
             let (path, metadata) = (entry.path(), entry.metadata()?);
             let is_root = entry.file_name().to_string_lossy().starts_with(PREFIX);
             if is_root && path != own && !used.contains(&(metadata.dev(), metadata.ino())) {
-                fs::remove_dir_all(&path)?;
+                remove_root(directory, &path)?;
                 tracing::info!(root = %path.display(), "no device process runs in it any more: removed");
             }
         }

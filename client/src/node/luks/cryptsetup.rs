@@ -284,6 +284,14 @@ impl Subject<'_> {
         std::future::pending().await
     }
 
+    /// Waits until nothing that a former call began is at work on the disk any more.
+    ///
+    /// # Errors
+    /// [`NodeError::TimedOut`]
+    pub async fn settled(&self) -> Result<(), NodeError> {
+        self.lock(LOCK_DEADLINE).await.map(drop)
+    }
+
     /// The lock's file, empty.
     async fn lock(&self, deadline: Duration) -> Result<File, NodeError> {
         let path = lock_path(self.dir);

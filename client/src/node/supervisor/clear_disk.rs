@@ -137,6 +137,8 @@ impl Supervisor {
             return Err(NodeError::NoCryptsetup);
         }
         let subject = subject(record);
+        // A former call's erasing, which outlives the daemon, must not find what the disk's user writes after this.
+        subject.settled().await?;
         let mut view = View {
             is_read_only: record.spec.read_only,
             has_passphrase: unlock.passphrase.is_some(),
