@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use rustix::mount::{
-    MountPropagationFlags, UnmountFlags, mount_bind, mount_change, mount_bind_recursive, unmount,
+    MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, unmount,
 };
 use rustix::process::{chdir, pivot_root};
 use rustix::thread::UnshareFlags;

@@ -133,8 +133,6 @@ impl Cluster {
 
     fn install(&mut self) -> Result<()> {
         self.install_definitions()?;
-        self.install_chart()?;
-        self.steps.done("the definitions of snapshots and the chart are installed");
         let kubectl = self.kubectl.clone();
         for index in 0..self.nodes.len() {
             let name = self.nodes[index].name.clone();
@@ -144,6 +142,13 @@ impl Cluster {
             })?;
             self.steps.done(&format!("{name} is ready"));
         }
+        // Before the chart: kubelet tries again ever more seldom where an image is not there.
+        for node in &mut self.nodes {
+            node.wait_for_images(CHART_DEADLINE)?;
+        }
+        self.steps.done("both nodes have the images");
+        self.install_chart()?;
+        self.steps.done("the chart is installed");
         self.wait_for_chart()
     }
 

@@ -89,6 +89,8 @@ pub(crate) fn run(workspace: &Workspace, options: &KubernetesOptions) -> Result<
         if let Err(error) = &outcome {
             println!("FAILED {}: {error:#}", scenario.name);
             println!("logs are in {}", cluster.keep_logs(workspace));
+            // What it leaves is not for the others to find. There may be none.
+            let _ = cluster.kubectl.run(&["delete", "namespace", scenario.name, "--wait=false"]);
         }
         let row = row(scenario, &outcome, began.elapsed());
         println!("{row}");

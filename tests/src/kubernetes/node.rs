@@ -106,6 +106,15 @@ impl Node {
         Ok(())
     }
 
+    /// Waits until the node has all images.
+    ///
+    /// # Errors
+    /// It has not in time.
+    pub(super) fn wait_for_images(&mut self, deadline: Duration) -> Result<()> {
+        // It does what it is asked for once it has them.
+        self.run("true", deadline).map(drop)
+    }
+
     /// Has the node run lines of bash, which know the functions of `node.sh`, and gives what they printed.
     ///
     /// # Errors
