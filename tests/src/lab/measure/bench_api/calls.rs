@@ -49,12 +49,12 @@ async fn looks(load: &Load, plan: Plan) -> Result<Vec<Row>> {
 
 /// Every page of a list by its token; walked once, so that the calls that are measured take pages from all of it.
 macro_rules! pages {
-    ($load:expr, $plan:expr, $name:literal, $method:ident, $request:ident) => {{
+    ($load:expr, $plan:expr, $name:literal, $method:ident, $request:ident $(, $rest:expr)?) => {{
         let mut tokens = vec![String::new()];
         let mut client = $load.client();
         loop {
             let page_token = tokens[tokens.len() - 1].clone();
-            let request = v1::$request { page_size: PAGE_SIZE, page_token, ..Default::default() };
+            let request = v1::$request { page_size: PAGE_SIZE, page_token, $(..$rest)? };
             let next = client.$method(request).await?.into_inner().next_page_token;
             if next.is_empty() {
                 break;
@@ -65,7 +65,7 @@ macro_rules! pages {
         let page = $load.calls($name, $plan.calls, move |mut client: Client, number| {
             let page_token = tokens[number % tokens.len()].clone();
             async move {
-                let request = v1::$request { page_size: PAGE_SIZE, page_token, ..Default::default() };
+                let request = v1::$request { page_size: PAGE_SIZE, page_token, $(..$rest)? };
                 client.$method(request).await.map(drop)
             }
         });
@@ -75,10 +75,24 @@ macro_rules! pages {
 
 async fn lists(load: &Load, plan: Plan) -> Result<Vec<Row>> {
     let mut rows = vec![
-        pages!(load, plan, "ListVolumes, pages of 100", list_volumes, ListVolumesRequest),
-        pages!(load, plan, "ListSnapshots, pages of 100", list_snapshots, ListSnapshotsRequest),
-        pages!(load, plan, "ListAttachments, pages of 100", list_attachments, ListAttachmentsRequest),
-        pages!(load, plan, "ListGrants, pages of 100", list_grants, ListGrantsRequest),
+        pages!(load, plan, "ListVolumes, pages of 100", list_volumes, ListVolumesRequest, Default::default()),
+        pages!(
+            load,
+            plan,
+            "ListSnapshots, pages of 100",
+            list_snapshots,
+            ListSnapshotsRequest,
+            Default::default()
+        ),
+        pages!(
+            load,
+            plan,
+            "ListAttachments, pages of 100",
+            list_attachments,
+            ListAttachmentsRequest,
+            Default::default()
+        ),
+        pages!(load, plan, "ListGrants, pages of 100", list_grants, ListGrantsRequest, Default::default()),
         pages!(load, plan, "ListNodes, pages of 100", list_nodes, ListNodesRequest),
     ];
     let nodes = plan.nodes;
