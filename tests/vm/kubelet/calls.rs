@@ -79,10 +79,15 @@ impl Claim {
         self.bytes + GROWTH_BYTES
     }
 
-    /// So much the volume takes on the server, grown.
-    pub(super) fn grown_bytes_on_server(&self) -> i64 {
+    /// What the server has of it: encrypted, the header as well.
+    pub(super) fn bytes_on_server(&self) -> i64 {
         let header = if self.kind == Kind::Encrypted { HEADER_BYTES } else { 0 };
-        self.grown_bytes() + header
+        self.bytes + header
+    }
+
+    /// The same when it has grown.
+    pub(super) fn grown_bytes_on_server(&self) -> i64 {
+        self.bytes_on_server() + GROWTH_BYTES
     }
 
     /// The parameter of its class, which is in the PersistentVolume as well.

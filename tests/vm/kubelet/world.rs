@@ -296,7 +296,9 @@ impl World {
             })
         };
         match step {
-            Step::Create => ensure!(volume()?.capacity_bytes == claim.bytes as u64, "another size"),
+            Step::Create => {
+                ensure!(volume()?.capacity_bytes == claim.bytes_on_server() as u64, "another size")
+            }
             Step::ControllerPublish => {
                 let nodes: Vec<String> = volume()?.grants.into_iter().map(|grant| grant.node_id).collect();
                 ensure!(nodes == [NODE_ID], "granted to {nodes:?}");
