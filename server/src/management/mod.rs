@@ -12,6 +12,7 @@ mod attachments;
 pub mod audit;
 mod audited;
 pub mod authorization;
+mod calls;
 mod deadline;
 mod diffs;
 mod fields;
@@ -46,58 +47,14 @@ use crate::status;
 use audit::AuditLog;
 pub use audited::Audited;
 use authorization::{Call, Caller};
+pub use calls::Calls;
 use fields::Fields;
 use listener::ApiPeer;
 use named::volume_within;
 use page_token::PageToken;
 
-/// Blocking calls at once that change something; more wait. Each takes a thread, for one commit or one fence.
-const CALLS_MAX: u32 = 32;
-/// The same of those that only look. They wait for no storage, and so for no call that does.
-const LOOKS_MAX: usize = 8;
-
-/// The same of those that look how much a volume or snapshot has alone, which takes as long as half a minute each.
-const WALKS_MAX: usize = 2;
-
 /// One message of a call; none of ours is longer.
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
-
-/// The blocking calls in progress: bounded, and finished before the server stops.
-#[derive(Debug, Clone)]
-pub struct Calls {
-    permits: Arc<Semaphore>,
-    looks: Arc<Semaphore>,
-    walks: Arc<Semaphore>,
-    watches: watch::Watches,
-    freezes: freezes::Freezes,
-}
-
-impl Default for Calls {
-    fn default() -> Self {
-        let of = |permits| Arc::new(Semaphore::new(permits));
-        Self {
-            permits: of(CALLS_MAX as usize),
-            looks: of(LOOKS_MAX),
-            walks: of(WALKS_MAX),
-            watches: watch::Watches::default(),
-            freezes: freezes::Freezes::default(),
-        }
-    }
-}
-
-impl Calls {
-    /// Waits until every call in progress that changes something has finished, and lets no other begin.
-    pub async fn finish(&self) {
-        self.watches.stop();
-        self.freezes.stop();
-        self.looks.close();
-        self.walks.close();
-        if let Ok(all) = self.permits.acquire_many(CALLS_MAX).await {
-            self.permits.close();
-            all.forget();
-        }
-    }
-}
 
 /// Answers the calls; see the module's text.
 #[derive(Debug)]

@@ -20,6 +20,7 @@ mod report;
 #[cfg(test)]
 pub(crate) mod stand_in;
 mod tool;
+mod trouble;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
@@ -29,10 +30,11 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 pub use command::{Call, PoolName, Thin};
-pub use error::{LvmError, PoolTrouble};
+pub use error::LvmError;
 pub use map::ThinMap;
 pub use report::{PoolFill, ThinState, Unreadable};
 pub use tool::{RunTools, TakeLine, ToolError};
+pub use trouble::PoolTrouble;
 
 use self::metadata::Metadata;
 use self::report::PoolState;

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 
 use super::command::Thin;
-use super::error::PoolTrouble;
+use super::trouble::PoolTrouble;
 
 /// An answer that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
