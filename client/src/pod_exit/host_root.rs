@@ -74,6 +74,11 @@ fn make_of(
     let unfinished = directory.join(UNFINISHED);
     remove_all(&unfinished)?;
     if root.is_dir() && !is_whole(&root, files, &hashed) {
+        let found = fs::metadata(&root).map_err(PodExitError::io(&root))?;
+        if roots_of_processes().map_err(PodExitError::io(&root))?.contains(&(found.dev(), found.ino())) {
+            let why = "its files are not what they were, and device processes run in it: drain the node";
+            return Err(PodExitError::io(&root)(io::Error::other(why)));
+        }
         tracing::warn!(root = %root.display(), "its files are not what they were: it is made anew");
         remove_root(directory, &root).map_err(PodExitError::io(&root))?;
     }
