@@ -72,7 +72,7 @@ fn make_of(
     let hashed = hash(files)?;
     let root = directory.join(format!("{PREFIX}{hashed}"));
     let unfinished = directory.join(UNFINISHED);
-    remove_all(&unfinished)?;
+    remove_all(&unfinished).map_err(PodExitError::io(&unfinished))?;
     if root.is_dir() && !is_whole(&root, files, &hashed) {
         let found = fs::metadata(&root).map_err(PodExitError::io(&root))?;
         if roots_of_processes().map_err(PodExitError::io(&root))?.contains(&(found.dev(), found.ino())) {
@@ -114,10 +114,8 @@ fn is_whole(root: &Path, files: &BTreeMap<PathBuf, PathBuf>, hashed: &str) -> bo
 /// Removes a root, which has its name no longer when the first of its files goes.
 fn remove_root(directory: &Path, root: &Path) -> io::Result<()> {
     let unfinished = directory.join(UNFINISHED);
-    match fs::remove_dir_all(&unfinished) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => fs::rename(root, &unfinished)?,
-    }
+    remove_all(&unfinished)?;
+    fs::rename(root, &unfinished)?;
     fs::remove_dir_all(&unfinished)
 }
 
@@ -214,11 +212,12 @@ fn make_directory(path: &Path) -> Result<(), PodExitError> {
     fs::create_dir_all(path).map_err(PodExitError::io(path))
 }
 
-fn remove_all(path: &Path) -> Result<(), PodExitError> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(PodExitError::io(path)(error)),
-        _ => Ok(()),
-    }
+/// Removes a directory that may not be there.
+fn remove_all(path: &Path) -> io::Result<()> {
+    fs::remove_dir_all(path).or_else(|error| match error.kind() {
+        io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    })
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{Write as _, stderr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -18,6 +18,32 @@ use crate::lab::workspace::Workspace;
 
 /// `--version` of a program that works takes no time at all.
 const VERSION_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What is made up for one run, and gone after it.
+pub(crate) struct Scratch {
+    /// Where it is.
+    pub(crate) directory: PathBuf,
+}
+
+impl Scratch {
+    /// A new directory under `parent`, which bears the measurement's name.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub(crate) fn new(parent: &Path, measurement: &str) -> Result<Self> {
+        let directory = parent.join(format!("volnode-{measurement}-{}", std::process::id()));
+        fs::create_dir(&directory).with_context(|| directory.display().to_string())?;
+        Ok(Self { directory })
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.directory) {
+            eprintln!("{}: {error}", self.directory.display());
+        }
+    }
+}
 
 /// Keeps what the guest prints, shows its progress.
 #[derive(Default)]

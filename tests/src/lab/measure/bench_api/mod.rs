@@ -12,14 +12,14 @@ mod load;
 
 use std::fmt::Write as _;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use testlab::process_resources::Memory;
 use testlab::volserver::Volserver;
 
-use super::measurement;
+use super::measurement::{self, Scratch};
 use crate::lab::workspace::Workspace;
 use crate::lab::{programs, workspace};
 use load::{Load, Row};
@@ -51,25 +51,6 @@ impl Plan {
         Self { volumes: 300, snapshots: 300, nodes: 50, attached: 100, calls: 300, at_once: 100 };
 }
 
-/// What is made up for one run, and gone after it.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(parent: &Path) -> Result<Self> {
-        let directory = parent.join(format!("volnode-bench-api-{}", std::process::id()));
-        fs::create_dir(&directory).with_context(|| directory.display().to_string())?;
-        Ok(Self(directory))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("{}: {error}", self.0.display());
-        }
-    }
-}
-
 /// What is to be measured, and where.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BenchApiOptions<'a> {
@@ -98,12 +79,12 @@ pub(crate) fn run(workspace: &Workspace, wanted: BenchApiOptions<'_>) -> Result<
         }
     };
     let plan = if quick { Plan::QUICK } else { Plan::FULL };
-    let scratch = Scratch::new(directory)?;
+    let scratch = Scratch::new(directory, "bench-api")?;
     let mut command = Command::new(program);
     command.args(["--memory-max", "2G", "--log", "error"]);
-    let server = Volserver::start(&mut command, &scratch.0)?;
+    let server = Volserver::start(&mut command, &scratch.directory)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let text = runtime.block_on(measure(&server, plan, &scratch.0))?;
+    let text = runtime.block_on(measure(&server, plan, &scratch.directory))?;
     println!("{text}");
     if write {
         measurement::keep(workspace, BEGIN, END, &text)?;

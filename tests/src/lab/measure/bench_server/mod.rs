@@ -17,7 +17,7 @@ mod table;
 
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -25,7 +25,8 @@ use rustix::process::Pid;
 use rustix::thread::sched_getaffinity;
 use testlab::shell::wait_for;
 
-use super::{measurement, network};
+use super::measurement::{self, Scratch};
+use super::network;
 use crate::lab::machine::{packages, this_machine};
 use crate::lab::workspace::Workspace;
 use crate::lab::{interrupt, programs, workspace};
@@ -58,25 +59,6 @@ const PEERS: [(&str, &str); 5] = [
     ("nbdcopy", "--version"),
 ];
 
-/// What is made up for one run, and gone after it.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(parent: &Path) -> Result<Self> {
-        let directory = parent.join(format!("volnode-bench-server-{}", std::process::id()));
-        fs::create_dir(&directory).with_context(|| directory.display().to_string())?;
-        Ok(Self(directory))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("{}: {error}", self.0.display());
-        }
-    }
-}
-
 /// Measures and prints the tables; with `write`, also updates the documentation. The servers' files are made under `parent`.
 ///
 /// # Errors
@@ -87,10 +69,10 @@ pub(crate) fn run(workspace: &Workspace, quick: bool, write: bool, parent: &Path
     programs::build(workspace, profile, &PROGRAMS)?;
     let plan = if quick { Plan::QUICK } else { Plan::FULL };
     network::enter()?;
-    let scratch = Scratch::new(parent)?;
-    let samples = measure(&workspace.target.join(profile), &scratch.0, plan)?;
+    let scratch = Scratch::new(parent, "bench-server")?;
+    let samples = measure(&workspace.target.join(profile), &scratch.directory, plan)?;
     let rows = summary::rows(&samples, &plan)?;
-    let machine = machine_lines(&scratch.0)?;
+    let machine = machine_lines(&scratch.directory)?;
     let text = format!("{machine}\n{}\n{}", table::tables(&rows, &plan), table::verdict(&rows));
     println!("{text}");
     if write {
